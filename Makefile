@@ -1,0 +1,102 @@
+# Everything from a machine with Python, a C++20 compiler and make: `make help`.
+
+VENV ?= .venv
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+# Arguments for pytest, mrcn-fast demo and mrcn-fast bench: make test ARGS="-k gates -x"
+ARGS ?=
+
+bin = $(VENV)/bin
+pip = "$(bin)/python" -m pip --disable-pip-version-check
+built = build/warnings
+
+# Read from pyproject.toml, where pip finds them too.
+build_requirements = $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.toml | tr -d ' "' | tr ',' ' ')
+
+# What an install depends on: these files, and where the checkout lies (an editable install points to it).
+fingerprint = { pwd; cat pyproject.toml setup.py mrcn_fast/__init__.py; } | cksum
+installed = $(VENV)/.mrcn-fast-installed
+kept = $(VENV)/.mrcn-fast-constraints.txt
+
+cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
+
+.DEFAULT_GOAL := help
+.PHONY: help install environment torch requirements native demo test bench lint warnings format clean
+# The steps of an install follow one another; nothing here gains from -j.
+.NOTPARALLEL:
+
+help:  ## this list
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH='$(TORCH)'"
+	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+
+install: environment torch requirements native  ## make the environment VENV, build the library, install both there
+	@"$(bin)/mrcn-fast" info
+
+environment:
+	@if [ ! -x "$(bin)/python" ]; then \
+	  if ! command -v "$(PYTHON)" >/dev/null; then \
+	    echo "PYTHON=$(PYTHON) was not found; install Python 3.10 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; \
+	  fi; \
+	  "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, PYTHON=$(PYTHON) is " + sys.version.split()[0] + "; say make PYTHON=/path/to/a/newer/python3")' || exit 1; \
+	  if [ -n "$$(ls -A "$(VENV)" 2>/dev/null)" ] && [ ! -f "$(VENV)/pyvenv.cfg" ]; then \
+	    echo "VENV=$(VENV) is a folder with something else in it; name an environment or a new folder" >&2; exit 1; \
+	  fi; \
+	  echo "Making the environment $(VENV)"; \
+	  if ! "$(PYTHON)" -m venv "$(VENV)"; then \
+	    rm -rf "$(VENV)"; \
+	    echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; \
+	  fi; \
+	fi
+	@"$(bin)/python" -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed, the environment $(VENV) has " + sys.version.split()[0])'
+	@$(pip) --version >/dev/null 2>&1 || "$(bin)/python" -m ensurepip >/dev/null \
+	  || { echo "The environment $(VENV) has no pip; install pip there, or name another VENV" >&2; exit 1; }
+
+# torch comes before anything that depends on it, and a torch that is new enough is kept whatever asks
+# for another: which build of torch a machine needs (CPU, a CUDA version) its owner knows, pip doesn't.
+torch:
+	@"$(bin)/python" -c 'import re, sys; from importlib import metadata; sys.exit(tuple(map(int, re.findall("[0-9]+", metadata.version("torch"))[:2])) < (2, 11))' 2>/dev/null \
+	  || { echo "Installing $(TORCH)"; $(pip) install -q "$(TORCH)"; }
+	@"$(bin)/python" -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > "$(kept)"
+
+requirements:
+	@if [ ! -x "$(bin)/mrcn-fast" ] || [ "$$(cat "$(installed)" 2>/dev/null)" != "$$($(fingerprint))" ]; then \
+	  echo "Installing mrcn-fast and what it needs into $(VENV)"; \
+	  $(pip) install -q -c "$(kept)" $(foreach r,$(build_requirements),"$(r)") \
+	  && MRCN_FAST_NATIVE=0 $(pip) install -q -c "$(kept)" --no-build-isolation -e '.[all]' \
+	  && $(fingerprint) > "$(installed)"; \
+	fi
+
+# Not by pip, which would hide the compiler's output. Ninja rebuilds only what changed.
+native:
+	@"$(bin)/python" setup.py -q build_ext --inplace
+
+demo: install  ## train and score the baseline and MRCN on synthetic images (5 minutes)
+	@"$(bin)/mrcn-fast" demo $(ARGS)
+
+test: install  ## the tests
+	"$(bin)/python" -m pytest $(ARGS)
+
+bench: install  ## the benchmark table: times, ratios, floors
+	@"$(bin)/mrcn-fast" bench $(ARGS)
+
+lint: install  ## ruff, mypy and clang-format
+	"$(bin)/ruff" check
+	"$(bin)/ruff" format --check
+	"$(bin)/mypy"
+	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" --dry-run --Werror
+
+warnings: install  ## compile the library with -Wall -Wextra -Werror
+	bin=$$(cd "$(bin)" && pwd) && "$$bin/cmake" -S . -B $(built) -G Ninja -DCMAKE_BUILD_TYPE=Release \
+	  -DCMAKE_MAKE_PROGRAM="$$bin/ninja" -DPython_EXECUTABLE="$$bin/python" -DMRCN_FAST_WERROR=ON
+	"$(bin)/cmake" --build $(built)
+
+format:  ## rewrite the sources in the project's format
+	"$(bin)/ruff" check --fix
+	"$(bin)/ruff" format
+	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" -i
+
+clean:  ## remove what builds left (not VENV, not runs/)
+	rm -rf build dist *.egg-info mrcn_fast/_C.* mrcn_fast/_native_build.json
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
+	find mrcn_fast tests benchmarks -name __pycache__ -type d -exec rm -rf {} +
