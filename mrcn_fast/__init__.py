@@ -1,0 +1,30 @@
+"""MRCN's modality restitution and compensation block and its CQC loss as fused kernels."""
+
+from mrcn_fast import reference
+from mrcn_fast.block import (
+    MRCNBlock,
+    MRCNFeatures,
+    SNRBlock,
+    SNRFeatures,
+    mrcn_block,
+    mrcn_restitution,
+    snr_block,
+)
+from mrcn_fast.cqc import CQCLoss, cqc_loss
+from mrcn_fast.dispatch import backends
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CQCLoss",
+    "MRCNBlock",
+    "MRCNFeatures",
+    "SNRBlock",
+    "SNRFeatures",
+    "backends",
+    "cqc_loss",
+    "mrcn_block",
+    "mrcn_restitution",
+    "reference",
+    "snr_block",
+]

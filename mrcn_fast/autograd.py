@@ -1,0 +1,157 @@
+"""The autograd Functions around the kernels.
+
+One Function serves the four block operations (`MODES`), since all of them save the same: their inputs, which
+the layer before keeps anyway, and (modalities, N, C, 2) plane statistics. Nothing the size of a feature map
+that the block made itself is kept. The second derivative goes through the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from mrcn_fast import dispatch, reference
+
+
+class Mode(NamedTuple):
+    """A block operation: its ops are ``<op>_forward`` and ``<op>_backward``."""
+
+    op: str
+    inputs: int  # feature maps it takes: a pair or one
+    restitutes: bool  # knows restitute_to
+
+
+MODES = {
+    "pair": Mode("block", 2, True),
+    "concat": Mode("block_concat", 2, True),
+    "restitute": Mode("restitute", 1, True),
+    "snr": Mode("snr", 1, False),
+}
+
+
+class BlockFunction(torch.autograd.Function):
+    """(inputs, norm_weight, norm_bias, *gate_parameters) -> the feature sets that the operation makes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        mode: str,
+        backend: str,
+        gate: str,
+        eps: float,
+        restitute_to: str,
+        *tensors: Tensor,
+    ) -> tuple[Tensor, ...]:
+        op, count, restitutes = MODES[mode]
+        inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
+        flags = (restitute_to == "input",) if restitutes else ()
+        kernel = dispatch.KERNELS[backend].operation(f"{op}_forward")
+        *sets, statistics = kernel(*inputs, norm_weight, norm_bias, list(parameters), gate, eps, *flags)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(statistics, *tensors)
+        ctx.settings = (mode, backend, gate, eps, restitute_to)
+        return tuple(sets)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        mode, backend, gate, eps, restitute_to = ctx.settings
+        statistics, *tensors = ctx.saved_tensors
+        op, count, restitutes = MODES[mode]
+        inputs, (norm_weight, norm_bias), parameters = split(tuple(tensors), count)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            outputs = dispatch.run_reference(
+                mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
+            )
+            return (None,) * 5 + differentiable(ctx, outputs, gradients, tensors)
+        flags = (restitute_to == "input",) if restitutes else ()
+        kernel = dispatch.KERNELS[backend].operation(f"{op}_backward")
+        *of_tensors, of_gate = kernel(
+            *gradients, *inputs, statistics, norm_weight, norm_bias, list(parameters), gate, *flags
+        )
+        return (None,) * 5 + (*of_tensors, *of_gate)
+
+
+def split(
+    tensors: tuple[Tensor, ...], count: int
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Inputs, instance-norm parameters, gate parameters."""
+    return tensors[:count], tensors[count : count + 2], tensors[count + 2 :]
+
+
+def differentiable(
+    ctx: Any, outputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], tensors: list[Tensor]
+) -> tuple[Tensor | None, ...]:
+    """The gradients of ``tensors`` as differentiable functions of them and of ``gradients``."""
+    wanted = [t for t in tensors if t.requires_grad]
+    given = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
+    if not wanted or not given:
+        return (None,) * len(tensors)
+    found = iter(
+        torch.autograd.grad(
+            [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
+        )
+    )
+    return tuple(next(found) if t.requires_grad else None for t in tensors)
+
+
+class CQCFunction(torch.autograd.Function):
+    """(labels, infrared_labels, *features) -> total (), losses (cap,), identities (cap,), count ().
+
+    ``features`` is the six sets or all of them stacked; cap is the number of visible labels, and what stands
+    behind ``count`` in the padded results is zero.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        backend: str,
+        margin: float,
+        detach_negative: bool,
+        labels: Tensor,
+        infrared_labels: Tensor,
+        *features: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        kernel = dispatch.KERNELS[backend].operation("cqc_forward")
+        total, losses, identities, count, weights = kernel(
+            list(features), labels, infrared_labels, margin, detach_negative
+        )
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(identities, count)
+        ctx.save_for_backward(labels, infrared_labels, identities, count, weights, *features)
+        ctx.settings = (backend, margin, detach_negative)
+        return total, losses, identities, count
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        backend, margin, detach_negative = ctx.settings
+        labels, infrared_labels, identities, count, weights, *features = ctx.saved_tensors
+        of_total, of_losses = gradients[:2]
+        if of_total is None and of_losses is None:
+            return (None,) * (5 + len(features))
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            losses, _ = reference.cqc_loss(
+                unstack(features, labels, infrared_labels),
+                labels,
+                infrared_labels,
+                margin=margin,
+                detach_negative=detach_negative,
+            )
+            outputs = (losses.sum(), losses)
+            cut = None if of_losses is None else of_losses[: losses.shape[0]]
+            return (None,) * 5 + differentiable(ctx, outputs, (of_total, cut), features)
+        gradient = of_losses if of_total is None else of_total
+        if of_total is not None and of_losses is not None:
+            gradient = of_total + of_losses
+        kernel = dispatch.KERNELS[backend].operation("cqc_backward")
+        of_features = kernel(gradient, features, labels, infrared_labels, identities, count, weights)
+        return (None,) * 5 + tuple(of_features)
+
+
+def unstack(features: Any, labels: Tensor, infrared_labels: Tensor) -> list[Tensor]:
+    """The six sets, of six tensors or of one (3 B_v + 3 B_n, D)."""
+    if len(features) == 6:
+        return list(features)
+    return list(features[0].split([labels.shape[0]] * 3 + [infrared_labels.shape[0]] * 3))

@@ -1,0 +1,124 @@
+"""Which backend serves a call, and why another does not.
+
+From a device to a kernel it is torch's own dispatcher that chooses; this file answers an explicit choice
+(the argument ``backend=`` or the environment variable ``MRCN_FAST_BACKEND``), falls back to the plain
+reference where no kernel can serve, and gives the reasons.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mrcn_fast import reference
+from mrcn_fast.backends import native
+
+logger = logging.getLogger("mrcn_fast")
+
+ENVIRONMENT_VARIABLE = "MRCN_FAST_BACKEND"
+KERNELS: dict[str, ModuleType] = {"cpu": native}
+NAMES = (*KERNELS, "reference")
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_told: set[str] = set()
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can be used on this machine, and the reason."""
+
+    usable: bool
+    reason: str
+
+
+def backends() -> dict[str, BackendStatus]:
+    """The known backends, each with whether it is usable here and why (not)."""
+    return {
+        "cpu": BackendStatus(*native.status()),
+        "reference": BackendStatus(True, "plain PyTorch, runs wherever torch does"),
+    }
+
+
+def unserved(name: str, device_type: str, dtype: torch.dtype) -> str | None:
+    """Why backend ``name`` can't serve tensors of this device and dtype; None where it can."""
+    status = backends()[name]
+    if not status.usable:
+        return status.reason
+    if name == "cpu" and device_type != "cpu":
+        return f"it serves CPU tensors, got a tensor on {device_type!r}"
+    if name == "cpu" and dtype not in DTYPES:
+        return f"it serves {', '.join(map(str, DTYPES))}, got {dtype}"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
+    """The name of the backend that serves a call.
+
+    ``requested`` is the caller's choice, else ``MRCN_FAST_BACKEND``; "auto" or nothing takes the first kernel
+    backend that can serve, then the reference (told once a reason, at INFO).
+
+    Raises ValueError for an unknown name, RuntimeError with the reason where the choice can't serve the call.
+    """
+    requested = requested or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    if requested != "auto":
+        if requested not in NAMES:
+            known = ", ".join(map(repr, (*NAMES, "auto")))
+            raise ValueError(f"backend: got {requested!r}, expected one of {known}")
+        if reason := unserved(requested, device_type, dtype):
+            raise RuntimeError(
+                f"backend {requested!r} can't serve this call: {reason}. "
+                "Leave backend and MRCN_FAST_BACKEND unset to fall back by itself."
+            )
+        return requested
+    reasons = []
+    for name in KERNELS:
+        reason = unserved(name, device_type, dtype)
+        if reason is None:
+            return name
+        reasons.append(f"{name}: {reason}")
+    message = "; ".join(reasons)
+    if message not in _told:
+        _told.add(message)
+        logger.info("using the reference backend (%s)", message)
+    return "reference"
+
+
+def run_reference(
+    mode: str,
+    inputs: Sequence[Tensor],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gate_parameters: Sequence[Tensor],
+    gate: str,
+    eps: float,
+    restitute_to: str,
+) -> tuple[Tensor, ...]:
+    """The block operation ``mode`` through `reference`, in its inputs' dtype, autocast or not."""
+    dtype = inputs[0].dtype
+    norm_weight, norm_bias, *parameters = (p.to(dtype) for p in (norm_weight, norm_bias, *gate_parameters))
+    with torch.autocast(inputs[0].device.type, enabled=False):
+        if mode in ("pair", "concat"):
+            sets = reference.mrcn_block(
+                *inputs, norm_weight, norm_bias, parameters, gate=gate, eps=eps, restitute_to=restitute_to
+            )
+            return (torch.cat(sets),) if mode == "concat" else sets[1:5]
+        single = [p[0] for p in parameters]
+        if mode == "restitute":
+            return (
+                reference.restitution(
+                    *inputs,
+                    norm_weight[0],
+                    norm_bias[0],
+                    single,
+                    gate=gate,
+                    eps=eps,
+                    restitute_to=restitute_to,
+                ),
+            )
+        return reference.snr_block(*inputs, norm_weight[0], norm_bias[0], single, gate=gate, eps=eps)

@@ -1,0 +1,229 @@
+"""The paper's equations in plain PyTorch, a function an equation, literal and differentiable.
+
+This is the ground truth every kernel is held against and the backend ``"reference"``. It favours being
+readable beside the paper over being fast: the normalized features F̃ and the residual M exist here as
+tensors, which the kernels never form. Nothing here casts: the result has the dtype that PyTorch's
+promotion gives. Twice differentiable.
+
+Shapes: features ``(N, C, H, W)``; instance-norm parameters ``(C,)`` a modality; gate parameters of one
+gate without the leading gate dimension (`se_gate` and the others say which).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+GateParameters = Sequence[Tensor]
+
+
+# --- instance normalization and residual (eq. 1-3) ---------------------------------------------------
+
+
+def instance_norm(features: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5) -> Tensor:
+    """F̃ = γ (F - μ(F)) / σ(F) + β over each plane, biased variance (eq. 1, 2)."""
+    mean = features.mean(dim=(2, 3), keepdim=True)
+    variance = features.var(dim=(2, 3), unbiased=False, keepdim=True)
+    return weight[:, None, None] * (features - mean) / torch.sqrt(variance + eps) + bias[:, None, None]
+
+
+def residual(features: Tensor, normalized: Tensor) -> Tensor:
+    """M = F - F̃, what normalization removed (eq. 3)."""
+    return features - normalized
+
+
+# --- channel gates A(M): (N, C, H, W) -> (N, C), values in (0, 1) -------------------------------------
+
+
+def excite(pooled: Tensor, parameters: GateParameters) -> Tensor:
+    """The two fully connected layers of SE and CBAM with a ReLU between them, before the sigmoid.
+
+    ``pooled`` is (N, C); ``parameters`` is fc1_weight (R, C), fc1_bias (R,), fc2_weight (C, R), fc2_bias (C,).
+    """
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+    return F.linear(F.relu(F.linear(pooled, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
+
+
+def se_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
+    """Squeeze-and-excitation (Hu et al. 2018), the gate of the paper: σ(fc2 ReLU(fc1 GAP(M)))."""
+    return torch.sigmoid(excite(residual.mean(dim=(2, 3)), parameters))
+
+
+def eca_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
+    """Efficient channel attention (Wang et al. 2020): σ(conv1d over the channels of GAP(M)).
+
+    ``parameters`` is one weight (K,), K odd; the channels are padded with zeros.
+    """
+    (weight,) = parameters
+    pooled = residual.mean(dim=(2, 3))
+    return torch.sigmoid(F.conv1d(pooled[:, None], weight[None, None], padding=weight.shape[0] // 2)[:, 0])
+
+
+def cbam_channel_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
+    """Channel part of CBAM (Woo et al. 2018): σ(mlp(GAP(M)) + mlp(GMP(M))), one MLP for both.
+
+    Where several places share the maximum, its gradient is spread evenly over them (`torch.amax`).
+    """
+    average, maximum = residual.mean(dim=(2, 3)), residual.amax(dim=(2, 3))
+    return torch.sigmoid(excite(average, parameters) + excite(maximum, parameters))
+
+
+GATES: dict[str, Callable[[Tensor, GateParameters], Tensor]] = {
+    "se": se_gate,
+    "eca": eca_gate,
+    "cbam-channel": cbam_channel_gate,
+}
+
+
+# --- restitution and compensation (eq. 4-7) -----------------------------------------------------------
+
+
+def distill(residual: Tensor, gate: str, parameters: GateParameters) -> Tensor:
+    """M₊ = M x A₁(M) (eq. 4) and M₋ = M x A₂(M) (eq. 6), by which gate's parameters are given."""
+    return residual * GATES[gate](residual, parameters)[:, :, None, None]
+
+
+def restitute(features: Tensor, normalized: Tensor, distilled: Tensor, restitute_to: str = "normalized") -> Tensor:
+    """F₊ = F̃ + M₊ (eq. 5 as the text and the abstract say it), or F + M₊ as printed (``"input"``)."""
+    return (normalized if restitute_to == "normalized" else features) + distilled
+
+
+def compensate(normalized: Tensor, other_distilled: Tensor) -> Tensor:
+    """F₋ = F̃ + M₋ of the other modality (eq. 7)."""
+    return normalized + other_distilled
+
+
+# --- whole blocks --------------------------------------------------------------------------------------
+
+
+def restitution(
+    features: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gate_parameters: GateParameters,
+    *,
+    gate: str = "se",
+    eps: float = 1e-5,
+    restitute_to: str = "normalized",
+) -> Tensor:
+    """F₊ of one modality alone (eq. 1, 3, 4, 5); norm parameters (C,), gate parameters of one gate."""
+    normalized = instance_norm(features, norm_weight, norm_bias, eps)
+    distilled = distill(residual(features, normalized), gate, gate_parameters)
+    return restitute(features, normalized, distilled, restitute_to)
+
+
+def mrcn_block(
+    visible: Tensor,
+    infrared: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gate_parameters: GateParameters,
+    *,
+    gate: str = "se",
+    eps: float = 1e-5,
+    restitute_to: str = "normalized",
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The six feature sets v, v+, v-, n-, n+, n of a pair (eq. 1-7).
+
+    ``norm_weight`` and ``norm_bias`` are (2, C), visible then infrared; every gate parameter has a leading
+    dimension of 4: A_v1, A_n1, A_v2, A_n2.
+    """
+    a_v1, a_n1, a_v2, a_n2 = zip(*(p.unbind(0) for p in gate_parameters), strict=True)
+    visible_normalized = instance_norm(visible, norm_weight[0], norm_bias[0], eps)
+    infrared_normalized = instance_norm(infrared, norm_weight[1], norm_bias[1], eps)
+    visible_residual = residual(visible, visible_normalized)
+    infrared_residual = residual(infrared, infrared_normalized)
+
+    visible_restituted = restitute(
+        visible, visible_normalized, distill(visible_residual, gate, a_v1), restitute_to
+    )
+    infrared_restituted = restitute(
+        infrared, infrared_normalized, distill(infrared_residual, gate, a_n1), restitute_to
+    )
+    visible_compensated = compensate(visible_normalized, distill(infrared_residual, gate, a_n2))
+    infrared_compensated = compensate(infrared_normalized, distill(visible_residual, gate, a_v2))
+    return (
+        visible,
+        visible_restituted,
+        visible_compensated,
+        infrared_compensated,
+        infrared_restituted,
+        infrared,
+    )
+
+
+def snr_block(
+    features: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gate_parameters: GateParameters,
+    *,
+    gate: str = "se",
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """F̃ + sM, F̃ + (1 - s)M and F̃ of one batch (SNR, Jin et al. 2020); parameters as in `restitution`."""
+    normalized = instance_norm(features, norm_weight, norm_bias, eps)
+    removed = residual(features, normalized)
+    s = GATES[gate](removed, gate_parameters)[:, :, None, None]
+    return normalized + s * removed, normalized + (1 - s) * removed, normalized
+
+
+# --- center-quadruplet causal loss (eq. 8-10) -----------------------------------------------------------
+
+
+def shared_identities(labels: Tensor, infrared_labels: Tensor) -> Tensor:
+    """The identities present in both modalities, ascending."""
+    identities = torch.unique(labels)
+    return identities[torch.isin(identities, infrared_labels)]
+
+
+def centers(features: Tensor, labels: Tensor, identities: Tensor) -> Tensor:
+    """Mean feature of each identity: (B, D), (B,), (I,) -> (I, D)."""
+    return torch.stack([features[labels == identity].mean(dim=0) for identity in identities])
+
+
+def distance(a: Tensor, b: Tensor) -> Tensor:
+    """Euclidean distance of rows, D² clamped at 1e-12 before the root so that its gradient is finite."""
+    return (a - b).square().sum(dim=-1).clamp(min=1e-12).sqrt()
+
+
+def center_hinge(
+    center: Tensor, other_original: Tensor, own_original: Tensor, margin: float, detach_negative: bool = False
+) -> Tensor:
+    """[α + D(center, other modality's original) - D(center, own original)]₊ an identity: (I,)."""
+    negative = distance(center, own_original)
+    return F.relu(margin + distance(center, other_original) - (negative.detach() if detach_negative else negative))
+
+
+def cqc_half(
+    c_v: Tensor, c_n: Tensor, c_v_new: Tensor, c_n_new: Tensor, margin: float, detach_negative: bool = False
+) -> Tensor:
+    """L_MRM (eq. 8, with the restituted centers) or L_MCM (eq. 9, with the compensated), an identity: (I,)."""
+    return center_hinge(c_v_new, c_n, c_v, margin, detach_negative) + center_hinge(
+        c_n_new, c_v, c_n, margin, detach_negative
+    )
+
+
+def cqc_loss(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    infrared_labels: Tensor,
+    *,
+    margin: float = 0.2,
+    detach_negative: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """L_CQC (eq. 10) an identity, (I,), and the identities, (I,).
+
+    ``features`` are the six sets v, v+, v-, n-, n+, n, each (B, D) with the labels of its modality.
+    """
+    identities = shared_identities(labels, infrared_labels)
+    set_labels = [labels] * 3 + [infrared_labels] * 3
+    c_v, c_v_restituted, c_v_compensated, c_n_compensated, c_n_restituted, c_n = (
+        centers(f, of, identities) for f, of in zip(features, set_labels, strict=True)
+    )
+    restitution_loss = cqc_half(c_v, c_n, c_v_restituted, c_n_restituted, margin, detach_negative)
+    compensation_loss = cqc_half(c_v, c_n, c_v_compensated, c_n_compensated, margin, detach_negative)
+    return restitution_loss + compensation_loss, identities
