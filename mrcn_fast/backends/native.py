@@ -6,6 +6,7 @@ stand only what tracing needs (`torch.library.register_fake`) and the state of t
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ _library: Any = None
 _failure = ""
 
 try:
-    from mrcn_fast import _C as _library  # type: ignore[attr-defined,no-redef]
+    _library = importlib.import_module("mrcn_fast._C")
 except ImportError as error:
     _failure = str(error)
 
