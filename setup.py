@@ -101,13 +101,22 @@ def call(step: str, command: list[str]) -> None:
             print(line, end="", flush=True)
             lines.append(line)
     if process.returncode != 0:
-        told = (line.strip() for line in lines if "error" in line.lower())
-        cause = next(told, f"exit status {process.returncode}")
         raise NativeBuildError(
-            f"{step} failed: {cause} (a C++20 compiler is needed, g++ 11 or clang++ 14 at least; "
-            f"{GET_COMPILER}), {GET_AGAIN}",
+            f"{step} failed: {first_error(lines) or f'exit status {process.returncode}'}. "
+            f"Needed: g++ 11, clang++ 14 or newer ({GET_COMPILER}); {GET_AGAIN}",
             log="".join(lines[-LOG_LINES:]),
         )
+
+
+def first_error(lines: list[str]) -> str:
+    """The first line of a log that tells an error; with the next one where CMake tells it there."""
+    told = [line.strip() for line in lines if line.strip()]
+    for at, line in enumerate(told):
+        if line.startswith("CMake Error"):
+            return " ".join(told[at : at + 2])
+        if "error:" in line:
+            return line
+    return ""
 
 
 def configure(directory: Path, cmake: str, ninja: str, compiler: str) -> None:
