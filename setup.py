@@ -109,11 +109,12 @@ def call(step: str, command: list[str]) -> None:
 
 
 def first_error(lines: list[str]) -> str:
-    """The first line of a log that tells an error; with the next one where CMake tells it there."""
+    """The first line of a log that tells an error; CMake's goes on to the end of its first sentence."""
     told = [line.strip() for line in lines if line.strip()]
     for at, line in enumerate(told):
         if line.startswith("CMake Error"):
-            return " ".join(told[at : at + 2])
+            sentence = next((i for i in range(at + 1, len(told)) if told[i].endswith((".", ":"))), at)
+            return " ".join(told[at : min(sentence, at + 5) + 1])
         if "error:" in line:
             return line
     return ""
