@@ -1,0 +1,118 @@
+"""Augmentation and normalisation of whole image batches, on the batch's device."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+# ImageNet's channel statistics, on the 0..1 scale: what the pretrained trunk was trained with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+# Random erasing (Zhong et al., 2020) as the field's code sets it: the rectangle's share of the image and its
+# height to width ratio, both uniform; rectangles that do not fit are drawn again.
+_ERASED_AREA = (0.02, 0.4)
+_ERASED_RATIO = (0.3, 1 / 0.3)
+_ERASING_ATTEMPTS = 16
+
+
+def normalize(images: Tensor) -> Tensor:
+    """ImageNet normalisation: uint8 (B, 3, H, W) in 0..255 -> float32 of the same shape, device and layout.
+
+    Raises ValueError for another dtype or shape.
+    """
+    _check_images(images)
+    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
+    scale = 1 / (torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255)
+    return images.float().sub_(mean).mul_(scale)
+
+
+class Augmentation(nn.Module):
+    """Pad, random crop, horizontal flip, normalise, random erasing: uint8 (B, 3, H, W) -> float32.
+
+    `image_size` is (H, W); the crop gives it back after `padding` black pixels on each side; `flip` and
+    `erase` are probabilities. Erased pixels become ImageNet's mean (0 after normalisation). Every image of
+    a batch draws its own crop, flip and rectangle; the pixels stay on the input's device.
+
+    `augment(images, generator)` draws from a CPU generator, by default torch's global one, a fixed number of
+    values an image whatever the device, so that one seed gives one stream on every device.
+
+    Raises ValueError for another dtype or shape.
+    """
+
+    def __init__(
+        self, image_size: tuple[int, int], *, padding: int = 10, flip: float = 0.5, erase: float = 0.5
+    ) -> None:
+        super().__init__()
+        if padding < 0:
+            raise ValueError(f"padding must not be negative; got {padding}")
+        for name, probability in (("flip", flip), ("erase", erase)):
+            if not 0 <= probability <= 1:
+                raise ValueError(f"{name} is a probability, from 0 to 1; got {probability}")
+        self.image_size = (image_size[0], image_size[1])
+        self.padding = padding
+        self.flip = flip
+        self.erase = erase
+
+    def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        _check_images(images)
+        if tuple(images.shape[-2:]) != self.image_size:
+            raise ValueError(
+                f"expected images of (height, width) {self.image_size}; got {tuple(images.shape[-2:])}. "
+                f"Resize them first (PersonImages does), or make the Augmentation with their size"
+            )
+        count = images.shape[0]
+        crop = torch.rand(count, 3, generator=generator)
+        erasing = torch.rand(count, 1 + 2 * _ERASING_ATTEMPTS + 2, generator=generator)
+        augmented = normalize(self._crop_and_flip(images, crop))
+        return augmented.masked_fill_(self._erased(erasing).to(images.device), 0.0)
+
+    def extra_repr(self) -> str:
+        return f"{self.image_size}, padding={self.padding}, flip={self.flip}, erase={self.erase}"
+
+    def _crop_and_flip(self, images: Tensor, draws: Tensor) -> Tensor:
+        """Each image's crop, mirrored or not, as one gather; draws: (B, 3) in [0, 1)."""
+        height, width = self.image_size
+        offsets = (draws[:, :2] * (2 * self.padding + 1)).long()
+        rows = offsets[:, :1] + torch.arange(height)
+        columns = torch.arange(width).expand(len(draws), width)
+        columns = torch.where(draws[:, 2:] < self.flip, width - 1 - columns, columns) + offsets[:, 1:]
+        padded = functional.pad(images, [self.padding] * 4)
+        # One index a dimension, broadcast to (B, 3, H, W).
+        return padded[
+            torch.arange(len(draws), device=images.device).view(-1, 1, 1, 1),
+            torch.arange(3, device=images.device).view(1, 3, 1, 1),
+            rows.to(images.device)[:, None, :, None],
+            columns.to(images.device)[:, None, None, :],
+        ]
+
+    def _erased(self, draws: Tensor) -> Tensor:
+        """The erased pixels (B, 1, H, W); draws: chance, (area, ratio) for each attempt, top, left."""
+        height, width = self.image_size
+        chance, attempts, corner = draws.split([1, 2 * _ERASING_ATTEMPTS, 2], dim=1)
+        area = _between(_ERASED_AREA, attempts[:, 0::2]) * height * width
+        ratio = _between(_ERASED_RATIO, attempts[:, 1::2])
+        tall, wide = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+        fits = (tall < height) & (wide < width)
+        first = fits.int().argmax(dim=1, keepdim=True)
+        applied = (chance < self.erase) & fits.any(dim=1, keepdim=True)
+        tall, wide = (torch.where(applied, side.gather(1, first), 0.0) for side in (tall, wide))
+        top = (corner[:, :1] * (height - tall + 1)).floor()
+        left = (corner[:, 1:] * (width - wide + 1)).floor()
+        rows, columns = torch.arange(height), torch.arange(width)
+        inside_rows = (rows >= top) & (rows < top + tall)
+        inside_columns = (columns >= left) & (columns < left + wide)
+        return inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+
+
+def _between(bounds: tuple[float, float], draws: Tensor) -> Tensor:
+    return bounds[0] + (bounds[1] - bounds[0]) * draws
+
+
+def _check_images(images: Tensor) -> None:
+    if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1] != 3:
+        raise ValueError(
+            f"expected a uint8 tensor (batch, 3, height, width), as PersonImages batches give; got "
+            f"{images.dtype} {tuple(images.shape)}"
+        )

@@ -1,0 +1,91 @@
+"""Batches that pair the modalities: P identities, K visible and K infrared images of each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+from torch.utils.data import Sampler
+
+
+class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
+    """A batch sampler of pairs (visible index, infrared index), both of one identity.
+
+    `visible_identities[i]` and `infrared_identities[j]` are the identities of the i-th visible and j-th
+    infrared image. A batch is a list of `identities * images` pairs: `identities` distinct identities, the
+    `images` pairs of each consecutive, images drawn with replacement. `batches` is the number of batches an
+    epoch, by default floor(max(visible, infrared) / (identities * images)) + 1, as the field counts it.
+
+    The stream depends on (seed, epoch) alone, not on a global generator, so an interrupted run replays it:
+    call `set_epoch` before each epoch.
+
+    Raises ValueError for fewer identities than a batch needs, and for identities with one modality only.
+    """
+
+    def __init__(
+        self,
+        visible_identities: Sequence[int],
+        infrared_identities: Sequence[int],
+        *,
+        identities: int,
+        images: int,
+        seed: int = 0,
+        batches: int | None = None,
+    ) -> None:
+        for name, value in (("identities", identities), ("images", images), ("batches", batches)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1; got {value}")
+        if seed < 0:
+            raise ValueError(f"seed must not be negative; got {seed}")
+        visible, infrared = _positions(visible_identities), _positions(infrared_identities)
+        _check_identities(visible, infrared, identities)
+        self._images = [(visible[identity], infrared[identity]) for identity in sorted(visible)]
+        self._identities_per_batch = identities
+        self._images_per_identity = images
+        self._seed = seed
+        self._epoch = 0
+        largest = max(len(visible_identities), len(infrared_identities))
+        self._batches = largest // (identities * images) + 1 if batches is None else batches
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch (0 or more) whose batches the next iteration gives."""
+        if epoch < 0:
+            raise ValueError(f"epoch must not be negative; got {epoch}")
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._batches
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = np.random.default_rng((self._seed, self._epoch))
+        for _ in range(self._batches):
+            yield self._draw(generator)
+
+    def _draw(self, generator: np.random.Generator) -> list[tuple[int, int]]:
+        chosen = generator.choice(len(self._images), self._identities_per_batch, replace=False)
+        batch: list[tuple[int, int]] = []
+        for identity in chosen:
+            visible, infrared = (
+                generator.choice(i, self._images_per_identity) for i in self._images[identity]
+            )
+            batch.extend(zip(visible.tolist(), infrared.tolist(), strict=True))
+        return batch
+
+
+def _positions(identities: Sequence[int]) -> dict[int, np.ndarray]:
+    """Identity -> the indices of its images."""
+    values = np.asarray(identities, dtype=np.int64)
+    return {int(identity): np.flatnonzero(values == identity) for identity in np.unique(values)}
+
+
+def _check_identities(visible: dict[int, np.ndarray], infrared: dict[int, np.ndarray], needed: int) -> None:
+    unpaired = sorted(visible.keys() ^ infrared.keys())
+    if unpaired:
+        raise ValueError(
+            f"every identity needs images of both modalities; {len(unpaired)} have one only: "
+            f"{', '.join(map(str, unpaired))}. Leave them out, as the data set's training() does"
+        )
+    if len(visible) < needed:
+        raise ValueError(
+            f"a batch needs {needed} distinct identities; got {len(visible)}. Lower identities or add images"
+        )

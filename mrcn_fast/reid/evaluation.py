@@ -1,0 +1,278 @@
+"""Retrieval scores as the field defines them: CMC, mAP and mINP of SYSU-MM01, RegDB and LLCM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Final, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+PROTOCOLS: Final = ("sysu", "regdb", "llcm")
+
+# SYSU-MM01's cameras 2 and 3 stand in one room: a query of 3 skips the gallery of 2.
+_SYSU_QUERY_CAMERA: Final = 3
+_SYSU_SKIPPED_CAMERA: Final = 2
+
+# Distances worked on at once. A chunk's working memory is below 40 bytes an element: here 80 MB, and near
+# the caches.
+_CHUNK_ELEMENTS: Final = 1 << 21
+
+
+class Scores(NamedTuple):
+    """Scores of one trial, as shares of 1, averaged over the `valid_queries` that have a match.
+
+    cmc: float64 (max_rank,) on the CPU, `cmc[k - 1]` is Rank-k.
+    """
+
+    cmc: Tensor
+    mAP: float
+    mINP: float
+    valid_queries: int
+
+
+def score(
+    distance: Tensor | ArrayLike,
+    query_ids: Tensor | ArrayLike,
+    gallery_ids: Tensor | ArrayLike,
+    *,
+    query_cameras: Tensor | ArrayLike | None = None,
+    gallery_cameras: Tensor | ArrayLike | None = None,
+    protocol: str = "sysu",
+    max_rank: int = 20,
+) -> Scores:
+    """Rank-k (CMC), mAP and mINP of a retrieval.
+
+    distance: (queries, gallery), any real dtype, smaller is nearer, any device; query_ids, gallery_ids and,
+    for "sysu" and "llcm", query_cameras, gallery_cameras: integers, one a row or column.
+
+    protocol: which gallery images a query skips and what the CMC counts:
+      - "sysu": a query of camera 3 skips camera 2; the CMC ranks identities, each by its nearest image;
+      - "llcm": a query skips its own identity in its own camera; the CMC ranks identities likewise;
+      - "regdb": nothing is skipped; the CMC ranks images.
+    AP is the mean over a query's matches of k / rank of the k-th match, INP is matches / rank of the last
+    match, both over images. Queries without a match are left out. Equal distances rank in the gallery's
+    order.
+
+    Raises ValueError for shapes that do not fit, missing cameras, an unknown protocol, distances that are
+    not finite, and when no query has a match.
+    """
+    distance, queries, gallery = _checked_arguments(distance, query_ids, gallery_ids, protocol, max_rank)
+    cameras = _checked_cameras(query_cameras, gallery_cameras, distance, protocol)
+    identities, columns = torch.unique(gallery, return_inverse=True)
+    matches = _match_table(columns, len(identities))
+    own = torch.searchsorted(identities, queries).clamp_(max=len(identities) - 1)
+    known = torch.nonzero(identities[own] == queries).flatten()
+
+    ranks, precisions, penalties = [], [], []
+    for rows in known.split(_rows_at_once(distance)):
+        values = distance[rows].to(_working_dtype(distance))
+        places = matches[own[rows]]
+        matched, places = places >= 0, places.clamp(min=0)
+        if cameras is not None:
+            skipped = _skipped(protocol, queries[rows], gallery, cameras[0][rows], cameras[1])
+            values.masked_fill_(skipped, torch.inf)
+            matched &= ~skipped.gather(1, places)
+        valid = matched.any(dim=1)
+        if not valid.all():
+            values, places, matched = values[valid], places[valid], matched[valid]
+        before, keys = _images_before(values, places, matched)
+        precision, penalty = _precision_and_penalty(before, matched)
+        if protocol == "regdb":
+            ranks.append(before.masked_fill(~matched, len(gallery)).amin(dim=1))
+        else:
+            ranks.append(_identities_before(keys, places, matched, columns, len(identities)))
+        precisions.append(precision)
+        penalties.append(penalty)
+    valid = sum(len(rank) for rank in ranks)
+    if not valid:
+        raise ValueError(
+            f"no query has a match in the gallery: {len(queries)} queries of {len(queries.unique())} "
+            f"identities, {len(gallery)} gallery images of {len(identities)}, protocol {protocol!r}; check "
+            f"that both are of one split and that query and gallery cameras are not exchanged"
+        )
+    counts = torch.bincount(torch.cat(ranks).clamp(max=max_rank), minlength=max_rank + 1)[:max_rank]
+    return Scores(
+        cmc=(counts.cumsum(0).double() / valid).cpu(),
+        mAP=torch.cat(precisions).mean().item(),
+        mINP=torch.cat(penalties).mean().item(),
+        valid_queries=valid,
+    )
+
+
+def average(trials: Sequence[Scores]) -> Scores:
+    """The mean of the scores of several trials of one protocol, as SYSU-MM01 and LLCM report their ten.
+
+    Raises ValueError for no trial, curves of different length, or different numbers of valid queries: a
+    gallery draw changes neither, so the trials would not be of one protocol.
+    """
+    if not trials:
+        raise ValueError("expected the scores of at least one trial; got none")
+    for name, found in (
+        ("lengths of the CMC", {len(trial.cmc) for trial in trials}),
+        ("numbers of valid queries", {trial.valid_queries for trial in trials}),
+    ):
+        if len(found) > 1:
+            raise ValueError(f"expected trials of one protocol; got different {name}: {sorted(found)}")
+    return Scores(
+        cmc=torch.stack([trial.cmc for trial in trials]).mean(dim=0),
+        mAP=sum(trial.mAP for trial in trials) / len(trials),
+        mINP=sum(trial.mINP for trial in trials) / len(trials),
+        valid_queries=trials[0].valid_queries,
+    )
+
+
+def _images_before(values: Tensor, places: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
+    """How many images each match has before it (Q, M), and values without ties at the matches (Q, G).
+
+    values: (Q, G), skipped images infinite, changed in place; places: (Q, M) columns of the matches, where
+    `matched`.
+    """
+    ordered = _sorted_rows(values)
+    nearest = values.gather(1, places)
+    before = torch.searchsorted(ordered, nearest)
+    # A match is tied where the value behind its first place is its own again.
+    next_value = ordered.gather(1, (before + 1).clamp_(max=ordered.shape[1] - 1))
+    last = before == ordered.shape[1] - 1
+    tied = torch.nonzero(((next_value == nearest) & ~last & matched).any(dim=1)).flatten()
+    if len(tied):
+        # Only such rows pay for a stable sort; their images' positions in it then stand for the distances.
+        positions = _stable_positions(values[tied])
+        before[tied] = positions.gather(1, places[tied])
+        values[tied] = positions.to(values.dtype)
+    return before, values
+
+
+def _identities_before(
+    values: Tensor, places: Tensor, matched: Tensor, columns: Tensor, identities: int
+) -> Tensor:
+    """How many other identities have an image before the query's nearest match (Q,)."""
+    first = values.gather(1, places).masked_fill_(~matched, torch.inf).amin(dim=1, keepdim=True)
+    nearest = values.new_full((len(values), identities), torch.inf)
+    nearest.scatter_reduce_(1, columns.expand_as(values), values, "amin")
+    return (nearest < first).sum(dim=1)
+
+
+def _precision_and_penalty(before: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
+    """AP and INP of each query, float64 (Q,), from the places of its matches."""
+    count = matched.sum(dim=1)
+    ranks = before.masked_fill(~matched, torch.iinfo(before.dtype).max - 1).sort(dim=1).values + 1
+    found = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
+    precisions = (found / ranks.double()).masked_fill_(found > count[:, None], 0)
+    last = ranks.gather(1, count[:, None] - 1).squeeze(1)
+    return precisions.sum(dim=1) / count, count / last.double()
+
+
+def _sorted_rows(values: Tensor) -> Tensor:
+    # numpy sorts values several times faster than torch, which sorts indices along with them.
+    if values.device.type == "cpu":
+        return torch.from_numpy(np.sort(values.numpy(), axis=1))
+    return values.sort(dim=1).values
+
+
+def _stable_positions(values: Tensor) -> Tensor:
+    """The place of each element in its row's order; equal ones in the order of their columns."""
+    order = values.argsort(dim=1, stable=True)
+    places = torch.arange(values.shape[1], device=values.device)
+    return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
+
+
+def _match_table(columns: Tensor, identities: int) -> Tensor:
+    """The gallery columns of each identity (identities, most), in order, -1 where it has fewer than most."""
+    counts = torch.bincount(columns, minlength=identities)
+    starts = counts.cumsum(0) - counts
+    order = columns.argsort(stable=True)
+    table = columns.new_full((identities, int(counts.max())), -1)
+    owner = columns[order]
+    table[owner, torch.arange(len(order), device=order.device) - starts[owner]] = order
+    return table
+
+
+def _skipped(
+    protocol: str, queries: Tensor, gallery: Tensor, query_cameras: Tensor, gallery_cameras: Tensor
+) -> Tensor:
+    """The gallery images that each query skips, bool (Q, G)."""
+    if protocol == "sysu":
+        return (query_cameras == _SYSU_QUERY_CAMERA)[:, None] & (gallery_cameras == _SYSU_SKIPPED_CAMERA)
+    return (queries[:, None] == gallery) & (query_cameras[:, None] == gallery_cameras)
+
+
+def _rows_at_once(distance: Tensor) -> int:
+    return max(1, _CHUNK_ELEMENTS // distance.shape[1])
+
+
+def _working_dtype(distance: Tensor) -> torch.dtype:
+    """The dtype to sort in: the distance's own, or one that holds its values and the places of a row."""
+    if distance.dtype in (torch.float32, torch.float64):
+        # Above 2**24 columns float32 cannot tell two places of a row apart.
+        return torch.float64 if distance.shape[1] > 1 << 24 else distance.dtype
+    return torch.float32 if distance.is_floating_point() else torch.float64
+
+
+def _tensor(value: Tensor | ArrayLike, name: str) -> Tensor:
+    tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
+    if tensor.is_complex():
+        raise ValueError(f"{name} must be real; got {tensor.dtype}")
+    return tensor
+
+
+def _integers(value: Tensor | ArrayLike, name: str, length: int, device: torch.device) -> Tensor:
+    tensor = _tensor(value, name)
+    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.shape != (length,):
+        raise ValueError(
+            f"{name} must be {length} integers, one for each row or column of distance; got {tensor.dtype} "
+            f"{tuple(tensor.shape)}"
+        )
+    return tensor.to(device, torch.int64)
+
+
+def _checked_arguments(
+    distance: Tensor | ArrayLike,
+    query_ids: Tensor | ArrayLike,
+    gallery_ids: Tensor | ArrayLike,
+    protocol: str,
+    max_rank: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    if max_rank < 1:
+        raise ValueError(f"max_rank must be at least 1; got {max_rank}")
+    values = _tensor(distance, "distance")
+    if values.dim() != 2 or not values.numel():
+        raise ValueError(
+            f"distance must be (queries, gallery) with at least one of each; got {tuple(values.shape)}"
+        )
+    queries = _integers(query_ids, "query_ids", values.shape[0], values.device)
+    gallery = _integers(gallery_ids, "gallery_ids", values.shape[1], values.device)
+    for first in range(0, len(values), _rows_at_once(values)):
+        finite = torch.isfinite(values[first : first + _rows_at_once(values)])
+        if not finite.all():
+            row, column = torch.nonzero(~finite)[0].tolist()
+            raise ValueError(
+                f"distance must be finite; got {values[first + row, column].item()} for query {first + row} "
+                f"and gallery image {column}. Look for NaN or infinity in the features"
+            )
+    return values, queries, gallery
+
+
+def _checked_cameras(
+    query_cameras: Tensor | ArrayLike | None,
+    gallery_cameras: Tensor | ArrayLike | None,
+    distance: Tensor,
+    protocol: str,
+) -> tuple[Tensor, Tensor] | None:
+    if protocol == "regdb":
+        return None
+    if query_cameras is None or gallery_cameras is None:
+        missing = "query_cameras" if query_cameras is None else "gallery_cameras"
+        raise ValueError(
+            f"protocol {protocol!r} skips gallery images by camera and needs query_cameras and "
+            f"gallery_cameras; got no {missing}"
+        )
+    queries, gallery = distance.shape
+    return (
+        _integers(query_cameras, "query_cameras", queries, distance.device),
+        _integers(gallery_cameras, "gallery_cameras", gallery, distance.device),
+    )
