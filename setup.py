@@ -114,7 +114,7 @@ def first_error(lines: list[str]) -> str:
     for at, line in enumerate(told):
         if line.startswith("CMake Error"):
             sentence = next((i for i in range(at + 1, len(told)) if told[i].endswith((".", ":"))), at)
-            return " ".join(told[at : min(sentence, at + 5) + 1])
+            return " ".join(told[at : min(sentence, at + 5) + 1]).rstrip(".:")
         if "error:" in line:
             return line
     return ""

@@ -1,0 +1,17 @@
+"""What all tests share: hypothesis' profiles and the number of threads."""
+
+from __future__ import annotations
+
+import os
+
+import hypothesis
+import torch
+
+# A first call may compile or page in a library: deadlines would measure that. In CI the same examples are
+# drawn every time, so that a red run is a change's doing; at a desk new ones are.
+hypothesis.settings.register_profile("default", deadline=None, print_blob=True)
+hypothesis.settings.register_profile("ci", deadline=None, print_blob=True, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
+
+# The tests' tensors are small: on a machine with many cores, more threads only wait for each other.
+torch.set_num_threads(min(torch.get_num_threads(), 4))
