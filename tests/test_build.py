@@ -1,4 +1,4 @@
-"""The install: one version, a failed build that says why, rebuilds of what changed, a wheel that stands alone."""
+"""The install: one version, a failed build that says why, partial rebuilds, a wheel that stands alone."""
 
 from __future__ import annotations
 
