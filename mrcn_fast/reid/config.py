@@ -1,0 +1,184 @@
+"""Every value of a training run in one dataclass: flags, YAML, checkpoint and results all hold this.
+
+Each field says where its value comes from: "paper" (its Implementation Details and ablations), "field"
+(shared by the field's code and silent in the paper), "ours" (a choice of this library).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal
+
+from mrcn_fast.reid.model import ModelName
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be trained."""
+
+
+@dataclass
+class TrainConfig:
+    """Values of a training run."""
+
+    data: str
+    """Root of the data set's tree, as its owners ship it."""
+    out: str = "runs/train"
+    """Folder for checkpoint, metrics and results."""
+    dataset: Literal["sysu-mm01"] = "sysu-mm01"
+    """Data set whose tree `data` is."""
+
+    model: ModelName = "mrcn"
+    """mrcn, or baseline: the plain two-stream network (paper, Table 2)."""
+    depth: Literal[18, 50] = 50
+    """Layers of the ResNet (paper: 50)."""
+    stage: int = 0
+    """Stage after which the block sits, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
+    gate: str = "se"
+    """Channel attention of restitution and compensation: se, eca or cbam-channel (paper: se)."""
+    reduction: int = 16
+    """Dimension reduction of the gate (paper)."""
+    restitute_to: str = "normalized"
+    """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
+    weights: str | None = None
+    """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
+
+    height: int = 288
+    """Image height in pixels (paper)."""
+    width: int = 128
+    """Image width in pixels (paper)."""
+    identities: int = 4
+    """P, identities in a batch (paper)."""
+    images: int = 4
+    """K, images of an identity and modality in a batch (paper)."""
+    batches: int | None = None
+    """Batches in an epoch; none: floor(N / (P K)) + 1, N the larger modality's image count (field)."""
+    padding: int = 10
+    """Pixels of padding before the random crop (field)."""
+    flip: float = 0.5
+    """Probability of the horizontal flip (paper: flip; field: .5)."""
+    erase: float = 0.5
+    """Probability of random erasing (paper: erasing; field: .5)."""
+
+    label_smoothing: float = 0.1
+    """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
+    triplet_weight: float = 1.0
+    """lambda1 (paper)."""
+    triplet_margin: float = 0.3
+    """Margin of the batch-hard triplet loss (field; the paper is silent)."""
+    soft_margin: bool = False
+    """Soft margin in place of the triplet's hinge (ours, an option)."""
+    cqc_weight: float = 1.2
+    """lambda2 (paper, Figure 4)."""
+    cqc_margin: float = 0.2
+    """alpha, the margin of the CQC loss (paper)."""
+    cqc_reduction: Literal["sum", "mean"] = "sum"
+    """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
+    detach_negative: bool = False
+    """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
+
+    epochs: int = 80
+    """Epochs (paper)."""
+    steps: int | None = None
+    """Stop after this many steps in all, whatever `epochs` says; none: no limit."""
+    lr: float = 0.1
+    """Learning rate of BNNeck and classifier after the warm-up (paper)."""
+    warmup_lr: float = 0.01
+    """Learning rate of the first epoch (paper)."""
+    warmup_epochs: int = 10
+    """Epochs of linear warm-up from warmup_lr to lr (paper)."""
+    milestones: tuple[int, ...] = (20, 60)
+    """Epochs from which the learning rate is `decay` times what it was (paper: .01 from 20, .001 from 60)."""
+    decay: float = 0.1
+    """Factor of the learning rate at a milestone (paper)."""
+    trunk_lr: float = 0.1
+    """Learning rate of everything but BNNeck and classifier, as a share of theirs (field)."""
+    momentum: float = 0.9
+    """SGD momentum (paper), Nesterov's (field)."""
+    weight_decay: float = 5e-4
+    """Weight decay (field)."""
+
+    seed: int = 0
+    """Seed of the initial weights, the sampler and the augmentation."""
+    backend: str | None = None
+    """Backend of the block: reference, cpu, ...; none: the best that serves."""
+    accelerator: str = "auto"
+    """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Precision, as lightning-fabric names it."""
+    channels_last: bool = False
+    """Keep activations in the channels_last memory layout."""
+    workers: int = 4
+    """Processes that decode images; 0: the training process itself."""
+    log_every: int = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints, besides one at the end of each epoch."""
+
+    def __post_init__(self) -> None:
+        self.milestones = tuple(self.milestones)  # a YAML list, a checkpoint's list
+        at_least = {
+            "height": 32, "width": 16, "identities": 2, "images": 1, "epochs": 1, "reduction": 1,
+            "log_every": 1, "checkpoint_every": 1, "workers": 0, "padding": 0, "warmup_epochs": 0,
+            "lr": 0, "warmup_lr": 0, "seed": 0,
+        }  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                why = " (a triplet needs a negative)" if name == "identities" else ""
+                raise ConfigError(f"got {name}={getattr(self, name)}, expected at least {least}{why}")
+        for name in ("batches", "steps"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"got {name}={value}, expected at least 1, or none")
+        for name in ("flip", "erase", "label_smoothing"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ConfigError(f"got {name}={getattr(self, name)}, expected a number from 0 to 1")
+        if list(self.milestones) != sorted(set(self.milestones)):
+            raise ConfigError(f"got milestones={self.milestones}, expected increasing epochs")
+
+    def model_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ReIDModel that this run fixes."""
+        names = ("model", "depth", "stage", "gate", "reduction", "restitute_to", "backend")
+        return {name: getattr(self, name) for name in names}
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ReIDLoss."""
+        names = (
+            "label_smoothing", "triplet_weight", "triplet_margin", "soft_margin",
+            "cqc_weight", "cqc_margin", "cqc_reduction", "detach_negative",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only, for a checkpoint or JSON."""
+        return asdict(self) | {"milestones": list(self.milestones)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `as_dict`. Raises ConfigError naming the keys that don't belong or are missing."""
+        known = {field.name for field in fields(cls)}
+        if unknown := sorted(set(values) - known):
+            raise ConfigError(f"unknown values in the configuration: {', '.join(unknown)}")
+        if missing := sorted(known - set(values)):
+            raise ConfigError(f"values missing from the configuration: {', '.join(missing)}")
+        return cls(**values)
+
+
+# What may differ when a run goes on: where things are and how far or how fast it runs, not what it computes.
+FREE_ON_RESUME = frozenset(
+    (
+        "data", "out", "weights", "epochs", "steps", "backend", "accelerator", "workers", "log_every",
+        "checkpoint_every",
+    )
+)  # fmt: skip
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Learning rate of BNNeck and classifier in an epoch, counted from 0.
+
+    The paper's schedule: linear from `warmup_lr` in epoch 0 to `lr` in epoch `warmup_epochs`, then times
+    `decay` from each milestone on.
+    """
+    if epoch < config.warmup_epochs:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * epoch / config.warmup_epochs
+    return config.lr * config.decay ** sum(epoch >= milestone for milestone in config.milestones)

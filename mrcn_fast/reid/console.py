@@ -1,0 +1,42 @@
+"""What a person at the terminal sees: one console for log lines and progress bars, on stderr."""
+
+from __future__ import annotations
+
+import logging
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(stderr=True)
+
+
+def progress_bars(disable: bool = False) -> Progress:
+    """Bars with a free text at the end (`status`), which log lines don't tear apart."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        disable=disable,
+    )
+
+
+def log_to_console(level: int = logging.INFO) -> None:
+    """Show the library's log lines on the console; once, however often it is called."""
+    logger = logging.getLogger("mrcn_fast")
+    logger.setLevel(level)
+    if not any(isinstance(handler, RichHandler) for handler in logger.handlers):
+        handler = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)

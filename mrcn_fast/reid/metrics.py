@@ -1,0 +1,123 @@
+"""What training measures: a step's figures, their journal on disk, and the watch for collapsed embeddings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+from torch import Tensor
+
+from mrcn_fast.reid.checkpoint import write_atomically
+
+log = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.jsonl"
+
+# Embeddings whose spread falls below this share of their length have collapsed: fresh and trained networks
+# stay above 0.05, and at less than this no margin of the losses can be met any more.
+COLLAPSED_SPREAD = 1e-2
+
+
+class StepResult(NamedTuple):
+    """What one step measured: the total loss and its unweighted parts, and the spread of the embeddings."""
+
+    loss: float
+    identity: float
+    triplet: float
+    cqc: float
+    accuracy: float  # share of all sets' samples that the classifier names right
+    spread: float  # see `embedding_spread`
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self))
+
+
+def embedding_spread(pooled: Tensor) -> Tensor:
+    """Spread of (M, D) embeddings, a scalar: root of their total variance over their mean's length; a point: 0."""
+    pooled = pooled.detach().float()
+    variance = pooled.var(dim=0, correction=0).sum()
+    return (variance / pooled.mean(dim=0).square().sum().clamp_min(1e-24)).sqrt()
+
+
+class CollapseWatch:
+    """Warns when the embeddings have been a point for 20 steps, and again every 1,000 while it lasts."""
+
+    def __init__(self) -> None:
+        self._steps = 0
+
+    def look(self, step: int, result: StepResult) -> bool:
+        """Take in a step's result; whether it warned."""
+        self._steps = self._steps + 1 if result.spread < COLLAPSED_SPREAD else 0
+        if self._steps % 1000 != 20:
+            return False
+        log.warning(
+            "step %d: the embeddings have collapsed: for %d steps their spread has been below %g of their "
+            "length (now %.1e, triplet loss %.3f). Training seldom recovers from this: lower the learning rate, "
+            "or try --soft_margin true.",
+            *(step, self._steps, COLLAPSED_SPREAD, result.spread, result.triplet),
+        )
+        return True
+
+
+class Journal:
+    """metrics.jsonl: a JSON line for each stretch of steps, with the means over it.
+
+    `lines` holds what the file does. Besides StepResult's fields a line has step, epoch (from 0), lr, and the
+    mean seconds a step took (`step_seconds`) and waited for its batch (`wait_seconds`).
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lines: list[dict[str, float]] = []
+        self._steps: list[tuple[float, ...]] = []
+
+    def add(self, result: StepResult, step_seconds: float, wait_seconds: float) -> None:
+        """Take in one step."""
+        self._steps.append((*result, step_seconds, wait_seconds))
+
+    def write(self, step: int, epoch: int, lr: float) -> None:
+        """Write a line for the steps since the one before; nothing where there are none."""
+        if not self._steps:
+            return
+        names = (*StepResult._fields, "step_seconds", "wait_seconds")
+        means = (sum(column) / len(self._steps) for column in zip(*self._steps, strict=True))
+        line = {"step": step, "epoch": epoch, "lr": lr, **dict(zip(names, means, strict=True))}
+        self._steps.clear()
+        self.lines.append(line)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def clear(self) -> None:
+        """Begin anew: the file of an earlier run goes."""
+        self.lines.clear()
+        self.path.unlink(missing_ok=True)
+
+    def return_to(self, step: int) -> None:
+        """Read the file of an interrupted run and drop the lines after `step`: those steps are run again."""
+        self.lines.clear()
+        if not self.path.exists():
+            return
+        for text in self.path.read_text(encoding="utf-8").splitlines():
+            try:
+                line = json.loads(text)
+            except ValueError:  # the line that was being written when the machine stopped
+                continue
+            if line["step"] <= step:
+                self.lines.append(line)
+        kept = "".join(json.dumps(line) + "\n" for line in self.lines)
+        write_atomically(self.path, lambda file: file.write(kept.encode()))
+
+    def summary(self) -> str:
+        """The last line for people."""
+        if not self.lines:
+            return "nothing measured yet"
+        last = self.lines[-1]
+        return (
+            f"loss {last['loss']:.3f} (identity {last['identity']:.3f}, triplet {last['triplet']:.3f}, "
+            f"cqc {last['cqc']:.3f}), accuracy {last['accuracy']:.2f}, spread {last['spread']:.3f}, "
+            f"{last['step_seconds'] * 1000:.0f} ms a step, lr {last['lr']:g}"
+        )

@@ -1,0 +1,261 @@
+"""Training: paired batches, SGD with the paper's schedule, checkpoints, and what goes wrong told at once."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+from rich.progress import Progress, TaskID
+
+from mrcn_fast import backends
+from mrcn_fast.reid.batches import Batch, TrainingBatches
+from mrcn_fast.reid.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    check_config,
+    check_data,
+    data_identity,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+)
+from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
+from mrcn_fast.reid.console import progress_bars
+from mrcn_fast.reid.data import SYSUMM01, Augmentation
+from mrcn_fast.reid.losses import ReIDLoss
+from mrcn_fast.reid.metrics import METRICS_NAME, CollapseWatch, Journal, StepResult, embedding_spread
+from mrcn_fast.reid.model import ReIDModel, use_layout
+
+log = logging.getLogger(__name__)
+
+DATASETS = {SYSUMM01.name: SYSUMM01}
+
+
+class TrainingError(RuntimeError):
+    """Training that can't go on: a loss that isn't finite, a run that would overwrite another."""
+
+
+class Trainer:
+    """A training run: everything it needs, built from a TrainConfig; one step, and the loop.
+
+    `fit()` trains to the end and returns the checkpoint's path. Raises DatasetError and WeightsError for bad
+    files, ValueError for values that don't fit: fewer identities than P, an unknown gate, a backend that
+    can't be used.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.out = Path(config.out)
+        self.checkpoint_path = self.out / CHECKPOINT_NAME
+        dataset = DATASETS[config.dataset](config.data)
+        self.training = dataset.training()
+        self.data = data_identity(config.dataset, dataset.root, self.training)
+
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        self.fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
+        self.model = ReIDModel(len(self.training.identities), **config.model_arguments())
+        _check_backend(config.backend)
+        if config.weights is not None:
+            self.model.trunk.load_imagenet(config.weights)
+        self.layout = use_layout(self.model, config.channels_last)
+        self.optimizer = make_optimizer(self.model, config)
+        # The wrapped pair brings device and precision; the plain one keeps the names for checkpoints.
+        self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
+        self.loss = ReIDLoss(**config.loss_arguments())
+        size = (config.height, config.width)
+        self.augment = Augmentation(size, padding=config.padding, flip=config.flip, erase=config.erase)
+        self.batches = TrainingBatches(self.training, config, pin_memory=self.fabric.device.type == "cuda")
+        self.journal = Journal(self.out / METRICS_NAME)
+        self._watch = CollapseWatch()
+        # Steps done, and the place of the next batch.
+        self.step_count = self.epoch = self.batch = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        total = self.config.epochs * len(self.batches)
+        return total if self.config.steps is None else min(total, self.config.steps)
+
+    def step(self, batch: Batch) -> StepResult:
+        """One optimisation step on a batch of uint8 images.
+
+        Raises TrainingError, before the weights are touched, when the loss isn't finite.
+        """
+        device = self.fabric.device
+        labels = batch.labels.to(device)
+        visible, infrared = (
+            self.augment(images.to(device, non_blocking=True)).contiguous(memory_format=self.layout)
+            for images in (batch.visible, batch.infrared)
+        )
+        self._model.train()
+        output = self._model(visible, infrared)
+        parts = self.loss(output, labels)
+        with torch.no_grad():
+            right = output.logits.argmax(1) == labels.repeat(self.model.sets)
+            measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
+            # One transfer from the device a step, for the check below and the journal alike.
+            result = StepResult(*torch.stack(measured).tolist())
+        if not result.finite:
+            raise TrainingError(self._not_finite(batch, result))
+        self._optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(parts.total)
+        self._optimizer.step()
+        return result
+
+    def fit(self, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> Path:
+        """Train to the last step, writing checkpoint and metrics on the way; returns the checkpoint's path.
+
+        `resume` goes on from the checkpoint in `out`, exactly: on the CPU the weights end bitwise as if the
+        run had never stopped. Without it, an `out` that holds a checkpoint is refused unless `overwrite`.
+
+        Raises TrainingError and CheckpointError. Ctrl-C leaves the last checkpoint whole, says where it is,
+        and passes on.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        if resume:
+            self._resume()
+        elif self.checkpoint_path.exists() and not overwrite:
+            raise TrainingError(
+                f"{self.checkpoint_path}: a run is already there. Go on with it (--resume), replace it "
+                "(--overwrite), or give another folder (--out)."
+            )
+        else:
+            # The old run goes as a whole: its checkpoint beside this one's metrics would belong to neither.
+            self.checkpoint_path.unlink(missing_ok=True)
+            self.journal.clear()
+        bars = progress_bars() if progress is None else progress
+        if progress is None:
+            bars.start()
+        task = bars.add_task(self.config.model, total=self.total_steps, completed=self.step_count, status="")
+        try:
+            while self.step_count < self.total_steps:
+                self._run_epoch(bars, task)
+        except KeyboardInterrupt:
+            log.warning("Interrupted after step %d. %s", self.step_count, self._last_checkpoint())
+            raise
+        finally:
+            if progress is None:
+                bars.stop()
+        return self.checkpoint_path
+
+    def _run_epoch(self, bars: Progress, task: TaskID) -> None:
+        """Train from the current place to the epoch's end, or to the run's."""
+        rate = learning_rate(self.config, self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        asked = time.perf_counter()
+        for batch in self.batches.of(self.epoch, self.batch):
+            begun = time.perf_counter()
+            result = self.step(batch)
+            self.step_count += 1
+            self.batch += 1
+            self.journal.add(result, time.perf_counter() - begun, begun - asked)
+            self._watch.look(self.step_count, result)
+            status = f"epoch {self.epoch + 1} loss {result.loss:.3f} accuracy {result.accuracy:.2f}"
+            bars.update(task, completed=self.step_count, status=status)
+            if self._ends_here():
+                break
+            self._write_within_epoch(rate)
+            asked = time.perf_counter()
+        self.journal.write(self.step_count, self.epoch, rate)
+        if self.batch == len(self.batches):
+            self.epoch, self.batch = self.epoch + 1, 0
+        self.save()
+        log.info(
+            "%s, step %d of %d, epoch %d of %d: %s",
+            *(self.config.model, self.step_count, self.total_steps, self.epoch, self.config.epochs),
+            self.journal.summary(),
+        )
+
+    def _ends_here(self) -> bool:
+        return self.batch == len(self.batches) or self.step_count == self.total_steps
+
+    def _write_within_epoch(self, rate: float) -> None:
+        if self.step_count % self.config.log_every == 0:
+            self.journal.write(self.step_count, self.epoch, rate)
+        if self.step_count % self.config.checkpoint_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint. When a weight isn't finite, TrainingError: the one before stays."""
+        state = self.model.state_dict()
+        if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+            raise TrainingError(
+                f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
+                f"Lower the learning rate. {self._last_checkpoint()}"
+            )
+        checkpoint = Checkpoint(
+            config=self.config,
+            data=self.data,
+            model=state,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.fabric.strategy.precision.state_dict(),
+            random=random_state(),
+            step=self.step_count,
+            epoch=self.epoch,
+            batch=self.batch,
+            metrics=self.journal.lines[-1] if self.journal.lines else {},
+        )
+        save_checkpoint(self.checkpoint_path, checkpoint)
+
+    def _resume(self) -> None:
+        path = self.checkpoint_path
+        checkpoint = load_checkpoint(path)
+        check_config(path, checkpoint, self.config)
+        check_data(path, checkpoint, self.data)
+        load_weights(path, self.model, checkpoint.model)
+        load_optimizer(path, self.optimizer, checkpoint.optimizer)
+        self.fabric.strategy.precision.load_state_dict(checkpoint.scaler)
+        self.step_count, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
+        self.journal.return_to(self.step_count)
+        restore_random_state(checkpoint.random)
+        log.info("Going on from %s: step %d of %d", path, self.step_count, self.total_steps)
+
+    def _not_finite(self, batch: Batch, result: StepResult) -> str:
+        return (
+            f"step {self.step_count + 1} (epoch {self.epoch + 1}): the loss isn't finite (total "
+            f"{result.loss}, identity {result.identity}, triplet {result.triplet}, cqc {result.cqc}). The weights were not "
+            f"touched. {self._last_checkpoint()} The batch's files:\n  "
+            + "\n  ".join(batch.files(self.training))
+        )
+
+    def _last_checkpoint(self) -> str:
+        if not self.checkpoint_path.exists():
+            return "No checkpoint had been written yet."
+        return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."
+
+
+def _check_backend(name: str | None) -> None:
+    """Refuse an unusable backend now rather than in the first step. Raises ConfigError with the reason."""
+    status = backends().get(name or "")
+    if status is not None and not status.usable:
+        raise ConfigError(f"backend {name!r} can't be used: {status.reason}")
+
+
+def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:
+    """SGD with Nesterov's momentum: BNNeck and classifier at the full rate, the rest at `trunk_lr` of it.
+
+    A group's share stands in its `scale`; the schedule multiplies by it.
+    """
+    head = [*model.neck.parameters(), *model.classifier.parameters()]
+    in_head = {id(parameter) for parameter in head}
+    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_head]
+    groups = [
+        {"params": [parameter for parameter in parameters if parameter.requires_grad], "scale": scale}
+        for parameters, scale in ((head, 1.0), (rest, config.trunk_lr))
+    ]
+    return torch.optim.SGD(
+        groups,
+        lr=config.lr,
+        momentum=config.momentum,
+        weight_decay=config.weight_decay,
+        nesterov=config.momentum > 0,
+    )
