@@ -74,8 +74,14 @@ def find_compiler() -> str:
     )
 
 
-def require_modules() -> None:
-    """torch and pybind11, as the headers and libraries the build links against, in this environment."""
+def require_headers() -> None:
+    """Python's headers, torch and pybind11: what the build compiles and links against."""
+    headers = sysconfig.get_path("include")
+    if not Path(headers, "Python.h").is_file():
+        raise NativeBuildError(
+            f"Python's headers were not found ({headers}/Python.h); get them (Debian, Ubuntu: sudo apt install "
+            f"python3-dev; Fedora, RHEL: sudo dnf install python3-devel), {GET_AGAIN}"
+        )
     for name in ("torch", "pybind11"):
         if importlib.util.find_spec(name) is None:
             raise NativeBuildError(
@@ -145,7 +151,7 @@ def configure(directory: Path, cmake: str, ninja: str, compiler: str) -> None:
 def build_native(prefix: Path) -> None:
     """Builds the library in its own persistent directory and installs it under `prefix`."""
     compiler, cmake, ninja = find_compiler(), find_tool("cmake"), find_tool("ninja")
-    require_modules()
+    require_headers()
     tag = sysconfig.get_config_var("SOABI") or f"cp{sys.version_info.major}{sys.version_info.minor}"
     directory = ROOT / "build" / f"native-{tag}"
     configure(directory, cmake, ninja, compiler)
