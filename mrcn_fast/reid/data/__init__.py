@@ -1,4 +1,4 @@
-"""Person images of two spectra: the published data sets as they are, synthetic ones, sampling, augmentation."""
+"""Person images of two spectra: the published data sets, synthetic ones, sampling, augmentation."""
 
 from mrcn_fast.reid.data.augment import Augmentation, normalize
 from mrcn_fast.reid.data.images import PersonImages
