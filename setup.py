@@ -10,6 +10,7 @@ mrcn_fast.backends() and `mrcn-fast info` read it when the library is not there 
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -79,8 +80,8 @@ def require_headers() -> None:
     headers = sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():
         raise NativeBuildError(
-            f"Python's headers were not found ({headers}/Python.h); get them (Debian, Ubuntu: sudo apt install "
-            f"python3-dev; Fedora, RHEL: sudo dnf install python3-devel), {GET_AGAIN}"
+            f"Python's headers were not found ({headers}/Python.h); get them (Debian, Ubuntu: "
+            f"sudo apt install python3-dev; Fedora, RHEL: sudo dnf install python3-devel), {GET_AGAIN}"
         )
     for name in ("torch", "pybind11"):
         if importlib.util.find_spec(name) is None:
@@ -148,12 +149,18 @@ def configure(directory: Path, cmake: str, ninja: str, compiler: str) -> None:
     stamp.write_text(now)
 
 
+def build_directory() -> Path:
+    """Where the objects stay from build to build: a directory for each Python and environment."""
+    tag = sysconfig.get_config_var("SOABI") or f"cp{sys.version_info.major}{sys.version_info.minor}"
+    environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
+    return ROOT / "build" / f"native-{tag}-{environment}"
+
+
 def build_native(prefix: Path) -> None:
     """Builds the library in its own persistent directory and installs it under `prefix`."""
     compiler, cmake, ninja = find_compiler(), find_tool("cmake"), find_tool("ninja")
     require_headers()
-    tag = sysconfig.get_config_var("SOABI") or f"cp{sys.version_info.major}{sys.version_info.minor}"
-    directory = ROOT / "build" / f"native-{tag}"
+    directory = build_directory()
     configure(directory, cmake, ninja, compiler)
     call("the compilation", [cmake, "--build", str(directory)])
     call("the installation of the library", [cmake, "--install", str(directory), "--prefix", str(prefix)])
