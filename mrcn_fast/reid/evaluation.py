@@ -72,9 +72,7 @@ def score(
         places = matches[own[rows]]
         matched, places = places >= 0, places.clamp(min=0)
         if cameras is not None:
-            skipped = _skipped(protocol, queries[rows], gallery, cameras[0][rows], cameras[1])
-            values.masked_fill_(skipped, torch.inf)
-            matched &= ~skipped.gather(1, places)
+            _skip(protocol, values, places, matched, cameras[0][rows], cameras[1])
         valid = matched.any(dim=1)
         if not valid.all():
             values, places, matched = values[valid], places[valid], matched[valid]
@@ -86,8 +84,8 @@ def score(
             ranks.append(_identities_before(keys, places, matched, columns, len(identities)))
         precisions.append(precision)
         penalties.append(penalty)
-    valid = sum(len(rank) for rank in ranks)
-    if not valid:
+    valid_queries = sum(len(rank) for rank in ranks)
+    if not valid_queries:
         raise ValueError(
             f"no query has a match in the gallery: {len(queries)} queries of {len(queries.unique())} "
             f"identities, {len(gallery)} gallery images of {len(identities)}, protocol {protocol!r}; check "
@@ -95,10 +93,10 @@ def score(
         )
     counts = torch.bincount(torch.cat(ranks).clamp(max=max_rank), minlength=max_rank + 1)[:max_rank]
     return Scores(
-        cmc=(counts.cumsum(0).double() / valid).cpu(),
+        cmc=(counts.cumsum(0).double() / valid_queries).cpu(),
         mAP=torch.cat(precisions).mean().item(),
         mINP=torch.cat(penalties).mean().item(),
-        valid_queries=valid,
+        valid_queries=valid_queries,
     )
 
 
@@ -190,13 +188,20 @@ def _match_table(columns: Tensor, identities: int) -> Tensor:
     return table
 
 
-def _skipped(
-    protocol: str, queries: Tensor, gallery: Tensor, query_cameras: Tensor, gallery_cameras: Tensor
-) -> Tensor:
-    """The gallery images that each query skips, bool (Q, G)."""
+def _skip(
+    protocol: str, values: Tensor, places: Tensor, matched: Tensor, cameras: Tensor, gallery_cameras: Tensor
+) -> None:
+    """Make what the queries (of `cameras`) skip infinite in `values`, and no match in `matched`."""
     if protocol == "sysu":
-        return (query_cameras == _SYSU_QUERY_CAMERA)[:, None] & (gallery_cameras == _SYSU_SKIPPED_CAMERA)
-    return (queries[:, None] == gallery) & (query_cameras[:, None] == gallery_cameras)
+        skipping, skipped = cameras == _SYSU_QUERY_CAMERA, gallery_cameras == _SYSU_SKIPPED_CAMERA
+        values.masked_fill_(skipping[:, None] & skipped, torch.inf)
+        matched &= ~(skipping[:, None] & skipped[places])
+    else:
+        # All that an LLCM query skips is of its own identity, so among `places`.
+        skipped = matched & (gallery_cameras[places] == cameras[:, None])
+        raised = torch.where(skipped, torch.inf, -torch.inf).to(values.dtype)
+        values.scatter_reduce_(1, places, raised, "amax")
+        matched &= ~skipped
 
 
 def _rows_at_once(distance: Tensor) -> int:
@@ -247,9 +252,10 @@ def _checked_arguments(
     queries = _integers(query_ids, "query_ids", values.shape[0], values.device)
     gallery = _integers(gallery_ids, "gallery_ids", values.shape[1], values.device)
     for first in range(0, len(values), _rows_at_once(values)):
-        finite = torch.isfinite(values[first : first + _rows_at_once(values)])
-        if not finite.all():
-            row, column = torch.nonzero(~finite)[0].tolist()
+        rows = values[first : first + _rows_at_once(values)]
+        # The extremes are NaN if any value is, and found without a mask of the rows' size.
+        if not all(extreme.isfinite() for extreme in rows.aminmax()):
+            row, column = torch.nonzero(~rows.isfinite())[0].tolist()
             raise ValueError(
                 f"distance must be finite; got {values[first + row, column].item()} for query {first + row} "
                 f"and gallery image {column}. Look for NaN or infinity in the features"

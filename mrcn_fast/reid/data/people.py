@@ -1,8 +1,8 @@
 """Synthetic people: who somebody is, apart from any camera and pose.
 
-An identity is its body's proportions, hair, the cut, pattern and material of its clothes, and its bag. Colours are part
-of it too, but only cameras of the visible spectrum see them: in the near infrared every material has a reflectance
-of its own, which its colour does not tell.
+An identity is its body's proportions, hair, the cut, pattern and material of its clothes, and its bag.
+Colours are part of it too, but only cameras of the visible spectrum see them: in the near infrared every
+material has a reflectance of its own, which its colour does not tell.
 """
 
 from __future__ import annotations

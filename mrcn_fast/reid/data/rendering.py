@@ -1,7 +1,7 @@
 """Pictures of synthetic people: identity, camera and pose -> image. Knows no data set's layout.
 
-A figure is drawn twice as large as the image as a map of parts, each part gets its material's reflectance in the
-camera's spectrum, the camera's room stands behind, then come the camera's light, lens and sensor.
+A figure is drawn twice as large as the image as a map of parts, each part gets its material's reflectance
+in the camera's spectrum, the camera's room stands behind, then come the camera's light, lens and sensor.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _SUPERSAMPLING: Final = 2
 _LUMINANCE: Final = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 # The value in the shade map that leaves a reflectance as it is.
 _FULL_LIGHT: Final = 200
+# Steps of light that a camera's gamma curve is tabulated for.
+_TONES: Final = 1024
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Camera:
     room: Floats  # (height, wider than the image, 3), as the camera's spectrum sees it
     yaw: float  # radians, 0 faces the camera
     yaw_spread: float
+    away: float  # share of the people who walk away from it
     fill: float  # share of the image's height that the tallest person takes
     offset: float  # of the figure, in image widths
 
@@ -86,8 +89,8 @@ def make_camera(
     """Draw one camera. Cameras with equal `room_generator` streams stand in one room.
 
     The three strengths are 1 by default. modality_gap 0: an infrared camera sees what a visible one would;
-    camera_style 0: all cameras have one even light, clean sensor and plain room; pose_spread 0: all people stand
-    upright, face the camera and fill the image alike.
+    camera_style 0: all cameras have one even light, clean sensor and plain room; pose_spread 0: all people
+    stand upright, face the camera and fill the image alike.
     """
     infrared = modality == "infrared"
     style = camera_style
@@ -95,9 +98,8 @@ def make_camera(
     def around(middle: float, spread: float) -> float:
         return float(middle + style * spread * generator.uniform(-1, 1))
 
-    gain = around(1.0, 0.22)
-    cast = (around(1.0, 0.16), around(1.0, 0.08), around(1.0, 0.16))
-    facing_away = generator.random() < 0.4
+    gain = around(1.1, 0.2) if infrared else around(1.0, 0.2)
+    cast = (around(1.0, 0.13), around(1.0, 0.07), around(1.0, 0.13))
     return Camera(
         modality=modality,
         modality_gap=modality_gap if infrared else 0.0,
@@ -111,8 +113,9 @@ def make_camera(
         blur=style * generator.uniform(0.2, 0.7),
         noise=style * (generator.uniform(0.02, 0.05) if infrared else generator.uniform(0.01, 0.03)),
         room=_make_room(room_generator, image_size, modality, modality_gap if infrared else 0.0, style),
-        yaw=pose_spread * float((np.pi if facing_away else 0.0) + generator.uniform(-0.5, 0.5)),
-        yaw_spread=pose_spread * generator.uniform(0.3, 0.8),
+        yaw=pose_spread * generator.uniform(-0.5, 0.5),
+        yaw_spread=pose_spread * generator.uniform(0.2, 0.6),
+        away=min(1.0, pose_spread * generator.uniform(0.1, 0.7)),
         fill=0.93 + pose_spread * generator.uniform(-0.05, 0.03),
         offset=pose_spread * generator.uniform(-0.05, 0.05),
     )
@@ -123,8 +126,9 @@ def make_pose(
 ) -> Pose:
     """Draw one moment in front of `camera`."""
     spread = pose_spread
+    turned = np.pi if generator.random() < camera.away else 0.0
     return Pose(
-        yaw=camera.yaw + camera.yaw_spread * generator.standard_normal(),
+        yaw=turned + camera.yaw + camera.yaw_spread * generator.standard_normal(),
         stride=spread * generator.uniform(-0.13, 0.13),
         swing=spread * generator.uniform(-0.10, 0.10),
         lean=spread * generator.uniform(-0.03, 0.03),
@@ -141,22 +145,30 @@ def make_pose(
 def render(
     person: Person, camera: Camera, pose: Pose, image_size: tuple[int, int], generator: np.random.Generator
 ) -> Image.Image:
-    """The RGB image, `image_size` = (height, width), of `person` as `camera` sees them; `generator` makes the noise."""
-    height, width = image_size
+    """The RGB image of `person` as `camera` sees them; `generator` makes the noise."""
+    width = image_size[1]
     figure = _Figure(person, camera, pose, image_size)
     figure.draw()
-    reflected = figure.reflectance()
-    shape = (height, _SUPERSAMPLING, width, _SUPERSAMPLING)
-    colour = reflected.reshape(*shape, 3).mean(axis=(1, 3))
-    covered = (figure.parts() != _Part.NOTHING).reshape(shape).mean(axis=(1, 3), dtype=np.float32)
-    spare = camera.room.shape[1] - width
-    left = round(pose.room_shift * spare)
-    scene = colour + (1 - covered[..., None]) * camera.room[:, left : left + width]
+    colour = _reduced(figure.reflectance())
+    covered = _reduced((figure.parts() != _Part.NOTHING)[..., None].astype(np.float32))
+    left = round(pose.room_shift * (camera.room.shape[1] - width))
+    scene = colour + (1 - covered) * camera.room[:, left : left + width]
     return _photograph(scene, camera, pose, generator)
 
 
+def _reduced(image: Floats) -> Floats:
+    """Supersampled (H, W, C) -> the means of the image's pixels."""
+    # Sums of strided slices: a mean over two axes takes numpy several times longer.
+    steps = range(_SUPERSAMPLING)
+    slices = [image[row::_SUPERSAMPLING, column::_SUPERSAMPLING] for row in steps for column in steps]
+    total = slices[0].copy()
+    for part in slices[1:]:
+        total += part
+    return total * np.float32(1 / len(slices))
+
+
 def seen(surface: Surface, modality_gap: float) -> Floats:
-    """A surface's reflectance (3,) to a camera; gap 0: its colour; 1: its near-infrared response, without colour."""
+    """A surface's reflectance (3,) to a camera; gap 0: its colour; 1: its near-infrared response, grey."""
     colour = np.array(surface.visible, dtype=np.float32)
     luminance = colour @ _LUMINANCE
     response = luminance + modality_gap * (surface.infrared - luminance)
@@ -207,10 +219,11 @@ class _Figure:
         table = np.zeros((len(_Part), 3), dtype=np.float32)
         for part, surface in surfaces.items():
             table[part] = seen(surface, gap)
-        result = table[parts]
+        result = np.take(table, parts, axis=0)
         self._print(result, parts == _Part.TOP, person.top, 0.16)
         self._print(result, parts == _Part.BOTTOM, person.bottom, person.body.hip_height)
-        return result * self._light(parts)[..., None]
+        result *= self._light(parts)[..., None]
+        return result
 
     def draw(self) -> None:
         """All parts, the far ones first."""
@@ -319,7 +332,9 @@ class _Figure:
         turn = self._sideways * half
         long_hair = {"bob": 0.15, "long": 0.26}.get(person.hair_style)
         if long_hair and self._front:
-            self._ellipse((-1.25 * half - 0.3 * turn, top, 1.25 * half - 0.3 * turn, long_hair), _Part.HAIR, 0.85)
+            self._ellipse(
+                (-1.25 * half - 0.3 * turn, top, 1.25 * half - 0.3 * turn, long_hair), _Part.HAIR, 0.85
+            )
         if person.hair_style == "afro":
             self._ellipse((-1.7 * half, top - 0.035, 1.7 * half, top + 0.085), _Part.HAIR)
         self._ellipse((-half, top, half, bottom), _Part.FACE)
@@ -393,7 +408,7 @@ class _Figure:
     # Cloth and light
 
     def _print(self, result: Floats, worn: NDArray[np.bool_], garment: Garment, top: float) -> None:
-        """Give the `worn` pixels that the pattern covers the accent's reflectance; `top` is the garment's upper end."""
+        """Give the `worn` pixels under the pattern its accent; `top` is the upper end of the garment."""
         if garment.pattern == "plain":
             return
         rows, columns = np.nonzero(worn)
@@ -407,8 +422,11 @@ class _Figure:
         """Shade of the parts, darker towards the outline as on round bodies."""
         outline = Image.fromarray(((parts != _Part.NOTHING) * 255).astype(np.uint8))
         radius = 0.03 * self._unit
-        roundness = np.asarray(outline.filter(ImageFilter.BoxBlur(radius)), dtype=np.float32) / 255
-        return np.asarray(self._shade, dtype=np.float32) / _FULL_LIGHT * (0.55 + 0.45 * roundness)
+        roundness = np.asarray(outline.filter(ImageFilter.BoxBlur(radius))) * np.float32(1 / 255)
+        roundness *= 0.45 / _FULL_LIGHT
+        roundness += 0.55 / _FULL_LIGHT
+        roundness *= np.asarray(self._shade)
+        return roundness
 
     # Drawing in body heights
 
@@ -431,7 +449,12 @@ class _Figure:
             drawing.ellipse(self._box(box), fill=fill)
 
     def _chord(
-        self, box: tuple[float, float, float, float], start: float, end: float, part: _Part, shade: float = 1.0
+        self,
+        box: tuple[float, float, float, float],
+        start: float,
+        end: float,
+        part: _Part,
+        shade: float = 1.0,
     ) -> None:
         for drawing, fill in zip(self._drawings, _fills(part, shade), strict=True):
             drawing.chord(self._box(box), start, end, fill=fill)
@@ -484,7 +507,9 @@ def _pattern(garment: Garment, u: NDArray, v: NDArray, middle: float) -> NDArray
         "halves": lambda: u > 0,
         "disk": lambda: x**2 + y**2 < (0.6 * period + 0.02) ** 2,
         "square": lambda: np.maximum(np.abs(x), np.abs(y)) < 0.45 * period + 0.02,
-        "cross": lambda: (np.minimum(np.abs(x), np.abs(y)) < 0.016) & (np.maximum(np.abs(x), np.abs(y)) < 0.075),
+        "cross": lambda: (
+            (np.minimum(np.abs(x), np.abs(y)) < 0.016) & (np.maximum(np.abs(x), np.abs(y)) < 0.075)
+        ),
         "cuffs": lambda: v > 0.16 + phase,
     }
     return patterns[garment.pattern]()
@@ -515,8 +540,8 @@ def _make_room(
     room[horizon::joint] *= 0.85
     if generator.random() < 0.5:
         room[:horizon, :: max(4, round(1.5 * joint))] *= 0.88
-    coarse = generator.uniform(0.85, 1.15, (height // 8 + 1, width // 8 + 1)).astype(np.float32)
-    room *= np.kron(coarse, np.ones((8, 8), dtype=np.float32))[:height, :width, None]
+    stains = Image.fromarray(generator.uniform(0.85, 1.12, (12, 12)).astype(np.float32))
+    room *= np.asarray(stains.resize((width, height), Image.Resampling.BICUBIC))[..., None]
     plain = np.float32(0.45)
     return plain + np.float32(min(style, 1.0)) * (room - plain)
 
@@ -526,14 +551,17 @@ def _photograph(scene: Floats, camera: Camera, pose: Pose, generator: np.random.
     height, width, _ = scene.shape
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
     light = 1 + camera.gradient[0] * x / 2 + camera.gradient[1] * y / 2 - camera.vignette * (x**2 + y**2) / 2
-    gain = camera.gain * pose.light * np.array(camera.cast, dtype=np.float32)
-    exposed = np.clip(scene * light[..., None].astype(np.float32) * gain, 0, 1) ** np.float32(camera.gamma)
-    image = Image.fromarray((exposed * 255).astype(np.uint8))
+    gain = np.array(camera.cast, dtype=np.float32) * np.float32(camera.gain * pose.light)
+    exposed = scene * light[..., None].astype(np.float32)
+    exposed *= gain * np.float32(_TONES - 1)
+    tones = (np.linspace(0, 1, _TONES) ** camera.gamma * 255).astype(np.uint8)
+    image = Image.fromarray(np.take(tones, exposed.astype(np.int32), mode="clip"))
     if camera.blur:
         image = image.filter(ImageFilter.GaussianBlur(camera.blur * height / 128))
     if not camera.noise:
         return image
     # Without colour there is one sensor channel, and one noise.
     channels = 1 if camera.modality_gap else 3
-    noise = generator.standard_normal((height, width, channels), dtype=np.float32) * (255 * camera.noise)
+    noise = generator.standard_normal((height, width, channels), dtype=np.float32)
+    noise *= np.float32(255 * camera.noise)
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))

@@ -40,15 +40,15 @@ def write_sysu(
 ) -> Path:
     """Write a synthetic data set in SYSU-MM01's tree, for `SYSUMM01` to read; the path of its root.
 
-    `identities` people in all, of them `test_identities` for the test and a quarter of the others for validation; each
-    is seen `images_per_camera` times by each of the six cameras (3 and 6 infrared). image_size: (height, width).
-    The strengths, 1 by default and 0 for none: modality_gap, how far infrared differs from visible; camera_style, how
-    far the cameras' light, noise and rooms differ; pose_spread, how far view, pose and crop do. `progress` is called
-    with the images written and all images.
+    `identities` people in all, of them `test_identities` for the test and a quarter of the others for
+    validation; each is seen `images_per_camera` times by each of the six cameras (3 and 6 infrared).
+    image_size: (height, width). The strengths, 1 by default and 0 for none: modality_gap, how far infrared
+    differs from visible; camera_style, how far the cameras' light, noise and rooms differ; pose_spread, how
+    far view, pose and crop do. `progress` is called with the images written and all images.
 
-    Equal arguments write identical bytes. `root`/synthetic.json names the tree as synthetic, with its parameters. An
-    earlier synthetic tree at `root` is replaced. Raises ValueError for parameters out of range, DatasetError if `root`
-    holds anything else.
+    Equal arguments write identical bytes. `root`/synthetic.json names the tree as synthetic, with its
+    parameters. An earlier synthetic tree at `root` is replaced. Raises ValueError for parameters out of
+    range, DatasetError if `root` holds anything else.
     """
     parameters = {
         "layout": "sysu",
@@ -120,8 +120,8 @@ def _claim(root: Path, parameters: dict[str, Any]) -> None:
         if not (root / MARKER).is_file():
             found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8])
             raise DatasetError(
-                f"{root}: expected an empty folder or an earlier synthetic data set (with {MARKER}); found {found}. "
-                f"Nothing was written: choose another folder"
+                f"{root}: expected an empty folder or an earlier synthetic data set (with {MARKER}); found "
+                f"{found}. Nothing was written: choose another folder"
             )
         for name in [*(f"cam{camera}" for camera in CAMERAS), "exp"]:
             shutil.rmtree(root / name, ignore_errors=True)
