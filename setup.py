@@ -19,6 +19,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import textwrap
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -110,7 +111,7 @@ def call(step: str, command: list[str]) -> None:
     if process.returncode != 0:
         raise NativeBuildError(
             f"{step} failed: {first_error(lines) or f'exit status {process.returncode}'}. "
-            f"Needed: g++ 11, clang++ 14 or newer ({GET_COMPILER}); {GET_AGAIN}",
+            f"Should the compiler be too old: g++ 11 or clang++ 14 is needed ({GET_COMPILER}); {GET_AGAIN}",
             log="".join(lines[-LOG_LINES:]),
         )
 
@@ -123,7 +124,7 @@ def first_error(lines: list[str]) -> str:
             sentence = next((i for i in range(at + 1, len(told)) if told[i].endswith((".", ":"))), at)
             return " ".join(told[at : min(sentence, at + 5) + 1]).rstrip(".:")
         if "error:" in line:
-            return line
+            return textwrap.shorten(line, 300)
     return ""
 
 
