@@ -17,6 +17,7 @@ from mrcn_fast.reid.data.sysu_mm01 import CAMERAS, VISIBLE_CAMERAS
 
 # The file that names a tree as synthetic, and as one that may be written anew.
 MARKER: Final = "synthetic.json"
+_NOTE: Final = "synthetic person images, rendered by mrcn_fast; no real person is shown"
 
 # Separate random streams, so that a camera's style, say, does not change with the number of identities.
 _PERSON, _CAMERA, _ROOM, _IMAGE, _SPLIT = range(5)
@@ -117,18 +118,27 @@ def _claim(root: Path, parameters: dict[str, Any]) -> None:
     if root.exists() and not root.is_dir():
         raise DatasetError(f"{root}: expected a folder to write to, or none; found a file")
     if root.is_dir() and any(root.iterdir()):
-        if not (root / MARKER).is_file():
+        if not _is_synthetic(root):
             found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8])
             raise DatasetError(
                 f"{root}: expected an empty folder or an earlier synthetic data set (with {MARKER}); found "
                 f"{found}. Nothing was written: choose another folder"
             )
         for name in [*(f"cam{camera}" for camera in CAMERAS), "exp"]:
-            shutil.rmtree(root / name, ignore_errors=True)
+            if (root / name).is_dir():
+                shutil.rmtree(root / name)
     root.mkdir(parents=True, exist_ok=True)
     # First of all, so that an interrupted run can be repeated.
-    note = {"what": "synthetic person images, rendered by mrcn_fast; no real person is shown", **parameters}
+    note = {"what": _NOTE, **parameters}
     (root / MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def _is_synthetic(root: Path) -> bool:
+    try:
+        note = json.loads((root / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(note, dict) and note.get("what") == _NOTE
 
 
 def _check_parameters(parameters: dict[str, Any]) -> None:

@@ -1,0 +1,230 @@
+"""Scores against a per-query loop, against numbers counted by hand, and against SYSU-MM01's official evaluation."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from mrcn_fast.reid.data import SYSUMM01
+from mrcn_fast.reid.evaluation import Scores, average, score
+
+SHARED = Path(__file__).resolve().parents[2].parent / "shared"
+
+
+def loop_score(
+    distance: NDArray,
+    queries: NDArray,
+    gallery: NDArray,
+    query_cameras: NDArray,
+    gallery_cameras: NDArray,
+    protocol: str,
+    max_rank: int,
+) -> Scores:
+    """The definition, a query at a time."""
+    curve, precisions, penalties = np.zeros(max_rank), [], []
+    for row, identity in enumerate(queries):
+        order = sorted(range(len(gallery)), key=lambda column, row=row: (distance[row, column], column))
+        if protocol == "sysu":
+            order = [j for j in order if not (query_cameras[row] == 3 and gallery_cameras[j] == 2)]
+        if protocol == "llcm":
+            order = [
+                j for j in order if not (gallery[j] == identity and gallery_cameras[j] == query_cameras[row])
+            ]
+        ranked = [int(gallery[j]) for j in order]
+        if identity not in ranked:
+            continue
+        places = [place for place, found in enumerate(ranked, start=1) if found == identity]
+        precisions.append(np.mean([k / place for k, place in enumerate(places, start=1)]))
+        penalties.append(len(places) / places[-1])
+        ranked = ranked if protocol == "regdb" else list(dict.fromkeys(ranked))
+        curve[ranked.index(identity) :] += 1
+    valid = len(precisions)
+    return Scores(
+        torch.from_numpy(curve / valid), float(np.mean(precisions)), float(np.mean(penalties)), valid
+    )
+
+
+def assert_equal(got: Scores, expected: Scores) -> None:
+    torch.testing.assert_close(got.cmc, expected.cmc, rtol=0, atol=1e-12)
+    assert got.mAP == pytest.approx(expected.mAP, abs=1e-12)
+    assert got.mINP == pytest.approx(expected.mINP, abs=1e-12)
+    assert got.valid_queries == expected.valid_queries
+
+
+@pytest.mark.parametrize("protocol", ["sysu", "regdb", "llcm"])
+@pytest.mark.parametrize("tied", [False, True], ids=["distinct", "tied"])
+@pytest.mark.parametrize("seed", range(6))
+def test_equals_the_loop(protocol: str, tied: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Small chunks, so that queries are spread over several.
+    monkeypatch.setattr("mrcn_fast.reid.evaluation._CHUNK_ELEMENTS", 150)
+    generator = np.random.default_rng(seed)
+    rows, columns, identities = int(generator.integers(1, 40)), int(generator.integers(2, 60)), 9
+    distance = generator.standard_normal((rows, columns)).astype(np.float32)
+    if tied:
+        distance = np.round(distance)
+    # Two more query identities than the gallery has: their queries have no match.
+    queries = generator.integers(0, identities + 2, rows)
+    gallery = generator.integers(0, identities, columns)
+    queries[0], gallery[0] = 4, 4
+    query_cameras = generator.choice([3, 6] if protocol == "sysu" else [1, 2, 3], rows)
+    gallery_cameras = generator.choice([1, 2, 4, 5], columns)
+    query_cameras[0], gallery_cameras[0] = 6, 1
+    kwargs = {"query_cameras": query_cameras, "gallery_cameras": gallery_cameras}
+    if protocol == "regdb":
+        kwargs = {}
+    before = distance.copy()
+    got = score(distance, queries, gallery, **kwargs, protocol=protocol, max_rank=12)
+    arguments = (distance, queries, gallery, query_cameras, gallery_cameras)
+    assert_equal(got, loop_score(*arguments, protocol, 12))
+    np.testing.assert_array_equal(distance, before)
+
+
+def test_counted_by_hand() -> None:
+    # Ranking: 7, 5, 5, 9, 5: matches of 5 at 2, 3 and 5; the first identity before it is 7.
+    got = score([[0.2, 0.1, 0.3, 0.5, 0.4]], [5], [5, 7, 5, 5, 9], protocol="regdb", max_rank=4)
+    assert got.cmc.tolist() == [0, 1, 1, 1]
+    assert got.mAP == pytest.approx((1 / 2 + 2 / 3 + 3 / 5) / 3)
+    assert got.mINP == pytest.approx(3 / 5)
+    assert got.valid_queries == 1
+
+
+def test_sysu_ranks_identities_and_regdb_images() -> None:
+    distance, queries, gallery = [[1.0, 2.0, 3.0]], [1], [2, 2, 1]
+    cameras = {"query_cameras": [6], "gallery_cameras": [1, 1, 1]}
+    assert score(distance, queries, gallery, **cameras, max_rank=3).cmc.tolist() == [0, 1, 1]
+    assert score(distance, queries, gallery, protocol="regdb", max_rank=3).cmc.tolist() == [0, 0, 1]
+
+
+def test_camera_3_skips_camera_2_only() -> None:
+    distance, gallery, gallery_cameras = [[0.0, 1.0, 2.0]] * 2, [9, 1, 1], [2, 2, 4]
+    near = score(distance, [1, 1], gallery, query_cameras=[3, 6], gallery_cameras=gallery_cameras)
+    # Camera 3 keeps the last image alone; camera 6 finds it behind the stranger and another match.
+    assert near.mAP == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2)
+    assert near.cmc[:2].tolist() == [0.5, 1]
+
+
+def test_equal_distances_rank_in_gallery_order() -> None:
+    first = score([[1.0, 1.0]], [1], [1, 2], protocol="regdb", max_rank=2)
+    last = score([[1.0, 1.0]], [1], [2, 1], protocol="regdb", max_rank=2)
+    assert (first.mAP, last.mAP) == (1.0, 0.5)
+
+
+def test_curve_is_padded_with_its_last_value() -> None:
+    assert score([[1.0, 0.0]], [1], [1, 2], protocol="regdb", max_rank=5).cmc.tolist() == [0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.int32])
+def test_dtypes(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    distance = torch.randint(-50, 50, (20, 30), generator=generator)
+    queries, gallery = torch.arange(20) % 5, torch.arange(30) % 5
+    expected = score(distance.float(), queries, gallery, protocol="regdb")
+    assert_equal(score(distance.to(dtype), queries.int(), gallery, protocol="regdb"), expected)
+
+
+def test_float64_distances_are_not_rounded() -> None:
+    distance = torch.tensor([[1.0 + 1e-12, 1.0]], dtype=torch.float64)
+    assert score(distance, [1], [2, 1], protocol="regdb", max_rank=1).cmc.tolist() == [1]
+
+
+VALID = {"distance": np.zeros((2, 3)), "query_ids": [1, 2], "gallery_ids": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distance": np.zeros(3)}, r"distance must be \(queries, gallery\).*got \(3,\)"),
+        ({"distance": np.zeros((0, 3)), "query_ids": []}, "at least one of each"),
+        ({"query_ids": [1, 2, 3]}, r"query_ids must be 2 integers.*got .*\(3,\)"),
+        ({"gallery_ids": [1.0, 2.0, 3.0]}, "gallery_ids must be 3 integers.*float64"),
+        ({"protocol": "market"}, "unknown protocol 'market'; known: sysu, regdb, llcm"),
+        ({"protocol": "sysu"}, "needs query_cameras and gallery_cameras; got no query_cameras"),
+        ({"protocol": "llcm", "query_cameras": [1, 2]}, "got no gallery_cameras"),
+        ({"query_ids": [7, 8]}, "no query has a match in the gallery: 2 queries of 2 identities"),
+        ({"max_rank": 0}, "max_rank must be at least 1"),
+        ({"distance": np.array([[0, 0, 0], [0, np.nan, 0]])}, "got nan for query 1 and gallery image 1"),
+        ({"distance": np.array([[0, 0, np.inf], [0, 0, 0]])}, "got inf for query 0 and gallery image 2"),
+    ],
+)
+def test_bad_arguments(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        score(**{"protocol": "regdb", **VALID, **change})
+
+
+def test_average() -> None:
+    trials = [
+        Scores(torch.tensor([0.2, 0.4]).double(), 0.1, 0.3, 5),
+        Scores(torch.tensor([0.4, 1]).double(), 0.2, 0.5, 5),
+    ]
+    mean = average(trials)
+    assert mean.cmc.tolist() == pytest.approx([0.3, 0.7])
+    assert (mean.mAP, mean.mINP, mean.valid_queries) == (pytest.approx(0.15), pytest.approx(0.4), 5)
+    with pytest.raises(ValueError, match=r"different numbers of valid queries: \[4, 5\]"):
+        average([trials[0], trials[1]._replace(valid_queries=4)])
+    with pytest.raises(ValueError, match="at least one trial"):
+        average([])
+
+
+@pytest.fixture(scope="module")
+def official(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, SYSUMM01, dict[int, NDArray]]:
+    """The official scores, SYSU-MM01's test tree with empty files, and the features of its cameras' identities."""
+    split, tool = SHARED / "data" / "sysu-mm01", SHARED / "tools" / "make_sysu_features.py"
+    if not split.is_dir() or not tool.is_file():
+        pytest.skip(f"the official scores are not at {split}, or their features' tool not at {tool}")
+    scipy_io = pytest.importorskip("scipy.io")
+    folder = tmp_path_factory.mktemp("official")
+    expected = json.loads((split / "official.json").read_text())
+    seed, dim = str(expected["features"]["seed"]), str(expected["features"]["dim"])
+    subprocess.run([sys.executable, str(tool), seed, dim, str(folder / "features")], check=True)
+    features = {
+        camera: scipy_io.loadmat(folder / f"features_cam{camera}.mat")["feature"][:, 0]
+        for camera in range(1, 7)
+    }
+    test = scipy_io.loadmat(split / "test_id.mat")["id"].ravel().tolist()
+    for camera, cells in features.items():
+        for identity in test:
+            place = folder / "tree" / f"cam{camera}" / f"{identity:04d}"
+            place.mkdir(parents=True)
+            for image in range(len(cells[identity - 1]) if identity <= len(cells) else 0):
+                (place / f"{image + 1:04d}.jpg").touch()
+    exp = folder / "tree" / "exp"
+    exp.mkdir()
+    for name, identities in (("train", [1]), ("val", [2]), ("test", test)):
+        (exp / f"{name}_id.txt").write_text(",".join(map(str, identities)))
+    return expected, SYSUMM01(folder / "tree", permutations=split / "rand_perm_cam.mat"), features
+
+
+@pytest.mark.parametrize("row", [0, 1], ids=["all-search single-shot", "indoor-search multi-shot"])
+def test_equals_the_official_evaluation(
+    official: tuple[dict, SYSUMM01, dict[int, NDArray]], row: int
+) -> None:
+    expected, tree, features = official
+    expected = expected["averages_over_10_trials"][row]
+
+    def of(samples: list) -> tuple[torch.Tensor, list[int], list[int]]:
+        rows = [features[s.camera][s.identity - 1][int(s.path.stem) - 1] for s in samples]
+        return torch.from_numpy(np.stack(rows)), [s.identity for s in samples], [s.camera for s in samples]
+
+    query, query_ids, query_cameras = of(tree.query())
+    trials = []
+    for trial in range(10):
+        mode = expected["mode"].removesuffix("_search")
+        samples = tree.gallery(mode, shots=expected["shots"], trial=trial, draw="official")
+        gallery, gallery_ids, gallery_cameras = of(samples)
+        cameras = {"query_cameras": query_cameras, "gallery_cameras": gallery_cameras}
+        trials.append(score(torch.cdist(query, gallery), query_ids, gallery_ids, **cameras, max_rank=20))
+    assert (len(query_ids), len(gallery_ids)) == (expected["query"], expected["gallery"])
+    for scores, known in ((average(trials), expected), (trials[0], expected["trial1"])):
+        assert scores.mAP == pytest.approx(known["mAP"], abs=1e-8)
+        for rank in (1, 5, 10, 20):
+            if f"rank{rank}" in known:
+                assert scores.cmc[rank - 1].item() == pytest.approx(known[f"rank{rank}"], abs=1e-8)
+    # As published: of the 3,803 queries 1,595 have no match in an indoor gallery.
+    assert average(trials).valid_queries == (3803 if expected["mode"] == "all_search" else 3803 - 1595)
