@@ -1,4 +1,4 @@
-"""Scores against a per-query loop, against numbers counted by hand, and against SYSU-MM01's official evaluation."""
+"""Scores against a per-query loop, numbers counted by hand, and SYSU-MM01's official evaluation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def loop_score(
     """The definition, a query at a time."""
     curve, precisions, penalties = np.zeros(max_rank), [], []
     for row, identity in enumerate(queries):
-        order = sorted(range(len(gallery)), key=lambda column, row=row: (distance[row, column], column))
+        order = np.argsort(distance[row], kind="stable").tolist()
         if protocol == "sysu":
             order = [j for j in order if not (query_cameras[row] == 3 and gallery_cameras[j] == 2)]
         if protocol == "llcm":
@@ -97,8 +97,9 @@ def test_counted_by_hand() -> None:
 
 def test_sysu_ranks_identities_and_regdb_images() -> None:
     distance, queries, gallery = [[1.0, 2.0, 3.0]], [1], [2, 2, 1]
-    cameras = {"query_cameras": [6], "gallery_cameras": [1, 1, 1]}
-    assert score(distance, queries, gallery, **cameras, max_rank=3).cmc.tolist() == [0, 1, 1]
+    cameras = [1, 1, 1]
+    by_identity = score(distance, queries, gallery, query_cameras=[6], gallery_cameras=cameras, max_rank=3)
+    assert by_identity.cmc.tolist() == [0, 1, 1]
     assert score(distance, queries, gallery, protocol="regdb", max_rank=3).cmc.tolist() == [0, 0, 1]
 
 
@@ -165,7 +166,8 @@ def test_average() -> None:
     ]
     mean = average(trials)
     assert mean.cmc.tolist() == pytest.approx([0.3, 0.7])
-    assert (mean.mAP, mean.mINP, mean.valid_queries) == (pytest.approx(0.15), pytest.approx(0.4), 5)
+    assert (mean.mAP, mean.mINP) == pytest.approx((0.15, 0.4))
+    assert mean.valid_queries == 5
     with pytest.raises(ValueError, match=r"different numbers of valid queries: \[4, 5\]"):
         average([trials[0], trials[1]._replace(valid_queries=4)])
     with pytest.raises(ValueError, match="at least one trial"):
@@ -174,7 +176,7 @@ def test_average() -> None:
 
 @pytest.fixture(scope="module")
 def official(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, SYSUMM01, dict[int, NDArray]]:
-    """The official scores, SYSU-MM01's test tree with empty files, and the features of its cameras' identities."""
+    """The official scores, SYSU-MM01's test tree with empty files, and the features by camera."""
     split, tool = SHARED / "data" / "sysu-mm01", SHARED / "tools" / "make_sysu_features.py"
     if not split.is_dir() or not tool.is_file():
         pytest.skip(f"the official scores are not at {split}, or their features' tool not at {tool}")
@@ -218,8 +220,14 @@ def test_equals_the_official_evaluation(
         mode = expected["mode"].removesuffix("_search")
         samples = tree.gallery(mode, shots=expected["shots"], trial=trial, draw="official")
         gallery, gallery_ids, gallery_cameras = of(samples)
-        cameras = {"query_cameras": query_cameras, "gallery_cameras": gallery_cameras}
-        trials.append(score(torch.cdist(query, gallery), query_ids, gallery_ids, **cameras, max_rank=20))
+        scores = score(
+            torch.cdist(query, gallery),
+            query_ids,
+            gallery_ids,
+            query_cameras=query_cameras,
+            gallery_cameras=gallery_cameras,
+        )
+        trials.append(scores)
     assert (len(query_ids), len(gallery_ids)) == (expected["query"], expected["gallery"])
     for scores, known in ((average(trials), expected), (trials[0], expected["trial1"])):
         assert scores.mAP == pytest.approx(known["mAP"], abs=1e-8)

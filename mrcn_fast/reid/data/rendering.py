@@ -98,7 +98,7 @@ def make_camera(
     def around(middle: float, spread: float) -> float:
         return float(middle + style * spread * generator.uniform(-1, 1))
 
-    gain = around(1.1, 0.2) if infrared else around(1.0, 0.2)
+    gain = around(1.0, 0.2) + (0.1 * style if infrared else 0.0)
     cast = (around(1.0, 0.13), around(1.0, 0.07), around(1.0, 0.13))
     return Camera(
         modality=modality,

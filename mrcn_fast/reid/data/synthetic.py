@@ -102,7 +102,7 @@ def _write_splits(folder: Path, identities: int, test_identities: int, seed: int
     """exp/*_id.txt: disjoint train, val and test identities, and all of them as available."""
     order = (np.random.default_rng((seed, _SPLIT)).permutation(identities) + 1).tolist()
     test, others = order[:test_identities], order[test_identities:]
-    validation = len(others) // 4
+    validation = max(1, len(others) // 4)
     splits = {"train": others[validation:], "val": others[:validation], "test": test, "available": order}
     folder.mkdir()
     for split, members in splits.items():
@@ -142,15 +142,16 @@ def _is_synthetic(root: Path) -> bool:
 
 
 def _check_parameters(parameters: dict[str, Any]) -> None:
-    for name, least in (("identities", 2), ("test_identities", 1), ("images_per_camera", 1), ("seed", 0)):
+    for name, least in (("identities", 3), ("test_identities", 1), ("images_per_camera", 1), ("seed", 0)):
         if parameters[name] < least:
             raise ValueError(f"{name} must be at least {least}; got {parameters[name]}")
     if parameters["identities"] > 9999 or parameters["images_per_camera"] > 9999:
         raise ValueError("identities and images_per_camera have four digits in the tree; got more than 9999")
-    if parameters["test_identities"] >= parameters["identities"]:
+    # One for train_id.txt and one for val_id.txt.
+    if parameters["test_identities"] > parameters["identities"] - 2:
         raise ValueError(
-            f"test_identities must leave identities for the training; got {parameters['test_identities']} of "
-            f"{parameters['identities']}"
+            f"test_identities must leave at least 2 identities for the training; got "
+            f"{parameters['test_identities']} of {parameters['identities']}"
         )
     if min(parameters["image_size"]) < 16:
         raise ValueError(f"image_size must be (height, width) of at least 16; got {parameters['image_size']}")

@@ -44,6 +44,7 @@ class SYSUMM01:
     def __init__(self, root: str | Path, *, permutations: str | Path | None = None) -> None:
         self.root = Path(root)
         self._permutations = None if permutations is None else Path(permutations)
+        self._listed: dict[tuple[int, int], list[Sample]] = {}
         _check_tree(self.root)
         train, validation, test = (
             _read_identities(self.root / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")
@@ -130,6 +131,7 @@ class SYSUMM01:
         """The path of rand_perm_cam.mat; its cells: [camera - 1, 0][identity - 1, 0] is (trials, images)."""
         # scipy is needed by this draw only.
         from scipy.io import loadmat
+        from scipy.io.matlab import MatReadError
 
         places = [self.root / PERMUTATIONS, self.root / "exp" / PERMUTATIONS]
         if self._permutations is not None:
@@ -143,7 +145,7 @@ class SYSUMM01:
             )
         try:
             cells = loadmat(path)["rand_perm_cam"]
-        except (OSError, ValueError, KeyError, NotImplementedError, TypeError) as error:
+        except (OSError, ValueError, KeyError, NotImplementedError, TypeError, MatReadError) as error:
             raise DatasetError(
                 f"{path}: expected a MATLAB file with the cell array rand_perm_cam; found: {error!r}"
             ) from error
@@ -166,6 +168,12 @@ class SYSUMM01:
         return samples
 
     def _files(self, identity: int, camera: int) -> list[Sample]:
+        # Listed once: ten trials draw from the same folders, and network disks are slow to list.
+        if (identity, camera) not in self._listed:
+            self._listed[identity, camera] = self._list_files(identity, camera)
+        return self._listed[identity, camera]
+
+    def _list_files(self, identity: int, camera: int) -> list[Sample]:
         folder = self.root / f"cam{camera}" / f"{identity:04d}"
         modality: Modality = "visible" if camera in VISIBLE_CAMERAS else "infrared"
         return [Sample(folder / name, identity, camera, modality) for name in _image_names(folder)]

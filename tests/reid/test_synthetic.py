@@ -1,0 +1,201 @@
+"""Synthetic trees: readable as SYSU-MM01, the same bytes from one seed, a gap between the spectra."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from mrcn_fast.reid.data import SYSUMM01, DatasetError, PersonImages, Sample, write_sysu
+from mrcn_fast.reid.data.people import Surface
+from mrcn_fast.reid.data.rendering import seen
+
+SMALL: dict[str, Any] = {
+    "identities": 6,
+    "test_identities": 2,
+    "images_per_camera": 2,
+    "image_size": (48, 24),
+}
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(root)): p.read_bytes() for p in sorted(root.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_sysu(tmp_path_factory.mktemp("synthetic"), **SMALL)
+
+
+@pytest.fixture(scope="module")
+def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Enough people to match, in default light and pose."""
+    root = tmp_path_factory.mktemp("crowd")
+    return write_sysu(root, identities=26, test_identities=24, images_per_camera=2, image_size=(64, 32))
+
+
+def test_is_read_as_sysu_mm01(tree: Path) -> None:
+    data = SYSUMM01(tree)
+    training = data.training()
+    assert len(training.identities) == 4
+    assert (len(training.visible), len(training.infrared)) == (4 * 4 * 2, 4 * 2 * 2)
+    assert not set(training.identities) & set(data.test_identities)
+    assert len(data.query()) == 2 * 2 * 2
+    assert [len(data.gallery(mode)) for mode in ("all", "indoor")] == [2 * 4, 2 * 2]
+    available = (tree / "exp" / "available_id.txt").read_text().strip()
+    assert available == "1,2,3,4,5,6"
+    for sample in (*training.visible, *training.infrared):
+        with Image.open(sample.path) as image:
+            assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (24, 48))
+
+
+def test_the_same_seed_writes_the_same_bytes(tree: Path, tmp_path: Path) -> None:
+    assert contents(write_sysu(tmp_path / "again", **SMALL)) == contents(tree)
+    other = contents(write_sysu(tmp_path / "other", **SMALL, seed=1))
+    images = [name for name in other if name.endswith(".jpg")]
+    assert all(other[name] != contents(tree)[name] for name in images[:5])
+
+
+def test_names_itself_synthetic(tree: Path) -> None:
+    note = json.loads((tree / "synthetic.json").read_text())
+    assert "synthetic" in note["what"]
+    assert (note["seed"], note["identities"], note["image_size"]) == (0, 6, [48, 24])
+    assert (note["modality_gap"], note["camera_style"], note["pose_spread"]) == (1.0, 1.0, 1.0)
+
+
+def test_progress_counts_to_the_end(tmp_path: Path) -> None:
+    calls: list[tuple[int, int]] = []
+    write_sysu(tmp_path, **SMALL, progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, 72) for done in range(1, 73)]
+
+
+def test_replaces_its_own_tree_and_nothing_else(tmp_path: Path) -> None:
+    root = write_sysu(tmp_path / "tree", **SMALL)
+    write_sysu(root, **{**SMALL, "identities": 4})
+    assert len(list((root / "cam1").iterdir())) == 4
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "cam1").mkdir()
+    for note in (None, "{}", "not json"):
+        if note is not None:
+            (foreign / "synthetic.json").write_text(note)
+        with pytest.raises(
+            DatasetError, match=r"foreign: expected an empty folder .*found cam1.*Nothing was"
+        ):
+            write_sysu(foreign, **SMALL)
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match="found a file"):
+        write_sysu(tmp_path / "file", **SMALL)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"test_identities": 5},
+            "test_identities must leave at least 2 identities for the training; got 5 of 6",
+        ),
+        ({"images_per_camera": 0}, "images_per_camera must be at least 1; got 0"),
+        ({"modality_gap": -0.1}, r"modality_gap must be from 0 \(none\)"),
+        ({"pose_spread": float("nan")}, "pose_spread must be from 0"),
+        ({"image_size": (48, 8)}, r"image_size must be \(height, width\)"),
+    ],
+)
+def test_bad_parameters(tmp_path: Path, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_sysu(tmp_path / "tree", **{**SMALL, **change})
+    assert not (tmp_path / "tree").exists()
+
+
+def test_infrared_is_grey_and_visible_is_not(tree: Path) -> None:
+    training = SYSUMM01(tree).training()
+    for samples, grey in ((training.infrared, True), (training.visible, False)):
+        images = PersonImages(samples, (48, 24))
+        for image in (images[index] for index in range(len(images))):
+            colour = (image.amax(0) - image.amin(0)).float().mean()
+            assert (colour < 1) == grey
+
+
+def test_no_gap_is_no_difference_of_spectra() -> None:
+    cloth = Surface(visible=(0.8, 0.2, 0.1), infrared=0.7)
+    luminance = 0.299 * 0.8 + 0.587 * 0.2 + 0.114 * 0.1
+    np.testing.assert_allclose(seen(cloth, 0.0), cloth.visible, atol=1e-6)
+    np.testing.assert_allclose(seen(cloth, 1.0), [0.7] * 3, atol=1e-6)
+    half = seen(cloth, 0.5)
+    assert half.mean() == pytest.approx(
+        luminance + 0.5 * (0.7 - luminance) + 0.5 * (np.mean(cloth.visible) - luminance), abs=1e-6
+    )
+
+
+def test_without_style_gap_and_pose_all_cameras_see_one_picture(tmp_path: Path) -> None:
+    none: dict[str, Any] = {"modality_gap": 0.0, "camera_style": 0.0, "pose_spread": 0.0}
+    root = write_sysu(tmp_path / "plain", **SMALL, **none)
+    for identity in ("0001", "0002"):
+        pictures = {
+            (root / f"cam{c}" / identity / f"000{i}.jpg").read_bytes() for c in range(1, 7) for i in (1, 2)
+        }
+        assert len(pictures) == 1
+    assert (root / "cam1/0001/0001.jpg").read_bytes() != (root / "cam1/0002/0001.jpg").read_bytes()
+
+
+@pytest.mark.parametrize("strength", ["modality_gap", "camera_style", "pose_spread"])
+def test_each_strength_changes_the_pictures(tree: Path, tmp_path: Path, strength: str) -> None:
+    root = write_sysu(tmp_path / "none", **{**SMALL, strength: 0.0})
+    assert contents(root)["cam3/0001/0001.jpg"] != contents(tree)["cam3/0001/0001.jpg"]
+    same_visible = contents(root)["cam1/0001/0001.jpg"] == contents(tree)["cam1/0001/0001.jpg"]
+    assert same_visible == (strength == "modality_gap")
+
+
+def test_colour_matches_within_a_spectrum_but_not_across(crowd: Path) -> None:
+    """The colours of the clothes find most people in another visible camera, and hardly any in infrared."""
+    data = SYSUMM01(crowd)
+    gallery = by_camera(data.gallery("all", shots=2), 1)
+    visible = rank1(by_camera(data.gallery("all", shots=2), 4), gallery, colour_histogram)
+    across = rank1(by_camera(data.query(), 6), gallery, colour_histogram)
+    assert visible > 0.5
+    assert across < 0.2
+    # Brightness, all that an infrared camera has, does not do it either: each material reflects as it likes.
+    assert rank1(by_camera(data.query(), 6), gallery, grey_histogram) < 0.25
+
+
+def by_camera(samples: list[Sample], camera: int) -> list[Sample]:
+    return [sample for sample in samples if sample.camera == camera]
+
+
+def rank1(query: list[Sample], gallery: list[Sample], feature: Callable[[NDArray], NDArray]) -> float:
+    def features(samples: list[Sample]) -> torch.Tensor:
+        images = PersonImages(samples, (64, 32))
+        pictures = [images[index].permute(1, 2, 0).numpy() for index in range(len(images))]
+        return torch.from_numpy(np.stack([feature(picture) for picture in pictures]))
+
+    nearest = torch.cdist(features(query), features(gallery), p=1).argmin(dim=1).tolist()
+    hits = [gallery[j].identity == sample.identity for sample, j in zip(query, nearest, strict=True)]
+    return float(np.mean(hits))
+
+
+def colour_histogram(picture: NDArray) -> NDArray:
+    """Chroma, which light does not change, of the upper and the lower half of the body."""
+    middle = picture[:, 8:24].astype(np.float64)
+    chroma = middle / (middle.sum(axis=2, keepdims=True) + 30)
+    return np.concatenate([joint_histogram(chroma[rows]) for rows in (slice(14, 32), slice(32, 54))])
+
+
+def joint_histogram(chroma: NDArray) -> NDArray:
+    counts, _, _ = np.histogram2d(
+        chroma[..., 0].ravel(), chroma[..., 1].ravel(), bins=12, range=[[0.1, 0.6], [0.1, 0.6]]
+    )
+    return counts.ravel() / counts.sum()
+
+
+def grey_histogram(picture: NDArray) -> NDArray:
+    grey = picture[:, 8:24].astype(np.float64).mean(axis=2)
+    grey = (grey - grey.mean()) / (grey.std() + 1)
+    halves = (grey[14:32], grey[32:54])
+    return np.concatenate([np.histogram(half, bins=16, range=(-3, 3), density=True)[0] for half in halves])

@@ -1,0 +1,253 @@
+"""SYSU-MM01's reader: the tree as published, the field's and the official draw, and clear errors."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from mrcn_fast.reid.data import SYSUMM01, DatasetError, PersonImages, Sample
+from mrcn_fast.reid.data.sysu_mm01 import PERMUTATIONS
+
+# Images of each identity by camera; 3 has no infrared, 4 no visible images, 7 is not seen by camera 1.
+COUNTS = {
+    1: {1: 2, 2: 1, 3: 2, 4: 1, 5: 1, 6: 1},
+    2: {1: 1, 2: 2, 3: 1, 4: 1, 5: 1, 6: 2},
+    3: {1: 1, 4: 2},
+    4: {6: 1},
+    6: {1: 3, 2: 3, 3: 2, 4: 12, 5: 3, 6: 2},
+    7: {2: 11, 3: 1, 5: 3, 6: 1},
+    12: {1: 4, 4: 4, 6: 3},
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    root = tmp_path / "SYSU-MM01"
+    for identity, cameras in COUNTS.items():
+        for camera, images in cameras.items():
+            folder = root / f"cam{camera}" / f"{identity:04d}"
+            folder.mkdir(parents=True)
+            for image in range(1, images + 1):
+                (folder / f"{image:04d}.jpg").touch()
+    (root / "cam1" / "0001" / "Thumbs.db").touch()
+    (root / "cam1" / "0001" / "._0001.jpg").touch()
+    (root / "exp").mkdir()
+    for split, text in {"train": "3,1\n", "val": "2, 4", "test": "12,7,6", "available": "1"}.items():
+        (root / "exp" / f"{split}_id.txt").write_text(text)
+    return root
+
+
+def names(samples: list[Sample]) -> list[tuple[int, int, str]]:
+    return [(s.identity, s.camera, s.path.name) for s in samples]
+
+
+def test_training_has_train_and_val_identities(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        training = SYSUMM01(root).training()
+    assert training.identities == (1, 2)
+    assert names(list(training.infrared)) == [
+        (1, 3, "0001.jpg"), (1, 3, "0002.jpg"), (1, 6, "0001.jpg"),
+        (2, 3, "0001.jpg"), (2, 6, "0001.jpg"), (2, 6, "0002.jpg"),
+    ]  # fmt: skip
+    assert len(training.visible) == 10
+    assert {(s.camera, s.modality) for s in (*training.visible, *training.infrared)} == {
+        (1, "visible"), (2, "visible"), (4, "visible"), (5, "visible"), (3, "infrared"), (6, "infrared"),
+    }  # fmt: skip
+    messages = [record.getMessage() for record in caplog.records]
+    assert any("left out 1 training identities without infrared images (3 images): 3" in m for m in messages)
+    assert any("left out 1 training identities without visible images (1 images): 4" in m for m in messages)
+
+
+def test_query_is_all_infrared_test_images(root: Path) -> None:
+    query = SYSUMM01(root).query()
+    assert [(s.identity, s.camera) for s in query] == [
+        (6, 3), (6, 3), (6, 6), (6, 6), (7, 3), (7, 6), (12, 6), (12, 6), (12, 6),
+    ]  # fmt: skip
+    assert {s.modality for s in query} == {"infrared"}
+
+
+@pytest.mark.parametrize("trial", [0, 3])
+@pytest.mark.parametrize(("mode", "cameras"), [("all", (1, 2, 4, 5)), ("indoor", (1, 2))])
+def test_random_draw_is_the_fields(root: Path, mode: str, cameras: tuple[int, ...], trial: int) -> None:
+    state = random.getstate()
+    got = SYSUMM01(root).gallery(mode, trial=trial)
+    assert random.getstate() == state
+    random.seed(trial)
+    expected = [
+        (identity, camera, random.choice([f"{i + 1:04d}.jpg" for i in range(COUNTS[identity][camera])]))
+        for identity in (6, 7, 12)
+        for camera in cameras
+        if camera in COUNTS[identity]
+    ]
+    assert names(got) == expected
+    assert {s.modality for s in got} == {"visible"}
+
+
+def test_multi_shot_takes_ten_or_all_there_are(root: Path) -> None:
+    gallery = SYSUMM01(root).gallery("all", shots=10, trial=1)
+    counts = {
+        (identity, camera): min(10, COUNTS[identity][camera])
+        for identity in (6, 7, 12)
+        for camera in (1, 2, 4, 5)
+        if camera in COUNTS[identity]
+    }
+    found = names(gallery)
+    assert len(set(found)) == len(found) == sum(counts.values())
+    assert {place: sum((i, c) == place for i, c, _ in found) for place in counts} == counts
+    assert SYSUMM01(root).gallery("all", shots=10, trial=1) == gallery
+    assert SYSUMM01(root).gallery("all", shots=10, trial=2) != gallery
+
+
+def save_permutations(
+    path: Path, *, trials: int = 10, changed: dict[tuple[int, int], int] | None = None
+) -> None:
+    scipy_io = pytest.importorskip("scipy.io")
+    generator = np.random.default_rng(0)
+    cameras = np.empty((6, 1), dtype=object)
+    for camera in range(1, 7):
+        cells = np.empty((12, 1), dtype=object)
+        for identity in range(1, 13):
+            count = COUNTS.get(identity, {}).get(camera, 0)
+            count = (changed or {}).get((camera, identity), count)
+            rows = [generator.permutation(count) + 1 for _ in range(trials)]
+            cells[identity - 1, 0] = np.array(rows, dtype=np.uint8).reshape(trials, count)
+        cameras[camera - 1, 0] = cells
+    scipy_io.savemat(path, {"rand_perm_cam": cameras})
+
+
+@pytest.mark.parametrize("place", ["beside", "exp", "given"])
+def test_official_draw_takes_the_first_of_a_row(root: Path, tmp_path: Path, place: str) -> None:
+    path = {"beside": root, "exp": root / "exp", "given": tmp_path}[place] / PERMUTATIONS
+    save_permutations(path)
+    cells = pytest.importorskip("scipy.io").loadmat(path)["rand_perm_cam"]
+    data = SYSUMM01(root, permutations=path if place == "given" else None)
+    for shots in (1, 10):
+        expected = [
+            (identity, camera, f"{number:04d}.jpg")
+            for identity in (6, 7, 12)
+            for camera in (1, 2)
+            if camera in COUNTS[identity]
+            for number in cells[camera - 1, 0][identity - 1, 0][4, :shots].tolist()
+        ]
+        assert names(data.gallery("indoor", shots=shots, trial=4, draw="official")) == expected
+
+
+def test_official_draw_of_another_tree_is_refused(root: Path) -> None:
+    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}: expected the official gallery draw"):
+        SYSUMM01(root).gallery(draw="official")
+    path = root / PERMUTATIONS
+    save_permutations(path, changed={(4, 6): 13})
+    with pytest.raises(DatasetError, match=r"permutations of the 12 images in .*cam4.0006; found 13 places"):
+        SYSUMM01(root).gallery(draw="official")
+    save_permutations(path, trials=3)
+    with pytest.raises(ValueError, match="trial must be below 3"):
+        SYSUMM01(root).gallery(draw="official", trial=3)
+    path.write_text("no MATLAB file")
+    with pytest.raises(DatasetError, match="expected a MATLAB file"):
+        SYSUMM01(root).gallery(draw="official")
+
+
+def test_unknown_modes_and_draws(root: Path) -> None:
+    data = SYSUMM01(root)
+    with pytest.raises(ValueError, match="unknown mode 'outdoor'; known: all, indoor"):
+        data.gallery("outdoor")
+    with pytest.raises(ValueError, match="unknown draw 'first'; known: random, official"):
+        data.gallery(draw="first")
+    with pytest.raises(ValueError, match="shots must be at least 1"):
+        data.gallery(shots=0)
+
+
+def test_missing_trees(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(DatasetError, match=r"nowhere: expected SYSU-MM01's tree .*found no such folder"):
+        SYSUMM01(tmp_path / "nowhere")
+    with pytest.raises(DatasetError, match=r"found no cam1, cam2, .* exp, but SYSU-MM01"):
+        SYSUMM01(tmp_path)
+    shutil.rmtree(root / "cam5")
+    with pytest.raises(DatasetError, match=r"found no cam5, but cam1, cam2, cam3, cam4, cam6, exp"):
+        SYSUMM01(root)
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        (None, r"found no such file, but available_id.txt, test_id.txt, train_id.txt"),
+        ("", "found 0 lines"),
+        ("1,2\n3,4\n", "found 2 lines"),
+        ("1,two,3", "found 'two'"),
+        ("1,,3", "found ''"),
+        ("0,1", "found '0'"),
+        ("-1,1", "found '-1'"),
+    ],
+)
+def test_malformed_identities(root: Path, text: str | None, found: str) -> None:
+    path = root / "exp" / "val_id.txt"
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(DatasetError, match=rf"val_id.txt: expected one line of comma-separated .*{found}"):
+        SYSUMM01(root)
+
+
+def test_identities_of_training_and_test(root: Path) -> None:
+    (root / "exp" / "test_id.txt").write_text("2,6")
+    with pytest.raises(DatasetError, match=r"found 1 in both: 2"):
+        SYSUMM01(root)
+
+
+def test_empty_cameras(root: Path) -> None:
+    shutil.rmtree(root / "cam5" / "0006")
+    shutil.rmtree(root / "cam5" / "0007")
+    with pytest.raises(DatasetError, match=r"cam5: expected .jpg images of the test identities .*found none"):
+        SYSUMM01(root).gallery()
+    shutil.rmtree(root / "cam3")
+    (root / "cam3" / "0001").mkdir(parents=True)
+    with pytest.raises(DatasetError, match=r"cam3: .*found an empty camera \(1 entries"):
+        SYSUMM01(root)
+
+
+def test_no_identity_in_both_modalities(root: Path) -> None:
+    (root / "exp" / "train_id.txt").write_text("3")
+    (root / "exp" / "val_id.txt").write_text("4")
+    for camera in (2, 3, 5):
+        folder = root / f"cam{camera}" / ("0004" if camera == 3 else "0003")
+        folder.mkdir()
+        (folder / "0001.jpg").touch()
+    shutil.move(root / "cam3" / "0004", root / "cam3" / "0005")
+    (root / "exp" / "val_id.txt").write_text("4,5")
+    with pytest.raises(DatasetError, match="no training identity has images of both modalities"):
+        SYSUMM01(root).training()
+
+
+def test_images_are_rgb_of_the_size(tmp_path: Path) -> None:
+    colour = np.zeros((8, 6, 3), dtype=np.uint8)
+    colour[:4] = (250, 20, 130)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    Image.fromarray(np.full((20, 10), 90, dtype=np.uint8)).save(tmp_path / "grey.jpg")
+    samples = [Sample(tmp_path / name, 1, 1, "visible") for name in ("colour.png", "grey.jpg")]
+    images = PersonImages(samples, (8, 6))
+    assert len(images) == 2
+    assert torch.equal(images[0], torch.from_numpy(colour).permute(2, 0, 1))
+    assert (images[1].dtype, images[1].shape) == (torch.uint8, (3, 8, 6))
+    assert torch.equal(images[1], torch.full((3, 8, 6), 90, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"image_size must be \(height, width\)"):
+        PersonImages(samples, (0, 6))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut"])
+def test_unreadable_images_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "0042.jpg"
+    if damage != "missing":
+        generator = np.random.default_rng(0)
+        Image.fromarray(generator.integers(0, 256, (64, 32, 3), dtype=np.uint8)).save(path)
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"no image", "cut": whole[: len(whole) // 2]}[damage])
+    images = PersonImages([Sample(path, 7, 3, "infrared")], (64, 32))
+    with pytest.raises(
+        DatasetError, match=r"0042.jpg: expected a readable image of identity 7, camera 3; found"
+    ):
+        images[0]
