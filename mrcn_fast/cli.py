@@ -162,12 +162,12 @@ def _bench(argv: list[str]) -> int:
 def _demo(argv: list[str]) -> int:
     parser = _parser("demo")
     from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.demo import run_demo
+    from mrcn_fast.reid.demo import DemoConfig, run_demo
 
-    parser.add_function_arguments(run_demo)
+    parser.add_class_arguments(DemoConfig, as_group=False)
     values = parser.parse_args(_underscored(argv)).as_dict()
     log_to_console(logging.WARNING)
-    print(run_demo(**values))
+    run_demo(DemoConfig(**values))
     return 0
 
 

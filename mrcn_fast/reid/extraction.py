@@ -25,7 +25,7 @@ def extract(
     workers: int = 0,
     advance: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Features of the samples, in their order: (len(samples), `model.feature_size`), float32, the model's device.
+    """Features of the samples, in their order: (len(samples), `model.feature_size`), float32.
 
     Image size and memory layout are those of the training configuration. `advance(n)` is told of each n
     images done. Raises ValueError when a sample is not of `modality`: visible and infrared swapped would

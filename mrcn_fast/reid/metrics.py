@@ -37,7 +37,7 @@ class StepResult(NamedTuple):
 
 
 def embedding_spread(pooled: Tensor) -> Tensor:
-    """Spread of (M, D) embeddings, a scalar: root of their total variance over their mean's length; a point: 0."""
+    """Spread of (M, D) embeddings, a scalar: root of their total variance over their mean's length."""
     pooled = pooled.detach().float()
     variance = pooled.var(dim=0, correction=0).sum()
     return (variance / pooled.mean(dim=0).square().sum().clamp_min(1e-24)).sqrt()
@@ -56,8 +56,8 @@ class CollapseWatch:
             return False
         log.warning(
             "step %d: the embeddings have collapsed: for %d steps their spread has been below %g of their "
-            "length (now %.1e, triplet loss %.3f). Training seldom recovers from this: lower the learning rate, "
-            "or try --soft_margin true.",
+            "length (now %.1e, triplet loss %.3f). Training seldom recovers from this: lower the learning "
+            "rate, or try --soft_margin true.",
             *(step, self._steps, COLLAPSED_SPREAD, result.spread, result.triplet),
         )
         return True

@@ -41,7 +41,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 convolutions, a shortcut (ResNet-50): (N, C, H, W) -> (N, 4 width, H/stride, W/stride)."""
+    """1x1, 3x3, 1x1 convolutions, a shortcut (ResNet-50): (N, C, H, W) -> (N, 4 width, H/stride, ...)."""
 
     expansion = 4
 

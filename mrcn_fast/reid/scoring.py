@@ -113,7 +113,9 @@ def score_checkpoint(
     rows = []
     for gallery in galleries:
         index = torch.tensor([places[sample.path] for sample in gallery], device=gallery_features.device)
-        rows.append(_trial(query_features, gallery_features[index], query, gallery, config.dataset))
+        # The field's distance: minus the dot product of features whose sets have length 1.
+        distance = -(query_features @ gallery_features[index].T)
+        rows.append(score_trial(distance, query, gallery, config.dataset))
     result = {
         "dataset": config.dataset,
         "mode": mode,
@@ -141,21 +143,15 @@ def score_checkpoint(
     return result
 
 
-def _trial(
-    query_features: Tensor,
-    gallery_features: Tensor,
-    query: list[Sample],
-    gallery: list[Sample],
-    protocol: str,
-) -> dict[str, Any]:
-    """One trial's scores. Distance: minus the dot product of features whose sets have length 1."""
+def score_trial(distance: Tensor, query: list[Sample], gallery: list[Sample], dataset: str) -> dict[str, Any]:
+    """Scores of one trial under the data set's protocol, from (queries, gallery) distances."""
     scores = score(
-        -(query_features @ gallery_features.T),
+        distance,
         torch.tensor([sample.identity for sample in query]),
         torch.tensor([sample.identity for sample in gallery]),
         query_cameras=torch.tensor([sample.camera for sample in query]),
         gallery_cameras=torch.tensor([sample.camera for sample in gallery]),
-        protocol=PROTOCOLS[protocol],
+        protocol=PROTOCOLS[dataset],
         max_rank=20,
     )
     ranks = {f"rank{rank}": float(scores.cmc[rank - 1]) for rank in (1, 10, 20)}

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from lightning_fabric import Fabric
 from rich.progress import Progress, TaskID
+from torch import Tensor
 
 from mrcn_fast import backends
 from mrcn_fast.reid.batches import Batch, TrainingBatches
@@ -89,14 +90,9 @@ class Trainer:
 
         Raises TrainingError, before the weights are touched, when the loss isn't finite.
         """
-        device = self.fabric.device
-        labels = batch.labels.to(device)
-        visible, infrared = (
-            self.augment(images.to(device, non_blocking=True)).contiguous(memory_format=self.layout)
-            for images in (batch.visible, batch.infrared)
-        )
+        labels = batch.labels.to(self.fabric.device)
         self._model.train()
-        output = self._model(visible, infrared)
+        output = self._model(self.prepared(batch.visible), self.prepared(batch.infrared))
         parts = self.loss(output, labels)
         with torch.no_grad():
             right = output.logits.argmax(1) == labels.repeat(self.model.sets)
@@ -109,6 +105,11 @@ class Trainer:
         self.fabric.backward(parts.total)
         self._optimizer.step()
         return result
+
+    def prepared(self, images: Tensor) -> Tensor:
+        """A batch of uint8 images as the network takes it: on the device, augmented, in the run's layout."""
+        images = images.to(self.fabric.device, non_blocking=True)
+        return self.augment(images).contiguous(memory_format=self.layout)
 
     def fit(self, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> Path:
         """Train to the last step, writing checkpoint and metrics on the way; returns the checkpoint's path.
@@ -221,9 +222,9 @@ class Trainer:
 
     def _not_finite(self, batch: Batch, result: StepResult) -> str:
         return (
-            f"step {self.step_count + 1} (epoch {self.epoch + 1}): the loss isn't finite (total "
-            f"{result.loss}, identity {result.identity}, triplet {result.triplet}, cqc {result.cqc}). The weights were not "
-            f"touched. {self._last_checkpoint()} The batch's files:\n  "
+            f"step {self.step_count + 1} (epoch {self.epoch + 1}): the loss isn't finite "
+            f"(total {result.loss}, identity {result.identity}, triplet {result.triplet}, cqc {result.cqc}). "
+            f"The weights were not touched. {self._last_checkpoint()} The batch's files:\n  "
             + "\n  ".join(batch.files(self.training))
         )
 

@@ -1,0 +1,39 @@
+"""A tiny synthetic data set and the values of a tiny run on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("lightning_fabric", reason="the re-identification tests need the packages of [reid]")
+
+from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.data import write_sysu
+
+# The smallest run that still has every part: ResNet-18 on 32 x 16 pixels, 2 identities x 2 images.
+TINY: dict[str, Any] = {
+    "depth": 18, "height": 32, "width": 16, "identities": 2, "images": 2, "padding": 2, "workers": 0,
+    "batches": 3, "epochs": 2, "lr": 0.02, "warmup_epochs": 1, "log_every": 1, "accelerator": "cpu",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def tiny_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SYSU-MM01's tree with 4 training and 3 test identities, two images a camera."""
+    root = tmp_path_factory.mktemp("data") / "sysu"
+    return write_sysu(root, identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16))
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_tree: Path) -> TrainConfig:
+    """Six steps in two epochs; its `out` is nobody's: replace it."""
+    return TrainConfig(data=str(tiny_tree), **TINY)
+
+
+@pytest.fixture
+def tiny_config(tiny_run: TrainConfig, tmp_path: Path) -> TrainConfig:
+    """`tiny_run` into a folder of the test's own."""
+    return dataclasses.replace(tiny_run, out=str(tmp_path / "run"))

@@ -1,0 +1,186 @@
+"""The command line: what it prints, what it refuses, and with which exit status."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import mrcn_fast
+from mrcn_fast import cli
+from mrcn_fast.cli import main
+
+REID_PACKAGES = (
+    "PIL", "jsonargparse", "kornia", "lightning_fabric", "matplotlib", "numpy", "pytorch_metric_learning",
+    "rich", "safetensors", "scipy", "sklearn", "yaml",
+)  # fmt: skip
+
+WITHOUT_REID = f"""
+import importlib.machinery
+import sys
+
+find = importlib.machinery.PathFinder.find_spec
+
+def absent(name, path=None, target=None):
+    return None if name.split(".")[0] in {REID_PACKAGES} else find(name, path, target)
+
+importlib.machinery.PathFinder.find_spec = absent
+from mrcn_fast.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def run_without_reid(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """mrcn-fast in a process in which only torch and the standard library can be imported."""
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_REID, *arguments],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_info_needs_nothing_but_torch() -> None:
+    done = run_without_reid("info")
+    assert done.returncode == 0, done.stderr
+    assert f"mrcn_fast {mrcn_fast.__version__}" in done.stdout
+    assert torch.__version__ in done.stdout
+    for name, status in mrcn_fast.backends().items():
+        line = next(line for line in done.stdout.splitlines() if line.strip().startswith(name))
+        assert ("not usable" in line) == (not status.usable)
+        assert status.reason in line
+
+
+def test_missing_packages_are_named() -> None:
+    done = run_without_reid("train", "--data", "tree")
+    assert done.returncode == 2
+    assert "is not installed" in done.stderr
+    assert "mrcn-fast[reid]" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(name in told for name in ("info", "synth", "train", "test", "bench", "demo"))
+    assert main([]) == 2
+    assert "commands:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["info", "synth", "train", "test", "demo"])
+def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    assert f"mrcn-fast {command}" in capsys.readouterr().out
+
+
+def test_flags_may_be_written_with_dashes() -> None:
+    given = ["--image-size", "[64,32]", "--weight-decay=1e-4", "a-b", "-x"]
+    assert cli._underscored(given) == ["--image_size", "[64,32]", "--weight_decay=1e-4", "a-b", "-x"]
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
+    """What mrcn-fast tells on stderr when it refuses these arguments."""
+    assert main([str(argument) for argument in arguments]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    return told
+
+
+def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "invalid choice: 'trian'" in refused(capsys, "trian")
+    assert "data" in refused(capsys, "train")
+    assert "depth" in refused(capsys, "train", "--data=x", "--depth=34")
+    assert "expected at least 2" in refused(capsys, "train", "--data=x", "--identities=1")
+
+
+def test_a_missing_tree_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tree = tmp_path / "absent"
+    told = refused(capsys, "train", "--data", tree, "--out", tmp_path / "run")
+    assert str(tree) in told.replace("\n", "")
+    assert "expected" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_wrong_checkpoint_is_named(
+    tmp_path: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, content, found in (("absent.pth", None, "no such file"), ("bad.pth", b"x", "can't be read")):
+        if content is not None:
+            (tmp_path / name).write_bytes(content)
+        told = refused(capsys, "test", "--checkpoint", tmp_path / name, "--data", tiny_tree)
+        assert str(tmp_path / name) in told
+        assert found in told
+
+
+def test_an_unknown_backend_is_refused(
+    tmp_path: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = refused(capsys, "train", "--data", tiny_tree, "--out", tmp_path, "--depth=18", "--backend=abacus")
+    assert "abacus" in told
+    assert "reference" in told
+
+
+def test_unreadable_images_are_named_without_a_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = tmp_path / "tree"
+    flags = ["--identities=6", "--test-identities=2", "--images-per-camera=1", "--image-size=[32,16]"]
+    assert main(["synth", "--out", str(tree), *flags]) == 0
+    capsys.readouterr()
+    for path in tree.glob("cam6/*/*.jpg"):
+        path.write_bytes(b"not an image")
+    told = refused(
+        capsys, "train", "--data", tree, "--out", tmp_path / "run", "--depth=18", "--height=32", "--width=16",
+        "--identities=2", "--images=4", "--workers=1", "--accelerator=cpu", "--epochs=1",
+    )  # fmt: skip
+    assert str(tree / "cam6") in told
+
+
+def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(argv: list[str]) -> int:
+        raise KeyError("a defect")
+
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("", broken))
+    with pytest.raises(KeyError):
+        main(["info"])
+
+
+def test_a_users_error_shows_its_place_on_demand(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="absent"):
+        main(["--traceback", "train", "--data", str(tmp_path / "absent")])
+
+
+def test_an_interruption_is_no_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(argv: list[str]) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "info", cli.Command("", interrupted))
+    assert main(["info"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+
+
+def test_synth_train_and_test_from_the_command_line(
+    tmp_path: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = tmp_path / "values.yaml"
+    values.write_text(
+        f"data: {tiny_tree}\ndepth: 18\nheight: 32\nwidth: 16\nidentities: 3\nimages: 1\nworkers: 0\n"
+        "batches: 2\nepochs: 1\nmilestones: [1]\naccelerator: cpu\n"
+    )
+    out = tmp_path / "run"
+    assert main(["train", "--config", str(values), "--out", str(out), "--identities", "2"]) == 0
+    assert capsys.readouterr().out.strip() == str(out / "checkpoint.pth")
+    assert (
+        main(["test", "--checkpoint", str(out), "--data", str(tiny_tree), "--trials=2", "--accelerator=cpu"])
+        == 0
+    )
+    told = capsys.readouterr().out
+    assert "sysu-mm01, all-search, 1 shot, random draw, 2 trials, 12 of 12 queries valid" in told
+    assert all(name in told for name in ("Rank-1", "Rank-10", "Rank-20", "mAP", "mINP", "±"))
