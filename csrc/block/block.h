@@ -1,0 +1,75 @@
+// The block operations as plain pointers and sizes: what block_cpu.cpp hands to the kernels.
+#pragma once
+
+#include <cstdint>
+
+#include "common/parallel.h"
+
+namespace mrcn {
+
+enum class Dtype { f32, f64, bf16, f16 };
+
+enum class Gate { se, eca, cbam_channel };
+
+// Which feature sets an operation makes (in this order) from which inputs.
+enum class Mode {
+  pair,       // (v, n) -> v+, v-, n-, n+
+  concat,     // (v, n) -> v, v+, v-, n-, n+, n
+  restitute,  // x -> x+
+  snr,        // x -> restituted, contaminated, normalized
+};
+
+// A feature map in memory, strides in elements. Planes: the pixels of a plane are contiguous, `channel` lies
+// between planes. Pixels: the channels of a pixel are contiguous, `pixel` lies between pixels.
+struct FeatureMap {
+  void* data;
+  int64_t sample;
+  int64_t channel;
+  int64_t pixel;
+};
+
+struct BlockShape {
+  Mode mode;
+  Gate gate;
+  Dtype dtype;
+  bool pixels;  // channels_last
+  bool to_input;
+  int64_t samples, channels, length;  // N, C, H·W
+  int64_t hidden;                     // width of the gate's hidden layer (SE, CBAM) or of its kernel (ECA)
+  ParallelFor parallel;
+};
+
+// Parameters in the accumulation type (double for f64, else float), contiguous.
+struct BlockParameters {
+  const void* norm_weight;  // (modalities, C)
+  const void* norm_bias;
+  const void* gate[4];  // in the order of gates.py
+};
+
+struct BlockForward {
+  BlockShape shape;
+  BlockParameters parameters;
+  double eps;
+  FeatureMap inputs[2];
+  FeatureMap outputs[6];
+  void* statistics;  // (modalities, N, C, 2 or 4), accumulation type: mean, 1/σ, (CBAM) maximum, minimum
+  bool stream;       // outputs beyond the cache: stores that don't read what they overwrite
+};
+
+struct BlockBackward {
+  BlockShape shape;
+  BlockParameters parameters;
+  FeatureMap inputs[2];
+  FeatureMap gradients[6];  // data null: no gradient
+  const void* statistics;
+  FeatureMap input_gradients[2];
+  void* norm_weight_gradient;  // accumulation type
+  void* norm_bias_gradient;
+  void* gate_gradient[4];
+  bool stream;
+};
+
+constexpr int modalities(Mode mode) { return mode == Mode::pair || mode == Mode::concat ? 2 : 1; }
+constexpr int gates(Mode mode) { return mode == Mode::pair || mode == Mode::concat ? 4 : 1; }
+
+}  // namespace mrcn

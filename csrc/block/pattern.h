@@ -1,0 +1,166 @@
+// Which made set is a map of which input, mode by mode, and where its coefficients and sums stand.
+#pragma once
+
+#include "block/algebra.h"
+#include "block/block.h"
+#include "common/vec.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+// The made sets in the order of Mode, without those handed through.
+template <Mode mode>
+struct Uses;
+template <>
+struct Uses<Mode::pair> {
+  static constexpr int inputs = 2, sets = 4;
+  static constexpr bool at[4][2] = {{true, false}, {true, true}, {true, true}, {false, true}};
+};
+template <>
+struct Uses<Mode::concat> : Uses<Mode::pair> {};
+template <>
+struct Uses<Mode::restitute> {
+  static constexpr int inputs = 1, sets = 1;
+  static constexpr bool at[1][1] = {{true}};
+};
+template <>
+struct Uses<Mode::snr> {
+  static constexpr int inputs = 1, sets = 3;
+  static constexpr bool at[3][1] = {{true}, {true}, {true}};
+};
+
+template <Mode mode_>
+struct Pattern : Uses<mode_> {
+  using U = Uses<mode_>;
+  static constexpr Mode mode = mode_;
+  static constexpr bool passes = mode == Mode::concat;  // hands the inputs on as first and last set
+  static constexpr int first = passes ? 1 : 0;          // the first made set among all
+  static constexpr int all = U::sets + (passes ? 2 : 0);
+  static constexpr int gate_count = U::inputs == 2 ? 4 : 1;
+
+  static constexpr int rank(int set, int input) {
+    int n = 0;
+    for (int k = 0; k < U::sets; ++k) {
+      for (int j = 0; j < U::inputs; ++j) {
+        if (k == set && j == input) return n;
+        n += U::at[k][j] ? 1 : 0;
+      }
+    }
+    return n;
+  }
+  static constexpr int maps = rank(U::sets, 0);
+
+  // Coefficients of the elementwise passes.
+  static constexpr int mean(int j) { return j; }
+  static constexpr int scale(int k, int j) { return U::inputs + rank(k, j); }
+  static constexpr int shift(int k) { return U::inputs + maps + k; }
+  static constexpr int forward_slots = U::inputs + maps + U::sets;
+  static constexpr int k1(int j) { return U::inputs + maps + j; }
+  static constexpr int k2(int j) { return k1(U::inputs) + j; }
+  static constexpr int extreme(int j) { return k2(U::inputs) + j; }
+  static constexpr int k3(int j) { return extreme(U::inputs) + j; }
+  static constexpr int backward_slots = k3(U::inputs);
+
+  // Sums of the reduction pass.
+  static constexpr int S(int k) { return k; }
+  static constexpr int T(int k, int j) { return U::sets + rank(k, j); }
+  static constexpr int sums = U::sets + maps;
+};
+
+// --- one pixel, or a vector of them -------------------------------------------------------------------
+
+template <class P, class V>
+MRCN_INLINE void make_sets(const V* k, const V* x, V* y) {
+  unroll<P::sets>([&](auto s) {
+    V value = k[P::shift(s.v)];
+    unroll<P::inputs>([&](auto j) {
+      if constexpr (P::at[s.v][j.v]) value += k[P::scale(s.v, j.v)] * (x[j.v] - k[P::mean(j.v)]);
+    });
+    y[s.v] = value;
+  });
+}
+
+template <class P, class V>
+MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, V* sums) {
+  unroll<P::sets>([&](auto s) {
+    sums[P::S(s.v)] += g[s.v];
+    unroll<P::inputs>([&](auto j) {
+      if constexpr (P::at[s.v][j.v]) sums[P::T(s.v, j.v)] += g[s.v] * (x[j.v] - mean[j.v]);
+    });
+  });
+}
+
+template <class P, class V>
+MRCN_INLINE void make_gradients(const V* k, const V* x, const V* g, V* dx) {
+  unroll<P::inputs>([&](auto j) {
+    V value = k[P::k1(j.v)] + k[P::k2(j.v)] * (x[j.v] - k[P::mean(j.v)]);
+    unroll<P::sets>([&](auto s) {
+      if constexpr (P::at[s.v][j.v]) value += k[P::scale(s.v, j.v)] * g[s.v];
+    });
+    dx[j.v] = value;
+  });
+}
+
+// --- one plane: coefficients from statistics and gates ------------------------------------------------------
+
+// The affine maps of one (sample, channel), shared by the forward and the backward; shifts where asked for.
+template <class P>
+MRCN_INLINE void make_maps(const Plane<double>* p, const double* s, bool to_input, double* k, bool shifts) {
+  const auto set = [&](int slot_scale, int slot_shift, Affine<double> map, bool add = false) {
+    k[slot_scale] = map.scale;
+    if (shifts) k[slot_shift] = (add ? k[slot_shift] : 0.0) + map.shift;
+  };
+  unroll<P::inputs>([&](auto j) { k[P::mean(j.v)] = p[j.v].mean; });
+  if constexpr (P::inputs == 2) {
+    set(P::scale(0, 0), P::shift(0), restituted(p[0], s[0], to_input));
+    set(P::scale(1, 0), P::shift(1), normalized(p[0]));
+    set(P::scale(1, 1), P::shift(1), distilled(p[1], s[3]), true);
+    set(P::scale(2, 1), P::shift(2), normalized(p[1]));
+    set(P::scale(2, 0), P::shift(2), distilled(p[0], s[2]), true);
+    set(P::scale(3, 1), P::shift(3), restituted(p[1], s[1], to_input));
+  } else {
+    set(P::scale(0, 0), P::shift(0), restituted(p[0], s[0], to_input));
+    if constexpr (P::mode == Mode::snr) {
+      set(P::scale(1, 0), P::shift(1), restituted(p[0], 1.0 - s[0], false));
+      set(P::scale(2, 0), P::shift(2), normalized(p[0]));
+    }
+  }
+}
+
+// ∂s of every gate.
+template <class P>
+MRCN_INLINE void make_gate_gradients(const Plane<double>* p, const double* sums, double* ds) {
+  const auto of = [&](int k, int j) { return gate_gradient(p[j], {sums[P::S(k)], sums[P::T(k, j)]}); };
+  ds[0] = of(0, 0);
+  if constexpr (P::inputs == 2) {
+    ds[1] = of(3, 1);
+    ds[2] = of(2, 0);
+    ds[3] = of(1, 1);
+  } else if constexpr (P::mode == Mode::snr) {
+    ds[0] -= of(1, 0);
+  }
+}
+
+// U = Σ H c and V = Σ H of every input.
+template <class P>
+MRCN_INLINE void make_moments(const double* s, bool to_input, const double* sums, double* U, double* V) {
+  const auto add = [&](double weight, int k, int j) {
+    U[j] += weight * sums[P::T(k, j)];
+    V[j] += weight * sums[P::S(k)];
+  };
+  unroll<P::inputs>([&](auto j) { U[j.v] = V[j.v] = 0.0; });
+  add(share_of_normalized(s[0], to_input), 0, 0);
+  if constexpr (P::inputs == 2) {
+    add(share_of_normalized(s[1], to_input), 3, 1);
+    add(1.0, 1, 0);
+    add(1.0, 2, 1);
+    add(-s[2], 2, 0);
+    add(-s[3], 1, 1);
+  } else if constexpr (P::mode == Mode::snr) {
+    add(s[0], 1, 0);
+    add(1.0, 2, 0);
+  }
+}
+
+}  // namespace
+}  // namespace mrcn::MRCN_ISA

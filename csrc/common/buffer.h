@@ -1,0 +1,30 @@
+// Scratch memory of one call. No std::vector: see vec.h on functions shared between instruction sets.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+template <class T>
+struct Buffer {
+  T* data = nullptr;
+
+  Buffer() = default;
+  explicit Buffer(int64_t count) { allocate(count); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { std::free(data); }
+
+  void allocate(int64_t count) {
+    if (count <= 0) return;
+    const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
+    data = static_cast<T*>(std::aligned_alloc(64, bytes));
+    if (data == nullptr) throw std::bad_alloc();
+  }
+};
+
+}  // namespace
+}  // namespace mrcn::MRCN_ISA

@@ -1,0 +1,69 @@
+#include "common/isa.h"
+
+#include <cstdlib>
+#include <stdexcept>
+
+namespace mrcn {
+
+#define X(isa)                                    \
+  namespace isa {                                 \
+  void block_forward(const BlockForward&);        \
+  void block_backward(const BlockBackward&);      \
+  void cqc_forward(const CqcForward&);            \
+  void cqc_backward(const CqcBackward&);          \
+  }
+MRCN_ISAS
+#undef X
+
+namespace {
+
+#define X(isa) {#isa, isa::block_forward, isa::block_backward, isa::cqc_forward, isa::cqc_backward},
+constexpr Kernels carried[] = {MRCN_ISAS};
+#undef X
+
+bool runs_here(const std::string& isa) {
+#if defined(__x86_64__)
+  if (isa == "avx512") {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+  if (isa == "avx2") {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  }
+#endif
+  (void)isa;
+  return true;
+}
+
+const Kernels& choose() {
+  if (const char* wanted = std::getenv("MRCN_FAST_ISA"); wanted != nullptr && *wanted != '\0') {
+    std::string known;
+    for (const Kernels& k : carried) {
+      if (!runs_here(k.isa)) continue;
+      if (std::string(wanted) == k.isa) return k;
+      known += std::string(known.empty() ? "" : ", ") + k.isa;
+    }
+    throw std::runtime_error("MRCN_FAST_ISA: got '" + std::string(wanted) + "', expected one of " + known);
+  }
+  const Kernels* best = &carried[0];
+  for (const Kernels& k : carried) {
+    if (runs_here(k.isa)) best = &k;
+  }
+  return *best;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels& chosen = choose();
+  return chosen;
+}
+
+std::vector<std::string> carried_isas() {
+  std::vector<std::string> names;
+  for (const Kernels& k : carried) names.emplace_back(k.isa);
+  return names;
+}
+
+}  // namespace mrcn

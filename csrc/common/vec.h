@@ -1,0 +1,307 @@
+// Vectors of the instruction set a file is compiled for, with loads and stores from every dtype.
+//
+// Everything lives in the namespace MRCN_ISA, and nothing from the C++ library that could be emitted as a shared
+// function is used: a function compiled with AVX-512 must never be linked into the baseline's code.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
+#endif
+
+namespace mrcn::MRCN_ISA {
+
+#if defined(__AVX512F__)
+constexpr int vector_bytes = 64;
+#elif defined(__AVX2__)
+constexpr int vector_bytes = 32;
+#else
+constexpr int vector_bytes = 16;
+#endif
+
+#define MRCN_INLINE inline __attribute__((always_inline))
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+// Accumulation type of a dtype.
+template <class T>
+struct accumulate {
+  using type = float;
+};
+template <>
+struct accumulate<double> {
+  using type = double;
+};
+template <class T>
+using acc_t = typename accumulate<T>::type;
+
+template <class A>
+struct vector_of;
+template <>
+struct vector_of<float> {
+  typedef float type __attribute__((vector_size(vector_bytes)));
+  typedef int32_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <>
+struct vector_of<double> {
+  typedef double type __attribute__((vector_size(vector_bytes)));
+  typedef int64_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <class A>
+using vec = typename vector_of<A>::type;
+template <class A>
+constexpr int lanes = vector_bytes / sizeof(A);
+
+constexpr int half_lanes = lanes<float>;
+typedef uint32_t words __attribute__((vector_size(vector_bytes)));
+typedef uint16_t halves __attribute__((vector_size(vector_bytes / 2)));
+
+// --- one element --------------------------------------------------------------------------------------
+
+MRCN_INLINE float bits_to_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, 4);
+  return value;
+}
+MRCN_INLINE uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  return bits;
+}
+
+MRCN_INLINE float get(const float* p) { return *p; }
+MRCN_INLINE double get(const double* p) { return *p; }
+MRCN_INLINE float get(const bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
+MRCN_INLINE float get(const f16* p) {
+#if defined(__F16C__)
+  return _cvtsh_ss(p->bits);
+#elif defined(__ARM_NEON)
+  __fp16 value;
+  std::memcpy(&value, p, 2);
+  return float(value);
+#else
+  const uint32_t sign = uint32_t(p->bits & 0x8000u) << 16;
+  const uint32_t rest = p->bits & 0x7fffu;
+  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
+  // 2^112 moves the exponent's bias from 15 to 127 and makes subnormals right by itself.
+  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * bits_to_float(0x77800000u)));
+#endif
+}
+
+MRCN_INLINE void put(float* p, float v) { *p = v; }
+MRCN_INLINE void put(double* p, double v) { *p = v; }
+MRCN_INLINE void put(bf16* p, float v) {
+  const uint32_t bits = float_to_bits(v);
+  // To nearest, ties to even; a NaN keeps its sign and becomes quiet.
+  p->bits = uint16_t(v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
+}
+MRCN_INLINE void put(f16* p, float v) {
+#if defined(__F16C__)
+  p->bits = uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__ARM_NEON)
+  const __fp16 value = __fp16(v);
+  std::memcpy(p, &value, 2);
+#else
+  const uint32_t bits = float_to_bits(v);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t rest = bits & 0x7fffffffu;
+  if (rest > 0x7f800000u) {
+    p->bits = uint16_t(sign | 0x7e00u);
+  } else if (rest >= 0x477ff000u) {  // 65520 and more round to infinity
+    p->bits = uint16_t(sign | 0x7c00u);
+  } else if (rest < 0x38800000u) {  // subnormal half: adding 1/2 lets the float's own rounding drop the bits
+    p->bits = uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u));
+  } else {
+    p->bits = uint16_t(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
+  }
+#endif
+}
+
+// --- vectors ------------------------------------------------------------------------------------------
+
+template <class A>
+MRCN_INLINE vec<A> all(A value) {
+  return value - vec<A>{};  // -0 stays -0
+}
+
+template <class V, class T>
+MRCN_INLINE V copy_in(const T* p) {
+  V v;
+  std::memcpy(&v, p, sizeof(V));
+  return v;
+}
+
+MRCN_INLINE vec<float> load(const float* p) { return copy_in<vec<float>>(p); }
+MRCN_INLINE vec<double> load(const double* p) { return copy_in<vec<double>>(p); }
+MRCN_INLINE vec<float> load(const bf16* p) {
+  const words wide = __builtin_convertvector(copy_in<halves>(p), words) << 16;
+  return (vec<float>)wide;
+}
+MRCN_INLINE vec<float> load(const f16* p) {
+#if defined(__AVX512F__)
+  // The masked forms, whole: GCC 12 warns of its own header's undefined operand in the plain ones.
+  return (vec<float>)_mm512_maskz_cvtph_ps(0xffff, (__m256i)copy_in<halves>(p));
+#elif defined(__AVX2__)
+  return (vec<float>)_mm256_cvtph_ps((__m128i)copy_in<halves>(p));
+#elif defined(__ARM_NEON)
+  return (vec<float>)vcvt_f32_f16(vreinterpret_f16_u16((uint16x4_t)copy_in<halves>(p)));
+#else
+  vec<float> v;
+  for (int i = 0; i < half_lanes; ++i) v[i] = get(p + i);
+  return v;
+#endif
+}
+
+MRCN_INLINE halves narrow(const bf16*, vec<float> v) {
+  const words bits = (words)v;
+  const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const words quiet = (bits >> 16) | 0x40u;
+  const words number = (words)(v == v);
+  return __builtin_convertvector((rounded & number) | (quiet & ~number), halves);
+}
+MRCN_INLINE halves narrow(const f16*, vec<float> v) {
+#if defined(__AVX512F__)
+  return (halves)_mm512_maskz_cvtps_ph(0xffff, (__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (halves)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__ARM_NEON)
+  return (halves)vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v));
+#else
+  halves h;
+  for (int i = 0; i < half_lanes; ++i) {
+    f16 one;
+    put(&one, v[i]);
+    h[i] = one.bits;
+  }
+  return h;
+#endif
+}
+
+// Stores of whole vectors; `stream` ones want an address that is a multiple of their size.
+template <bool stream, class V>
+MRCN_INLINE void copy_out(void* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (stream) {
+    if constexpr (sizeof(V) == 16) {
+      _mm_stream_si128((__m128i*)p, (__m128i)v);
+      return;
+    }
+#if defined(__AVX2__)
+    if constexpr (sizeof(V) == 32) {
+      _mm256_stream_si256((__m256i*)p, (__m256i)v);
+      return;
+    }
+#endif
+#if defined(__AVX512F__)
+    if constexpr (sizeof(V) == 64) {
+      _mm512_stream_si512((__m512i*)p, (__m512i)v);
+      return;
+    }
+#endif
+  }
+#endif
+  std::memcpy(p, &v, sizeof(V));
+}
+
+template <bool stream = false>
+MRCN_INLINE void store(float* p, vec<float> v) {
+  copy_out<stream>(p, v);
+}
+template <bool stream = false>
+MRCN_INLINE void store(double* p, vec<double> v) {
+  copy_out<stream>(p, v);
+}
+template <bool stream = false>
+MRCN_INLINE void store(bf16* p, vec<float> v) {
+  copy_out<stream>(p, narrow(p, v));
+}
+template <bool stream = false>
+MRCN_INLINE void store(f16* p, vec<float> v) {
+  copy_out<stream>(p, narrow(p, v));
+}
+
+// After streaming stores, before another thread may read them.
+MRCN_INLINE void stream_fence() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+template <class A>
+MRCN_INLINE A sum(vec<A> v) {
+  // Halves are added to halves, so that the order is the same whatever the vector's width allows.
+  A parts[lanes<A>];
+  std::memcpy(parts, &v, sizeof(v));
+#pragma GCC unroll 8
+  for (int width = lanes<A> / 2; width > 0; width /= 2) {
+#pragma GCC unroll 16
+    for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
+  }
+  return parts[0];
+}
+
+// Σ a[i] b[i]
+template <class A>
+MRCN_INLINE A dot(const A* a, const A* b, int64_t n) {
+  vec<A> s0{}, s1{};
+  int64_t i = 0;
+  for (; i + 2 * lanes<A> <= n; i += 2 * lanes<A>) {
+    s0 += load(a + i) * load(b + i);
+    s1 += load(a + i + lanes<A>) * load(b + i + lanes<A>);
+  }
+  A total = sum<A>(s0 + s1);
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
+// y[i] += k x[i]
+template <class A>
+MRCN_INLINE void add_scaled(A* y, A k, const A* x, int64_t n) {
+  int64_t i = 0;
+  for (; i + lanes<A> <= n; i += lanes<A>) store(y + i, load(y + i) + k * load(x + i));
+  for (; i < n; ++i) y[i] += k * x[i];
+}
+
+template <int value>
+struct constant {
+  static constexpr int v = value;
+};
+
+// Calls f(constant<0>), f(constant<1>), ... f(constant<n - 1>): loops over the feature sets are unrolled and every index in
+// them is known when they are compiled.
+template <int n, int i = 0, class F>
+MRCN_INLINE void unroll(const F& f) {
+  if constexpr (i < n) {
+    f(constant<i>{});
+    unroll<n, i + 1>(f);
+  }
+}
+
+template <class I>
+MRCN_INLINE I least(I a, I b) {
+  return a < b ? a : b;
+}
+template <class I>
+MRCN_INLINE I most(I a, I b) {
+  return a < b ? b : a;
+}
+
+// Runs f(begin, end) over parts of [0, count) on the threads of torch's pool.
+template <class Pool, class F>
+inline void parallel(Pool pool, int64_t count, int64_t grain, const F& f) {
+  pool(
+      count, most<int64_t>(grain, 1),
+      [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+      const_cast<void*>(static_cast<const void*>(&f)));
+}
+
+}  // namespace mrcn::MRCN_ISA
