@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import venv
 import zipfile
 from importlib import metadata
 from pathlib import Path
@@ -34,10 +33,11 @@ install(TARGETS _C DESTINATION mrcn_fast)
 
 
 def run(
-    *command: str | Path, cwd: Path, check: bool = True, **settings: str
+    *command: str | Path, cwd: Path, check: bool = True, settings: dict[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """A command with none of the caller's build settings but `settings`; its whole output in the error."""
-    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS} | settings
+    """A command with none of the caller's build settings but `settings`; its whole output where it fails."""
+    environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}
+    environment.update(settings or {})
     done = subprocess.run(
         [str(part) for part in command], cwd=cwd, env=environment, text=True, capture_output=True, timeout=600
     )
@@ -47,24 +47,28 @@ def run(
 
 
 def build(checkout: Path, check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:
-    return run(
-        sys.executable, "setup.py", "-q", "build_ext", "--inplace", cwd=checkout, check=check, **settings
-    )
+    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    return run(*command, cwd=checkout, check=check, settings=settings)
 
 
-def copy_checkout(to: Path) -> Path:
-    """The checkout's sources, without what builds and runs left there."""
-    for name in ("setup.py", "pyproject.toml", "CMakeLists.txt", "LICENSE", "README.md"):
-        shutil.copy2(ROOT / name, to)
-    left = shutil.ignore_patterns("__pycache__", "_C.*", RECORD)
-    for name in ("csrc", "mrcn_fast"):
-        shutil.copytree(ROOT / name, to / name, ignore=left)
-    return to
+def run_with(package: Path, program: str) -> str:
+    """What a program prints that imports mrcn_fast from `package`, and all else from this environment.
+
+    Without `site`, so that the editable install of the checkout does not join in.
+    """
+    paths = [str(package), *(path for path in sys.path if path.endswith("-packages"))]
+    settings = {"PYTHONPATH": os.pathsep.join(paths)}
+    return run(sys.executable, "-S", "-c", program, cwd=package, settings=settings).stdout
 
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    return copy_checkout(tmp_path)
+    """The package and its build as they come, nothing compiled."""
+    for name in ("setup.py", "pyproject.toml"):
+        shutil.copy2(ROOT / name, tmp_path)
+    left = shutil.ignore_patterns("__pycache__", "_C.*", RECORD)
+    shutil.copytree(ROOT / "mrcn_fast", tmp_path / "mrcn_fast", ignore=left)
+    return tmp_path
 
 
 @pytest.fixture
@@ -96,7 +100,7 @@ def cpu_status(checkout: Path) -> tuple[bool, str]:
         "assert all(bool(x.isfinite().all()) for x in f); "
         "s = m.backends(); assert s['reference'].usable; print(json.dumps(list(s['cpu'])))"
     )
-    usable, reason = json.loads(run(sys.executable, "-c", program, cwd=checkout).stdout)
+    usable, reason = json.loads(run_with(checkout, program))
     return usable, reason
 
 
@@ -183,12 +187,15 @@ def test_a_change_rebuilds_only_what_it_must(small_checkout: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_wheel_runs_outside_the_checkout(checkout: Path, tmp_path: Path) -> None:
+def test_a_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
     wheels = tmp_path / "wheels"
+    # From the checkout itself and with the caller's settings: the objects of its last build serve.
+    settings = {name: value for name, value in os.environ.items() if name in SETTINGS}
+    settings["MRCN_FAST_NATIVE"] = "1"
     run(
         *(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", wheels, "."),
-        cwd=checkout,
-        MRCN_FAST_NATIVE="1",
+        cwd=ROOT,
+        settings=settings,
     )
     (wheel,) = wheels.glob("mrcn_fast-*.whl")
     inside = set(zipfile.ZipFile(wheel).namelist())
@@ -197,19 +204,14 @@ def test_a_wheel_runs_outside_the_checkout(checkout: Path, tmp_path: Path) -> No
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mrcn_fast").rglob("*.py")}
     assert {name for name in inside if name.endswith(".py")} == sources
 
-    # An environment of its own that sees this one's torch, but neither the checkout nor its editable install.
     elsewhere = tmp_path / "elsewhere"
-    venv.create(elsewhere, with_pip=False)
-    site = next(elsewhere.glob("lib/python*/site-packages"))
-    zipfile.ZipFile(wheel).extractall(site)
-    (site / "environment.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    zipfile.ZipFile(wheel).extractall(elsewhere)
     program = (
         "import mrcn_fast, torch; s = mrcn_fast.backends()['cpu']; assert s.usable, s.reason; "
         "x = torch.randn(2, 16, 3, 2); mrcn_fast.MRCNBlock(16, backend='cpu')(x, x); "
-        "print(mrcn_fast.__file__)"
+        "from mrcn_fast import _C; print(_C.__file__)"
     )
-    done = run(elsewhere / "bin" / "python", "-c", program, cwd=tmp_path / "wheels")
-    assert Path(done.stdout.strip()).is_relative_to(elsewhere)
+    assert Path(run_with(elsewhere, program).strip()) == elsewhere / "mrcn_fast" / LIBRARY
 
 
 def test_importing_the_core_imports_nothing_of_reid() -> None:
@@ -226,12 +228,9 @@ def test_importing_the_core_imports_nothing_of_reid() -> None:
     )
     assert "rich" in modules and "numpy" in modules
     # What torch imports by itself is not this package's doing.
-    program = (
-        "import sys, torch; before = set(sys.modules); import mrcn_fast; "
-        "print(*sorted({m.partition('.')[0] for m in set(sys.modules) - before}))"
-    )
-    imported = set(run(sys.executable, "-c", program, cwd=ROOT).stdout.split())
-    assert "mrcn_fast" in imported
-    assert not imported & set(modules)
-    program = "import sys, mrcn_fast; print(*[m for m in sys.modules if m.startswith('mrcn_fast.reid')])"
-    assert run(sys.executable, "-c", program, cwd=ROOT).stdout.split() == []
+    program = "import sys, torch; print(*sys.modules); import mrcn_fast; print(*sys.modules)"
+    before, after = (set(line.split()) for line in run_with(ROOT, program).splitlines())
+    new = {name.partition(".")[0] for name in after} - {name.partition(".")[0] for name in before}
+    assert "mrcn_fast" in new
+    assert not new & set(modules)
+    assert not [name for name in after if name.startswith("mrcn_fast.reid")]
