@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -93,7 +94,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "config": dataclasses.asdict(config),
     }
     write_json(out / "results.json", results)
-    Console().print(_table(results))
+    # Where nobody watches, a log keeps the table in one piece.
+    Console(width=None if sys.stdout.isatty() else 110).print(_table(results))
     print(f"Everything is in {out}: data/, baseline/, mrcn/, losses.png, results.json")
     return results
 
@@ -172,8 +174,8 @@ def _chance(tree: Path, config: DemoConfig) -> dict[str, float]:
 def measure(trainers: dict[ModelName, Trainer], rounds: int, bars: Progress) -> dict[str, float]:
     """Milliseconds, medians of interleaved rounds: a step of each model; the block's forward + backward.
 
-    Keys: "baseline", "mrcn automatic", "mrcn reference", "block automatic", "block reference". The block runs on
-    the feature maps of a training batch. The weights of the trainers move on.
+    Keys: "baseline", "mrcn automatic", "mrcn reference", "block automatic", "block reference". The block runs
+    on the feature maps of a training batch. The weights of the trainers move on.
     """
     mrcn, baseline = trainers["mrcn"], trainers["baseline"]
     batch = next(iter(mrcn.batches.of(0)))
