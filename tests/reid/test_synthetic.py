@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, PersonImages, Sample, write_sysu
+from mrcn_fast.reid.data.figure import seen
 from mrcn_fast.reid.data.people import Surface
-from mrcn_fast.reid.data.rendering import seen
 
 SMALL: dict[str, Any] = {
     "identities": 6,
