@@ -132,6 +132,7 @@ class Trainer:
             # The old run goes as a whole: its checkpoint beside this one's metrics would belong to neither.
             self.checkpoint_path.unlink(missing_ok=True)
             self.journal.clear()
+        self._introduce()
         bars = progress_bars() if progress is None else progress
         if progress is None:
             bars.start()
@@ -146,6 +147,15 @@ class Trainer:
             if progress is None:
                 bars.stop()
         return self.checkpoint_path
+
+    def _introduce(self) -> None:
+        config = self.config
+        log.info(
+            "%s, ResNet-%d, on %s in %s: %d steps on %s",
+            *(config.model, config.depth, self.fabric.device, config.precision, self.total_steps, self.data),
+        )
+        if config.weights is None:
+            log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
 
     def _run_epoch(self, bars: Progress, task: TaskID) -> None:
         """Train from the current place to the epoch's end, or to the run's."""
