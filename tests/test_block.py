@@ -132,7 +132,7 @@ def test_snr_module(backend: str, gate: str) -> None:
         torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12)
 
 
-PARAMETERS = {
+PARAMETERS: dict[str, dict[str, tuple[int, ...]]] = {
     "se": {
         "norm_weight": (2, 48),
         "norm_bias": (2, 48),

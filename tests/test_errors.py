@@ -1,0 +1,468 @@
+"""Bad input: each public call says what it got, what it expected and what to do."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mrcn_fast import (
+    CQCLoss,
+    MRCNBlock,
+    SNRBlock,
+    backends,
+    cqc_loss,
+    dispatch,
+    mrcn_block,
+    mrcn_restitution,
+    snr_block,
+)
+from mrcn_fast.backends import native
+from tests import cases
+from tests.cases import KERNEL_BACKENDS
+
+SHAPE = (2, 4, 3, 3)
+both_backends = cases.backends("reference", *KERNEL_BACKENDS)
+
+
+def refuses(error: type[Exception], *told: str) -> Any:
+    """Expect ``error`` whose message holds every part of ``told`` in this order."""
+    return pytest.raises(error, match=re.compile(".*".join(map(re.escape, told)), re.DOTALL))
+
+
+def parameters(channels: int = 4, modalities: int = 2, gates: int = 4, **options: Any) -> list[Tensor]:
+    """norm_weight, norm_bias and SE parameters."""
+    shapes = [(modalities, channels), (modalities, channels)]
+    gate = [(gates, 2, channels), (gates, 2), (gates, channels, 2), (gates, channels)]
+    return [torch.ones(shape, **options) for shape in (*shapes, *gate)]
+
+
+# --- feature maps -----------------------------------------------------------------------------------------
+
+BAD_MAPS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
+    "no tensor": ([[1.0]], TypeError, ("got list", "expected a tensor (N, C, H, W)")),
+    "three dimensions": (
+        torch.ones(4, 3, 3),
+        ValueError,
+        ("got 3 dimensions (4, 3, 3)", "expected four, (N, C, H, W)"),
+    ),
+    "pooled": (torch.ones(2, 4), ValueError, ("got 2 dimensions (2, 4)", "expected four")),
+    "integers": (
+        torch.ones(SHAPE, dtype=torch.int64),
+        TypeError,
+        ("got dtype torch.int64", "expected a floating-point dtype", ".float()"),
+    ),
+    "complex": (
+        torch.ones(SHAPE, dtype=torch.complex64),
+        TypeError,
+        ("got dtype torch.complex64", "expected"),
+    ),
+    "one pixel": (
+        torch.ones(2, 4, 1, 1),
+        ValueError,
+        ("got planes of 1 x 1", "expected at least 2 elements", "before pooling"),
+    ),
+    "no pixel": (torch.ones(2, 4, 0, 3), ValueError, ("got planes of 0 x 3", "expected at least 2")),
+    "no channel": (torch.ones(2, 0, 3, 3), ValueError, ("got no channels", "expected C >= 1")),
+}
+
+
+@both_backends
+@pytest.mark.parametrize("kind", BAD_MAPS)
+def test_feature_maps(kind: str, backend: str) -> None:
+    bad, error, told = BAD_MAPS[kind]
+    good = torch.ones(SHAPE)
+    norm_weight, norm_bias, *gate = parameters(modalities=1, gates=1)
+    calls: dict[str, tuple[str, Callable[[], Any]]] = {
+        "mrcn_block": ("visible", lambda: MRCNBlock(4, backend=backend)(bad, bad)),
+        "second of the pair": ("infrared", lambda: MRCNBlock(4, backend=backend)(good, bad)),
+        "concat": ("visible", lambda: MRCNBlock(4, backend=backend)(bad, good, concat=True)),
+        "restitute": ("features", lambda: MRCNBlock(4, backend=backend).restitute(bad, "visible")),
+        "mrcn_restitution": (
+            "features",
+            lambda: mrcn_restitution(bad, norm_weight, norm_bias, gate, backend=backend),
+        ),
+        "SNRBlock": ("features", lambda: SNRBlock(4, backend=backend)(bad)),
+        "snr_block": ("features", lambda: snr_block(bad, norm_weight, norm_bias, gate, backend=backend)),
+    }
+    for name, call in calls.values():
+        with refuses(error, f"{name}: ", *told):
+            call()
+
+
+@both_backends
+def test_pairs(backend: str) -> None:
+    block = MRCNBlock(4, backend=backend)
+    with refuses(ValueError, "got shapes (2, 4, 3, 3) and (3, 4, 3, 3)", "expected equal", "restitute("):
+        block(torch.ones(SHAPE), torch.ones(3, 4, 3, 3))
+    with refuses(ValueError, "got shapes (2, 4, 3, 3) and (2, 4, 3, 2)", "expected equal"):
+        block(torch.ones(SHAPE), torch.ones(2, 4, 3, 2), concat=True)
+    with refuses(TypeError, "got dtypes torch.float32 and torch.bfloat16", "expected one dtype"):
+        block(torch.ones(SHAPE), torch.ones(SHAPE, dtype=torch.bfloat16))
+    with refuses(ValueError, "got devices cpu and meta", "expected one device"):
+        block(torch.ones(SHAPE), torch.ones(SHAPE, device="meta"))
+
+
+@both_backends
+def test_an_empty_batch_gives_empty_sets(backend: str) -> None:
+    """No sample is no mistake: a rank of a distributed run may have none."""
+    block = MRCNBlock(4, backend=backend)
+    empty = torch.ones(0, 4, 3, 3, requires_grad=True)
+    assert block(empty, empty.detach(), concat=True).shape == (0, 4, 3, 3)
+    features = block(empty, empty.detach())
+    assert all(f.shape == (0, 4, 3, 3) for f in features)
+    features.visible_restituted.sum().backward()
+    assert all(p.grad is None or not p.grad.any() for p in block.parameters())
+
+
+# --- parameters -------------------------------------------------------------------------------------------
+
+
+@both_backends
+def test_parameters_that_dont_fit(backend: str) -> None:
+    x = torch.ones(SHAPE)
+
+    def run(changed: list[Tensor], features: Tensor = x, **settings: Any) -> None:
+        norm_weight, norm_bias, *gate = changed
+        mrcn_block(features, features, norm_weight, norm_bias, gate, backend=backend, **settings)
+
+    run(parameters())
+    for position, name in ((0, "norm_weight"), (1, "norm_bias")):
+        wrong = parameters()
+        wrong[position] = torch.ones(2, 5)
+        with refuses(ValueError, f"{name}: got shape (2, 5)", "expected (2, 4)", "4 channels"):
+            run(wrong)
+        wrong[position] = 1.0  # type: ignore[call-overload]
+        with refuses(TypeError, f"{name}: got float", "expected a tensor (2, 4)"):
+            run(wrong)
+    for position, shape in ((2, (4, 2, 5)), (3, (4, 3)), (4, (4, 4, 3)), (5, (3, 4))):
+        wrong = parameters()
+        expected = tuple(wrong[position].shape)
+        wrong[position] = torch.ones(shape)
+        with refuses(ValueError, "gate_parameters of 'se'", f"got shape {shape}", f"expected {expected}"):
+            run(wrong)
+    with refuses(ValueError, "gate_parameters of 'se'", "got 3", "expected 4"):
+        run(parameters()[:-1])
+    with refuses(ValueError, "gate_parameters of 'eca'", "got 4", "expected 1"):
+        run(parameters(), gate="eca")
+    with refuses(ValueError, "gate_parameters of 'eca'", "got a kernel of 2", "expected an odd"):
+        run([*parameters()[:2], torch.ones(4, 2)], gate="eca")
+    with refuses(TypeError, "parameters: got dtype torch.float64", "expected", "torch.float32", ".to(dtype)"):
+        run(parameters(dtype=torch.float64))
+    with refuses(TypeError, "got dtype torch.float32 for float64 features", ".double()"):
+        run(parameters(), x.double())
+    with refuses(TypeError, "parameters: got dtype torch.bfloat16", "expected one dtype for all"):
+        run([*parameters()[:5], torch.ones(4, 4, dtype=torch.bfloat16)], x.bfloat16())
+    with refuses(ValueError, "parameters: got device meta", "expected the features' cpu"):
+        run(parameters(device="meta"))
+
+
+@both_backends
+def test_another_number_of_channels(backend: str) -> None:
+    for call in (
+        lambda: MRCNBlock(8, backend=backend)(torch.ones(SHAPE), torch.ones(SHAPE)),
+        lambda: MRCNBlock(8, backend=backend).restitute(torch.ones(SHAPE), "visible"),
+        lambda: SNRBlock(8, backend=backend)(torch.ones(SHAPE)),
+    ):
+        with refuses(ValueError, "norm_weight: got shape", "8)", "expected", "4)", "4 channels"):
+            call()
+
+
+def test_constructors() -> None:
+    for module in (MRCNBlock, SNRBlock):
+        for channels in (0, -3, 4.0, True):
+            with refuses(ValueError, f"channels: got {channels!r}", "expected an integer of at least 1"):
+                module(channels)  # type: ignore[arg-type]
+        with refuses(ValueError, "reduction: got 0", "expected an integer of at least 1"):
+            module(4, reduction=0)
+        for eps in (0.0, -1e-5, float("nan")):
+            with refuses(ValueError, f"eps: got {eps!r}", "expected a number above 0"):
+                module(4, eps=eps)
+        with refuses(ValueError, "gate: got 'se-net'", "'se', 'eca', 'cbam-channel'"):
+            module(4, gate="se-net")
+        with refuses(ValueError, "backend: got 'gpu'", "expected one of", "'cpu'", "'reference'"):
+            module(4, backend="gpu")
+    with refuses(ValueError, "restitute_to: got 'features'", "'normalized', 'input'"):
+        MRCNBlock(4, restitute_to="features")
+    with refuses(ValueError, "reduction: got 'max'", "'sum', 'mean', 'none'"):
+        CQCLoss(reduction="max")
+
+
+@both_backends
+def test_names_in_calls(backend: str) -> None:
+    x = torch.ones(SHAPE)
+    norm_weight, norm_bias, *gate = parameters()
+    with refuses(ValueError, "modality: got 'thermal'", "'visible', 'infrared'"):
+        MRCNBlock(4, backend=backend).restitute(x, "thermal")  # type: ignore[arg-type]
+    with refuses(ValueError, "gate: got 'none'", "'se', 'eca', 'cbam-channel'"):
+        mrcn_block(x, x, norm_weight, norm_bias, gate, gate="none", backend=backend)
+    with refuses(ValueError, "restitute_to: got ''", "'normalized', 'input'"):
+        mrcn_block(x, x, norm_weight, norm_bias, gate, restitute_to="", backend=backend)
+
+
+# --- the loss ---------------------------------------------------------------------------------------------
+
+
+def six(rows: int = 4, **options: Any) -> list[Tensor]:
+    return [torch.ones(rows, 3, **options) for _ in range(6)]
+
+
+LABELS = torch.tensor([0, 0, 1, 1])
+
+BAD_LOSSES: dict[str, tuple[Any, Any, Any, type[Exception], tuple[str, ...]]] = {
+    "five sets": (six()[:5], LABELS, None, TypeError, ("features: got 5", "expected six tensors")),
+    "no tensors": ([1.0] * 6, LABELS, None, TypeError, ("features: got 6 of float", "expected six tensors")),
+    "maps": (
+        [torch.ones(4, 3, 2, 2)] * 6,
+        LABELS,
+        None,
+        ValueError,
+        ("features: got shape (4, 3, 2, 2)", "expected (B, D)", "pool the maps first"),
+    ),
+    "two widths": (
+        [*six()[:5], torch.ones(4, 2)],
+        LABELS,
+        None,
+        ValueError,
+        ("features: got shape (4, 2)", "expected (B, D) with one D for all"),
+    ),
+    "integer features": (
+        six(dtype=torch.int64),
+        LABELS,
+        None,
+        TypeError,
+        ("features: got dtypes torch.int64", "expected one floating-point dtype"),
+    ),
+    "two dtypes": (
+        [*six()[:5], torch.ones(4, 3, dtype=torch.float64)],
+        LABELS,
+        None,
+        TypeError,
+        ("features: got dtypes torch.float32 and torch.float64", "expected one"),
+    ),
+    "too few labels": (
+        six(),
+        LABELS[:3],
+        None,
+        ValueError,
+        ("features: got 4 rows for 3 visible and 3 infrared labels", "expected 3"),
+    ),
+    "too few infrared labels": (
+        six(),
+        LABELS,
+        LABELS[:3],
+        ValueError,
+        ("features: got 4 rows for 4 visible and 3 infrared labels", "expected 3"),
+    ),
+    "stacked rows": (
+        torch.ones(23, 3),
+        LABELS,
+        None,
+        ValueError,
+        ("features: got 23 rows for 4 visible and 4 infrared labels", "expected 24"),
+    ),
+    "float labels": (
+        six(),
+        LABELS.float(),
+        None,
+        TypeError,
+        ("labels: got dtype torch.float32", "expected integers", ".long()"),
+    ),
+    "boolean labels": (six(), LABELS.bool(), None, TypeError, ("labels: got dtype torch.bool", "expected")),
+    "float infrared labels": (six(), LABELS, LABELS.float(), TypeError, ("infrared_labels: got dtype",)),
+    "a list of labels": (
+        six(),
+        [0, 0, 1, 1],
+        None,
+        TypeError,
+        ("labels: got list", "expected an integer tensor"),
+    ),
+    "labels with two dimensions": (
+        six(),
+        LABELS[:, None],
+        None,
+        ValueError,
+        ("labels: got shape (4, 1)", "expected (B,)"),
+    ),
+    "no labels": (six(0), LABELS[:0], None, ValueError, ("labels: got shape (0,)", "B >= 1")),
+    "labels elsewhere": (
+        six(),
+        LABELS.to("meta"),
+        None,
+        ValueError,
+        ("labels: got device meta", "expected the features' cpu"),
+    ),
+    "features on two devices": (
+        [torch.ones(4, 3), *six(device="meta")[1:]],
+        LABELS,
+        None,
+        ValueError,
+        ("features: got device", "expected the features'"),
+    ),
+    "no identity in both": (
+        six(),
+        LABELS,
+        LABELS + 5,
+        ValueError,
+        ("got no identity that is in both", "expected at least one", "[0, 1]", "[5, 6]"),
+    ),
+}
+
+
+@both_backends
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("kind", BAD_LOSSES)
+def test_losses(kind: str, reduction: str, backend: str) -> None:
+    features, labels, infrared_labels, error, told = BAD_LOSSES[kind]
+    with refuses(error, *told):
+        cqc_loss(features, labels, infrared_labels, reduction=reduction, backend=backend)
+    with refuses(error, *told):
+        CQCLoss(reduction=reduction, backend=backend)(features, labels, infrared_labels)
+
+
+def test_an_unknown_reduction() -> None:
+    with refuses(ValueError, "reduction: got 'max'", "'sum', 'mean', 'none'"):
+        cqc_loss(six(), LABELS, reduction="max")
+
+
+# --- backends ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """No choice in the environment, and nothing told yet."""
+    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
+    monkeypatch.setattr(dispatch, "_told", set())
+    yield monkeypatch
+
+
+def call_block(**settings: Any) -> Tensor:
+    return MRCNBlock(4, **settings)(torch.ones(SHAPE), torch.ones(SHAPE), concat=True)
+
+
+def call_loss(**settings: Any) -> Tensor:
+    loss = CQCLoss(**settings)(six(), LABELS)
+    assert isinstance(loss, Tensor)
+    return loss
+
+
+CALLS = pytest.mark.parametrize("call", [call_block, call_loss])
+
+
+def test_backends_tells_why() -> None:
+    known = backends()
+    assert set(KERNEL_BACKENDS) | {"reference"} <= set(known) == set(dispatch.NAMES)
+    assert known["reference"].usable
+    assert all(status.reason for status in known.values())
+
+
+def test_backends_says_that_the_library_is_absent(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(native, "_library", None)
+    usable, reason = backends()["cpu"]
+    assert not usable and "native library" in reason
+
+
+@CALLS
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_an_unknown_backend(call: Callable[..., Tensor], by: str, fresh: pytest.MonkeyPatch) -> None:
+    def run() -> Tensor:
+        if by == "argument":
+            return call(backend="gpu")
+        fresh.setenv("MRCN_FAST_BACKEND", "gpu")
+        return call()
+
+    with refuses(ValueError, "backend: got 'gpu'", "expected one of 'cpu'", "'reference'", "'auto'"):
+        run()
+
+
+@CALLS
+@pytest.mark.parametrize("by", ["argument", "environment"])
+def test_a_choice_that_cant_serve_raises_with_the_reason(
+    call: Callable[..., Tensor], by: str, fresh: pytest.MonkeyPatch
+) -> None:
+    fresh.setattr(native, "status", lambda: (False, "no compiler was found"))
+    settings = {"backend": "cpu"} if by == "argument" else {}
+    if by == "environment":
+        fresh.setenv("MRCN_FAST_BACKEND", "cpu")
+    with refuses(RuntimeError, "backend 'cpu' can't serve this call", "no compiler was found", "unset"):
+        call(**settings)
+
+
+@cases.backends(*KERNEL_BACKENDS)
+def test_a_kernel_refuses_what_it_doesnt_serve(backend: str, fresh: pytest.MonkeyPatch) -> None:
+    meta = torch.ones(SHAPE, device="meta")
+    with refuses(RuntimeError, "backend 'cpu' can't serve this call", "CPU tensors", "'meta'"):
+        MRCNBlock(4, backend=backend, device="meta")(meta, meta)
+    with refuses(
+        RuntimeError, "backend 'cpu' can't serve this call", "torch.float32", "got torch.float8_e5m2"
+    ):
+        dispatch.choose(backend, "cpu", torch.float8_e5m2)
+
+
+@CALLS
+@pytest.mark.parametrize("backend", [None, "auto"])
+def test_the_automatic_choice_falls_back_and_says_so_once(
+    call: Callable[..., Tensor],
+    backend: str | None,
+    fresh: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    fresh.setattr(native, "status", lambda: (False, "no compiler was found"))
+    with caplog.at_level(logging.INFO, "mrcn_fast"):
+        torch.manual_seed(0)
+        first = call(backend=backend)
+        torch.manual_seed(0)
+        assert cases.same_bits(first, call(backend="reference"))
+        call(backend=backend)
+    told = [r for r in caplog.records if r.name == "mrcn_fast"]
+    assert len(told) == 1 and told[0].levelno == logging.INFO
+    assert "reference" in told[0].getMessage() and "no compiler was found" in told[0].getMessage()
+
+
+@cases.backends(*KERNEL_BACKENDS)
+@CALLS
+def test_the_automatic_choice_takes_the_kernels_silently(
+    call: Callable[..., Tensor],
+    backend: str,
+    fresh: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "mrcn_fast"):
+        torch.manual_seed(0)
+        automatic = call()
+    torch.manual_seed(0)
+    assert cases.same_bits(automatic, call(backend=backend))
+    assert not caplog.records
+    assert dispatch.choose(None, "cpu", torch.float32) == backend
+
+
+def test_the_argument_goes_before_the_environment(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setenv("MRCN_FAST_BACKEND", "nonsense")
+    call_block(backend="reference")
+    fresh.setenv("MRCN_FAST_BACKEND", "reference")
+    assert dispatch.choose(None, "cpu", torch.float32) == "reference"
+    fresh.setenv("MRCN_FAST_BACKEND", "")
+    assert dispatch.choose(None, "meta", torch.float32) == "reference"
+
+
+def test_the_environment_of_a_process_is_read() -> None:
+    code = (
+        "import torch; from mrcn_fast import dispatch; "
+        "print('chose', dispatch.choose(None, 'cpu', torch.float32))"
+    )
+    got = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"MRCN_FAST_BACKEND": "reference", "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert got.stdout.split() == ["chose", "reference"]

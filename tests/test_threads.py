@@ -1,0 +1,74 @@
+"""Any number of threads, and any repetition, gives the same bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests import cases
+from tests.cases import DTYPES, KERNEL_BACKENDS, MODES, Case, CQCCase
+
+THREADS = (1, 2, 3, 5)
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+# The last two are large enough that one sample, or one plane, is worth sharing.
+SHAPES = [(1, 7, 5, 3), (5, 13, 9, 7), (1, 64, 40, 24), (2, 3, 151, 149)]
+
+
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("mode", MODES)
+def test_block(mode: str, shape: tuple[int, int, int, int], layout: str, backend: str) -> None:
+    for gate in cases.GATES:
+        for dtype in DTYPES:
+            p = cases.problem(
+                Case(mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
+            )
+            torch.set_num_threads(THREADS[0])
+            first = cases.evaluate(p, backend)
+            for threads in (*THREADS, THREADS[-1]):
+                torch.set_num_threads(threads)
+                assert torch.get_num_threads() == threads
+                different = cases.different_bits(first, cases.evaluate(p, backend))
+                assert not different, f"{p.case} with {threads} threads: {', '.join(different)}"
+
+
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("counts", "dimensions"), [((4, 4, 4, 4), 2048), ((1,), 5), ((3,) * 40, 33), ((64,), 512)]
+)
+def test_cqc(
+    counts: tuple[int, ...], dimensions: int, stacked: bool, dtype: torch.dtype, backend: str
+) -> None:
+    p = cases.cqc_problem(CQCCase(counts, counts, dimensions, dtype, stacked))
+    torch.set_num_threads(THREADS[0])
+    first = cases.evaluate_cqc(p, backend)
+    for threads in (*THREADS, THREADS[-1]):
+        torch.set_num_threads(threads)
+        different = cases.different_bits(first, cases.evaluate_cqc(p, backend))
+        assert not different, f"{p.case} with {threads} threads: {', '.join(different)}"
+
+
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_a_sample_doesnt_depend_on_its_batch(mode: str, backend: str) -> None:
+    """Each sample alone gives the same bits as in the batch: the order of its sums is its own."""
+    case = Case(mode, shape=(4, 7, 9, 5))
+    p = cases.problem(case)
+    together = cases.call(case, p.inputs, p.parameters, backend)
+    for i in range(4):
+        alone = cases.call(case, [x[i : i + 1] for x in p.inputs], p.parameters, backend)
+        for whole, one in zip(together, alone, strict=True):
+            assert cases.same_bits(whole[i::4] if mode == "concat" else whole[i : i + 1], one)
