@@ -85,15 +85,16 @@ MRCN_INLINE void part_extremes(const T* x, int64_t n, Extremes<acc_t<T>>& extrem
   }
 }
 
-// Moments of one contiguous plane.
-template <class T, bool extremes>
-MRCN_INLINE Moments plane_moments(const T* x, int64_t n, Extremes<acc_t<T>>& found) {
+// Moments of one contiguous plane, and its extremes where asked for.
+template <class T>
+Moments plane_moments(const void* plane, int64_t n, Extremes<acc_t<T>>* extremes) {
   constexpr int64_t part = 4096;
+  const T* x = static_cast<const T*>(plane);
   Moments moments;
-  if constexpr (extremes) found = {get(x), get(x)};
+  if (extremes != nullptr) *extremes = {get(x), get(x)};
   for (int64_t i = 0; i < n; i += part) {
     part_moments(x + i, least(part, n - i), moments);
-    if constexpr (extremes) part_extremes(x + i, least(part, n - i), found);
+    if (extremes != nullptr) part_extremes(x + i, least(part, n - i), *extremes);
   }
   return moments;
 }
@@ -132,15 +133,17 @@ MRCN_INLINE void keep(T* p, V v, constant<wide>) {
 }
 
 // `scratch` holds 3 · channels values; rows lie `pitch` elements apart.
-template <class T, bool extremes>
-inline void rows_moments(
-    const T* x, int64_t rows, int64_t pitch, int64_t channels, acc_t<T>* scratch, ChannelMoments<acc_t<T>> out) {
+template <class T>
+void rows_moments(
+    const void* first_row, int64_t rows, int64_t pitch, int64_t channels, acc_t<T>* scratch,
+    ChannelMoments<acc_t<T>> out, bool extremes) {
   using A = acc_t<T>;
+  const T* x = static_cast<const T*>(first_row);
   A* shift = scratch;
   A* deviation = scratch + channels;
   A* squares = scratch + 2 * channels;
   const int64_t part = most<int64_t>(8, least<int64_t>(128, 4096 / channels));
-  if constexpr (extremes) {
+  if (extremes) {
     for (int64_t c = 0; c < channels; ++c) out.maximum[c] = out.minimum[c] = get(x + c);
   }
   for (int64_t first = 0; first < rows; first += part) {
@@ -171,7 +174,9 @@ inline void rows_moments(
       }
       keep(deviation + c, e, w);
       keep(squares + c, q, w);
-      if constexpr (extremes) {
+    });
+    if (extremes) {
+      over_channels<A>(channels, [&](int64_t c, auto w) {
         auto high = fetch(out.maximum + c, w), low = fetch(out.minimum + c, w);
         for (int64_t row = 0; row < n; ++row) {
           const auto v = fetch(top + row * pitch + c, w);
@@ -180,8 +185,8 @@ inline void rows_moments(
         }
         keep(out.maximum + c, high, w);
         keep(out.minimum + c, low, w);
-      }
-    });
+      });
+    }
     const double here = double(n), before = double(first), total = here + before;
     const double share = here / total, cross = before * here / total;
     for (int64_t c = 0; c < channels; ++c) {

@@ -1,0 +1,254 @@
+// The block's backward on the CPU, compiled once an instruction set: per group of samples the sums of the gradients over every
+// plane, the gates' gradients, then one pass that writes the inputs' gradients.
+#include "block/call.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+template <class P, class A>
+class Backward : Call<P, A> {
+  using Base = Call<P, A>;
+
+ public:
+  Backward(const BlockBackward& call, const Passes<A>& passes)
+      : Base(call.shape, call.parameters, call.inputs, passes, true),
+        call_(call),
+        statistics_(static_cast<const A*>(call.statistics)),
+        group_(this->group_size(P::inputs + this->all_)),
+        parts_(this->shape_.pixels ? this->chunks_ : 1),
+        sums_(group_ * parts_ * P::sums * this->C_),
+        coefficients_(group_ * P::backward_slots * this->C_),
+        norm_(P::inputs * this->N_ * this->C_ * 2) {
+    if (this->fields_ == 4) counts_.allocate(group_ * parts_ * P::inputs * this->C_);
+    for (int k = 0; k < this->all_; ++k) gradients_[k] = call.gradients[k];
+    read_missing_as_zero();
+  }
+
+  void run() {
+    for (int64_t first = 0; first < this->N_; first += group_) {
+      const int64_t last = least(first + group_, this->N_);
+      this->each_channel(last - first, [&](int64_t c) {
+        for (int64_t i = first; i < last; ++i) {
+          for (int j = 0; j < P::inputs; ++j) this->pool(statistics_, j, i, c);
+        }
+      });
+      if (this->shape_.pixels) {
+        row_sums(first, last);
+      } else {
+        plane_sums(first, last);
+      }
+      this->gates_.squeeze(first, last);
+      gate_gradients(first, last);
+      this->gates_.backward(first, last);
+      coefficients(first, last);
+      make(first, last);
+    }
+    this->gates_.parameter_gradients(call_.gate_gradient);
+    norm_gradients();
+  }
+
+ private:
+  // Sums of a sample's part: its chunk of rows, or part 0 for whole planes.
+  MRCN_INLINE double* sums(int64_t i, int64_t part = 0) const {
+    return sums_.data + (i % group_ * parts_ + part) * P::sums * this->C_;
+  }
+  // How often the extreme of a plane occurs in the part.
+  MRCN_INLINE double* counts(int64_t i, int64_t part, int j) const {
+    return counts_.data + ((i % group_ * parts_ + part) * P::inputs + j) * this->C_;
+  }
+  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i % group_ * P::backward_slots * this->C_; }
+  MRCN_INLINE double* norm(int j, int64_t i, int64_t c) const { return norm_.data + this->at(j, i, c) * 2; }
+
+  // A gradient that was not given is read as one plane or row of zeros, over and over.
+  void read_missing_as_zero() {
+    bool missing = false;
+    for (int k = 0; k < this->all_; ++k) missing = missing || gradients_[k].data == nullptr;
+    if (!missing) return;
+    const int64_t bytes = (this->shape_.pixels ? this->C_ : this->L_) * element_size(this->shape_.dtype);
+    zeros_.allocate(bytes);
+    std::memset(zeros_.data, 0, bytes);
+    for (int k = 0; k < this->all_; ++k) {
+      if (gradients_[k].data == nullptr) gradients_[k] = {zeros_.data, 0, 0, 0};
+    }
+  }
+
+  MRCN_INLINE A extreme(int j, int64_t i, int64_t c) const {
+    const A* s = statistics_ + this->at(j, i, c) * this->fields_;
+    return A(extreme_pixel<double>(this->plane(statistics_, j, i, c), s[2], s[3]));
+  }
+
+  void plane_sums(int64_t first, int64_t last) const {
+    this->each_unit(first, last, [&](int64_t i, int64_t c) {
+      A mean[P::inputs];
+      void *x[P::inputs], *g[Base::most_sets];
+      int64_t unused[Base::most_sets];
+      double found[P::sums];
+      this->units_of(this->inputs_, P::inputs, i, c, x, unused);
+      this->units_of(gradients_ + this->made_, P::sets, i, c, g, unused);
+      for (int j = 0; j < P::inputs; ++j) mean[j] = statistics_[this->at(j, i, c) * this->fields_];
+      this->passes_.sum_plane(mean, x, g, this->L_, found);
+      for (int s = 0; s < P::sums; ++s) sums(i)[s * this->C_ + c] = found[s];
+      if (this->fields_ == 4) {
+        for (int j = 0; j < P::inputs; ++j) {
+          counts(i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme(j, i, c));
+        }
+      }
+    });
+  }
+
+  void row_sums(int64_t first, int64_t last) const {
+    const int64_t C = this->C_;
+    this->each_unit(first, last, [&](int64_t i, int64_t chunk) {
+      Buffer<A> scratch(P::sums * C), mean(P::inputs * C);
+      void *x[P::inputs], *g[Base::most_sets];
+      int64_t x_pitch[P::inputs], g_pitch[Base::most_sets];
+      this->units_of(this->inputs_, P::inputs, i, chunk, x, x_pitch);
+      this->units_of(gradients_ + this->made_, P::sets, i, chunk, g, g_pitch);
+      for (int j = 0; j < P::inputs; ++j) {
+        for (int64_t c = 0; c < C; ++c) mean.data[j * C + c] = statistics_[this->at(j, i, c) * this->fields_];
+      }
+      const int64_t rows = this->chunk_rows(chunk);
+      for (int64_t n = 0; n < P::sums * C; ++n) sums(i, chunk)[n] = 0.0;
+      this->passes_.sum_rows(mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, scratch.data, sums(i, chunk));
+      if (this->fields_ == 4) {
+        for (int j = 0; j < P::inputs; ++j) {
+          for (int64_t c = 0; c < C; ++c) {
+            mean.data[j * C + c] = extreme(j, i, c);
+            counts(i, chunk, j)[c] = 0.0;
+          }
+          this->passes_.rows_count(x[j], rows, x_pitch[j], C, mean.data + j * C, counts(i, chunk, j));
+        }
+      }
+    });
+    this->each_channel((last - first) * parts_, [&](int64_t c) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t chunk = 1; chunk < parts_; ++chunk) {
+          for (int s = 0; s < P::sums; ++s) sums(i)[s * C + c] += sums(i, chunk)[s * C + c];
+          for (int j = 0; j < P::inputs && this->fields_ == 4; ++j) counts(i, 0, j)[c] += counts(i, chunk, j)[c];
+        }
+      }
+    });
+  }
+
+  void gather(int64_t i, int64_t c, Plane<double>* p, double* s, double* found) const {
+    for (int j = 0; j < P::inputs; ++j) p[j] = this->plane(statistics_, j, i, c);
+    this->gate_values(i, c, s);
+    for (int n = 0; n < P::sums; ++n) found[n] = sums(i)[n * this->C_ + c];
+  }
+
+  void gate_gradients(int64_t first, int64_t last) const {
+    this->each_channel(last - first, [&](int64_t c) {
+      this->gates_.excite(first, last, c);
+      for (int64_t i = first; i < last; ++i) {
+        Plane<double> p[P::inputs];
+        double s[P::gate_count], found[P::sums], ds[P::gate_count];
+        gather(i, c, p, s, found);
+        make_gate_gradients<P>(p, found, ds);
+        for (int g = 0; g < P::gate_count; ++g) this->gates_.set_gradient(i, g, c, A(ds[g]));
+      }
+    });
+  }
+
+  void coefficients(int64_t first, int64_t last) const {
+    this->each_channel(last - first, [&](int64_t c) {
+      for (int64_t i = first; i < last; ++i) {
+        Plane<double> p[P::inputs];
+        double s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
+        gather(i, c, p, s, found);
+        make_maps<P>(p, s, this->shape_.to_input, k, false);
+        make_moments<P>(s, this->shape_.to_input, found, U, V);
+        for (int j = 0; j < P::inputs; ++j) {
+          k[P::extreme(j)] = k[P::k3(j)] = 0.0;
+          if (this->fields_ == 4) add_extreme(p[j], i, j, c, k, U[j], V[j]);
+          const PlaneGradient<double> of =
+              plane_gradient<double>(p[j], U[j], V[j], this->gates_.of_pooled(j, i)[c], double(this->L_));
+          k[P::k1(j)] = of.k1;
+          k[P::k2(j)] = of.k2;
+          norm(j, i, c)[0] = of.gamma;
+          norm(j, i, c)[1] = of.beta;
+        }
+        for (int slot = 0; slot < P::backward_slots; ++slot) coefficient(i)[slot * this->C_ + c] = A(k[slot]);
+      }
+    });
+  }
+
+  // The gradient of GMP(M) goes to M where its maximum is, evenly where several pixels share it.
+  MRCN_INLINE void add_extreme(
+      const Plane<double>& p, int64_t i, int j, int64_t c, double* k, double& U, double& V) const {
+    const double at = extreme(j, i, c), gradient = this->gates_.of_pooled(j, i, 1)[c];
+    U -= (at - p.mean) * gradient;
+    V -= gradient;
+    k[P::extreme(j)] = at;
+    k[P::k3(j)] = (1.0 - p.a) * gradient / counts(i, 0, j)[c];
+  }
+
+  void make(int64_t first, int64_t last) const {
+    this->each_unit(first, last, [&](int64_t i, int64_t unit) {
+      void *x[P::inputs], *g[Base::most_sets], *dx[P::inputs];
+      int64_t x_pitch[P::inputs], g_pitch[Base::most_sets], dx_pitch[P::inputs];
+      this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
+      this->units_of(gradients_, this->all_, i, unit, g, g_pitch);
+      this->units_of(call_.input_gradients, P::inputs, i, unit, dx, dx_pitch);
+      if (this->shape_.pixels) {
+        this->passes_.gradient_rows(
+            coefficient(i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch}, this->chunk_rows(unit), this->C_, call_.stream,
+            this->fields_ == 4);
+      } else {
+        A k[P::backward_slots];
+        for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
+        this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->fields_ == 4);
+      }
+    });
+  }
+
+  void norm_gradients() const {
+    A* gamma = static_cast<A*>(call_.norm_weight_gradient);
+    A* beta = static_cast<A*>(call_.norm_bias_gradient);
+    this->each_channel(this->N_, [&](int64_t c) {
+      for (int j = 0; j < P::inputs; ++j) {
+        double of_gamma = 0, of_beta = 0;
+        for (int64_t i = 0; i < this->N_; ++i) {
+          of_gamma += norm(j, i, c)[0];
+          of_beta += norm(j, i, c)[1];
+        }
+        gamma[j * this->C_ + c] = A(of_gamma);
+        beta[j * this->C_ + c] = A(of_beta);
+      }
+    });
+  }
+
+  const BlockBackward& call_;
+  const A* statistics_;
+  const int64_t group_;
+  const int64_t parts_;     // of a sample, that sums are made of
+  Buffer<double> sums_;     // (group, parts, sums, C)
+  Buffer<A> coefficients_;  // (group, slots, C)
+  Buffer<double> norm_;     // (inputs, N, C, 2): gradients of γ and β
+  Buffer<double> counts_;   // (group, parts, inputs, C)
+  Buffer<char> zeros_;
+  FeatureMap gradients_[Base::most_sets];
+};
+
+template <Mode mode, Mode shared = mode>
+void run(const BlockBackward& call) {
+  with_dtype(
+      call.shape.dtype, [](auto t) { return backward_passes<Pattern<mode>, decltype(t)>(); },
+      [&]<class A>(const Passes<A>& passes) { Backward<Pattern<shared>, A>(call, passes).run(); });
+}
+
+}  // namespace
+
+void block_backward(const BlockBackward& call) {
+  switch (call.shape.mode) {
+    case Mode::pair:
+      return run<Mode::pair>(call);
+    case Mode::concat:
+      return run<Mode::concat, Mode::pair>(call);
+    case Mode::restitute:
+      return run<Mode::restitute>(call);
+    case Mode::snr:
+      return run<Mode::snr>(call);
+  }
+}
+
+}  // namespace mrcn::MRCN_ISA

@@ -1,0 +1,133 @@
+// What the forward and the backward of a block call share: its shape, its maps, its statistics, its gates, and how the
+// work is cut.
+//
+// A group of samples at a time, so that the second read of its pixels comes from cache; the threads share each group. Work
+// is cut into planes, or into chunks of rows whose size depends on the shape alone, and partial results are joined in a fixed
+// order: any number of threads gives the same bits.
+#pragma once
+
+#include "block/block.h"
+#include "block/gates.h"
+#include "block/passes.h"
+#include "common/buffer.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+// Bytes of a group's feature maps that are to stay in the outer cache until they are read again.
+constexpr int64_t group_bytes = 8 << 20;
+// Elements a thread should have to do before another one is woken.
+constexpr int64_t thread_elements = 16384;
+
+inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
+
+// P: the operation's pattern (pair serves concat too); A: accumulation type.
+template <class P, class A>
+class Call {
+ protected:
+  Call(
+      const BlockShape& shape, const BlockParameters& parameters, const FeatureMap* inputs, const Passes<A>& passes,
+      bool backward)
+      : shape_(shape),
+        passes_(passes),
+        all_(P::sets + (shape.mode == Mode::concat ? 2 : 0)),
+        made_(shape.mode == Mode::concat ? 1 : 0),
+        N_(shape.samples),
+        C_(shape.channels),
+        L_(shape.length),
+        fields_(shape.gate == Gate::cbam_channel ? 4 : 2),
+        chunk_(most<int64_t>(256, (L_ + 63) / 64)),
+        chunks_((L_ + chunk_ - 1) / chunk_),
+        inputs_(inputs),
+        gamma_(static_cast<const A*>(parameters.norm_weight)),
+        beta_(static_cast<const A*>(parameters.norm_bias)),
+        gates_(shape, parameters, backward) {}
+
+  int64_t group_size(int maps) const {
+    return least(N_, most<int64_t>(1, group_bytes / (maps * C_ * L_ * element_size(shape_.dtype))));
+  }
+
+  // f(sample, channel) over planes, or f(sample, chunk of rows).
+  template <class F>
+  void each_unit(int64_t first, int64_t last, const F& f) const {
+    const int64_t units = shape_.pixels ? chunks_ : C_;
+    const int64_t elements = shape_.pixels ? least(chunk_, L_) * C_ : L_;
+    parallel(shape_.parallel, (last - first) * units, thread_elements / elements, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) f(first + unit / units, unit % units);
+    });
+  }
+
+  // f(channel) with few operations for each of so many samples.
+  template <class F>
+  void each_channel(int64_t samples, const F& f) const {
+    parallel(shape_.parallel, C_, 4096 / most<int64_t>(1, samples), [&](int64_t begin, int64_t end) {
+      for (int64_t c = begin; c < end; ++c) f(c);
+    });
+  }
+
+  MRCN_INLINE int64_t chunk_rows(int64_t chunk) const { return least(chunk_, L_ - chunk * chunk_); }
+  MRCN_INLINE int64_t at(int j, int64_t i, int64_t c) const { return (j * N_ + i) * C_ + c; }
+
+  // Where sample i of a map starts for the unit: its plane, or the chunk's first row.
+  MRCN_INLINE void* unit_of(const FeatureMap& map, int64_t i, int64_t unit) const {
+    const int64_t offset = i * map.sample + (shape_.pixels ? unit * chunk_ * map.pixel : unit * map.channel);
+    return static_cast<char*>(map.data) + offset * element_size(shape_.dtype);
+  }
+  MRCN_INLINE void units_of(const FeatureMap* maps, int n, int64_t i, int64_t unit, void** at, int64_t* pitch) const {
+    for (int k = 0; k < n; ++k) {
+      at[k] = unit_of(maps[k], i, unit);
+      pitch[k] = maps[k].pixel;
+    }
+  }
+
+  MRCN_INLINE Plane<double> plane(const A* statistics, int j, int64_t i, int64_t c, double offset = 0) const {
+    const A* s = statistics + at(j, i, c) * fields_;
+    return describe<double>(s[0], offset, s[1], gamma_[j * C_ + c], beta_[j * C_ + c]);
+  }
+
+  // What the gates see of a plane.
+  MRCN_INLINE void pool(const A* statistics, int j, int64_t i, int64_t c) const {
+    const A* s = statistics + at(j, i, c) * fields_;
+    gates_.pooled(j, i)[c] = A(pooled_residual<double>(s[0], s[1], beta_[j * C_ + c]));
+    if (fields_ == 4) {
+      const Plane<double> p = plane(statistics, j, i, c);
+      gates_.pooled(j, i, 1)[c] = A(residual_at<double>(p, extreme_pixel<double>(p, s[2], s[3])));
+    }
+  }
+
+  MRCN_INLINE void gate_values(int64_t i, int64_t c, double* s) const {
+    for (int g = 0; g < P::gate_count; ++g) s[g] = gates_.value(i, g)[c];
+  }
+
+  static constexpr int most_sets = 6;
+
+  const BlockShape& shape_;
+  const Passes<A> passes_;
+  const int all_;   // sets, with those handed through
+  const int made_;  // the first that is made
+  const int64_t N_, C_, L_;
+  const int fields_;              // statistics of a plane
+  const int64_t chunk_, chunks_;  // rows of pixels a unit, and how many units a sample
+  const FeatureMap* inputs_;
+  const A* gamma_;
+  const A* beta_;
+  Gates<A> gates_;
+};
+
+// The passes for a call's dtype: `get<T>()` gives them, `run(passes)` takes them.
+template <class Get, class Run>
+MRCN_INLINE void with_dtype(Dtype dtype, const Get& get, const Run& run) {
+  switch (dtype) {
+    case Dtype::f32:
+      return run(get(float{}));
+    case Dtype::f64:
+      return run(get(double{}));
+    case Dtype::bf16:
+      return run(get(bf16{}));
+    case Dtype::f16:
+      return run(get(f16{}));
+  }
+}
+
+}  // namespace
+}  // namespace mrcn::MRCN_ISA

@@ -1,0 +1,173 @@
+// The block's forward on the CPU, compiled once an instruction set: per group of samples the statistics of every plane, the
+// gates of every sample, then one pass that writes every set.
+#include <cmath>
+
+#include "block/call.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+template <class P, class A>
+class Forward : Call<P, A> {
+  using Base = Call<P, A>;
+
+ public:
+  Forward(const BlockForward& call, const Passes<A>& passes)
+      : Base(call.shape, call.parameters, call.inputs, passes, false),
+        call_(call),
+        statistics_(static_cast<A*>(call.statistics)),
+        group_(this->group_size(P::inputs)),
+        offsets_(P::inputs * group_ * this->C_),
+        coefficients_(group_ * P::forward_slots * this->C_) {
+    if (!this->shape_.pixels) return;
+    const int64_t parts = P::inputs * group_ * this->chunks_ * this->C_ * 2;
+    partial_.allocate(parts);
+    if (this->fields_ == 4) partial_extremes_.allocate(parts);
+  }
+
+  void run() {
+    for (int64_t first = 0; first < this->N_; first += group_) {
+      const int64_t last = least(first + group_, this->N_);
+      if (this->shape_.pixels) {
+        row_statistics(first, last);
+      } else {
+        plane_statistics(first, last);
+      }
+      this->gates_.squeeze(first, last);
+      coefficients(first, last);
+      make(first, last);
+    }
+  }
+
+ private:
+  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i % group_ * P::forward_slots * this->C_; }
+  MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const {
+    return offsets_.data[(j * group_ + i % group_) * this->C_ + c];
+  }
+
+  MRCN_INLINE void keep_statistics(int j, int64_t i, int64_t c, const Moments& m) const {
+    A* s = statistics_ + this->at(j, i, c) * this->fields_;
+    s[0] = A(m.mean);
+    s[1] = A(1.0 / std::sqrt(m.squares / double(this->L_) + call_.eps));
+    offset(j, i, c) = m.mean - double(s[0]);
+    this->pool(statistics_, j, i, c);
+  }
+
+  void plane_statistics(int64_t first, int64_t last) const {
+    this->each_unit(first, last, [&](int64_t i, int64_t c) {
+      for (int j = 0; j < P::inputs; ++j) {
+        Extremes<A> extremes;
+        const void* x = this->unit_of(this->inputs_[j], i, c);
+        const Moments m = this->passes_.plane_moments(x, this->L_, this->fields_ == 4 ? &extremes : nullptr);
+        if (this->fields_ == 4) {
+          A* s = statistics_ + this->at(j, i, c) * 4;
+          s[2] = extremes.maximum;
+          s[3] = extremes.minimum;
+        }
+        keep_statistics(j, i, c, m);
+      }
+    });
+  }
+
+  MRCN_INLINE ChannelMoments<A> partial(int j, int64_t i, int64_t chunk) const {
+    const int64_t C = this->C_, at = ((j * group_ + i % group_) * this->chunks_ + chunk) * C * 2;
+    A* extremes = this->fields_ == 4 ? partial_extremes_.data + at : nullptr;
+    return {partial_.data + at, partial_.data + at + C, extremes, extremes == nullptr ? nullptr : extremes + C};
+  }
+
+  void row_statistics(int64_t first, int64_t last) const {
+    const int64_t C = this->C_;
+    this->each_unit(first, last, [&](int64_t i, int64_t chunk) {
+      Buffer<A> scratch(3 * C);
+      for (int j = 0; j < P::inputs; ++j) {
+        const FeatureMap& x = this->inputs_[j];
+        this->passes_.rows_moments(
+            this->unit_of(x, i, chunk), this->chunk_rows(chunk), x.pixel, C, scratch.data, partial(j, i, chunk),
+            this->fields_ == 4);
+      }
+    });
+    this->each_channel(last - first, [&](int64_t c) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int j = 0; j < P::inputs; ++j) join(j, i, c);
+      }
+    });
+  }
+
+  // The moments of a plane from those of its chunks.
+  void join(int j, int64_t i, int64_t c) const {
+    Moments m;
+    A* s = statistics_ + this->at(j, i, c) * this->fields_;
+    for (int64_t chunk = 0; chunk < this->chunks_; ++chunk) {
+      const ChannelMoments<A> part = partial(j, i, chunk);
+      m.join(double(this->chunk_rows(chunk)), part.mean[c], part.squares[c]);
+      if (this->fields_ == 4) {
+        s[2] = chunk == 0 ? part.maximum[c] : most<A>(s[2], part.maximum[c]);
+        s[3] = chunk == 0 ? part.minimum[c] : least<A>(s[3], part.minimum[c]);
+      }
+    }
+    keep_statistics(j, i, c, m);
+  }
+
+  void coefficients(int64_t first, int64_t last) const {
+    this->each_channel(last - first, [&](int64_t c) {
+      this->gates_.excite(first, last, c);
+      for (int64_t i = first; i < last; ++i) {
+        Plane<double> p[P::inputs];
+        double s[P::gate_count], k[P::forward_slots];
+        for (int j = 0; j < P::inputs; ++j) p[j] = this->plane(statistics_, j, i, c, offset(j, i, c));
+        this->gate_values(i, c, s);
+        make_maps<P>(p, s, this->shape_.to_input, k, true);
+        for (int slot = 0; slot < P::forward_slots; ++slot) coefficient(i)[slot * this->C_ + c] = A(k[slot]);
+      }
+    });
+  }
+
+  void make(int64_t first, int64_t last) const {
+    this->each_unit(first, last, [&](int64_t i, int64_t unit) {
+      void *x[P::inputs], *y[Base::most_sets];
+      int64_t x_pitch[P::inputs], y_pitch[Base::most_sets];
+      this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
+      this->units_of(call_.outputs, this->all_, i, unit, y, y_pitch);
+      if (this->shape_.pixels) {
+        this->passes_.make_rows(
+            coefficient(i), {x, x_pitch}, {y, y_pitch}, this->chunk_rows(unit), this->C_, call_.stream);
+      } else {
+        A k[P::forward_slots];
+        for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
+        this->passes_.make_plane(k, x, y, this->L_, call_.stream);
+      }
+    });
+  }
+
+  const BlockForward& call_;
+  A* statistics_;
+  const int64_t group_;
+  Buffer<double> offsets_;      // (inputs, group, C): what rounding left of the means
+  Buffer<A> coefficients_;      // (group, slots, C)
+  Buffer<double> partial_;      // (inputs, group, chunks, 2, C): mean, squares
+  Buffer<A> partial_extremes_;  // (inputs, group, chunks, 2, C): maximum, minimum
+};
+
+template <Mode mode, Mode shared = mode>
+void run(const BlockForward& call) {
+  with_dtype(
+      call.shape.dtype, [](auto t) { return forward_passes<Pattern<mode>, decltype(t)>(); },
+      [&]<class A>(const Passes<A>& passes) { Forward<Pattern<shared>, A>(call, passes).run(); });
+}
+
+}  // namespace
+
+void block_forward(const BlockForward& call) {
+  switch (call.shape.mode) {
+    case Mode::pair:
+      return run<Mode::pair>(call);
+    case Mode::concat:
+      return run<Mode::concat, Mode::pair>(call);
+    case Mode::restitute:
+      return run<Mode::restitute>(call);
+    case Mode::snr:
+      return run<Mode::snr>(call);
+  }
+}
+
+}  // namespace mrcn::MRCN_ISA

@@ -1,0 +1,318 @@
+// The passes over pixels: each made set, each sum and each gradient, for a plane or for rows of pixels.
+//
+// Only these functions know a dtype; what surrounds them (call.h) knows the accumulation type alone and reaches them through
+// `Passes`, so that the code is not compiled once more for every dtype.
+#pragma once
+
+#include "block/moments.h"
+#include "block/pattern.h"
+#include "common/vec.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+using Pointers = void* const*;
+
+// Rows of pixels: where each map's first row stands and how far apart, in elements, rows lie.
+struct Rows {
+  Pointers start;
+  const int64_t* pitch;
+};
+
+template <class A>
+struct Passes {
+  Moments (*plane_moments)(const void* x, int64_t n, Extremes<A>* extremes);
+  void (*rows_moments)(
+      const void* x, int64_t rows, int64_t pitch, int64_t channels, A* scratch, ChannelMoments<A> out, bool extremes);
+  double (*plane_count)(const void* x, int64_t n, A value);
+  void (*rows_count)(const void* x, int64_t rows, int64_t pitch, int64_t channels, const A* values, double* counts);
+
+  void (*make_plane)(const A* k, Pointers x, Pointers y, int64_t n, bool stream);
+  void (*make_rows)(const A* k, Rows x, Rows y, int64_t rows, int64_t channels, bool stream);
+  void (*sum_plane)(const A* mean, Pointers x, Pointers g, int64_t n, double* sums);
+  void (*sum_rows)(const A* mean, Rows x, Rows g, int64_t rows, int64_t channels, A* scratch, double* sums);
+  void (*gradient_plane)(const A* k, Pointers x, Pointers g, Pointers dx, int64_t n, bool stream, bool extremes);
+  void (*gradient_rows)(const A* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels, bool stream, bool extremes);
+};
+
+// --- a pixel, or a vector of them (wide) -----------------------------------------------------------------
+
+template <class P, class T, bool stream, class V, int wide>
+MRCN_INLINE void make_at(const V* k, Pointers x, Pointers y, int64_t at, constant<wide> w) {
+  V in[P::inputs], out[P::sets];
+  unroll<P::inputs>([&](auto j) { in[j.v] = fetch(static_cast<const T*>(x[j.v]) + at, w); });
+  make_sets<P, V>(k, in, out);
+  unroll<P::sets>([&](auto s) { keep<stream>(static_cast<T*>(y[s.v + P::first]) + at, out[s.v], w); });
+  if constexpr (P::passes) {
+    keep<stream>(static_cast<T*>(y[0]) + at, in[0], w);
+    keep<stream>(static_cast<T*>(y[P::all - 1]) + at, in[1], w);
+  }
+}
+
+template <class P, class T, class V, int wide>
+MRCN_INLINE void sum_at(const V* mean, Pointers x, Pointers g, int64_t at, V* sums, constant<wide> w) {
+  V in[P::inputs], of[P::sets];
+  unroll<P::inputs>([&](auto j) { in[j.v] = fetch(static_cast<const T*>(x[j.v]) + at, w); });
+  unroll<P::sets>([&](auto s) { of[s.v] = fetch(static_cast<const T*>(g[s.v + P::first]) + at, w); });
+  add_sums<P, V>(mean, in, of, sums);
+}
+
+template <class P, class T, bool stream, bool extremes, class V, int wide>
+MRCN_INLINE void gradient_at(const V* k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<wide> w) {
+  V in[P::inputs], of[P::sets], out[P::inputs];
+  unroll<P::inputs>([&](auto j) { in[j.v] = fetch(static_cast<const T*>(x[j.v]) + at, w); });
+  unroll<P::sets>([&](auto s) { of[s.v] = fetch(static_cast<const T*>(g[s.v + P::first]) + at, w); });
+  make_gradients<P, V>(k, in, of, out);
+  if constexpr (P::passes) {
+    out[0] += fetch(static_cast<const T*>(g[0]) + at, w);
+    out[1] += fetch(static_cast<const T*>(g[P::all - 1]) + at, w);
+  }
+  unroll<P::inputs>([&](auto j) {
+    if constexpr (extremes) {
+      const V more = out[j.v] + k[P::k3(j.v)];
+      out[j.v] = in[j.v] == k[P::extreme(j.v)] ? more : out[j.v];
+    }
+    keep<stream>(static_cast<T*>(dx[j.v]) + at, out[j.v], w);
+  });
+}
+
+// --- planes ---------------------------------------------------------------------------------------------
+
+// Pixels until every one of the n maps stands at a whole vector's address; -1 where they never do together.
+template <class T, int n>
+MRCN_INLINE int64_t until_aligned(Pointers p, int64_t length) {
+  constexpr uintptr_t size = lanes<acc_t<T>> * sizeof(T);
+  const uintptr_t off = reinterpret_cast<uintptr_t>(p[0]) % size;
+  for (int k = 1; k < n; ++k) {
+    if (reinterpret_cast<uintptr_t>(p[k]) % size != off) return -1;
+  }
+  if (off % sizeof(T) != 0) return -1;
+  const int64_t head = off == 0 ? 0 : int64_t((size - off) / sizeof(T));
+  return head <= length ? head : -1;
+}
+
+// f(at, constant<1>) over whole vectors from `head` on, f(at, constant<0>) over the pixels before and after.
+template <class A, class F>
+MRCN_INLINE void over_plane(int64_t head, int64_t n, const F& f) {
+  int64_t at = head;
+  for (; at + lanes<A> <= n; at += lanes<A>) f(at, constant<1>{});
+  for (int64_t l = head > 0 ? 0 : at; l < n; l = l + 1 == head ? at : l + 1) f(l, constant<0>{});
+}
+
+// The same coefficients as one value and as a vector of it.
+template <class A, int n>
+struct Spread {
+  A one[n];
+  vec<A> wide[n];
+
+  explicit MRCN_INLINE Spread(const A* k) {
+    for (int s = 0; s < n; ++s) {
+      one[s] = k[s];
+      wide[s] = all<A>(k[s]);
+    }
+  }
+  MRCN_INLINE const A* get(constant<0>) const { return one; }
+  MRCN_INLINE const vec<A>* get(constant<1>) const { return wide; }
+};
+
+template <class P, class T, bool stream>
+__attribute__((noinline)) void make_plane_as(const acc_t<T>* k, Pointers x, Pointers y, int64_t head, int64_t n) {
+  using A = acc_t<T>;
+  const Spread<A, P::forward_slots> spread(k);
+  over_plane<A>(head, n, [&](int64_t at, auto w) {
+    // Scalars are stored plainly whatever `stream` says: see `keep`.
+    make_at<P, T, stream>(spread.get(w), x, y, at, w);
+  });
+}
+
+template <class P, class T>
+void make_plane(const acc_t<T>* k, Pointers x, Pointers y, int64_t n, bool stream) {
+  const int64_t head = stream ? until_aligned<T, P::all>(y, n) : -1;
+  if (head >= 0) {
+    make_plane_as<P, T, true>(k, x, y, head, n);
+    stream_fence();
+  } else {
+    make_plane_as<P, T, false>(k, x, y, 0, n);
+  }
+}
+
+template <class P, class T>
+void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* sums) {
+  using A = acc_t<T>;
+  constexpr int64_t part = 4096;  // beyond that the lanes' own rounding would show
+  const Spread<A, P::inputs> means(mean);
+  for (int s = 0; s < P::sums; ++s) sums[s] = 0.0;
+  for (int64_t first = 0; first < n; first += part) {
+    vec<A> wide[P::sums] = {};
+    A rest[P::sums] = {};
+    const int64_t last = least(first + part, n);
+    int64_t at = first;
+    for (; at + lanes<A> <= last; at += lanes<A>) sum_at<P, T>(means.wide, x, g, at, wide, constant<1>{});
+    for (; at < last; ++at) sum_at<P, T>(means.one, x, g, at, rest, constant<0>{});
+    unroll<P::sums>([&](auto s) { sums[s.v] += double(sum<A>(wide[s.v])) + double(rest[s.v]); });
+  }
+}
+
+template <class P, class T, bool stream, bool extremes>
+__attribute__((noinline)) void gradient_plane_as(
+    const acc_t<T>* k, Pointers x, Pointers g, Pointers dx, int64_t head, int64_t n) {
+  using A = acc_t<T>;
+  const Spread<A, extremes ? P::backward_slots : P::extreme(0)> spread(k);
+  over_plane<A>(head, n, [&](int64_t at, auto w) {
+    gradient_at<P, T, stream, extremes>(spread.get(w), x, g, dx, at, w);
+  });
+}
+
+template <class P, class T>
+void gradient_plane(
+    const acc_t<T>* k, Pointers x, Pointers g, Pointers dx, int64_t n, bool stream, bool extremes) {
+  const int64_t head = stream && !extremes ? until_aligned<T, P::inputs>(dx, n) : -1;
+  if (extremes) {
+    gradient_plane_as<P, T, false, true>(k, x, g, dx, 0, n);
+  } else if (head >= 0) {
+    gradient_plane_as<P, T, true, false>(k, x, g, dx, head, n);
+    stream_fence();
+  } else {
+    gradient_plane_as<P, T, false, false>(k, x, g, dx, 0, n);
+  }
+}
+
+template <class T>
+double plane_count(const void* x, int64_t n, acc_t<T> value) {
+  int64_t count = 0;
+  for (int64_t l = 0; l < n; ++l) count += get(static_cast<const T*>(x) + l) == value ? 1 : 0;
+  return double(count);
+}
+
+// --- rows of pixels: coefficients and sums are arrays over the channels --------------------------------------
+
+template <class T, int n>
+MRCN_INLINE void row_at(Rows maps, int64_t row, void** at) {
+  for (int k = 0; k < n; ++k) at[k] = static_cast<T*>(maps.start[k]) + row * maps.pitch[k];
+}
+
+template <class V, int n, class A, int wide>
+MRCN_INLINE void fetch_all(const A* k, int64_t channels, int64_t c, V* out, constant<wide> w) {
+  unroll<n>([&](auto s) { out[s.v] = fetch(k + s.v * channels + c, w); });
+}
+
+template <class P, class T, bool stream>
+__attribute__((noinline)) void make_rows_as(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
+  using A = acc_t<T>;
+  for (int64_t row = 0; row < rows; ++row) {
+    void *in[P::inputs], *out[P::all];
+    row_at<T, P::inputs>(x, row, in);
+    row_at<T, P::all>(y, row, out);
+    over_channels<A>(channels, [&](int64_t c, auto w) {
+      using V = decltype(fetch(k, w));
+      V kv[P::forward_slots];
+      fetch_all<V, P::forward_slots>(k, channels, c, kv, w);
+      make_at<P, T, stream, V>(kv, in, out, c, w);
+    });
+  }
+}
+
+template <class P, class T>
+void make_rows(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels, bool stream) {
+  if (stream) {
+    make_rows_as<P, T, true>(k, x, y, rows, channels);
+    stream_fence();
+  } else {
+    make_rows_as<P, T, false>(k, x, y, rows, channels);
+  }
+}
+
+template <class P, class T>
+void sum_rows(
+    const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, acc_t<T>* scratch, double* sums) {
+  using A = acc_t<T>;
+  constexpr int64_t part = 64;  // rows, before the sums' own rounding would show
+  for (int64_t first = 0; first < rows; first += part) {
+    for (int64_t n = 0; n < P::sums * channels; ++n) scratch[n] = A(0);
+    for (int64_t row = first; row < least(first + part, rows); ++row) {
+      void *in[P::inputs], *of[P::all];
+      row_at<T, P::inputs>(x, row, in);
+      row_at<T, P::all>(g, row, of);
+      over_channels<A>(channels, [&](int64_t c, auto w) {
+        using V = decltype(fetch(mean, w));
+        V mv[P::inputs], acc[P::sums];
+        fetch_all<V, P::inputs>(mean, channels, c, mv, w);
+        fetch_all<V, P::sums>(scratch, channels, c, acc, w);
+        sum_at<P, T, V>(mv, in, of, c, acc, w);
+        unroll<P::sums>([&](auto s) { keep(scratch + s.v * channels + c, acc[s.v], w); });
+      });
+    }
+    for (int64_t n = 0; n < P::sums * channels; ++n) sums[n] += double(scratch[n]);
+  }
+}
+
+template <class P, class T, bool stream, bool extremes>
+__attribute__((noinline)) void gradient_rows_as(
+    const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
+  using A = acc_t<T>;
+  constexpr int slots = extremes ? P::backward_slots : P::extreme(0);
+  for (int64_t row = 0; row < rows; ++row) {
+    void *in[P::inputs], *of[P::all], *out[P::inputs];
+    row_at<T, P::inputs>(x, row, in);
+    row_at<T, P::all>(g, row, of);
+    row_at<T, P::inputs>(dx, row, out);
+    over_channels<A>(channels, [&](int64_t c, auto w) {
+      using V = decltype(fetch(k, w));
+      V kv[slots];
+      fetch_all<V, slots>(k, channels, c, kv, w);
+      gradient_at<P, T, stream, extremes, V>(kv, in, of, out, c, w);
+    });
+  }
+}
+
+template <class P, class T>
+void gradient_rows(
+    const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels, bool stream, bool extremes) {
+  if (extremes) {
+    gradient_rows_as<P, T, false, true>(k, x, g, dx, rows, channels);
+  } else if (stream) {
+    gradient_rows_as<P, T, true, false>(k, x, g, dx, rows, channels);
+    stream_fence();
+  } else {
+    gradient_rows_as<P, T, false, false>(k, x, g, dx, rows, channels);
+  }
+}
+
+template <class T>
+void rows_count(
+    const void* x, int64_t rows, int64_t pitch, int64_t channels, const acc_t<T>* values, double* counts) {
+  for (int64_t row = 0; row < rows; ++row) {
+    const T* at = static_cast<const T*>(x) + row * pitch;
+    for (int64_t c = 0; c < channels; ++c) counts[c] += get(at + c) == values[c] ? 1 : 0;
+  }
+}
+
+// --- which dtype ------------------------------------------------------------------------------------------
+
+// Forward and backward are separate files: each fills in what it uses.
+template <class P, class T>
+Passes<acc_t<T>> forward_passes() {
+  Passes<acc_t<T>> passes{};
+  passes.plane_moments = plane_moments<T>;
+  passes.rows_moments = rows_moments<T>;
+  passes.make_plane = make_plane<P, T>;
+  passes.make_rows = make_rows<P, T>;
+  return passes;
+}
+
+template <class P, class T>
+Passes<acc_t<T>> backward_passes() {
+  // What is handed through takes no part in the sums: those of concat are the pair's.
+  using Sums = Pattern<P::mode == Mode::concat ? Mode::pair : P::mode>;
+  Passes<acc_t<T>> passes{};
+  passes.plane_count = plane_count<T>;
+  passes.rows_count = rows_count<T>;
+  passes.sum_plane = sum_plane<Sums, T>;
+  passes.sum_rows = sum_rows<Sums, T>;
+  passes.gradient_plane = gradient_plane<P, T>;
+  passes.gradient_rows = gradient_rows<P, T>;
+  return passes;
+}
+
+}  // namespace
+}  // namespace mrcn::MRCN_ISA
