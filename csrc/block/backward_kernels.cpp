@@ -14,35 +14,33 @@ class Backward : Call<P, A> {
       : Base(call.shape, call.parameters, call.inputs, passes, true),
         call_(call),
         statistics_(static_cast<const A*>(call.statistics)),
-        group_(this->group_size(P::inputs + this->all_)),
         parts_(this->shape_.pixels ? this->chunks_ : 1),
-        sums_(group_ * parts_ * P::sums * this->C_),
-        coefficients_(group_ * P::backward_slots * this->C_),
+        sums_(this->N_ * parts_ * P::sums * this->C_),
+        coefficients_(this->N_ * P::backward_slots * this->C_),
         norm_(P::inputs * this->N_ * this->C_ * 2) {
-    if (this->fields_ == 4) counts_.allocate(group_ * parts_ * P::inputs * this->C_);
+    if (this->fields_ == 4) counts_.allocate(this->N_ * parts_ * P::inputs * this->C_);
     for (int k = 0; k < this->all_; ++k) gradients_[k] = call.gradients[k];
     read_missing_as_zero();
   }
 
   void run() {
-    for (int64_t first = 0; first < this->N_; first += group_) {
-      const int64_t last = least(first + group_, this->N_);
-      this->each_channel(last - first, [&](int64_t c) {
+    this->each_group(P::inputs + this->all_, [&](ParallelFor pool, int64_t first, int64_t last) {
+      this->each_channel(pool, last - first, [&](int64_t c) {
         for (int64_t i = first; i < last; ++i) {
           for (int j = 0; j < P::inputs; ++j) this->pool(statistics_, j, i, c);
         }
       });
       if (this->shape_.pixels) {
-        row_sums(first, last);
+        row_sums(pool, first, last);
       } else {
-        plane_sums(first, last);
+        plane_sums(pool, first, last);
       }
-      this->gates_.squeeze(first, last);
-      gate_gradients(first, last);
-      this->gates_.backward(first, last);
-      coefficients(first, last);
-      make(first, last);
-    }
+      this->gates_.squeeze(pool, first, last);
+      gate_gradients(pool, first, last);
+      this->gates_.backward(pool, first, last);
+      coefficients(pool, first, last);
+      make(pool, first, last);
+    });
     this->gates_.parameter_gradients(call_.gate_gradient);
     norm_gradients();
   }
@@ -50,13 +48,13 @@ class Backward : Call<P, A> {
  private:
   // Sums of a sample's part: its chunk of rows, or part 0 for whole planes.
   MRCN_INLINE double* sums(int64_t i, int64_t part = 0) const {
-    return sums_.data + (i % group_ * parts_ + part) * P::sums * this->C_;
+    return sums_.data + (i * parts_ + part) * P::sums * this->C_;
   }
   // How often the extreme of a plane occurs in the part.
   MRCN_INLINE double* counts(int64_t i, int64_t part, int j) const {
-    return counts_.data + ((i % group_ * parts_ + part) * P::inputs + j) * this->C_;
+    return counts_.data + ((i * parts_ + part) * P::inputs + j) * this->C_;
   }
-  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i % group_ * P::backward_slots * this->C_; }
+  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::backward_slots * this->C_; }
   MRCN_INLINE double* norm(int j, int64_t i, int64_t c) const { return norm_.data + this->at(j, i, c) * 2; }
 
   // A gradient that was not given is read as one plane or row of zeros, over and over.
@@ -77,8 +75,8 @@ class Backward : Call<P, A> {
     return A(extreme_pixel<double>(this->plane(statistics_, j, i, c), s[2], s[3]));
   }
 
-  void plane_sums(int64_t first, int64_t last) const {
-    this->each_unit(first, last, [&](int64_t i, int64_t c) {
+  void plane_sums(ParallelFor pool, int64_t first, int64_t last) const {
+    this->each_unit(pool, first, last, [&](int64_t i, int64_t c) {
       A mean[P::inputs];
       void *x[P::inputs], *g[Base::most_sets];
       int64_t unused[Base::most_sets];
@@ -96,9 +94,9 @@ class Backward : Call<P, A> {
     });
   }
 
-  void row_sums(int64_t first, int64_t last) const {
+  void row_sums(ParallelFor pool, int64_t first, int64_t last) const {
     const int64_t C = this->C_;
-    this->each_unit(first, last, [&](int64_t i, int64_t chunk) {
+    this->each_unit(pool, first, last, [&](int64_t i, int64_t chunk) {
       Buffer<A> scratch(P::sums * C), mean(P::inputs * C);
       void *x[P::inputs], *g[Base::most_sets];
       int64_t x_pitch[P::inputs], g_pitch[Base::most_sets];
@@ -120,7 +118,7 @@ class Backward : Call<P, A> {
         }
       }
     });
-    this->each_channel((last - first) * parts_, [&](int64_t c) {
+    this->each_channel(pool, (last - first) * parts_, [&](int64_t c) {
       for (int64_t i = first; i < last; ++i) {
         for (int64_t chunk = 1; chunk < parts_; ++chunk) {
           for (int s = 0; s < P::sums; ++s) sums(i)[s * C + c] += sums(i, chunk)[s * C + c];
@@ -136,8 +134,8 @@ class Backward : Call<P, A> {
     for (int n = 0; n < P::sums; ++n) found[n] = sums(i)[n * this->C_ + c];
   }
 
-  void gate_gradients(int64_t first, int64_t last) const {
-    this->each_channel(last - first, [&](int64_t c) {
+  void gate_gradients(ParallelFor pool, int64_t first, int64_t last) const {
+    this->each_channel(pool, last - first, [&](int64_t c) {
       this->gates_.excite(first, last, c);
       for (int64_t i = first; i < last; ++i) {
         Plane<double> p[P::inputs];
@@ -149,8 +147,8 @@ class Backward : Call<P, A> {
     });
   }
 
-  void coefficients(int64_t first, int64_t last) const {
-    this->each_channel(last - first, [&](int64_t c) {
+  void coefficients(ParallelFor pool, int64_t first, int64_t last) const {
+    this->each_channel(pool, last - first, [&](int64_t c) {
       for (int64_t i = first; i < last; ++i) {
         Plane<double> p[P::inputs];
         double s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
@@ -182,8 +180,8 @@ class Backward : Call<P, A> {
     k[P::k3(j)] = (1.0 - p.a) * gradient / counts(i, 0, j)[c];
   }
 
-  void make(int64_t first, int64_t last) const {
-    this->each_unit(first, last, [&](int64_t i, int64_t unit) {
+  void make(ParallelFor pool, int64_t first, int64_t last) const {
+    this->each_unit(pool, first, last, [&](int64_t i, int64_t unit) {
       void *x[P::inputs], *g[Base::most_sets], *dx[P::inputs];
       int64_t x_pitch[P::inputs], g_pitch[Base::most_sets], dx_pitch[P::inputs];
       this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
@@ -204,7 +202,7 @@ class Backward : Call<P, A> {
   void norm_gradients() const {
     A* gamma = static_cast<A*>(call_.norm_weight_gradient);
     A* beta = static_cast<A*>(call_.norm_bias_gradient);
-    this->each_channel(this->N_, [&](int64_t c) {
+    this->each_channel(this->shape_.parallel, this->N_, [&](int64_t c) {
       for (int j = 0; j < P::inputs; ++j) {
         double of_gamma = 0, of_beta = 0;
         for (int64_t i = 0; i < this->N_; ++i) {
@@ -219,12 +217,11 @@ class Backward : Call<P, A> {
 
   const BlockBackward& call_;
   const A* statistics_;
-  const int64_t group_;
   const int64_t parts_;     // of a sample, that sums are made of
-  Buffer<double> sums_;     // (group, parts, sums, C)
-  Buffer<A> coefficients_;  // (group, slots, C)
+  Buffer<double> sums_;     // (N, parts, sums, C)
+  Buffer<A> coefficients_;  // (N, slots, C)
   Buffer<double> norm_;     // (inputs, N, C, 2): gradients of γ and β
-  Buffer<double> counts_;   // (group, parts, inputs, C)
+  Buffer<double> counts_;   // (N, parts, inputs, C)
   Buffer<char> zeros_;
   FeatureMap gradients_[Base::most_sets];
 };

@@ -36,6 +36,7 @@ struct BlockShape {
   bool to_input;
   int64_t samples, channels, length;  // N, C, H·W
   int64_t hidden;                     // width of the gate's hidden layer (SE, CBAM) or of its kernel (ECA)
+  int threads;
   ParallelFor parallel;
 };
 

@@ -116,7 +116,7 @@ Ready make_ready(
   }
   ready.parameters.norm_weight = ready.keep(converted(norm_weight, ready.sums));
   ready.parameters.norm_bias = ready.keep(converted(norm_bias, ready.sums));
-  ready.shape = {mode, kind, dtype, pixels, to_input, N, C, L, width, pool};
+  ready.shape = {mode,  kind, dtype, pixels, to_input, N, C, L, width, int(torch::stable::get_num_threads()), pool};
   return ready;
 }
 

@@ -1,9 +1,10 @@
 // What the forward and the backward of a block call share: its shape, its maps, its statistics, its gates, and how the
 // work is cut.
 //
-// A group of samples at a time, so that the second read of its pixels comes from cache; the threads share each group. Work
-// is cut into planes, or into chunks of rows whose size depends on the shape alone, and partial results are joined in a fixed
-// order: any number of threads gives the same bits.
+// A group of samples at a time, so that the second read of its pixels comes from cache. Where there are samples enough, each
+// thread takes groups of its own and nobody waits before the end; else the threads share every step of a group. Either way
+// the work is cut into planes, or into chunks of rows whose size depends on the shape alone, and partial results are joined
+// in a fixed order: any number of threads gives the same bits.
 #pragma once
 
 #include "block/block.h"
@@ -18,6 +19,8 @@ namespace {
 constexpr int64_t group_bytes = 8 << 20;
 // Elements a thread should have to do before another one is woken.
 constexpr int64_t thread_elements = 16384;
+
+inline void serial(int64_t count, int64_t, RangeFunction function, void* context) { function(0, count, context); }
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
@@ -43,24 +46,36 @@ class Call {
         beta_(static_cast<const A*>(parameters.norm_bias)),
         gates_(shape, parameters, backward) {}
 
-  int64_t group_size(int maps) const {
-    return least(N_, most<int64_t>(1, group_bytes / (maps * C_ * L_ * element_size(shape_.dtype))));
+  // f(pool, first, last) for groups of samples that read `maps` maps; the pool is whose threads share the group's steps.
+  template <class F>
+  void each_group(int maps, const F& f) const {
+    const int64_t threads = shape_.threads, fits = group_bytes / (maps * C_ * L_ * element_size(shape_.dtype));
+    const int64_t rounds = (N_ + threads - 1) / threads;
+    const bool own = threads > 1 && 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
+    const int64_t size = most<int64_t>(1, own ? fits / threads : fits);
+    const auto groups = [&](ParallelFor pool, int64_t begin, int64_t end) {
+      for (int64_t first = begin; first < end; first += size) f(pool, first, least(first + size, end));
+    };
+    if (!own) return groups(shape_.parallel, 0, N_);
+    parallel(shape_.parallel, N_, thread_elements / (C_ * L_), [&](int64_t begin, int64_t end) {
+      groups(serial, begin, end);
+    });
   }
 
   // f(sample, channel) over planes, or f(sample, chunk of rows).
   template <class F>
-  void each_unit(int64_t first, int64_t last, const F& f) const {
+  void each_unit(ParallelFor pool, int64_t first, int64_t last, const F& f) const {
     const int64_t units = shape_.pixels ? chunks_ : C_;
     const int64_t elements = shape_.pixels ? least(chunk_, L_) * C_ : L_;
-    parallel(shape_.parallel, (last - first) * units, thread_elements / elements, [&](int64_t begin, int64_t end) {
+    parallel(pool, (last - first) * units, thread_elements / elements, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) f(first + unit / units, unit % units);
     });
   }
 
   // f(channel) with few operations for each of so many samples.
   template <class F>
-  void each_channel(int64_t samples, const F& f) const {
-    parallel(shape_.parallel, C_, 4096 / most<int64_t>(1, samples), [&](int64_t begin, int64_t end) {
+  void each_channel(ParallelFor pool, int64_t samples, const F& f) const {
+    parallel(pool, C_, 4096 / most<int64_t>(1, samples), [&](int64_t begin, int64_t end) {
       for (int64_t c = begin; c < end; ++c) f(c);
     });
   }

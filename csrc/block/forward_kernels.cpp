@@ -16,33 +16,31 @@ class Forward : Call<P, A> {
       : Base(call.shape, call.parameters, call.inputs, passes, false),
         call_(call),
         statistics_(static_cast<A*>(call.statistics)),
-        group_(this->group_size(P::inputs)),
-        offsets_(P::inputs * group_ * this->C_),
-        coefficients_(group_ * P::forward_slots * this->C_) {
+        offsets_(P::inputs * this->N_ * this->C_),
+        coefficients_(this->N_ * P::forward_slots * this->C_) {
     if (!this->shape_.pixels) return;
-    const int64_t parts = P::inputs * group_ * this->chunks_ * this->C_ * 2;
+    const int64_t parts = P::inputs * this->N_ * this->chunks_ * this->C_ * 2;
     partial_.allocate(parts);
     if (this->fields_ == 4) partial_extremes_.allocate(parts);
   }
 
   void run() {
-    for (int64_t first = 0; first < this->N_; first += group_) {
-      const int64_t last = least(first + group_, this->N_);
+    this->each_group(P::inputs, [&](ParallelFor pool, int64_t first, int64_t last) {
       if (this->shape_.pixels) {
-        row_statistics(first, last);
+        row_statistics(pool, first, last);
       } else {
-        plane_statistics(first, last);
+        plane_statistics(pool, first, last);
       }
-      this->gates_.squeeze(first, last);
-      coefficients(first, last);
-      make(first, last);
-    }
+      this->gates_.squeeze(pool, first, last);
+      coefficients(pool, first, last);
+      make(pool, first, last);
+    });
   }
 
  private:
-  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i % group_ * P::forward_slots * this->C_; }
+  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::forward_slots * this->C_; }
   MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const {
-    return offsets_.data[(j * group_ + i % group_) * this->C_ + c];
+    return offsets_.data[this->at(j, i, c)];
   }
 
   MRCN_INLINE void keep_statistics(int j, int64_t i, int64_t c, const Moments& m) const {
@@ -53,8 +51,8 @@ class Forward : Call<P, A> {
     this->pool(statistics_, j, i, c);
   }
 
-  void plane_statistics(int64_t first, int64_t last) const {
-    this->each_unit(first, last, [&](int64_t i, int64_t c) {
+  void plane_statistics(ParallelFor pool, int64_t first, int64_t last) const {
+    this->each_unit(pool, first, last, [&](int64_t i, int64_t c) {
       for (int j = 0; j < P::inputs; ++j) {
         Extremes<A> extremes;
         const void* x = this->unit_of(this->inputs_[j], i, c);
@@ -70,14 +68,14 @@ class Forward : Call<P, A> {
   }
 
   MRCN_INLINE ChannelMoments<A> partial(int j, int64_t i, int64_t chunk) const {
-    const int64_t C = this->C_, at = ((j * group_ + i % group_) * this->chunks_ + chunk) * C * 2;
+    const int64_t C = this->C_, at = ((j * this->N_ + i) * this->chunks_ + chunk) * C * 2;
     A* extremes = this->fields_ == 4 ? partial_extremes_.data + at : nullptr;
     return {partial_.data + at, partial_.data + at + C, extremes, extremes == nullptr ? nullptr : extremes + C};
   }
 
-  void row_statistics(int64_t first, int64_t last) const {
+  void row_statistics(ParallelFor pool, int64_t first, int64_t last) const {
     const int64_t C = this->C_;
-    this->each_unit(first, last, [&](int64_t i, int64_t chunk) {
+    this->each_unit(pool, first, last, [&](int64_t i, int64_t chunk) {
       Buffer<A> scratch(3 * C);
       for (int j = 0; j < P::inputs; ++j) {
         const FeatureMap& x = this->inputs_[j];
@@ -86,7 +84,7 @@ class Forward : Call<P, A> {
             this->fields_ == 4);
       }
     });
-    this->each_channel(last - first, [&](int64_t c) {
+    this->each_channel(pool, last - first, [&](int64_t c) {
       for (int64_t i = first; i < last; ++i) {
         for (int j = 0; j < P::inputs; ++j) join(j, i, c);
       }
@@ -108,8 +106,8 @@ class Forward : Call<P, A> {
     keep_statistics(j, i, c, m);
   }
 
-  void coefficients(int64_t first, int64_t last) const {
-    this->each_channel(last - first, [&](int64_t c) {
+  void coefficients(ParallelFor pool, int64_t first, int64_t last) const {
+    this->each_channel(pool, last - first, [&](int64_t c) {
       this->gates_.excite(first, last, c);
       for (int64_t i = first; i < last; ++i) {
         Plane<double> p[P::inputs];
@@ -122,8 +120,8 @@ class Forward : Call<P, A> {
     });
   }
 
-  void make(int64_t first, int64_t last) const {
-    this->each_unit(first, last, [&](int64_t i, int64_t unit) {
+  void make(ParallelFor pool, int64_t first, int64_t last) const {
+    this->each_unit(pool, first, last, [&](int64_t i, int64_t unit) {
       void *x[P::inputs], *y[Base::most_sets];
       int64_t x_pitch[P::inputs], y_pitch[Base::most_sets];
       this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
@@ -141,11 +139,10 @@ class Forward : Call<P, A> {
 
   const BlockForward& call_;
   A* statistics_;
-  const int64_t group_;
-  Buffer<double> offsets_;      // (inputs, group, C): what rounding left of the means
-  Buffer<A> coefficients_;      // (group, slots, C)
-  Buffer<double> partial_;      // (inputs, group, chunks, 2, C): mean, squares
-  Buffer<A> partial_extremes_;  // (inputs, group, chunks, 2, C): maximum, minimum
+  Buffer<double> offsets_;      // (inputs, N, C): what rounding left of the means
+  Buffer<A> coefficients_;      // (N, slots, C)
+  Buffer<double> partial_;      // (inputs, N, chunks, 2, C): mean, squares
+  Buffer<A> partial_extremes_;  // (inputs, N, chunks, 2, C): maximum, minimum
 };
 
 template <Mode mode, Mode shared = mode>

@@ -65,10 +65,10 @@ class Gates {
   MRCN_INLINE A* before(int64_t i, int g) const { return state.before.data + (i * count_ + g) * C_; }
 
   // Hidden layers of the samples [first, last): value = σ(...) is left to `excite`, a channel at a time.
-  void squeeze(int64_t first, int64_t last) const {
+  void squeeze(ParallelFor pool, int64_t first, int64_t last) const {
     if (shape_.gate == Gate::eca) return;
     const int64_t work = (last - first) * branches_ * C_;
-    parallel(shape_.parallel, count_ * R_, grain(work), [&](int64_t begin, int64_t end) {
+    parallel(pool, count_ * R_, grain(work), [&](int64_t begin, int64_t end) {
       for (int64_t row = begin; row < end; ++row) {
         const int64_t g = row / R_, j = row % R_;
         const A* weight = weights_[0] + row * C_;
@@ -96,14 +96,14 @@ class Gates {
   }
 
   // From `before` of the samples [first, last) to `of_pooled`.
-  void backward(int64_t first, int64_t last) const {
-    if (shape_.gate == Gate::eca) return backward_eca(first, last);
-    parallel(shape_.parallel, count_, grain((last - first) * C_ * R_), [&](int64_t begin, int64_t end) {
+  void backward(ParallelFor pool, int64_t first, int64_t last) const {
+    if (shape_.gate == Gate::eca) return backward_eca(pool, first, last);
+    parallel(pool, count_, grain((last - first) * C_ * R_), [&](int64_t begin, int64_t end) {
       for (int64_t g = begin; g < end; ++g) backward_hidden(first, last, int(g));
     });
     constexpr int64_t width = 256;  // channels a unit
     const int64_t units = (C_ + width - 1) / width;
-    parallel(shape_.parallel, units, grain((last - first) * count_ * R_ * width), [&](int64_t begin, int64_t end) {
+    parallel(pool, units, grain((last - first) * count_ * R_ * width), [&](int64_t begin, int64_t end) {
       const int64_t c0 = begin * width, c1 = least(end * width, C_);
       for (int m = 0; m < modalities(shape_.mode); ++m) {
         for (int64_t i = first; i < last; ++i) {
@@ -213,9 +213,9 @@ class Gates {
     }
   }
 
-  void backward_eca(int64_t first, int64_t last) const {
+  void backward_eca(ParallelFor pool, int64_t first, int64_t last) const {
     const int M = modalities(shape_.mode);
-    parallel(shape_.parallel, last - first, grain(count_ * C_ * R_), [&](int64_t begin, int64_t end) {
+    parallel(pool, last - first, grain(count_ * C_ * R_), [&](int64_t begin, int64_t end) {
       for (int64_t i = first + begin; i < first + end; ++i) {
         for (int m = 0; m < M; ++m) {
           for (int64_t c = 0; c < C_; ++c) {
