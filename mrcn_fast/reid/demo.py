@@ -237,9 +237,9 @@ def _table(results: dict[str, Any]) -> Table:
     """The demo's table; scores in percent."""
     data, times = results["config"], results["milliseconds"]
     table = Table(
-        title=f"Synthetic data, modality gap {data['modality_gap']}; SYSU-MM01's all-search, single-shot, random "
-        f"draw, {data['trials']} trials;\nResNet-18 at {data['height']} x {data['width']} from random weights, "
-        f"{data['steps']} steps",
+        title=f"Synthetic data, modality gap {data['modality_gap']}; SYSU-MM01's all-search, single-shot, "
+        f"random draw, {data['trials']} trials;\nResNet-18 at {data['height']} x {data['width']} from random "
+        f"weights, {data['steps']} steps",
         caption="the block's share of a training step: its forward and backward alone / the step",
     )
     table.add_column("")

@@ -291,12 +291,12 @@ def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> No
     )
     metrics = Path(tiny_config.out) / "metrics.jsonl"
     try:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 300  # never reached but where training does not start
         while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
             assert process.poll() is None and time.monotonic() < until, "training did not get going"
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=30)
+        _, told = process.communicate(timeout=120)
     finally:
         process.kill()
     path = Path(tiny_config.out) / CHECKPOINT_NAME
