@@ -22,7 +22,8 @@ kept = $(VENV)/.mrcn-fast-constraints.txt
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install environment torch requirements native demo test bench lint warnings format clean
+.PHONY: help install environment torch requirements native demo test bench lint ruff mypy clang-format \
+  warnings format clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
 
@@ -80,10 +81,16 @@ test: install  ## the tests
 bench: install  ## the benchmark table: times, ratios, floors
 	@"$(bin)/mrcn-fast" bench $(ARGS)
 
-lint: install  ## ruff, mypy and clang-format
+lint: install ruff mypy clang-format  ## ruff, mypy and clang-format (make -k lint: all, also after one has failed)
+
+ruff:
 	"$(bin)/ruff" check
 	"$(bin)/ruff" format --check
+
+mypy:
 	"$(bin)/mypy"
+
+clang-format:
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" --dry-run --Werror
 
 warnings: install  ## compile the library with -Wall -Wextra -Werror
