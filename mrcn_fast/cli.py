@@ -156,7 +156,7 @@ def _test(argv: list[str]) -> int:
 def _bench(argv: list[str]) -> int:
     from mrcn_fast.benchmark import main as benchmark
 
-    return benchmark(argv) or 0
+    return benchmark(argv)
 
 
 def _demo(argv: list[str]) -> int:
