@@ -11,7 +11,10 @@ import torch
 from mrcn_fast import backends, benchmark
 
 CASES = {case.name: case for case in benchmark.cases()}
-RIVALS = {"block": ("fused", "eager", "compile", "compile collapsed", "floor"), "cqc": ("fused", "vectorized", "loop")}
+RIVALS = {
+    "block": ("fused", "eager", "compile", "compile collapsed", "floor"),
+    "cqc": ("fused", "vectorized", "loop"),
+}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,7 +27,7 @@ def native() -> None:
 
 @pytest.fixture(scope="module")
 def rivals_of() -> Callable[[str], dict[str, Callable[[], Any]]]:
-    """The rivals of a case, made and checked once for all of its benchmarks; the last case's only, to bound memory."""
+    """The rivals of a case, made and checked once for its benchmarks; only the last case's are kept."""
     kept: dict[str, dict[str, Callable[[], Any]]] = {}
 
     def get(name: str) -> dict[str, Callable[[], Any]]:

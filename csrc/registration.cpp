@@ -1,6 +1,7 @@
 // Every operation's schema, once, and the Python module _C with what is no tensor operation.
 //
-// Python adds the shapes for tracing (mrcn_fast/backends/native.py) and the derivatives (mrcn_fast/autograd.py).
+// Python adds the shapes for tracing (mrcn_fast/backends/native.py) and the derivatives
+// (mrcn_fast/autograd.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/stable/library.h>
@@ -8,10 +9,12 @@
 #include "common/isa.h"
 
 STABLE_TORCH_LIBRARY(mrcn_fast, library) {
-  // Blocks. norm_weight, norm_bias: (modalities, C); gate_parameters: those of mrcn_fast/gates.py; the last result of a
-  // forward is the statistics (modalities, N, C, 2 or 4) that its backward takes. A gradient may be missing.
+  // Blocks. norm_weight, norm_bias: (modalities, C); gate_parameters: those of mrcn_fast/gates.py; the last
+  // result of a forward is the statistics (modalities, N, C, 2 or 4) that its backward takes. A gradient may
+  // be missing.
   library.def(
-      "block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, "
+      "block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, Tensor[] "
+      "gate_parameters, "
       "str gate, float eps, bool to_input) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "block_backward(Tensor? visible_restituted, Tensor? visible_compensated, Tensor? infrared_compensated, "
@@ -22,28 +25,37 @@ STABLE_TORCH_LIBRARY(mrcn_fast, library) {
       "block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, "
       "Tensor[] gate_parameters, str gate, float eps, bool to_input) -> (Tensor, Tensor)");
   library.def(
-      "block_concat_backward(Tensor? features, Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, "
+      "block_concat_backward(Tensor? features, Tensor visible, Tensor infrared, Tensor statistics, Tensor "
+      "norm_weight, "
       "Tensor norm_bias, Tensor[] gate_parameters, str gate, bool to_input) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
   library.def(
-      "restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate, "
+      "restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, "
+      "str gate, "
       "float eps, bool to_input) -> (Tensor, Tensor)");
   library.def(
-      "restitute_backward(Tensor? restituted, Tensor features, Tensor statistics, Tensor norm_weight, Tensor norm_bias, "
+      "restitute_backward(Tensor? restituted, Tensor features, Tensor statistics, Tensor norm_weight, Tensor "
+      "norm_bias, "
       "Tensor[] gate_parameters, str gate, bool to_input) -> (Tensor, Tensor, Tensor, Tensor[])");
   library.def(
-      "snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate, float eps) "
+      "snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str "
+      "gate, float eps) "
       "-> (Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "snr_backward(Tensor? restituted, Tensor? contaminated, Tensor? normalized, Tensor features, Tensor statistics, "
-      "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate) -> (Tensor, Tensor, Tensor, Tensor[])");
-  // The loss. features: the six sets, or all stacked in one. Results: the sum, the losses and the identities (padded with
-  // zeros to the number of visible labels), how many there are, and what the backward needs of each.
+      "snr_backward(Tensor? restituted, Tensor? contaminated, Tensor? normalized, Tensor features, Tensor "
+      "statistics, "
+      "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate) -> (Tensor, Tensor, Tensor, "
+      "Tensor[])");
+  // The loss. features: the six sets, or all stacked in one. Results: the sum, the losses and the identities
+  // (padded with zeros to the number of visible labels), how many there are, and what the backward needs of
+  // each.
   library.def(
-      "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, bool detach_negative) "
+      "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, bool "
+      "detach_negative) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor identities, "
+      "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor "
+      "identities, "
       "Tensor count, Tensor weights) -> Tensor[]");
 }
 

@@ -1,7 +1,7 @@
-"""What the kernels are measured against, and how: the cases, the rivals, the interleaved timing, the result lines.
+"""What the kernels are measured against, and how: cases, rivals, interleaved timing, result lines.
 
-`mrcn-fast bench` prints the table; ``pytest benchmarks`` runs the same cases under pytest-benchmark. A case is timed
-only after its fused result was compared with the reference on the same inputs.
+`mrcn-fast bench` prints the table; ``pytest benchmarks`` runs the same cases under pytest-benchmark. A case
+is timed only after its fused result was compared with the reference on the same inputs.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,7 +30,10 @@ from mrcn_fast.cqc import cqc_loss
 
 SHAPES = ((16, 256, 72, 32), (16, 64, 72, 32), (8, 512, 36, 16))
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
-FORWARD_VOLUMES, BACKWARD_VOLUMES = 6, 8  # compulsory traffic: every input read once, every output written once
+FORWARD_VOLUMES, BACKWARD_VOLUMES = (
+    6,
+    8,
+)  # compulsory traffic: every input read once, every output written once
 
 
 class Case(NamedTuple):
@@ -37,7 +41,9 @@ class Case(NamedTuple):
 
     name: str
     rivals: Callable[[], dict[str, Callable[[], Any]]]
-    goals: dict[str, float]  # rival -> how many times its time must be of the fused one's; "floor" -> at most so many floors
+    goals: dict[
+        str, float
+    ]  # rival -> how many times its time must be of the fused one's; "floor" -> at most so many floors
 
 
 class Timing(NamedTuple):
@@ -48,10 +54,12 @@ class Timing(NamedTuple):
     high: float
 
 
-# --- the rivals: what a user would write or pick without this library ----------------------------------------
+# --- the rivals: what a user would write or pick without this library ---------------------------------
 
 
-def collapsed_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def collapsed_block(
+    block: MRCNBlock, visible: Tensor, infrared: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The block as one statistics pass and one elementwise pass, in plain PyTorch, for torch.compile."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = block.gate.parameter_list()
     affine, pooled = [], []
@@ -76,7 +84,9 @@ def collapsed_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tupl
     )
 
 
-def looped_cqc(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2) -> Tensor:
+def looped_cqc(
+    features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2
+) -> Tensor:
     """The loss with a loop over identities, as training code of the field has it."""
     f_v, f_vr, f_vc, f_nc, f_nr, f_n = features
     total = features[0].new_zeros(())
@@ -94,7 +104,9 @@ def looped_cqc(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tens
     return total
 
 
-def vectorized_cqc(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2) -> Tensor:
+def vectorized_cqc(
+    features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2
+) -> Tensor:
     """The loss with all centers of a set by one index_add, for labels that both modalities share."""
     identities, own = labels.unique(return_inverse=True)
     other = torch.searchsorted(identities, infrared_labels)
@@ -116,7 +128,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-# --- cases ---------------------------------------------------------------------------------------------------
+# --- cases --------------------------------------------------------------------------------------------
 
 
 def copy_of(volumes: int, elements: int) -> Callable[[], Any]:
@@ -126,7 +138,9 @@ def copy_of(volumes: int, elements: int) -> Callable[[], Any]:
     return lambda: target.copy_(source)
 
 
-def block_rivals(shape: tuple[int, int, int, int], layout: str, backward: bool) -> dict[str, Callable[[], Any]]:
+def block_rivals(
+    shape: tuple[int, int, int, int], layout: str, backward: bool
+) -> dict[str, Callable[[], Any]]:
     """Fused, eager reference, compiled reference, compiled collapsed form, and the copy that is the floor."""
     torch.manual_seed(0)
     block = MRCNBlock(shape[1])
@@ -134,12 +148,12 @@ def block_rivals(shape: tuple[int, int, int, int], layout: str, backward: bool) 
     plain.load_state_dict(block.state_dict())
 
     def tensor() -> Tensor:
-        return torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])  # type: ignore[call-overload, no-any-return]
+        return torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
 
     inputs = tuple(tensor().requires_grad_() for _ in range(2))
     gradients = tuple(tensor() for _ in range(4))
 
-    def run(form: Callable[[Tensor, Tensor], Any], parameters: list[Tensor]) -> Callable[[], Any]:
+    def run(form: Callable[[Tensor, Tensor], Any], parameters: Sequence[Tensor]) -> Callable[[], Any]:
         def forward() -> Any:
             with torch.no_grad():
                 return form(*inputs)
@@ -173,7 +187,9 @@ def cqc_rivals(identities: int, images: int, dimensions: int) -> dict[str, Calla
     """Fused, vectorised eager and the loop over identities, forward and backward."""
     torch.manual_seed(0)
     labels = torch.arange(identities).repeat_interleave(images)
-    features = MRCNFeatures(*(torch.randn(identities * images, dimensions).requires_grad_() for _ in range(6)))
+    features = MRCNFeatures(
+        *(torch.randn(identities * images, dimensions).requires_grad_() for _ in range(6))
+    )
 
     def run(form: Callable[..., Any]) -> Callable[[], Any]:
         return lambda: torch.autograd.grad(form(features, labels, labels), features)
@@ -183,7 +199,11 @@ def cqc_rivals(identities: int, images: int, dimensions: int) -> dict[str, Calla
 
 def block_goals(shape: tuple[int, int, int, int], backward: bool) -> dict[str, float]:
     if shape == (16, 256, 72, 32):
-        return {"compile": 3.0, "eager": 8.0, "floor": 1.5} if backward else {"compile": 3.2, "eager": 7.0, "floor": 1.15}
+        return (
+            {"compile": 3.0, "eager": 8.0, "floor": 1.5}
+            if backward
+            else {"compile": 3.2, "eager": 7.0, "floor": 1.15}
+        )
     return {"compile": 3.0 if backward else (4.0 if shape[1] == 512 else 3.5)}
 
 
@@ -193,20 +213,16 @@ def cases() -> list[Case]:
     for layout in LAYOUTS:
         for shape in SHAPES:
             for backward in (False, True):
-                name = f"block {'forward+backward' if backward else 'forward'} {'x'.join(map(str, shape))} {layout}"
+                name = f"block forward{'+backward' * backward} {'x'.join(map(str, shape))} {layout}"
                 found.append(
-                    Case(
-                        name,
-                        lambda shape=shape, layout=layout, backward=backward: block_rivals(shape, layout, backward),
-                        block_goals(shape, backward),
-                    )
+                    Case(name, partial(block_rivals, shape, layout, backward), block_goals(shape, backward))
                 )
     goals = {"vectorized": 5.0, "loop": 15.0}
-    found.append(Case("cqc forward+backward 4x4x2048", lambda: cqc_rivals(4, 4, 2048), goals))
+    found.append(Case("cqc forward+backward 4x4x2048", partial(cqc_rivals, 4, 4, 2048), goals))
     return found
 
 
-# --- measuring -----------------------------------------------------------------------------------------------
+# --- measuring ----------------------------------------------------------------------------------------
 
 
 def keep_pages_warm() -> bool:
@@ -232,7 +248,9 @@ def check(rivals: dict[str, Callable[[], Any]], tolerance: float = 1e-4) -> None
     plain = next(rivals[name] for name in ("eager", "vectorized") if name in rivals)
     error = largest_error(rivals["fused"](), plain())
     if not error < tolerance:
-        raise RuntimeError(f"the fused result is off by {error:.1e} (relative), expected under {tolerance:.0e}")
+        raise RuntimeError(
+            f"the fused result is off by {error:.1e} (relative), expected under {tolerance:.0e}"
+        )
 
 
 def measure(rivals: dict[str, Callable[[], Any]], seconds: float, least: int = 7) -> dict[str, Timing]:
@@ -263,7 +281,10 @@ def machine() -> dict[str, Any]:
     try:
         here = Path(__file__).parents[1]
         commit = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
+            ["git", "-C", str(here), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
@@ -318,14 +339,16 @@ def print_row(result: dict[str, Any]) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(prog="mrcn-fast bench", description="time the kernels against their rivals")
+    options = argparse.ArgumentParser(
+        prog="mrcn-fast bench", description="time the kernels against their rivals"
+    )
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     options.add_argument("--seconds", type=float, default=8.0, help="measuring time of a case (default 8)")
     options.add_argument(
         "--pages",
         choices=("warm", "fresh"),
         default="warm",
-        help="warm: outputs on memory the process used before; fresh: as the allocator gives it (default warm)",
+        help="outputs on memory the process used before (warm, default), or on what the allocator gives (fresh)",
     )
     options.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     options.add_argument("--list", action="store_true", help="print the cases' names and stop")
@@ -348,7 +371,10 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     pages = options.pages if options.pages == "fresh" or keep_pages_warm() else "fresh"
     where = machine() | {"pages": pages}
-    print(f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['kernels']}; {pages} pages")
+    print(
+        f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, "
+        f"{where['kernels']}; {pages} pages"
+    )
     print("median of interleaved rounds; ratios are the rival's time over the fused one's\n")
     missed = False
     for case in chosen:

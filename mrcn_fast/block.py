@@ -18,7 +18,7 @@ RESTITUTE_TO = ("normalized", "input")
 
 
 class MRCNFeatures(NamedTuple):
-    """The six feature sets in the paper's order v, v+, v-, n-, n+, n; each (N, C, H, W), or (N, D) once pooled."""
+    """The six feature sets in the paper's order v, v+, v-, n-, n+, n; each (N, C, H, W), pooled (N, D)."""
 
     visible: Tensor
     visible_restituted: Tensor
@@ -108,12 +108,12 @@ def mrcn_block(
             `gates.ChannelGate.parameter_list`.
         gate: "se", "eca" or "cbam-channel".
         eps: added to the variance.
-        restitute_to: what M₊ is added to: "normalized" (F̃, the paper's text) or "input" (F, eq. 5 as printed).
+        restitute_to: what M₊ is added to: "normalized" (F̃, the text) or "input" (F, eq. 5 as printed).
         concat: give the six sets as one (6N, C, H, W) tensor in the order of `MRCNFeatures`.
         backend: "cpu", "reference", or None for what serves (see `mrcn_fast.backends`).
 
     Returns:
-        `MRCNFeatures`, whose ``visible`` and ``infrared`` are the inputs themselves; with ``concat`` one tensor.
+        `MRCNFeatures`, whose ``visible`` and ``infrared`` are the inputs; with ``concat`` one tensor.
 
     Raises:
         TypeError: an argument that is no tensor, or a dtype that does not fit.
@@ -130,7 +130,8 @@ def mrcn_block(
     tensors = (visible, infrared, norm_weight, norm_bias, *gate_parameters)
     if concat:
         return _run("concat", backend, gate, eps, restitute_to, tensors)[0]
-    return MRCNFeatures(visible, *_run("pair", backend, gate, eps, restitute_to, tensors), infrared)
+    made = _run("pair", backend, gate, eps, restitute_to, tensors)
+    return MRCNFeatures._make((visible, *made, infrared))
 
 
 def mrcn_restitution(
@@ -149,7 +150,8 @@ def mrcn_restitution(
     Arguments, result and errors as in `mrcn_block`, for one (N, C, H, W) tensor: ``norm_weight`` and
     ``norm_bias`` are (1, C), the gate's parameters have a leading 1.
 
-    Equivalent to: ``reference.restitution(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
+    Equivalent to:
+        ``reference.restitution(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
     """
     _check_features("features", features)
     _check_parameters(features, norm_weight, norm_bias, gate_parameters, gate, 1, 1)
@@ -172,13 +174,13 @@ def snr_block(
 
     Arguments and errors as in `mrcn_restitution`.
 
-    Equivalent to: ``reference.snr_block(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
+    Equivalent to:
+        ``reference.snr_block(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
     """
     _check_features("features", features)
     _check_parameters(features, norm_weight, norm_bias, gate_parameters, gate, 1, 1)
-    return SNRFeatures(
-        *_run("snr", backend, gate, eps, "normalized", (features, norm_weight, norm_bias, *gate_parameters))
-    )
+    tensors = (features, norm_weight, norm_bias, *gate_parameters)
+    return SNRFeatures._make(_run("snr", backend, gate, eps, "normalized", tensors))
 
 
 def _run(
@@ -211,7 +213,7 @@ class _Block(nn.Module):
     ) -> None:
         super().__init__()
         for name, value in (("channels", channels), ("reduction", reduction)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            if type(value) is not int or value < 1:
                 raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
         if not eps > 0:
             raise ValueError(f"eps: got {eps!r}, expected a number above 0")
@@ -360,7 +362,9 @@ def _check_features(name: str, x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{name}: got {x.dim()} dimensions {tuple(x.shape)}, expected four, (N, C, H, W)")
     if not x.dtype.is_floating_point:
-        raise TypeError(f"{name}: got dtype {x.dtype}, expected a floating-point dtype; convert with .float()")
+        raise TypeError(
+            f"{name}: got dtype {x.dtype}, expected a floating-point dtype; convert with .float()"
+        )
     if x.shape[2] * x.shape[3] < 2:
         raise ValueError(
             f"{name}: got planes of {x.shape[2]} x {x.shape[3]}, expected at least 2 elements: "
@@ -375,12 +379,14 @@ def _check_pair(visible: Tensor, infrared: Tensor) -> None:
     _check_features("infrared", infrared)
     if visible.shape != infrared.shape:
         raise ValueError(
-            f"visible and infrared: got shapes {tuple(visible.shape)} and {tuple(infrared.shape)}, expected equal "
-            "ones: sample i of one is mixed with sample i of the other (eq. 7). For one modality alone use "
-            "restitute(features, modality)"
+            f"visible and infrared: got shapes {tuple(visible.shape)} and {tuple(infrared.shape)}, expected "
+            "equal ones: sample i of one is mixed with sample i of the other (eq. 7). For one modality alone "
+            "use restitute(features, modality)"
         )
     if visible.dtype != infrared.dtype:
-        raise TypeError(f"visible and infrared: got dtypes {visible.dtype} and {infrared.dtype}, expected one dtype")
+        raise TypeError(
+            f"visible and infrared: got dtypes {visible.dtype} and {infrared.dtype}, expected one dtype"
+        )
     if visible.device != infrared.device:
         raise ValueError(
             f"visible and infrared: got devices {visible.device} and {infrared.device}, expected one device"
@@ -406,22 +412,26 @@ def _check_parameters(
                 f"{name}: got shape {tuple(p.shape)}, expected ({modalities}, {channels}) for features of "
                 f"{channels} channels"
             )
-    for p, expected in zip(gate_parameters, _gate_shapes(gate, gates, channels, gate_parameters), strict=True):
+    for p, expected in zip(
+        gate_parameters, _gate_shapes(gate, gates, channels, gate_parameters), strict=True
+    ):
         if p.shape != expected:
             raise ValueError(
-                f"gate_parameters of {gate!r}: got shape {tuple(p.shape)}, expected {expected} for features of "
-                f"{channels} channels"
+                f"gate_parameters of {gate!r}: got shape {tuple(p.shape)}, expected {expected} for features "
+                f"of {channels} channels"
             )
     for p in (norm_weight, norm_bias, *gate_parameters):
         if p.device != features.device:
             raise ValueError(f"parameters: got device {p.device}, expected the features' {features.device}")
         if p.dtype != norm_weight.dtype or p.dtype not in (features.dtype, torch.float32):
             raise TypeError(
-                f"parameters: got dtype {p.dtype}, expected one dtype for all, the features' {features.dtype} or "
-                "torch.float32; convert the block with .to(dtype)"
+                f"parameters: got dtype {p.dtype}, expected one dtype for all, the features' "
+                f"{features.dtype} or torch.float32; convert the block with .to(dtype)"
             )
     if features.dtype == torch.float64 and norm_weight.dtype != torch.float64:
-        raise TypeError("parameters: got dtype torch.float32 for float64 features; convert the block with .double()")
+        raise TypeError(
+            "parameters: got dtype torch.float32 for float64 features; convert the block with .double()"
+        )
 
 
 def _gate_shapes(
@@ -429,7 +439,9 @@ def _gate_shapes(
 ) -> list[tuple[int, ...]]:
     expected = 1 if gate == "eca" else 4
     if len(gate_parameters) != expected or not all(isinstance(p, Tensor) for p in gate_parameters):
-        raise ValueError(f"gate_parameters of {gate!r}: got {len(gate_parameters)}, expected {expected} tensors")
+        raise ValueError(
+            f"gate_parameters of {gate!r}: got {len(gate_parameters)}, expected {expected} tensors"
+        )
     width = gate_parameters[0].shape[1] if gate_parameters[0].dim() > 1 else 0
     if gate == "eca":
         if width % 2 == 0:

@@ -27,9 +27,9 @@ def cqc_loss(
     """Center-quadruplet causal loss over the identities present in both modalities (eq. 8-10).
 
     Args:
-        features: `MRCNFeatures` of six pooled sets in the order v, v+, v-, n-, n+, n: the first three (B_v, D),
-            the last three (B_n, D); or all of them stacked, (3 B_v + 3 B_n, D). float32, float64, bfloat16 or
-            float16; the two half dtypes are computed in float32 and give a float32 loss.
+        features: `MRCNFeatures` of six pooled sets in the order v, v+, v-, n-, n+, n: the first three
+            (B_v, D), the last three (B_n, D); or all of them stacked, (3 B_v + 3 B_n, D). float32, float64,
+            bfloat16 or float16; the two half dtypes are computed in float32 and give a float32 loss.
         labels: (B_v,) integer identities of the visible samples, in any order.
         infrared_labels: (B_n,) of the infrared ones; ``labels`` where left out.
         margin: α.
@@ -47,7 +47,8 @@ def cqc_loss(
         RuntimeError: the backend asked for can't serve the call.
 
     Equivalent to:
-        ``losses, identities = mrcn_fast.reference.cqc_loss(features, labels, infrared_labels)``, then ``losses.sum()``.
+        ``losses, identities = mrcn_fast.reference.cqc_loss(features, labels, infrared_labels)``, then
+        ``losses.sum()``.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
@@ -156,8 +157,8 @@ def _check_features(
     tensors = (features,) if isinstance(features, Tensor) else tuple(features)
     if len(tensors) not in (1, 6) or not all(isinstance(f, Tensor) for f in tensors):
         raise TypeError(
-            f"features: got {len(tensors)} of {', '.join(sorted({type(f).__name__ for f in tensors}))}, expected "
-            "six tensors v, v+, v-, n-, n+, n or one that stacks them"
+            f"features: got {len(tensors)} of {', '.join(sorted({type(f).__name__ for f in tensors}))}, "
+            "expected six tensors v, v+, v-, n-, n+, n or one that stacks them"
         )
     visible, infrared = labels.shape[0], infrared_labels.shape[0]
     rows = [3 * visible + 3 * infrared] if len(tensors) == 1 else [visible] * 3 + [infrared] * 3
@@ -165,7 +166,7 @@ def _check_features(
     for f, expected in zip(tensors, rows, strict=True):
         if f.dim() != 2 or f.shape[1] != first.shape[-1]:
             raise ValueError(
-                f"features: got shape {tuple(f.shape)}, expected (B, D) with one D for all; pool the maps first"
+                f"features: got shape {tuple(f.shape)}, expected (B, D), one D for all; pool the maps first"
             )
         if f.shape[0] != expected:
             raise ValueError(
@@ -173,7 +174,9 @@ def _check_features(
                 f"expected {expected}"
             )
         if not f.dtype.is_floating_point or f.dtype != first.dtype:
-            raise TypeError(f"features: got dtypes {first.dtype} and {f.dtype}, expected one floating-point dtype")
+            raise TypeError(
+                f"features: got dtypes {first.dtype} and {f.dtype}, expected one floating-point dtype"
+            )
         for name, other in (("features", first), ("labels", labels), ("infrared_labels", infrared_labels)):
             if other.device != f.device:
                 raise ValueError(f"{name}: got device {other.device}, expected the features' {f.device}")

@@ -56,7 +56,6 @@ def unserved(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that serves a call.
 
@@ -89,6 +88,11 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     return "reference"
 
 
+# What `torch.compiler.assume_constant_result` sets, without the two seconds of importing torch._dynamo:
+# a traced call is decided once, when it is traced.
+choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 def run_reference(
     mode: str,
     inputs: Sequence[Tensor],
@@ -101,24 +105,23 @@ def run_reference(
 ) -> tuple[Tensor, ...]:
     """The block operation ``mode`` through `reference`, in its inputs' dtype, autocast or not."""
     dtype = inputs[0].dtype
-    norm_weight, norm_bias, *parameters = (p.to(dtype) for p in (norm_weight, norm_bias, *gate_parameters))
+    norm_weight, norm_bias = norm_weight.to(dtype), norm_bias.to(dtype)
+    parameters = [p.to(dtype) for p in gate_parameters]
     with torch.autocast(inputs[0].device.type, enabled=False):
-        if mode in ("pair", "concat"):
+        if len(inputs) == 2:
+            visible, infrared = inputs
             sets = reference.mrcn_block(
-                *inputs, norm_weight, norm_bias, parameters, gate=gate, eps=eps, restitute_to=restitute_to
+                visible,
+                infrared,
+                norm_weight,
+                norm_bias,
+                parameters,
+                gate=gate,
+                eps=eps,
+                restitute_to=restitute_to,
             )
             return (torch.cat(sets),) if mode == "concat" else sets[1:5]
-        single = [p[0] for p in parameters]
-        if mode == "restitute":
-            return (
-                reference.restitution(
-                    *inputs,
-                    norm_weight[0],
-                    norm_bias[0],
-                    single,
-                    gate=gate,
-                    eps=eps,
-                    restitute_to=restitute_to,
-                ),
-            )
-        return reference.snr_block(*inputs, norm_weight[0], norm_bias[0], single, gate=gate, eps=eps)
+        own = (inputs[0], norm_weight[0], norm_bias[0], [p[0] for p in parameters])
+        if mode == "snr":
+            return reference.snr_block(*own, gate=gate, eps=eps)
+        return (reference.restitution(*own, gate=gate, eps=eps, restitute_to=restitute_to),)

@@ -1,8 +1,9 @@
 """Channel gates A: plane statistics of the residual (N, C) -> gate (N, C).
 
 A gate here is only its parameters and its initialization. The computation stands in `reference.GATES`
-(plain PyTorch) and in csrc/block/gates.h (kernels): both read the parameters in the order of `parameter_list`.
-Every parameter has a leading dimension: one slice an independent gate.
+(plain PyTorch) and in csrc/block/gates.h (kernels): both read the parameters in the
+order of `parameter_list`.
+Every parameter has a leading dimension, one slice an independent gate.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ class CBAMChannelGate(SEGate):
 class ECAGate(ChannelGate):
     """Efficient channel attention (Wang et al. 2020): σ(conv1d over channels of GAP(M)).
 
-    Parameter: ``weight (count, K)``; K is the odd number nearest above |log2(C)/2 + 1/2| as the authors choose it.
+    Parameter: ``weight (count, K)``; K is |log2(C)/2 + 1/2|, made odd, as the authors choose it.
     ``reduction`` has no meaning here and is ignored.
     """
 

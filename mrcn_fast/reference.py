@@ -41,7 +41,7 @@ def residual(features: Tensor, normalized: Tensor) -> Tensor:
 def excite(pooled: Tensor, parameters: GateParameters) -> Tensor:
     """The two fully connected layers of SE and CBAM with a ReLU between them, before the sigmoid.
 
-    ``pooled`` is (N, C); ``parameters`` is fc1_weight (R, C), fc1_bias (R,), fc2_weight (C, R), fc2_bias (C,).
+    ``pooled`` is (N, C); ``parameters`` fc1_weight (R, C), fc1_bias (R,), fc2_weight (C, R), fc2_bias (C,).
     """
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     return F.linear(F.relu(F.linear(pooled, fc1_weight, fc1_bias)), fc2_weight, fc2_bias)
@@ -86,7 +86,9 @@ def distill(residual: Tensor, gate: str, parameters: GateParameters) -> Tensor:
     return residual * GATES[gate](residual, parameters)[:, :, None, None]
 
 
-def restitute(features: Tensor, normalized: Tensor, distilled: Tensor, restitute_to: str = "normalized") -> Tensor:
+def restitute(
+    features: Tensor, normalized: Tensor, distilled: Tensor, restitute_to: str = "normalized"
+) -> Tensor:
     """F₊ = F̃ + M₊ (eq. 5 as the text and the abstract say it), or F + M₊ as printed (``"input"``)."""
     return (normalized if restitute_to == "normalized" else features) + distilled
 
@@ -195,13 +197,15 @@ def center_hinge(
 ) -> Tensor:
     """[α + D(center, other modality's original) - D(center, own original)]₊ an identity: (I,)."""
     negative = distance(center, own_original)
-    return F.relu(margin + distance(center, other_original) - (negative.detach() if detach_negative else negative))
+    return F.relu(
+        margin + distance(center, other_original) - (negative.detach() if detach_negative else negative)
+    )
 
 
 def cqc_half(
     c_v: Tensor, c_n: Tensor, c_v_new: Tensor, c_n_new: Tensor, margin: float, detach_negative: bool = False
 ) -> Tensor:
-    """L_MRM (eq. 8, with the restituted centers) or L_MCM (eq. 9, with the compensated), an identity: (I,)."""
+    """L_MRM (eq. 8, of restituted centers) or L_MCM (eq. 9, of compensated ones), an identity: (I,)."""
     return center_hinge(c_v_new, c_n, c_v, margin, detach_negative) + center_hinge(
         c_n_new, c_v, c_n, margin, detach_negative
     )

@@ -1,7 +1,7 @@
 // The coefficient formulas of the block, written once for every backend (host and device).
 //
-// A plane of L pixels x with mean μ, r = 1/sqrt(var + ε), a = γ r, z = mean(M) = μ - β. With the centered pixel
-// c = x - μ everything the block makes is affine in c with coefficients a (sample, channel):
+// A plane of L pixels x with mean μ, r = 1/sqrt(var + ε), a = γ r, z = mean(M) = μ - β. With the centered
+// pixel c = x - μ everything the block makes is affine in c with coefficients a (sample, channel):
 //
 //   F̃      = a c + β                                                                     (eq. 1, 2)
 //   M      = (1 - a) c + z                                                               (eq. 3)
@@ -10,8 +10,8 @@
 //
 // Centered, nothing cancels where a is large (a flat plane far from zero), as a x + (β - a μ) would.
 //
-// Backward: H is the gradient that reaches F̃, S the plane's sum of a gradient G, T that of G c. With U = Σ H c and
-// V = Σ H over the plane, without the part that comes through z,
+// Backward: H is the gradient that reaches F̃, S the plane's sum of a gradient G, T that of G c. With U = Σ H
+// c and V = Σ H over the plane, without the part that comes through z,
 //
 //   ∂x = (the affine map transposed) + k1 + k2 c,   k1 = (∂z - a V) / L,   k2 = -a r² U / L
 //   ∂γ = r U,   ∂β = V - ∂z

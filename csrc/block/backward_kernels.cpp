@@ -1,5 +1,5 @@
-// The block's backward on the CPU, compiled once an instruction set: per group of samples the sums of the gradients over every
-// plane, the gates' gradients, then one pass that writes the inputs' gradients.
+// The block's backward on the CPU, compiled once an instruction set: per group of samples the sums of the
+// gradients over every plane, the gates' gradients, then one pass that writes the inputs' gradients.
 #include "block/call.h"
 
 namespace mrcn::MRCN_ISA {
@@ -54,7 +54,9 @@ class Backward : Call<P, A> {
   MRCN_INLINE double* counts(int64_t i, int64_t part, int j) const {
     return counts_.data + ((i * parts_ + part) * P::inputs + j) * this->C_;
   }
-  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::backward_slots * this->C_; }
+  MRCN_INLINE A* coefficient(int64_t i) const {
+    return coefficients_.data + i * P::backward_slots * this->C_;
+  }
   MRCN_INLINE double* norm(int j, int64_t i, int64_t c) const { return norm_.data + this->at(j, i, c) * 2; }
 
   // A gradient that was not given is read as one plane or row of zeros, over and over.
@@ -122,7 +124,8 @@ class Backward : Call<P, A> {
       for (int64_t i = first; i < last; ++i) {
         for (int64_t chunk = 1; chunk < parts_; ++chunk) {
           for (int s = 0; s < P::sums; ++s) sums(i)[s * C + c] += sums(i, chunk)[s * C + c];
-          for (int j = 0; j < P::inputs && this->fields_ == 4; ++j) counts(i, 0, j)[c] += counts(i, chunk, j)[c];
+          for (int j = 0; j < P::inputs && this->fields_ == 4; ++j)
+            counts(i, 0, j)[c] += counts(i, chunk, j)[c];
         }
       }
     });
@@ -188,9 +191,8 @@ class Backward : Call<P, A> {
       this->units_of(gradients_, this->all_, i, unit, g, g_pitch);
       this->units_of(call_.input_gradients, P::inputs, i, unit, dx, dx_pitch);
       if (this->shape_.pixels) {
-        this->passes_.gradient_rows(
-            coefficient(i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch}, this->chunk_rows(unit), this->C_, call_.stream,
-            this->fields_ == 4);
+        this->passes_.gradient_rows(coefficient(i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch},
+            this->chunk_rows(unit), this->C_, call_.stream, this->fields_ == 4);
       } else {
         A k[P::backward_slots];
         for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];

@@ -36,8 +36,7 @@ bool is_pixels(const Tensor& x) {
 // `x` readable in the call's layout: itself, or a dense copy where it is in neither or in the other one.
 Tensor in_layout(const Tensor& x, bool pixels) {
   if (pixels ? is_pixels(x) : is_planes(x)) return x;
-  Tensor copy = torch::stable::empty(
-      x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+  Tensor copy = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
       pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   torch::stable::copy_(copy, x);
   return copy;
@@ -46,8 +45,8 @@ Tensor in_layout(const Tensor& x, bool pixels) {
 FeatureMap map_of(const Tensor& x, bool pixels, int64_t first_sample = 0) {
   char* data = static_cast<char*>(x.data_ptr());
   const int64_t sample = x.stride(0);
-  return {
-      data + first_sample * sample * int64_t(x.element_size()), sample, x.stride(1), pixels ? pixel_pitch(x) : 1};
+  return {data + first_sample * sample * int64_t(x.element_size()), sample, x.stride(1),
+      pixels ? pixel_pitch(x) : 1};
 }
 
 // --- arguments ------------------------------------------------------------------------------------------
@@ -73,17 +72,16 @@ struct Ready {
   }
 };
 
-Ready make_ready(
-    Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias, const Tensors& gate_parameters,
-    const std::string& gate, bool to_input) {
+Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensors& gate_parameters, const std::string& gate, bool to_input) {
   const Tensor& first = inputs[0];
   for (const Tensor& x : inputs) {
     check(x.dim() == 4, "features: got ", x.dim(), " dimensions, expected four, (N, C, H, W)");
     check(x.is_cpu(), "features: got a tensor on another device, expected a CPU tensor");
     check(x.scalar_type() == first.scalar_type(), "features: got different dtypes, expected one");
     for (int d = 0; d < 4; ++d) {
-      check(x.size(d) == first.size(d), "features: got sizes ", x.size(d), " and ", first.size(d), " in dimension ", d,
-            ", expected equal shapes");
+      check(x.size(d) == first.size(d), "features: got sizes ", x.size(d), " and ", first.size(d),
+          " in dimension ", d, ", expected equal shapes");
     }
   }
   Ready ready;
@@ -100,23 +98,24 @@ Ready make_ready(
   const size_t expected = kind == Gate::eca ? 1 : 4;
   const int64_t count = gates(mode);
   check(gate_parameters.size() == expected, "gate_parameters of '", gate, "': got ", gate_parameters.size(),
-        " tensors, expected ", expected);
+      " tensors, expected ", expected);
   const int64_t width = gate_parameters[0].dim() > 1 ? gate_parameters[0].size(1) : 0;
-  const int64_t numbers[4] = {kind == Gate::eca ? count * width : count * width * C, count * width, count * C * width,
-                              count * C};
+  const int64_t numbers[4] = {
+      kind == Gate::eca ? count * width : count * width * C, count * width, count * C * width, count * C};
   ready.kept.reserve(2 + expected);
   for (size_t i = 0; i < expected; ++i) {
     check(width > 0 && gate_parameters[i].numel() == numbers[i], "gate_parameters of '", gate, "': got ",
-          gate_parameters[i].numel(), " elements in parameter ", i, ", expected ", numbers[i]);
+        gate_parameters[i].numel(), " elements in parameter ", i, ", expected ", numbers[i]);
     ready.parameters.gate[i] = ready.keep(converted(gate_parameters[i], ready.sums));
   }
   for (const Tensor* p : {&norm_weight, &norm_bias}) {
-    check(p->numel() == modalities(mode) * C, "norm_weight, norm_bias: got ", p->numel(), " elements, expected ",
-          modalities(mode) * C);
+    check(p->numel() == modalities(mode) * C, "norm_weight, norm_bias: got ", p->numel(),
+        " elements, expected ", modalities(mode) * C);
   }
   ready.parameters.norm_weight = ready.keep(converted(norm_weight, ready.sums));
   ready.parameters.norm_bias = ready.keep(converted(norm_bias, ready.sums));
-  ready.shape = {mode,  kind, dtype, pixels, to_input, N, C, L, width, int(torch::stable::get_num_threads()), pool};
+  ready.shape = {
+      mode, kind, dtype, pixels, to_input, N, C, L, width, int(torch::stable::get_num_threads()), pool};
   return ready;
 }
 
@@ -134,9 +133,8 @@ bool rows_aligned(const Ready& ready) {
 // --- forward --------------------------------------------------------------------------------------------
 
 // The made sets, each a tensor or (concat) six in one, and then the statistics.
-Tensors forward(
-    Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias, const Tensors& gate_parameters,
-    const std::string& gate, double eps, bool to_input) {
+Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensors& gate_parameters, const std::string& gate, double eps, bool to_input) {
   const Ready ready = make_ready(mode, inputs, norm_weight, norm_bias, gate_parameters, gate, to_input);
   const int64_t N = ready.shape.samples, C = ready.shape.channels;
   const bool pixels = ready.shape.pixels;
@@ -167,29 +165,30 @@ Tensors forward(
   return results;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_forward(
-    Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate,
-    double eps, bool to_input) {
-  Tensors r = forward(Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_forward(Tensor visible, Tensor infrared,
+    Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps,
+    bool to_input) {
+  Tensors r =
+      forward(Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
   return {r[0], r[1], r[2], r[3], r[4]};
 }
 
-std::tuple<Tensor, Tensor> block_concat_forward(
-    Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate,
-    double eps, bool to_input) {
-  Tensors r = forward(Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
+std::tuple<Tensor, Tensor> block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight,
+    Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps, bool to_input) {
+  Tensors r = forward(
+      Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
   return {r[0], r[1]};
 }
 
-std::tuple<Tensor, Tensor> restitute_forward(
-    Tensor features, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps,
-    bool to_input) {
-  Tensors r = forward(Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
+std::tuple<Tensor, Tensor> restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
+    Tensors gate_parameters, std::string gate, double eps, bool to_input) {
+  Tensors r =
+      forward(Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
   return {r[0], r[1]};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> snr_forward(
-    Tensor features, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
+    Tensors gate_parameters, std::string gate, double eps) {
   Tensors r = forward(Mode::snr, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false);
   return {r[0], r[1], r[2], r[3]};
 }
@@ -202,10 +201,9 @@ struct Gradients {
   Tensors gate;
 };
 
-Gradients backward(
-    Mode mode, const std::vector<std::optional<Tensor>>& gradients, const Tensors& inputs, const Tensor& statistics,
-    const Tensor& norm_weight, const Tensor& norm_bias, const Tensors& gate_parameters, const std::string& gate,
-    bool to_input) {
+Gradients backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients, const Tensors& inputs,
+    const Tensor& statistics, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensors& gate_parameters, const std::string& gate, bool to_input) {
   const Ready ready = make_ready(mode, inputs, norm_weight, norm_bias, gate_parameters, gate, to_input);
   const int64_t N = ready.shape.samples, C = ready.shape.channels;
   const bool pixels = ready.shape.pixels;
@@ -216,7 +214,7 @@ Gradients backward(
 
   check(statistics.numel() == modalities(mode) * N * C * (ready.shape.gate == Gate::cbam_channel ? 4 : 2) &&
             statistics.scalar_type() == ready.sums && statistics.is_contiguous(),
-        "statistics: expected what the forward gave for these inputs");
+      "statistics: expected what the forward gave for these inputs");
   call.statistics = statistics.data_ptr();
 
   Tensors readable;  // owns the copies of gradients in neither layout
@@ -224,8 +222,9 @@ Gradients backward(
     if (!gradients[k].has_value()) continue;
     const Tensor& g = *gradients[k];
     const int64_t batch = mode == Mode::concat ? 6 * N : N;
-    check(g.dim() == 4 && g.size(0) == batch && g.size(1) == C && g.size(2) == ready.sizes[2] && g.size(3) == ready.sizes[3],
-          "gradient ", k, ": got another shape than the forward's output");
+    check(g.dim() == 4 && g.size(0) == batch && g.size(1) == C && g.size(2) == ready.sizes[2] &&
+              g.size(3) == ready.sizes[3],
+        "gradient ", k, ": got another shape than the forward's output");
     check(g.scalar_type() == ready.dtype, "gradient ", k, ": got another dtype than the forward's output");
     readable.push_back(in_layout(g, pixels));
     if (mode == Mode::concat) {
@@ -264,38 +263,37 @@ Gradients backward(
 
 using Optional = std::optional<Tensor>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_backward(
-    Optional visible_restituted, Optional visible_compensated, Optional infrared_compensated, Optional infrared_restituted,
-    Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_backward(Optional visible_restituted,
+    Optional visible_compensated, Optional infrared_compensated, Optional infrared_restituted, Tensor visible,
+    Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters,
     std::string gate, bool to_input) {
-  Gradients g = backward(
-      Mode::pair, {visible_restituted, visible_compensated, infrared_compensated, infrared_restituted},
+  Gradients g = backward(Mode::pair,
+      {visible_restituted, visible_compensated, infrared_compensated, infrared_restituted},
       {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input);
   return {g.inputs[0], g.inputs[1], g.norm_weight, g.norm_bias, g.gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_concat_backward(
-    Optional features, Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
-    Tensors gate_parameters, std::string gate, bool to_input) {
-  Gradients g = backward(
-      Mode::concat, {features}, {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_concat_backward(Optional features, Tensor visible,
+    Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters,
+    std::string gate, bool to_input) {
+  Gradients g = backward(Mode::concat, {features}, {visible, infrared}, statistics, norm_weight, norm_bias,
+      gate_parameters, gate, to_input);
   return {g.inputs[0], g.inputs[1], g.norm_weight, g.norm_bias, g.gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> restitute_backward(
-    Optional restituted, Tensor features, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
-    Tensors gate_parameters, std::string gate, bool to_input) {
-  Gradients g = backward(
-      Mode::restitute, {restituted}, {features}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input);
+std::tuple<Tensor, Tensor, Tensor, Tensors> restitute_backward(Optional restituted, Tensor features,
+    Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate,
+    bool to_input) {
+  Gradients g = backward(Mode::restitute, {restituted}, {features}, statistics, norm_weight, norm_bias,
+      gate_parameters, gate, to_input);
   return {g.inputs[0], g.norm_weight, g.norm_bias, g.gate};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensors> snr_backward(
-    Optional restituted, Optional contaminated, Optional normalized, Tensor features, Tensor statistics,
-    Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate) {
-  Gradients g = backward(
-      Mode::snr, {restituted, contaminated, normalized}, {features}, statistics, norm_weight, norm_bias,
-      gate_parameters, gate, false);
+std::tuple<Tensor, Tensor, Tensor, Tensors> snr_backward(Optional restituted, Optional contaminated,
+    Optional normalized, Tensor features, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
+    Tensors gate_parameters, std::string gate) {
+  Gradients g = backward(Mode::snr, {restituted, contaminated, normalized}, {features}, statistics,
+      norm_weight, norm_bias, gate_parameters, gate, false);
   return {g.inputs[0], g.norm_weight, g.norm_bias, g.gate};
 }
 

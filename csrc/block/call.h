@@ -1,10 +1,11 @@
-// What the forward and the backward of a block call share: its shape, its maps, its statistics, its gates, and how the
-// work is cut.
+// What the forward and the backward of a block call share: its shape, its maps, its statistics, its gates,
+// and how the work is cut.
 //
-// A group of samples at a time, so that the second read of its pixels comes from cache. Where there are samples enough, each
-// thread takes groups of its own and nobody waits before the end; else the threads share every step of a group. Either way
-// the work is cut into planes, or into chunks of rows whose size depends on the shape alone, and partial results are joined
-// in a fixed order: any number of threads gives the same bits.
+// A group of samples at a time, so that the second read of its pixels comes from cache. Where there are
+// samples enough, each thread takes groups of its own and nobody waits before the end; else the threads share
+// every step of a group. Either way the work is cut into planes, or into chunks of rows whose size depends on
+// the shape alone, and partial results are joined in a fixed order: any number of threads gives the same
+// bits.
 #pragma once
 
 #include "block/block.h"
@@ -20,7 +21,9 @@ constexpr int64_t group_bytes = 8 << 20;
 // Elements a thread should have to do before another one is woken.
 constexpr int64_t thread_elements = 16384;
 
-inline void serial(int64_t count, int64_t, RangeFunction function, void* context) { function(0, count, context); }
+inline void serial(int64_t count, int64_t, RangeFunction function, void* context) {
+  function(0, count, context);
+}
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
@@ -28,9 +31,8 @@ inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtyp
 template <class P, class A>
 class Call {
  protected:
-  Call(
-      const BlockShape& shape, const BlockParameters& parameters, const FeatureMap* inputs, const Passes<A>& passes,
-      bool backward)
+  Call(const BlockShape& shape, const BlockParameters& parameters, const FeatureMap* inputs,
+      const Passes<A>& passes, bool backward)
       : shape_(shape),
         passes_(passes),
         all_(P::sets + (shape.mode == Mode::concat ? 2 : 0)),
@@ -46,20 +48,22 @@ class Call {
         beta_(static_cast<const A*>(parameters.norm_bias)),
         gates_(shape, parameters, backward) {}
 
-  // f(pool, first, last) for groups of samples that read `maps` maps; the pool is whose threads share the group's steps.
+  // f(pool, first, last) for groups of samples that read `maps` maps; the pool is whose threads share the
+  // group's steps.
   template <class F>
   void each_group(int maps, const F& f) const {
-    const int64_t threads = shape_.threads, fits = group_bytes / (maps * C_ * L_ * element_size(shape_.dtype));
+    const int64_t threads = shape_.threads,
+                  fits = group_bytes / (maps * C_ * L_ * element_size(shape_.dtype));
     const int64_t rounds = (N_ + threads - 1) / threads;
-    const bool own = threads > 1 && 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
+    const bool own =
+        threads > 1 && 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
     const int64_t size = most<int64_t>(1, own ? fits / threads : fits);
     const auto groups = [&](ParallelFor pool, int64_t begin, int64_t end) {
       for (int64_t first = begin; first < end; first += size) f(pool, first, least(first + size, end));
     };
     if (!own) return groups(shape_.parallel, 0, N_);
-    parallel(shape_.parallel, N_, thread_elements / (C_ * L_), [&](int64_t begin, int64_t end) {
-      groups(serial, begin, end);
-    });
+    parallel(shape_.parallel, N_, thread_elements / (C_ * L_),
+        [&](int64_t begin, int64_t end) { groups(serial, begin, end); });
   }
 
   // f(sample, channel) over planes, or f(sample, chunk of rows).
@@ -88,7 +92,8 @@ class Call {
     const int64_t offset = i * map.sample + (shape_.pixels ? unit * chunk_ * map.pixel : unit * map.channel);
     return static_cast<char*>(map.data) + offset * element_size(shape_.dtype);
   }
-  MRCN_INLINE void units_of(const FeatureMap* maps, int n, int64_t i, int64_t unit, void** at, int64_t* pitch) const {
+  MRCN_INLINE void units_of(
+      const FeatureMap* maps, int n, int64_t i, int64_t unit, void** at, int64_t* pitch) const {
     for (int k = 0; k < n; ++k) {
       at[k] = unit_of(maps[k], i, unit);
       pitch[k] = maps[k].pixel;

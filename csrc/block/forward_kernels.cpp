@@ -1,5 +1,5 @@
-// The block's forward on the CPU, compiled once an instruction set: per group of samples the statistics of every plane, the
-// gates of every sample, then one pass that writes every set.
+// The block's forward on the CPU, compiled once an instruction set: per group of samples the statistics of
+// every plane, the gates of every sample, then one pass that writes every set.
 #include <cmath>
 
 #include "block/call.h"
@@ -39,9 +39,7 @@ class Forward : Call<P, A> {
 
  private:
   MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::forward_slots * this->C_; }
-  MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const {
-    return offsets_.data[this->at(j, i, c)];
-  }
+  MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const { return offsets_.data[this->at(j, i, c)]; }
 
   MRCN_INLINE void keep_statistics(int j, int64_t i, int64_t c, const Moments& m) const {
     A* s = statistics_ + this->at(j, i, c) * this->fields_;
@@ -70,7 +68,8 @@ class Forward : Call<P, A> {
   MRCN_INLINE ChannelMoments<A> partial(int j, int64_t i, int64_t chunk) const {
     const int64_t C = this->C_, at = ((j * this->N_ + i) * this->chunks_ + chunk) * C * 2;
     A* extremes = this->fields_ == 4 ? partial_extremes_.data + at : nullptr;
-    return {partial_.data + at, partial_.data + at + C, extremes, extremes == nullptr ? nullptr : extremes + C};
+    return {
+        partial_.data + at, partial_.data + at + C, extremes, extremes == nullptr ? nullptr : extremes + C};
   }
 
   void row_statistics(ParallelFor pool, int64_t first, int64_t last) const {
@@ -79,9 +78,8 @@ class Forward : Call<P, A> {
       Buffer<A> scratch(3 * C);
       for (int j = 0; j < P::inputs; ++j) {
         const FeatureMap& x = this->inputs_[j];
-        this->passes_.rows_moments(
-            this->unit_of(x, i, chunk), this->chunk_rows(chunk), x.pixel, C, scratch.data, partial(j, i, chunk),
-            this->fields_ == 4);
+        this->passes_.rows_moments(this->unit_of(x, i, chunk), this->chunk_rows(chunk), x.pixel, C,
+            scratch.data, partial(j, i, chunk), this->fields_ == 4);
       }
     });
     this->each_channel(pool, last - first, [&](int64_t c) {

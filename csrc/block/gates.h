@@ -1,7 +1,7 @@
 // Channel gates on (N, C): the forms that reference.py calls se_gate, eca_gate and cbam_channel_gate.
 //
-// A group of samples is done at once, so that a row of weights is read once for all of them; work is split by rows and
-// channels, never by threads, so that every sum has one order.
+// A group of samples is done at once, so that a row of weights is read once for all of them; work is split by
+// rows and channels, never by threads, so that every sum has one order.
 #pragma once
 
 #include <cmath>

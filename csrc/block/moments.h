@@ -1,7 +1,8 @@
 // Mean and squared deviations of planes, in one pass over memory.
 //
-// A part small enough for the first-level cache is read twice, for its sum and for the deviations from its mean; parts are
-// joined in double precision (Chan et al.). E[x²] - E[x]² would lose everything on a plane far from zero.
+// A part small enough for the first-level cache is read twice, for its sum and for the deviations from its
+// mean; parts are joined in double precision (Chan et al.). E[x²] - E[x]² would lose everything on a plane
+// far from zero.
 #pragma once
 
 #include "common/buffer.h"
@@ -134,8 +135,7 @@ MRCN_INLINE void keep(T* p, V v, constant<wide>) {
 
 // `scratch` holds 3 · channels values; rows lie `pitch` elements apart.
 template <class T>
-void rows_moments(
-    const void* first_row, int64_t rows, int64_t pitch, int64_t channels, acc_t<T>* scratch,
+void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t channels, acc_t<T>* scratch,
     ChannelMoments<acc_t<T>> out, bool extremes) {
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(first_row);
@@ -149,7 +149,8 @@ void rows_moments(
   for (int64_t first = 0; first < rows; first += part) {
     const int64_t n = least(part, rows - first);
     const T* top = x + first * pitch;
-    // The rows come from memory here: in the order in which they lie, four at a time. After that they are cached.
+    // The rows come from memory here: in the order in which they lie, four at a time. After that they are
+    // cached.
     for (int64_t c = 0; c < channels; ++c) shift[c] = A(0);
     for (int64_t row = 0; row < n; row += 4) {
       const T* at = top + row * pitch;

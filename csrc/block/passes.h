@@ -1,7 +1,7 @@
 // The passes over pixels: each made set, each sum and each gradient, for a plane or for rows of pixels.
 //
-// Only these functions know a dtype; what surrounds them (call.h) knows the accumulation type alone and reaches them through
-// `Passes`, so that the code is not compiled once more for every dtype.
+// Only these functions know a dtype; what surrounds them (call.h) knows the accumulation type alone and
+// reaches them through `Passes`, so that the code is not compiled once more for every dtype.
 #pragma once
 
 #include "block/moments.h"
@@ -22,17 +22,20 @@ struct Rows {
 template <class A>
 struct Passes {
   Moments (*plane_moments)(const void* x, int64_t n, Extremes<A>* extremes);
-  void (*rows_moments)(
-      const void* x, int64_t rows, int64_t pitch, int64_t channels, A* scratch, ChannelMoments<A> out, bool extremes);
+  void (*rows_moments)(const void* x, int64_t rows, int64_t pitch, int64_t channels, A* scratch,
+      ChannelMoments<A> out, bool extremes);
   double (*plane_count)(const void* x, int64_t n, A value);
-  void (*rows_count)(const void* x, int64_t rows, int64_t pitch, int64_t channels, const A* values, double* counts);
+  void (*rows_count)(
+      const void* x, int64_t rows, int64_t pitch, int64_t channels, const A* values, double* counts);
 
   void (*make_plane)(const A* k, Pointers x, Pointers y, int64_t n, bool stream);
   void (*make_rows)(const A* k, Rows x, Rows y, int64_t rows, int64_t channels, bool stream);
   void (*sum_plane)(const A* mean, Pointers x, Pointers g, int64_t n, double* sums);
   void (*sum_rows)(const A* mean, Rows x, Rows g, int64_t rows, int64_t channels, A* scratch, double* sums);
-  void (*gradient_plane)(const A* k, Pointers x, Pointers g, Pointers dx, int64_t n, bool stream, bool extremes);
-  void (*gradient_rows)(const A* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels, bool stream, bool extremes);
+  void (*gradient_plane)(
+      const A* k, Pointers x, Pointers g, Pointers dx, int64_t n, bool stream, bool extremes);
+  void (*gradient_rows)(
+      const A* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels, bool stream, bool extremes);
 };
 
 // --- a pixel, or a vector of them (wide) -----------------------------------------------------------------
@@ -116,7 +119,8 @@ struct Spread {
 };
 
 template <class P, class T, bool stream>
-__attribute__((noinline)) void make_plane_as(const acc_t<T>* k, Pointers x, Pointers y, int64_t head, int64_t n) {
+__attribute__((noinline)) void make_plane_as(
+    const acc_t<T>* k, Pointers x, Pointers y, int64_t head, int64_t n) {
   using A = acc_t<T>;
   const Spread<A, P::forward_slots> spread(k);
   over_plane<A>(head, n, [&](int64_t at, auto w) {
@@ -158,9 +162,8 @@ __attribute__((noinline)) void gradient_plane_as(
     const acc_t<T>* k, Pointers x, Pointers g, Pointers dx, int64_t head, int64_t n) {
   using A = acc_t<T>;
   const Spread<A, extremes ? P::backward_slots : P::extreme(0)> spread(k);
-  over_plane<A>(head, n, [&](int64_t at, auto w) {
-    gradient_at<P, T, stream, extremes>(spread.get(w), x, g, dx, at, w);
-  });
+  over_plane<A>(head, n,
+      [&](int64_t at, auto w) { gradient_at<P, T, stream, extremes>(spread.get(w), x, g, dx, at, w); });
 }
 
 template <class P, class T>
@@ -197,7 +200,8 @@ MRCN_INLINE void fetch_all(const A* k, int64_t channels, int64_t c, V* out, cons
 }
 
 template <class P, class T, bool stream>
-__attribute__((noinline)) void make_rows_as(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
+__attribute__((noinline)) void make_rows_as(
+    const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
   using A = acc_t<T>;
   for (int64_t row = 0; row < rows; ++row) {
     void *in[P::inputs], *out[P::all];

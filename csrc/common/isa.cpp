@@ -5,12 +5,12 @@
 
 namespace mrcn {
 
-#define X(isa)                                    \
-  namespace isa {                                 \
-  void block_forward(const BlockForward&);        \
-  void block_backward(const BlockBackward&);      \
-  void cqc_forward(const CqcForward&);            \
-  void cqc_backward(const CqcBackward&);          \
+#define X(isa)                               \
+  namespace isa {                            \
+  void block_forward(const BlockForward&);   \
+  void block_backward(const BlockBackward&); \
+  void cqc_forward(const CqcForward&);       \
+  void cqc_backward(const CqcBackward&);     \
   }
 MRCN_ISAS
 #undef X

@@ -12,9 +12,9 @@
 
 namespace mrcn {
 
-using torch::stable::Tensor;
 using torch::headeronly::MemoryFormat;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 template <class... Parts>
 inline void check(bool holds, const Parts&... parts) {
@@ -41,14 +41,16 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
 }
 
 // What sums and parameters of a dtype are held in.
-inline ScalarType precise(Dtype dtype) { return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float; }
+inline ScalarType precise(Dtype dtype) {
+  return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
+}
 
 inline Tensor converted(const Tensor& t, ScalarType dtype) {
   return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
 
-// torch.Tensor with uninitialized memory; large ones ask the kernel for huge pages, because the first touch of small
-// ones costs more than the block does (csrc/common/memory.cpp).
+// torch.Tensor with uninitialized memory; large ones ask the kernel for huge pages, because the first touch
+// of small ones costs more than the block does (csrc/common/memory.cpp).
 Tensor make_output(
     const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
 

@@ -1,7 +1,7 @@
 // Vectors of the instruction set a file is compiled for, with loads and stores from every dtype.
 //
-// Everything lives in the namespace MRCN_ISA, and nothing from the C++ library that could be emitted as a shared
-// function is used: a function compiled with AVX-512 must never be linked into the baseline's code.
+// Everything lives in the namespace MRCN_ISA, and nothing from the C++ library that could be emitted as a
+// shared function is used: a function compiled with AVX-512 must never be linked into the baseline's code.
 #pragma once
 
 #include <cstdint>
@@ -276,8 +276,8 @@ struct constant {
   static constexpr int v = value;
 };
 
-// Calls f(constant<0>), f(constant<1>), ... f(constant<n - 1>): loops over the feature sets are unrolled and every index in
-// them is known when they are compiled.
+// Calls f(constant<0>), f(constant<1>), ... f(constant<n - 1>): loops over the feature sets are unrolled and
+// every index in them is known when they are compiled.
 template <int n, int i = 0, class F>
 MRCN_INLINE void unroll(const F& f) {
   if constexpr (i < n) {

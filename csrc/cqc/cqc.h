@@ -7,7 +7,8 @@
 
 namespace mrcn {
 
-// The samples of the shared identities, grouped: those of identity i are order[m][start[m][i] .. start[m][i + 1]).
+// The samples of the shared identities, grouped: those of identity i are order[m][start[m][i] .. start[m][i +
+// 1]).
 struct CqcGroups {
   int64_t identities;
   const int64_t* order[2];  // visible, infrared
@@ -35,8 +36,8 @@ struct CqcBackward {
   CqcGroups groups;
   CqcFeatures features;
   const void* weights;
-  const void* gradient;      // (identities,) or one for all, accumulation type
-  int64_t gradient_stride;   // 0: one for all
+  const void* gradient;        // (identities,) or one for all, accumulation type
+  int64_t gradient_stride;     // 0: one for all
   void* feature_gradients[6];  // rows of D, contiguous, zeroed where a sample's identity isn't shared
   ParallelFor parallel;
 };

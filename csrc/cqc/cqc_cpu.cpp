@@ -19,7 +19,8 @@ struct Groups {
   std::vector<int64_t> identities, order[2], start[2];
 
   CqcGroups view() const {
-    return {int64_t(identities.size()), {order[0].data(), order[1].data()}, {start[0].data(), start[1].data()}};
+    return {
+        int64_t(identities.size()), {order[0].data(), order[1].data()}, {start[0].data(), start[1].data()}};
   }
 };
 
@@ -27,7 +28,8 @@ std::vector<int64_t> sorted_by_label(const int64_t* labels, int64_t count) {
   std::vector<int64_t> order(count);
   std::iota(order.begin(), order.end(), 0);
   const auto before = [=](int64_t a, int64_t b) { return labels[a] < labels[b]; };
-  if (!std::is_sorted(order.begin(), order.end(), before)) std::stable_sort(order.begin(), order.end(), before);
+  if (!std::is_sorted(order.begin(), order.end(), before))
+    std::stable_sort(order.begin(), order.end(), before);
   return order;
 }
 
@@ -38,7 +40,7 @@ Groups group(const Tensor& labels, const Tensor& infrared_labels) {
   std::vector<int64_t> order[2];
   for (int m = 0; m < 2; ++m) {
     check(given[m]->dim() == 1 && given[m]->scalar_type() == ScalarType::Long && given[m]->is_cpu(),
-          "labels: expected an int64 CPU tensor (B,)");
+        "labels: expected an int64 CPU tensor (B,)");
     kept.push_back(torch::stable::contiguous(*given[m]));
     values[m] = kept.back().const_data_ptr<int64_t>();
     order[m] = sorted_by_label(values[m], kept.back().numel());
@@ -64,7 +66,7 @@ Groups group(const Tensor& labels, const Tensor& infrared_labels) {
 // Six sets, or all of them stacked in one tensor; `kept` owns rows that had to be copied.
 CqcFeatures view(const Tensors& features, int64_t visible, int64_t infrared, Tensors& kept) {
   check(features.size() == 6 || features.size() == 1, "features: got ", features.size(),
-        " tensors, expected six or one that stacks them");
+      " tensors, expected six or one that stacks them");
   CqcFeatures result{};
   result.dtype = dtype_of(features[0], "features");
   result.dimensions = features[0].dim() == 2 ? features[0].size(1) : 0;
@@ -72,10 +74,11 @@ CqcFeatures view(const Tensors& features, int64_t visible, int64_t infrared, Ten
   for (int set = 0; set < 6; ++set) {
     const Tensor& f = features[features.size() == 1 ? 0 : set];
     const int64_t rows = set < 3 ? visible : infrared;
-    check(f.dim() == 2 && f.is_cpu() && f.scalar_type() == features[0].scalar_type() && f.size(1) == result.dimensions,
-          "features: expected CPU tensors (B, D) of one dtype");
+    check(f.dim() == 2 && f.is_cpu() && f.scalar_type() == features[0].scalar_type() &&
+              f.size(1) == result.dimensions,
+        "features: expected CPU tensors (B, D) of one dtype");
     check(f.size(0) == (features.size() == 1 ? 3 * (visible + infrared) : rows), "features: got ", f.size(0),
-          " rows for ", visible, " visible and ", infrared, " infrared labels");
+        " rows for ", visible, " visible and ", infrared, " infrared labels");
     if (features.size() == 6 || set == 0) {
       kept.push_back(f.size(1) == 1 || f.stride(1) == 1 ? f : torch::stable::contiguous(f));
     }
@@ -113,7 +116,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
   const ScalarType sums = precise(call.features.dtype);
   const int64_t capacity = labels.numel(), count = call.groups.identities;
   Tensor total = zeros({}, sums, labels), losses = zeros({capacity}, sums, labels);
-  Tensor identities = zeros({capacity}, ScalarType::Long, labels), number = zeros({}, ScalarType::Long, labels);
+  Tensor identities = zeros({capacity}, ScalarType::Long, labels),
+         number = zeros({}, ScalarType::Long, labels);
   Tensor weights = zeros({capacity, 8}, sums, labels);
   std::copy(groups.identities.begin(), groups.identities.end(), identities.mutable_data_ptr<int64_t>());
   *number.mutable_data_ptr<int64_t>() = count;
@@ -128,9 +132,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
   return {total, losses, identities, number, weights};
 }
 
-Tensors cqc_backward(
-    Tensor gradient, Tensors features, Tensor labels, Tensor infrared_labels, Tensor identities, Tensor count,
-    Tensor weights) {
+Tensors cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor infrared_labels,
+    Tensor identities, Tensor count, Tensor weights) {
   const Groups groups = group(labels, infrared_labels);
   Tensors kept, results;
   CqcBackward call{};
@@ -140,8 +143,9 @@ Tensors cqc_backward(
   const ScalarType sums = precise(call.features.dtype);
   check(identities.numel() >= call.groups.identities && weights.numel() == 8 * identities.numel() &&
             weights.scalar_type() == sums && count.numel() == 1,
-        "identities, count, weights: expected what the forward gave for these labels");
-  check(gradient.dim() == 0 || gradient.numel() == identities.numel(), "gradient: expected a scalar or one an identity");
+      "identities, count, weights: expected what the forward gave for these labels");
+  check(gradient.dim() == 0 || gradient.numel() == identities.numel(),
+      "gradient: expected a scalar or one an identity");
   const Tensor scale = converted(gradient, sums), own = torch::stable::contiguous(weights);
   call.gradient = scale.data_ptr();
   call.gradient_stride = gradient.dim() == 0 ? 0 : 1;

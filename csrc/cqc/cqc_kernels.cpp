@@ -1,9 +1,9 @@
 // The CQC loss on the CPU, compiled once an instruction set.
 //
-// Identities are independent: one reads its samples of the six sets once, makes the six centers, and from them the eight
-// distances of equations 8 and 9. Per hinge h the pulled distance is D(center, other original), the pushed one
-// D(center, own original); weights[2h] and weights[2h + 1] are their ∂loss/∂D divided by D, so that the backward
-// multiplies differences of centers and nothing else.
+// Identities are independent: one reads its samples of the six sets once, makes the six centers, and from
+// them the eight distances of equations 8 and 9. Per hinge h the pulled distance is D(center, other
+// original), the pushed one D(center, own original); weights[2h] and weights[2h + 1] are their ∂loss/∂D
+// divided by D, so that the backward multiplies differences of centers and nothing else.
 #include <cmath>
 
 #include "common/buffer.h"
@@ -34,7 +34,8 @@ MRCN_INLINE const T* row(const CqcFeatures& features, int set, int64_t sample) {
 
 // The six centers of one identity, (6, D).
 template <class T>
-inline void make_centers(const CqcFeatures& features, const CqcGroups& groups, int64_t identity, acc_t<T>* centers) {
+inline void make_centers(
+    const CqcFeatures& features, const CqcGroups& groups, int64_t identity, acc_t<T>* centers) {
   using A = acc_t<T>;
   const int64_t D = features.dimensions;
   for (int set = 0; set < sets; ++set) {
@@ -92,7 +93,8 @@ void forward(const CqcForward& call) {
         const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
         loss += active ? value : A(0);
         weights[2 * h] = active && !(pulled_square < floor) ? A(1) / pulled : A(0);
-        weights[2 * h + 1] = active && !(pushed_square < floor) && !call.detach_negative ? A(-1) / pushed : A(0);
+        weights[2 * h + 1] =
+            active && !(pushed_square < floor) && !call.detach_negative ? A(-1) / pushed : A(0);
       }
       static_cast<A*>(call.losses)[identity] = loss;
     }

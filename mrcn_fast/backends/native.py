@@ -28,7 +28,7 @@ except ImportError as error:
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled library is: compiler, instruction set in use and those it carries; empty if absent."""
+    """What the compiled library is: compiler, instruction set in use and all of them; empty if absent."""
     return dict(_library.build_info()) if _library is not None else {}
 
 
@@ -42,7 +42,10 @@ def status() -> tuple[bool, str]:
         if not record["built"]:
             return False, f"the native library was not built: {record['reason']}"
         return False, f"the native library does not load: {_failure}. Reinstall with this Python and torch."
-    return False, f"the native library is absent ({_failure}); build it with `pip install --no-build-isolation .`"
+    return (
+        False,
+        f"the native library is absent ({_failure}); build it with `make install`",
+    )
 
 
 def operation(name: str) -> Callable[..., Any]:
@@ -75,74 +78,65 @@ def _empty_like(x: Tensor, batch: int) -> Tensor:
     return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
 
 
-def _forward_fake(inputs: Sequence[Tensor], gate: str, sets: int, batches: int = 1) -> tuple[Tensor, ...]:
-    first = inputs[0]
-    precise = torch.float64 if first.dtype == torch.float64 else torch.float32
-    statistics = torch.empty(statistics_shape(inputs, gate), dtype=precise, device=first.device)
-    return (*(_empty_like(first, batches * first.shape[0]) for _ in range(sets)), statistics)
+def _forward_fake(count: int, sets: int, batches: int) -> Callable[..., tuple[Tensor, ...]]:
+    """Shapes of a forward of ``count`` inputs giving ``sets`` tensors of ``batches`` times the samples."""
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        inputs, gate = arguments[:count], arguments[count + 3]
+        first = inputs[0]
+        precise = torch.float64 if first.dtype == torch.float64 else torch.float32
+        statistics = torch.empty(statistics_shape(inputs, gate), dtype=precise, device=first.device)
+        return (*(_empty_like(first, batches * first.shape[0]) for _ in range(sets)), statistics)
+
+    return fake
 
 
-def _backward_fake(
-    inputs: Sequence[Tensor], norm_weight: Tensor, norm_bias: Tensor, gate_parameters: Sequence[Tensor]
-) -> tuple[Any, ...]:
-    gradients = (_empty_like(inputs[0], inputs[0].shape[0]) for _ in inputs)
-    parameters = (torch.empty_like(p, memory_format=torch.contiguous_format) for p in (norm_weight, norm_bias))
-    gate = [torch.empty_like(p, memory_format=torch.contiguous_format) for p in gate_parameters]
-    return (*gradients, *parameters, gate)
+def _backward_fake(gradients: int, count: int) -> Callable[..., tuple[Any, ...]]:
+    """Shapes of the backward that takes so many gradients and then ``count`` inputs."""
+
+    def fake(*arguments: Any) -> tuple[Any, ...]:
+        inputs = arguments[gradients : gradients + count]
+        norm_weight, norm_bias, gate_parameters = arguments[gradients + count + 1 :][:3]
+        parameters = (_dense_like(p) for p in (norm_weight, norm_bias))
+        of_inputs = (_empty_like(inputs[0], inputs[0].shape[0]) for _ in inputs)
+        return (*of_inputs, *parameters, [_dense_like(p) for p in gate_parameters])
+
+    return fake
 
 
-def _register_fakes() -> None:
-    fake = torch.library.register_fake
+def _dense_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
-    @fake("mrcn_fast::block_forward")
-    def _(visible, infrared, norm_weight, norm_bias, gate_parameters, gate, eps, to_input):  # type: ignore[no-untyped-def]
-        return _forward_fake((visible, infrared), gate, 4)
 
-    @fake("mrcn_fast::block_concat_forward")
-    def _(visible, infrared, norm_weight, norm_bias, gate_parameters, gate, eps, to_input):  # type: ignore[no-untyped-def]
-        return _forward_fake((visible, infrared), gate, 1, batches=6)
+def _cqc_forward_fake(features: Sequence[Tensor], labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    precise = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    capacity, new = labels.shape[0], features[0].new_empty
+    return (
+        new((), dtype=precise),
+        new((capacity,), dtype=precise),
+        new((capacity,), dtype=torch.int64),
+        new((), dtype=torch.int64),
+        new((capacity, 8), dtype=precise),
+    )
 
-    @fake("mrcn_fast::restitute_forward")
-    def _(features, norm_weight, norm_bias, gate_parameters, gate, eps, to_input):  # type: ignore[no-untyped-def]
-        return _forward_fake((features,), gate, 1)
 
-    @fake("mrcn_fast::snr_forward")
-    def _(features, norm_weight, norm_bias, gate_parameters, gate, eps):  # type: ignore[no-untyped-def]
-        return _forward_fake((features,), gate, 3)
+def _cqc_backward_fake(gradient: Tensor, features: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [_dense_like(f) for f in features]
 
-    @fake("mrcn_fast::block_backward")
-    def _(g1, g2, g3, g4, visible, infrared, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input):  # type: ignore[no-untyped-def]
-        return _backward_fake((visible, infrared), norm_weight, norm_bias, gate_parameters)
 
-    @fake("mrcn_fast::block_concat_backward")
-    def _(gradient, visible, infrared, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input):  # type: ignore[no-untyped-def]
-        return _backward_fake((visible, infrared), norm_weight, norm_bias, gate_parameters)
-
-    @fake("mrcn_fast::restitute_backward")
-    def _(gradient, features, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input):  # type: ignore[no-untyped-def]
-        return _backward_fake((features,), norm_weight, norm_bias, gate_parameters)
-
-    @fake("mrcn_fast::snr_backward")
-    def _(g1, g2, g3, features, statistics, norm_weight, norm_bias, gate_parameters, gate):  # type: ignore[no-untyped-def]
-        return _backward_fake((features,), norm_weight, norm_bias, gate_parameters)
-
-    @fake("mrcn_fast::cqc_forward")
-    def _(features, labels, infrared_labels, margin, detach_negative):  # type: ignore[no-untyped-def]
-        precise = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-        capacity = labels.shape[0]
-        new = features[0].new_empty
-        return (
-            new((), dtype=precise),
-            new((capacity,), dtype=precise),
-            new((capacity,), dtype=torch.int64),
-            new((), dtype=torch.int64),
-            new((capacity, 8), dtype=precise),
-        )
-
-    @fake("mrcn_fast::cqc_backward")
-    def _(gradient, features, labels, infrared_labels, identities, count, weights):  # type: ignore[no-untyped-def]
-        return [torch.empty_like(f, memory_format=torch.contiguous_format) for f in features]
-
+FAKES: dict[str, Callable[..., Any]] = {
+    "block_forward": _forward_fake(2, 4, 1),
+    "block_concat_forward": _forward_fake(2, 1, 6),
+    "restitute_forward": _forward_fake(1, 1, 1),
+    "snr_forward": _forward_fake(1, 3, 1),
+    "block_backward": _backward_fake(4, 2),
+    "block_concat_backward": _backward_fake(1, 2),
+    "restitute_backward": _backward_fake(1, 1),
+    "snr_backward": _backward_fake(3, 1),
+    "cqc_forward": _cqc_forward_fake,
+    "cqc_backward": _cqc_backward_fake,
+}
 
 if _library is not None:
-    _register_fakes()
+    for _name, _fake in FAKES.items():
+        torch.library.register_fake(f"mrcn_fast::{_name}")(_fake)
