@@ -9,6 +9,10 @@ where eager is the reference in the case's own dtype, eps belongs to the dtype o
 truth is the reference in float64 from the upcast inputs. For float64 itself that would compare a rounding
 error with zero: there truth is `tests.extended`, the equations in numpy's long double.
 
+Both sides are rounding errors, and of a tensor of a few numbers the eager one is now and then zero by luck.
+So what breaks the rule is drawn again `DRAWS` times with other values: the rule must hold for the median of
+the draws, and no draw may be further from it than `CEILING`. What is systematically worse does not pass.
+
 Memory between the elements of a strided input holds NaN, so that reading it shows.
 """
 
@@ -16,12 +20,14 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -65,6 +71,11 @@ def backends(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [parameter(name) for name in names])
 
 
+def examples(number: int) -> settings:
+    """Hypothesis draws ``number`` cases; a failing one is told as it is: smaller ones break by luck."""
+    return settings(max_examples=number, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+
 # --- block cases ------------------------------------------------------------------------------------------
 
 
@@ -79,7 +90,7 @@ class Case(NamedTuple):
     parameter_dtype: torch.dtype | None = None  # None: dtype
     layouts: tuple[str, str] = ("contiguous", "contiguous")  # of visible and infrared
     gradient_layout: str = "contiguous"
-    values: str = "normal"  # or "large mean", "uneven"
+    values: str = "normal"  # or "large mean", "uneven", "zero planes", "constant planes": every other channel
     hidden: int = 2  # R of SE and CBAM; ECA's kernel is 2 hidden - 1
     eps: float = 1e-5
     seed: int = 0
@@ -138,12 +149,14 @@ def draw_values(case: Case, generator: torch.Generator) -> Tensor:
     x = torch.randn(case.shape, generator=generator, dtype=torch.float64)
     if case.values == "large mean":
         return 1000 + 0.1 * x
-    scale, shift = 1.0, torch.randn(n, c, 1, 1, generator=generator, dtype=torch.float64)
+    shift = torch.randn(n, c, 1, 1, generator=generator, dtype=torch.float64)
     if case.values == "uneven":
         decades = 1.0 if case.dtype == torch.float16 else 3.0
         spread = 2 * torch.rand(1, c, 1, 1, generator=generator, dtype=torch.float64) - 1
         return (x + shift) * 10 ** (decades * spread)
-    return scale * x + shift
+    if case.values.endswith(" planes"):
+        x[:, ::2], shift[:, ::2] = 0.0, 0.0 if case.values == "zero planes" else -2.5
+    return x + shift
 
 
 def draw_parameters(case: Case, generator: torch.Generator) -> list[Tensor]:
@@ -303,37 +316,93 @@ def block_truth(p: Problem) -> dict[str, extended.Array]:
     return {name: array(x) for name, x in evaluate_reference(p, torch.float64).items()}
 
 
-def excess(
+class Verdict(NamedTuple):
+    """How far a tensor is from the rule: it holds up to a ratio of 1."""
+
+    ratio: float
+    text: str
+
+
+DRAWS, CEILING = 24, 64.0
+
+
+def verdicts(
     results: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, extended.Array]
-) -> list[str]:
-    """What breaks the rule, a line a tensor; empty where all hold."""
+) -> dict[str, Verdict]:
+    """The rule, for each tensor by name."""
     assert results.keys() == eager.keys() == truth.keys()
-    lines = []
+    found = {}
     for name, result in results.items():
         reference = truth[name]
         assert tuple(result.shape) == reference.shape, f"{name}: {tuple(result.shape)}, not {reference.shape}"
         fused_error = _largest(array(result) - reference)
         eager_error = _largest(array(eager[name]) - reference)
-        unit = torch.finfo(result.dtype).eps * _largest(reference)
-        # A reference that itself overflows says nothing about the fused result.
-        if np.isfinite(eager_error) and not fused_error <= 1.5 * eager_error + unit:
-            lines.append(
-                f"{name}: error {fused_error:.3e}, of the eager reference {eager_error:.3e}, rounding unit "
-                f"{unit:.3e}, largest value {_largest(reference):.3e}"
-            )
-    return lines
+        largest = _largest(reference)
+        unit = torch.finfo(result.dtype).eps * largest
+        found[name] = Verdict(
+            _ratio(fused_error, 1.5 * eager_error + unit),
+            f"{name}: error {fused_error:.3e}, of the eager reference {eager_error:.3e}, rounding unit "
+            f"{unit:.3e}, largest value {largest:.3e}",
+        )
+    return found
+
+
+def _ratio(error: float, bound: float) -> float:
+    # A reference that itself overflows says nothing about the fused result.
+    if error == 0 or not math.isfinite(bound):
+        return 0.0
+    return math.inf if math.isnan(error) or bound == 0 else error / bound
 
 
 def _largest(x: extended.Array) -> float:
     return float(np.abs(x).max(initial=0.0)) if not np.isnan(x).any() else math.nan
 
 
-def check_accuracy(case: Case, backend: str, device: str = "cpu") -> None:
-    """Fail with what breaks the rule, naming the case."""
-    p = problem(case, device)
-    lines = excess(evaluate(p, backend), evaluate_reference(p, case.dtype), block_truth(p))
+C = TypeVar("C", "Case", "CQCCase")
+
+
+def judge(case: C, backend: str, compare: Callable[[C], dict[str, Verdict] | None]) -> None:
+    """Fail with what breaks the rule, naming the case; ``compare`` gives None for a draw near a kink."""
+    first = compare(case)
+    if first is None:
+        pytest.fail(f"{case} is near a kink, where gradients jump: choose another seed", pytrace=False)
+    broken = {name: [verdict] for name, verdict in first.items() if verdict.ratio > 1}
+    if not broken:
+        return
+    for seed in range(case.seed + 1, case.seed + 1 + DRAWS):
+        again = compare(case._replace(seed=seed))
+        for name in broken if again else ():
+            assert again is not None
+            broken[name].append(again[name])
+    lines: list[str] = []
+    for draws in broken.values():
+        ratios = sorted(v.ratio for v in draws)
+        median = statistics.median(ratios)
+        if median > 1 or ratios[-1] > CEILING:
+            lines.append(
+                f"{draws[0].text}; {draws[0].ratio:.2f} of the bound, over {len(draws)} draws in the median "
+                f"{median:.2f}, at most {ratios[-1]:.2f}"
+            )
     if lines:
         pytest.fail("\n".join([f"backend {backend!r}, {case}", *lines]), pytrace=False)
+
+
+def check_accuracy(case: Case, backend: str, device: str = "cpu") -> None:
+    """Hold a block operation against the rule."""
+
+    def compare(drawn: Case) -> dict[str, Verdict] | None:
+        p = problem(drawn, device)
+        if near_kink(p):
+            return None
+        return verdicts(evaluate(p, backend), evaluate_reference(p, drawn.dtype), block_truth(p))
+
+    judge(away_from_kinks(case), backend, compare)
+
+
+def away_from_kinks(case: Case) -> Case:
+    """``case`` with the first seed from its own on at which no gradient jumps."""
+    seeds = (case._replace(seed=seed) for seed in range(case.seed, case.seed + 1000))
+    return next(c for c in seeds if not near_kink(problem(c)))
 
 
 def near_kink(p: Problem) -> bool:
@@ -532,31 +601,43 @@ def cqc_truth(p: CQCProblem) -> dict[str, extended.Array]:
 
 
 def check_cqc_accuracy(case: CQCCase, backend: str, device: str = "cpu") -> None:
-    p = cqc_problem(case, device)
-    lines = excess(evaluate_cqc(p, backend), evaluate_cqc(p, "reference"), cqc_truth(p))
-    if lines:
-        pytest.fail("\n".join([f"backend {backend!r}, {case}", *lines]), pytrace=False)
+    """Hold the loss against the rule."""
+
+    def compare(drawn: CQCCase) -> dict[str, Verdict] | None:
+        p = cqc_problem(drawn, device)
+        if cqc_near_kink(p):
+            return None
+        return verdicts(evaluate_cqc(p, backend), evaluate_cqc(p, "reference"), cqc_truth(p))
+
+    seeds = (case._replace(seed=seed) for seed in range(case.seed, case.seed + 1000))
+    judge(next(c for c in seeds if not cqc_near_kink(cqc_problem(c))), backend, compare)
 
 
 @st.composite
 def cqc_cases(draw: st.DrawFn, dtype: torch.dtype, detach_negative: bool = False) -> CQCCase:
-    """A `CQCCase` with at least one identity in both modalities."""
+    """A `CQCCase` with at least one identity in both modalities.
+
+    Not in one dimension: there the directions are 1 and -1 and gradients cancel to nothing.
+    """
     number = draw(st.integers(1, 5))
     counts = st.lists(st.integers(0, 4), min_size=number, max_size=number)
     visible = draw(counts)
     infrared = draw(counts)
     shared = draw(st.integers(0, number - 1))
     visible[shared], infrared[shared] = max(1, visible[shared]), max(1, infrared[shared])
+    stacked = draw(st.booleans())
+    # One row for all six sets would leave nothing but distances of zero.
+    layouts = FEATURE_LAYOUTS[:-1] if stacked else FEATURE_LAYOUTS
     return CQCCase(
         visible_counts=tuple(visible),
         infrared_counts=tuple(infrared),
-        dimensions=draw(st.sampled_from((1, 2, 3, 8, 17, 64, 257))),
+        dimensions=draw(st.sampled_from((2, 3, 8, 17, 64, 257))),
         dtype=dtype,
-        stacked=draw(st.booleans()),
+        stacked=stacked,
         reduction=draw(st.sampled_from(("sum", "mean", "none"))),
         detach_negative=detach_negative,
         margin=draw(st.sampled_from((0.0, 0.2, 3.0))),
-        layout=draw(st.sampled_from(FEATURE_LAYOUTS)),
+        layout=draw(st.sampled_from(layouts)),
         scale=draw(st.sampled_from((0.01, 1.0, 30.0))),
         seed=draw(st.integers(0, 2**16)),
     )

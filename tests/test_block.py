@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -426,12 +426,10 @@ PRECISE_DTYPES = [
 @cases.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-@settings(max_examples=30)
+@cases.examples(25)
 @given(data=st.data())
 def test_accuracy(backend: str, mode: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    case = data.draw(cases.block_cases(mode, dtype))
-    assume(not cases.near_kink(cases.problem(case)))
-    cases.check_accuracy(case, backend)
+    cases.check_accuracy(data.draw(cases.block_cases(mode, dtype)), backend)
 
 
 @cases.backends(*KERNEL_BACKENDS)
@@ -444,7 +442,6 @@ def test_accuracy_in_every_layout(mode: str, layout: str, dtype: torch.dtype, ba
             case = Case(
                 mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout, seed=2
             )
-            assert not cases.near_kink(cases.problem(case))
             cases.check_accuracy(case, backend)
 
 
@@ -530,11 +527,26 @@ def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) 
 def test_the_rule_notices_a_wrong_result(mode: str) -> None:
     p = cases.problem(Case(mode, shape=(2, 3, 4, 5)))
     eager, truth = cases.evaluate_reference(p, torch.float32), cases.block_truth(p)
-    assert cases.excess(eager, eager, truth) == []
+    assert all(v.ratio <= 1 for v in cases.verdicts(eager, eager, truth).values())
     for name, result in eager.items():
-        for wrong in (result + 6e-6 * result.abs().max(), result * math.nan, torch.zeros_like(result)):
-            lines = cases.excess(eager | {name: wrong}, eager, truth)
-            assert len(lines) == 1 and lines[0].startswith(f"{name}: error"), name
+        for wrong in (result + 1e-5 * result.abs().max(), result * math.nan, torch.zeros_like(result)):
+            found = cases.verdicts(eager | {name: wrong}, eager, truth)
+            assert [other for other, v in found.items() if v.ratio > 1] == [name]
+
+
+def test_the_rule_looks_twice_before_it_fails() -> None:
+    """Once too far is luck, mostly too far or once much too far is not."""
+
+    def run(*ratios: float) -> None:
+        drawn = iter(ratios)
+        cases.judge(Case(), "none", lambda case: {"loss": cases.Verdict(next(drawn), "loss")})
+
+    rest = [0.5] * cases.DRAWS
+    run(0.9)
+    run(1.1, *rest)
+    for ratios in ((1.1, *[1.1] * cases.DRAWS), (65.0, *rest), (1.1, 65.0, *rest), (math.inf, *rest)):
+        with pytest.raises(pytest.fail.Exception, match=r"loss; .* of the bound, over 25 draws"):
+            run(*ratios)
 
 
 # --- layout of the results --------------------------------------------------------------------------------
@@ -612,8 +624,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 ) -> None:
     """One such value in each tensor in turn; in inputs and gradients in a vector's body and in the tail.
 
-    The outputs have NaN, inf and -inf at the reference's places. So have gradients NaN after a NaN; after an
-    infinity they are finite where the reference's are (the order of a sum decides between inf and inf - inf).
+    The outputs have NaN, inf and -inf at the reference's places, and after a NaN the gradients are finite
+    where the reference's are. (After an infinity the order of a sum decides between inf and inf - inf.) ECA's
+    reference is taken in float32: torch's convolutions differ by dtype in whether the padding meets a NaN.
     """
     lines = []
     for layout in ("contiguous", "channels_last"):
@@ -636,12 +649,12 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
             coordinates = torch.unravel_index(torch.tensor(at % target.numel()), target.shape)
             target[coordinates] = value
             results = cases.evaluate(p, backend)
-            expected = cases.evaluate_reference(p, dtype)
+            expected = cases.evaluate_reference(p, torch.float32 if gate == "eca" else dtype)
             for name, result in results.items():
-                if name.startswith("grad ") and math.isinf(value):
-                    same = torch.equal(result.isfinite(), expected[name].isfinite())
-                else:
+                if not name.startswith("grad "):
                     same = torch.equal(cases.nonfinite(result), cases.nonfinite(expected[name]))
+                else:
+                    same = math.isinf(value) or torch.equal(result.isfinite(), expected[name].isfinite())
                 if not same:
                     lines.append(
                         f"{layout}, {value} in {kind}[{index}] at {at}: {name} has "
@@ -652,31 +665,26 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 
 
 @cases.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("constant", [0.0, -2.5])
+@pytest.mark.parametrize("values", ["zero planes", "constant planes"])
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
 def test_constant_planes(
-    mode: str, gate: str, restitute_to: str, dtype: torch.dtype, constant: float, backend: str
+    mode: str, gate: str, restitute_to: str, dtype: torch.dtype, values: str, backend: str
 ) -> None:
     for layout in ("contiguous", "channels_last"):
-        p = cases.problem(
-            Case(
-                mode,
-                gate,
-                restitute_to,
-                (2, 3, 5, 7),
-                dtype,
-                layouts=(layout, layout),
-                gradient_layout=layout,
-                values="normal",
-            )
+        case = Case(
+            mode,
+            gate,
+            restitute_to,
+            (2, 3, 5, 7),
+            dtype,
+            layouts=(layout, layout),
+            gradient_layout=layout,
+            values=values,
         )
-        for x in p.inputs:
-            x.detach()[:, ::2] = constant
-        results = cases.evaluate(p, backend)
+        results = cases.evaluate(cases.problem(case), backend)
         assert all(r.isfinite().all() for r in results.values())
-        lines = cases.excess(results, cases.evaluate_reference(p, dtype), cases.block_truth(p))
-        assert not lines, "\n".join(lines)
+        cases.check_accuracy(case, backend)
 
 
 # --- memory, autocast -------------------------------------------------------------------------------------

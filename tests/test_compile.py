@@ -132,6 +132,21 @@ def test_growing_batches_recompile_at_most_once(backend: str) -> None:
 
 
 @cases.backends(*KERNEL_BACKENDS)
+def test_one_tensor_in_two_places(backend: str) -> None:
+    """Dynamo traces no autograd Function that gets a tensor twice."""
+    block, loss = MRCNBlock(3, backend=backend), CQCLoss(backend=backend)
+    x, labels = torch.randn(4, 3, 5, 4), torch.tensor([0, 0, 1, 1])
+
+    def run(x: Tensor) -> Tensor:
+        total = loss([f.mean(dim=(2, 3)) for f in block(x, x)], labels, labels)
+        assert isinstance(total, Tensor)
+        return total
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), run(x))
+
+
+@cases.backends(*KERNEL_BACKENDS)
 def test_no_identity_in_both_modalities_is_an_error_inside_a_graph(backend: str) -> None:
     loss = CQCLoss(backend=backend)
     compiled = torch.compile(lambda f, a, b: loss(f, a, b), backend="aot_eager", fullgraph=True)

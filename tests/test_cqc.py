@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -86,20 +86,13 @@ def test_reductions(stacked: bool, backend: str) -> None:
 def test_module_is_the_function(backend: str) -> None:
     features = MRCNFeatures(*(random(4, 3, seed=i) for i in range(6)))
     labels = torch.tensor([1, 0, 1, 0])
-    for settings_ in ({}, {"margin": 0.7, "detach_negative": True}, {"reduction": "mean"}):
-        module, function = (
-            CQCLoss(**settings_, backend=backend),
-            cqc_loss(  # type: ignore[arg-type]
-                features,
-                labels,
-                **settings_,
-                backend=backend,  # type: ignore[arg-type]
-            ),
-        )
-        got = module(features, labels)
-        assert isinstance(got, Tensor) and isinstance(function, Tensor)
-        assert cases.same_bits(got, function)
-    assert cases.same_bits(CQCLoss(backend=backend)(features, labels), cqc_loss(features, labels, labels))  # type: ignore[arg-type]
+    chosen: list[dict[str, Any]] = [{}, {"margin": 0.7, "detach_negative": True}, {"reduction": "mean"}]
+    for settings_ in chosen:
+        got = CQCLoss(**settings_, backend=backend)(features, labels)
+        for other in (None, labels):
+            function = cqc_loss(features, labels, other, **settings_, backend=backend)
+            assert isinstance(got, Tensor) and isinstance(function, Tensor)
+            assert cases.same_bits(got, function)
 
 
 @cases.backends("reference", *KERNEL_BACKENDS)
@@ -126,7 +119,7 @@ def test_labels_may_be_strided_and_large(backend: str) -> None:
     labels = torch.tensor([2**62, 0, -(2**62), 0, 2**62, 0, 5, 0])[::2]
     losses, identities = cqc_loss(features, labels, reduction="none", backend=backend)
     expected, known = reference.cqc_loss(features, labels, labels)
-    assert torch.equal(identities, known) and known.tolist() == [-(2**62), 5, 2**62]  # type: ignore[arg-type]
+    assert torch.equal(identities, known) and known.tolist() == [-(2**62), 5, 2**62]
     torch.testing.assert_close(losses, expected)
 
 
@@ -141,8 +134,8 @@ def test_many_identities(backend: str) -> None:
     found = []
     for name in (backend, "reference"):
         losses, identities = cqc_loss(sets, labels, infrared_labels, reduction="none", backend=name)
-        found.append((losses, identities, *torch.autograd.grad(losses.sum(), sets)))  # type: ignore[union-attr]
-    assert torch.equal(found[0][1], torch.arange(1500, 3000))  # type: ignore[arg-type]
+        found.append((losses, identities, *torch.autograd.grad(losses.sum(), sets)))
+    assert torch.equal(found[0][1], torch.arange(1500, 3000))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -276,12 +269,10 @@ def test_opcheck(stacked: bool, layout: str, detach_negative: bool, dtype: torch
 @cases.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("detach_negative", [False, True])
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
-@settings(max_examples=50)
+@cases.examples(40)
 @given(data=st.data())
 def test_accuracy(backend: str, dtype: torch.dtype, detach_negative: bool, data: st.DataObject) -> None:
-    case = data.draw(cases.cqc_cases(dtype, detach_negative))
-    assume(not cases.cqc_near_kink(cases.cqc_problem(case)))
-    cases.check_cqc_accuracy(case, backend)
+    cases.check_cqc_accuracy(data.draw(cases.cqc_cases(dtype, detach_negative)), backend)
 
 
 @cases.backends(*KERNEL_BACKENDS)
@@ -293,8 +284,16 @@ def test_accuracy_in_every_layout(stacked: bool, layout: str, dtype: torch.dtype
     if stacked and layout == "expanded rows":
         layout = "contiguous"
     case = CQCCase((4,) * 4, (4,) * 4, 257, dtype, stacked, layout=layout, seed=1)
-    assert not cases.cqc_near_kink(cases.cqc_problem(case))
     cases.check_cqc_accuracy(case, backend)
+
+
+@cases.backends(*KERNEL_BACKENDS)
+def test_one_dimension(backend: str) -> None:
+    """Directions are 1 and -1, and their sums whole numbers by the count of samples."""
+    p = cases.cqc_problem(CQCCase((1, 2), (2, 1), 1, torch.float64))
+    results, expected = (cases.evaluate_cqc(p, name) for name in (backend, "reference"))
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name], rtol=1e-13, atol=1e-13)
 
 
 @cases.backends(*KERNEL_BACKENDS)
@@ -317,7 +316,8 @@ def test_the_loss_is_computed_in_float32_or_better(dtype: torch.dtype, backend: 
     for i, gradient in enumerate(torch.autograd.grad(loss, p.features, p.gradient)):
         assert gradient.dtype == dtype and cases.same_bits(gradient, plain[f"grad {i}"])
     wide = cases.cqc_truth(p)["loss"]
-    assert abs(cases.array(plain["loss"]) - wide) <= 4 * torch.finfo(plain["loss"].dtype).eps * abs(wide)
+    # bfloat16 would be wrong by some 4e-3, float16 by 5e-4.
+    assert abs(cases.array(plain["loss"]) - wide) <= 1e-5 * abs(wide)
 
 
 @cases.backends(*KERNEL_BACKENDS)
@@ -327,7 +327,7 @@ def test_the_loss_is_computed_in_float32_or_better(dtype: torch.dtype, backend: 
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     stacked: bool, dtype: torch.dtype, value: float, backend: str
 ) -> None:
-    """Losses as the reference's to the kind of value; gradients finite where the reference's are."""
+    """Losses have the reference's kind of value; after a NaN gradients are finite where its are."""
     case = CQCCase((2, 1), (1, 2), 9, dtype, stacked, "none")
     lines = []
     for index in range(len(cases.cqc_problem(case).features)):
@@ -338,6 +338,8 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
             results, expected = (cases.evaluate_cqc(p, name) for name in (backend, "reference"))
             for name, result in results.items():
                 got, want = cases.nonfinite(result), cases.nonfinite(expected[name])
+                if name != "loss" and math.isinf(value):
+                    continue
                 if name != "loss":
                     got, want = got > 0, want > 0
                 if not torch.equal(got, want):
@@ -354,9 +356,7 @@ def test_every_element_of_every_result_is_written(stacked: bool, dtype: torch.dt
         assert torch.empty(3).isnan().all()
         for counts, dimensions in itertools.product(COUNTS.values(), (1, 5, 257)):
             p = cases.cqc_problem(CQCCase(*counts, dimensions, dtype, stacked))
-            clean = cases.evaluate_cqc(p, "reference")
             for name, result in cases.evaluate_cqc(p, backend).items():
                 assert result.isfinite().all(), name
-                assert torch.equal(result == 0, clean[name] == 0) or dtype != torch.float64, name
     finally:
         torch.use_deterministic_algorithms(False)

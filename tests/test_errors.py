@@ -232,7 +232,7 @@ BAD_LOSSES: dict[str, tuple[Any, Any, Any, type[Exception], tuple[str, ...]]] = 
         LABELS,
         None,
         ValueError,
-        ("features: got shape (4, 2)", "expected (B, D) with one D for all"),
+        ("features: got shape (4, 2)", "expected (B, D), one D for all"),
     ),
     "integer features": (
         six(dtype=torch.int64),

@@ -37,7 +37,7 @@ def test_parameters_come_in_order_with_a_slice_a_gate(kind: str, count: int) -> 
 
 @pytest.mark.parametrize(
     ("channels", "size"),
-    # t = int(|log2 C + 1| / 2) as the authors' code has it, the next odd number: C = 64: 3.5 -> 3; 256: 4.5 -> 5.
+    # t = int(|log2 C + 1| / 2) as the authors' code has it, made odd: C = 64: 3.5 -> 3; 256: 4.5 -> 4 -> 5.
     [(1, 1), (2, 1), (8, 3), (16, 3), (32, 3), (64, 3), (128, 5), (256, 5), (512, 5), (2048, 7)],
 )
 def test_eca_chooses_its_kernel_by_the_channels(channels: int, size: int) -> None:
