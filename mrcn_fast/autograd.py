@@ -7,6 +7,7 @@ that the block made itself is kept. The second derivative goes through the refer
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -61,10 +62,14 @@ class BlockFunction(torch.autograd.Function):
         op, count, restitutes = MODES[mode]
         inputs, (norm_weight, norm_bias), parameters = split(tuple(tensors), count)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            outputs = dispatch.run_reference(
-                mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
-            )
-            return (None,) * 5 + differentiable(ctx, outputs, gradients, tensors)
+
+            def again(*tensors: Tensor) -> tuple[Tensor, ...]:
+                inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
+                return dispatch.run_reference(
+                    mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
+                )
+
+            return (None,) * 5 + differentiable(again, gradients, tensors)
         flags = (restitute_to == "input",) if restitutes else ()
         kernel = dispatch.KERNELS[backend].operation(f"{op}_backward")
         *of_tensors, of_gate = kernel(
@@ -81,10 +86,18 @@ def split(
 
 
 def differentiable(
-    ctx: Any, outputs: tuple[Tensor, ...], gradients: tuple[Tensor | None, ...], tensors: list[Tensor]
+    function: Callable[..., tuple[Tensor, ...]],
+    gradients: tuple[Tensor | None, ...],
+    tensors: Sequence[Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of ``tensors`` as differentiable functions of them and of ``gradients``."""
-    wanted = [t for t in tensors if t.requires_grad]
+    """The gradients of ``function(*tensors)`` to its tensors, as differentiable functions of all of them.
+
+    Views stand in for the tensors: one may be computed from another, and only the direct gradient is
+    asked for.
+    """
+    views = [t.view_as(t) for t in tensors]
+    outputs = function(*views)
+    wanted = [v for v in views if v.requires_grad]
     given = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
     if not wanted or not given:
         return (None,) * len(tensors)
@@ -93,7 +106,7 @@ def differentiable(
             [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
         )
     )
-    return tuple(next(found) if t.requires_grad else None for t in tensors)
+    return tuple(next(found) if v.requires_grad else None for v in views)
 
 
 class CQCFunction(torch.autograd.Function):
@@ -131,16 +144,20 @@ class CQCFunction(torch.autograd.Function):
         if of_total is None and of_losses is None:
             return (None,) * (5 + len(features))
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            losses, _ = reference.cqc_loss(
-                unstack(features, labels, infrared_labels),
-                labels,
-                infrared_labels,
-                margin=margin,
-                detach_negative=detach_negative,
-            )
-            outputs = (losses.sum(), losses)
-            cut = None if of_losses is None else of_losses[: losses.shape[0]]
-            return (None,) * 5 + differentiable(ctx, outputs, (of_total, cut), features)
+
+            def again(*features: Tensor) -> tuple[Tensor, Tensor]:
+                precise = [f if f.dtype == torch.float64 else f.float() for f in features]
+                losses, _ = reference.cqc_loss(
+                    unstack(precise, labels, infrared_labels),
+                    labels,
+                    infrared_labels,
+                    margin=margin,
+                    detach_negative=detach_negative,
+                )
+                return losses.sum(), losses
+
+            cut = None if of_losses is None else of_losses[: int(count)]
+            return (None,) * 5 + differentiable(again, (of_total, cut), features)
         gradient = of_losses if of_total is None else of_total
         if of_total is not None and of_losses is not None:
             gradient = of_total + of_losses

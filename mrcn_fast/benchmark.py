@@ -348,7 +348,7 @@ def parser() -> argparse.ArgumentParser:
         "--pages",
         choices=("warm", "fresh"),
         default="warm",
-        help="outputs on memory the process used before (warm, default), or on what the allocator gives (fresh)",
+        help="outputs on memory used before (warm, default) or as the allocator gives it (fresh)",
     )
     options.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     options.add_argument("--list", action="store_true", help="print the cases' names and stop")

@@ -43,10 +43,24 @@ MRCN_HOST_DEVICE Plane<R> describe(R mean, R offset, R r, R gamma, R beta) {
   return {mean, offset, r, gamma * r, beta, (mean - beta) + offset};
 }
 
-// What a gate sees of the plane: where one element of it is not finite, the mean of M has no value.
+// Not a number where x is not finite, else 0: added where the closed forms here drop a term that cancels in
+// exact arithmetic, and with it what is not finite in the literal equations.
 template <class R>
-MRCN_HOST_DEVICE R pooled_residual(R mean, R r, R beta) {
-  return r == r ? mean - beta : r;
+MRCN_HOST_DEVICE R nothing_if_finite(R x) {
+  return R(0) * x;
+}
+
+// What a gate sees of the plane, GAP(M).
+template <class R>
+MRCN_HOST_DEVICE R pooled_residual(const Plane<R>& p) {
+  return p.mean - p.beta + nothing_if_finite(p.a);
+}
+
+// The share of a map's shift that makes up for the rounding of the mean.
+template <class R>
+MRCN_HOST_DEVICE R correction(const Plane<R>& p, R scale) {
+  const R term = scale * p.offset;
+  return term - term == R(0) ? term : R(0);
 }
 
 // GMP(M): M is affine in x, so its maximum lies at the plane's maximum or minimum, whichever way it slopes.
@@ -69,7 +83,7 @@ struct Affine {
 // F̃, as a function of its own input (eq. 1, 2).
 template <class R>
 MRCN_HOST_DEVICE Affine<R> normalized(const Plane<R>& p) {
-  return {p.a, p.beta - p.a * p.offset};
+  return {p.a, p.beta - correction(p, p.a)};
 }
 
 // F₊ = F̃ + s M, or F + s M (eq. 4, 5).
@@ -77,15 +91,15 @@ template <class R>
 MRCN_HOST_DEVICE Affine<R> restituted(const Plane<R>& p, R s, bool to_input) {
   const R scale = to_input ? R(1) + s * (R(1) - p.a) : p.a + s * (R(1) - p.a);
   const R mean = p.mean + p.offset;
-  const R shift = to_input ? mean + s * p.z : s * mean + (R(1) - s) * p.beta;
-  return {scale, shift - scale * p.offset};
+  const R shift = to_input ? mean + s * p.z : s * mean + (R(1) - s) * p.beta + nothing_if_finite(p.beta);
+  return {scale, shift - correction(p, scale)};
 }
 
 // s M, what the other modality's F̃ is compensated with (eq. 6, 7).
 template <class R>
 MRCN_HOST_DEVICE Affine<R> distilled(const Plane<R>& p, R s) {
   const R scale = s * (R(1) - p.a);
-  return {scale, s * p.z - scale * p.offset};
+  return {scale, s * p.z - correction(p, scale)};
 }
 
 // Gradient sums of a plane.
@@ -118,7 +132,7 @@ struct PlaneGradient {
 
 template <class R>
 MRCN_HOST_DEVICE PlaneGradient<R> plane_gradient(const Plane<R>& p, R U, R V, R dz, R length) {
-  return {(dz - p.a * V) / length, -p.a * p.r * p.r * U / length, p.r * U, V - dz};
+  return {(dz - p.a * V) / length, -p.a * p.r * p.r * U / length, p.r * U + nothing_if_finite(dz), V - dz};
 }
 
 }  // namespace

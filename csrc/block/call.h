@@ -108,9 +108,9 @@ class Call {
   // What the gates see of a plane.
   MRCN_INLINE void pool(const A* statistics, int j, int64_t i, int64_t c) const {
     const A* s = statistics + at(j, i, c) * fields_;
-    gates_.pooled(j, i)[c] = A(pooled_residual<double>(s[0], s[1], beta_[j * C_ + c]));
+    const Plane<double> p = plane(statistics, j, i, c);
+    gates_.pooled(j, i)[c] = A(pooled_residual<double>(p));
     if (fields_ == 4) {
-      const Plane<double> p = plane(statistics, j, i, c);
       gates_.pooled(j, i, 1)[c] = A(residual_at<double>(p, extreme_pixel<double>(p, s[2], s[3])));
     }
   }

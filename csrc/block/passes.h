@@ -140,21 +140,27 @@ void make_plane(const acc_t<T>* k, Pointers x, Pointers y, int64_t n, bool strea
   }
 }
 
+// How many values a sum takes in its own type before it is added to one in double: PyTorch's sums are as
+// exact.
+constexpr int64_t single_terms = 16;
+
 template <class P, class T>
 void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* sums) {
   using A = acc_t<T>;
-  constexpr int64_t part = 4096;  // beyond that the lanes' own rounding would show
+  constexpr int64_t part = single_terms * lanes<A>;
   const Spread<A, P::inputs> means(mean);
-  for (int s = 0; s < P::sums; ++s) sums[s] = 0.0;
-  for (int64_t first = 0; first < n; first += part) {
-    vec<A> wide[P::sums] = {};
-    A rest[P::sums] = {};
-    const int64_t last = least(first + part, n);
-    int64_t at = first;
-    for (; at + lanes<A> <= last; at += lanes<A>) sum_at<P, T>(means.wide, x, g, at, wide, constant<1>{});
-    for (; at < last; ++at) sum_at<P, T>(means.one, x, g, at, rest, constant<0>{});
-    unroll<P::sums>([&](auto s) { sums[s.v] += double(sum<A>(wide[s.v])) + double(rest[s.v]); });
+  WideSum<A> wide[P::sums];
+  A rest[P::sums] = {};
+  int64_t at = 0;
+  while (at + lanes<A> <= n) {
+    vec<A> acc[P::sums] = {};
+    for (const int64_t end = least(at + part, n - lanes<A> + 1); at < end; at += lanes<A>) {
+      sum_at<P, T>(means.wide, x, g, at, acc, constant<1>{});
+    }
+    unroll<P::sums>([&](auto s) { wide[s.v].add(acc[s.v]); });
   }
+  for (; at < n; ++at) sum_at<P, T>(means.one, x, g, at, rest, constant<0>{});
+  unroll<P::sums>([&](auto s) { sums[s.v] = wide[s.v].total() + double(rest[s.v]); });
 }
 
 template <class P, class T, bool stream, bool extremes>
@@ -230,10 +236,9 @@ template <class P, class T>
 void sum_rows(
     const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, acc_t<T>* scratch, double* sums) {
   using A = acc_t<T>;
-  constexpr int64_t part = 64;  // rows, before the sums' own rounding would show
-  for (int64_t first = 0; first < rows; first += part) {
+  for (int64_t first = 0; first < rows; first += single_terms) {
     for (int64_t n = 0; n < P::sums * channels; ++n) scratch[n] = A(0);
-    for (int64_t row = first; row < least(first + part, rows); ++row) {
+    for (int64_t row = first; row < least(first + single_terms, rows); ++row) {
       void *in[P::inputs], *of[P::all];
       row_at<T, P::inputs>(x, row, in);
       row_at<T, P::all>(g, row, of);

@@ -249,6 +249,31 @@ MRCN_INLINE A sum(vec<A> v) {
   return parts[0];
 }
 
+// A sum of vectors, lane by lane in double.
+template <class A>
+struct WideSum {
+  vec<double> part[sizeof(double) / sizeof(A)] = {};
+
+  MRCN_INLINE void add(vec<A> v) {
+    if constexpr (sizeof(A) == sizeof(double)) {
+      part[0] += v;
+    } else {
+      typedef A half __attribute__((vector_size(vector_bytes / 2)));
+      half pair[2];
+      std::memcpy(pair, &v, sizeof(v));
+      part[0] += __builtin_convertvector(pair[0], vec<double>);
+      part[1] += __builtin_convertvector(pair[1], vec<double>);
+    }
+  }
+  MRCN_INLINE double total() const {
+    if constexpr (sizeof(A) == sizeof(double)) {
+      return sum<double>(part[0]);
+    } else {
+      return sum<double>(part[0] + part[1]);
+    }
+  }
+};
+
 // Σ a[i] b[i]
 template <class A>
 MRCN_INLINE A dot(const A* a, const A* b, int64_t n) {
