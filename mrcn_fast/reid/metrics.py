@@ -16,9 +16,9 @@ log = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 
-# Embeddings whose spread falls below this share of their length have collapsed. Networks that learn slowly
-# from random weights were seen at 0.02, those that learn well above 0.05.
-COLLAPSED_SPREAD = 1e-2
+# Embeddings whose spread falls below this share of their length have collapsed. Networks that learn from random
+# weights were seen down to 0.01, pretrained ones are far above.
+COLLAPSED_SPREAD = 1e-3
 
 
 class StepResult(NamedTuple):
