@@ -16,8 +16,8 @@ log = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
 
-# Embeddings whose spread falls below this share of their length have collapsed. Networks that learn from random
-# weights were seen down to 0.01, pretrained ones are far above.
+# Embeddings whose spread falls below this share of their length have collapsed. Networks that learn from
+# random weights were seen down to 0.01, pretrained ones are far above.
 COLLAPSED_SPREAD = 1e-3
 
 
