@@ -35,7 +35,10 @@ def build_info() -> dict[str, Any]:
 def status() -> tuple[bool, str]:
     """Whether the compiled library is loaded, and which instruction set it uses or why it is not."""
     if _library is not None:
-        info = build_info()
+        try:
+            info = build_info()
+        except RuntimeError as error:  # MRCN_FAST_ISA names none that runs here
+            return False, str(error)
         return True, f"C++ kernels, {info['isa']} of {', '.join(info['isas'])}"
     if BUILD_RECORD.exists():
         record = json.loads(BUILD_RECORD.read_text())
