@@ -28,15 +28,18 @@ except ImportError as error:
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled library is: compiler, instruction set in use and all of them; empty if absent."""
-    return dict(_library.build_info()) if _library is not None else {}
+    """What the compiled library is: compiler, instruction set in use and all of them; empty if it can't run."""
+    try:
+        return dict(_library.build_info()) if _library is not None else {}
+    except RuntimeError:  # see `status`
+        return {}
 
 
 def status() -> tuple[bool, str]:
     """Whether the compiled library is loaded, and which instruction set it uses or why it is not."""
     if _library is not None:
         try:
-            info = build_info()
+            info = _library.build_info()
         except RuntimeError as error:  # MRCN_FAST_ISA names none that runs here
             return False, str(error)
         return True, f"C++ kernels, {info['isa']} of {', '.join(info['isas'])}"
