@@ -16,7 +16,7 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 // Beyond this many bytes written, outputs leave the caches before anybody reads them.
-constexpr int64_t stream_bytes = int64_t(24) << 20;
+constexpr int64_t stream_bytes = int64_t(16) << 20;
 
 // --- layouts: the same rules as `_is_planes` and `_is_pixels` in backends/native.py ----------------------------
 

@@ -73,6 +73,7 @@ class Call {
     const int64_t elements = shape_.pixels ? least(chunk_, L_) * C_ : L_;
     parallel(pool, (last - first) * units, thread_elements / elements, [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) f(first + unit / units, unit % units);
+      stream_fence();
     });
   }
 

@@ -38,7 +38,11 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   constexpr int W = lanes<A>;
   vec<A> s[4] = {};
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) unroll<4>([&](auto u) { s[u.v] += load(x + i + u.v * W); });
+  for (; i + 4 * W <= n; i += 4 * W)
+    unroll<4>([&](auto u) {
+      prefetch<2048>(x + i + u.v * W);
+      s[u.v] += load(x + i + u.v * W);
+    });
   for (; i + W <= n; i += W) s[0] += load(x + i);
   A total = sum<A>((s[0] + s[1]) + (s[2] + s[3]));
   for (; i < n; ++i) total += get(x + i);
@@ -142,7 +146,7 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
   A* shift = scratch;
   A* deviation = scratch + channels;
   A* squares = scratch + 2 * channels;
-  const int64_t part = most<int64_t>(8, least<int64_t>(128, 4096 / channels));
+  const int64_t part = most<int64_t>(16, least<int64_t>(256, 16384 / channels));
   if (extremes) {
     for (int64_t c = 0; c < channels; ++c) out.maximum[c] = out.minimum[c] = get(x + c);
   }

@@ -40,10 +40,17 @@ struct Passes {
 
 // --- a pixel, or a vector of them (wide) -----------------------------------------------------------------
 
+template <class T, int wide>
+MRCN_INLINE auto fetch_map(const void* map, int64_t at, constant<wide> w) {
+  const T* p = static_cast<const T*>(map) + at;
+  if constexpr (wide) prefetch<1024>(p);
+  return fetch(p, w);
+}
+
 template <class P, class T, bool stream, class V, int wide>
 MRCN_INLINE void make_at(const V* k, Pointers x, Pointers y, int64_t at, constant<wide> w) {
   V in[P::inputs], out[P::sets];
-  unroll<P::inputs>([&](auto j) { in[j.v] = fetch(static_cast<const T*>(x[j.v]) + at, w); });
+  unroll<P::inputs>([&](auto j) { in[j.v] = fetch_map<T>(x[j.v], at, w); });
   make_sets<P, V>(k, in, out);
   unroll<P::sets>([&](auto s) { keep<stream>(static_cast<T*>(y[s.v + P::first]) + at, out[s.v], w); });
   if constexpr (P::passes) {
@@ -55,20 +62,20 @@ MRCN_INLINE void make_at(const V* k, Pointers x, Pointers y, int64_t at, constan
 template <class P, class T, class V, int wide>
 MRCN_INLINE void sum_at(const V* mean, Pointers x, Pointers g, int64_t at, V* sums, constant<wide> w) {
   V in[P::inputs], of[P::sets];
-  unroll<P::inputs>([&](auto j) { in[j.v] = fetch(static_cast<const T*>(x[j.v]) + at, w); });
-  unroll<P::sets>([&](auto s) { of[s.v] = fetch(static_cast<const T*>(g[s.v + P::first]) + at, w); });
+  unroll<P::inputs>([&](auto j) { in[j.v] = fetch_map<T>(x[j.v], at, w); });
+  unroll<P::sets>([&](auto s) { of[s.v] = fetch_map<T>(g[s.v + P::first], at, w); });
   add_sums<P, V>(mean, in, of, sums);
 }
 
 template <class P, class T, bool stream, bool extremes, class V, int wide>
 MRCN_INLINE void gradient_at(const V* k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<wide> w) {
   V in[P::inputs], of[P::sets], out[P::inputs];
-  unroll<P::inputs>([&](auto j) { in[j.v] = fetch(static_cast<const T*>(x[j.v]) + at, w); });
-  unroll<P::sets>([&](auto s) { of[s.v] = fetch(static_cast<const T*>(g[s.v + P::first]) + at, w); });
+  unroll<P::inputs>([&](auto j) { in[j.v] = fetch_map<T>(x[j.v], at, w); });
+  unroll<P::sets>([&](auto s) { of[s.v] = fetch_map<T>(g[s.v + P::first], at, w); });
   make_gradients<P, V>(k, in, of, out);
   if constexpr (P::passes) {
-    out[0] += fetch(static_cast<const T*>(g[0]) + at, w);
-    out[1] += fetch(static_cast<const T*>(g[P::all - 1]) + at, w);
+    out[0] += fetch_map<T>(g[0], at, w);
+    out[1] += fetch_map<T>(g[P::all - 1], at, w);
   }
   unroll<P::inputs>([&](auto j) {
     if constexpr (extremes) {
@@ -134,7 +141,6 @@ void make_plane(const acc_t<T>* k, Pointers x, Pointers y, int64_t n, bool strea
   const int64_t head = stream ? until_aligned<T, P::all>(y, n) : -1;
   if (head >= 0) {
     make_plane_as<P, T, true>(k, x, y, head, n);
-    stream_fence();
   } else {
     make_plane_as<P, T, false>(k, x, y, 0, n);
   }
@@ -180,7 +186,6 @@ void gradient_plane(
     gradient_plane_as<P, T, false, true>(k, x, g, dx, 0, n);
   } else if (head >= 0) {
     gradient_plane_as<P, T, true, false>(k, x, g, dx, head, n);
-    stream_fence();
   } else {
     gradient_plane_as<P, T, false, false>(k, x, g, dx, 0, n);
   }
@@ -226,7 +231,6 @@ template <class P, class T>
 void make_rows(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels, bool stream) {
   if (stream) {
     make_rows_as<P, T, true>(k, x, y, rows, channels);
-    stream_fence();
   } else {
     make_rows_as<P, T, false>(k, x, y, rows, channels);
   }
@@ -281,7 +285,6 @@ void gradient_rows(
     gradient_rows_as<P, T, false, true>(k, x, g, dx, rows, channels);
   } else if (stream) {
     gradient_rows_as<P, T, true, false>(k, x, g, dx, rows, channels);
-    stream_fence();
   } else {
     gradient_rows_as<P, T, false, false>(k, x, g, dx, rows, channels);
   }

@@ -28,7 +28,7 @@ except ImportError as error:
 
 
 def build_info() -> dict[str, Any]:
-    """What the compiled library is: compiler, instruction set in use and all of them; empty if it can't run."""
+    """What the compiled library is: compiler, instruction set in use and all; empty if it can't run."""
     try:
         return dict(_library.build_info()) if _library is not None else {}
     except RuntimeError:  # see `status`
