@@ -373,8 +373,15 @@ def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
 
 
 @cases.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "spatially sliced"])
-@pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
+@pytest.mark.parametrize(
+    ("mode", "gate", "restitute_to", "layout"),
+    [(*operation, "contiguous") for operation in OPERATIONS]
+    + [
+        (mode, "se", "normalized", layout)
+        for mode in MODES
+        for layout in ("channels_last", "spatially sliced")
+    ],
+)
 def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: str) -> None:
     p = cases.problem(Case(mode, gate, restitute_to, layouts=(layout, layout), gradient_layout=layout))
     tensors, flags, op = op_arguments(p)
@@ -461,7 +468,7 @@ def test_accuracy_where_the_pair_has_two_layouts(layouts: tuple[str, str], mode:
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 2), (2, 2, 67, 61), (1, 67, 1, 2), (3, 1, 2, 1), (1, 3, 31, 129), (2, 128, 4, 8)]
+    "shape", [(1, 1, 1, 2), (1, 2, 67, 61), (1, 67, 1, 2), (3, 1, 2, 1), (1, 1, 31, 129), (2, 128, 2, 4)]
 )
 def test_accuracy_of_shapes_at_the_edges(
     shape: tuple[int, int, int, int], mode: str, dtype: torch.dtype, backend: str
@@ -484,7 +491,7 @@ def test_accuracy_where_the_mean_is_large(mode: str, layout: str, dtype: torch.d
     E[x²] - E[x]² would leave no correct digit of the variance in float32 (1e6 · 6e-8 > 0.1²).
     """
     for gate in GATES:
-        for shape in ((2, 5, 17, 15), (2, 3, 67, 61)):
+        for shape in ((2, 5, 17, 15), (1, 2, 67, 61)):
             cases.check_accuracy(
                 Case(
                     mode,
@@ -629,7 +636,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
     reference is taken in float32: torch's convolutions differ by dtype in whether the padding meets a NaN.
     """
     lines = []
-    for layout in ("contiguous", "channels_last"):
+    for layout in (
+        ("contiguous", "channels_last") if dtype in (torch.float32, torch.bfloat16) else ("contiguous",)
+    ):
         case = Case(
             mode,
             gate,
@@ -640,8 +649,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
             gradient_layout=layout,
         )
         fresh = cases.problem(case)
-        places = [("inputs", i, at) for i in range(len(fresh.inputs)) for at in (0, 17, -1)]
-        places += [("gradients", i, at) for i in range(len(fresh.gradients)) for at in (0, 17, -1)]
+        where = (0, 17, -1) if dtype == torch.float32 else (17,)
+        places = [("inputs", i, at) for i in range(len(fresh.inputs)) for at in where]
+        places += [("gradients", i, at) for i in range(len(fresh.gradients)) for at in where]
         places += [("parameters", i, 0) for i in range(len(fresh.parameters))]
         for kind, index, at in places:
             p = cases.problem(case)
