@@ -55,10 +55,9 @@ def cqc_loss(
     labels = _check_labels("labels", labels)
     infrared_labels = labels if infrared_labels is None else _check_labels("infrared_labels", infrared_labels)
     tensors = _check_features(features, labels, infrared_labels)
-    with torch.autocast(tensors[0].device.type, enabled=False):
-        losses, identities, total = _losses(
-            tensors, labels, infrared_labels, float(margin), detach_negative, backend, reduction == "none"
-        )
+    losses, identities, total = _losses(
+        tensors, labels, infrared_labels, float(margin), detach_negative, backend, reduction == "none"
+    )
     if reduction == "none":
         return losses, identities
     return total if reduction == "sum" else total / identities
@@ -78,11 +77,15 @@ def _losses(
     if backend == "reference":
         precise = torch.float64 if features[0].dtype == torch.float64 else torch.float32
         sets = [f.to(precise) for f in unstack(features, labels, infrared_labels)]
-        present = reference.shared_identities(labels, infrared_labels)
-        _check_count(torch.tensor(present.shape[0]), labels, infrared_labels)
-        losses, present = reference.cqc_loss(
-            sets, labels, infrared_labels, margin=margin, detach_negative=detach_negative
+        _check_count(
+            torch.tensor(reference.shared_identities(labels, infrared_labels).shape[0]),
+            labels,
+            infrared_labels,
         )
+        with torch.autocast(features[0].device.type, enabled=False):
+            losses, present = reference.cqc_loss(
+                sets, labels, infrared_labels, margin=margin, detach_negative=detach_negative
+            )
         return losses, present if each else torch.tensor(present.shape[0]), losses.sum()
     total, losses, identities, count = CQCFunction.apply(
         backend, margin, detach_negative, labels, infrared_labels, *features
@@ -173,13 +176,15 @@ def _check_features(
                 f"features: got {f.shape[0]} rows for {visible} visible and {infrared} infrared labels, "
                 f"expected {expected}"
             )
-        if not f.dtype.is_floating_point or f.dtype != first.dtype:
+        if f.dtype != first.dtype or not f.dtype.is_floating_point:
             raise TypeError(
                 f"features: got dtypes {first.dtype} and {f.dtype}, expected one floating-point dtype"
             )
-        for name, other in (("features", first), ("labels", labels), ("infrared_labels", infrared_labels)):
-            if other.device != f.device:
-                raise ValueError(f"{name}: got device {other.device}, expected the features' {f.device}")
+        if f.device != first.device:
+            raise ValueError(f"features: got devices {first.device} and {f.device}, expected one")
+    for name, other in (("labels", labels), ("infrared_labels", infrared_labels)):
+        if other.device != first.device:
+            raise ValueError(f"{name}: got device {other.device}, expected the features' {first.device}")
     return tensors
 
 

@@ -154,7 +154,12 @@ Tensors cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor in
   for (int set = 0; set < 6; ++set) {
     if (features.size() == 6 || set == 0) {
       const Tensor& f = features[set];
-      results.push_back(zeros({f.size(0), f.size(1)}, f.scalar_type(), f));
+      // Every row is written but those of identities that only one modality has.
+      const bool whole = int64_t(groups.order[0].size()) == labels.numel() &&
+                         int64_t(groups.order[1].size()) == infrared_labels.numel();
+      const std::vector<int64_t> sizes{f.size(0), f.size(1)};
+      results.push_back(
+          whole ? make_output(sizes, f.scalar_type(), f, false) : zeros(sizes, f.scalar_type(), f));
       first = 0;
     }
     call.feature_gradients[set] = static_cast<char*>(results.back().data_ptr()) +

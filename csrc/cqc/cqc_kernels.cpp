@@ -32,6 +32,13 @@ MRCN_INLINE const T* row(const CqcFeatures& features, int set, int64_t sample) {
   return static_cast<const T*>(features.sets[set]) + sample * features.row_stride[set];
 }
 
+template <class A, class T>
+MRCN_INLINE void add_row(A* total, const T* x, int64_t n) {
+  int64_t d = 0;
+  for (; d + lanes<A> <= n; d += lanes<A>) store(total + d, load(total + d) + load(x + d));
+  for (; d < n; ++d) total[d] += get(x + d);
+}
+
 // The six centers of one identity, (6, D).
 template <class T>
 inline void make_centers(
@@ -42,19 +49,19 @@ inline void make_centers(
     const int m = modality_of[set];
     const int64_t begin = groups.start[m][identity], end = groups.start[m][identity + 1];
     A* center = centers + set * D;
+    for (int64_t d = 0; d < D; ++d) center[d] = A(0);
+    for (int64_t i = begin; i < end; ++i) add_row(center, row<T>(features, set, groups.order[m][i]), D);
     const A share = A(1) / A(end - begin);
-    int64_t d = 0;
-    for (; d + lanes<A> <= D; d += lanes<A>) {
-      vec<A> total = load(row<T>(features, set, groups.order[m][begin]) + d);
-      for (int64_t i = begin + 1; i < end; ++i) total += load(row<T>(features, set, groups.order[m][i]) + d);
-      store(center + d, total * share);
-    }
-    for (; d < D; ++d) {
-      A total = get(row<T>(features, set, groups.order[m][begin]) + d);
-      for (int64_t i = begin + 1; i < end; ++i) total += get(row<T>(features, set, groups.order[m][i]) + d);
-      center[d] = total * share;
-    }
+    for (int64_t d = 0; d < D; ++d) center[d] *= share;
   }
+}
+
+// Identities a thread should have to do before another one is woken: some 16,000 elements.
+inline int64_t identity_grain(const CqcFeatures& features, const CqcGroups& groups) {
+  const int64_t n = groups.identities;
+  if (n == 0) return 1;
+  const int64_t rows = 3 * (groups.start[0][n] + groups.start[1][n]) / n;
+  return 16384 / most<int64_t>(1, rows * features.dimensions);
 }
 
 template <class A>
@@ -76,77 +83,79 @@ template <class T>
 void forward(const CqcForward& call) {
   using A = acc_t<T>;
   const int64_t D = call.features.dimensions;
-  parallel(call.parallel, call.groups.identities, 32768 / D, [&](int64_t begin, int64_t end) {
-    Buffer<A> centers(sets * D);
-    const auto center = [&](int set) { return centers.data + set * D; };
-    for (int64_t identity = begin; identity < end; ++identity) {
-      make_centers<T>(call.features, call.groups, identity, centers.data);
-      A* weights = static_cast<A*>(call.weights) + identity * 2 * hinges;
-      A loss(0);
-      for (int h = 0; h < hinges; ++h) {
-        const A pulled_square = squared_distance(center(hinge[h].center), center(hinge[h].pulled), D);
-        const A pushed_square = squared_distance(center(hinge[h].center), center(hinge[h].pushed), D);
-        const A floor(least_square);
-        const A pulled = std::sqrt(pulled_square < floor ? floor : pulled_square);
-        const A pushed = std::sqrt(pushed_square < floor ? floor : pushed_square);
-        const A value = A(call.margin) + pulled - pushed;
-        const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
-        loss += active ? value : A(0);
-        weights[2 * h] = active && !(pulled_square < floor) ? A(1) / pulled : A(0);
-        weights[2 * h + 1] =
-            active && !(pushed_square < floor) && !call.detach_negative ? A(-1) / pushed : A(0);
-      }
-      static_cast<A*>(call.losses)[identity] = loss;
-    }
-  });
+  parallel(call.parallel, call.groups.identities, identity_grain(call.features, call.groups),
+      [&](int64_t begin, int64_t end) {
+        Buffer<A> centers(sets * D);
+        const auto center = [&](int set) { return centers.data + set * D; };
+        for (int64_t identity = begin; identity < end; ++identity) {
+          make_centers<T>(call.features, call.groups, identity, centers.data);
+          A* weights = static_cast<A*>(call.weights) + identity * 2 * hinges;
+          A loss(0);
+          for (int h = 0; h < hinges; ++h) {
+            const A pulled_square = squared_distance(center(hinge[h].center), center(hinge[h].pulled), D);
+            const A pushed_square = squared_distance(center(hinge[h].center), center(hinge[h].pushed), D);
+            const A floor(least_square);
+            const A pulled = std::sqrt(pulled_square < floor ? floor : pulled_square);
+            const A pushed = std::sqrt(pushed_square < floor ? floor : pushed_square);
+            const A value = A(call.margin) + pulled - pushed;
+            const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
+            loss += active ? value : A(0);
+            weights[2 * h] = active && !(pulled_square < floor) ? A(1) / pulled : A(0);
+            weights[2 * h + 1] =
+                active && !(pushed_square < floor) && !call.detach_negative ? A(-1) / pushed : A(0);
+          }
+          static_cast<A*>(call.losses)[identity] = loss;
+        }
+      });
 }
 
 template <class T>
 void backward(const CqcBackward& call) {
   using A = acc_t<T>;
   const int64_t D = call.features.dimensions;
-  parallel(call.parallel, call.groups.identities, 32768 / D, [&](int64_t begin, int64_t end) {
-    Buffer<A> centers(sets * D), gradients(sets * D);
-    for (int64_t identity = begin; identity < end; ++identity) {
-      const A* weights = static_cast<const A*>(call.weights) + identity * 2 * hinges;
-      const A scale = static_cast<const A*>(call.gradient)[identity * call.gradient_stride];
-      make_centers<T>(call.features, call.groups, identity, centers.data);
-      for (int64_t n = 0; n < sets * D; ++n) gradients.data[n] = A(0);
-      for (int n = 0; n < 2 * hinges; ++n) {
-        const int from = hinge[n / 2].center, to = n % 2 == 0 ? hinge[n / 2].pulled : hinge[n / 2].pushed;
-        const A k = scale * weights[n];
-        if (k == A(0)) continue;
-        const A *a = centers.data + from * D, *b = centers.data + to * D;
-        A *da = gradients.data + from * D, *db = gradients.data + to * D;
-        const auto add = [&](int64_t d, auto wide) {
-          if constexpr (wide.v) {
-            const vec<A> step = k * (load(a + d) - load(b + d));
-            store(da + d, load(da + d) + step);
-            store(db + d, load(db + d) - step);
-          } else {
-            const A step = k * (a[d] - b[d]);
-            da[d] += step;
-            db[d] -= step;
+  parallel(call.parallel, call.groups.identities, identity_grain(call.features, call.groups),
+      [&](int64_t begin, int64_t end) {
+        Buffer<A> centers(sets * D), gradients(sets * D);
+        for (int64_t identity = begin; identity < end; ++identity) {
+          const A* weights = static_cast<const A*>(call.weights) + identity * 2 * hinges;
+          const A scale = static_cast<const A*>(call.gradient)[identity * call.gradient_stride];
+          make_centers<T>(call.features, call.groups, identity, centers.data);
+          for (int64_t n = 0; n < sets * D; ++n) gradients.data[n] = A(0);
+          for (int n = 0; n < 2 * hinges; ++n) {
+            const int from = hinge[n / 2].center, to = n % 2 == 0 ? hinge[n / 2].pulled : hinge[n / 2].pushed;
+            const A k = scale * weights[n];
+            if (k == A(0)) continue;
+            const A *a = centers.data + from * D, *b = centers.data + to * D;
+            A *da = gradients.data + from * D, *db = gradients.data + to * D;
+            const auto add = [&](int64_t d, auto wide) {
+              if constexpr (wide.v) {
+                const vec<A> step = k * (load(a + d) - load(b + d));
+                store(da + d, load(da + d) + step);
+                store(db + d, load(db + d) - step);
+              } else {
+                const A step = k * (a[d] - b[d]);
+                da[d] += step;
+                db[d] -= step;
+              }
+            };
+            int64_t d = 0;
+            for (; d + lanes<A> <= D; d += lanes<A>) add(d, constant<1>{});
+            for (; d < D; ++d) add(d, constant<0>{});
           }
-        };
-        int64_t d = 0;
-        for (; d + lanes<A> <= D; d += lanes<A>) add(d, constant<1>{});
-        for (; d < D; ++d) add(d, constant<0>{});
-      }
-      for (int set = 0; set < sets; ++set) {
-        const int m = modality_of[set];
-        const int64_t first = call.groups.start[m][identity], last = call.groups.start[m][identity + 1];
-        const A share = A(1) / A(last - first);
-        const A* gradient = gradients.data + set * D;
-        for (int64_t i = first; i < last; ++i) {
-          T* out = static_cast<T*>(call.feature_gradients[set]) + call.groups.order[m][i] * D;
-          int64_t d = 0;
-          for (; d + lanes<A> <= D; d += lanes<A>) store(out + d, load(gradient + d) * share);
-          for (; d < D; ++d) put(out + d, gradient[d] * share);
+          for (int set = 0; set < sets; ++set) {
+            const int m = modality_of[set];
+            const int64_t first = call.groups.start[m][identity], last = call.groups.start[m][identity + 1];
+            const A share = A(1) / A(last - first);
+            const A* gradient = gradients.data + set * D;
+            for (int64_t i = first; i < last; ++i) {
+              T* out = static_cast<T*>(call.feature_gradients[set]) + call.groups.order[m][i] * D;
+              int64_t d = 0;
+              for (; d + lanes<A> <= D; d += lanes<A>) store(out + d, load(gradient + d) * share);
+              for (; d < D; ++d) put(out + d, gradient[d] * share);
+            }
+          }
         }
-      }
-    }
-  });
+      });
 }
 
 }  // namespace

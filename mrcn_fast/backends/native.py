@@ -6,6 +6,7 @@ stand only what tracing needs (`torch.library.register_fake`) and the state of t
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from collections.abc import Callable, Sequence
@@ -35,6 +36,7 @@ def build_info() -> dict[str, Any]:
         return {}
 
 
+@functools.cache
 def status() -> tuple[bool, str]:
     """Whether the compiled library is loaded, and which instruction set it uses or why it is not."""
     if _library is not None:
