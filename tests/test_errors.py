@@ -305,7 +305,7 @@ BAD_LOSSES: dict[str, tuple[Any, Any, Any, type[Exception], tuple[str, ...]]] = 
         LABELS,
         None,
         ValueError,
-        ("features: got device", "expected the features'"),
+        ("features: got device", "cpu", "meta", "expected"),
     ),
     "no identity in both": (
         six(),

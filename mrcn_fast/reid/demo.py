@@ -47,7 +47,7 @@ class DemoConfig:
     """Image height in pixels."""
     width: int = 24
     """Image width in pixels."""
-    steps: int = 180
+    steps: int = 130
     """Training steps of each model."""
     trials: int = 10
     """Gallery draws that the scores are averaged over."""
