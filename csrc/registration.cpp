@@ -10,7 +10,7 @@
 
 STABLE_TORCH_LIBRARY(mrcn_fast, library) {
   // Blocks. norm_weight, norm_bias: (modalities, C); gate_parameters: those of mrcn_fast/gates.py; the last
-  // result of a forward is the statistics (modalities, N, C, 2 or 4) that its backward takes. A gradient may
+  // result of a forward is the statistics (modalities, N, C, 2) that its backward takes. A gradient may
   // be missing.
   library.def(
       "block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, Tensor[] "
@@ -56,7 +56,7 @@ STABLE_TORCH_LIBRARY(mrcn_fast, library) {
   library.def(
       "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor "
       "identities, "
-      "Tensor count, Tensor weights) -> Tensor[]");
+      "Tensor count, Tensor weights, bool detach_negative) -> Tensor[]");
 }
 
 PYBIND11_MODULE(_C, module) {

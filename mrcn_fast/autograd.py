@@ -78,6 +78,13 @@ class BlockFunction(torch.autograd.Function):
         return (None,) * 5 + (*of_tensors, *of_gate)
 
 
+def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, a view for each that came before: tracing a Function refuses one tensor in two places."""
+    return tuple(
+        t.view_as(t) if any(t is earlier for earlier in tensors[:i]) else t for i, t in enumerate(tensors)
+    )
+
+
 def split(
     tensors: tuple[Tensor, ...], count: int
 ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
@@ -162,7 +169,9 @@ class CQCFunction(torch.autograd.Function):
         if of_total is not None and of_losses is not None:
             gradient = of_total + of_losses
         kernel = dispatch.KERNELS[backend].operation("cqc_backward")
-        of_features = kernel(gradient, features, labels, infrared_labels, identities, count, weights)
+        of_features = kernel(
+            gradient, features, labels, infrared_labels, identities, count, weights, detach_negative
+        )
         return (None,) * 5 + tuple(of_features)
 
 

@@ -348,7 +348,8 @@ def print_table(file: Path) -> None:
         f"{last['date']}\n"
     )
     print(
-        "| case | fused | eager | torch.compile | compile of the collapsed form | floors |\n|---|---|---|---|---|---|"
+        "| case | fused | eager | torch.compile | compile of the collapsed form | floors |\n"
+        "|---|---|---|---|---|---|"
     )
     for case, result in newest.items():
         names = ("loop", "vectorized") if case.startswith("cqc") else ("eager", "compile")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import dispatch
-from mrcn_fast.autograd import BlockFunction
+from mrcn_fast.autograd import BlockFunction, distinct
 from mrcn_fast.gates import GATES, make_gate
 
 Modality = Literal["visible", "infrared"]
@@ -193,7 +193,7 @@ def _run(
         return dispatch.run_reference(
             mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
         )
-    return BlockFunction.apply(mode, backend, gate, eps, restitute_to, *tensors)
+    return BlockFunction.apply(mode, backend, gate, eps, restitute_to, *distinct(*tensors))
 
 
 class _Block(nn.Module):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import dispatch, reference
-from mrcn_fast.autograd import CQCFunction, unstack
+from mrcn_fast.autograd import CQCFunction, distinct, unstack
 
 REDUCTIONS = ("sum", "mean", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -88,7 +88,7 @@ def _losses(
             )
         return losses, present if each else torch.tensor(present.shape[0]), losses.sum()
     total, losses, identities, count = CQCFunction.apply(
-        backend, margin, detach_negative, labels, infrared_labels, *features
+        backend, margin, detach_negative, *distinct(labels, infrared_labels, *features)
     )
     _check_count(count, labels, infrared_labels)
     if not each:

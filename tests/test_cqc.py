@@ -259,7 +259,7 @@ def test_opcheck(stacked: bool, layout: str, detach_negative: bool, dtype: torch
     for gradient in (torch.ones_like(total), torch.ones_like(losses)):
         torch.library.opcheck(
             namespace.cqc_backward.default,
-            (gradient, features, p.labels, p.infrared_labels, identities, count, weights),
+            (gradient, features, p.labels, p.infrared_labels, identities, count, weights, detach_negative),
         )
 
 

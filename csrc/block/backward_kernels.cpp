@@ -18,13 +18,17 @@ class Backward : Call<P, A> {
         sums_(this->N_ * parts_ * P::sums * this->C_),
         coefficients_(this->N_ * P::backward_slots * this->C_),
         norm_(P::inputs * this->N_ * this->C_ * 2) {
-    if (this->fields_ == 4) counts_.allocate(this->N_ * parts_ * P::inputs * this->C_);
+    if (this->extremes_) {
+      counts_.allocate(this->N_ * parts_ * P::inputs * this->C_);
+      part_extremes_.allocate(P::inputs * this->N_ * parts_ * 2 * this->C_);
+    }
     for (int k = 0; k < this->all_; ++k) gradients_[k] = call.gradients[k];
     read_missing_as_zero();
   }
 
   void run() {
     this->each_group(P::inputs + this->all_, [&](ParallelFor pool, int64_t first, int64_t last) {
+      if (this->extremes_) find_extremes(pool, first, last);
       this->each_channel(pool, last - first, [&](int64_t c) {
         for (int64_t i = first; i < last; ++i) {
           for (int j = 0; j < P::inputs; ++j) this->pool(statistics_, j, i, c);
@@ -72,9 +76,44 @@ class Backward : Call<P, A> {
     }
   }
 
-  MRCN_INLINE A extreme(int j, int64_t i, int64_t c) const {
-    const A* s = statistics_ + this->at(j, i, c) * this->fields_;
-    return A(extreme_pixel<double>(this->plane(statistics_, j, i, c), s[2], s[3]));
+  MRCN_INLINE A extreme_of(int j, int64_t i, int64_t c) const {
+    return A(this->extreme(this->plane(statistics_, j, i, c), j, i, c));
+  }
+
+  // Sought once more: kept from the forward they would double what the block holds for its backward.
+  void find_extremes(ParallelFor pool, int64_t first, int64_t last) const {
+    const int64_t C = this->C_;
+    this->each_unit(pool, first, last, [&](int64_t i, int64_t unit) {
+      Buffer<A> scratch(3 * C);
+      Buffer<double> moments(2 * C);
+      for (int j = 0; j < P::inputs; ++j) {
+        const FeatureMap& map = this->inputs_[j];
+        const void* x = this->unit_of(map, i, unit);
+        if (this->shape_.pixels) {
+          A* found = part_extremes_.data + ((j * this->N_ + i) * parts_ + unit) * 2 * C;
+          this->passes_.rows_moments(x, this->chunk_rows(unit), map.pixel, C, scratch.data,
+              {moments.data, moments.data + C, found, found + C}, true);
+        } else {
+          Extremes<A> found;
+          this->passes_.plane_moments(x, this->L_, &found);
+          this->extreme_values(j, i, unit)[0] = found.maximum;
+          this->extreme_values(j, i, unit)[1] = found.minimum;
+        }
+      }
+    });
+    if (!this->shape_.pixels) return;
+    this->each_channel(pool, (last - first) * parts_, [&](int64_t c) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int j = 0; j < P::inputs; ++j) {
+          A* e = this->extreme_values(j, i, c);
+          for (int64_t part = 0; part < parts_; ++part) {
+            const A* found = part_extremes_.data + ((j * this->N_ + i) * parts_ + part) * 2 * C;
+            e[0] = part == 0 ? found[c] : most<A>(e[0], found[c]);
+            e[1] = part == 0 ? found[C + c] : least<A>(e[1], found[C + c]);
+          }
+        }
+      }
+    });
   }
 
   void plane_sums(ParallelFor pool, int64_t first, int64_t last) const {
@@ -85,12 +124,12 @@ class Backward : Call<P, A> {
       double found[P::sums];
       this->units_of(this->inputs_, P::inputs, i, c, x, unused);
       this->units_of(gradients_ + this->made_, P::sets, i, c, g, unused);
-      for (int j = 0; j < P::inputs; ++j) mean[j] = statistics_[this->at(j, i, c) * this->fields_];
+      for (int j = 0; j < P::inputs; ++j) mean[j] = statistics_[this->at(j, i, c) * 2];
       this->passes_.sum_plane(mean, x, g, this->L_, found);
       for (int s = 0; s < P::sums; ++s) sums(i)[s * this->C_ + c] = found[s];
-      if (this->fields_ == 4) {
+      if (this->extremes_) {
         for (int j = 0; j < P::inputs; ++j) {
-          counts(i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme(j, i, c));
+          counts(i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme_of(j, i, c));
         }
       }
     });
@@ -105,15 +144,15 @@ class Backward : Call<P, A> {
       this->units_of(this->inputs_, P::inputs, i, chunk, x, x_pitch);
       this->units_of(gradients_ + this->made_, P::sets, i, chunk, g, g_pitch);
       for (int j = 0; j < P::inputs; ++j) {
-        for (int64_t c = 0; c < C; ++c) mean.data[j * C + c] = statistics_[this->at(j, i, c) * this->fields_];
+        for (int64_t c = 0; c < C; ++c) mean.data[j * C + c] = statistics_[this->at(j, i, c) * 2];
       }
       const int64_t rows = this->chunk_rows(chunk);
       for (int64_t n = 0; n < P::sums * C; ++n) sums(i, chunk)[n] = 0.0;
       this->passes_.sum_rows(mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, scratch.data, sums(i, chunk));
-      if (this->fields_ == 4) {
+      if (this->extremes_) {
         for (int j = 0; j < P::inputs; ++j) {
           for (int64_t c = 0; c < C; ++c) {
-            mean.data[j * C + c] = extreme(j, i, c);
+            mean.data[j * C + c] = extreme_of(j, i, c);
             counts(i, chunk, j)[c] = 0.0;
           }
           this->passes_.rows_count(x[j], rows, x_pitch[j], C, mean.data + j * C, counts(i, chunk, j));
@@ -124,8 +163,7 @@ class Backward : Call<P, A> {
       for (int64_t i = first; i < last; ++i) {
         for (int64_t chunk = 1; chunk < parts_; ++chunk) {
           for (int s = 0; s < P::sums; ++s) sums(i)[s * C + c] += sums(i, chunk)[s * C + c];
-          for (int j = 0; j < P::inputs && this->fields_ == 4; ++j)
-            counts(i, 0, j)[c] += counts(i, chunk, j)[c];
+          for (int j = 0; j < P::inputs && this->extremes_; ++j) counts(i, 0, j)[c] += counts(i, chunk, j)[c];
         }
       }
     });
@@ -160,7 +198,7 @@ class Backward : Call<P, A> {
         make_moments<P>(s, this->shape_.to_input, found, U, V);
         for (int j = 0; j < P::inputs; ++j) {
           k[P::extreme(j)] = k[P::k3(j)] = 0.0;
-          if (this->fields_ == 4) add_extreme(p[j], i, j, c, k, U[j], V[j]);
+          if (this->extremes_) add_extreme(p[j], i, j, c, k, U[j], V[j]);
           const PlaneGradient<double> of =
               plane_gradient<double>(p[j], U[j], V[j], this->gates_.of_pooled(j, i)[c], double(this->L_));
           k[P::k1(j)] = of.k1;
@@ -176,7 +214,7 @@ class Backward : Call<P, A> {
   // The gradient of GMP(M) goes to M where its maximum is, evenly where several pixels share it.
   MRCN_INLINE void add_extreme(
       const Plane<double>& p, int64_t i, int j, int64_t c, double* k, double& U, double& V) const {
-    const double at = extreme(j, i, c), gradient = this->gates_.of_pooled(j, i, 1)[c];
+    const double at = extreme_of(j, i, c), gradient = this->gates_.of_pooled(j, i, 1)[c];
     U -= (at - p.mean) * gradient;
     V -= gradient;
     k[P::extreme(j)] = at;
@@ -192,11 +230,11 @@ class Backward : Call<P, A> {
       this->units_of(call_.input_gradients, P::inputs, i, unit, dx, dx_pitch);
       if (this->shape_.pixels) {
         this->passes_.gradient_rows(coefficient(i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch},
-            this->chunk_rows(unit), this->C_, call_.stream, this->fields_ == 4);
+            this->chunk_rows(unit), this->C_, call_.stream, this->extremes_);
       } else {
         A k[P::backward_slots];
         for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
-        this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->fields_ == 4);
+        this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->extremes_);
       }
     });
   }
@@ -219,11 +257,12 @@ class Backward : Call<P, A> {
 
   const BlockBackward& call_;
   const A* statistics_;
-  const int64_t parts_;     // of a sample, that sums are made of
-  Buffer<double> sums_;     // (N, parts, sums, C)
-  Buffer<A> coefficients_;  // (N, slots, C)
-  Buffer<double> norm_;     // (inputs, N, C, 2): gradients of γ and β
-  Buffer<double> counts_;   // (N, parts, inputs, C)
+  const int64_t parts_;      // of a sample, that sums are made of
+  Buffer<double> sums_;      // (N, parts, sums, C)
+  Buffer<A> coefficients_;   // (N, slots, C)
+  Buffer<double> norm_;      // (inputs, N, C, 2): gradients of γ and β
+  Buffer<double> counts_;    // (N, parts, inputs, C)
+  Buffer<A> part_extremes_;  // (inputs, N, parts, 2, C)
   Buffer<char> zeros_;
   FeatureMap gradients_[Base::most_sets];
 };

@@ -53,7 +53,7 @@ struct BlockForward {
   double eps;
   FeatureMap inputs[2];
   FeatureMap outputs[6];
-  void* statistics;  // (modalities, N, C, 2 or 4), accumulation type: mean, 1/σ, (CBAM) maximum, minimum
+  void* statistics;  // (modalities, N, C, 2), accumulation type: mean, 1/σ
   bool stream;       // outputs beyond the cache: stores that don't read what they overwrite
 };
 

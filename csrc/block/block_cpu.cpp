@@ -157,8 +157,7 @@ Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, con
       call.outputs[k] = map_of(results[k], pixels);
     }
   }
-  const int64_t fields = ready.shape.gate == Gate::cbam_channel ? 4 : 2;
-  results.push_back(make_output({modalities(mode), N, C, fields}, ready.sums, inputs[0], false));
+  results.push_back(make_output({modalities(mode), N, C, 2}, ready.sums, inputs[0], false));
   call.statistics = results.back().data_ptr();
   for (size_t j = 0; j < inputs.size(); ++j) call.inputs[j] = map_of(ready.inputs[j], pixels);
   if (N > 0) kernels().block_forward(call);
@@ -212,8 +211,8 @@ Gradients backward(Mode mode, const std::vector<std::optional<Tensor>>& gradient
   call.parameters = ready.parameters;
   call.stream = beyond_cache(ready, modalities(mode)) && rows_aligned(ready);
 
-  check(statistics.numel() == modalities(mode) * N * C * (ready.shape.gate == Gate::cbam_channel ? 4 : 2) &&
-            statistics.scalar_type() == ready.sums && statistics.is_contiguous(),
+  check(statistics.numel() == modalities(mode) * N * C * 2 && statistics.scalar_type() == ready.sums &&
+            statistics.is_contiguous(),
       "statistics: expected what the forward gave for these inputs");
   call.statistics = statistics.data_ptr();
 

@@ -40,13 +40,15 @@ class Call {
         N_(shape.samples),
         C_(shape.channels),
         L_(shape.length),
-        fields_(shape.gate == Gate::cbam_channel ? 4 : 2),
+        extremes_(shape.gate == Gate::cbam_channel),
         chunk_(most<int64_t>(256, (L_ + 63) / 64)),
         chunks_((L_ + chunk_ - 1) / chunk_),
         inputs_(inputs),
         gamma_(static_cast<const A*>(parameters.norm_weight)),
         beta_(static_cast<const A*>(parameters.norm_bias)),
-        gates_(shape, parameters, backward) {}
+        gates_(shape, parameters, backward) {
+    if (extremes_) extreme_values_.allocate(P::inputs * N_ * C_ * 2);
+  }
 
   // f(pool, first, last) for groups of samples that read `maps` maps; the pool is whose threads share the
   // group's steps.
@@ -102,18 +104,26 @@ class Call {
   }
 
   MRCN_INLINE Plane<double> plane(const A* statistics, int j, int64_t i, int64_t c, double offset = 0) const {
-    const A* s = statistics + at(j, i, c) * fields_;
+    const A* s = statistics + at(j, i, c) * 2;
     return describe<double>(s[0], offset, s[1], gamma_[j * C_ + c], beta_[j * C_ + c]);
   }
 
   // What the gates see of a plane.
   MRCN_INLINE void pool(const A* statistics, int j, int64_t i, int64_t c) const {
-    const A* s = statistics + at(j, i, c) * fields_;
     const Plane<double> p = plane(statistics, j, i, c);
     gates_.pooled(j, i)[c] = A(pooled_residual<double>(p));
-    if (fields_ == 4) {
-      gates_.pooled(j, i, 1)[c] = A(residual_at<double>(p, extreme_pixel<double>(p, s[2], s[3])));
+    if (extremes_) {
+      gates_.pooled(j, i, 1)[c] = A(residual_at<double>(p, extreme(p, j, i, c)));
     }
+  }
+
+  // The largest and the smallest pixel of a plane, and the one where M has its maximum.
+  MRCN_INLINE A* extreme_values(int j, int64_t i, int64_t c) const {
+    return extreme_values_.data + at(j, i, c) * 2;
+  }
+  MRCN_INLINE double extreme(const Plane<double>& p, int j, int64_t i, int64_t c) const {
+    const A* e = extreme_values(j, i, c);
+    return extreme_pixel<double>(p, e[0], e[1]);
   }
 
   MRCN_INLINE void gate_values(int64_t i, int64_t c, double* s) const {
@@ -127,12 +137,13 @@ class Call {
   const int all_;   // sets, with those handed through
   const int made_;  // the first that is made
   const int64_t N_, C_, L_;
-  const int fields_;              // statistics of a plane
+  const bool extremes_;           // the gate asks for the maximum of M
   const int64_t chunk_, chunks_;  // rows of pixels a unit, and how many units a sample
   const FeatureMap* inputs_;
   const A* gamma_;
   const A* beta_;
   Gates<A> gates_;
+  Buffer<A> extreme_values_;  // (inputs, N, C, 2)
 };
 
 // The passes for a call's dtype: `get<T>()` gives them, `run(passes)` takes them.

@@ -21,7 +21,7 @@ class Forward : Call<P, A> {
     if (!this->shape_.pixels) return;
     const int64_t parts = P::inputs * this->N_ * this->chunks_ * this->C_ * 2;
     partial_.allocate(parts);
-    if (this->fields_ == 4) partial_extremes_.allocate(parts);
+    if (this->extremes_) partial_extremes_.allocate(parts);
   }
 
   void run() {
@@ -42,7 +42,7 @@ class Forward : Call<P, A> {
   MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const { return offsets_.data[this->at(j, i, c)]; }
 
   MRCN_INLINE void keep_statistics(int j, int64_t i, int64_t c, const Moments& m) const {
-    A* s = statistics_ + this->at(j, i, c) * this->fields_;
+    A* s = statistics_ + this->at(j, i, c) * 2;
     s[0] = A(m.mean);
     s[1] = A(1.0 / std::sqrt(m.squares / double(this->L_) + call_.eps));
     offset(j, i, c) = m.mean - double(s[0]);
@@ -54,11 +54,11 @@ class Forward : Call<P, A> {
       for (int j = 0; j < P::inputs; ++j) {
         Extremes<A> extremes;
         const void* x = this->unit_of(this->inputs_[j], i, c);
-        const Moments m = this->passes_.plane_moments(x, this->L_, this->fields_ == 4 ? &extremes : nullptr);
-        if (this->fields_ == 4) {
-          A* s = statistics_ + this->at(j, i, c) * 4;
-          s[2] = extremes.maximum;
-          s[3] = extremes.minimum;
+        const Moments m = this->passes_.plane_moments(x, this->L_, this->extremes_ ? &extremes : nullptr);
+        if (this->extremes_) {
+          A* e = this->extreme_values(j, i, c);
+          e[0] = extremes.maximum;
+          e[1] = extremes.minimum;
         }
         keep_statistics(j, i, c, m);
       }
@@ -67,7 +67,7 @@ class Forward : Call<P, A> {
 
   MRCN_INLINE ChannelMoments<A> partial(int j, int64_t i, int64_t chunk) const {
     const int64_t C = this->C_, at = ((j * this->N_ + i) * this->chunks_ + chunk) * C * 2;
-    A* extremes = this->fields_ == 4 ? partial_extremes_.data + at : nullptr;
+    A* extremes = this->extremes_ ? partial_extremes_.data + at : nullptr;
     return {
         partial_.data + at, partial_.data + at + C, extremes, extremes == nullptr ? nullptr : extremes + C};
   }
@@ -79,7 +79,7 @@ class Forward : Call<P, A> {
       for (int j = 0; j < P::inputs; ++j) {
         const FeatureMap& x = this->inputs_[j];
         this->passes_.rows_moments(this->unit_of(x, i, chunk), this->chunk_rows(chunk), x.pixel, C,
-            scratch.data, partial(j, i, chunk), this->fields_ == 4);
+            scratch.data, partial(j, i, chunk), this->extremes_);
       }
     });
     this->each_channel(pool, last - first, [&](int64_t c) {
@@ -92,13 +92,13 @@ class Forward : Call<P, A> {
   // The moments of a plane from those of its chunks.
   void join(int j, int64_t i, int64_t c) const {
     Moments m;
-    A* s = statistics_ + this->at(j, i, c) * this->fields_;
     for (int64_t chunk = 0; chunk < this->chunks_; ++chunk) {
       const ChannelMoments<A> part = partial(j, i, chunk);
       m.join(double(this->chunk_rows(chunk)), part.mean[c], part.squares[c]);
-      if (this->fields_ == 4) {
-        s[2] = chunk == 0 ? part.maximum[c] : most<A>(s[2], part.maximum[c]);
-        s[3] = chunk == 0 ? part.minimum[c] : least<A>(s[3], part.minimum[c]);
+      if (this->extremes_) {
+        A* e = this->extreme_values(j, i, c);
+        e[0] = chunk == 0 ? part.maximum[c] : most<A>(e[0], part.maximum[c]);
+        e[1] = chunk == 0 ? part.minimum[c] : least<A>(e[1], part.minimum[c]);
       }
     }
     keep_statistics(j, i, c, m);

@@ -317,6 +317,8 @@ Passes<acc_t<T>> backward_passes() {
   // What is handed through takes no part in the sums: those of concat are the pair's.
   using Sums = Pattern<P::mode == Mode::concat ? Mode::pair : P::mode>;
   Passes<acc_t<T>> passes{};
+  passes.plane_moments = plane_moments<T>;
+  passes.rows_moments = rows_moments<T>;
   passes.plane_count = plane_count<T>;
   passes.rows_count = rows_count<T>;
   passes.sum_plane = sum_plane<Sums, T>;

@@ -36,7 +36,8 @@ struct CqcBackward {
   CqcGroups groups;
   CqcFeatures features;
   const void* weights;
-  const void* gradient;        // (identities,) or one for all, accumulation type
+  const void* gradient;  // (identities,) or one for all, accumulation type
+  bool detach_negative;
   int64_t gradient_stride;     // 0: one for all
   void* feature_gradients[6];  // rows of D, contiguous, zeroed where a sample's identity isn't shared
   ParallelFor parallel;

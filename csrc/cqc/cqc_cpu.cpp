@@ -133,7 +133,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
 }
 
 Tensors cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor infrared_labels,
-    Tensor identities, Tensor count, Tensor weights) {
+    Tensor identities, Tensor count, Tensor weights, bool detach_negative) {
   const Groups groups = group(labels, infrared_labels);
   Tensors kept, results;
   CqcBackward call{};
@@ -147,6 +147,7 @@ Tensors cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor in
   check(gradient.dim() == 0 || gradient.numel() == identities.numel(),
       "gradient: expected a scalar or one an identity");
   const Tensor scale = converted(gradient, sums), own = torch::stable::contiguous(weights);
+  call.detach_negative = detach_negative;
   call.gradient = scale.data_ptr();
   call.gradient_stride = gradient.dim() == 0 ? 0 : 1;
   call.weights = own.data_ptr();

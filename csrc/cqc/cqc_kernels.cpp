@@ -103,9 +103,8 @@ void forward(const CqcForward& call) {
             const A value = A(call.margin) + pulled - pushed;
             const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
             loss += active ? value : A(0);
-            weights[2 * h] = active && !(pulled_square < floor) ? A(1) / pulled : A(0);
-            weights[2 * h + 1] =
-                active && !(pushed_square < floor) && !call.detach_negative ? A(-1) / pushed : A(0);
+            weights[2 * h] = active && pulled_square >= floor ? A(1) / pulled : A(0);
+            weights[2 * h + 1] = active && pushed_square >= floor ? A(-1) / pushed : A(0);
           }
           static_cast<A*>(call.losses)[identity] = loss;
         }
@@ -127,7 +126,7 @@ void backward(const CqcBackward& call) {
           for (int n = 0; n < 2 * hinges; ++n) {
             const int from = hinge[n / 2].center, to = n % 2 == 0 ? hinge[n / 2].pulled : hinge[n / 2].pushed;
             const A k = scale * weights[n];
-            if (k == A(0)) continue;
+            if (n % 2 == 1 && call.detach_negative) continue;
             const A *a = centers.data + from * D, *b = centers.data + to * D;
             A *da = gradients.data + from * D, *db = gradients.data + to * D;
             const auto add = [&](int64_t d, auto wide) {

@@ -37,33 +37,29 @@ def build_info() -> dict[str, Any]:
 
 
 @functools.cache
+def _describe() -> str:
+    info = _library.build_info()
+    return f"C++ kernels, {info['isa']} of {', '.join(info['isas'])}"
+
+
 def status() -> tuple[bool, str]:
     """Whether the compiled library is loaded, and which instruction set it uses or why it is not."""
     if _library is not None:
         try:
-            info = _library.build_info()
+            return True, _describe()
         except RuntimeError as error:  # MRCN_FAST_ISA names none that runs here
             return False, str(error)
-        return True, f"C++ kernels, {info['isa']} of {', '.join(info['isas'])}"
     if BUILD_RECORD.exists():
         record = json.loads(BUILD_RECORD.read_text())
         if not record["built"]:
             return False, f"the native library was not built: {record['reason']}"
         return False, f"the native library does not load: {_failure}. Reinstall with this Python and torch."
-    return (
-        False,
-        f"the native library is absent ({_failure}); build it with `make install`",
-    )
+    return False, f"the native library is absent ({_failure}); build it with `make install`"
 
 
 def operation(name: str) -> Callable[..., Any]:
     """``torch.ops.mrcn_fast.<name>.default``."""
     return getattr(torch.ops.mrcn_fast, name).default
-
-
-def statistics_shape(inputs: Sequence[Tensor], gate: str) -> tuple[int, int, int, int]:
-    """(modalities, N, C, K): mean and 1/σ of each plane, with CBAM its maximum and minimum too."""
-    return len(inputs), inputs[0].shape[0], inputs[0].shape[1], 4 if gate == "cbam-channel" else 2
 
 
 def _is_planes(x: Tensor) -> bool:
@@ -90,10 +86,9 @@ def _forward_fake(count: int, sets: int, batches: int) -> Callable[..., tuple[Te
     """Shapes of a forward of ``count`` inputs giving ``sets`` tensors of ``batches`` times the samples."""
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, gate = arguments[:count], arguments[count + 3]
-        first = inputs[0]
+        first = arguments[0]
         precise = torch.float64 if first.dtype == torch.float64 else torch.float32
-        statistics = torch.empty(statistics_shape(inputs, gate), dtype=precise, device=first.device)
+        statistics = first.new_empty((count, *first.shape[:2], 2), dtype=precise)
         return (*(_empty_like(first, batches * first.shape[0]) for _ in range(sets)), statistics)
 
     return fake
