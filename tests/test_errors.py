@@ -366,7 +366,7 @@ def test_backends_tells_why() -> None:
 
 def test_backends_says_that_the_library_is_absent(fresh: pytest.MonkeyPatch) -> None:
     fresh.setattr(native, "_library", None)
-    usable, reason = native.status.__wrapped__()  # past the cache
+    usable, reason = native.status()
     assert not usable and "native library" in reason
 
 
