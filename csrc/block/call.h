@@ -2,8 +2,8 @@
 // and how the work is cut.
 //
 // A group of samples at a time, so that the second read of its pixels comes from cache. Where there are
-// samples enough, each thread takes groups of its own and nobody waits before the end; else the threads share
-// every step of a group. Either way the work is cut into planes, or into chunks of rows whose size depends on
+// samples enough and the cache holds one a thread, each thread takes groups of its own and nobody waits before
+// the end; else the threads share every step of a group. Either way the work is cut into planes, or into chunks of rows whose size depends on
 // the shape alone, and partial results are joined in a fixed order: any number of threads gives the same
 // bits.
 #pragma once
@@ -18,6 +18,8 @@ namespace {
 
 // Bytes of a group's feature maps that are to stay in the outer cache until they are read again.
 constexpr int64_t group_bytes = 8 << 20;
+// Up to here the groups of several threads stay there side by side.
+constexpr int64_t cache_bytes = 16 << 20;
 // Elements a thread should have to do before another one is woken.
 constexpr int64_t thread_elements = 16384;
 
@@ -54,11 +56,10 @@ class Call {
   // group's steps.
   template <class F>
   void each_group(int maps, const F& f) const {
-    const int64_t threads = shape_.threads,
-                  fits = group_bytes / (maps * C_ * L_ * element_size(shape_.dtype));
-    const int64_t rounds = (N_ + threads - 1) / threads;
-    const bool own =
-        threads > 1 && 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
+    const int64_t threads = shape_.threads, sample_bytes = maps * C_ * L_ * element_size(shape_.dtype);
+    const int64_t fits = group_bytes / sample_bytes, rounds = (N_ + threads - 1) / threads;
+    const bool busy = 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
+    const bool own = threads > 1 && busy && threads * sample_bytes <= cache_bytes;
     const int64_t size = most<int64_t>(1, own ? fits / threads : fits);
     const auto groups = [&](ParallelFor pool, int64_t begin, int64_t end) {
       for (int64_t first = begin; first < end; first += size) f(pool, first, least(first + size, end));

@@ -40,7 +40,6 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   int64_t i = 0;
   for (; i + 4 * W <= n; i += 4 * W)
     unroll<4>([&](auto u) {
-      prefetch<2048>(x + i + u.v * W);
       s[u.v] += load(x + i + u.v * W);
     });
   for (; i + W <= n; i += W) s[0] += load(x + i);
@@ -51,6 +50,8 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   vec<A> e[4] = {}, q[4] = {};
   const vec<A> shifts = all<A>(shift);
   const auto step = [&](int64_t at, auto u) {
+    // These reads hit the cache: meanwhile memory brings what follows, the next part or the next plane.
+    prefetch(x + at + n);
     const vec<A> d = load(x + at) - shifts;
     e[u.v] += d;
     q[u.v] += d * d;
@@ -173,6 +174,7 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
       auto mean = fetch(shift + c, w);
       decltype(mean) e{}, q{};
       for (int64_t row = 0; row < n; ++row) {
+        if constexpr (w.v) prefetch(top + (row + n) * pitch + c);  // as in part_moments
         const auto d = fetch(top + row * pitch + c, w) - mean;
         e += d;
         q += d * d;

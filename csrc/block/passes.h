@@ -40,10 +40,13 @@ struct Passes {
 
 // --- a pixel, or a vector of them (wide) -----------------------------------------------------------------
 
+// Bytes between what is read and what is asked for.
+constexpr int64_t ahead = 4096;
+
 template <class T, int wide>
 MRCN_INLINE auto fetch_map(const void* map, int64_t at, constant<wide> w) {
   const T* p = static_cast<const T*>(map) + at;
-  if constexpr (wide) prefetch<1024>(p);
+  if constexpr (wide) prefetch(reinterpret_cast<const char*>(p) + ahead);
   return fetch(p, w);
 }
 

@@ -296,12 +296,10 @@ MRCN_INLINE void add_scaled(A* y, A k, const A* x, int64_t n) {
   for (; i < n; ++i) y[i] += k * x[i];
 }
 
-// Asks for the line that a pass will read so many bytes later. Maps are read as short runs, plane by plane,
-// and a processor's own prefetcher starts anew at each page.
-template <int bytes>
-MRCN_INLINE void prefetch(const void* p) {
-  __builtin_prefetch(static_cast<const char*>(p) + bytes);
-}
+// Asks for a line that will be read soon, into the second-level cache: the first is too small to hold what
+// several streams ask for ahead. Maps are read as short runs, plane by plane, and a processor's own
+// prefetcher starts anew at each page. An address outside any memory does no harm.
+MRCN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 template <int value>
 struct constant {

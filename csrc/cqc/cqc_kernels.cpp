@@ -36,7 +36,7 @@ template <class A, class T>
 MRCN_INLINE void add_row(A* total, const T* x, int64_t n) {
   int64_t d = 0;
   for (; d + lanes<A> <= n; d += lanes<A>) {
-    prefetch<2048>(x + d);
+    prefetch(x + d + 512);
     store(total + d, load(total + d) + load(x + d));
   }
   for (; d < n; ++d) total[d] += get(x + d);
