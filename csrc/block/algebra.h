@@ -16,7 +16,8 @@
 //   ∂x = (the affine map transposed) + k1 + k2 c,   k1 = (∂z - a V) / L,   k2 = -a r² U / L
 //   ∂γ = r U,   ∂β = V - ∂z
 //
-// R is the type these few operations a plane are done in: double on the host.
+// R is the type these few operations a plane are done in: on the host double, or a vector of doubles for as
+// many planes.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
@@ -47,7 +48,7 @@ MRCN_HOST_DEVICE Plane<R> describe(R mean, R offset, R r, R gamma, R beta) {
 // exact arithmetic, and with it what is not finite in the literal equations.
 template <class R>
 MRCN_HOST_DEVICE R nothing_if_finite(R x) {
-  return R(0) * x;
+  return 0 * x;
 }
 
 // What a gate sees of the plane, GAP(M).
@@ -60,17 +61,17 @@ MRCN_HOST_DEVICE R pooled_residual(const Plane<R>& p) {
 template <class R>
 MRCN_HOST_DEVICE R correction(const Plane<R>& p, R scale) {
   const R term = scale * p.offset;
-  return term - term == R(0) ? term : R(0);
+  return term - term == 0 ? term : R{};
 }
 
 // GMP(M): M is affine in x, so its maximum lies at the plane's maximum or minimum, whichever way it slopes.
 template <class R>
 MRCN_HOST_DEVICE R extreme_pixel(const Plane<R>& p, R maximum, R minimum) {
-  return R(1) - p.a >= R(0) ? maximum : minimum;
+  return 1 - p.a >= 0 ? maximum : minimum;
 }
 template <class R>
 MRCN_HOST_DEVICE R residual_at(const Plane<R>& p, R x) {
-  return (R(1) - p.a) * (x - p.mean) + (p.mean - p.beta);
+  return (1 - p.a) * (x - p.mean) + (p.mean - p.beta);
 }
 
 // y = scale · (x - mean) + shift
@@ -89,16 +90,16 @@ MRCN_HOST_DEVICE Affine<R> normalized(const Plane<R>& p) {
 // F₊ = F̃ + s M, or F + s M (eq. 4, 5).
 template <class R>
 MRCN_HOST_DEVICE Affine<R> restituted(const Plane<R>& p, R s, bool to_input) {
-  const R scale = to_input ? R(1) + s * (R(1) - p.a) : p.a + s * (R(1) - p.a);
+  const R scale = to_input ? 1 + s * (1 - p.a) : p.a + s * (1 - p.a);
   const R mean = p.mean + p.offset;
-  const R shift = to_input ? mean + s * p.z : s * mean + (R(1) - s) * p.beta + nothing_if_finite(p.beta);
+  const R shift = to_input ? mean + s * p.z : s * mean + (1 - s) * p.beta + nothing_if_finite(p.beta);
   return {scale, shift - correction(p, scale)};
 }
 
 // s M, what the other modality's F̃ is compensated with (eq. 6, 7).
 template <class R>
 MRCN_HOST_DEVICE Affine<R> distilled(const Plane<R>& p, R s) {
-  const R scale = s * (R(1) - p.a);
+  const R scale = s * (1 - p.a);
   return {scale, s * p.z - correction(p, scale)};
 }
 
@@ -112,13 +113,13 @@ struct Sums {
 // ∂s of s M, where G is the gradient of what s M was added to.
 template <class R>
 MRCN_HOST_DEVICE R gate_gradient(const Plane<R>& p, Sums<R> g) {
-  return (R(1) - p.a) * g.T + p.z * g.S;
+  return (1 - p.a) * g.T + p.z * g.S;
 }
 
 // Share of the gradient of F₊ that reaches F̃ (the rest goes to x directly).
 template <class R>
 MRCN_HOST_DEVICE R share_of_normalized(R s, bool to_input) {
-  return to_input ? -s : R(1) - s;
+  return to_input ? -s : 1 - s;
 }
 
 // The terms of ∂x that are no map of the gradients, and the instance norm's parameter gradients.

@@ -61,7 +61,9 @@ class Backward : Call<P, A> {
   MRCN_INLINE A* coefficient(int64_t i) const {
     return coefficients_.data + i * P::backward_slots * this->C_;
   }
-  MRCN_INLINE double* norm(int j, int64_t i, int64_t c) const { return norm_.data + this->at(j, i, c) * 2; }
+  MRCN_INLINE double* norm(int j, int64_t i, int which) const {
+    return norm_.data + ((j * this->N_ + i) * 2 + which) * this->C_;
+  }
 
   // A gradient that was not given is read as one plane or row of zeros, over and over.
   void read_missing_as_zero() {
@@ -169,56 +171,64 @@ class Backward : Call<P, A> {
     });
   }
 
-  void gather(int64_t i, int64_t c, Plane<double>* p, double* s, double* found) const {
-    for (int j = 0; j < P::inputs; ++j) p[j] = this->plane(statistics_, j, i, c);
+  template <class V>
+  MRCN_INLINE void gather(int64_t i, int64_t c, Plane<V>* p, V* s, V* found) const {
+    for (int j = 0; j < P::inputs; ++j) p[j] = this->template plane<V>(statistics_, j, i, c);
     this->gate_values(i, c, s);
-    for (int n = 0; n < P::sums; ++n) found[n] = sums(i)[n * this->C_ + c];
+    for (int n = 0; n < P::sums; ++n) found[n] = doubles<V>(sums(i) + n * this->C_ + c);
   }
 
   void gate_gradients(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_channel(pool, last - first, [&](int64_t c) {
-      this->gates_.excite(first, last, c);
+    this->each_channels(pool, last - first, [&]<int wide>(int64_t c, constant<wide>) {
+      using V = one_or_more<wide>;
+      this->gates_.excite(first, last, c, sizeof(V) / sizeof(double));
       for (int64_t i = first; i < last; ++i) {
-        Plane<double> p[P::inputs];
-        double s[P::gate_count], found[P::sums], ds[P::gate_count];
+        Plane<V> p[P::inputs];
+        V s[P::gate_count], found[P::sums], ds[P::gate_count];
         gather(i, c, p, s, found);
         make_gate_gradients<P>(p, found, ds);
-        for (int g = 0; g < P::gate_count; ++g) this->gates_.set_gradient(i, g, c, A(ds[g]));
+        for (int g = 0; g < P::gate_count; ++g) {
+          put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
+        }
       }
     });
   }
 
   void coefficients(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_channel(pool, last - first, [&](int64_t c) {
+    this->each_channels(pool, last - first, [&]<int wide>(int64_t c, constant<wide>) {
+      using R = one_or_more<wide>;
       for (int64_t i = first; i < last; ++i) {
-        Plane<double> p[P::inputs];
-        double s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
+        Plane<R> p[P::inputs];
+        R s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
         gather(i, c, p, s, found);
         make_maps<P>(p, s, this->shape_.to_input, k, false);
         make_moments<P>(s, this->shape_.to_input, found, U, V);
         for (int j = 0; j < P::inputs; ++j) {
-          k[P::extreme(j)] = k[P::k3(j)] = 0.0;
+          k[P::extreme(j)] = k[P::k3(j)] = R{};
           if (this->extremes_) add_extreme(p[j], i, j, c, k, U[j], V[j]);
-          const PlaneGradient<double> of =
-              plane_gradient<double>(p[j], U[j], V[j], this->gates_.of_pooled(j, i)[c], double(this->L_));
+          const R dz = doubles<R>(this->gates_.of_pooled(j, i) + c), length = R{} + double(this->L_);
+          const PlaneGradient<R> of = plane_gradient<R>(p[j], U[j], V[j], dz, length);
           k[P::k1(j)] = of.k1;
           k[P::k2(j)] = of.k2;
-          norm(j, i, c)[0] = of.gamma;
-          norm(j, i, c)[1] = of.beta;
+          put_doubles(norm(j, i, 0) + c, of.gamma);
+          put_doubles(norm(j, i, 1) + c, of.beta);
         }
-        for (int slot = 0; slot < P::backward_slots; ++slot) coefficient(i)[slot * this->C_ + c] = A(k[slot]);
+        for (int slot = 0; slot < P::backward_slots; ++slot) {
+          put_doubles(coefficient(i) + slot * this->C_ + c, k[slot]);
+        }
       }
     });
   }
 
   // The gradient of GMP(M) goes to M where its maximum is, evenly where several pixels share it.
+  template <class R>
   MRCN_INLINE void add_extreme(
-      const Plane<double>& p, int64_t i, int j, int64_t c, double* k, double& U, double& V) const {
-    const double at = extreme_of(j, i, c), gradient = this->gates_.of_pooled(j, i, 1)[c];
+      const Plane<R>& p, int64_t i, int j, int64_t c, R* k, R& U, R& V) const {
+    const R at = this->extreme(p, j, i, c), gradient = doubles<R>(this->gates_.of_pooled(j, i, 1) + c);
     U -= (at - p.mean) * gradient;
     V -= gradient;
     k[P::extreme(j)] = at;
-    k[P::k3(j)] = (1.0 - p.a) * gradient / counts(i, 0, j)[c];
+    k[P::k3(j)] = (1.0 - p.a) * gradient / doubles<R>(counts(i, 0, j) + c);
   }
 
   void make(ParallelFor pool, int64_t first, int64_t last) const {
@@ -246,8 +256,8 @@ class Backward : Call<P, A> {
       for (int j = 0; j < P::inputs; ++j) {
         double of_gamma = 0, of_beta = 0;
         for (int64_t i = 0; i < this->N_; ++i) {
-          of_gamma += norm(j, i, c)[0];
-          of_beta += norm(j, i, c)[1];
+          of_gamma += norm(j, i, 0)[c];
+          of_beta += norm(j, i, 1)[c];
         }
         gamma[j * this->C_ + c] = A(of_gamma);
         beta[j * this->C_ + c] = A(of_beta);
@@ -260,7 +270,7 @@ class Backward : Call<P, A> {
   const int64_t parts_;      // of a sample, that sums are made of
   Buffer<double> sums_;      // (N, parts, sums, C)
   Buffer<A> coefficients_;   // (N, slots, C)
-  Buffer<double> norm_;      // (inputs, N, C, 2): gradients of γ and β
+  Buffer<double> norm_;      // (inputs, N, 2, C): gradients of γ and β
   Buffer<double> counts_;    // (N, parts, inputs, C)
   Buffer<A> part_extremes_;  // (inputs, N, parts, 2, C)
   Buffer<char> zeros_;

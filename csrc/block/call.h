@@ -8,6 +8,8 @@
 // bits.
 #pragma once
 
+#include <type_traits>
+
 #include "block/block.h"
 #include "block/gates.h"
 #include "block/passes.h"
@@ -26,6 +28,39 @@ constexpr int64_t thread_elements = 16384;
 inline void serial(int64_t count, int64_t, RangeFunction function, void* context) {
   function(0, count, context);
 }
+
+// What stands at p for one channel (V is double) or for as many as a vector has doubles.
+template <class V, class T>
+MRCN_INLINE V doubles(const T* p) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return *p;
+  } else {
+    return load_doubles(p);
+  }
+}
+template <class T, class V>
+MRCN_INLINE void put_doubles(T* p, V v) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    *p = T(v);
+  } else {
+    store_doubles(p, v);
+  }
+}
+// From an array (channels, 2).
+template <class T, class V>
+MRCN_INLINE void take_pairs(const T* p, V& first, V& second) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    first = p[0];
+    second = p[1];
+  } else {
+    for (int lane = 0; lane < lanes<double>; ++lane) {
+      first[lane] = p[2 * lane];
+      second[lane] = p[2 * lane + 1];
+    }
+  }
+}
+template <int wide>
+using one_or_more = std::conditional_t<wide == 1, vec<double>, double>;
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
@@ -88,6 +123,18 @@ class Call {
     });
   }
 
+  // The same, as many channels at once as a vector has doubles: f(first channel, constant<1>), and
+  // f(channel, constant<0>) for the last ones, whatever the number of threads.
+  template <class F>
+  void each_channels(ParallelFor pool, int64_t samples, const F& f) const {
+    constexpr int64_t W = lanes<double>;
+    parallel(pool, (C_ + W - 1) / W, 4096 / (W * most<int64_t>(1, samples)), [&](int64_t begin, int64_t end) {
+      int64_t c = begin * W;
+      for (; c + W <= least(end * W, C_); c += W) f(c, constant<1>{});
+      for (; c < least(end * W, C_); ++c) f(c, constant<0>{});
+    });
+  }
+
   MRCN_INLINE int64_t chunk_rows(int64_t chunk) const { return least(chunk_, L_ - chunk * chunk_); }
   MRCN_INLINE int64_t at(int j, int64_t i, int64_t c) const { return (j * N_ + i) * C_ + c; }
 
@@ -104,9 +151,12 @@ class Call {
     }
   }
 
-  MRCN_INLINE Plane<double> plane(const A* statistics, int j, int64_t i, int64_t c, double offset = 0) const {
-    const A* s = statistics + at(j, i, c) * 2;
-    return describe<double>(s[0], offset, s[1], gamma_[j * C_ + c], beta_[j * C_ + c]);
+  // Of one channel, or of as many from c on.
+  template <class V = double>
+  MRCN_INLINE Plane<V> plane(const A* statistics, int j, int64_t i, int64_t c, V offset = V{}) const {
+    V mean, r;
+    take_pairs(statistics + at(j, i, c) * 2, mean, r);
+    return describe<V>(mean, offset, r, doubles<V>(gamma_ + j * C_ + c), doubles<V>(beta_ + j * C_ + c));
   }
 
   // What the gates see of a plane.
@@ -122,13 +172,16 @@ class Call {
   MRCN_INLINE A* extreme_values(int j, int64_t i, int64_t c) const {
     return extreme_values_.data + at(j, i, c) * 2;
   }
-  MRCN_INLINE double extreme(const Plane<double>& p, int j, int64_t i, int64_t c) const {
-    const A* e = extreme_values(j, i, c);
-    return extreme_pixel<double>(p, e[0], e[1]);
+  template <class V>
+  MRCN_INLINE V extreme(const Plane<V>& p, int j, int64_t i, int64_t c) const {
+    V maximum, minimum;
+    take_pairs(extreme_values(j, i, c), maximum, minimum);
+    return extreme_pixel(p, maximum, minimum);
   }
 
-  MRCN_INLINE void gate_values(int64_t i, int64_t c, double* s) const {
-    for (int g = 0; g < P::gate_count; ++g) s[g] = gates_.value(i, g)[c];
+  template <class V>
+  MRCN_INLINE void gate_values(int64_t i, int64_t c, V* s) const {
+    for (int g = 0; g < P::gate_count; ++g) s[g] = doubles<V>(gates_.value(i, g) + c);
   }
 
   static constexpr int most_sets = 6;

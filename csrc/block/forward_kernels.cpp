@@ -105,15 +105,20 @@ class Forward : Call<P, A> {
   }
 
   void coefficients(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_channel(pool, last - first, [&](int64_t c) {
-      this->gates_.excite(first, last, c);
+    this->each_channels(pool, last - first, [&]<int wide>(int64_t c, constant<wide>) {
+      using V = one_or_more<wide>;
+      this->gates_.excite(first, last, c, sizeof(V) / sizeof(double));
       for (int64_t i = first; i < last; ++i) {
-        Plane<double> p[P::inputs];
-        double s[P::gate_count], k[P::forward_slots];
-        for (int j = 0; j < P::inputs; ++j) p[j] = this->plane(statistics_, j, i, c, offset(j, i, c));
+        Plane<V> p[P::inputs];
+        V s[P::gate_count], k[P::forward_slots];
+        for (int j = 0; j < P::inputs; ++j) {
+          p[j] = this->template plane<V>(statistics_, j, i, c, doubles<V>(&offset(j, i, c)));
+        }
         this->gate_values(i, c, s);
         make_maps<P>(p, s, this->shape_.to_input, k, true);
-        for (int slot = 0; slot < P::forward_slots; ++slot) coefficient(i)[slot * this->C_ + c] = A(k[slot]);
+        for (int slot = 0; slot < P::forward_slots; ++slot) {
+          put_doubles(coefficient(i) + slot * this->C_ + c, k[slot]);
+        }
       }
     });
   }

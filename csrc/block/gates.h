@@ -82,17 +82,14 @@ class Gates {
     });
   }
 
-  // s of one channel for the samples [first, last).
-  MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c) const {
+  // s of so many channels from c on, for the samples [first, last).
+  MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c, int64_t channels) const {
     for (int g = 0; g < count_; ++g) {
-      for (int64_t i = first; i < last; ++i) value(i, g)[c] = sigmoid(logit(i, g, c));
+      for (int64_t to = c + channels; c < to; ++c) {
+        for (int64_t i = first; i < last; ++i) value(i, g)[c] = sigmoid(logit(i, g, c));
+      }
+      c -= channels;
     }
-  }
-
-  // ∂ before the sigmoid of one value.
-  MRCN_INLINE void set_gradient(int64_t i, int g, int64_t c, A gradient) const {
-    const A s = value(i, g)[c];
-    before(i, g)[c] = gradient * s * (A(1) - s);
   }
 
   // From `before` of the samples [first, last) to `of_pooled`.

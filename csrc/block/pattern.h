@@ -101,14 +101,14 @@ MRCN_INLINE void make_gradients(const V* k, const V* x, const V* g, V* dx) {
   });
 }
 
-// --- one plane: coefficients from statistics and gates ------------------------------------------------------
+// --- one plane, or a vector of them (V): coefficients from statistics and gates -------------------------
 
 // The affine maps of one (sample, channel), shared by the forward and the backward; shifts where asked for.
-template <class P>
-MRCN_INLINE void make_maps(const Plane<double>* p, const double* s, bool to_input, double* k, bool shifts) {
-  const auto set = [&](int slot_scale, int slot_shift, Affine<double> map, bool add = false) {
+template <class P, class V>
+MRCN_INLINE void make_maps(const Plane<V>* p, const V* s, bool to_input, V* k, bool shifts) {
+  const auto set = [&](int slot_scale, int slot_shift, Affine<V> map, bool add = false) {
     k[slot_scale] = map.scale;
-    if (shifts) k[slot_shift] = (add ? k[slot_shift] : 0.0) + map.shift;
+    if (shifts) k[slot_shift] = (add ? k[slot_shift] : V{}) + map.shift;
   };
   unroll<P::inputs>([&](auto j) { k[P::mean(j.v)] = p[j.v].mean; });
   if constexpr (P::inputs == 2) {
@@ -121,16 +121,16 @@ MRCN_INLINE void make_maps(const Plane<double>* p, const double* s, bool to_inpu
   } else {
     set(P::scale(0, 0), P::shift(0), restituted(p[0], s[0], to_input));
     if constexpr (P::mode == Mode::snr) {
-      set(P::scale(1, 0), P::shift(1), restituted(p[0], 1.0 - s[0], false));
+      set(P::scale(1, 0), P::shift(1), restituted<V>(p[0], 1.0 - s[0], false));
       set(P::scale(2, 0), P::shift(2), normalized(p[0]));
     }
   }
 }
 
 // ∂s of every gate.
-template <class P>
-MRCN_INLINE void make_gate_gradients(const Plane<double>* p, const double* sums, double* ds) {
-  const auto of = [&](int k, int j) { return gate_gradient(p[j], {sums[P::S(k)], sums[P::T(k, j)]}); };
+template <class P, class V>
+MRCN_INLINE void make_gate_gradients(const Plane<V>* p, const V* sums, V* ds) {
+  const auto of = [&](int k, int j) { return gate_gradient<V>(p[j], {sums[P::S(k)], sums[P::T(k, j)]}); };
   ds[0] = of(0, 0);
   if constexpr (P::inputs == 2) {
     ds[1] = of(3, 1);
@@ -142,13 +142,13 @@ MRCN_INLINE void make_gate_gradients(const Plane<double>* p, const double* sums,
 }
 
 // U = Σ H c and V = Σ H of every input.
-template <class P>
-MRCN_INLINE void make_moments(const double* s, bool to_input, const double* sums, double* U, double* V) {
-  const auto add = [&](double weight, int k, int j) {
+template <class P, class R>
+MRCN_INLINE void make_moments(const R* s, bool to_input, const R* sums, R* U, R* V) {
+  const auto add = [&](auto weight, int k, int j) {
     U[j] += weight * sums[P::T(k, j)];
     V[j] += weight * sums[P::S(k)];
   };
-  unroll<P::inputs>([&](auto j) { U[j.v] = V[j.v] = 0.0; });
+  unroll<P::inputs>([&](auto j) { U[j.v] = V[j.v] = R{}; });
   add(share_of_normalized(s[0], to_input), 0, 0);
   if constexpr (P::inputs == 2) {
     add(share_of_normalized(s[1], to_input), 3, 1);

@@ -249,6 +249,21 @@ MRCN_INLINE A sum(vec<A> v) {
   return parts[0];
 }
 
+// As many values of A as a vector has doubles.
+template <class A>
+struct part_of {
+  typedef A type __attribute__((vector_size(lanes<double> * sizeof(A))));
+};
+template <class A>
+MRCN_INLINE vec<double> load_doubles(const A* p) {
+  return __builtin_convertvector(copy_in<typename part_of<A>::type>(p), vec<double>);
+}
+template <class A>
+MRCN_INLINE void store_doubles(A* p, vec<double> v) {
+  const auto part = __builtin_convertvector(v, typename part_of<A>::type);
+  std::memcpy(p, &part, sizeof(part));
+}
+
 // A sum of vectors, lane by lane in double.
 template <class A>
 struct WideSum {
