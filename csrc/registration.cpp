@@ -46,17 +46,16 @@ STABLE_TORCH_LIBRARY(mrcn_fast, library) {
       "statistics, "
       "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate) -> (Tensor, Tensor, Tensor, "
       "Tensor[])");
-  // The loss. features: the six sets, or all stacked in one. Results: the sum, the losses and the identities
-  // (padded with zeros to the number of visible labels), how many there are, and what the backward needs of
-  // each.
+  // The loss. features: the six sets, or all stacked in one. Results of the forward: the sum; a slot for each
+  // visible sample with a loss and its identity, in any order, those left over with loss 0 and the largest
+  // int64; how many identities there are; and what the backward wants. It gives the gradient of all sets,
+  // stacked.
   library.def(
       "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, bool "
-      "detach_negative) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "detach_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
-      "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor "
-      "identities, "
-      "Tensor count, Tensor weights, bool detach_negative) -> Tensor[]");
+      "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor saved, "
+      "bool detach_negative) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, module) {

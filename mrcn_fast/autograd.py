@@ -32,6 +32,10 @@ MODES = {
 }
 
 
+# The identity of a slot of the loss that none was left for.
+NOBODY = torch.iinfo(torch.int64).max
+
+
 class BlockFunction(torch.autograd.Function):
     """(inputs, norm_weight, norm_bias, *gate_parameters) -> the feature sets that the operation makes."""
 
@@ -80,6 +84,8 @@ class BlockFunction(torch.autograd.Function):
 
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, a view for each that came before: tracing a Function refuses one tensor in two places."""
+    if not torch.compiler.is_compiling():
+        return tensors
     return tuple(
         t.view_as(t) if any(t is earlier for earlier in tensors[:i]) else t for i, t in enumerate(tensors)
     )
@@ -117,10 +123,10 @@ def differentiable(
 
 
 class CQCFunction(torch.autograd.Function):
-    """(labels, infrared_labels, *features) -> total (), losses (cap,), identities (cap,), count ().
+    """(labels, infrared_labels, *features) -> total (), losses (B_v,), identities (B_v,), count ().
 
-    ``features`` is the six sets or all of them stacked; cap is the number of visible labels, and what stands
-    behind ``count`` in the padded results is zero.
+    ``features`` is the six sets or all of them stacked. Losses and identities stand in slots, one for each
+    visible sample, in an order of the backend's own; slots left over have loss 0 and the identity `NOBODY`.
     """
 
     @staticmethod
@@ -134,19 +140,19 @@ class CQCFunction(torch.autograd.Function):
         *features: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         kernel = dispatch.KERNELS[backend].operation("cqc_forward")
-        total, losses, identities, count, weights = kernel(
-            list(features), labels, infrared_labels, margin, detach_negative
+        total, losses, identities, count, saved = kernel(
+            features, labels, infrared_labels, margin, detach_negative
         )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(identities, count)
-        ctx.save_for_backward(labels, infrared_labels, identities, count, weights, *features)
+        ctx.save_for_backward(labels, infrared_labels, identities, saved, *features)
         ctx.settings = (backend, margin, detach_negative)
         return total, losses, identities, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         backend, margin, detach_negative = ctx.settings
-        labels, infrared_labels, identities, count, weights, *features = ctx.saved_tensors
+        labels, infrared_labels, identities, saved, *features = ctx.saved_tensors
         of_total, of_losses = gradients[:2]
         if of_total is None and of_losses is None:
             return (None,) * (5 + len(features))
@@ -163,16 +169,17 @@ class CQCFunction(torch.autograd.Function):
                 )
                 return losses.sum(), losses
 
-            cut = None if of_losses is None else of_losses[: int(count)]
-            return (None,) * 5 + differentiable(again, (of_total, cut), features)
+            # The reference has the identities in ascending order, and no slots left over.
+            slots = identities.argsort()[: int((identities != NOBODY).sum())]
+            of_identities = None if of_losses is None else of_losses[slots]
+            return (None,) * 5 + differentiable(again, (of_total, of_identities), features)
         gradient = of_losses if of_total is None else of_total
         if of_total is not None and of_losses is not None:
             gradient = of_total + of_losses
         kernel = dispatch.KERNELS[backend].operation("cqc_backward")
-        of_features = kernel(
-            gradient, features, labels, infrared_labels, identities, count, weights, detach_negative
-        )
-        return (None,) * 5 + tuple(of_features)
+        stacked = kernel(gradient, features, labels, infrared_labels, saved, detach_negative)
+        sets = unstack([stacked], labels, infrared_labels) if len(features) == 6 else (stacked,)
+        return (None,) * 5 + tuple(sets)
 
 
 def unstack(features: Any, labels: Tensor, infrared_labels: Tensor) -> list[Tensor]:

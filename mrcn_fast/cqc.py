@@ -93,8 +93,9 @@ def _losses(
     _check_count(count, labels, infrared_labels)
     if not each:
         return losses, count, total
+    identities, slots = identities.sort()  # those of slots left over are the largest
     number = int(count)
-    return losses[:number], identities[:number], total
+    return losses[slots[:number]], identities[:number], total
 
 
 class CQCLoss(nn.Module):
@@ -166,25 +167,25 @@ def _check_features(
     visible, infrared = labels.shape[0], infrared_labels.shape[0]
     rows = [3 * visible + 3 * infrared] if len(tensors) == 1 else [visible] * 3 + [infrared] * 3
     first = tensors[0]
+    dimensions, dtype, device = first.shape[-1:], first.dtype, first.device
     for f, expected in zip(tensors, rows, strict=True):
-        if f.dim() != 2 or f.shape[1] != first.shape[-1]:
+        shape = f.shape
+        if len(shape) != 2 or shape[1:] != dimensions:
             raise ValueError(
-                f"features: got shape {tuple(f.shape)}, expected (B, D), one D for all; pool the maps first"
+                f"features: got shape {tuple(shape)}, expected (B, D), one D for all; pool the maps first"
             )
-        if f.shape[0] != expected:
+        if shape[0] != expected:
             raise ValueError(
-                f"features: got {f.shape[0]} rows for {visible} visible and {infrared} infrared labels, "
+                f"features: got {shape[0]} rows for {visible} visible and {infrared} infrared labels, "
                 f"expected {expected}"
             )
-        if f.dtype != first.dtype or not f.dtype.is_floating_point:
-            raise TypeError(
-                f"features: got dtypes {first.dtype} and {f.dtype}, expected one floating-point dtype"
-            )
-        if f.device != first.device:
-            raise ValueError(f"features: got devices {first.device} and {f.device}, expected one")
+        if f.dtype != dtype or not dtype.is_floating_point:
+            raise TypeError(f"features: got dtypes {dtype} and {f.dtype}, expected one floating-point dtype")
+        if f.device != device:
+            raise ValueError(f"features: got devices {device} and {f.device}, expected one")
     for name, other in (("labels", labels), ("infrared_labels", infrared_labels)):
-        if other.device != first.device:
-            raise ValueError(f"{name}: got device {other.device}, expected the features' {first.device}")
+        if other.device != device:
+            raise ValueError(f"{name}: got device {other.device}, expected the features' {device}")
     return tensors
 
 

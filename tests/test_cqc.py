@@ -255,11 +255,11 @@ def test_opcheck(stacked: bool, layout: str, detach_negative: bool, dtype: torch
     namespace = torch.ops.mrcn_fast
     arguments = (features, p.labels, p.infrared_labels, 0.2, detach_negative)
     torch.library.opcheck(namespace.cqc_forward.default, arguments)
-    total, losses, identities, count, weights = namespace.cqc_forward(*arguments)
+    total, losses, _, _, saved = namespace.cqc_forward(*arguments)
     for gradient in (torch.ones_like(total), torch.ones_like(losses)):
         torch.library.opcheck(
             namespace.cqc_backward.default,
-            (gradient, features, p.labels, p.infrared_labels, identities, count, weights, detach_negative),
+            (gradient, features, p.labels, p.infrared_labels, saved, detach_negative),
         )
 
 

@@ -28,7 +28,7 @@ struct CqcForward {
   double margin;
   bool detach_negative;
   void* losses;   // (identities,), accumulation type
-  void* weights;  // (identities, 8), ∂loss/∂D² · 2 of each distance: see cqc_kernels.cpp
+  void* weights;  // (identities, 8), accumulation type: of each distance, see cqc_kernels.cpp
   ParallelFor parallel;
 };
 
@@ -39,7 +39,7 @@ struct CqcBackward {
   const void* gradient;  // (identities,) or one for all, accumulation type
   bool detach_negative;
   int64_t gradient_stride;     // 0: one for all
-  void* feature_gradients[6];  // rows of D, contiguous, zeroed where a sample's identity isn't shared
+  void* feature_gradients[6];  // rows of D, contiguous; those of an identity that isn't shared are left alone
   ParallelFor parallel;
 };
 

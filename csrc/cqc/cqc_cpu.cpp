@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <limits>
 #include <numeric>
 #include <tuple>
 
@@ -115,11 +116,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
   call.parallel = pool;
   const ScalarType sums = precise(call.features.dtype);
   const int64_t capacity = labels.numel(), count = call.groups.identities;
-  Tensor total = zeros({}, sums, labels), losses = zeros({capacity}, sums, labels);
-  Tensor identities = zeros({capacity}, ScalarType::Long, labels),
-         number = zeros({}, ScalarType::Long, labels);
-  Tensor weights = zeros({capacity, 8}, sums, labels);
-  std::copy(groups.identities.begin(), groups.identities.end(), identities.mutable_data_ptr<int64_t>());
+  const Tensor total = make_output({}, sums, labels, false), losses = zeros({capacity}, sums, labels);
+  const Tensor identities = make_output({capacity}, ScalarType::Long, labels, false),
+               number = make_output({}, ScalarType::Long, labels, false),
+               weights = zeros({capacity, 8}, sums, labels);
+  int64_t* slot = identities.mutable_data_ptr<int64_t>();
+  std::copy(groups.identities.begin(), groups.identities.end(), slot);
+  std::fill(slot + count, slot + capacity, std::numeric_limits<int64_t>::max());
   *number.mutable_data_ptr<int64_t>() = count;
   call.losses = losses.data_ptr();
   call.weights = weights.data_ptr();
@@ -132,43 +135,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
   return {total, losses, identities, number, weights};
 }
 
-Tensors cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor infrared_labels,
-    Tensor identities, Tensor count, Tensor weights, bool detach_negative) {
+Tensor cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor infrared_labels, Tensor weights,
+    bool detach_negative) {
   const Groups groups = group(labels, infrared_labels);
-  Tensors kept, results;
+  const int64_t visible = labels.numel(), infrared = infrared_labels.numel();
+  Tensors kept;
   CqcBackward call{};
   call.groups = groups.view();
-  call.features = view(features, labels.numel(), infrared_labels.numel(), kept);
+  call.features = view(features, visible, infrared, kept);
   call.parallel = pool;
   const ScalarType sums = precise(call.features.dtype);
-  check(identities.numel() >= call.groups.identities && weights.numel() == 8 * identities.numel() &&
-            weights.scalar_type() == sums && count.numel() == 1,
-      "identities, count, weights: expected what the forward gave for these labels");
-  check(gradient.dim() == 0 || gradient.numel() == identities.numel(),
-      "gradient: expected a scalar or one an identity");
+  check(weights.numel() == 8 * visible && weights.scalar_type() == sums,
+      "weights: expected what the forward gave for these labels");
+  check(gradient.dim() == 0 || gradient.numel() == visible, "gradient: expected a scalar or one a slot");
   const Tensor scale = converted(gradient, sums), own = torch::stable::contiguous(weights);
   call.detach_negative = detach_negative;
   call.gradient = scale.data_ptr();
   call.gradient_stride = gradient.dim() == 0 ? 0 : 1;
   call.weights = own.data_ptr();
-  int64_t first = 0;
+  // Every row is written but those of identities that only one modality has.
+  const bool whole =
+      int64_t(groups.order[0].size()) == visible && int64_t(groups.order[1].size()) == infrared;
+  const std::vector<int64_t> sizes{3 * (visible + infrared), call.features.dimensions};
+  const Tensor& like = features[0];
+  const Tensor result =
+      whole ? make_output(sizes, like.scalar_type(), like, false) : zeros(sizes, like.scalar_type(), like);
+  const int64_t row = call.features.dimensions * int64_t(result.element_size());
   for (int set = 0; set < 6; ++set) {
-    if (features.size() == 6 || set == 0) {
-      const Tensor& f = features[set];
-      // Every row is written but those of identities that only one modality has.
-      const bool whole = int64_t(groups.order[0].size()) == labels.numel() &&
-                         int64_t(groups.order[1].size()) == infrared_labels.numel();
-      const std::vector<int64_t> sizes{f.size(0), f.size(1)};
-      results.push_back(
-          whole ? make_output(sizes, f.scalar_type(), f, false) : zeros(sizes, f.scalar_type(), f));
-      first = 0;
-    }
-    call.feature_gradients[set] = static_cast<char*>(results.back().data_ptr()) +
-                                  first * call.features.dimensions * int64_t(results.back().element_size());
-    first += set < 3 ? labels.numel() : infrared_labels.numel();
+    const int64_t first = set < 3 ? set * visible : 3 * visible + (set - 3) * infrared;
+    call.feature_gradients[set] = static_cast<char*>(result.data_ptr()) + first * row;
   }
   kernels().cqc_backward(call);
-  return results;
+  return result;
 }
 
 }  // namespace

@@ -32,14 +32,29 @@ MRCN_INLINE const T* row(const CqcFeatures& features, int set, int64_t sample) {
   return static_cast<const T*>(features.sets[set]) + sample * features.row_stride[set];
 }
 
-template <class A, class T>
-MRCN_INLINE void add_row(A* total, const T* x, int64_t n) {
+// f(d, constant<1>) for whole vectors, f(d, constant<0>) for what is left of D. Plain loops would not do:
+// with a trip count that it does not know, GCC vectorizes none at -O2.
+template <class A, class F>
+MRCN_INLINE void over_dimensions(int64_t D, const F& f) {
   int64_t d = 0;
-  for (; d + lanes<A> <= n; d += lanes<A>) {
-    prefetch(x + d + 512);
-    store(total + d, load(total + d) + load(x + d));
-  }
-  for (; d < n; ++d) total[d] += get(x + d);
+  for (; d + lanes<A> <= D; d += lanes<A>) f(d, constant<1>{});
+  for (; d < D; ++d) f(d, constant<0>{});
+}
+template <class T>
+MRCN_INLINE auto fetch(const T* p, constant<1>) {
+  return load(p);
+}
+template <class T>
+MRCN_INLINE auto fetch(const T* p, constant<0>) {
+  return get(p);
+}
+template <class T, class V>
+MRCN_INLINE void keep(T* p, V v, constant<1>) {
+  store(p, v);
+}
+template <class T, class V>
+MRCN_INLINE void keep(T* p, V v, constant<0>) {
+  put(p, v);
 }
 
 // The six centers of one identity, (6, D).
@@ -51,20 +66,24 @@ inline void make_centers(
   for (int set = 0; set < sets; ++set) {
     const int m = modality_of[set];
     const int64_t begin = groups.start[m][identity], end = groups.start[m][identity + 1];
+    const int64_t* sample = groups.order[m];
+    const A number = A(end - begin);
     A* center = centers + set * D;
-    for (int64_t d = 0; d < D; ++d) center[d] = A(0);
-    for (int64_t i = begin; i < end; ++i) add_row(center, row<T>(features, set, groups.order[m][i]), D);
-    const A share = A(1) / A(end - begin);
-    for (int64_t d = 0; d < D; ++d) center[d] *= share;
+    over_dimensions<A>(D, [&](int64_t d, auto w) {
+      auto total = fetch(row<T>(features, set, sample[begin]) + d, w);
+      for (int64_t i = begin + 1; i < end; ++i) total += fetch(row<T>(features, set, sample[i]) + d, w);
+      keep(center + d, total / number, w);  // not times 1 / number, which would round twice
+    });
   }
 }
 
-// Identities a thread should have to do before another one is woken: some 16,000 elements.
-inline int64_t identity_grain(const CqcFeatures& features, const CqcGroups& groups) {
+// Identities a thread should have to do before another one is woken.
+inline int64_t identity_grain(int64_t dimensions, const CqcGroups& groups) {
+  constexpr int64_t elements = 131072;
   const int64_t n = groups.identities;
   if (n == 0) return 1;
   const int64_t rows = 3 * (groups.start[0][n] + groups.start[1][n]) / n;
-  return 16384 / most<int64_t>(1, rows * features.dimensions);
+  return elements / most<int64_t>(1, rows * dimensions);
 }
 
 template <class A>
@@ -82,82 +101,85 @@ inline A squared_distance(const A* a, const A* b, int64_t n) {
   return total;
 }
 
+template <class A>
+struct Distance {
+  A value;
+  A weight;  // 1 / value, or 0 where the clamp holds: for a NaN too, as in torch.clamp
+
+  explicit MRCN_INLINE Distance(A square) {
+    value = std::sqrt(square < A(least_square) ? A(least_square) : square);
+    weight = square >= A(least_square) ? A(1) / value : A(0);
+  }
+};
+
 template <class T>
 void forward(const CqcForward& call) {
   using A = acc_t<T>;
   const int64_t D = call.features.dimensions;
-  parallel(call.parallel, call.groups.identities, identity_grain(call.features, call.groups),
-      [&](int64_t begin, int64_t end) {
-        Buffer<A> centers(sets * D);
-        const auto center = [&](int set) { return centers.data + set * D; };
-        for (int64_t identity = begin; identity < end; ++identity) {
-          make_centers<T>(call.features, call.groups, identity, centers.data);
-          A* weights = static_cast<A*>(call.weights) + identity * 2 * hinges;
-          A loss(0);
-          for (int h = 0; h < hinges; ++h) {
-            const A pulled_square = squared_distance(center(hinge[h].center), center(hinge[h].pulled), D);
-            const A pushed_square = squared_distance(center(hinge[h].center), center(hinge[h].pushed), D);
-            const A floor(least_square);
-            const A pulled = std::sqrt(pulled_square < floor ? floor : pulled_square);
-            const A pushed = std::sqrt(pushed_square < floor ? floor : pushed_square);
-            const A value = A(call.margin) + pulled - pushed;
-            const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
-            loss += active ? value : A(0);
-            weights[2 * h] = active && pulled_square >= floor ? A(1) / pulled : A(0);
-            weights[2 * h + 1] = active && pushed_square >= floor ? A(-1) / pushed : A(0);
-          }
-          static_cast<A*>(call.losses)[identity] = loss;
-        }
-      });
+  const CqcGroups& groups = call.groups;
+  parallel(call.parallel, groups.identities, identity_grain(D, groups), [&](int64_t begin, int64_t end) {
+    Buffer<A> centers(sets * D);
+    const auto center = [&](int set) { return centers.data + set * D; };
+    for (int64_t identity = begin; identity < end; ++identity) {
+      make_centers<T>(call.features, groups, identity, centers.data);
+      A* weight = static_cast<A*>(call.weights) + identity * 2 * hinges;
+      A loss(0);
+      for (const Hinge& h : hinge) {
+        const Distance<A> pulled(squared_distance(center(h.center), center(h.pulled), D));
+        const Distance<A> pushed(squared_distance(center(h.center), center(h.pushed), D));
+        const A value = A(call.margin) + pulled.value - pushed.value;
+        const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
+        loss += active ? value : A(0);
+        *weight++ = active ? pulled.weight : A(0);
+        *weight++ = active ? -pushed.weight : A(0);
+      }
+      static_cast<A*>(call.losses)[identity] = loss;
+    }
+  });
+}
+
+// ∂a += k (a - b), ∂b -= k (a - b)
+template <class A>
+MRCN_INLINE void pull(A k, const A* a, const A* b, A* da, A* db, int64_t D) {
+  over_dimensions<A>(D, [&](int64_t d, auto w) {
+    const auto step = k * (fetch(a + d, w) - fetch(b + d, w));
+    keep(da + d, fetch(da + d, w) + step, w);
+    keep(db + d, fetch(db + d, w) - step, w);
+  });
 }
 
 template <class T>
 void backward(const CqcBackward& call) {
   using A = acc_t<T>;
   const int64_t D = call.features.dimensions;
-  parallel(call.parallel, call.groups.identities, identity_grain(call.features, call.groups),
-      [&](int64_t begin, int64_t end) {
-        Buffer<A> centers(sets * D), gradients(sets * D);
-        for (int64_t identity = begin; identity < end; ++identity) {
-          const A* weights = static_cast<const A*>(call.weights) + identity * 2 * hinges;
-          const A scale = static_cast<const A*>(call.gradient)[identity * call.gradient_stride];
-          make_centers<T>(call.features, call.groups, identity, centers.data);
-          for (int64_t n = 0; n < sets * D; ++n) gradients.data[n] = A(0);
-          for (int n = 0; n < 2 * hinges; ++n) {
-            const int from = hinge[n / 2].center, to = n % 2 == 0 ? hinge[n / 2].pulled : hinge[n / 2].pushed;
-            const A k = scale * weights[n];
-            if (n % 2 == 1 && call.detach_negative) continue;
-            const A *a = centers.data + from * D, *b = centers.data + to * D;
-            A *da = gradients.data + from * D, *db = gradients.data + to * D;
-            const auto add = [&](int64_t d, auto wide) {
-              if constexpr (wide.v) {
-                const vec<A> step = k * (load(a + d) - load(b + d));
-                store(da + d, load(da + d) + step);
-                store(db + d, load(db + d) - step);
-              } else {
-                const A step = k * (a[d] - b[d]);
-                da[d] += step;
-                db[d] -= step;
-              }
-            };
-            int64_t d = 0;
-            for (; d + lanes<A> <= D; d += lanes<A>) add(d, constant<1>{});
-            for (; d < D; ++d) add(d, constant<0>{});
-          }
-          for (int set = 0; set < sets; ++set) {
-            const int m = modality_of[set];
-            const int64_t first = call.groups.start[m][identity], last = call.groups.start[m][identity + 1];
-            const A share = A(1) / A(last - first);
-            const A* gradient = gradients.data + set * D;
-            for (int64_t i = first; i < last; ++i) {
-              T* out = static_cast<T*>(call.feature_gradients[set]) + call.groups.order[m][i] * D;
-              int64_t d = 0;
-              for (; d + lanes<A> <= D; d += lanes<A>) store(out + d, load(gradient + d) * share);
-              for (; d < D; ++d) put(out + d, gradient[d] * share);
-            }
-          }
+  const CqcGroups& groups = call.groups;
+  parallel(call.parallel, groups.identities, identity_grain(D, groups), [&](int64_t begin, int64_t end) {
+    Buffer<A> centers(sets * D), gradients(sets * D);
+    const auto of = [=](const Buffer<A>& buffer, int set) { return buffer.data + set * D; };
+    for (int64_t identity = begin; identity < end; ++identity) {
+      const A* weights = static_cast<const A*>(call.weights) + identity * 2 * hinges;
+      const A scale = static_cast<const A*>(call.gradient)[identity * call.gradient_stride];
+      make_centers<T>(call.features, groups, identity, centers.data);
+      std::memset(gradients.data, 0, sets * D * sizeof(A));
+      for (int n = 0; n < 2 * hinges; ++n) {
+        if (n % 2 == 1 && call.detach_negative) continue;
+        const int from = hinge[n / 2].center, to = n % 2 == 0 ? hinge[n / 2].pulled : hinge[n / 2].pushed;
+        pull<A>(scale * weights[n], of(centers, from), of(centers, to), of(gradients, from),
+            of(gradients, to), D);
+      }
+      for (int set = 0; set < sets; ++set) {
+        const int m = modality_of[set];
+        const int64_t first = groups.start[m][identity], last = groups.start[m][identity + 1];
+        const A number = A(last - first);
+        const A* gradient = of(gradients, set);
+        for (int64_t i = first; i < last; ++i) {
+          T* out = static_cast<T*>(call.feature_gradients[set]) + groups.order[m][i] * D;
+          over_dimensions<A>(
+              D, [&](int64_t d, auto w) { keep(out + d, fetch(gradient + d, w) / number, w); });
         }
-      });
+      }
+    }
+  });
 }
 
 }  // namespace
