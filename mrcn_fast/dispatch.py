@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import reference
-from mrcn_fast.backends import native
+from mrcn_fast.backends import native, triton
 
 logger = logging.getLogger("mrcn_fast")
 
 ENVIRONMENT_VARIABLE = "MRCN_FAST_BACKEND"
-KERNELS: dict[str, ModuleType] = {"cpu": native}
+KERNELS: dict[str, ModuleType] = {"cpu": native, "triton": triton}
 NAMES = (*KERNELS, "reference")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _told: set[str] = set()
 
@@ -38,22 +37,16 @@ class BackendStatus(NamedTuple):
 
 def backends() -> dict[str, BackendStatus]:
     """The known backends, each with whether it is usable here and why (not)."""
-    return {
-        "cpu": BackendStatus(*native.status()),
-        "reference": BackendStatus(True, "plain PyTorch, runs wherever torch does"),
-    }
+    known = {name: BackendStatus(*module.status()) for name, module in KERNELS.items()}
+    return known | {"reference": BackendStatus(True, "plain PyTorch, runs wherever torch does")}
 
 
 def unserved(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` can't serve tensors of this device and dtype; None where it can."""
-    status = backends()[name]
-    if not status.usable:
-        return status.reason
-    if name == "cpu" and device_type != "cpu":
-        return f"it serves CPU tensors, got a tensor on {device_type!r}"
-    if name == "cpu" and dtype not in DTYPES:
-        return f"it serves {', '.join(map(str, DTYPES))}, got {dtype}"
-    return None
+    if name == "reference":
+        return None
+    usable, reason = KERNELS[name].status()
+    return KERNELS[name].serves(device_type, dtype) if usable else reason
 
 
 def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
@@ -76,11 +69,11 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
             )
         return requested
     reasons = []
-    for name in KERNELS:
+    for name, module in KERNELS.items():
         reason = unserved(name, device_type, dtype)
-        if reason is None:
+        if reason is None and device_type in module.DEVICES:
             return name
-        reasons.append(f"{name}: {reason}")
+        reasons.append(f"{name}: {reason or 'it takes such tensors only where it is asked for'}")
     message = "; ".join(reasons)
     if message not in _told:
         _told.add(message)
