@@ -53,10 +53,8 @@ def dense_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def forward_fake(
-    sets: int, batches: int, saved: Callable[..., Tensor]
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Shapes of a forward giving ``sets`` tensors of ``batches`` times the samples, and then what it saves."""
+def forward_fake(sets: int, batches: int, saved: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Shapes of a forward giving ``sets`` tensors of ``batches`` times the samples, then what it saves."""
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         first = arguments[0]
