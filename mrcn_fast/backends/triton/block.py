@@ -41,7 +41,7 @@ class Config(NamedTuple):
     tile_channels: int  # a program of the second launches,
     tile_pixels: int
     chunk: int  # over so many pixels
-    warps: int = 4
+    warps: int
 
 
 # Blocks a sample: every program of a second launch adds up the shares of all of them.
@@ -54,21 +54,24 @@ def configure(channels: int, length: int, pixels: bool, element_size: int) -> Co
     """The configuration of a shape class: no measurement stands behind it yet.
 
     It may not depend on the mode: the order of a sum is part of the result. A tile is 8 elements a thread
-    (the ten sums of the backward are carried by every lane), in float64 half as many. Blocks of channels are
-    as small as `MOST_BLOCKS` allows, but where a pixel's channels are contiguous at least the 32 bytes that
-    memory gives at once.
+    (the ten sums of the backward are carried by every lane), in float64 half as many; also where the second
+    launches would hold every coefficient of 8 channels a thread. Blocks of channels are as small as
+    `MOST_BLOCKS` allows, but where a pixel's channels are contiguous at least the 32 bytes that memory gives
+    at once.
     """
     tile = 512 if element_size == 8 else 1024
+    second = 512 if pixels and element_size == 2 else tile
     least = 32 // element_size if pixels else 4
     block = max(_power(-(-channels // MOST_BLOCKS)), min(least, _power(channels)))
     tile_channels = max(block, min(64, _power(channels))) if pixels else block
-    tile_pixels = max(1, tile // tile_channels)
+    tile_pixels = max(1, second // tile_channels)
     return Config(
         channels=block,
         pixels=max(1, min(_power(length), tile // block)),
         tile_channels=tile_channels,
         tile_pixels=min(_power(length), tile_pixels),
         chunk=8 * tile_pixels,
+        warps=8 if element_size == 8 or block > 32 else 4,
     )
 
 
