@@ -36,6 +36,12 @@ def case(mode: str, gate: str = "se", restitute_to: str = "normalized", **settin
     return Case(mode, gate, restitute_to, shape, layouts=(layout, layout), gradient_layout=layout, **settings)
 
 
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What breaks the rule by luck is drawn again, at a second a draw here."""
+    monkeypatch.setattr(cases, "DRAWS", 6)
+
+
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that every loop, mask and partial sum has several rounds."""
@@ -82,7 +88,7 @@ def test_accuracy_of_the_other_ways(dtype: torch.dtype, layout: str) -> None:
     ("mode", "gate"), [("pair", "se"), ("concat", "cbam-channel"), ("snr", "eca"), ("restitute", "se")]
 )
 def test_accuracy_over_many_tiles(mode: str, gate: str, layout: str, tiny: None) -> None:
-    cases.check_accuracy(case(mode, gate, shape=(2, 5, 3, 7), layout=layout, hidden=3), "triton")
+    cases.check_accuracy(case(mode, gate, shape=(1, 5, 3, 5), layout=layout, hidden=3), "triton")
 
 
 @pytest.mark.parametrize("gate", ["se", "eca"])
@@ -91,16 +97,16 @@ def test_accuracy_where_tiles_end_with_the_plane(gate: str, tiny: None) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@cases.examples(4)
+@cases.examples(3)
 @given(data=st.data())
 def test_accuracy_of_anything(mode: str, data: st.DataObject) -> None:
-    dtype = data.draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
-    cases.check_accuracy(data.draw(cases.block_cases(mode, dtype, elements=600)), "triton")
+    dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+    cases.check_accuracy(data.draw(cases.block_cases(mode, dtype, elements=200)), "triton")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_accuracy_where_the_mean_is_large(layout: str, tiny: None) -> None:
-    drawn = case("snr", shape=(1, 3, 9, 7), values="large mean", layout=layout)
+    drawn = case("snr", shape=(1, 2, 7, 5), values="large mean", layout=layout)
     cases.check_accuracy(drawn, "triton")
     results = cases.evaluate(cases.problem(drawn), "triton")
     truth = cases.evaluate_reference(cases.problem(drawn), torch.float64)
@@ -121,7 +127,8 @@ def test_accuracy_of_planes_without_variance(values: str) -> None:
 
 @pytest.mark.parametrize("layout", cases.LAYOUTS[2:])
 def test_accuracy_in_every_layout(layout: str) -> None:
-    cases.check_accuracy(case("pair", shape=(2, 3, 3, 4), layout=layout), "triton")
+    mode = "pair" if "sliced" in layout else "snr"
+    cases.check_accuracy(case(mode, shape=(2, 3, 3, 4), layout=layout), "triton")
 
 
 def test_accuracy_where_every_map_has_its_own_layout() -> None:
@@ -154,7 +161,10 @@ def test_no_samples(mode: str) -> None:
 # --- derivatives ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mode", "gate"), list(itertools.product(MODES, GATES)))
+@pytest.mark.parametrize(
+    ("mode", "gate"),
+    [("pair", g) for g in GATES] + [("concat", "cbam-channel"), ("restitute", "eca"), ("snr", "se")],
+)
 def test_gradcheck(mode: str, gate: str) -> None:
     drawn = cases.away_from_kinks(case(mode, gate, shape=(1, 2, 1, 3), dtype=torch.float64, eps=0.1))
     p = cases.problem(drawn)
@@ -226,8 +236,10 @@ def test_restitution_alone_is_bitwise_the_pairs(gate: str) -> None:
 # --- values that are not finite ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize(("mode", "gate"), [("pair", g) for g in GATES] + [("snr", "se")])
+@pytest.mark.parametrize(
+    ("mode", "gate", "value"),
+    [("pair", g, v) for g in GATES for v in (math.nan, math.inf)] + [("snr", "se", -math.inf)],
+)
 def test_nonfinite_values_come_out_where_the_reference_has_them(mode: str, gate: str, value: float) -> None:
     """One such value in a tensor in turn: the rule of tests/test_block.py."""
     drawn = case(mode, gate)

@@ -37,14 +37,12 @@ def excite(row, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr
     x = BRANCHES * vector(more_biases, g * C + c, inside, K)
     for first in range(0, K.R, RB):
         r = first + tl.arange(0, RB)
-        both = tl.zeros((RB,), K.A)
-        for b in tl.static_range(BRANCHES):
+        weight = matrix(more_weights, g * C + c, r, K.R, inside, r < K.R, K)
+        for b in tl.static_range(BRANCHES):  # not W (h + h'): infinity times zero would be lost in the sum
             hidden = hidden_layer(row, shares, biases, g, b, r, FORWARD, K)
-            both += hidden
+            x += tl.sum(weight * hidden[None, :], axis=1)
             if FORWARD:
                 tl.store(row + (g * BRANCHES + b) * K.R + r, hidden, mask=r < tl.where(rank == 0, K.R, 0))
-        weight = matrix(more_weights, g * C + c, r, K.R, inside, r < K.R, K)
-        x += tl.sum(weight * both[None, :], axis=1)
     return x
 
 
