@@ -49,6 +49,10 @@ def unserved(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     return KERNELS[name].serves(device_type, dtype) if usable else reason
 
 
+def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str:
+    return unserved(name, device_type, dtype) or "it serves such tensors only where it is asked for"
+
+
 def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
     """The name of the backend that serves a call.
 
@@ -68,13 +72,10 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
                 "Leave backend and MRCN_FAST_BACKEND unset to fall back by itself."
             )
         return requested
-    reasons = []
     for name, module in KERNELS.items():
-        reason = unserved(name, device_type, dtype)
-        if reason is None and device_type in module.DEVICES:
+        if device_type in module.DEVICES and unserved(name, device_type, dtype) is None:
             return name
-        reasons.append(f"{name}: {reason or 'it takes such tensors only where it is asked for'}")
-    message = "; ".join(reasons)
+    message = "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
     if message not in _told:
         _told.add(message)
         logger.info("using the reference backend (%s)", message)

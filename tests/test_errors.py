@@ -402,6 +402,7 @@ def test_triton_without_a_gpu(fresh: pytest.MonkeyPatch) -> None:
 def test_triton_serves_gpus_by_itself(fresh: pytest.MonkeyPatch) -> None:
     """As far as can be told without one: ROCm's device type is "cuda" too."""
     fresh.setattr(triton, "status", lambda: (True, "Triton 3.9.0 on a GPU"))
+    fresh.setattr(triton, "_register", lambda: None)
     assert dispatch.choose(None, "cuda", torch.bfloat16) == "triton"
     assert dispatch.choose("auto", "cuda", torch.float64) == "triton"
     assert dispatch.choose(None, "cuda", torch.float8_e5m2) == "reference"

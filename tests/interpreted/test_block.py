@@ -66,7 +66,8 @@ WAYS = {
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
 def test_accuracy(mode: str, gate: str, restitute_to: str, way: str) -> None:
     dtype, layout = WAYS[way]
-    cases.check_accuracy(case(mode, gate, restitute_to, dtype=dtype, layout=layout), "triton")
+    shape = SMALL if dtype == torch.float32 else (1, *SMALL[1:])
+    cases.check_accuracy(case(mode, gate, restitute_to, dtype=dtype, layout=layout, shape=shape), "triton")
 
 
 @pytest.mark.parametrize(
@@ -101,7 +102,7 @@ def test_accuracy_where_tiles_end_with_the_plane(gate: str, tiny: None) -> None:
 @given(data=st.data())
 def test_accuracy_of_anything(mode: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    cases.check_accuracy(data.draw(cases.block_cases(mode, dtype, elements=200)), "triton")
+    cases.check_accuracy(data.draw(cases.block_cases(mode, dtype, elements=100)), "triton")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -117,7 +118,7 @@ def test_accuracy_where_the_mean_is_large(layout: str, tiny: None) -> None:
 @pytest.mark.parametrize("values", ["zero planes", "constant planes"])
 def test_accuracy_of_planes_without_variance(values: str) -> None:
     for gate in GATES:
-        drawn = case("pair", gate, values=values)
+        drawn = case("pair", gate, shape=(1, 3, 3, 5), values=values)
         assert all(r.isfinite().all() for r in cases.evaluate(cases.problem(drawn), "triton").values())
         cases.check_accuracy(drawn, "triton")
 
@@ -241,7 +242,10 @@ def test_restitution_alone_is_bitwise_the_pairs(gate: str) -> None:
     [("pair", g, v) for g in GATES for v in (math.nan, math.inf)] + [("snr", "se", -math.inf)],
 )
 def test_nonfinite_values_come_out_where_the_reference_has_them(mode: str, gate: str, value: float) -> None:
-    """One such value in a tensor in turn: the rule of tests/test_block.py."""
+    """One such value in a tensor in turn: the rule of tests/test_block.py.
+
+    With two samples: with one, torch's convolution, ECA's reference, lets the padding meet a NaN.
+    """
     drawn = case(mode, gate)
     fresh = cases.problem(drawn)
     places = [("inputs", 0, 17), ("inputs", 0, 0), ("gradients", 1, -1)]

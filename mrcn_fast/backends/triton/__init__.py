@@ -1,7 +1,7 @@
 """Backend of the Triton kernels: CUDA and ROCm tensors, and CPU tensors in Triton's interpreter.
 
 The operations are ``torch.ops.mrcn_fast_triton.*`` with the arguments of csrc's. Triton and the kernels are
-imported at the first of them, so that ``import mrcn_fast`` needs no Triton and does not wait for it.
+imported where the backend is first chosen: ``import mrcn_fast`` needs no Triton and does not wait for it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,12 @@ def status() -> tuple[bool, str]:
             "torch sees no GPU here; with TRITON_INTERPRET=1 in the environment it runs CPU tensors in "
             "Triton's interpreter"
         )
-    return True, f"Triton {version} on {torch.cuda.get_device_name()}"
+    return True, f"Triton {version} on {_device_name()}"
+
+
+@functools.cache
+def _device_name() -> str:  # every call asks for the status
+    return torch.cuda.get_device_name()
 
 
 @functools.cache
@@ -67,7 +72,7 @@ def _installed_version() -> str:
 
 
 def serves(device_type: str, dtype: torch.dtype) -> str | None:
-    """Why tensors of this device and dtype can't be served; None where they can."""
+    """Why such tensors can't be served; None where they can, and then the operations are there."""
     if INTERPRETED and device_type != "cpu":
         return f"Triton's interpreter (TRITON_INTERPRET) serves CPU tensors, got a tensor on {device_type!r}"
     if not INTERPRETED and device_type not in DEVICES:
@@ -77,14 +82,13 @@ def serves(device_type: str, dtype: torch.dtype) -> str | None:
         )
     if dtype not in shapes.DTYPES:
         return f"it serves {', '.join(map(str, shapes.DTYPES))}, got {dtype}"
+    if not _libraries:  # here, because torch.compile traces `operation` but not what chooses a backend
+        _register()
     return None
 
 
-@functools.cache
 def operation(name: str) -> Callable[..., Any]:
-    """``torch.ops.mrcn_fast_triton.<name>.default``."""
-    if not _libraries:
-        _register()
+    """``torch.ops.mrcn_fast_triton.<name>.default``, once `serves` has said that it can serve."""
     return getattr(getattr(torch.ops, NAMESPACE), name).default
 
 
