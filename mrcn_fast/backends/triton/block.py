@@ -46,8 +46,8 @@ class Config(NamedTuple):
 
 # Blocks a sample: every program of a second launch adds up the shares of all of them.
 MOST_BLOCKS = 32
-# The most channels and hidden numbers of a tile of the gates' layers.
-LAYER_CHANNELS, LAYER_HIDDEN = 64, 32
+# The most channels, hidden numbers and weights of a tile of the gates' layers.
+LAYER_CHANNELS, LAYER_HIDDEN, LAYER_WEIGHTS = 64, 32, 1024
 
 
 def configure(channels: int, length: int, pixels: bool, element_size: int) -> Config:
@@ -185,7 +185,7 @@ def plan(
         GATE=gate,
         TO_INPUT=to_input,
         R=hidden,
-        RB=min(LAYER_HIDDEN, _power(hidden)),
+        RB=min(LAYER_HIDDEN, _power(hidden), max(1, LAYER_WEIGHTS // config.channels)),
         BLOCKS=blocks,
         PIXELS=pixels,
         BC=config.channels,
