@@ -1,8 +1,8 @@
 """The autograd Functions around the kernels.
 
 One Function serves the four block operations (`MODES`), since all of them save the same: their inputs, which
-the layer before keeps anyway, and (modalities, N, C, 2) plane statistics. Nothing the size of a feature map
-that the block made itself is kept. The second derivative goes through the reference.
+the layer before keeps anyway, and what their backend's forward gives last: statistics, O(N·C). Nothing the
+size of a feature map that the block made itself is kept. The second derivative goes through the reference.
 """
 
 from __future__ import annotations

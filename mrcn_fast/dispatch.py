@@ -17,14 +17,13 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import reference
-from mrcn_fast.backends import native
+from mrcn_fast.backends import native, triton
 
 logger = logging.getLogger("mrcn_fast")
 
 ENVIRONMENT_VARIABLE = "MRCN_FAST_BACKEND"
-KERNELS: dict[str, ModuleType] = {"cpu": native}
+KERNELS: dict[str, ModuleType] = {"cpu": native, "triton": triton}
 NAMES = (*KERNELS, "reference")
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _told: set[str] = set()
 
@@ -38,22 +37,20 @@ class BackendStatus(NamedTuple):
 
 def backends() -> dict[str, BackendStatus]:
     """The known backends, each with whether it is usable here and why (not)."""
-    return {
-        "cpu": BackendStatus(*native.status()),
-        "reference": BackendStatus(True, "plain PyTorch, runs wherever torch does"),
-    }
+    known = {name: BackendStatus(*module.status()) for name, module in KERNELS.items()}
+    return known | {"reference": BackendStatus(True, "plain PyTorch, runs wherever torch does")}
 
 
 def unserved(name: str, device_type: str, dtype: torch.dtype) -> str | None:
     """Why backend ``name`` can't serve tensors of this device and dtype; None where it can."""
-    status = backends()[name]
-    if not status.usable:
-        return status.reason
-    if name == "cpu" and device_type != "cpu":
-        return f"it serves CPU tensors, got a tensor on {device_type!r}"
-    if name == "cpu" and dtype not in DTYPES:
-        return f"it serves {', '.join(map(str, DTYPES))}, got {dtype}"
-    return None
+    if name == "reference":
+        return None
+    usable, reason = KERNELS[name].status()
+    return KERNELS[name].serves(device_type, dtype) if usable else reason
+
+
+def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str:
+    return unserved(name, device_type, dtype) or "it serves such tensors only where it is asked for"
 
 
 def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
@@ -75,13 +72,10 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
                 "Leave backend and MRCN_FAST_BACKEND unset to fall back by itself."
             )
         return requested
-    reasons = []
-    for name in KERNELS:
-        reason = unserved(name, device_type, dtype)
-        if reason is None:
+    for name, module in KERNELS.items():
+        if device_type in module.DEVICES and unserved(name, device_type, dtype) is None:
             return name
-        reasons.append(f"{name}: {reason}")
-    message = "; ".join(reasons)
+    message = "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
     if message not in _told:
         _told.add(message)
         logger.info("using the reference backend (%s)", message)

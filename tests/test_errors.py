@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import metadata
 from typing import Any
 
 import pytest
@@ -25,7 +27,7 @@ from mrcn_fast import (
     mrcn_restitution,
     snr_block,
 )
-from mrcn_fast.backends import native
+from mrcn_fast.backends import native, triton
 from tests import cases
 from tests.cases import KERNEL_BACKENDS
 
@@ -364,6 +366,63 @@ def test_backends_tells_why() -> None:
     assert all(status.reason for status in known.values())
 
 
+@pytest.fixture
+def triton_asked_anew(fresh: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """What was found out about Triton is forgotten, before and after."""
+    triton._find_triton.cache_clear()
+    yield fresh
+    triton._find_triton.cache_clear()
+
+
+def test_triton_is_absent(triton_asked_anew: pytest.MonkeyPatch) -> None:
+    triton_asked_anew.setattr(importlib.util, "find_spec", lambda name: None)
+    usable, reason = triton.status()
+    assert not usable and "not installed" in reason and "3.6" in reason
+    with refuses(RuntimeError, "backend 'triton' can't serve this call", "not installed"):
+        call_block(backend="triton")
+
+
+def test_triton_is_too_old(triton_asked_anew: pytest.MonkeyPatch) -> None:
+    triton_asked_anew.setattr(importlib.util, "find_spec", lambda name: object())
+    triton_asked_anew.setattr(metadata, "version", lambda name: "3.5.1")
+    usable, reason = triton.status()
+    assert not usable and "3.5.1 is too old" in reason and "3.6 or newer" in reason
+    triton._find_triton.cache_clear()
+    triton_asked_anew.setattr(metadata, "version", lambda name: "3.10.0+git")
+    assert triton._find_triton() == ("3.10.0+git", "")
+
+
+def test_triton_without_a_gpu(fresh: pytest.MonkeyPatch) -> None:
+    fresh.setattr(triton, "_find_triton", lambda: ("3.9.0", ""))
+    fresh.setattr(torch.cuda, "is_available", lambda: False)
+    with refuses(RuntimeError, "backend 'triton' can't serve this call", "no GPU", "TRITON_INTERPRET=1"):
+        call_block(backend="triton")
+
+
+def test_triton_serves_gpus_by_itself(fresh: pytest.MonkeyPatch) -> None:
+    """As far as can be told without one: ROCm's device type is "cuda" too."""
+    fresh.setattr(triton, "status", lambda: (True, "Triton 3.9.0 on a GPU"))
+    fresh.setattr(triton, "_register", lambda: None)
+    assert dispatch.choose(None, "cuda", torch.bfloat16) == "triton"
+    assert dispatch.choose("auto", "cuda", torch.float64) == "triton"
+    assert dispatch.choose(None, "cuda", torch.float8_e5m2) == "reference"
+    assert dispatch.choose(None, "xpu", torch.float32) == "reference"
+    with refuses(RuntimeError, "backend 'triton'", "CUDA and ROCm tensors", "'cpu'", "TRITON_INTERPRET=1"):
+        dispatch.choose("triton", "cpu", torch.float32)
+
+
+def test_import_does_not_import_triton() -> None:
+    code = "import sys, mrcn_fast; mrcn_fast.backends(); print('triton' in sys.modules)"
+    got = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert got.stdout.split() == ["False"]
+
+
 def test_backends_says_that_the_library_is_absent(fresh: pytest.MonkeyPatch) -> None:
     fresh.setattr(native, "_library", None)
     usable, reason = native.status()
@@ -379,7 +438,9 @@ def test_an_unknown_backend(call: Callable[..., Tensor], by: str, fresh: pytest.
         fresh.setenv("MRCN_FAST_BACKEND", "gpu")
         return call()
 
-    with refuses(ValueError, "backend: got 'gpu'", "expected one of 'cpu'", "'reference'", "'auto'"):
+    with refuses(
+        ValueError, "backend: got 'gpu'", "expected one of 'cpu'", "'triton'", "'reference'", "'auto'"
+    ):
         run()
 
 

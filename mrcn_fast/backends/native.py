@@ -16,8 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrcn_fast.backends import shapes
+
 # Written by setup.py: {"built": bool, "reason": str, "log": str}.
 BUILD_RECORD = Path(__file__).parents[1] / "_native_build.json"
+
+DEVICES = ("cpu",)  # whose tensors it takes by itself
 
 _library: Any = None
 _failure = ""
@@ -62,57 +66,27 @@ def operation(name: str) -> Callable[..., Any]:
     return getattr(torch.ops.mrcn_fast, name).default
 
 
-def _is_planes(x: Tensor) -> bool:
-    """Each plane is contiguous, whatever the strides between planes: the kernels' NCHW."""
-    height, width = x.shape[2:]
-    return (width == 1 or x.stride(3) == 1) and (height == 1 or x.stride(2) == width)
+def serves(device_type: str, dtype: torch.dtype) -> str | None:
+    """Why tensors of this device and dtype can't be served; None where they can."""
+    if device_type != "cpu":
+        return f"it serves CPU tensors, got a tensor on {device_type!r}"
+    if dtype not in shapes.DTYPES:
+        return f"it serves {', '.join(map(str, shapes.DTYPES))}, got {dtype}"
+    return None
 
 
-def _is_pixels(x: Tensor) -> bool:
-    """Each pixel's channels are contiguous and pixels evenly spaced: the kernels' channels_last."""
-    channels, height, width = x.shape[1:]
-    pitch = x.stride(3) if width > 1 else x.stride(2)
-    return (channels == 1 or x.stride(1) == 1) and (height == 1 or width == 1 or x.stride(2) == width * pitch)
+def _statistics(count: int) -> Callable[..., Tensor]:
+    """What a forward of ``count`` inputs saves: mean and 1/σ of every plane."""
 
-
-def _empty_like(x: Tensor, batch: int) -> Tensor:
-    """A dense output of ``batch`` samples in the layout in which the kernels read ``x``."""
-    pixels = not _is_planes(x) and _is_pixels(x)
-    memory_format = torch.channels_last if pixels else torch.contiguous_format
-    return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
-
-
-def _forward_fake(count: int, sets: int, batches: int) -> Callable[..., tuple[Tensor, ...]]:
-    """Shapes of a forward of ``count`` inputs giving ``sets`` tensors of ``batches`` times the samples."""
-
-    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+    def empty(*arguments: Any) -> Tensor:
         first = arguments[0]
-        precise = torch.float64 if first.dtype == torch.float64 else torch.float32
-        statistics = first.new_empty((count, *first.shape[:2], 2), dtype=precise)
-        return (*(_empty_like(first, batches * first.shape[0]) for _ in range(sets)), statistics)
+        return first.new_empty((count, *first.shape[:2], 2), dtype=shapes.precise(first.dtype))
 
-    return fake
-
-
-def _backward_fake(gradients: int, count: int) -> Callable[..., tuple[Any, ...]]:
-    """Shapes of the backward that takes so many gradients and then ``count`` inputs."""
-
-    def fake(*arguments: Any) -> tuple[Any, ...]:
-        inputs = arguments[gradients : gradients + count]
-        norm_weight, norm_bias, gate_parameters = arguments[gradients + count + 1 :][:3]
-        parameters = (_dense_like(p) for p in (norm_weight, norm_bias))
-        of_inputs = (_empty_like(inputs[0], inputs[0].shape[0]) for _ in inputs)
-        return (*of_inputs, *parameters, [_dense_like(p) for p in gate_parameters])
-
-    return fake
-
-
-def _dense_like(x: Tensor) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
+    return empty
 
 
 def _cqc_forward_fake(features: Sequence[Tensor], labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    precise = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    precise = shapes.precise(features[0].dtype)
     capacity, new = labels.shape[0], features[0].new_empty
     return (
         new((), dtype=precise),
@@ -131,14 +105,14 @@ def _cqc_backward_fake(
 
 
 FAKES: dict[str, Callable[..., Any]] = {
-    "block_forward": _forward_fake(2, 4, 1),
-    "block_concat_forward": _forward_fake(2, 1, 6),
-    "restitute_forward": _forward_fake(1, 1, 1),
-    "snr_forward": _forward_fake(1, 3, 1),
-    "block_backward": _backward_fake(4, 2),
-    "block_concat_backward": _backward_fake(1, 2),
-    "restitute_backward": _backward_fake(1, 1),
-    "snr_backward": _backward_fake(3, 1),
+    "block_forward": shapes.forward_fake(4, 1, _statistics(2)),
+    "block_concat_forward": shapes.forward_fake(1, 6, _statistics(2)),
+    "restitute_forward": shapes.forward_fake(1, 1, _statistics(1)),
+    "snr_forward": shapes.forward_fake(3, 1, _statistics(1)),
+    "block_backward": shapes.backward_fake(4, 2),
+    "block_concat_backward": shapes.backward_fake(1, 2),
+    "restitute_backward": shapes.backward_fake(1, 1),
+    "snr_backward": shapes.backward_fake(3, 1),
     "cqc_forward": _cqc_forward_fake,
     "cqc_backward": _cqc_backward_fake,
 }

@@ -1,0 +1,77 @@
+"""Layouts of feature maps, and the shapes of the block's results: what every kernel backend agrees on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def precise(dtype: torch.dtype) -> torch.dtype:
+    """What sums over tensors of ``dtype`` are held in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def is_planes(x: Tensor) -> bool:
+    """Each plane is contiguous, whatever the strides between planes: the kernels' NCHW."""
+    height, width = x.shape[2:]
+    return (width == 1 or x.stride(3) == 1) and (height == 1 or x.stride(2) == width)
+
+
+def pixel_pitch(x: Tensor) -> int:
+    """What lies between one pixel and the next."""
+    return x.stride(3) if x.shape[3] > 1 else x.stride(2)
+
+
+def is_pixels(x: Tensor) -> bool:
+    """Each pixel's channels are contiguous and pixels evenly spaced: the kernels' channels_last."""
+    channels, height, width = x.shape[1:]
+    even = height == 1 or width == 1 or x.stride(2) == width * pixel_pitch(x)
+    return (channels == 1 or x.stride(1) == 1) and even
+
+
+def in_layout(x: Tensor, pixels: bool) -> Tensor:
+    """``x`` readable in the call's layout: itself, or a dense copy where it is in neither or in the other."""
+    if is_pixels(x) if pixels else is_planes(x):
+        return x
+    copy = torch.empty_like(x, memory_format=torch.channels_last if pixels else torch.contiguous_format)
+    return copy.copy_(x)
+
+
+def empty_like(x: Tensor, batch: int) -> Tensor:
+    """A dense output of ``batch`` samples in the layout in which the kernels read ``x``."""
+    pixels = not is_planes(x) and is_pixels(x)
+    memory_format = torch.channels_last if pixels else torch.contiguous_format
+    return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
+
+
+def dense_like(x: Tensor) -> Tensor:
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def forward_fake(sets: int, batches: int, saved: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Shapes of a forward giving ``sets`` tensors of ``batches`` times the samples, then what it saves."""
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        first = arguments[0]
+        made = (empty_like(first, batches * first.shape[0]) for _ in range(sets))
+        return (*made, saved(*arguments))
+
+    return fake
+
+
+def backward_fake(gradients: int, count: int) -> Callable[..., tuple[Any, ...]]:
+    """Shapes of the backward that takes so many gradients and then ``count`` inputs."""
+
+    def fake(*arguments: Any) -> tuple[Any, ...]:
+        inputs = arguments[gradients : gradients + count]
+        norm_weight, norm_bias, gate_parameters = arguments[gradients + count + 1 :][:3]
+        parameters = (dense_like(p) for p in (norm_weight, norm_bias))
+        of_inputs = (empty_like(inputs[0], inputs[0].shape[0]) for _ in inputs)
+        return (*of_inputs, *parameters, [dense_like(p) for p in gate_parameters])
+
+    return fake

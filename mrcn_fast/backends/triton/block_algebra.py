@@ -1,0 +1,126 @@
+"""What the block's kernels are made of: tiles, small vectors and the formulas of csrc/block/algebra.h."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# --- tiles and small vectors ------------------------------------------------------------------------------
+
+
+@triton.jit
+def places(start, c, px, pitch, K: tl.constexpr):
+    """Pointers to a tile [channels, pixels]; `pitch` lies between planes, or (K.PIXELS) between pixels."""
+    c, px = c[:, None], px[None, :]
+    return start + (px.to(tl.int64) * pitch + c if K.PIXELS else c.to(tl.int64) * pitch + px)
+
+
+@triton.jit
+def read_tile(start, c, px, inside, pitch, KEEP: tl.constexpr, K: tl.constexpr):
+    """A tile in the accumulation type; KEEP: it is read again soon, else this is its last use."""
+    policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
+    at = places(start, c, px, pitch, K)
+    return tl.load(at, mask=inside, other=0.0, eviction_policy=policy).to(K.A)
+
+
+@triton.jit
+def write_tile(start, c, px, inside, pitch, value, K: tl.constexpr):
+    """Store a tile that nobody reads before it has left the cache."""
+    tl.store(
+        places(start, c, px, pitch, K), value.to(start.dtype.element_ty), mask=inside, cache_modifier=".cs"
+    )
+
+
+@triton.jit
+def vector(start, at, inside, K: tl.constexpr):
+    return tl.load(start + at, mask=inside, other=0.0).to(K.A)
+
+
+@triton.jit
+def matrix(start, rows, columns, pitch, row_inside, column_inside, K: tl.constexpr):
+    inside = row_inside[:, None] & column_inside[None, :]
+    return tl.load(start + rows[:, None] * pitch + columns[None, :], mask=inside, other=0.0).to(K.A)
+
+
+@triton.jit
+def add_shares(shares, r, pitch, K: tl.constexpr):
+    """What the channel blocks left at `shares`, `pitch` apart, added in one order: [hidden]."""
+    block = tl.arange(0, triton.next_power_of_2(K.BLOCKS))
+    return tl.sum(matrix(shares, block, r, pitch, block < K.BLOCKS, r < K.R, K), axis=0)
+
+
+@triton.jit
+def inverse_deviation(variance, K: tl.constexpr):
+    # Correctly rounded where `/` and sqrt are approximations: the error would be in every pixel.
+    if K.DOUBLE:
+        r = 1.0 / tl.sqrt(variance + K.EPS)
+    else:
+        r = tl.div_rn(tl.full(variance.shape, 1.0, K.A), tl.sqrt_rn(variance + K.EPS))
+    return r
+
+
+# --- algebra.h --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def plane(planes, m, c, inside, C, K: tl.constexpr):
+    """mean, r, a, β of the channels `c` of modality m; `planes`: the sample's row of statistics, γ, β."""
+    statistics, gamma, beta = planes
+    mean = vector(statistics, 2 * m * C + c, inside, K)
+    r = vector(statistics, (2 * m + 1) * C + c, inside, K)
+    a = vector(gamma, m * C + c, inside, K) * r
+    return mean, r, a, vector(beta, m * C + c, inside, K)
+
+
+@triton.jit
+def pooled_residual(mean, a, beta):
+    # 0·a: not a number where the literal equations have none, else nothing.
+    return mean - beta + 0.0 * a
+
+
+@triton.jit
+def extreme_residual(mean, a, beta, extreme):
+    """GMP(M) from the pixel where M, affine in x, is largest."""
+    return (1.0 - a) * (extreme - mean) + (mean - beta)
+
+
+@triton.jit
+def correction(scale, offset):
+    term = scale * offset
+    return tl.where(term - term == 0.0, term, 0.0)
+
+
+@triton.jit
+def restitution_scale(s, a, TO_INPUT: tl.constexpr):
+    """p of F₊ (eq. 4, 5)."""
+    return (1.0 if TO_INPUT else a) + s * (1.0 - a)
+
+
+@triton.jit
+def restituted(s, mean, offset, a, beta, TO_INPUT: tl.constexpr):
+    """Scale and shift of F₊ (eq. 4, 5)."""
+    scale = restitution_scale(s, a, TO_INPUT)
+    if TO_INPUT:
+        shift = (mean + offset) + s * ((mean - beta) + offset)
+    else:
+        shift = s * (mean + offset) + (1.0 - s) * beta + 0.0 * beta
+    return scale, shift - correction(scale, offset)
+
+
+@triton.jit
+def distilled(s, mean, offset, a, beta):
+    """Scale and shift of s M (eq. 6, 7)."""
+    scale = s * (1.0 - a)
+    return scale, s * ((mean - beta) + offset) - correction(scale, offset)
+
+
+@triton.jit
+def gate_gradient(mean, a, beta, S, T):
+    """∂s of s M, S and T the sums of the gradient of what s M was added to."""
+    return (1.0 - a) * T + (mean - beta) * S
+
+
+@triton.jit
+def share_of_normalized(s, TO_INPUT: tl.constexpr):
+    """The share of the gradient of F₊ that reaches F̃; the rest goes to x directly."""
+    return -s if TO_INPUT else 1.0 - s

@@ -1,0 +1,70 @@
+"""Channel gates in Triton, forward: csrc/block/gates.h for a few channels of one sample."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mrcn_fast.backends.triton.block_algebra import (
+    add_shares,
+    matrix,
+    plane,
+    pooled_residual,
+    vector,
+)
+
+
+@triton.jit
+def hidden_layer(row, shares, bias, g, b, r, FORWARD: tl.constexpr, K: tl.constexpr):
+    """The hidden layer of gate g and branch b: made from the shares, or (backward) as the forward kept it."""
+    at = (g * K.BRANCHES + b) * K.R
+    if FORWARD:
+        before = add_shares(shares + at, r, K.GATES * K.BRANCHES * K.R, K) + vector(
+            bias + g * K.R, r, r < K.R, K
+        )
+        hidden = tl.where(before < 0.0, 0.0, before)  # a NaN passes, as in torch.relu
+    else:
+        hidden = vector(row + at, r, r < K.R, K)
+    return hidden
+
+
+@triton.jit
+def excite(row, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr, K: tl.constexpr):
+    """The two layers of SE and CBAM before the sigmoid; `row` holds the hidden layers, kept by rank 0."""
+    BRANCHES: tl.constexpr = K.BRANCHES
+    RB: tl.constexpr = K.RB
+    _, biases, more_weights, more_biases = parameters
+    x = BRANCHES * vector(more_biases, g * C + c, inside, K)
+    for first in range(0, K.R, RB):
+        r = first + tl.arange(0, RB)
+        weight = matrix(more_weights, g * C + c, r, K.R, inside, r < K.R, K)
+        for b in tl.static_range(BRANCHES):  # not W (h + h'): infinity times zero would be lost in the sum
+            hidden = hidden_layer(row, shares, biases, g, b, r, FORWARD, K)
+            x += tl.sum(weight * hidden[None, :], axis=1)
+            if FORWARD:
+                tl.store(row + (g * BRANCHES + b) * K.R + r, hidden, mask=r < tl.where(rank == 0, K.R, 0))
+    return x
+
+
+@triton.jit
+def convolve(planes, weight, g, m, c, C, K: tl.constexpr):
+    """ECA before the sigmoid: the neighbouring channels' pooled residuals, from their statistics."""
+    x = tl.zeros(c.shape, K.A)
+    for t in range(K.R):
+        neighbour = c + t - K.R // 2
+        inside = (neighbour >= 0) & (neighbour < C)
+        mean, _, a, shift = plane(planes, m, neighbour, inside, C, K)
+        z = pooled_residual(mean, a, shift)
+        x += tl.where(inside, tl.load(weight + g * K.R + t).to(K.A) * z, 0.0)
+    return x
+
+
+@triton.jit
+def gate_value(planes, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr, K: tl.constexpr):
+    """s of gate g for the channels `c`; `parameters` are the gates', in the order of gates.py."""
+    if K.GATE == "eca":
+        x = convolve(planes, parameters[0], g, g % K.MODALITIES, c, C, K)
+    else:
+        row = planes[0] + 2 * K.MODALITIES * C
+        x = excite(row, shares, parameters, g, c, inside, rank, C, FORWARD, K)
+    return 1.0 / (1.0 + tl.exp(-x))

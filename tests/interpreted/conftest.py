@@ -1,0 +1,37 @@
+"""The Triton kernels on CPU tensors, in Triton's interpreter: run by tests/test_interpreted.py.
+
+Triton decides when a kernel is defined whether it is interpreted, so these tests want a process of their own:
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+collect_ignore_glob = [] if os.environ.get("TRITON_INTERPRET") == "1" else ["test_*.py"]
+
+
+def pytest_configure(config: Any) -> None:
+    config.addinivalue_line("filterwarnings", "ignore:.* encountered in:RuntimeWarning")
+    if not collect_ignore_glob:
+        patch_the_language_once()
+
+
+def patch_the_language_once() -> None:
+    """The interpreter puts its own functions into triton.language at every call of a function: half its time.
+
+    What it patches follows from the modules that the function sees, and needs no undoing in a process where
+    everything is interpreted.
+    """
+    from triton.runtime import interpreter
+
+    original, patched = interpreter._patch_lang, dict[int, Any]()
+
+    def patch(function: Any) -> Any:
+        if id(function.__globals__) not in patched:
+            patched[id(function.__globals__)] = original(function)
+        return interpreter._LangPatchScope()  # restores nothing
+
+    interpreter._patch_lang = patch

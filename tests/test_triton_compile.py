@@ -1,0 +1,187 @@
+"""Every Triton kernel compiled ahead of time, without a GPU: registers, spills, shared memory.
+
+The launchers are run on meta tensors, so what is compiled is what they would launch. NVIDIA's figures come
+from the cubin, AMD's from the assembly; -s shows the table.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this machine")
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter is on: nothing is compiled", allow_module_level=True)
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mrcn_fast.backends.triton import block  # noqa: E402
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+PAPER = [(16, 64, 72, 32), (16, 256, 72, 32), (8, 512, 36, 16)]
+
+
+class Launch(NamedTuple):
+    kernel: Any
+    arguments: tuple[Any, ...]
+    warps: int
+
+
+class Usage(NamedTuple):
+    registers: int
+    spills: int  # registers, or bytes of local memory
+    shared: int
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[Launch]]:
+    """What the launchers would have launched."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, _: int, __: Any, arguments: Any, constants: Any, warps: int) -> None:
+        found.append(Launch(kernel, (*arguments, constants), warps))
+
+    monkeypatch.setattr(block, "_launch", record)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    yield found
+
+
+def run(
+    mode: str, gate: str, shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool
+) -> None:
+    """Forward and backward of meta tensors; parameters in float32 as under autocast."""
+    modalities, gates, _ = block.MODES[mode]
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
+    channels, hidden = shape[1], max(1, shape[1] // 16)
+    precise = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def empty(*sizes: int) -> torch.Tensor:
+        return torch.empty(sizes, dtype=precise, device="meta")
+
+    norm = empty(modalities, channels)
+    layers = [(hidden, channels), (hidden,), (channels, hidden), (channels,)]
+    parameters = [empty(gates, 5)] if gate == "eca" else [empty(gates, *size) for size in layers]
+    inputs = [x] * modalities
+    *made, statistics = block._forward(mode, inputs, norm, norm, parameters, gate, 1e-5)
+    block._backward(mode, made, inputs, statistics, norm, norm, parameters, gate)
+
+
+def source(launch: Launch) -> Any:
+    """The kernel specialized as Triton does it at a launch: ones and multiples of 16 are known."""
+    signature, constants, attributes = {}, {}, {}
+    for position, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=True)):
+        name, general = parameter.name, parameter.do_not_specialize
+        one = type(value) is int and value == 1 and not general
+        if parameter.is_constexpr or value is None or one:
+            signature[name] = "constexpr"
+            constants[name] = value
+            continue
+        pointer = isinstance(value, torch.Tensor)
+        signature[name] = f"*{TYPES[value.dtype]}" if pointer else "i32"
+        if pointer or (value % 16 == 0 and not general):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
+
+
+def compiled(launch: Launch, target: Any, folder: Path) -> Usage:
+    options = {"num_warps": launch.warps, "enable_fp_fusion": False}
+    kernel = triton.compile(source(launch), target=target, options=options)
+    if target.backend == "hip":
+        assembly = kernel.asm["amdgcn"]
+        numbers = {
+            name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
+            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
+        }
+        spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
+        return Usage(numbers["vgpr_count"], spills, kernel.metadata.shared)
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = triton.knobs.nvidia.cuobjdump.path
+    told = subprocess.run(
+        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
+    assert usage, told
+    return Usage(int(usage[1]), int(usage[2]) + int(usage[3]), kernel.metadata.shared)
+
+
+def check(launches: list[Launch], target: Any, folder: Path, case: str) -> None:
+    lines, spilled = [], []
+    for launch in launches:
+        usage = compiled(launch, target, folder)
+        lines.append(
+            f"{launch.kernel.__name__:18} {target.arch!s:7} {case:45} {usage.registers:4} registers, "
+            f"{usage.spills} spilled, {usage.shared} bytes shared"
+        )
+        if usage.spills:
+            spilled.append(lines[-1])
+    print(*lines, sep="\n")
+    assert not spilled, "\n".join(spilled)
+
+
+# Target, dtype, channels_last, shapes: all three where a thread holds most coefficients.
+PAPER_CASES = [
+    ("sm_90", torch.bfloat16, True, PAPER),
+    ("sm_90", torch.float32, False, PAPER[1:2]),
+    ("sm_80", torch.bfloat16, False, PAPER[1:2]),
+    ("sm_100", torch.bfloat16, True, PAPER[1:2]),
+    ("gfx942", torch.float32, False, PAPER[1:2]),
+    ("gfx942", torch.bfloat16, True, PAPER[1:2]),
+]
+
+
+@pytest.mark.parametrize(("target", "dtype", "channels_last", "shapes"), PAPER_CASES)
+def test_the_papers_block_spills_nothing(
+    target: str,
+    dtype: torch.dtype,
+    channels_last: bool,
+    shapes: list[tuple[int, int, int, int]],
+    launches: list[Launch],
+    tmp_path: Path,
+) -> None:
+    for shape in shapes:
+        launches.clear()
+        run("pair", "se", shape, dtype, channels_last)
+        layout = "channels_last" if channels_last else "nchw"
+        case = f"pair se {TYPES[dtype]} {layout} {'x'.join(map(str, shape))}"
+        check(launches, TARGETS[target], tmp_path, case)
+
+
+# Every mode, gate and dtype, and the shapes at the ends of the configurations.
+OTHER_CASES = [
+    ("gfx942", "concat", "cbam-channel", (16, 256, 72, 32), torch.float16),
+    ("sm_80", "pair", "eca", (16, 256, 72, 32), torch.float16),
+    ("sm_90", "restitute", "cbam-channel", (16, 256, 72, 32), torch.float32),
+    ("sm_90", "snr", "se", (16, 256, 72, 32), torch.float32),
+    ("sm_90", "concat", "cbam-channel", (8, 2048, 18, 8), torch.float32),
+    ("sm_90", "concat", "cbam-channel", (2, 37, 17, 15), torch.float64),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("target", "mode", "gate", "shape", "dtype"), OTHER_CASES)
+def test_other_operations_spill_nothing(
+    target: str,
+    mode: str,
+    gate: str,
+    shape: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    launches: list[Launch],
+    tmp_path: Path,
+) -> None:
+    run(mode, gate, shape, dtype, channels_last=False)
+    check(launches, TARGETS[target], tmp_path, f"{mode} {gate} {TYPES[dtype]} {'x'.join(map(str, shape))}")
