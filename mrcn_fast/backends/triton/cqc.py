@@ -643,9 +643,9 @@ def backward(
 
 # As csrc/registration.cpp has them.
 SCHEMAS: dict[str, str] = {
-    "cqc_forward": "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, "
+    "cqc_forward": "(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, "
     "bool detach_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "cqc_backward": "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, "
+    "cqc_backward": "(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, "
     "Tensor identities, Tensor count, Tensor weights, bool detach_negative) -> Tensor[]",
 }
 
