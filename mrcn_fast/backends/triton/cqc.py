@@ -492,8 +492,9 @@ def backward_kernel(
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
 # A leader has a multiprocessor nearly to itself: ptxas shall not spill to make room for others.
+REGISTERS = 255
 if torch.version.hip is None:
-    OPTIONS["maxnreg"] = 255
+    OPTIONS["maxnreg"] = REGISTERS
 
 # In the forward one program an identity reads; in the backward one for every block of its columns: there the
 # blocks are small, to be many.
