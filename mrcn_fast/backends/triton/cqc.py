@@ -395,9 +395,13 @@ def backward_kernel(
     DIMENSIONS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ) -> None:
-    """Grid: (visible + infrared samples, blocks of D). A leader writes the rows of its identity's samples."""
-    sample = tl.program_id(0)
-    columns = tl.program_id(1) * DIMENSIONS + tl.arange(0, DIMENSIONS)
+    """Grid: (samples x blocks of D,), in one dimension since the others of a grid end at 65,535.
+
+    A leader writes the rows of all its identity's samples.
+    """
+    blocks = tl.cdiv(dimensions, DIMENSIONS)
+    sample = tl.program_id(0) // blocks
+    columns = tl.program_id(0) % blocks * DIMENSIONS + tl.arange(0, DIMENSIONS)
     role = tl.load(weights + WEIGHTS * visible.to(tl.int64) + sample)
     if role != FOLLOWER:
         dense = (dimensions, dimensions, dimensions, dimensions, dimensions, dimensions)
@@ -619,7 +623,7 @@ def backward(
     chosen = constants(first.dtype, max(visible, infrared), dimensions, BACKWARD_WARPS)
     sets = six(readable)
     with on_device(first.device):
-        backward_kernel[(visible + infrared, triton.cdiv(dimensions, chosen["DIMENSIONS"]))](
+        backward_kernel[((visible + infrared) * triton.cdiv(dimensions, chosen["DIMENSIONS"]),)](
             gradient,
             gradient.stride(0) if gradient.dim() else 0,
             sets,
