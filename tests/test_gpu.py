@@ -126,11 +126,7 @@ def test_a_captured_graph_replays_with_other_values(name: str) -> None:
     with torch.cuda.graph(graph):
         results = work.both()
     expected = other.both()
-    with torch.no_grad():
-        for leaf, value in zip(
-            (*work.leaves, *work.gradients), (*other.leaves, *other.gradients), strict=True
-        ):
-            leaf.copy_(value)
+    work.take(other)
     for _ in range(3):
         for result in results:
             result.fill_(torch.nan)
@@ -166,13 +162,9 @@ def test_work_goes_to_the_current_stream(name: str) -> None:
     work.both()
     torch.cuda.synchronize()
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), torch.no_grad():
-        torch.cuda._sleep(50_000_000)
-        for leaf, value in zip(
-            (*work.leaves, *work.gradients), (*other.leaves, *other.gradients), strict=True
-        ):
-            leaf.copy_(value)
     with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)
+        work.take(other)
         found = work.both()
     stream.synchronize()
     assert_same(found, expected)
@@ -231,8 +223,7 @@ def launches(call: Callable[[], Any]) -> Counter[str]:
     with torch.profiler.profile(activities=activities) as profile:
         call()
         torch.cuda.synchronize()
-    on_gpu = torch.autograd.DeviceType.CUDA
-    return Counter(event.name for event in profile.events() if event.device_type == on_gpu)
+    return Counter(e.name for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA)
 
 
 @pytest.mark.parametrize("name", WORKS)
