@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
+from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -215,3 +218,30 @@ def test_one_counter_serves_launch_after_launch(monkeypatch: pytest.MonkeyPatch)
     for _ in range(2):
         assert counter == 0
         assert not cases.different_bits(first, cases.evaluate_cqc(p, BACKEND))
+
+
+def test_a_stream_keeps_its_counter_and_a_captured_launch_gets_its_own(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With stand-ins for a GPU's streams."""
+    current, capturing, real = 1, False, torch.zeros
+    fakes: dict[str, Callable[..., Any]] = {
+        "is_current_stream_capturing": lambda: capturing,
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=current),
+        "stream": contextlib.nullcontext,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch, "zeros", lambda *shape, device, dtype: real(*shape, dtype=dtype))
+    monkeypatch.setattr(cqc, "_counters", {})
+    gpu, other_gpu = torch.device("cuda", 0), torch.device("cuda", 1)
+    first = cqc.arrivals_counter(gpu)
+    assert first.dtype == torch.int32 and first == 0
+    assert cqc.arrivals_counter(gpu) is first and cqc.arrivals_counter(other_gpu) is not first
+    capturing = True
+    captured = cqc.arrivals_counter(gpu)
+    assert captured is not first and cqc.arrivals_counter(gpu) is not captured
+    capturing, current = False, 2
+    assert cqc.arrivals_counter(gpu) is not first
+    current = 1
+    assert cqc.arrivals_counter(gpu) is first

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -519,14 +520,28 @@ def arrivals_counter(device: torch.device) -> Tensor:
     graph may be replayed on another stream beside this one: its launches get counters of their own, which
     the graph clears.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return torch.zeros((), dtype=torch.int32, device=device)
-    if torch.cuda.is_current_stream_capturing():
-        return torch.zeros((), dtype=torch.int32, device=device)
-    key = (device, torch.cuda.current_stream(device).cuda_stream)
+    stream = torch.cuda.current_stream(device)
+    key = (device, stream.cuda_stream)
     if key not in _counters:
-        _counters.setdefault(key, torch.zeros((), dtype=torch.int32, device=device))
+        _counters.setdefault(key, _kept_zero(device, stream))
     return _counters[key]
+
+
+def _kept_zero(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
+    """An int32 zero that nothing overwrites, cleared on ``stream``.
+
+    Made on a thread of its own: while torch.compile warms up its graphs, what the calling thread allocates
+    comes from their memory, which their replays take for free.
+    """
+
+    def make() -> Tensor:
+        with torch.cuda.stream(stream):
+            return torch.zeros((), dtype=torch.int32, device=device)
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
