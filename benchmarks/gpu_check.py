@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = ("tests/test_gpu.py", "tests/test_cqc.py", "tests/test_block.py")
+TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "cqc", "block", "gates", "compile"))
 TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
 PARTS = ("tests", "benchmark")
 

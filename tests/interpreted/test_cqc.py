@@ -113,6 +113,17 @@ def test_coinciding_centers_have_no_direction() -> None:
     assert not any(gradient.any() for gradient in torch.autograd.grad(loss, features))
 
 
+def test_a_distance_below_the_clamp_has_no_gradient() -> None:
+    """1e-8 in one set: D² is under the 1e-12 at which it is clamped, and the loss that of D = 1e-6."""
+    features = [torch.ones(4, 3, dtype=torch.float64).requires_grad_() for _ in range(6)]
+    features[1].detach()[:, 0] += 1e-8
+    labels = torch.tensor([0, 0, 1, 1])
+    losses = [cqc_loss(features, labels, backend=name) for name in (BACKEND, "reference")]
+    torch.testing.assert_close(*losses, rtol=1e-15, atol=0.0)
+    assert isinstance(losses[0], Tensor)
+    assert not any(gradient.any() for gradient in torch.autograd.grad(losses[0], features))
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("detach_negative", [False, True])
 @pytest.mark.parametrize("stacked", [False, True])
