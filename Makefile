@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
-# Arguments for pytest, mrcn-fast demo and mrcn-fast bench: make test ARGS="-k gates -x"
+# Arguments for pytest, mrcn-fast demo, mrcn-fast bench and gpu-check: make test ARGS="-k gates -x"
 ARGS ?=
 
 bin = $(VENV)/bin
@@ -22,14 +22,14 @@ kept = $(VENV)/.mrcn-fast-constraints.txt
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install environment torch requirements native demo test bench lint ruff mypy clang-format \
-  warnings format clean
+.PHONY: help install environment torch requirements native demo test bench gpu-check lint ruff mypy \
+  clang-format warnings format clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
 
 help:  ## this list
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH='$(TORCH)'"
-	@sed -n 's/^\([a-z]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
+	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 install: environment torch requirements native  ## make the environment VENV, build the library, install both there
 	@"$(bin)/mrcn-fast" info
@@ -80,6 +80,10 @@ test: install  ## the tests
 
 bench: install  ## the benchmark table: times, ratios, floors
 	@"$(bin)/mrcn-fast" bench $(ARGS)
+
+# Installs nothing: which torch fits the GPU its owner knows, and has it in VENV or as PYTHON's.
+gpu-check:  ## the tests on this machine's GPU, then the benchmark there (needs torch and Triton, builds nothing)
+	@$(if $(wildcard $(bin)/python),"$(bin)/python","$(PYTHON)") benchmarks/gpu_check.py $(ARGS)
 
 lint: install ruff mypy clang-format  ## ruff, mypy and clang-format (make -k lint: all, also after one has failed)
 

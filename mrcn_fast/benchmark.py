@@ -2,6 +2,11 @@
 
 `mrcn-fast bench` prints the table; ``pytest benchmarks`` runs the same cases under pytest-benchmark. A case
 is timed only after its fused result was compared with the reference on the same inputs.
+
+On a GPU (``--device cuda``) time is what its events say. The rivals go round several sets of tensors, so that
+none finds its own in the cache. What never waits for the GPU is queued behind a pause there: its time is the
+GPU's alone, and what the host takes for a call stands beside it. What does wait, as the loop and the
+vectorised form of the loss do to learn the number of identities, is timed as a user has it, host and all.
 """
 
 from __future__ import annotations
@@ -9,7 +14,10 @@ from __future__ import annotations
 import argparse
 import ctypes
 import datetime
+import importlib.metadata
+import itertools
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -29,6 +37,8 @@ from mrcn_fast.block import MRCNBlock, MRCNFeatures
 from mrcn_fast.cqc import cqc_loss
 
 SHAPES = ((16, 256, 72, 32), (16, 64, 72, 32), (8, 512, 36, 16))
+GPU_SHAPES = ((16, 64, 72, 32), (16, 256, 72, 32), (64, 256, 72, 32))
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 LAYOUTS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 FORWARD_VOLUMES, BACKWARD_VOLUMES = (
     6,
@@ -36,14 +46,27 @@ FORWARD_VOLUMES, BACKWARD_VOLUMES = (
 )  # compulsory traffic: every input read once, every output written once
 
 
+# A rival's other form, compiled with Inductor's autotuning: whichever is faster counts.
+AUTOTUNED = " autotuned"
+
+# Not timed: what the fused result is compared with where the plain forms' own rounding is too coarse.
+EXACT = "exact"
+
+# Error of the fused result, relative to the largest value, that is still rounding.
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
 class Case(NamedTuple):
     """One thing that is measured: ``rivals()`` makes the callables, the fused one under "fused"."""
 
     name: str
     rivals: Callable[[], dict[str, Callable[[], Any]]]
-    goals: dict[
-        str, float
-    ]  # rival -> how many times its time must be of the fused one's; "floor" -> at most so many floors
+    # rival -> how many times its time must be of the fused one's; "floor" -> at most so many floors;
+    # "host" -> at most so many microseconds of the host for a fused call
+    goals: dict[str, float]
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    waits: bool = False  # a rival waits for the GPU by itself
 
 
 class Timing(NamedTuple):
@@ -123,43 +146,72 @@ def vectorized_cqc(
     return F.relu(margin + reference.distance(moved, far) - reference.distance(moved, near)).sum()
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
     """torch.compile at its best for fixed shapes."""
-    return torch.compile(function, dynamic=False)
+    return torch.compile(function, dynamic=False, mode=mode)
 
 
 # --- cases --------------------------------------------------------------------------------------------
 
 
-def copy_of(volumes: int, elements: int) -> Callable[[], Any]:
+def copy_of(
+    volumes: int, elements: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[], Any]:
     """The floor: a copy that reads and writes ``volumes`` feature maps in all."""
-    source = torch.randn(elements * volumes // 2)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+    half = elements * volumes // 2
+
+    def pair() -> tuple[Tensor, Tensor]:
+        source = torch.randn(half, device=device, dtype=dtype)
+        return torch.empty_like(source), source
+
+    pairs = itertools.cycle([pair() for _ in range(rotation(device, 2 * half * dtype.itemsize))])
+
+    def copy() -> Tensor:
+        target, source = next(pairs)
+        return target.copy_(source)
+
+    return copy
+
+
+def rotation(device: str, set_bytes: int) -> int:
+    """How many sets of tensors the rivals go round: on a GPU, together four times what its cache holds."""
+    if device == "cpu":
+        return 1
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, -(-4 * cache // set_bytes))
 
 
 def block_rivals(
-    shape: tuple[int, int, int, int], layout: str, backward: bool
+    shape: tuple[int, int, int, int],
+    layout: str,
+    backward: bool,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
 ) -> dict[str, Callable[[], Any]]:
     """Fused, eager reference, compiled reference, compiled collapsed form, and the copy that is the floor."""
     torch.manual_seed(0)
-    block = MRCNBlock(shape[1])
-    plain = MRCNBlock(shape[1], backend="reference")
+    block = MRCNBlock(shape[1], device=device, dtype=dtype)
+    plain = MRCNBlock(shape[1], device=device, dtype=dtype, backend="reference")
     plain.load_state_dict(block.state_dict())
 
     def tensor() -> Tensor:
-        return torch.randn(shape).contiguous(memory_format=LAYOUTS[layout])
+        return torch.randn(shape, device=device, dtype=dtype).contiguous(memory_format=LAYOUTS[layout])
 
-    inputs = tuple(tensor().requires_grad_() for _ in range(2))
-    gradients = tuple(tensor() for _ in range(4))
+    number = rotation(device, 6 * dtype.itemsize * torch.Size(shape).numel())
+    inputs = [tuple(tensor().requires_grad_() for _ in range(2)) for _ in range(number)]
+    gradients = [tuple(tensor() for _ in range(4)) for _ in range(number)]
 
     def run(form: Callable[[Tensor, Tensor], Any], parameters: Sequence[Tensor]) -> Callable[[], Any]:
+        given = itertools.cycle(zip(inputs, gradients, strict=True))
+
         def forward() -> Any:
+            maps, _ = next(given)
             with torch.no_grad():
-                return form(*inputs)
+                return form(*maps)
 
         def both() -> Any:
-            return torch.autograd.grad(form(*inputs), (*inputs, *parameters), gradients)
+            maps, of_outputs = next(given)
+            return torch.autograd.grad(form(*maps), (*maps, *parameters), of_outputs)
 
         return both if backward else forward
 
@@ -172,29 +224,65 @@ def block_rivals(
     def collapsed(visible: Tensor, infrared: Tensor) -> tuple[Tensor, ...]:
         return collapsed_block(plain, visible, infrared)
 
+    def exact() -> Any:
+        wide = MRCNBlock(shape[1], device=device, backend="reference")
+        wide.load_state_dict(block.state_dict())
+        maps = [x.detach().float().requires_grad_() for x in inputs[0]]
+        outputs = wide(*maps)[1:5]
+        if not backward:
+            return tuple(o.detach() for o in outputs)
+        of_outputs = [g.float() for g in gradients[0]]
+        return torch.autograd.grad(outputs, (*maps, *wide.parameters()), of_outputs)
+
     own = list(plain.parameters())
     volumes = FORWARD_VOLUMES + (BACKWARD_VOLUMES if backward else 0)
-    return {
+    rivals = {
         "fused": run(fused, list(block.parameters())),
         "eager": run(literal, own),
         "compile": run(compiled(literal), own),
         "compile collapsed": run(compiled(collapsed), own),
-        "floor": copy_of(volumes, inputs[0].numel()),
+        "floor": copy_of(volumes, inputs[0][0].numel(), device, dtype),
     }
+    if dtype != torch.float32:
+        rivals[EXACT] = exact
+    if device != "cpu":
+        rivals |= {
+            f"compile{AUTOTUNED}": run(compiled(literal, "max-autotune-no-cudagraphs"), own),
+            f"compile collapsed{AUTOTUNED}": run(compiled(collapsed, "max-autotune-no-cudagraphs"), own),
+        }
+    return rivals
 
 
-def cqc_rivals(identities: int, images: int, dimensions: int) -> dict[str, Callable[[], Any]]:
+def cqc_rivals(
+    identities: int, images: int, dimensions: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> dict[str, Callable[[], Any]]:
     """Fused, vectorised eager and the loop over identities, forward and backward."""
     torch.manual_seed(0)
-    labels = torch.arange(identities).repeat_interleave(images)
-    features = MRCNFeatures(
-        *(torch.randn(identities * images, dimensions).requires_grad_() for _ in range(6))
-    )
+    labels = torch.arange(identities, device=device).repeat_interleave(images)
+    rows = identities * images
+    sets = [
+        MRCNFeatures(
+            *(torch.randn(rows, dimensions, device=device, dtype=dtype).requires_grad_() for _ in range(6))
+        )
+        for _ in range(rotation(device, 6 * rows * dimensions * dtype.itemsize))
+    ]
 
     def run(form: Callable[..., Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(form(features, labels, labels), features)
+        given = itertools.cycle(sets)
 
-    return {"fused": run(cqc_loss), "vectorized": run(vectorized_cqc), "loop": run(looped_cqc)}
+        def both() -> Any:
+            features = next(given)
+            return torch.autograd.grad(form(features, labels, labels), features)
+
+        return both
+
+    def exact() -> Any:
+        features = [f.detach().float().requires_grad_() for f in sets[0]]
+        losses, _ = reference.cqc_loss(features, labels, labels)
+        return torch.autograd.grad(losses.sum(), features)
+
+    rivals = {"fused": run(cqc_loss), "vectorized": run(vectorized_cqc), "loop": run(looped_cqc)}
+    return rivals if dtype == torch.float32 else rivals | {EXACT: exact}
 
 
 def block_goals(shape: tuple[int, int, int, int], layout: str, backward: bool) -> dict[str, float]:
@@ -223,6 +311,48 @@ def cases() -> list[Case]:
     return found
 
 
+def gpu_block_goals(
+    shape: tuple[int, int, int, int], layout: str, backward: bool, dtype: torch.dtype
+) -> dict[str, float]:
+    large = dtype.itemsize * torch.Size(shape).numel() >= 32e6
+    if not backward:
+        return {"host": 40.0} | ({"floor": 1 / 0.8} if large else {})
+    if shape[0] != 16:
+        # Six volumes at 80 % of the copy's bandwidth, eight at 70 %.
+        return {
+            "floor": (FORWARD_VOLUMES / 0.8 + BACKWARD_VOLUMES / 0.7) / (FORWARD_VOLUMES + BACKWARD_VOLUMES)
+        }
+    return {"compile": 2.0, "compile collapsed": 1.5, "eager": 6.0}
+
+
+def gpu_cases(device: str, dtypes: Sequence[str]) -> list[Case]:
+    """Those of a GPU, in the order of the table."""
+    found = []
+    for name, layout, shape, backward in itertools.product(dtypes, LAYOUTS, GPU_SHAPES, (False, True)):
+        dtype = DTYPES[name]
+        found.append(
+            Case(
+                f"gpu block forward{'+backward' * backward} {'x'.join(map(str, shape))} {layout} {name}",
+                partial(block_rivals, shape, layout, backward, device, dtype),
+                gpu_block_goals(shape, layout, backward, dtype),
+                device,
+                dtype,
+            )
+        )
+    for name, (identities, images) in itertools.product(dtypes, ((4, 4), (16, 8))):
+        found.append(
+            Case(
+                f"gpu cqc forward+backward {identities}x{images}x2048 {name}",
+                partial(cqc_rivals, identities, images, 2048, device, DTYPES[name]),
+                {"vectorized": 4.0, "loop": 10.0},
+                device,
+                DTYPES[name],
+                waits=True,
+            )
+        )
+    return found
+
+
 # --- measuring ----------------------------------------------------------------------------------------
 
 
@@ -246,7 +376,7 @@ def largest_error(fused: Any, plain: Any) -> float:
 
 def check(rivals: dict[str, Callable[[], Any]], tolerance: float = 1e-4) -> None:
     """Raises RuntimeError where the fused result is not the plain one's; nothing is timed then."""
-    plain = next(rivals[name] for name in ("eager", "vectorized") if name in rivals)
+    plain = next(rivals[name] for name in (EXACT, "eager", "vectorized") if name in rivals)
     error = largest_error(rivals["fused"](), plain())
     if not error < tolerance:
         raise RuntimeError(
@@ -272,12 +402,74 @@ def measure(rivals: dict[str, Callable[[], Any]], seconds: float, least: int = 7
     return {name: Timing(*quantiles(times)) for name, times in taken.items()}
 
 
+class Cost(NamedTuple):
+    """What a call takes besides the GPU's time: microseconds of the host, and bytes at its peak."""
+
+    host: float
+    peak: int
+
+
+def measure_gpu(
+    rivals: dict[str, Callable[[], Any]], seconds: float, waits: bool, least: int = 20
+) -> tuple[dict[str, Timing], dict[str, Cost]]:
+    """As `measure`, by the GPU's events; unless the rivals wait by themselves, of the GPU's time alone."""
+    costs = {name: cost_on_gpu(rival) for name, rival in rivals.items()}
+    rate = pause_rate()
+    taken: dict[str, list[float]] = {name: [] for name in rivals}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, rival in rivals.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if not waits:
+                # Long enough for the host to queue the whole call: the GPU finds no gaps then.
+                torch.cuda._sleep(int(rate * (2e-6 * costs[name].host + 1e-4)))
+            start.record()
+            result = rival()
+            stop.record()
+            stop.synchronize()
+            taken[name].append(1e-3 * start.elapsed_time(stop))
+            del result
+        rounds += 1
+    return {name: Timing(*quantiles(times)) for name, times in taken.items()}, costs
+
+
+def cost_on_gpu(rival: Callable[[], Any], calls: int = 20) -> Cost:
+    """Of a call that finds the GPU idle, compiled and with its memory reserved."""
+    for _ in range(3):
+        rival()
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = rival()
+        times.append(1e6 * (time.perf_counter() - start))
+        del result
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    rival()
+    torch.cuda.synchronize()
+    return Cost(statistics.median(times), torch.cuda.max_memory_allocated() - before)
+
+
+def pause_rate(cycles: int = 20_000_000) -> float:
+    """Cycles of `torch.cuda._sleep` a second."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)
+    start.record()
+    torch.cuda._sleep(cycles)
+    stop.record()
+    stop.synchronize()
+    return cycles / (1e-3 * start.elapsed_time(stop))
+
+
 def quantiles(times: list[float]) -> tuple[float, float, float]:
     cuts = statistics.quantiles(times, n=10, method="inclusive")
     return cuts[1], statistics.median(times), cuts[7]
 
 
-def machine() -> dict[str, Any]:
+def machine(device: str = "cpu") -> dict[str, Any]:
     """What a result line says of where it was measured."""
     try:
         here = Path(__file__).parents[1]
@@ -289,15 +481,22 @@ def machine() -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = "unknown"
-    return {
+    where = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit,
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "kernels": backends()["cpu"].reason,
+        "kernels": backends()["cpu" if device == "cpu" else "triton"].reason,
     }
+    if device != "cpu":
+        where |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda or f"HIP {torch.version.hip}",
+            "triton": importlib.metadata.version("triton"),
+        }
+    return where
 
 
 def cpu_name() -> str:
@@ -309,50 +508,63 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def row(case: Case, timings: dict[str, Timing]) -> dict[str, Any]:
+def row(case: Case, timings: dict[str, Timing], costs: dict[str, Cost] | None = None) -> dict[str, Any]:
     """One result: milliseconds of every rival, ratios to the fused time, and which goals hold."""
     fused = timings["fused"].median
     ratios = {name: t.median / fused for name, t in timings.items() if name not in ("fused", "floor")}
     if "floor" in timings:
         ratios["floors"] = fused / timings["floor"].median
-    missed = [
-        name
-        for name, goal in case.goals.items()
-        if (ratios["floors"] > goal if name == "floor" else ratios[name] < goal)
-    ]
-    return {
+    result: dict[str, Any] = {
         "case": case.name,
         "ms": {name: [round(1e3 * s, 4) for s in t] for name, t in timings.items()},
         "ratios": {name: round(r, 3) for name, r in ratios.items()},
         "goals": case.goals,
-        "missed": missed,
+        "missed": [name for name, goal in case.goals.items() if missed(name, goal, ratios, costs)],
     }
+    if costs:
+        result["host_us"] = {name: round(cost.host, 1) for name, cost in costs.items()}
+        result["peak_bytes"] = {name: cost.peak for name, cost in costs.items()}
+    return result
+
+
+def missed(name: str, goal: float, ratios: dict[str, float], costs: dict[str, Cost] | None) -> bool:
+    if name == "floor":
+        return ratios["floors"] > goal
+    if name == "host":
+        return costs is None or costs["fused"].host > goal
+    return min(ratios[name], ratios.get(name + AUTOTUNED, math.inf)) < goal
 
 
 def print_row(result: dict[str, Any]) -> None:
     ms, ratios = result["ms"], result["ratios"]
     cells = [f"{result['case']:<52}", f"{ms['fused'][1]:9.3f} ms"]
     cells += [f"{name} {ratio:5.2f}x" for name, ratio in ratios.items() if name != "floors"]
+    if "host_us" in result:
+        cells.append(f"host {result['host_us']['fused']:.0f} us")
     if "floors" in ratios:
         cells.append(f"{ratios['floors']:.2f} floors of {ms['floor'][1]:.2f} ms")
     cells.append(f"below the goal: {', '.join(result['missed'])}" if result["missed"] else "goals met")
     print("  ".join(cells), flush=True)
 
 
+def described(where: dict[str, Any]) -> str:
+    """The machine of a result line, in a line."""
+    if "gpu" in where:
+        return f"{where['gpu']}, torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}"
+    return f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['pages']} pages"
+
+
 def print_table(file: Path) -> None:
     """The newest result of every case in ``file`` as a Markdown table, under its machine's name."""
     newest = {r["case"]: r for r in map(json.loads, file.read_text().splitlines())}
     last = next(reversed(newest.values()))
-    print(
-        f"{last['cpu']}, {last['threads']} threads, torch {last['torch']}, {last['pages']} pages; "
-        f"{last['date']}\n"
-    )
+    print(f"{described(last)}; {last['date']}\n")
     print(
         "| case | fused | eager | torch.compile | compile of the collapsed form | floors |\n"
         "|---|---|---|---|---|---|"
     )
     for case, result in newest.items():
-        names = ("loop", "vectorized") if case.startswith("cqc") else ("eager", "compile")
+        names = ("loop", "vectorized") if "cqc" in case else ("eager", "compile")
         ratios = [result["ratios"].get(name) for name in (*names, "compile collapsed")]
         cells = [f"{result['ms']['fused'][1]:.2f} ms", *("–" if r is None else f"{r:.1f} ×" for r in ratios)]
         floors = result["ratios"].get("floors")
@@ -362,6 +574,15 @@ def print_table(file: Path) -> None:
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="mrcn-fast bench", description="time the kernels against their rivals"
+    )
+    options.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="cpu (default), or cuda, with cases of its own"
+    )
+    options.add_argument(
+        "--dtype",
+        action="append",
+        choices=DTYPES,
+        help="on a GPU: only this dtype; may be given again (default: all)",
     )
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     options.add_argument("--seconds", type=float, default=8.0, help="measuring time of a case (default 8)")
@@ -385,37 +606,60 @@ def main(argv: list[str] | None = None) -> int:
     if options.table:
         print_table(options.table)
         return 0
-    chosen = [case for case in cases() if options.only in case.name]
+    on_cpu = torch.device(options.device).type == "cpu"
+    known = cases() if on_cpu else gpu_cases(options.device, options.dtype or list(DTYPES))
+    chosen = [case for case in known if options.only in case.name]
     if options.list:
         print("\n".join(case.name for case in chosen))
         return 0
     if not chosen:
         print(f"--only: got {options.only!r}, which no case's name contains; see --list", file=sys.stderr)
         return 2
-    status = backends()["cpu"]
-    if not status.usable:
-        print(f"nothing to measure: {status.reason}", file=sys.stderr)
+    if reason := unmeasurable(options.device, options.dtype):
+        print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2
-    pages = options.pages if options.pages == "fresh" or keep_pages_warm() else "fresh"
-    where = machine() | {"pages": pages}
-    print(
-        f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, "
-        f"{where['kernels']}; {pages} pages"
-    )
+    where = machine(options.device)
+    if on_cpu:
+        where["pages"] = options.pages if options.pages == "fresh" or keep_pages_warm() else "fresh"
+    print(f"{described(where)}, {where['kernels']}")
     print("median of interleaved rounds; ratios are the rival's time over the fused one's\n")
-    missed = False
+    any_missed = False
     for case in chosen:
-        torch._dynamo.reset()
-        rivals = case.rivals()
-        check(rivals)
-        result = row(case, measure(rivals, options.seconds))
+        result = measured(case, options.seconds)
         print_row(result)
-        missed = missed or bool(result["missed"])
+        any_missed = any_missed or bool(result["missed"])
         if options.out:
             options.out.parent.mkdir(parents=True, exist_ok=True)
             with options.out.open("a") as file:
                 file.write(json.dumps(where | result) + "\n")
-    return 1 if missed else 0
+    return 1 if any_missed else 0
+
+
+def unmeasurable(device: str, dtypes: Sequence[str] | None) -> str | None:
+    """Why nothing can be measured on ``device``; None where something can."""
+    if torch.device(device).type == "cpu":
+        if dtypes:
+            return "--dtype is for --device cuda; on a CPU the cases are in fp32"
+        status = backends()["cpu"]
+    elif not torch.cuda.is_available():
+        return (
+            f"--device {device}: there is no GPU here that torch can use (torch.cuda.is_available() is False)"
+        )
+    else:
+        status = backends()["triton"]
+    return None if status.usable else status.reason
+
+
+def measured(case: Case, seconds: float) -> dict[str, Any]:
+    """The result of a case, its fused form checked first."""
+    torch._dynamo.reset()
+    rivals = case.rivals()
+    check(rivals, TOLERANCES[case.dtype])
+    rivals.pop(EXACT, None)
+    if case.device == "cpu":
+        return row(case, measure(rivals, seconds))
+    with torch.cuda.device(case.device):
+        return row(case, *measure_gpu(rivals, seconds, case.waits))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The problems on which kernels are held against the reference, and the rule by which they are judged.
 
-A `Case` names an operation with its shapes, dtypes and layouts; `problem` makes its tensors on any device;
+A `Case` names an operation with its shapes, dtypes and layouts; `problem` makes its tensors on `DEVICE`;
 `evaluate` runs it with any backend; `check_accuracy` applies the rule:
 
     max|fused - truth| <= 1.5 max|eager - truth| + eps max|truth|        for each output and each gradient,
@@ -37,9 +37,23 @@ from mrcn_fast.dispatch import run_reference
 from tests import extended
 
 REQUIRED = os.environ.get("MRCN_FAST_REQUIRE_CPU") == "1"
-KERNEL_BACKENDS = ("cpu",)
+
+# Where the problems are made, and which backends are held against the reference there.
+DEVICE = os.environ.get("MRCN_FAST_TEST_DEVICE") or "cpu"
+KERNEL_BACKENDS = ("cpu",) if DEVICE == "cpu" else ("triton",)
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+PRECISE_DTYPES = [
+    pytest.param(
+        dtype,
+        marks=pytest.mark.skipif(
+            dtype == torch.float64 and not extended.PRECISE,
+            reason="long double is a float64 on this machine: nothing more precise to compare with",
+        ),
+        id=str(dtype)[6:],
+    )
+    for dtype in DTYPES
+]
 GATES = ("se", "eca", "cbam-channel")
 RESTITUTE_TO = ("normalized", "input")
 MODES = ("pair", "concat", "restitute", "snr")
@@ -64,7 +78,7 @@ def backends(*names: str) -> pytest.MarkDecorator:
     status = mrcn_fast.backends()
 
     def parameter(name: str) -> Any:
-        required = name == "cpu" and REQUIRED
+        required = name in KERNEL_BACKENDS and (REQUIRED or DEVICE != "cpu")
         absent = not status[name].usable and not required
         return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{name}: {status[name].reason}"))
 
@@ -74,6 +88,12 @@ def backends(*names: str) -> pytest.MarkDecorator:
 def examples(number: int) -> settings:
     """Hypothesis draws ``number`` cases; a failing one is told as it is: smaller ones break by luck."""
     return settings(max_examples=number, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+
+
+def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Normal numbers on `DEVICE`, the same on each."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
 
 
 # --- block cases ------------------------------------------------------------------------------------------
@@ -195,7 +215,7 @@ def parameter_names(gate: str) -> tuple[str, ...]:
     return ("norm_weight", "norm_bias", *(f"gate.{name}" for name in of_gate))
 
 
-def problem(case: Case, device: str = "cpu") -> Problem:
+def problem(case: Case, device: str = DEVICE) -> Problem:
     """The tensors of ``case`` on ``device``, drawn on the CPU so that every device gets the same."""
     generator = torch.Generator().manual_seed(case.seed)
     inputs = tuple(
@@ -389,11 +409,11 @@ def judge(case: C, backend: str, compare: Callable[[C], dict[str, Verdict] | Non
         pytest.fail("\n".join([f"backend {backend!r}, {case}", *lines]), pytrace=False)
 
 
-def check_accuracy(case: Case, backend: str, device: str = "cpu") -> None:
+def check_accuracy(case: Case, backend: str) -> None:
     """Hold a block operation against the rule."""
 
     def compare(drawn: Case) -> dict[str, Verdict] | None:
-        p = problem(drawn, device)
+        p = problem(drawn)
         if near_kink(p):
             return None
         return verdicts(evaluate(p, backend), evaluate_reference(p, drawn.dtype), block_truth(p))
@@ -404,7 +424,7 @@ def check_accuracy(case: Case, backend: str, device: str = "cpu") -> None:
 def away_from_kinks(case: Case) -> Case:
     """``case`` with the first seed from its own on at which no gradient jumps."""
     seeds = (case._replace(seed=seed) for seed in range(case.seed, case.seed + 1000))
-    return next(c for c in seeds if not near_kink(problem(c)))
+    return next(c for c in seeds if not near_kink(problem(c, "cpu")))
 
 
 def near_kink(p: Problem) -> bool:
@@ -525,7 +545,7 @@ def arrange_rows(values: Tensor, layout: str) -> Tensor:
     return view
 
 
-def cqc_problem(case: CQCCase, device: str = "cpu") -> CQCProblem:
+def cqc_problem(case: CQCCase, device: str = DEVICE) -> CQCProblem:
     """The tensors of ``case``; identities are neither small nor consecutive, and negative ones occur."""
     generator = torch.Generator().manual_seed(case.seed)
     identities = torch.tensor([(-1) ** i * (7 + 1009 * i) for i in range(len(case.visible_counts))])
@@ -602,17 +622,17 @@ def cqc_truth(p: CQCProblem) -> dict[str, extended.Array]:
     return {name: array(x) for name, x in evaluate_cqc(wide, "reference").items()}
 
 
-def check_cqc_accuracy(case: CQCCase, backend: str, device: str = "cpu") -> None:
+def check_cqc_accuracy(case: CQCCase, backend: str) -> None:
     """Hold the loss against the rule."""
 
     def compare(drawn: CQCCase) -> dict[str, Verdict] | None:
-        p = cqc_problem(drawn, device)
+        p = cqc_problem(drawn)
         if cqc_near_kink(p):
             return None
         return verdicts(evaluate_cqc(p, backend), evaluate_cqc(p, "reference"), cqc_truth(p))
 
     seeds = (case._replace(seed=seed) for seed in range(case.seed, case.seed + 1000))
-    judge(next(c for c in seeds if not cqc_near_kink(cqc_problem(c))), backend, compare)
+    judge(next(c for c in seeds if not cqc_near_kink(cqc_problem(c, "cpu"))), backend, compare)
 
 
 @st.composite
@@ -693,10 +713,14 @@ def nonfinite(x: Tensor) -> Tensor:
 def poison_memory(p: Problem, times: int = 4) -> None:
     """Leave NaN in freed blocks that the allocator will hand out for the outputs and gradients of ``p``."""
     n, c, h, w = p.case.shape
+
+    def nan(*shape: int, dtype: torch.dtype) -> Tensor:
+        return p.inputs[0].new_full(shape, math.nan, dtype=dtype)
+
     for _ in range(times):
-        held = [torch.full((k * n, c, h, w), math.nan, dtype=p.case.dtype) for k in (1, 1, 1, 1, 1, 6)]
+        held = [nan(k * n, c, h, w, dtype=p.case.dtype) for k in (1, 1, 1, 1, 1, 6)]
         for dtype in (torch.float32, torch.float64):
-            held += [torch.full((k, n, c, m), math.nan, dtype=dtype) for k in (1, 2) for m in (2, 4)]
-            held += [torch.full((n, c), math.nan, dtype=dtype) for _ in range(8)]
+            held += [nan(k, n, c, m, dtype=dtype) for k in (1, 2) for m in (2, 4)]
+            held += [nan(n, c, dtype=dtype) for _ in range(8)]
         held += [torch.full_like(q, math.nan, requires_grad=False) for q in p.parameters]
         del held

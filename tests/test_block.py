@@ -16,10 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, reference
-from mrcn_fast.backends import native
-from tests import cases, extended
-from tests.cases import DTYPES, GATES, KERNEL_BACKENDS, LAYOUTS, MODES, RESTITUTE_TO, Case
+from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, dispatch, reference
+from tests import cases
+from tests.cases import (
+    DEVICE,
+    DTYPES,
+    GATES,
+    KERNEL_BACKENDS,
+    LAYOUTS,
+    MODES,
+    PRECISE_DTYPES,
+    RESTITUTE_TO,
+    Case,
+)
 
 # Every mode with every gate, and where it is known both readings of eq. 5.
 OPERATIONS = [
@@ -34,13 +43,13 @@ OPS = {"pair": "block", "concat": "block_concat", "restitute": "restitute", "snr
 def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the compiled operations as they are called."""
     names: list[str] = []
-    original = native.operation
+    for module in dispatch.KERNELS.values():
 
-    def operation(name: str) -> Callable[..., Any]:
-        names.append(name)
-        return original(name)
+        def operation(name: str, original: Callable[..., Any] = module.operation) -> Callable[..., Any]:
+            names.append(name)
+            return original(name)
 
-    monkeypatch.setattr(native, "operation", operation)
+        monkeypatch.setattr(module, "operation", operation)
     return names
 
 
@@ -48,7 +57,7 @@ def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    return cases.random(*shape, seed=seed, dtype=dtype)
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -60,7 +69,7 @@ def randomized(module: nn.Module) -> nn.Module:
 
 
 def mrcn(backend: str, channels: int = 8, **settings: Any) -> MRCNBlock:
-    block = randomized(MRCNBlock(channels, reduction=4, backend=backend, **settings))
+    block = randomized(MRCNBlock(channels, reduction=4, backend=backend, device=DEVICE, **settings))
     assert isinstance(block, MRCNBlock)
     return block
 
@@ -122,7 +131,9 @@ def test_restitution_takes_any_batch_and_trains_only_its_own_parameters(backend:
 @cases.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("gate", GATES)
 def test_snr_module(backend: str, gate: str) -> None:
-    block = randomized(SNRBlock(8, reduction=4, gate=gate, backend=backend, dtype=torch.float64))
+    block = randomized(
+        SNRBlock(8, reduction=4, gate=gate, backend=backend, device=DEVICE, dtype=torch.float64)
+    )
     features = random(3, 8, 5, 4, dtype=torch.float64)
     got = block(features)
     norm_weight, norm_bias, *gate_parameters = [p[0] for p in block.parameters()]
@@ -186,7 +197,9 @@ def test_copies_run_like_the_original(backend: str, gate: str) -> None:
     torch.save(block, whole)
     saved.seek(0)
     whole.seek(0)
-    loaded = MRCNBlock(8, reduction=4, gate=gate, eps=1e-3, restitute_to="input", backend=backend)
+    loaded = MRCNBlock(
+        8, reduction=4, gate=gate, eps=1e-3, restitute_to="input", backend=backend, device=DEVICE
+    )
     loaded.load_state_dict(torch.load(saved, weights_only=True))
     copies = {
         "deepcopy": copy.deepcopy(block),
@@ -201,7 +214,7 @@ def test_copies_run_like_the_original(backend: str, gate: str) -> None:
 
 @cases.backends("reference", *KERNEL_BACKENDS)
 def test_functional_call(backend: str) -> None:
-    block, other = mrcn(backend), MRCNBlock(8, reduction=4, backend=backend)
+    block, other = mrcn(backend), MRCNBlock(8, reduction=4, backend=backend, device=DEVICE)
     visible, infrared = random(2, 8, 5, 4, seed=1), random(2, 8, 5, 4, seed=2)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in block.named_parameters()}
     got = torch.func.functional_call(other, parameters, (visible, infrared), {"concat": True})
@@ -363,6 +376,12 @@ def test_an_input_changed_before_the_backward_is_noticed(mode: str, backend: str
         torch.autograd.backward(outputs, p.gradients)
 
 
+def operations(op: str, backend: str) -> tuple[Callable[..., Any], ...]:
+    """The forward and the backward of ``op`` as torch knows them."""
+    kernels = dispatch.KERNELS[backend]
+    return kernels.operation(f"{op}_forward"), kernels.operation(f"{op}_backward")
+
+
 def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
     """Arguments of the forward operation, those of the gate and flags for the backward, the operation."""
     case = p.case
@@ -385,13 +404,14 @@ def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
 def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: str) -> None:
     p = cases.problem(Case(mode, gate, restitute_to, layouts=(layout, layout), gradient_layout=layout))
     tensors, flags, op = op_arguments(p)
-    namespace = torch.ops.mrcn_fast
-    forward, backward = getattr(namespace, f"{op}_forward"), getattr(namespace, f"{op}_backward")
+    forward, backward = (
+        dispatch.KERNELS[backend].operation(f"{op}_{way}") for way in ("forward", "backward")
+    )
     arguments = (*tensors, gate, p.case.eps, *flags)
-    torch.library.opcheck(forward.default, arguments)
+    torch.library.opcheck(forward, arguments)
     *_, statistics = forward(*arguments)
     inputs, parameters = tensors[: len(p.inputs)], tensors[len(p.inputs) :]
-    torch.library.opcheck(backward.default, (*p.gradients, *inputs, statistics, *parameters, gate, *flags))
+    torch.library.opcheck(backward, (*p.gradients, *inputs, statistics, *parameters, gate, *flags))
 
 
 @cases.backends(*KERNEL_BACKENDS)
@@ -400,34 +420,23 @@ def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: 
 def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dtype, backend: str) -> None:
     p = cases.problem(Case(mode, "cbam-channel", dtype=dtype))
     tensors, flags, op = op_arguments(p)
-    namespace = torch.ops.mrcn_fast
+    forward, backward = (
+        dispatch.KERNELS[backend].operation(f"{op}_{way}") for way in ("forward", "backward")
+    )
     arguments = (*tensors, p.case.gate, p.case.eps, *flags)
-    torch.library.opcheck(getattr(namespace, f"{op}_forward").default, arguments)
-    *_, statistics = getattr(namespace, f"{op}_forward")(*arguments)
+    torch.library.opcheck(forward, arguments)
+    *_, statistics = forward(*arguments)
     inputs, parameters = tensors[: len(p.inputs)], tensors[len(p.inputs) :]
     gradients: list[Tensor | None] = [*p.gradients]
     if len(gradients) > 1:
         gradients[1] = None
     torch.library.opcheck(
-        getattr(namespace, f"{op}_backward").default,
+        backward,
         (*gradients, *inputs, statistics, *parameters, p.case.gate, *flags),
     )
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------
-
-
-PRECISE_DTYPES = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(
-            dtype == torch.float64 and not extended.PRECISE,
-            reason="long double is a float64 on this machine: nothing more precise to compare with",
-        ),
-        id=str(dtype)[6:],
-    )
-    for dtype in DTYPES
-]
 
 
 @cases.backends(*KERNEL_BACKENDS)
@@ -597,7 +606,7 @@ def empty_is_nan() -> Iterator[None]:
 def test_every_element_of_every_result_is_written(
     mode: str, layout: str, dtype: torch.dtype, backend: str, empty_is_nan: None
 ) -> None:
-    assert torch.empty(3).isnan().all()
+    assert torch.empty(3, device=DEVICE).isnan().all()
     for gate, shape in itertools.product(GATES, [(1, 1, 1, 2), (2, 3, 5, 7), (1, 17, 3, 3), (2, 2, 67, 61)]):
         p = cases.problem(
             Case(mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
@@ -723,11 +732,11 @@ def test_under_one_percent_of_a_volume_is_kept_for_backward(
     shape: tuple[int, int, int, int], layout: torch.memory_format, backend: str
 ) -> None:
     visible, infrared = (
-        torch.ones(shape).contiguous(memory_format=layout).requires_grad_() for _ in range(2)
+        torch.ones(shape, device=DEVICE).contiguous(memory_format=layout).requires_grad_() for _ in range(2)
     )
     volume = visible.numel() * visible.element_size()
     for gate, concat in itertools.product(GATES, (False, True)):
-        block = MRCNBlock(shape[1], gate=gate, backend=backend)
+        block = MRCNBlock(shape[1], gate=gate, backend=backend, device=DEVICE)
         given = {x.untyped_storage().data_ptr() for x in (visible, infrared, *block.parameters())}
         extra = kept_for_backward(lambda b=block, c=concat: b(visible, infrared, concat=c), given)  # type: ignore[misc]
         assert extra < volume / 100, (
@@ -750,7 +759,7 @@ def test_what_is_kept_is_counted() -> None:
 def test_under_autocast_the_block_keeps_its_inputs_dtype(mode: str, dtype: torch.dtype, backend: str) -> None:
     p = cases.problem(Case(mode, dtype=dtype, parameter_dtype=torch.float32))
     plain = cases.evaluate(p, backend)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
         outputs = cases.call(p.case, p.inputs, p.parameters, backend)
     cast = cases.with_gradients(p, outputs)
     assert all(o.dtype == dtype for o in outputs)

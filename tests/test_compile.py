@@ -12,7 +12,7 @@ from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
 from mrcn_fast import CQCLoss, MRCNBlock, MRCNFeatures, SNRBlock
 from tests import cases
-from tests.cases import KERNEL_BACKENDS
+from tests.cases import DEVICE, KERNEL_BACKENDS
 
 
 @pytest.fixture(autouse=True)
@@ -32,6 +32,7 @@ class Network(nn.Module):
         self.block = MRCNBlock(8, reduction=4, backend=backend, **settings)
         self.trunk = nn.Conv2d(8, 6, 3)
         self.loss = CQCLoss(margin=1.0, backend=backend)
+        self.to(DEVICE)
 
     def forward(self, visible: Tensor, infrared: Tensor, labels: Tensor) -> Tensor:
         sets = self.block(self.stem(visible), self.stem(infrared), concat=True)
@@ -42,8 +43,8 @@ class Network(nn.Module):
 
 def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    visible, infrared = (torch.randn(size, 3, 6, 5, generator=generator) for _ in range(2))
-    return visible, infrared, torch.arange(size) // 2
+    visible, infrared = (torch.randn(size, 3, 6, 5, generator=generator).to(DEVICE) for _ in range(2))
+    return visible, infrared, torch.arange(size, device=DEVICE) // 2
 
 
 def gradients(run: Any, network: nn.Module, size: int = 4, seed: int = 0) -> dict[str, Tensor]:
@@ -122,11 +123,11 @@ def test_a_dynamic_batch_is_compiled_once(backend: str) -> None:
 @cases.backends("reference", *KERNEL_BACKENDS)
 def test_growing_batches_recompile_at_most_once(backend: str) -> None:
     """Without a mark: the second size makes the batch dynamic, and that is all."""
-    block = MRCNBlock(8, reduction=4, backend=backend)
+    block = MRCNBlock(8, reduction=4, backend=backend, device=DEVICE)
     counter = CompileCounter()
     compiled = torch.compile(block, backend=counter, fullgraph=True)
     for size in (2, 3, 4, 5, 6):
-        x = torch.randn(size, 8, 6, 5)
+        x = torch.randn(size, 8, 6, 5, device=DEVICE)
         torch.testing.assert_close(compiled(x, x + 1, concat=True), block(x, x + 1, concat=True))
     assert counter.frame_count <= 2
 
@@ -134,8 +135,8 @@ def test_growing_batches_recompile_at_most_once(backend: str) -> None:
 @cases.backends(*KERNEL_BACKENDS)
 def test_one_tensor_in_two_places(backend: str) -> None:
     """Dynamo traces no autograd Function that gets a tensor twice."""
-    block, loss = MRCNBlock(3, backend=backend), CQCLoss(backend=backend)
-    x, labels = torch.randn(4, 3, 5, 4), torch.tensor([0, 0, 1, 1])
+    block, loss = MRCNBlock(3, backend=backend, device=DEVICE), CQCLoss(backend=backend)
+    x, labels = torch.randn(4, 3, 5, 4, device=DEVICE), torch.tensor([0, 0, 1, 1], device=DEVICE)
 
     def run(x: Tensor) -> Tensor:
         total = loss([f.mean(dim=(2, 3)) for f in block(x, x)], labels, labels)
@@ -147,6 +148,7 @@ def test_one_tensor_in_two_places(backend: str) -> None:
 
 
 @cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.skipif(DEVICE != "cpu", reason="an assertion that fails on a GPU ends the process's use of it")
 def test_no_identity_in_both_modalities_is_an_error_inside_a_graph(backend: str) -> None:
     loss = CQCLoss(backend=backend)
     compiled = torch.compile(lambda f, a, b: loss(f, a, b), backend="aot_eager", fullgraph=True)
@@ -161,7 +163,7 @@ def test_autocast_in_a_graph(backend: str) -> None:
     network = Network(backend)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
     visible, infrared, labels = batch(4)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
         got, want = compiled(visible, infrared, labels), network(visible, infrared, labels)
     assert got.dtype == want.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)
@@ -178,6 +180,7 @@ class Retrieval(nn.Module):
         self.stem = nn.Conv2d(3, 8, 3, padding=1)
         self.block = MRCNBlock(8, reduction=4, backend=backend)
         self.style = SNRBlock(8, reduction=4, backend=backend)
+        self.to(DEVICE)
 
     def forward(self, visible: Tensor, infrared: Tensor) -> Tensor:
         v, n = self.stem(visible), self.stem(infrared)

@@ -13,10 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mrcn_fast import CQCLoss, MRCNFeatures, cqc_loss, reference
-from mrcn_fast.backends import native
-from tests import cases, extended
-from tests.cases import DTYPES, FEATURE_LAYOUTS, KERNEL_BACKENDS, CQCCase
+from mrcn_fast import CQCLoss, MRCNFeatures, cqc_loss, dispatch, reference
+from tests import cases
+from tests.cases import DEVICE, DTYPES, FEATURE_LAYOUTS, KERNEL_BACKENDS, PRECISE_DTYPES, CQCCase, random
 
 REDUCTIONS = ("sum", "mean", "none")
 COUNTS = {
@@ -25,35 +24,20 @@ COUNTS = {
     "identities in one modality only": ((2, 0, 3, 1), (1, 2, 2, 0)),
     "one identity, one sample": ((1,), (1,)),
 }
-PRECISE_DTYPES = [
-    pytest.param(
-        dtype,
-        marks=pytest.mark.skipif(
-            dtype == torch.float64 and not extended.PRECISE,
-            reason="long double is a float64 on this machine: nothing more precise to compare with",
-        ),
-        id=str(dtype)[6:],
-    )
-    for dtype in DTYPES
-]
 
 
 @pytest.fixture
 def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the compiled operations as they are called."""
     names: list[str] = []
-    original = native.operation
+    for module in dispatch.KERNELS.values():
 
-    def operation(name: str) -> Callable[..., Any]:
-        names.append(name)
-        return original(name)
+        def operation(name: str, original: Callable[..., Any] = module.operation) -> Callable[..., Any]:
+            names.append(name)
+            return original(name)
 
-    monkeypatch.setattr(native, "operation", operation)
+        monkeypatch.setattr(module, "operation", operation)
     return names
-
-
-def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 # --- what the loss takes and gives ------------------------------------------------------------------------
@@ -85,7 +69,7 @@ def test_reductions(stacked: bool, backend: str) -> None:
 @cases.backends("reference", *KERNEL_BACKENDS)
 def test_module_is_the_function(backend: str) -> None:
     features = MRCNFeatures(*(random(4, 3, seed=i) for i in range(6)))
-    labels = torch.tensor([1, 0, 1, 0])
+    labels = torch.tensor([1, 0, 1, 0], device=DEVICE)
     chosen: list[dict[str, Any]] = [{}, {"margin": 0.7, "detach_negative": True}, {"reduction": "mean"}]
     for settings_ in chosen:
         got = CQCLoss(**settings_, backend=backend)(features, labels)
@@ -98,16 +82,16 @@ def test_module_is_the_function(backend: str) -> None:
 @cases.backends("reference", *KERNEL_BACKENDS)
 def test_defaults_are_the_papers(backend: str) -> None:
     """Margin 0.2 and the sum over identities: all distances equal leaves four margins an identity."""
-    features = [torch.zeros(4, 3)] * 6
-    loss = cqc_loss(features, torch.tensor([0, 0, 5, 5]), backend=backend)
-    torch.testing.assert_close(loss, torch.tensor(8 * 0.2))
+    features = [torch.zeros(4, 3, device=DEVICE)] * 6
+    loss = cqc_loss(features, torch.tensor([0, 0, 5, 5], device=DEVICE), backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(8 * 0.2, device=DEVICE))
 
 
 @cases.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 def test_any_integer_labels(dtype: torch.dtype, backend: str) -> None:
     features = [random(4, 3, seed=i) for i in range(6)]
-    labels = torch.tensor([100, 7, 7, 100])
+    labels = torch.tensor([100, 7, 7, 100], device=DEVICE)
     expected = cqc_loss(features, labels, backend="reference")
     assert isinstance(expected, Tensor)
     torch.testing.assert_close(cqc_loss(features, labels.to(dtype), backend=backend), expected)
@@ -116,7 +100,7 @@ def test_any_integer_labels(dtype: torch.dtype, backend: str) -> None:
 @cases.backends(*KERNEL_BACKENDS)
 def test_labels_may_be_strided_and_large(backend: str) -> None:
     features = [random(4, 3, seed=i) for i in range(6)]
-    labels = torch.tensor([2**62, 0, -(2**62), 0, 2**62, 0, 5, 0])[::2]
+    labels = torch.tensor([2**62, 0, -(2**62), 0, 2**62, 0, 5, 0], device=DEVICE)[::2]
     losses, identities = cqc_loss(features, labels, reduction="none", backend=backend)
     expected, known = reference.cqc_loss(features, labels, labels)
     assert torch.equal(identities, known) and known.tolist() == [-(2**62), 5, 2**62]
@@ -126,8 +110,8 @@ def test_labels_may_be_strided_and_large(backend: str) -> None:
 @cases.backends(*KERNEL_BACKENDS)
 def test_many_identities(backend: str) -> None:
     """More identities and samples than any block or table of a kernel."""
-    labels = torch.arange(3000).repeat_interleave(2)[torch.randperm(6000)]
-    infrared_labels = torch.arange(1500, 4500).flip(0)
+    labels = torch.arange(3000).repeat_interleave(2)[torch.randperm(6000)].to(DEVICE)
+    infrared_labels = torch.arange(1500, 4500, device=DEVICE).flip(0)
     sets = [random(6000, 2, seed=i) for i in range(3)] + [random(3000, 2, seed=i + 3) for i in range(3)]
     for s in sets:
         s.requires_grad_()
@@ -135,7 +119,7 @@ def test_many_identities(backend: str) -> None:
     for name in (backend, "reference"):
         losses, identities = cqc_loss(sets, labels, infrared_labels, reduction="none", backend=name)
         found.append((losses, identities, *torch.autograd.grad(losses.sum(), sets)))
-    assert torch.equal(found[0][1], torch.arange(1500, 3000))
+    assert torch.equal(found[0][1], torch.arange(1500, 3000, device=DEVICE))
     for got, want in zip(*found, strict=True):
         torch.testing.assert_close(got, want)
 
@@ -143,9 +127,9 @@ def test_many_identities(backend: str) -> None:
 @cases.backends("reference", *KERNEL_BACKENDS)
 def test_coinciding_centers_give_finite_gradients(backend: str) -> None:
     """Distances of zero: D² is clamped at 1e-12, its gradient there is zero."""
-    features = [torch.ones(4, 3, dtype=torch.float64).requires_grad_() for _ in range(6)]
-    loss = cqc_loss(features, torch.tensor([0, 0, 1, 1]), backend=backend)
-    torch.testing.assert_close(loss, torch.tensor(1.6, dtype=torch.float64))
+    features = [torch.ones(4, 3, dtype=torch.float64, device=DEVICE).requires_grad_() for _ in range(6)]
+    loss = cqc_loss(features, torch.tensor([0, 0, 1, 1], device=DEVICE), backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(1.6, dtype=torch.float64, device=DEVICE))
     for gradient in torch.autograd.grad(loss, features):
         assert not gradient.any()
 
@@ -220,7 +204,7 @@ def test_detached_negatives_have_the_references_gradient(
 def test_double_backward_where_one_set_depends_on_another(backend: str, related: str) -> None:
     v = random(4, 3).requires_grad_()
     others = [random(4, 3, seed=i) for i in range(4)]
-    labels = torch.tensor([0, 1, 0, 1])
+    labels = torch.tensor([0, 1, 0, 1], device=DEVICE)
     found = []
     for name in (backend, "reference"):
         v_plus = v if related == "the same tensor" else v.square() + 1
@@ -252,13 +236,14 @@ def test_a_single_set_may_require_gradients(position: int, backend: str) -> None
 def test_opcheck(stacked: bool, layout: str, detach_negative: bool, dtype: torch.dtype, backend: str) -> None:
     p = cases.cqc_problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked, layout=layout))
     features = [f.detach() for f in p.features]
-    namespace = torch.ops.mrcn_fast
+    kernels = dispatch.KERNELS[backend]
+    forward, backward = kernels.operation("cqc_forward"), kernels.operation("cqc_backward")
     arguments = (features, p.labels, p.infrared_labels, 0.2, detach_negative)
-    torch.library.opcheck(namespace.cqc_forward.default, arguments)
-    total, losses, _, _, saved = namespace.cqc_forward(*arguments)
+    torch.library.opcheck(forward, arguments)
+    total, losses, _, _, saved = forward(*arguments)
     for gradient in (torch.ones_like(total), torch.ones_like(losses)):
         torch.library.opcheck(
-            namespace.cqc_backward.default,
+            backward,
             (gradient, features, p.labels, p.infrared_labels, saved, detach_negative),
         )
 
@@ -310,7 +295,7 @@ def test_the_loss_is_computed_in_float32_or_better(dtype: torch.dtype, backend: 
     p = cases.cqc_problem(CQCCase(dimensions=64, dtype=dtype))
     plain = cases.evaluate_cqc(p, backend)
     assert plain["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
         loss = cases.call_cqc(p, p.features, backend)
     assert isinstance(loss, Tensor) and cases.same_bits(loss, plain["loss"])
     for i, gradient in enumerate(torch.autograd.grad(loss, p.features, p.gradient)):
@@ -353,7 +338,7 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 def test_every_element_of_every_result_is_written(stacked: bool, dtype: torch.dtype, backend: str) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills what it allocates with NaN
     try:
-        assert torch.empty(3).isnan().all()
+        assert torch.empty(3, device=DEVICE).isnan().all()
         for counts, dimensions in itertools.product(COUNTS.values(), (1, 5, 257)):
             p = cases.cqc_problem(CQCCase(*counts, dimensions, dtype, stacked))
             for name, result in cases.evaluate_cqc(p, backend).items():

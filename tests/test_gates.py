@@ -6,16 +6,12 @@ import math
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mrcn_fast import MRCNBlock, SNRBlock
 from mrcn_fast.gates import GATES, ECAGate, SEGate, make_gate
 from tests import cases
-from tests.cases import KERNEL_BACKENDS
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+from tests.cases import DEVICE, KERNEL_BACKENDS, random
 
 
 def test_the_known_gates() -> None:
@@ -77,7 +73,7 @@ def test_the_four_gates_start_differently() -> None:
 @pytest.mark.parametrize("kind", cases.GATES)
 def test_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
     """A_v1, A_n1, A_v2, A_n2: a change in gate i moves v+, n+, n-, v- in this order and nothing else."""
-    block = MRCNBlock(6, reduction=2, gate=kind, backend=backend, dtype=torch.float64)
+    block = MRCNBlock(6, reduction=2, gate=kind, backend=backend, device=DEVICE, dtype=torch.float64)
     visible, infrared = random(2, 6, 3, 4, seed=1), random(2, 6, 3, 4, seed=2)
     before = block(visible, infrared)
     for i, moved in enumerate(
@@ -99,7 +95,7 @@ def test_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("kind", cases.GATES)
 def test_a_saturated_gate_is_exact(kind: str, backend: str) -> None:
     """s = 1 gives the input back (F̃ + M = F), s = 0 leaves F̃; logits of ±1000 overflow no exponential."""
-    block = SNRBlock(5, reduction=1, gate=kind, backend=backend, dtype=torch.float64)
+    block = SNRBlock(5, reduction=1, gate=kind, backend=backend, device=DEVICE, dtype=torch.float64)
     # Positive means and logits with their sign: ECA has no bias, so its weight decides.
     features = random(2, 5, 3, 4).abs() + 1
     for logit in (1000.0, -1000.0):

@@ -85,23 +85,8 @@ def _statistics(count: int) -> Callable[..., Tensor]:
     return empty
 
 
-def _cqc_forward_fake(features: Sequence[Tensor], labels: Tensor, *_: Any) -> tuple[Tensor, ...]:
-    precise = shapes.precise(features[0].dtype)
-    capacity, new = labels.shape[0], features[0].new_empty
-    return (
-        new((), dtype=precise),
-        new((capacity,), dtype=precise),
-        new((capacity,), dtype=torch.int64),
-        new((), dtype=torch.int64),
-        new((capacity, 8), dtype=precise),
-    )
-
-
-def _cqc_backward_fake(
-    gradient: Tensor, features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, *_: Any
-) -> Tensor:
-    rows = 3 * (labels.shape[0] + infrared_labels.shape[0])
-    return features[0].new_empty((rows, features[0].shape[1]))
+def _cqc_saved(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor) -> tuple[int, ...]:
+    return (labels.shape[0], 8)
 
 
 FAKES: dict[str, Callable[..., Any]] = {
@@ -113,8 +98,8 @@ FAKES: dict[str, Callable[..., Any]] = {
     "block_concat_backward": shapes.backward_fake(1, 2),
     "restitute_backward": shapes.backward_fake(1, 1),
     "snr_backward": shapes.backward_fake(3, 1),
-    "cqc_forward": _cqc_forward_fake,
-    "cqc_backward": _cqc_backward_fake,
+    "cqc_forward": shapes.cqc_forward_fake(_cqc_saved),
+    "cqc_backward": shapes.cqc_backward_fake,
 }
 
 if _library is not None:

@@ -1,8 +1,8 @@
-"""Layouts of feature maps, and the shapes of the block's results: what every kernel backend agrees on."""
+"""Layouts of feature maps, and the shapes of results: what every kernel backend agrees on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -75,3 +75,28 @@ def backward_fake(gradients: int, count: int) -> Callable[..., tuple[Any, ...]]:
         return (*of_inputs, *parameters, [dense_like(p) for p in gate_parameters])
 
     return fake
+
+
+def cqc_forward_fake(saved: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """Shapes of the loss's forward: total, losses, identities, count, then what it saves."""
+
+    def fake(
+        features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, *_: Any
+    ) -> tuple[Tensor, ...]:
+        new, slots, dtype = features[0].new_empty, labels.shape[0], precise(features[0].dtype)
+        return (
+            new((), dtype=dtype),
+            new((slots,), dtype=dtype),
+            new((slots,), dtype=torch.int64),
+            new((), dtype=torch.int64),
+            new(saved(features, labels, infrared_labels), dtype=dtype),
+        )
+
+    return fake
+
+
+def cqc_backward_fake(
+    gradient: Tensor, features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, *_: Any
+) -> Tensor:
+    """The shape of the gradient of all sets, stacked."""
+    return features[0].new_empty((3 * (labels.shape[0] + infrared_labels.shape[0]), features[0].shape[1]))

@@ -20,7 +20,7 @@ import torch
 from mrcn_fast.backends import shapes
 
 NAMESPACE = "mrcn_fast_triton"
-KERNEL_MODULES = ("block",)
+KERNEL_MODULES = ("block", "cqc")
 OLDEST = (3, 6)
 DEVICES = ("cuda",)  # whose tensors it takes by itself; torch calls ROCm's devices "cuda" too
 

@@ -1,0 +1,117 @@
+"""`make gpu-check`: the kernels on this machine's GPU, first whether they are right, then how fast they are.
+
+Run from the checkout with any Python that has torch for the GPU, Triton, and for the tests pytest, hypothesis
+and numpy. Builds and downloads nothing. The benchmark runs only after the tests have passed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "cqc", "block", "gates", "compile"))
+TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
+PARTS = ("tests", "benchmark")
+
+
+def lacking(parts: Sequence[str]) -> str | None:
+    """What ``parts`` need and this machine has not; None where nothing is lacking."""
+    python = f"{sys.executable} ({sys.version.split()[0]})"
+    if importlib.util.find_spec("torch") is None:
+        return f"{python} has no torch; name a Python that has: make gpu-check PYTHON=/path/to/python"
+    import torch
+
+    if not torch.cuda.is_available():
+        built = f"built for {'CUDA ' + torch.version.cuda if torch.version.cuda else 'CPUs'}"
+        if torch.version.hip:
+            built = f"built for HIP {torch.version.hip}"
+        return (
+            f"there is no GPU that torch can use: torch {torch.__version__} of {python}, {built}, sees none"
+        )
+    from mrcn_fast import backends
+
+    status = backends()["triton"]
+    if not status.usable:
+        return f"the Triton backend can't run: {status.reason}"
+    absent = [name for name in TEST_PACKAGES if importlib.util.find_spec(name) is None]
+    if "tests" in parts and absent:
+        return (
+            f"the tests need {', '.join(absent)}, which {python} lacks; install them, or measure unchecked "
+            "with ARGS='--part benchmark' (each case still compares its own result first)"
+        )
+    return None
+
+
+def environment() -> dict[str, str]:
+    """This process's, with the checkout first and the tests' problems on the GPU."""
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    return os.environ | {"PYTHONPATH": path, "MRCN_FAST_TEST_DEVICE": "cuda"}
+
+
+def commands(
+    parts: Sequence[str], results: Path, tests: Sequence[str], bench: Sequence[str]
+) -> list[list[str]]:
+    """What is run, in this order, until one fails."""
+    runs = {
+        "tests": [sys.executable, "-m", "pytest", *(tests or TESTS)],
+        "benchmark": [
+            *(sys.executable, "-m", "mrcn_fast.benchmark", "--device", "cuda", "--out", str(results)),
+            *bench,
+        ],
+    }
+    return [runs[part] for part in PARTS if part in parts]
+
+
+def results_file(gpu: str) -> Path:
+    """Where the results of a GPU are: ``NVIDIA H200`` is nvidia-h200.jsonl."""
+    return ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9.]+', '-', gpu.lower()).strip('-')}.jsonl"
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="make gpu-check", description="check and time the kernels on a GPU"
+    )
+    options.add_argument("--part", action="append", choices=PARTS, help="only this part (default: both)")
+    options.add_argument(
+        "--tests",
+        type=shlex.split,
+        default=[],
+        metavar="ARGS",
+        help="pytest's arguments instead of the whole matrix: --tests='-n 8 tests/test_gpu.py'",
+    )
+    options.add_argument(
+        "--only", default="", metavar="TEXT", help="benchmark cases whose name contains TEXT"
+    )
+    options.add_argument("--seconds", default="2", help="measuring time of a benchmark case (default 2)")
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0: all passed and every goal was met; 1: not so; 2: this machine can't run it."""
+    options = parser().parse_args(argv)
+    parts = options.part or PARTS
+    sys.path.insert(0, str(ROOT))
+    if reason := lacking(parts):
+        print(f"gpu-check: {reason}", file=sys.stderr)
+        return 2
+    import torch
+
+    results = results_file(torch.cuda.get_device_name())
+    bench = ["--only", options.only, "--seconds", options.seconds]
+    for command in commands(parts, results, options.tests, bench):
+        print(f"gpu-check: {' '.join(command)}", flush=True)
+        if subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode:
+            return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

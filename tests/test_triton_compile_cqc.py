@@ -1,0 +1,122 @@
+"""The CQC kernels compiled ahead of time, without a GPU: registers, spills, shared memory."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton is not installed here")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from mrcn_fast.backends.triton import cqc  # noqa: E402
+
+pytestmark = pytest.mark.skipif(
+    triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: there is nothing to compile"
+)
+
+TARGETS = {
+    "cuda 80": GPUTarget("cuda", 80, 32),
+    "cuda 90": GPUTarget("cuda", 90, 32),
+    "cuda 100": GPUTarget("cuda", 100, 32),
+    "hip gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DTYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+DIMENSIONS = 2048
+FORMS = ((16, False), (128, True))  # the paper's 4 x 4 samples in six tensors, 16 x 8 in one
+
+
+class Kernel(NamedTuple):
+    """A kernel with what its arguments are; what is no constant and no pointer is an integer."""
+
+    name: str
+    function: Any
+    pointers: dict[str, str]
+    constants: dict[str, Any]
+    warps: int
+
+
+def kernels() -> Iterator[Kernel]:
+    """Every kernel at the paper's shapes in every dtype, in `FORMS`."""
+    for dtype, element in DTYPES.items():
+        sums = DTYPES[shapes.precise(dtype)]
+        known = dict.fromkeys(("labels", "infrared_labels", "identities", "number"), "i64") | {
+            "arrivals": "i32"
+        }
+        known |= dict.fromkeys(("losses", "weights", "total", "gradient"), sums)
+        known |= dict.fromkeys(("features", "gradients"), element)
+        for samples, stacked in FORMS:
+            form = f"{element} {samples} samples{', stacked' * stacked}"
+            sizes = cqc.constants(dtype, samples, DIMENSIONS, cqc.FORWARD_WARPS) | {"STACKED": stacked}
+            yield Kernel(f"forward {form}", cqc.forward_kernel, known, sizes, cqc.FORWARD_WARPS)
+            sizes = cqc.constants(dtype, samples, DIMENSIONS, cqc.BACKWARD_WARPS)
+            sizes |= {"STACKED": stacked, "DETACH": False}
+            yield Kernel(f"backward {form}", cqc.backward_kernel, known, sizes, cqc.BACKWARD_WARPS)
+
+
+def source(kernel: Kernel) -> ASTSource:
+    """The kernel as a call with aligned pointers, rows and columns would specialize it."""
+    signature: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    aligned = [["tt.divisibility", 16]]
+    for i, name in enumerate(kernel.function.arg_names):
+        if name in kernel.constants:
+            signature[name] = "constexpr"
+        elif name == "margin":
+            signature[name] = "fp64"
+        elif name in ("features", "gradients", "strides"):
+            kind = f"*{kernel.pointers[name]}" if name in kernel.pointers else "i32"
+            signature[name] = (kind,) * 6
+            attributes |= {(i, k): aligned for k in range(6)}
+        else:
+            signature[name] = f"*{kernel.pointers[name]}" if name in kernel.pointers else "i32"
+            if name in kernel.pointers or name == "dimensions":
+                attributes[(i,)] = aligned
+    constants = {(kernel.function.arg_names.index(name),): value for name, value in kernel.constants.items()}
+    return ASTSource(kernel.function, signature, constants, attributes)
+
+
+class Usage(NamedTuple):
+    """What the binary says of itself; ``stack`` is bytes a thread, which spills alone take here."""
+
+    registers: int
+    stack: int
+    shared: int
+
+
+def usage(kernel: Kernel, target: GPUTarget, folder: Path) -> Usage:
+    options: dict[str, Any] = {"num_warps": kernel.warps, "enable_fp_fusion": cqc.OPTIONS["enable_fp_fusion"]}
+    if target.backend == "cuda":
+        options["maxnreg"] = cqc.REGISTERS
+    compiled = triton.compile(source(kernel), target=target, options=options)
+    if target.backend == "hip":
+        told = {
+            name: int(value)
+            for name, value in re.findall(r"\.(\w+): +(\d+)", compiled.asm["amdgcn"])
+            if value
+        }
+        spilled = told["vgpr_spill_count"] + told["sgpr_spill_count"] + told["private_segment_fixed_size"]
+        return Usage(told["vgpr_count"], spilled, compiled.metadata.shared)
+    binary = folder / "kernel.cubin"
+    binary.write_bytes(compiled.asm["cubin"])
+    told_by = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(binary)]
+    text = subprocess.run(told_by, capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", text)}
+    return Usage(numbers["REG"], numbers["STACK"] + numbers["LOCAL"], compiled.metadata.shared)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_no_kernel_spills(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = {kernel.name: usage(kernel, TARGETS[target], tmp_path) for kernel in kernels()}
+    with capsys.disabled():
+        print(f"\n{target:<40} registers  spilled  shared")
+        for name, used in found.items():
+            print(f"  {name:<38} {used.registers:>9}  {used.stack:>7}  {used.shared:>6}")
+    assert not {name for name, used in found.items() if used.stack}
