@@ -36,6 +36,18 @@ MODES = {
 NOBODY = torch.iinfo(torch.int64).max
 
 
+def run_block(
+    mode: str, backend: str, gate: str, eps: float, restitute_to: str, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """The feature sets that the operation makes, then the statistics for its backward."""
+    op, count, restitutes = MODES[mode]
+    inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
+    flags = (restitute_to == "input",) if restitutes else ()
+    kernel = dispatch.KERNELS[backend].operation(f"{op}_forward")
+    made: tuple[Tensor, ...] = kernel(*inputs, norm_weight, norm_bias, list(parameters), gate, eps, *flags)
+    return made
+
+
 class BlockFunction(torch.autograd.Function):
     """(inputs, norm_weight, norm_bias, *gate_parameters) -> the feature sets that the operation makes."""
 
@@ -49,11 +61,7 @@ class BlockFunction(torch.autograd.Function):
         restitute_to: str,
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        op, count, restitutes = MODES[mode]
-        inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
-        flags = (restitute_to == "input",) if restitutes else ()
-        kernel = dispatch.KERNELS[backend].operation(f"{op}_forward")
-        *sets, statistics = kernel(*inputs, norm_weight, norm_bias, list(parameters), gate, eps, *flags)
+        *sets, statistics = run_block(mode, backend, gate, eps, restitute_to, *tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(statistics, *tensors)
         ctx.settings = (mode, backend, gate, eps, restitute_to)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import dispatch
-from mrcn_fast.autograd import BlockFunction, distinct
+from mrcn_fast.autograd import BlockFunction, distinct, run_block
 from mrcn_fast.gates import GATES, make_gate
 
 Modality = Literal["visible", "infrared"]
@@ -193,6 +193,8 @@ def _run(
         return dispatch.run_reference(
             mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
         )
+    if not torch.is_grad_enabled():  # inference: what a Function costs can be saved
+        return run_block(mode, backend, gate, eps, restitute_to, *tensors)[:-1]
     return BlockFunction.apply(mode, backend, gate, eps, restitute_to, *distinct(*tensors))
 
 
@@ -420,15 +422,16 @@ def _check_parameters(
                 f"gate_parameters of {gate!r}: got shape {tuple(p.shape)}, expected {expected} for features "
                 f"of {channels} channels"
             )
+    device, dtype, own = features.device, features.dtype, norm_weight.dtype
     for p in (norm_weight, norm_bias, *gate_parameters):
-        if p.device != features.device:
-            raise ValueError(f"parameters: got device {p.device}, expected the features' {features.device}")
-        if p.dtype != norm_weight.dtype or p.dtype not in (features.dtype, torch.float32):
+        if p.device != device:
+            raise ValueError(f"parameters: got device {p.device}, expected the features' {device}")
+        if p.dtype != own or own not in (dtype, torch.float32):
             raise TypeError(
                 f"parameters: got dtype {p.dtype}, expected one dtype for all, the features' "
-                f"{features.dtype} or torch.float32; convert the block with .to(dtype)"
+                f"{dtype} or torch.float32; convert the block with .to(dtype)"
             )
-    if features.dtype == torch.float64 and norm_weight.dtype != torch.float64:
+    if dtype == torch.float64 and own != torch.float64:
         raise TypeError(
             "parameters: got dtype torch.float32 for float64 features; convert the block with .double()"
         )

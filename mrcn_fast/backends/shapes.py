@@ -34,19 +34,27 @@ def is_pixels(x: Tensor) -> bool:
     return (channels == 1 or x.stride(1) == 1) and even
 
 
+def reads_pixels(x: Tensor) -> bool:
+    """Whether the kernels read ``x`` as channels_last; what is in neither layout is copied to NCHW."""
+    return not is_planes(x) and is_pixels(x)
+
+
 def in_layout(x: Tensor, pixels: bool) -> Tensor:
     """``x`` readable in the call's layout: itself, or a dense copy where it is in neither or in the other."""
     if is_pixels(x) if pixels else is_planes(x):
         return x
-    copy = torch.empty_like(x, memory_format=torch.channels_last if pixels else torch.contiguous_format)
-    return copy.copy_(x)
+    return torch.empty_like(x, memory_format=_format(pixels)).copy_(x)
 
 
-def empty_like(x: Tensor, batch: int) -> Tensor:
-    """A dense output of ``batch`` samples in the layout in which the kernels read ``x``."""
-    pixels = not is_planes(x) and is_pixels(x)
-    memory_format = torch.channels_last if pixels else torch.contiguous_format
-    return torch.empty((batch, *x.shape[1:]), dtype=x.dtype, device=x.device, memory_format=memory_format)
+def empties_like(x: Tensor, batch: int, number: int) -> list[Tensor]:
+    """Dense outputs of ``batch`` samples in the layout in which the kernels read ``x``."""
+    shape, memory_format = (batch, *x.shape[1:]), _format(reads_pixels(x))
+    first = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format)
+    return [first, *(torch.empty_like(first) for _ in range(number - 1))]
+
+
+def _format(pixels: bool) -> torch.memory_format:
+    return torch.channels_last if pixels else torch.contiguous_format
 
 
 def dense_like(x: Tensor) -> Tensor:
@@ -58,8 +66,7 @@ def forward_fake(sets: int, batches: int, saved: Callable[..., Tensor]) -> Calla
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         first = arguments[0]
-        made = (empty_like(first, batches * first.shape[0]) for _ in range(sets))
-        return (*made, saved(*arguments))
+        return (*empties_like(first, batches * first.shape[0], sets), saved(*arguments))
 
     return fake
 
@@ -71,7 +78,7 @@ def backward_fake(gradients: int, count: int) -> Callable[..., tuple[Any, ...]]:
         inputs = arguments[gradients : gradients + count]
         norm_weight, norm_bias, gate_parameters = arguments[gradients + count + 1 :][:3]
         parameters = (dense_like(p) for p in (norm_weight, norm_bias))
-        of_inputs = (empty_like(inputs[0], inputs[0].shape[0]) for _ in inputs)
+        of_inputs = empties_like(inputs[0], inputs[0].shape[0], count)
         return (*of_inputs, *parameters, [dense_like(p) for p in gate_parameters])
 
     return fake

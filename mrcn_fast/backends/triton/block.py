@@ -263,7 +263,7 @@ def _plan_for(
     if gate not in GATES:
         raise RuntimeError(f"gate: got {gate!r}, expected one of {', '.join(map(repr, GATES))}")
     _, channels, height, width = first.shape
-    pixels = not shapes.is_planes(first) and shapes.is_pixels(first)
+    pixels = shapes.reads_pixels(first)
     hidden = gate_parameters[0].shape[1]
     return plan(mode, gate, to_input, eps, hidden, channels, height * width, pixels, first.dtype)
 
@@ -284,7 +284,7 @@ def _forward(
     samples, channels, length = first.shape[0], first.shape[1], first.shape[2] * first.shape[3]
     modalities, _, sets = MODES[mode]
     count, batch = (1, 6 * samples) if mode == "concat" else (sets, samples)
-    made = [shapes.empty_like(first, batch) for _ in range(count)]
+    made = shapes.empties_like(first, batch, count)
     precise = shapes.precise(first.dtype)
     statistics = first.new_empty((samples, p.saved_row), dtype=precise)
     if samples == 0:
@@ -330,7 +330,7 @@ def _backward(
     first = inputs[0]
     p = _plan_for(mode, first, gate_parameters, gate, 0.0, to_input)
     samples, channels, length = first.shape[0], first.shape[1], first.shape[2] * first.shape[3]
-    of_inputs = [shapes.empty_like(first, samples) for _ in inputs]
+    of_inputs = shapes.empties_like(first, samples, len(inputs))
     of_norm = [shapes.dense_like(q) for q in (norm_weight, norm_bias)]
     of_gate = [shapes.dense_like(q) for q in gate_parameters]
     scratch = first.new_empty((samples, p.backward_row), dtype=statistics.dtype)
