@@ -288,6 +288,8 @@ def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> No
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
+        # A shell's background jobs, and what they start, ignore it: this one shall hear it all the same.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     metrics = Path(tiny_config.out) / "metrics.jsonl"
     try:
