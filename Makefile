@@ -75,8 +75,9 @@ native:
 demo: install  ## train and score the baseline and MRCN on synthetic images (5 minutes)
 	@"$(bin)/mrcn-fast" demo $(ARGS)
 
+# In two processes: the tests' tensors are small, and much of the time one of them compiles or interprets kernels.
 test: install  ## the tests
-	"$(bin)/python" -m pytest $(ARGS)
+	"$(bin)/python" -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: install  ## the benchmark table: times, ratios, floors
 	@"$(bin)/mrcn-fast" bench $(ARGS)

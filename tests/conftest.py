@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 import hypothesis
+import pytest
 import torch
 
 # A first call may compile or page in a library: deadlines would measure that. In CI the same examples are
@@ -15,3 +16,12 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # The tests' tensors are small: on a machine with many cores, more threads only wait for each other.
 torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What compiled kernels take, which tests tell as the property "resources"."""
+    reports = [r for kind in ("passed", "failed") for r in terminalreporter.getreports(kind)]
+    lines = [told for r in reports for name, told in r.user_properties if name == "resources"]
+    if lines:
+        terminalreporter.section("kernels compiled ahead of time")
+        terminalreporter.write_line("\n".join(sorted(lines)))

@@ -1,14 +1,14 @@
 """Every Triton kernel compiled ahead of time, without a GPU: registers, spills, shared memory.
 
 The launchers are run on meta tensors, so what is compiled is what they would launch. NVIDIA's figures come
-from the cubin, AMD's from the assembly; -s shows the table.
+from the cubin, AMD's from the assembly; the table stands in pytest's summary.
 """
 
 from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,17 +119,19 @@ def compiled(launch: Launch, target: Any, folder: Path) -> Usage:
     return Usage(int(usage[1]), int(usage[2]) + int(usage[3]), kernel.metadata.shared)
 
 
-def check(launches: list[Launch], target: Any, folder: Path, case: str) -> None:
-    lines, spilled = [], []
+def check(
+    launches: list[Launch], target: Any, folder: Path, case: str, tell: Callable[[str, object], None]
+) -> None:
+    spilled = []
     for launch in launches:
         usage = compiled(launch, target, folder)
-        lines.append(
+        line = (
             f"{launch.kernel.__name__:18} {target.arch!s:7} {case:45} {usage.registers:4} registers, "
             f"{usage.spills} spilled, {usage.shared} bytes shared"
         )
+        tell("resources", line)
         if usage.spills:
-            spilled.append(lines[-1])
-    print(*lines, sep="\n")
+            spilled.append(line)
     assert not spilled, "\n".join(spilled)
 
 
@@ -152,13 +154,14 @@ def test_the_papers_block_spills_nothing(
     shapes: list[tuple[int, int, int, int]],
     launches: list[Launch],
     tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     for shape in shapes:
         launches.clear()
         run("pair", "se", shape, dtype, channels_last)
         layout = "channels_last" if channels_last else "nchw"
         case = f"pair se {TYPES[dtype]} {layout} {'x'.join(map(str, shape))}"
-        check(launches, TARGETS[target], tmp_path, case)
+        check(launches, TARGETS[target], tmp_path, case, record_property)
 
 
 # Every mode, gate and dtype, and the shapes at the ends of the configurations.
@@ -182,6 +185,8 @@ def test_other_operations_spill_nothing(
     dtype: torch.dtype,
     launches: list[Launch],
     tmp_path: Path,
+    record_property: Callable[[str, object], None],
 ) -> None:
     run(mode, gate, shape, dtype, channels_last=False)
-    check(launches, TARGETS[target], tmp_path, f"{mode} {gate} {TYPES[dtype]} {'x'.join(map(str, shape))}")
+    case = f"{mode} {gate} {TYPES[dtype]} {'x'.join(map(str, shape))}"
+    check(launches, TARGETS[target], tmp_path, case, record_property)

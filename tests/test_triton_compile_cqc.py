@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,10 +115,11 @@ def usage(kernel: Kernel, target: GPUTarget, folder: Path) -> Usage:
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_no_kernel_spills(target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_kernel_spills(
+    target: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
     found = {kernel.name: usage(kernel, TARGETS[target], tmp_path) for kernel in kernels()}
-    with capsys.disabled():
-        print(f"\n{target:<40} registers  spilled  shared")
-        for name, used in found.items():
-            print(f"  {name:<38} {used.registers:>9}  {used.stack:>7}  {used.shared:>6}")
+    for name, used in found.items():
+        told = f"{used.registers:4} registers, {used.stack} spilled, {used.shared} bytes shared"
+        record_property("resources", f"cqc_{name:40} {target:10} {told}")
     assert not {name for name, used in found.items() if used.stack}
