@@ -19,7 +19,7 @@ namespace mrcn::MRCN_ISA {
 namespace {
 
 // Bytes of a group's feature maps that are to stay in the outer cache until they are read again.
-constexpr int64_t group_bytes = 8 << 20;
+constexpr int64_t group_bytes = 4 << 20;
 // Up to here the groups of several threads stay there side by side.
 constexpr int64_t cache_bytes = 16 << 20;
 // Elements a thread should have to do before another one is woken.
