@@ -222,8 +222,7 @@ class Backward : Call<P, A> {
 
   // The gradient of GMP(M) goes to M where its maximum is, evenly where several pixels share it.
   template <class R>
-  MRCN_INLINE void add_extreme(
-      const Plane<R>& p, int64_t i, int j, int64_t c, R* k, R& U, R& V) const {
+  MRCN_INLINE void add_extreme(const Plane<R>& p, int64_t i, int j, int64_t c, R* k, R& U, R& V) const {
     const R at = this->extreme(p, j, i, c), gradient = doubles<R>(this->gates_.of_pooled(j, i, 1) + c);
     U -= (at - p.mean) * gradient;
     V -= gradient;

@@ -2,10 +2,10 @@
 // and how the work is cut.
 //
 // A group of samples at a time, so that the second read of its pixels comes from cache. Where there are
-// samples enough and the cache holds one a thread, each thread takes groups of its own and nobody waits before
-// the end; else the threads share every step of a group. Either way the work is cut into planes, or into chunks of rows whose size depends on
-// the shape alone, and partial results are joined in a fixed order: any number of threads gives the same
-// bits.
+// samples enough and the cache holds one a thread, each thread takes groups of its own and nobody waits
+// before the end; else the threads share every step of a group. Either way the work is cut into planes, or
+// into chunks of rows whose size depends on the shape alone, and partial results are joined in a fixed
+// order: any number of threads gives the same bits.
 #pragma once
 
 #include <type_traits>
@@ -154,7 +154,7 @@ class Call {
   // Of one channel, or of as many from c on.
   template <class V = double>
   MRCN_INLINE Plane<V> plane(const A* statistics, int j, int64_t i, int64_t c, V offset = V{}) const {
-    V mean, r;
+    V mean{}, r{};
     take_pairs(statistics + at(j, i, c) * 2, mean, r);
     return describe<V>(mean, offset, r, doubles<V>(gamma_ + j * C_ + c), doubles<V>(beta_ + j * C_ + c));
   }
@@ -174,7 +174,7 @@ class Call {
   }
   template <class V>
   MRCN_INLINE V extreme(const Plane<V>& p, int j, int64_t i, int64_t c) const {
-    V maximum, minimum;
+    V maximum{}, minimum{};
     take_pairs(extreme_values(j, i, c), maximum, minimum);
     return extreme_pixel(p, maximum, minimum);
   }

@@ -38,10 +38,7 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   constexpr int W = lanes<A>;
   vec<A> s[4] = {};
   int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W)
-    unroll<4>([&](auto u) {
-      s[u.v] += load(x + i + u.v * W);
-    });
+  for (; i + 4 * W <= n; i += 4 * W) unroll<4>([&](auto u) { s[u.v] += load(x + i + u.v * W); });
   for (; i + W <= n; i += W) s[0] += load(x + i);
   A total = sum<A>((s[0] + s[1]) + (s[2] + s[3]));
   for (; i < n; ++i) total += get(x + i);
