@@ -88,17 +88,19 @@ inline int64_t identity_grain(int64_t dimensions, const CqcGroups& groups) {
 
 template <class A>
 inline A squared_distance(const A* a, const A* b, int64_t n) {
-  vec<A> s[2] = {};
+  vec<A> s[4] = {};
   int64_t i = 0;
-  for (; i + 2 * lanes<A> <= n; i += 2 * lanes<A>) {
-    unroll<2>([&](auto u) {
+  for (; i + 4 * lanes<A> <= n; i += 4 * lanes<A>) {
+    unroll<4>([&](auto u) {
       const vec<A> d = load(a + i + u.v * lanes<A>) - load(b + i + u.v * lanes<A>);
       s[u.v] += d * d;
     });
   }
-  A total = sum<A>(s[0] + s[1]);
-  for (; i < n; ++i) total += (a[i] - b[i]) * (a[i] - b[i]);
-  return total;
+  WideSum<A> wide;
+  for (const vec<A>& part : s) wide.add(part);
+  double total = wide.total();
+  for (; i < n; ++i) total += double((a[i] - b[i]) * (a[i] - b[i]));
+  return A(total);
 }
 
 template <class A>
