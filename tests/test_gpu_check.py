@@ -40,7 +40,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 def test_without_a_gpu_it_says_so() -> None:
     """From make, with nothing installed or built on the way."""
     done = subprocess.run(
-        ["make", "gpu-check", f"PYTHON={sys.executable}", "VENV=no-such-environment"],
+        # ARGS too: `make test ARGS=...` hands its own down to every make below it.
+        ["make", "gpu-check", f"PYTHON={sys.executable}", "VENV=no-such-environment", "ARGS="],
         cwd=ROOT,
         env=os.environ | {"MAKEFLAGS": ""},
         capture_output=True,
