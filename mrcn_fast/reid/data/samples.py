@@ -33,6 +33,20 @@ class TrainingSet(NamedTuple):
     identities: tuple[int, ...]
 
 
+class Search(NamedTuple):
+    """One retrieval that is scored: queries of one modality, and in each trial a gallery of the other.
+
+    name: "all-search", "indoor-search", "visible-to-infrared" or "infrared-to-visible" (query to gallery);
+    protocol: of `evaluation.score`; settings: what else the figures depend on, for people, or "".
+    """
+
+    name: str
+    protocol: str
+    settings: str
+    query: tuple[Sample, ...]
+    galleries: tuple[tuple[Sample, ...], ...]
+
+
 def pair_modalities(samples: Iterable[Sample], name: str) -> TrainingSet:
     """The training set of the identities that have both modalities.
 
