@@ -25,21 +25,33 @@ class TrainConfig:
     """Root of the data set's tree, as its owners ship it."""
     out: str = "runs/train"
     """Folder for checkpoint, metrics and results."""
-    dataset: Literal["sysu-mm01"] = "sysu-mm01"
+    dataset: Literal["sysu-mm01", "regdb", "llcm"] = "sysu-mm01"
     """Data set whose tree `data` is."""
+    split: int = 1
+    """RegDB's split, 1 to 10; the other data sets have one."""
+    filter: Literal["bilinear", "bicubic", "lanczos"] = "lanczos"
+    """Pillow's filter that resizes images (field: lanczos, which Pillow long called ANTIALIAS)."""
+    cache: str | None = None
+    """Folder for a memory-mapped cache of the resized images; none: images are decoded each time."""
+    skip_unreadable: bool = False
+    """Leave out images that can't be read, named and counted, instead of stopping at one."""
 
     model: ModelName = "mrcn"
-    """mrcn, or baseline: the plain two-stream network (paper, Table 2)."""
+    """mrcn; mrm or mcm, one half of it alone; snr; or baseline, the plain two-stream network (paper, Tables 2, 4)."""
     depth: Literal[18, 50] = 50
     """Layers of the ResNet (paper: 50)."""
-    stage: int = 0
-    """Stage after which the block sits, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
+    stages: tuple[int, ...] = (0,)
+    """Stages with a block behind them, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
     gate: str = "se"
-    """Channel attention of restitution and compensation: se, eca or cbam-channel (paper: se)."""
+    """Attention of restitution and compensation: se, eca, cbam or cbam-channel (paper: se)."""
     reduction: int = 16
     """Dimension reduction of the gate (paper)."""
     restitute_to: str = "normalized"
     """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
+    parts: int = 1
+    """Horizontal stripes with a head each; above 1 this is MRCN-P (the authors' earlier code: 4)."""
+    pool: Literal["average", "gem"] = "average"
+    """Pooling of the last feature map (field: average)."""
     weights: str | None = None
     """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
 
@@ -59,6 +71,8 @@ class TrainConfig:
     """Probability of the horizontal flip (paper: flip; field: .5)."""
     erase: float = 0.5
     """Probability of random erasing (paper: erasing; field: .5)."""
+    channel_augmentation: float = 0.0
+    """Probability that a visible image keeps one channel or its grey alone (CAJ, Ye et al. 2021; paper: none)."""
 
     label_smoothing: float = 0.1
     """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
@@ -76,6 +90,8 @@ class TrainConfig:
     """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
     detach_negative: bool = False
     """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
+    causality_weight: float = 0.1
+    """Weight of SNR's dual causality loss at a plug, for model snr (Jin et al. 2020, for the first stages)."""
 
     epochs: int = 80
     """Epochs (paper)."""
@@ -116,11 +132,12 @@ class TrainConfig:
     """Steps between two checkpoints, besides one at the end of each epoch."""
 
     def __post_init__(self) -> None:
-        self.milestones = tuple(self.milestones)  # a YAML list, a checkpoint's list
+        # YAML and checkpoints have lists.
+        self.milestones, self.stages = tuple(self.milestones), tuple(self.stages)
         at_least = {
             "height": 32, "width": 16, "identities": 2, "images": 1, "epochs": 1, "reduction": 1,
             "log_every": 1, "checkpoint_every": 1, "workers": 0, "padding": 0, "warmup_epochs": 0,
-            "lr": 0, "warmup_lr": 0, "seed": 0,
+            "lr": 0, "warmup_lr": 0, "seed": 0, "split": 1, "parts": 1,
         }  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
@@ -130,28 +147,34 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"got {name}={value}, expected at least 1, or none")
-        for name in ("flip", "erase", "label_smoothing"):
+        for name in ("flip", "erase", "label_smoothing", "channel_augmentation"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ConfigError(f"got {name}={getattr(self, name)}, expected a number from 0 to 1")
         if list(self.milestones) != sorted(set(self.milestones)):
             raise ConfigError(f"got milestones={self.milestones}, expected increasing epochs")
+        if self.split != 1 and self.dataset != "regdb":
+            raise ConfigError(
+                f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
+            )
 
     def model_arguments(self) -> dict[str, Any]:
         """The keyword arguments of ReIDModel that this run fixes."""
-        names = ("model", "depth", "stage", "gate", "reduction", "restitute_to", "backend")
+        names = (
+            "model", "depth", "stages", "gate", "reduction", "restitute_to", "parts", "pool", "backend",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def loss_arguments(self) -> dict[str, Any]:
         """The keyword arguments of ReIDLoss."""
         names = (
             "label_smoothing", "triplet_weight", "triplet_margin", "soft_margin",
-            "cqc_weight", "cqc_margin", "cqc_reduction", "detach_negative",
+            "cqc_weight", "cqc_margin", "cqc_reduction", "detach_negative", "causality_weight", "backend",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, for a checkpoint or JSON."""
-        return asdict(self) | {"milestones": list(self.milestones)}
+        return asdict(self) | {"milestones": list(self.milestones), "stages": list(self.stages)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -167,7 +190,7 @@ class TrainConfig:
 # What may differ when a run goes on: where things are and how far or how fast it runs, not what it computes.
 FREE_ON_RESUME = frozenset(
     (
-        "data", "out", "weights", "epochs", "steps", "backend", "accelerator", "workers", "log_every",
+        "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers", "log_every",
         "checkpoint_every",
     )
 )  # fmt: skip
