@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
-from mrcn_fast.reid.data import TrainingSet
+from mrcn_fast.reid.data.samples import PersonDataset, TrainingSet
 from mrcn_fast.reid.model import ReIDModel
 
-FORMAT = 1
+FORMAT = 2
 CHECKPOINT_NAME = "checkpoint.pth"
 
 
@@ -29,28 +29,29 @@ class DataIdentity(NamedTuple):
     """Which data set a model was trained on, so that it isn't scored on another by mistake."""
 
     name: str
+    split: int
     fingerprint: str  # of the training files' names, sizes and identities
     identities: tuple[int, ...]  # sorted; class i of the classifier is identities[i]
     images: tuple[int, int]  # visible, infrared
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, {len(self.identities)} identities, {self.images[0]} visible and {self.images[1]} "
-            f"infrared training images, fingerprint {self.fingerprint[:12]}"
+            f"{self.name}, split {self.split}, {len(self.identities)} identities, {self.images[0]} visible and "
+            f"{self.images[1]} infrared training images, fingerprint {self.fingerprint[:12]}"
         )
 
 
-def data_identity(name: str, root: str | Path, training: TrainingSet) -> DataIdentity:
-    """The identity of a training set: SHA-256 over each file's place below `root`, size and person.
+def data_identity(dataset: PersonDataset, training: TrainingSet) -> DataIdentity:
+    """The identity of a training set: SHA-256 over each file's place below the root, size and person.
 
     Sizes stand for the contents: reading every image would take minutes on the real data.
     """
     digest = hashlib.sha256()
     for sample in (*training.visible, *training.infrared):
-        place = Path(sample.path).relative_to(root).as_posix()
+        place = Path(sample.path).relative_to(dataset.root).as_posix()
         digest.update(f"{place}\t{os.path.getsize(sample.path)}\t{sample.identity}\n".encode())
     counts = (len(training.visible), len(training.infrared))
-    return DataIdentity(name, digest.hexdigest(), tuple(training.identities), counts)
+    return DataIdentity(dataset.name, dataset.split, digest.hexdigest(), tuple(training.identities), counts)
 
 
 class Checkpoint(NamedTuple):

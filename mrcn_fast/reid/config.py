@@ -37,7 +37,7 @@ class TrainConfig:
     """Leave out images that can't be read, named and counted, instead of stopping at one."""
 
     model: ModelName = "mrcn"
-    """mrcn; mrm or mcm, one half of it alone; snr; or baseline, the plain two-stream network (paper, Tables 2, 4)."""
+    """mrcn; mrm or mcm, half of it; snr; baseline, the plain two-stream network (paper, Tables 2 and 4)."""
     depth: Literal[18, 50] = 50
     """Layers of the ResNet (paper: 50)."""
     stages: tuple[int, ...] = (0,)
@@ -72,7 +72,7 @@ class TrainConfig:
     erase: float = 0.5
     """Probability of random erasing (paper: erasing; field: .5)."""
     channel_augmentation: float = 0.0
-    """Probability that a visible image keeps one channel or its grey alone (CAJ, Ye et al. 2021; paper: none)."""
+    """Probability that a visible image becomes one of its channels or its grey (CAJ's; paper: none)."""
 
     label_smoothing: float = 0.1
     """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
@@ -91,7 +91,7 @@ class TrainConfig:
     detach_negative: bool = False
     """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
     causality_weight: float = 0.1
-    """Weight of SNR's dual causality loss at a plug, for model snr (Jin et al. 2020, for the first stages)."""
+    """Weight of SNR's dual causality loss at each plug, for model snr (Jin et al. 2020, first stages)."""
 
     epochs: int = 80
     """Epochs (paper)."""
@@ -190,8 +190,8 @@ class TrainConfig:
 # What may differ when a run goes on: where things are and how far or how fast it runs, not what it computes.
 FREE_ON_RESUME = frozenset(
     (
-        "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers", "log_every",
-        "checkpoint_every",
+        "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers",
+        "log_every", "checkpoint_every",
     )
 )  # fmt: skip
 

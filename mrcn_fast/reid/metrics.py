@@ -28,6 +28,7 @@ class StepResult(NamedTuple):
     identity: float
     triplet: float
     cqc: float
+    causality: float
     accuracy: float  # share of all sets' samples that the classifier names right
     spread: float  # see `embedding_spread`
 
@@ -37,8 +38,11 @@ class StepResult(NamedTuple):
 
 
 def embedding_spread(pooled: Tensor) -> Tensor:
-    """Spread of (M, D) embeddings, a scalar: root of their total variance over their mean's length."""
-    pooled = pooled.detach().float()
+    """Spread of (parts, M, D) embeddings, a scalar: root of their total variance over their mean's length.
+
+    The parts of an image count as one embedding.
+    """
+    pooled = pooled.detach().float().transpose(0, 1).flatten(1)
     variance = pooled.var(dim=0, correction=0).sum()
     return (variance / pooled.mean(dim=0).square().sum().clamp_min(1e-24)).sqrt()
 

@@ -2,61 +2,174 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 import statistics
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor
 
+from mrcn_fast.block import MODALITIES
+from mrcn_fast.reid import reranking
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
+    Checkpoint,
+    CheckpointError,
     build_model,
     check_data,
     data_identity,
     load_checkpoint,
     write_json,
 )
+from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
-from mrcn_fast.reid.data import Sample
+from mrcn_fast.reid.data import open_dataset, recognize
+from mrcn_fast.reid.data.cache import cached
+from mrcn_fast.reid.data.images import readable
+from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.model import ReIDModel, use_layout
-from mrcn_fast.reid.training import DATASETS
 
 HEADLINE = ("rank1", "rank10", "rank20", "mAP", "mINP")
+
+
+class Trained(NamedTuple):
+    """A checkpoint's network, ready to give features, and the data set it is looked at on."""
+
+    path: Path
+    state: Checkpoint
+    config: TrainConfig
+    dataset: PersonDataset
+    model: ReIDModel
+
+    def features(
+        self,
+        samples: Sequence[Sample],
+        modality: Modality,
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        cache: str | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Test features of images of one modality, in their order: (n, `model.feature_size`), float32, CPU.
+
+        `model.test_sets` names the equal chunks of a feature. `cache`: folder of a memory-mapped cache.
+        Raises ValueError for a sample of another modality, DatasetError for an image that can't be read.
+        """
+        config = self.config
+        advance = None
+        if progress is not None:
+            task = progress.add_task(f"{modality} features", total=len(samples), status="")
+            advance = partial(progress.advance, task)
+        images = None
+        if cache is not None:
+            name = f"{self.dataset.name}-split{self.dataset.split}-test-{modality}"
+            size = (config.height, config.width)
+            images = cached(samples, size, filter=config.filter, folder=cache, name=name, workers=workers)
+        return extract(
+            self.model,
+            samples,
+            modality,
+            config,
+            batch_size=batch_size,
+            workers=workers,
+            images=images,
+            advance=advance,
+        )
+
+
+def open_trained(
+    checkpoint: str | Path,
+    data: str | Path,
+    *,
+    split: int | None = None,
+    other_data: bool = False,
+    backend: str | None = None,
+    accelerator: str = "auto",
+    permutations: str | Path | None = None,
+) -> Trained:
+    """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
+
+    `split` is only checked: a model is looked at on the split it was trained on. Raises CheckpointError where
+    the checkpoint can't be used, is of another split or, unless `other_data`, of another data set.
+    """
+    path = Path(checkpoint)
+    path = path / CHECKPOINT_NAME if path.is_dir() else path
+    state = load_checkpoint(path)
+    config = state.config
+    if split is not None and split != state.data.split:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
+            f"training images are test images of other splits. Give the checkpoint trained on split {split}"
+        )
+    found = recognize(data)
+    if found != config.dataset and not other_data:
+        raise CheckpointError(
+            f"{path}: this checkpoint belongs to another data set: expected a tree of {config.dataset}, "
+            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other_data"
+        )
+    dataset = open_dataset(
+        found, data, split=state.data.split if found == "regdb" else 1, permutations=permutations
+    )
+    if not other_data:
+        check_data(path, state, data_identity(dataset, dataset.training()))
+    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
+    model = build_model(path, state, backend)
+    use_layout(model, config.channels_last)
+    # The wrapper brings device and precision, and must be told of methods besides forward.
+    wrapped = fabric.setup_module(model)
+    wrapped.mark_forward_method("extract")
+    return Trained(path, state, config, dataset, cast(ReIDModel, wrapped))
 
 
 def score_checkpoint(
     checkpoint: str | Path,
     data: str | Path,
     *,
-    mode: str = "all",
-    shots: int = 1,
-    trials: int = 10,
-    draw: str = "random",
+    mode: str | None = None,
+    shots: int | None = None,
+    draw: str | None = None,
+    trials: int | None = None,
+    permutations: str | None = None,
+    rerank: bool = False,
+    split: int | None = None,
     other_data: bool = False,
+    skip_unreadable: bool = False,
+    cache: str | None = None,
     backend: str | None = None,
     accelerator: str = "auto",
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Score a checkpoint, infrared query against visible gallery, and write the result beside it as JSON.
+    """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
 
-    Everything about the network comes from the checkpoint. A score is the mean over the trials, with their
-    standard deviation (of a sample); the JSON's name says mode, shots and draw.
+    Everything about the network comes from the checkpoint. SYSU-MM01 searches the visible gallery for
+    infrared queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean
+    over the trials, with their standard deviation (of a sample).
 
     Args:
         checkpoint: the file `mrcn-fast train` wrote, or the folder it is in
         data: root of the data set's tree
-        mode: all or indoor: the gallery's cameras
-        shots: gallery images of an identity and camera: 1, or 10 for multi-shot
-        trials: gallery draws to average over
-        draw: how a gallery is drawn: random (the field's PyTorch code) or official (rand_perm_cam.mat)
+        mode: SYSU-MM01: all, indoor or both: the gallery's cameras; none: all
+        shots: SYSU-MM01: gallery images of an identity and camera: 1, or 10 for multi-shot; none: 1
+        draw: SYSU-MM01: how a gallery is drawn: random (the field's PyTorch code) or official; none: random
+        trials: SYSU-MM01, LLCM: gallery draws to average over; none: 10
+        permutations: path of the official draw, rand_perm_cam.mat; none: it lies in the tree
+        rerank: re-rank by k-reciprocal neighbours (Zhong et al. 2017); the result says so
+        split: refuse a checkpoint of another split than this
         other_data: score on a tree other than the one trained on, which is refused else
+        skip_unreadable: leave out images that can't be read, named and counted, which are an error else
+        cache: folder for a memory-mapped cache of the resized images; none: no cache
         backend: backend of the block; none: the best that serves
         accelerator: where to compute, as lightning-fabric names it
         batch_size: images a pass
@@ -67,112 +180,177 @@ def score_checkpoint(
     `other_data`, the data set isn't the one trained on, DatasetError and ValueError for what the data set
     can't give.
     """
-    if trials < 1:
-        raise ValueError(f"got trials={trials}, expected at least 1")
-    path = Path(checkpoint)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
-    state = load_checkpoint(path)
-    config = state.config
-    dataset = DATASETS[config.dataset](data)
-    if not other_data:
-        check_data(path, state, data_identity(config.dataset, dataset.root, dataset.training()))
-    query = list(dataset.query())
-    galleries = [dataset.gallery(mode, shots=shots, trial=trial, draw=draw) for trial in range(trials)]
-    # The trials share most of their images; each is read and passed through the network once.
-    places: dict[Path, int] = {}
-    images: list[Sample] = []
-    for sample in (sample for gallery in galleries for sample in gallery):
-        if sample.path not in places:
-            places[sample.path] = len(images)
-            images.append(sample)
-
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
-    model = build_model(path, state, backend)
-    use_layout(model, config.channels_last)
-    # The wrapper brings device and precision, and must be told of methods besides forward.
-    fabric_module = fabric.setup_module(model)
-    fabric_module.mark_forward_method("extract")
-    wrapped = cast(ReIDModel, fabric_module)
-    own = progress is None
-    bars = progress_bars() if progress is None else progress
-    if own:
-        bars.start()
-    task = bars.add_task(f"features of {config.model}", total=len(query) + len(images), status="")
-    try:
-        options: dict[str, Any] = dict(
-            batch_size=batch_size,
-            workers=workers,
-            advance=lambda count: bars.advance(task, count),
-        )
-        query_features = extract(wrapped, query, "infrared", config, **options)
-        gallery_features = extract(wrapped, images, "visible", config, **options)
-    finally:
-        if own:
-            bars.stop()
-
-    rows = []
-    for gallery in galleries:
-        index = torch.tensor([places[sample.path] for sample in gallery], device=gallery_features.device)
-        # The field's distance: minus the dot product of features whose sets have length 1.
-        distance = -(query_features @ gallery_features[index].T)
-        rows.append(score_trial(distance, query, gallery, config.dataset))
+    trained = open_trained(
+        checkpoint,
+        data,
+        split=split,
+        other_data=other_data,
+        backend=backend,
+        accelerator=accelerator,
+        permutations=permutations,
+    )
+    options = {"mode": mode, "shots": shots, "draw": draw, "trials": trials}
+    searches = searches_of(
+        trained.dataset, {name: value for name, value in options.items() if value is not None}
+    )
+    samples = _by_modality(searches)
+    unreadable: set[Path] = set()
+    if skip_unreadable:
+        for modality, images in samples.items():
+            samples[modality], left_out = readable(images, workers=workers)
+            unreadable.update(sample.path for sample in left_out)
+    with progress_bars() if progress is None else nullcontext(progress) as bars:
+        tables = {
+            modality: _FeatureTable(
+                images,
+                trained.features(
+                    images, modality, batch_size=batch_size, workers=workers, cache=cache, progress=bars
+                ),
+            )
+            for modality, images in samples.items()
+        }
+    scored = {search.name: _score_search(_without(search, unreadable), tables, rerank) for search in searches}
     result = {
-        "dataset": config.dataset,
-        "mode": mode,
-        "shots": shots,
-        "draw": draw,
-        "trials": trials,
-        "queries": len(query),
-        "valid_queries": [row["valid_queries"] for row in rows],
-        "gallery_images": len(galleries[0]),
-        "mean": {name: statistics.fmean(row[name] for row in rows) for name in HEADLINE},
-        "std": {
-            name: statistics.stdev(row[name] for row in rows) if trials > 1 else 0.0 for name in HEADLINE
-        },
-        "per_trial": rows,
-        "checkpoint": str(path),
-        "step": state.step,
-        "epoch": state.epoch,
-        "trained_on": state.data._asdict(),
+        "dataset": trained.dataset.name,
+        "split": trained.dataset.split,
+        "headline": searches[0].name,
+        "rerank": rerank,
+        "searches": scored,
+        "unreadable": sorted(map(str, unreadable)),
+        "checkpoint": str(trained.path),
+        "step": trained.state.step,
+        "epoch": trained.state.epoch,
+        "trained_on": trained.state.data._asdict(),
         "data": str(data),
-        "config": config.as_dict(),
+        "config": trained.config.as_dict(),
     }
-    written = path.with_name(f"test-{mode}-{shots}shot-{draw}.json")
+    written = trained.path.with_name(result_name(searches, rerank))
     result["path"] = str(written)
     write_json(written, result)
     return result
 
 
-def score_trial(distance: Tensor, query: list[Sample], gallery: list[Sample], dataset: str) -> dict[str, Any]:
-    """Scores of one trial under the data set's protocol, from (queries, gallery) distances."""
+def result_name(searches: Sequence[Search], rerank: bool = False) -> str:
+    """The file name of a result, from what was searched: test-all-search-single-shot-random-draw.json."""
+    words = ["test", *(search.name for search in searches), searches[0].settings, "reranked" * rerank]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-") + ".json"
+
+
+def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:
+    """The searches of a data set's protocol. ValueError for an option that its protocol hasn't."""
+    known = inspect.signature(dataset.searches).parameters
+    if unknown := sorted(set(options) - set(known)):
+        raise ValueError(
+            f"{dataset.name}'s protocol has no {', '.join(unknown)}; "
+            + (f"it has {', '.join(known)}" if known else "nothing in it is to be chosen")
+        )
+    return dataset.searches(**options)
+
+
+class _FeatureTable:
+    """Features of images by the image's path."""
+
+    def __init__(self, samples: Sequence[Sample], features: Tensor) -> None:
+        self._rows = {sample.path: row for row, sample in enumerate(samples)}
+        self._features = features
+
+    def of(self, samples: Iterable[Sample]) -> Tensor:
+        return self._features[[self._rows[sample.path] for sample in samples]]
+
+
+def _by_modality(searches: Sequence[Search]) -> dict[Modality, list[Sample]]:
+    """Each image of the searches once, by modality: trials and directions share most of them.
+
+    Raises ValueError where a search doesn't go from one modality to the other.
+    """
+    found: dict[Modality, dict[Path, Sample]] = {}
+    for search in searches:
+        gallery = [sample for trial in search.galleries for sample in trial]
+        sides = [{sample.modality for sample in side} for side in (search.query, gallery)]
+        if not all(len(side) == 1 and side <= set(MODALITIES) for side in sides) or sides[0] == sides[1]:
+            raise ValueError(
+                f"{search.name}: got a query of {_names(sides[0])} and a gallery of {_names(sides[1])} "
+                "images, expected one modality against the other"
+            )
+        for sample in (*search.query, *gallery):
+            found.setdefault(sample.modality, {})[sample.path] = sample
+    return {modality: list(images.values()) for modality, images in found.items()}
+
+
+def _names(modalities: set[Modality]) -> str:
+    return " and ".join(sorted(map(str, modalities))) or "no"
+
+
+def _without(search: Search, unreadable: set[Path]) -> Search:
+    def kept(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+        return tuple(sample for sample in samples if sample.path not in unreadable)
+
+    return search._replace(query=kept(search.query), galleries=tuple(map(kept, search.galleries)))
+
+
+def _score_search(search: Search, tables: dict[Modality, _FeatureTable], reranked: bool) -> dict[str, Any]:
+    query = tables[search.query[0].modality].of(search.query)
+    rows = []
+    for gallery in search.galleries:
+        features = tables[gallery[0].modality].of(gallery)
+        # The field's distance: minus the dot product of features whose sets have length 1.
+        distance = reranking.rerank(query, features) if reranked else -(query @ features.T)
+        rows.append(score_trial(distance, search.query, gallery, search.protocol))
+    trials = len(rows)
+    return {
+        "protocol": search.protocol,
+        "settings": search.settings,
+        "trials": trials,
+        "queries": len(search.query),
+        "valid_queries": [row["valid_queries"] for row in rows],
+        "gallery_images": [len(gallery) for gallery in search.galleries],
+        "mean": {name: statistics.fmean(row[name] for row in rows) for name in HEADLINE},
+        "std": {
+            name: statistics.stdev(row[name] for row in rows) if trials > 1 else 0.0 for name in HEADLINE
+        },
+        "per_trial": rows,
+    }
+
+
+def score_trial(
+    distance: Tensor, query: Sequence[Sample], gallery: Sequence[Sample], protocol: str
+) -> dict[str, Any]:
+    """Scores of one trial from (queries, gallery) distances: shares of 1 by the names in `HEADLINE`."""
     scores = score(
         distance,
         torch.tensor([sample.identity for sample in query]),
         torch.tensor([sample.identity for sample in gallery]),
         query_cameras=torch.tensor([sample.camera for sample in query]),
         gallery_cameras=torch.tensor([sample.camera for sample in gallery]),
-        protocol=PROTOCOLS[dataset],
+        protocol=protocol,
         max_rank=20,
     )
     ranks = {f"rank{rank}": float(scores.cmc[rank - 1]) for rank in (1, 10, 20)}
     return ranks | {"mAP": scores.mAP, "mINP": scores.mINP, "valid_queries": scores.valid_queries}
 
 
-PROTOCOLS = {"sysu-mm01": "sysu"}
-
-
 def describe(result: dict[str, Any]) -> str:
     """A result in a few lines: what was measured, then the figures in percent, mean ± standard deviation."""
-    valid = sorted(set(result["valid_queries"]))
-    valid_text = str(valid[0]) if len(valid) == 1 else f"{valid[0]} to {valid[-1]}"
     names = {"rank1": "Rank-1", "rank10": "Rank-10", "rank20": "Rank-20"}
-    lines = [
-        f"{result['dataset']}, {result['mode']}-search, {result['shots']} shot{'s' * (result['shots'] > 1)}, "
-        f"{result['draw']} draw, {result['trials']} trial{'s' * (result['trials'] > 1)}, "
-        f"{valid_text} of {result['queries']} queries valid, {result['gallery_images']} gallery images each"
-    ]
-    lines += [
-        f"  {names.get(name, name):8s}{100 * result['mean'][name]:6.2f} ± {100 * result['std'][name]:.2f}"
-        for name in HEADLINE
-    ]
+    lines = []
+    for name, search in result["searches"].items():
+        trials = search["trials"]
+        described = [f"{result['dataset']}, split {result['split']}", name, search["settings"]]
+        described += ["re-ranked"] * result["rerank"] + [f"{trials} trial{'s' * (trials > 1)}"]
+        described += [
+            f"{_range(search['valid_queries'])} of {search['queries']} queries valid",
+            f"{_range(search['gallery_images'])} gallery images",
+        ]
+        lines.append(", ".join(filter(None, described)))
+        lines += [
+            f"  {names.get(key, key):8s}{100 * search['mean'][key]:6.2f} ± {100 * search['std'][key]:.2f}"
+            for key in HEADLINE
+        ]
+    if result["unreadable"]:
+        lines.append(f"left out {len(result['unreadable'])} images that can't be read, named in the result")
     return "\n".join([*lines, f"written to {result['path']}"])
+
+
+def _range(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return str(least) if least == most else f"{least} to {most}"

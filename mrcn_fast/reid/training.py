@@ -29,14 +29,12 @@ from mrcn_fast.reid.checkpoint import (
 )
 from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
 from mrcn_fast.reid.console import progress_bars
-from mrcn_fast.reid.data import SYSUMM01, Augmentation
+from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.metrics import METRICS_NAME, CollapseWatch, Journal, StepResult, embedding_spread
 from mrcn_fast.reid.model import ReIDModel, use_layout
 
 log = logging.getLogger(__name__)
-
-DATASETS = {SYSUMM01.name: SYSUMM01}
 
 
 class TrainingError(RuntimeError):
@@ -55,9 +53,9 @@ class Trainer:
         self.config = config
         self.out = Path(config.out)
         self.checkpoint_path = self.out / CHECKPOINT_NAME
-        dataset = DATASETS[config.dataset](config.data)
+        dataset = open_dataset(config.dataset, config.data, split=config.split)
         self.training = dataset.training()
-        self.data = data_identity(config.dataset, dataset.root, self.training)
+        self.data = data_identity(dataset, self.training)
 
         torch.manual_seed(config.seed)
         random.seed(config.seed)
@@ -72,8 +70,18 @@ class Trainer:
         self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
         self.loss = ReIDLoss(**config.loss_arguments())
         size = (config.height, config.width)
-        self.augment = Augmentation(size, padding=config.padding, flip=config.flip, erase=config.erase)
-        self.batches = TrainingBatches(self.training, config, pin_memory=self.fabric.device.type == "cuda")
+        self.augment: dict[Modality, Augmentation] = {
+            modality: Augmentation(
+                size, padding=config.padding, flip=config.flip, erase=config.erase, channel=channel
+            )
+            for modality, channel in (("visible", config.channel_augmentation), ("infrared", 0.0))
+        }
+        self.batches = TrainingBatches(
+            self.training,
+            config,
+            name=f"{dataset.name}-split{dataset.split}",
+            pin_memory=self.fabric.device.type == "cuda",
+        )
         self.journal = Journal(self.out / METRICS_NAME)
         self._watch = CollapseWatch()
         # Steps done, and the place of the next batch.
@@ -92,10 +100,12 @@ class Trainer:
         """
         labels = batch.labels.to(self.fabric.device)
         self._model.train()
-        output = self._model(self.prepared(batch.visible), self.prepared(batch.infrared))
+        output = self._model(
+            self.prepared(batch.visible, "visible"), self.prepared(batch.infrared, "infrared")
+        )
         parts = self.loss(output, labels)
         with torch.no_grad():
-            right = output.logits.argmax(1) == labels.repeat(self.model.sets)
+            right = output.logits.argmax(2) == labels.repeat(self.model.sets)
             measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
             # One transfer from the device a step, for the check below and the journal alike.
             result = StepResult(*torch.stack(measured).tolist())
@@ -106,22 +116,24 @@ class Trainer:
         self._optimizer.step()
         return result
 
-    def prepared(self, images: Tensor) -> Tensor:
+    def prepared(self, images: Tensor, modality: Modality) -> Tensor:
         """A batch of uint8 images as the network takes it: on the device, augmented, in the run's layout."""
         images = images.to(self.fabric.device, non_blocking=True)
-        return self.augment(images).contiguous(memory_format=self.layout)
+        augmented: Tensor = self.augment[modality](images)
+        return augmented.contiguous(memory_format=self.layout)
 
     def fit(self, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> Path:
         """Train to the last step, writing checkpoint and metrics on the way; returns the checkpoint's path.
 
         `resume` goes on from the checkpoint in `out`, exactly: on the CPU the weights end bitwise as if the
-        run had never stopped. Without it, an `out` that holds a checkpoint is refused unless `overwrite`.
+        run had never stopped; a run that was stopped before its first checkpoint begins anew. Without
+        `resume`, an `out` that holds a checkpoint is refused unless `overwrite`.
 
         Raises TrainingError and CheckpointError. Ctrl-C leaves the last checkpoint whole, says where it is,
         and passes on.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        if resume:
+        if resume and self.checkpoint_path.exists():
             self._resume()
         elif self.checkpoint_path.exists() and not overwrite:
             raise TrainingError(
@@ -129,6 +141,8 @@ class Trainer:
                 "(--overwrite), or give another folder (--out)."
             )
         else:
+            if resume:
+                log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
             # The old run goes as a whole: its checkpoint beside this one's metrics would belong to neither.
             self.checkpoint_path.unlink(missing_ok=True)
             self.journal.clear()
@@ -152,10 +166,15 @@ class Trainer:
         config = self.config
         log.info(
             "%s, ResNet-%d, on %s in %s: %d steps on %s",
-            *(config.model, config.depth, self.fabric.device, config.precision, self.total_steps, self.data),
+            *(self._title(), config.depth, self.fabric.device, config.precision, self.total_steps, self.data),
         )
         if config.weights is None:
             log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
+
+    def _title(self) -> str:
+        config = self.config
+        plugs = "" if config.model == "baseline" else f" after stage {', '.join(map(str, config.stages))}"
+        return f"{config.model}{plugs}" + (f", {config.parts} parts" if config.parts > 1 else "")
 
     def _run_epoch(self, bars: Progress, task: TaskID) -> None:
         """Train from the current place to the epoch's end, or to the run's."""
@@ -233,7 +252,8 @@ class Trainer:
     def _not_finite(self, batch: Batch, result: StepResult) -> str:
         return (
             f"step {self.step_count + 1} (epoch {self.epoch + 1}): the loss isn't finite "
-            f"(total {result.loss}, identity {result.identity}, triplet {result.triplet}, cqc {result.cqc}). "
+            f"(total {result.loss}, identity {result.identity}, triplet {result.triplet}, cqc {result.cqc}, "
+            f"causality {result.causality}). "
             f"The weights were not touched. {self._last_checkpoint()} The batch's files:\n  "
             + "\n  ".join(batch.files(self.training))
         )
@@ -256,7 +276,7 @@ def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:
 
     A group's share stands in its `scale`; the schedule multiplies by it.
     """
-    head = [*model.neck.parameters(), *model.classifier.parameters()]
+    head = list(model.head())
     in_head = {id(parameter) for parameter in head}
     rest = [parameter for parameter in model.parameters() if id(parameter) not in in_head]
     groups = [

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, Protocol
 
 Modality = Literal["visible", "infrared"]
 
@@ -45,6 +45,23 @@ class Search(NamedTuple):
     settings: str
     query: tuple[Sample, ...]
     galleries: tuple[tuple[Sample, ...], ...]
+
+
+class PersonDataset(Protocol):
+    """A data set read from the tree that its owners ship.
+
+    name: as checkpoints and results have it; root: of the tree; split: 1 where the data set has one only.
+    `searches` takes the options that the data set's protocol leaves open; its first search is the headline.
+    """
+
+    name: ClassVar[str]
+    root: Path
+    split: int
+
+    def training(self) -> TrainingSet: ...
+
+    @property
+    def searches(self) -> Callable[..., list[Search]]: ...
 
 
 def pair_modalities(samples: Iterable[Sample], name: str) -> TrainingSet:
