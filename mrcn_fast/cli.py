@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import platform
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fast[reid]"'
@@ -101,18 +103,27 @@ def _info(argv: list[str]) -> int:
 
 
 def _synth(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import progress_bars
+    from mrcn_fast.reid.data.synthetic import WRITERS
+
+    # The layout first: the other flags are those of its writer.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--layout", choices=WRITERS, default="sysu")
+    write = WRITERS[first.parse_known_args(argv)[0].layout]
     parser = _parser("synth")
     parser.add_argument("--out", required=True, help="folder for the tree; made where it isn't there")
-    parser.add_argument("--layout", choices=["sysu"], default="sysu", help="data set whose tree is written")
-    from mrcn_fast.reid.console import progress_bars
-    from mrcn_fast.reid.data import write_sysu
-
-    parser.add_function_arguments(write_sysu, skip={"root", "progress"})
+    parser.add_argument(
+        "--layout",
+        choices=list(WRITERS),
+        default="sysu",
+        help="data set whose tree is written; --layout NAME --help lists the flags of each",
+    )
+    parser.add_function_arguments(write, skip={"root", "progress"})
     values = parser.parse_args(_underscored(argv)).as_dict()
     values.pop("layout")
     with progress_bars() as bars:
         task = bars.add_task("images", total=None, status="")
-        root = write_sysu(
+        root = write(
             values.pop("out"),
             progress=lambda done, total: bars.update(task, completed=done, total=total),
             **values,
@@ -122,19 +133,28 @@ def _synth(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    parser = _parser("train")
     from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console
+    from mrcn_fast.reid.recipes import load_recipe
     from mrcn_fast.reid.training import Trainer
 
+    # The recipe first: its values are the defaults that all other flags override.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--recipe")
+    recipe = first.parse_known_args(argv)[0].recipe
+    parser = _config_parser({} if recipe is None else load_recipe(recipe))
+    parser.add_argument(
+        "--recipe",
+        help="a row of the paper's tables, such as regdb-mrcn, or a .yaml file like it; flags override it",
+    )
     parser.add_argument(
         "--config", action="config", help="YAML file of the values below; later flags override it"
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    parser.add_class_arguments(TrainConfig, as_group=False)
     values = parser.parse_args(_underscored(argv)).as_dict()
     values.pop("config")
+    values.pop("recipe")
     resume, overwrite = values.pop("resume"), values.pop("overwrite")
     log_to_console()
     print(Trainer(TrainConfig(**values)).fit(resume=resume, overwrite=overwrite))
@@ -150,6 +170,64 @@ def _test(argv: list[str]) -> int:
     values = parser.parse_args(_underscored(argv)).as_dict()
     log_to_console(logging.WARNING)
     print(describe(score_checkpoint(**values)))
+    return 0
+
+
+def _table(argv: list[str]) -> int:
+    from mrcn_fast.reid.config import TrainConfig
+    from mrcn_fast.reid.console import log_to_console, progress_bars
+    from mrcn_fast.reid.recipes import table_names
+    from mrcn_fast.reid.tables import OVERLAY, markdown, run_table, synthetic_trees
+
+    parser = argparse.ArgumentParser(
+        prog="mrcn-fast table",
+        description=COMMANDS["table"].help,
+        epilog="All other flags are those of `mrcn-fast train` and override the recipes' values.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("table", choices=table_names(), help="of the paper")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", nargs="+", metavar="TREE", help="the trees of RegDB and SYSU-MM01, or one")
+    source.add_argument(
+        "--synthetic", action="store_true", help="on synthetic trees, scaled down to what two cores train"
+    )
+    source.add_argument("--from", dest="file", metavar="FILE", help="only print a table made before")
+    parser.add_argument("--out", default="runs/tables", help="folder for runs and table (%(default)s)")
+    parser.add_argument("--splits", type=int, default=10, help="RegDB splits to train on (%(default)s)")
+    parser.add_argument("--trials", type=int, default=10, help="SYSU-MM01's gallery draws (%(default)s)")
+    parser.add_argument("--shots", type=int, default=1, help="SYSU-MM01: 1 or 10 (%(default)s)")
+    parser.add_argument("--draw", default="random", help="SYSU-MM01: random or official (%(default)s)")
+    known, flags = parser.parse_known_args(_underscored(argv))
+    if known.file:
+        print(markdown(json.loads(Path(known.file).read_text(encoding="utf-8"))))
+        return 0
+    log_to_console()
+    with progress_bars() as bars:
+        trees = synthetic_trees(Path(known.out) / "data", bars) if known.synthetic else known.data
+        table = run_table(
+            known.table,
+            trees,
+            out=known.out,
+            splits=1 if known.synthetic else known.splits,
+            options={"trials": known.trials, "shots": known.shots, "draw": known.draw},
+            overlay=OVERLAY if known.synthetic else None,
+            configure=lambda values: TrainConfig(**_config_parser(values).parse_args(flags).as_dict()),
+            progress=bars,
+        )
+    print(markdown(table))
+    return 0
+
+
+def _figures(argv: list[str]) -> int:
+    parser = _parser("figures")
+    from mrcn_fast.reid.console import log_to_console
+    from mrcn_fast.reid.figures import make_figures
+
+    parser.add_function_arguments(make_figures, skip={"progress"})
+    values = parser.parse_args(_underscored(argv)).as_dict()
+    log_to_console(logging.WARNING)
+    for path in make_figures(**values)["files"]:
+        print(path)
     return 0
 
 
@@ -173,9 +251,11 @@ def _demo(argv: list[str]) -> int:
 
 COMMANDS = {
     "info": Command("versions, and which backends are usable here and why (not)", _info),
-    "synth": Command("write a synthetic data set in SYSU-MM01's tree", _synth),
-    "train": Command("train MRCN or the two-stream baseline", _train),
+    "synth": Command("write a synthetic data set in the tree of SYSU-MM01, RegDB or LLCM", _synth),
+    "train": Command("train MRCN or a network it is compared with", _train),
     "test": Command("score a checkpoint on the data set's test images", _test),
+    "table": Command("run what a table of the paper lacks, and print ours beside the paper's", _table),
+    "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
     "bench": Command("measure the kernels beside plain PyTorch", _bench),
     "demo": Command("synthetic data, training and scores of both models, in one go", _demo),
 }
@@ -188,6 +268,16 @@ def _parser(name: str) -> Any:
     if hasattr(jsonargparse, "set_parsing_settings"):
         jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     return jsonargparse.ArgumentParser(prog=f"mrcn-fast {name}", description=COMMANDS[name].help)
+
+
+def _config_parser(defaults: Mapping[str, Any]) -> Any:
+    """A parser of TrainConfig's flags with these values as defaults."""
+    from mrcn_fast.reid.config import TrainConfig
+
+    parser = _parser("train")
+    parser.add_class_arguments(TrainConfig, as_group=False)
+    parser.set_defaults(dict(defaults))
+    return parser
 
 
 def _underscored(argv: list[str]) -> list[str]:

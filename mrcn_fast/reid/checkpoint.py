@@ -36,8 +36,8 @@ class DataIdentity(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{self.name}, split {self.split}, {len(self.identities)} identities, {self.images[0]} visible and "
-            f"{self.images[1]} infrared training images, fingerprint {self.fingerprint[:12]}"
+            f"{self.name}, split {self.split}, {len(self.identities)} identities, {self.images[0]} visible "
+            f"and {self.images[1]} infrared training images, fingerprint {self.fingerprint[:12]}"
         )
 
 

@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.reid import reranking
@@ -57,29 +58,24 @@ class Trained(NamedTuple):
         *,
         batch_size: int = 64,
         workers: int = 0,
-        cache: str | None = None,
+        images: Dataset[Tensor] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
         """Test features of images of one modality, in their order: (n, `model.feature_size`), float32, CPU.
 
-        `model.test_sets` names the equal chunks of a feature. `cache`: folder of a memory-mapped cache.
-        Raises ValueError for a sample of another modality, DatasetError for an image that can't be read.
+        `model.test_sets` names the equal chunks of a feature. `images` stands in for the files, such as a
+        cache of them. Raises ValueError for a sample of another modality, DatasetError for an image that
+        can't be read.
         """
-        config = self.config
         advance = None
         if progress is not None:
             task = progress.add_task(f"{modality} features", total=len(samples), status="")
             advance = partial(progress.advance, task)
-        images = None
-        if cache is not None:
-            name = f"{self.dataset.name}-split{self.dataset.split}-test-{modality}"
-            size = (config.height, config.width)
-            images = cached(samples, size, filter=config.filter, folder=cache, name=name, workers=workers)
         return extract(
             self.model,
             samples,
             modality,
-            config,
+            self.config,
             batch_size=batch_size,
             workers=workers,
             images=images,
@@ -199,16 +195,17 @@ def score_checkpoint(
         for modality, images in samples.items():
             samples[modality], left_out = readable(images, workers=workers)
             unreadable.update(sample.path for sample in left_out)
+    name = result_name(searches, rerank)
+    tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
-        tables = {
-            modality: _FeatureTable(
-                images,
-                trained.features(
-                    images, modality, batch_size=batch_size, workers=workers, cache=cache, progress=bars
-                ),
+        for modality, images in samples.items():
+            source = None
+            if cache is not None:
+                source = _cached(trained, images, cache, f"{Path(name).stem}-{modality}", workers)
+            features = trained.features(
+                images, modality, batch_size=batch_size, workers=workers, images=source, progress=bars
             )
-            for modality, images in samples.items()
-        }
+            tables[modality] = _FeatureTable(images, features)
     scored = {search.name: _score_search(_without(search, unreadable), tables, rerank) for search in searches}
     result = {
         "dataset": trained.dataset.name,
@@ -224,7 +221,7 @@ def score_checkpoint(
         "data": str(data),
         "config": trained.config.as_dict(),
     }
-    written = trained.path.with_name(result_name(searches, rerank))
+    written = trained.path.with_name(name)
     result["path"] = str(written)
     write_json(written, result)
     return result
@@ -245,6 +242,20 @@ def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]
             + (f"it has {', '.join(known)}" if known else "nothing in it is to be chosen")
         )
     return dataset.searches(**options)
+
+
+def _cached(
+    trained: Trained, samples: Sequence[Sample], folder: str, part: str, workers: int
+) -> Dataset[Tensor]:
+    config, dataset = trained.config, trained.dataset
+    return cached(
+        samples,
+        (config.height, config.width),
+        filter=config.filter,
+        folder=folder,
+        name=f"{dataset.name}-split{dataset.split}-{part}",
+        workers=workers,
+    )
 
 
 class _FeatureTable:
