@@ -1,4 +1,4 @@
-"""`mrcn-fast table`: train and score what a table of the paper still lacks, and print it beside the paper's."""
+"""`mrcn-fast table`: train and score what a table of the paper lacks, and print ours beside the paper's."""
 
 from __future__ import annotations
 
