@@ -1,4 +1,4 @@
-"""A tiny synthetic data set and the values of a tiny run on it."""
+"""Tiny synthetic data sets and the values of a tiny run on it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ import pytest
 
 pytest.importorskip("lightning_fabric", reason="the re-identification tests need the packages of [reid]")
 
+from rich.progress import Progress
+
 from mrcn_fast.reid.config import TrainConfig
-from mrcn_fast.reid.data import write_sysu
+from mrcn_fast.reid.data import write_llcm, write_regdb, write_sysu
+from mrcn_fast.reid.training import Trainer
 
 # The smallest run that still has every part: ResNet-18 on 32 x 16 pixels, 2 identities x 2 images.
 TINY: dict[str, Any] = {
@@ -28,6 +31,20 @@ def tiny_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_regdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RegDB's tree: four training and four test identities in each of two splits, two images a modality."""
+    root = tmp_path_factory.mktemp("data") / "regdb"
+    return write_regdb(root, identities=8, images=2, splits=2, image_size=(32, 16))
+
+
+@pytest.fixture(scope="session")
+def tiny_llcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LLCM's tree: four training and three test identities, an image a camera."""
+    root = tmp_path_factory.mktemp("data") / "llcm"
+    return write_llcm(root, identities=7, test_identities=3, images_per_camera=1, image_size=(32, 16))
+
+
+@pytest.fixture(scope="session")
 def tiny_run(tiny_tree: Path) -> TrainConfig:
     """Six steps in two epochs; its `out` is nobody's: replace it."""
     return TrainConfig(data=str(tiny_tree), **TINY)
@@ -37,3 +54,10 @@ def tiny_run(tiny_tree: Path) -> TrainConfig:
 def tiny_config(tiny_run: TrainConfig, tmp_path: Path) -> TrainConfig:
     """`tiny_run` into a folder of the test's own."""
     return dataclasses.replace(tiny_run, out=str(tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a finished run of `tiny_run`; tests only read it."""
+    config = dataclasses.replace(tiny_run, out=str(tmp_path_factory.mktemp("finished")))
+    return Trainer(config).fit(progress=Progress(disable=True))

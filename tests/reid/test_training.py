@@ -32,7 +32,6 @@ from mrcn_fast.reid.checkpoint import (
 )
 from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, write_sysu
-from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.metrics import CollapseWatch, Journal, StepResult, embedding_spread
 from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.scoring import score_checkpoint
@@ -47,13 +46,6 @@ def train(config: TrainConfig, **arguments: Any) -> Trainer:
     trainer = Trainer(config)
     trainer.fit(progress=quiet(), **arguments)
     return trainer
-
-
-@pytest.fixture(scope="module")
-def finished(tiny_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The checkpoint of a finished run of six steps; tests only read it."""
-    out = tmp_path_factory.mktemp("finished")
-    return train(dataclasses.replace(tiny_run, out=str(out))).checkpoint_path
 
 
 # The values.
@@ -79,13 +71,7 @@ def test_the_schedule_is_the_papers(epoch: int, expected: float) -> None:
 
 def test_the_defaults_are_the_papers() -> None:
     config = TrainConfig(data="")
-    assert (config.model, config.depth, config.stage, config.gate, config.reduction) == (
-        "mrcn",
-        50,
-        0,
-        "se",
-        16,
-    )
+    assert (config.model, config.depth, config.stages, config.gate) == ("mrcn", 50, (0,), "se")
     assert (config.height, config.width, config.identities, config.images) == (288, 128, 4, 4)
     assert (config.epochs, config.momentum, config.weight_decay, config.trunk_lr) == (80, 0.9, 5e-4, 0.1)
     assert (config.triplet_weight, config.cqc_weight, config.cqc_margin) == (1.0, 1.2, 0.2)
@@ -99,6 +85,8 @@ def test_the_defaults_are_the_papers() -> None:
         ({"flip": 1.5}, "got flip=1.5"),
         ({"milestones": (60, 20)}, "expected increasing epochs"),
         ({"height": 8}, "got height=8"),
+        ({"split": 2}, "sysu-mm01 has one split"),
+        ({"parts": 0}, "got parts=0, expected at least 1"),
     ],
 )
 def test_bad_values_are_refused(values: dict[str, Any], told: str) -> None:
@@ -107,7 +95,7 @@ def test_bad_values_are_refused(values: dict[str, Any], told: str) -> None:
 
 
 def test_the_configuration_survives_json() -> None:
-    config = TrainConfig(data="somewhere", milestones=(3, 7), steps=5)
+    config = TrainConfig(data="somewhere", milestones=(3, 7), steps=5, stages=(0, 2))
     values = json.loads(json.dumps(config.as_dict()))
     assert TrainConfig.from_dict(values) == config
     with pytest.raises(ConfigError, match=r"unknown values.*colour"):
@@ -121,7 +109,7 @@ def test_neck_and_classifier_learn_at_the_full_rate() -> None:
     model = ReIDModel(5, depth=18)
     optimizer = make_optimizer(model, TrainConfig(data=""))
     head, rest = optimizer.param_groups
-    assert {id(p) for p in head["params"]} == {id(model.neck.weight), id(model.classifier.weight)}
+    assert {id(p) for p in head["params"]} == {id(p) for p in model.head() if p.requires_grad}
     assert (head["scale"], rest["scale"]) == (1.0, 0.1)
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
@@ -195,13 +183,51 @@ def test_the_baseline_trains_in_channels_last_bf16(tiny_config: TrainConfig) -> 
     trainer = train(config)
     assert all(line["cqc"] == 0 for line in trainer.journal.lines)
     result = score_checkpoint(trainer.out, config.data, trials=1, accelerator="cpu", progress=quiet())
-    assert 0 < result["mean"]["mAP"] <= 1
+    assert 0 < result["searches"]["all-search"]["mean"]["mAP"] <= 1
 
 
 def test_decoding_processes_give_the_same_run(tiny_config: TrainConfig, finished: Path) -> None:
     train(dataclasses.replace(tiny_config, workers=1))
     expected = load_checkpoint(finished).model
     found = load_checkpoint(tiny_config.out).model
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"model": "mrm", "gate": "eca"},
+        {"model": "mcm", "stages": (0, 2)},
+        {"model": "snr", "stages": (1, 2), "pool": "gem"},
+        {"parts": 2, "gate": "cbam", "channel_augmentation": 0.5},
+        {"cqc_weight": 0.0, "backend": "reference"},
+    ],
+    ids=["mrm", "mcm", "snr", "parts", "reference"],
+)
+def test_every_network_trains_and_comes_back(
+    tiny_config: TrainConfig, tiny_regdb: Path, values: dict[str, Any]
+) -> None:
+    config = dataclasses.replace(
+        tiny_config, data=str(tiny_regdb), dataset="regdb", split=2, steps=2, **values
+    )
+    trainer = train(config)
+    checkpoint = load_checkpoint(trainer.checkpoint_path)
+    assert checkpoint.config == config
+    again = build_model(trainer.checkpoint_path, checkpoint)
+    for name, tensor in trainer.model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    for line in trainer.journal.lines:
+        assert (line["cqc"] > 0) == (config.model != "snr" and config.cqc_weight > 0)
+        assert (line["causality"] > 0) == (config.model == "snr")
+        parts = line["identity"] + line["triplet"] + config.cqc_weight * line["cqc"]
+        parts += config.causality_weight * line["causality"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-4)
+
+
+def test_a_cache_gives_the_same_run(tiny_config: TrainConfig, finished: Path, tmp_path: Path) -> None:
+    train(dataclasses.replace(tiny_config, cache=str(tmp_path / "cache")))
+    assert list((tmp_path / "cache").rglob("*.npy"))
+    expected, found = load_checkpoint(finished).model, load_checkpoint(tiny_config.out).model
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
@@ -239,7 +265,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config: TrainConfig) -
 
 def test_collapse_is_told_while_it_happens(caplog: pytest.LogCaptureFixture) -> None:
     def result(spread: float) -> StepResult:
-        return StepResult(1.0, 1.0, 0.3, 0.0, 0.1, spread)
+        return StepResult(1.0, 1.0, 0.3, 0.0, 0.0, 0.1, spread)
 
     watch = CollapseWatch()
     with caplog.at_level(logging.WARNING, logger="mrcn_fast"):
@@ -252,9 +278,11 @@ def test_collapse_is_told_while_it_happens(caplog: pytest.LogCaptureFixture) -> 
 
 def test_spread_by_hand() -> None:
     # Mean (3, 4), length 5; variances 1 and 4.
-    points = torch.tensor([[2.0, 2.0], [4.0, 6.0]])
+    points = torch.tensor([[[2.0, 2.0], [4.0, 6.0]]])
     assert embedding_spread(points).item() == pytest.approx(5**0.5 / 5)
-    assert embedding_spread(torch.ones(4, 3)).item() == 0
+    # As two parts of one number each.
+    assert embedding_spread(points.permute(2, 1, 0)).item() == pytest.approx(5**0.5 / 5)
+    assert embedding_spread(torch.ones(1, 4, 3)).item() == 0
 
 
 def test_an_unreadable_image_stops_training_by_name(tiny_config: TrainConfig, tmp_path: Path) -> None:
@@ -279,29 +307,39 @@ sys.exit(main(json.loads(sys.argv[1])))
 """
 
 
-def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> None:
-    flags = [f"--{name}={value}" for name, value in tiny_config.as_dict().items() if value is not None]
-    flags = [flag for flag in flags if not flag.startswith(("--epochs", "--checkpoint_every"))]
-    command = ["train", *flags, "--epochs=100000", "--checkpoint_every=1"]
-    process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(command)],
+def started(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
+    """`mrcn-fast train` with these values, in a process of its own."""
+    values = config.as_dict() | {"checkpoint_every": 1}
+    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(["train", *flags, *more])],
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
         # A shell's background jobs, and what they start, ignore it: this one shall hear it all the same.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    metrics = Path(tiny_config.out) / "metrics.jsonl"
+
+
+def wait_for(process: subprocess.Popen[str], config: TrainConfig, steps: int) -> None:
+    """Until the run has taken so many steps."""
+    metrics = Path(config.out) / "metrics.jsonl"
+    until = time.monotonic() + 300  # never reached but where training does not start
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+        assert process.poll() is None and time.monotonic() < until, "training did not get going"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, epochs=100000)
+    process = started(config)
     try:
-        until = time.monotonic() + 300  # never reached but where training does not start
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < 4:
-            assert process.poll() is None and time.monotonic() < until, "training did not get going"
-            time.sleep(0.02)
+        wait_for(process, config, 4)
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=120)
     finally:
         process.kill()
-    path = Path(tiny_config.out) / CHECKPOINT_NAME
+    path = Path(config.out) / CHECKPOINT_NAME
     assert process.returncode == 130
     assert "Traceback" not in told
     assert f"The last complete checkpoint is {path}" in told
@@ -309,6 +347,44 @@ def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> No
     assert checkpoint.step >= 3
     build_model(path, checkpoint)
     assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
+
+
+def test_a_killed_run_ends_bitwise_as_one_that_was_not(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config, epochs=8, batches=5)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    first = started(whole)
+    killed = started(config)
+    try:
+        for steps in (3, 17):
+            wait_for(killed, config, steps)
+            killed.kill()
+            killed.communicate()
+            assert killed.returncode == -signal.SIGKILL
+            killed = started(config, "--resume")
+        _, told = killed.communicate(timeout=300)
+        assert killed.returncode == 0, told
+        _, told = first.communicate(timeout=300)
+        assert first.returncode == 0, told
+    finally:
+        first.kill()
+        killed.kill()
+    expected, found = load_checkpoint(whole.out), load_checkpoint(config.out)
+    assert found.step == expected.step == 40
+    assert all(torch.equal(tensor, expected.model[name]) for name, tensor in found.model.items())
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 41))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    tiny_config: TrainConfig, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(tiny_config.out).mkdir()
+    (Path(tiny_config.out) / "metrics.jsonl").write_text('{"step": 1}\n')
+    with caplog.at_level(logging.WARNING, logger="mrcn_fast"):
+        train(tiny_config, resume=True)
+    assert "no checkpoint yet: the run begins with its first step" in caplog.text
+    expected, found = load_checkpoint(finished).model, load_checkpoint(tiny_config.out).model
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
 
 
 # Checkpoints.
@@ -387,18 +463,23 @@ def test_other_values_are_refused_on_resume(finished: Path) -> None:
     assert "epochs" not in message
 
 
+def identity_of(tree: Path) -> DataIdentity:
+    dataset = SYSUMM01(tree)
+    return data_identity(dataset, dataset.training())
+
+
 def test_another_data_set_is_refused(finished: Path, tiny_tree: Path, tmp_path: Path) -> None:
     checkpoint = load_checkpoint(finished)
     # The same people and file names, other pictures.
     other = write_sysu(
         tmp_path / "other", identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16), seed=1
     )
-    given = data_identity("sysu-mm01", other, SYSUMM01(other).training())
+    given = identity_of(other)
     with pytest.raises(CheckpointError, match="belongs to another data set") as error:
         check_data(finished, checkpoint, given)
     for part in (str(finished), checkpoint.data.fingerprint[:12], given.fingerprint[:12]):
         assert part in str(error.value)
-    check_data(finished, checkpoint, data_identity("sysu-mm01", tiny_tree, SYSUMM01(tiny_tree).training()))
+    check_data(finished, checkpoint, identity_of(tiny_tree))
     with pytest.raises(CheckpointError, match="another data set"):
         score_checkpoint(finished, other, accelerator="cpu", progress=quiet())
 
@@ -406,10 +487,7 @@ def test_another_data_set_is_refused(finished: Path, tiny_tree: Path, tmp_path: 
 def test_a_moved_tree_is_the_same_data_set(tiny_tree: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_tree)
-    identities: list[DataIdentity] = [
-        data_identity("sysu-mm01", root, SYSUMM01(root).training()) for root in (tiny_tree, moved)
-    ]
-    assert identities[0] == identities[1]
+    assert identity_of(moved) == identity_of(tiny_tree)
 
 
 def test_a_journal_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
@@ -417,43 +495,6 @@ def test_a_journal_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
     journal = Journal(path)
     journal.return_to(2)
-    journal.add(StepResult(1, 1, 0, 0, 0.5, 0.1), 0.1, 0.0)
+    journal.add(StepResult(1, 1, 0, 0, 0, 0.5, 0.1), 0.1, 0.0)
     journal.write(3, 0, 0.01)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
-
-
-# Scores.
-
-
-def test_a_checkpoint_and_the_tree_suffice_to_score(finished: Path, tiny_tree: Path) -> None:
-    result = score_checkpoint(finished, tiny_tree, trials=3, accelerator="cpu", progress=quiet())
-    assert json.loads(Path(result["path"]).read_text()) == json.loads(json.dumps(result))
-    assert Path(result["path"]) == finished.with_name("test-all-1shot-random.json")
-    # 3 test people, cameras 3 and 6, two images each; the gallery has cameras 1, 2, 4, 5.
-    assert (result["queries"], result["gallery_images"]) == (12, 12)
-    assert result["valid_queries"] == [12, 12, 12]
-    assert result["mean"]["rank10"] == 1
-    for name in ("rank1", "mAP", "mINP"):
-        values = [row[name] for row in result["per_trial"]]
-        mean = sum(values) / 3
-        assert result["mean"][name] == pytest.approx(mean)
-        assert result["std"][name] == pytest.approx((sum((v - mean) ** 2 for v in values) / 2) ** 0.5)
-    assert (result["mode"], result["shots"], result["draw"], result["trials"]) == ("all", 1, "random", 3)
-
-
-def test_scores_do_not_depend_on_the_batch(finished: Path, tiny_tree: Path) -> None:
-    checkpoint = load_checkpoint(finished)
-    model = build_model(finished, checkpoint)
-    samples = SYSUMM01(tiny_tree).query()[:5]
-    whole, single = (
-        extract(model, samples, "infrared", checkpoint.config, batch_size=size) for size in (5, 1)
-    )
-    torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-5)
-    assert model.training
-
-
-def test_visible_and_infrared_swapped_are_refused(finished: Path, tiny_tree: Path) -> None:
-    checkpoint = load_checkpoint(finished)
-    model = build_model(finished, checkpoint)
-    with pytest.raises(ValueError, match="got an image of modality 'infrared', expected 'visible'"):
-        extract(model, SYSUMM01(tiny_tree).query(), "visible", checkpoint.config)

@@ -1,0 +1,199 @@
+"""Scores of a checkpoint: which searches, from which images, and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from mrcn_fast.reid.checkpoint import CheckpointError, build_model, load_checkpoint
+from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.data import SYSUMM01, DatasetError, RegDB, Sample, write_sysu
+from mrcn_fast.reid.data.samples import Search
+from mrcn_fast.reid.extraction import extract
+from mrcn_fast.reid.scoring import describe, open_trained, score_checkpoint, searches_of
+from mrcn_fast.reid.training import Trainer
+
+QUIET = {"accelerator": "cpu", "progress": Progress(disable=True)}
+
+
+@pytest.fixture(scope="module")
+def regdb_run(tiny_run: TrainConfig, tiny_regdb: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of one step on RegDB's split 2."""
+    out = str(tmp_path_factory.mktemp("regdb-run"))
+    config = dataclasses.replace(
+        tiny_run, data=str(tiny_regdb), dataset="regdb", split=2, stages=(1,), steps=1, out=out
+    )
+    return Trainer(config).fit(progress=Progress(disable=True))
+
+
+@pytest.fixture
+def own(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run's checkpoint, beside which results may be written."""
+    return Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
+
+
+def test_a_checkpoint_and_the_tree_suffice_to_score(own: Path, tiny_tree: Path) -> None:
+    result = score_checkpoint(own, tiny_tree, trials=3, **QUIET)
+    assert json.loads(Path(result["path"]).read_text()) == json.loads(json.dumps(result))
+    assert Path(result["path"]) == own.with_name("test-all-search-single-shot-random-draw.json")
+    assert (result["dataset"], result["split"], result["headline"]) == ("sysu-mm01", 1, "all-search")
+    (search,) = result["searches"].values()
+    # 3 test people, cameras 3 and 6, two images each; the gallery has cameras 1, 2, 4, 5.
+    assert (search["queries"], search["gallery_images"]) == (12, [12, 12, 12])
+    assert search["valid_queries"] == [12, 12, 12]
+    assert search["mean"]["rank10"] == 1
+    for name in ("rank1", "mAP", "mINP"):
+        values = [row[name] for row in search["per_trial"]]
+        mean = sum(values) / 3
+        assert search["mean"][name] == pytest.approx(mean)
+        assert search["std"][name] == pytest.approx((sum((v - mean) ** 2 for v in values) / 2) ** 0.5)
+    told = describe(result)
+    assert "all-search, single-shot, random draw, 3 trials, 12 of 12 queries valid, 12 gallery images" in told
+
+
+def test_both_modes_share_one_extraction(own: Path, tiny_tree: Path) -> None:
+    both = score_checkpoint(own, tiny_tree, mode="both", trials=2, **QUIET)
+    assert list(both["searches"]) == ["all-search", "indoor-search"]
+    for mode in ("all", "indoor"):
+        alone = score_checkpoint(own, tiny_tree, mode=mode, trials=2, **QUIET)["searches"]
+        assert alone == {f"{mode}-search": both["searches"][f"{mode}-search"]}
+
+
+def test_regdb_is_scored_in_both_directions(regdb_run: Path, tiny_regdb: Path) -> None:
+    result = score_checkpoint(regdb_run, tiny_regdb, split=2, **QUIET)
+    assert (result["dataset"], result["split"]) == ("regdb", 2)
+    assert list(result["searches"]) == ["visible-to-infrared", "infrared-to-visible"]
+    assert result["headline"] == "visible-to-infrared"
+    for search in result["searches"].values():
+        assert (search["trials"], search["queries"], search["gallery_images"]) == (1, 8, [8])
+        assert search["std"]["mAP"] == 0
+    assert "regdb, split 2, infrared-to-visible, 1 trial, 8 of 8 queries valid" in describe(result)
+
+
+def test_llcm_is_scored_in_both_directions(tiny_config: TrainConfig, tiny_llcm: Path) -> None:
+    config = dataclasses.replace(tiny_config, data=str(tiny_llcm), dataset="llcm", steps=1)
+    path = Trainer(config).fit(progress=Progress(disable=True))
+    result = score_checkpoint(path, tiny_llcm, trials=2, **QUIET)
+    # 3 people, an image each in 9 visible and 8 infrared cameras.
+    sizes = {name: (s["queries"], s["gallery_images"]) for name, s in result["searches"].items()}
+    assert sizes == {"infrared-to-visible": (24, [27, 27]), "visible-to-infrared": (27, [24, 24])}
+
+
+def test_reranked_scores_say_so(own: Path, tiny_tree: Path) -> None:
+    plain = score_checkpoint(own, tiny_tree, trials=1, **QUIET)
+    reranked = score_checkpoint(own, tiny_tree, trials=1, rerank=True, **QUIET)
+    assert (plain["rerank"], reranked["rerank"]) == (False, True)
+    assert "re-ranked" in describe(reranked)
+    assert plain["path"] != reranked["path"]
+    assert plain["searches"] != reranked["searches"]
+
+
+def test_a_cache_gives_the_same_scores(own: Path, tiny_tree: Path, tmp_path: Path) -> None:
+    plain = score_checkpoint(own, tiny_tree, trials=2, **QUIET)
+    for _ in range(2):
+        result = score_checkpoint(own, tiny_tree, trials=2, cache=str(tmp_path / "cache"), **QUIET)
+        assert result["searches"] == plain["searches"]
+    assert list((tmp_path / "cache").rglob("*.npy"))
+
+
+def test_scores_do_not_depend_on_the_batch(finished: Path, tiny_tree: Path) -> None:
+    checkpoint = load_checkpoint(finished)
+    model = build_model(finished, checkpoint)
+    samples = SYSUMM01(tiny_tree).query()[:5]
+    whole, single = (
+        extract(model, samples, "infrared", checkpoint.config, batch_size=size) for size in (5, 1)
+    )
+    torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-5)
+    assert model.training
+
+
+def test_the_reference_gives_the_same_features(finished: Path, tiny_tree: Path) -> None:
+    samples = SYSUMM01(tiny_tree).query()[:5]
+    fused, plain = (
+        open_trained(finished, tiny_tree, backend=backend, accelerator="cpu").features(samples, "infrared")
+        for backend in (None, "reference")
+    )
+    torch.testing.assert_close(fused, plain, rtol=1e-4, atol=1e-5)
+
+
+# What is refused.
+
+
+def test_visible_and_infrared_swapped_are_refused(finished: Path, tiny_tree: Path) -> None:
+    trained = open_trained(finished, tiny_tree, accelerator="cpu")
+    with pytest.raises(ValueError, match="got an image of modality 'infrared', expected 'visible'"):
+        trained.features(SYSUMM01(tiny_tree).query(), "visible")
+
+
+def test_a_query_without_modality_is_refused(
+    own: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = SYSUMM01(tiny_tree).searches(trials=1)[0]
+    unknown = [sample._replace(modality=None) for sample in search.query]
+
+    def with_query(query: list[Sample]) -> None:
+        searches: list[Search] = [search._replace(query=tuple(query))]
+        monkeypatch.setattr(SYSUMM01, "searches", lambda self: searches)
+
+    with_query([*search.query[1:], *unknown[:1]])
+    with pytest.raises(ValueError, match=r"got a query of None and infrared .*gallery of visible images"):
+        score_checkpoint(own, tiny_tree, **QUIET)
+    with_query(list(search.galleries[0]))
+    with pytest.raises(ValueError, match="got a query of visible and a gallery of visible"):
+        score_checkpoint(own, tiny_tree, **QUIET)
+    trained = open_trained(own, tiny_tree, accelerator="cpu")
+    with pytest.raises(ValueError, match="got an image of modality None, expected 'infrared'"):
+        trained.features(unknown, "infrared")
+
+
+def test_another_split_is_refused(regdb_run: Path, tiny_regdb: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a checkpoint of split 1, found one of split 2"):
+        score_checkpoint(regdb_run, tiny_regdb, split=1, **QUIET)
+
+
+def test_another_data_set_is_refused(regdb_run: Path, tiny_tree: Path, tiny_regdb: Path, own: Path) -> None:
+    with pytest.raises(CheckpointError, match="expected a tree of regdb, found one of sysu-mm01"):
+        score_checkpoint(regdb_run, tiny_tree, **QUIET)
+    with pytest.raises(CheckpointError, match="expected a tree of sysu-mm01, found one of regdb"):
+        score_checkpoint(own, tiny_regdb, **QUIET)
+    # Asked for, it is scored by the protocol of the tree that is there.
+    result = score_checkpoint(own, tiny_regdb, other_data=True, **QUIET)
+    assert (result["dataset"], result["trained_on"]["name"]) == ("regdb", "sysu-mm01")
+
+
+def test_options_that_a_protocol_has_not_are_refused(regdb_run: Path, tiny_regdb: Path) -> None:
+    with pytest.raises(ValueError, match="regdb's protocol has no draw, mode"):
+        score_checkpoint(regdb_run, tiny_regdb, mode="all", draw="random", **QUIET)
+    with pytest.raises(ValueError, match="has no split; it has mode, shots, draw, trials"):
+        searches_of(SYSUMM01.__new__(SYSUMM01), {"split": 1})
+    with pytest.raises(ValueError, match="nothing in it is to be chosen"):
+        searches_of(RegDB.__new__(RegDB), {"mode": "all"})
+
+
+def test_unreadable_images_are_named_or_counted(
+    own: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    tree = write_sysu(
+        tmp_path / "tree", identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16)
+    )
+    dataset = SYSUMM01(tree)
+    search = dataset.searches(trials=1)[0]
+    broken = [search.query[0].path, search.galleries[0][1].path]
+    for path in broken:
+        path.write_bytes(b"not an image")
+    with pytest.raises(DatasetError, match=str(broken[0])):
+        score_checkpoint(own, tree, trials=1, **QUIET)
+    with caplog.at_level(logging.WARNING, logger="mrcn_fast"):
+        result = score_checkpoint(own, tree, trials=1, skip_unreadable=True, **QUIET)
+    assert sorted(map(str, broken)) == result["unreadable"]
+    assert all(str(path) in caplog.text for path in broken)
+    scored = result["searches"]["all-search"]
+    assert (scored["queries"], scored["gallery_images"]) == (11, [11])
+    assert "left out 2 images that can't be read" in describe(result)
