@@ -1,0 +1,157 @@
+"""The paper's tables: what is run, what is kept, what is printed and what is refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from rich.progress import Progress
+
+from mrcn_fast.reid import tables
+from mrcn_fast.reid.checkpoint import CheckpointError, load_checkpoint
+from mrcn_fast.reid.config import ConfigError, TrainConfig
+from mrcn_fast.reid.recipes import load_recipe
+from mrcn_fast.reid.tables import markdown, run_table
+from mrcn_fast.reid.training import Trainer
+from tests.reid.conftest import TINY
+
+OPTIONS = {"trials": 2, "shots": 1, "draw": "random"}
+
+
+@pytest.fixture(scope="module")
+def overlay(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A recipe that scales every row down to a step."""
+    path = tmp_path_factory.mktemp("overlay") / "tiny.yaml"
+    path.write_text(yaml.safe_dump(TINY | {"epochs": 1, "batches": 1}))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def made(
+    overlay: str, tiny_tree: Path, tiny_regdb: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """Table 4 on both trees with both splits of RegDB, and the folder it was made in."""
+    out = tmp_path_factory.mktemp("tables")
+    return out, run("4", [tiny_regdb, tiny_tree], out, overlay)
+
+
+def run(name: str, data: list[Path], out: Path, overlay: str, **more: Any) -> dict[str, Any]:
+    arguments = {"splits": 2, "options": OPTIONS, "progress": Progress(disable=True)} | more
+    return run_table(name, data, out=out, overlay=overlay, **arguments)
+
+
+def test_a_table_trains_and_scores_every_row(made: tuple[Path, dict[str, Any]]) -> None:
+    out, table = made
+    folders = {path.parent.name for path in out.glob("*/checkpoint.pth")}
+    assert folders == {f"sysu-mm01-{row}" for row in ("baseline", "snr", "mrcn")} | {
+        f"regdb-{row}-split-{split}" for row in ("baseline", "snr", "mrcn") for split in (1, 2)
+    }
+    for folder in folders:
+        config = load_checkpoint(out / folder).config
+        recipe = load_recipe(folder.partition("-split-")[0])
+        assert {name: getattr(config, name) for name in ("dataset", "model")} == {
+            name: recipe[name] for name in ("dataset", "model")
+        }
+        assert (config.depth, config.epochs) == (18, 1)
+    assert [row["title"] for row in table["rows"]] == ["baseline", "SNR", "MRCN"]
+    for row in table["rows"]:
+        runs = row["runs"]["regdb"]
+        found = [run["searches"]["visible-to-infrared"]["mean"]["mAP"] for run in runs]
+        assert [run["split"] for run in runs] == [1, 2]
+        assert row["ours"]["regdb"]["mAP"] == pytest.approx(sum(found) / 2)
+        (of_sysu,) = row["runs"]["sysu-mm01"]
+        assert row["ours"]["sysu"] == of_sysu["searches"]["all-search"]["mean"]
+    assert table["synthetic"]
+    assert json.loads((out / "table-4.json").read_text()) == json.loads(json.dumps(table))
+
+
+def test_it_prints_the_papers_figures_beside_ours(made: tuple[Path, dict[str, Any]]) -> None:
+    _, table = made
+    lines = markdown(table).splitlines()
+    assert "Table 4" in lines[0]
+    (mrcn,) = (line for line in lines if line.startswith("| MRCN |"))
+    ours = table["rows"][2]["ours"]
+    assert f"{100 * ours['sysu']['rank1']:.1f} (68.9)" in mrcn
+    assert f"{100 * ours['regdb']['mAP']:.1f} (84.6)" in mrcn
+    assert "Synthetic data" in lines[-1]
+
+
+def test_only_what_is_missing_is_run(
+    made: tuple[Path, dict[str, Any]],
+    overlay: str,
+    tiny_tree: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out, table = made
+    trained, scored = [], []
+    score = tables.score_checkpoint
+
+    class Watched(Trainer):
+        def fit(self, **arguments: Any) -> Path:
+            trained.append(Path(self.config.out).name)
+            return super().fit(**arguments)
+
+    def watched(checkpoint: Path, *rest: Any, **arguments: Any) -> dict[str, Any]:
+        scored.append(checkpoint.parent.name)
+        return score(checkpoint, *rest, **arguments)
+
+    monkeypatch.setattr(tables, "Trainer", Watched)
+    monkeypatch.setattr(tables, "score_checkpoint", watched)
+    again = run("4", [tiny_tree], out, overlay)
+    assert (trained, scored) == ([], [])
+    assert [row["ours"]["sysu"] for row in again["rows"]] == [row["ours"]["sysu"] for row in table["rows"]]
+    # Table 2 shares two of its rows; columns without a tree stay empty.
+    other = run("2", [tiny_tree], out, overlay)
+    assert trained == scored == ["sysu-mm01-mrcn-without-cqc", "sysu-mm01-mcm", "sysu-mm01-mrm"]
+    assert all(set(row["ours"]) == {"sysu"} for row in other["rows"])
+    assert "| MRCN | – (91.4) | – (84.6) |" in markdown(other)
+    # Other trials are other scores of the same runs.
+    del trained[:], scored[:]
+    run("4", [tiny_tree], out, overlay, options=OPTIONS | {"trials": 1})
+    assert (trained, len(scored)) == ([], 3)
+
+
+def test_an_interrupted_row_goes_on(overlay: str, tiny_regdb: Path, tmp_path: Path) -> None:
+    def longer(values: dict[str, Any]) -> TrainConfig:
+        return TrainConfig(**(values | {"batches": 2}))
+
+    recipe = load_recipe("regdb-mrcn") | load_recipe(overlay)
+    config = longer(recipe | {"data": str(tiny_regdb), "out": str(tmp_path / "regdb-mrcn-split-1")})
+    Trainer(dataclasses.replace(config, steps=1)).fit(progress=Progress(disable=True))
+    run("4", [tiny_regdb], tmp_path, overlay, splits=1, configure=longer)
+    lines = (tmp_path / "regdb-mrcn-split-1" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2]
+    assert load_checkpoint(tmp_path / "regdb-mrcn-split-1").step == 2
+
+
+def test_a_run_of_other_values_in_the_way_is_refused(
+    made: tuple[Path, dict[str, Any]], overlay: str, tiny_tree: Path
+) -> None:
+    out, _ = made
+    with pytest.raises(CheckpointError, match=r"under other values(.|\n)*lr: expected 0.02"):
+        run("4", [tiny_tree], out, overlay, configure=lambda values: TrainConfig(**(values | {"lr": 0.5})))
+
+
+def test_trees_of_other_data_sets_are_refused(
+    overlay: str, tiny_tree: Path, tiny_llcm: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="expected the tree of regdb; got .*sysu"):
+        run("attention", [tiny_tree], tmp_path, overlay)
+    with pytest.raises(ConfigError, match="expected the tree of regdb or sysu-mm01"):
+        run("2", [tiny_llcm], tmp_path, overlay)
+    with pytest.raises(ConfigError, match="got two trees of sysu-mm01"):
+        run("2", [tiny_tree, tiny_tree], tmp_path, overlay)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_of_other_methods_have_the_papers_figures_alone() -> None:
+    empty = {"table": "1", "synthetic": False, "rows": [{"ours": {}} for _ in range(17)]}
+    lines = markdown(empty).splitlines()
+    (cmnas,) = (line for line in lines if line.startswith("| CM-NAS |"))
+    assert cmnas.startswith("| CM-NAS | 82.8 | 95.1 | 97.7 | 79.3 | 81.7 |")
+    (ours,) = (line for line in lines if line.startswith("| MRCN-P |"))
+    assert ours.startswith("| MRCN-P | – (95.1) | – (98.8) | – (99.5) | – (89.2) |")
