@@ -139,7 +139,7 @@ def test_a_run_of_other_values_in_the_way_is_refused(
 def test_trees_of_other_data_sets_are_refused(
     overlay: str, tiny_tree: Path, tiny_llcm: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(ConfigError, match="expected the tree of regdb; got .*sysu"):
+    with pytest.raises(ConfigError, match=r"expected the tree of regdb; got .*sysu"):
         run("attention", [tiny_tree], tmp_path, overlay)
     with pytest.raises(ConfigError, match="expected the tree of regdb or sysu-mm01"):
         run("2", [tiny_llcm], tmp_path, overlay)
