@@ -36,12 +36,16 @@ class Row(NamedTuple):
 
 
 class TableSpec(NamedTuple):
-    """A table of the paper. Rows without recipes are other methods, with the figures the paper quotes."""
+    """A table of the paper. Rows without recipes are other methods, with the figures the paper quotes.
+
+    curve: what the rows' titles are values of, where the paper draws a curve over them, or "".
+    """
 
     title: str
     columns: dict[str, Column]
     rows: list[Row]
-    note: str = ""
+    note: str
+    curve: str
 
 
 def recipe_names() -> list[str]:
@@ -73,7 +77,7 @@ def load_table(name: str) -> TableSpec:
     content = yaml.safe_load((_FOLDER / "tables" / f"{name}.yaml").read_text(encoding="utf-8"))
     columns = {key: Column(**column) for key, column in content["columns"].items()}
     rows = [Row(row["title"], row.get("recipes", {}), row.get("paper", {})) for row in content["rows"]]
-    return TableSpec(content["title"], columns, rows, content.get("note", ""))
+    return TableSpec(content["title"], columns, rows, content.get("note", ""), content.get("curve", ""))
 
 
 def _names(folder: Any) -> list[str]:

@@ -58,6 +58,8 @@ def run_table(
     `overlay` is a recipe laid over each row's; `configure` makes its TrainConfig. Columns whose data set is
     not among the trees stay empty.
 
+    Where the paper draws curves, so does `out`/table-`name`.png.
+
     Raises ConfigError for an unknown table and for trees of which none is of its data sets, CheckpointError
     for a run in the way that has other values.
     """
@@ -81,6 +83,8 @@ def run_table(
         "rows": rows,
     }
     write_json(Path(out) / f"table-{name}.json", table)
+    if spec.curve:
+        _draw_curves(spec, table, Path(out) / f"table-{name}.png")
     return table
 
 
@@ -137,6 +141,23 @@ def _cells(spec: TableSpec, row: Row, ours: Mapping[str, Mapping[str, float]]) -
 
 def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
+
+
+def _draw_curves(spec: TableSpec, table: Mapping[str, Any], path: Path) -> None:
+    """The columns' scores over the rows, a panel a column."""
+    # Not pyplot, which would choose the caller's backend.
+    from matplotlib.figure import Figure
+
+    keys = [key for key in spec.columns if key in table["rows"][0]["ours"]]
+    figure = Figure(figsize=(5 * len(keys), 3.6), layout="constrained")
+    for panel, key in zip(figure.subplots(1, len(keys), squeeze=False)[0], keys, strict=True):
+        column = spec.columns[key]
+        for score in column.scores:
+            values = [100 * row["ours"][key][score] for row in table["rows"]]
+            panel.plot([float(row.title) for row in spec.rows], values, "o-", label=SCORE_TITLES[score])
+        panel.set(title=column.title, xlabel=spec.curve, ylabel="percent")
+        panel.legend()
+    figure.savefig(path, dpi=120)
 
 
 def _trees(spec: TableSpec, data: Sequence[str | Path]) -> dict[str, Path]:

@@ -136,6 +136,12 @@ def test_a_run_of_other_values_in_the_way_is_refused(
         run("4", [tiny_tree], out, overlay, configure=lambda values: TrainConfig(**(values | {"lr": 0.5})))
 
 
+def test_the_curves_are_drawn(overlay: str, tiny_tree: Path, tmp_path: Path) -> None:
+    table = run("figure4", [tiny_tree], tmp_path, overlay)
+    assert [row["title"] for row in table["rows"]] == ["0", "0.4", "0.8", "1.2", "1.6", "2.0"]
+    assert (tmp_path / "table-figure4.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_trees_of_other_data_sets_are_refused(
     overlay: str, tiny_tree: Path, tiny_llcm: Path, tmp_path: Path
 ) -> None:
