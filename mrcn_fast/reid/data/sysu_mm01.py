@@ -10,9 +10,17 @@ import random
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, ClassVar, Final
 
-from mrcn_fast.reid.data.samples import DatasetError, Modality, Sample, TrainingSet, pair_modalities
+from mrcn_fast.reid.data.samples import (
+    DatasetError,
+    Modality,
+    Sample,
+    Search,
+    TrainingSet,
+    pair_modalities,
+)
+from mrcn_fast.reid.data.trees import by_place, check_folders, few, image_names, read_identities
 
 if TYPE_CHECKING:
     import numpy as np
@@ -39,15 +47,18 @@ class SYSUMM01:
     malformed identities, identities in both training and test, and an empty camera.
     """
 
-    name = "sysu-mm01"
+    name: ClassVar[str] = "sysu-mm01"
+    split: int = 1
 
     def __init__(self, root: str | Path, *, permutations: str | Path | None = None) -> None:
         self.root = Path(root)
         self._permutations = None if permutations is None else Path(permutations)
         self._listed: dict[tuple[int, int], list[Sample]] = {}
-        _check_tree(self.root)
+        check_folders(
+            self.root, [*(f"cam{camera}" for camera in CAMERAS), "exp"], f"SYSU-MM01's tree ({_TREE})"
+        )
         train, validation, test = (
-            _read_identities(self.root / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")
+            read_identities(self.root / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")
         )
         self.training_identities: tuple[int, ...] = tuple(sorted({*train, *validation}))
         self.test_identities: tuple[int, ...] = tuple(test)
@@ -55,7 +66,7 @@ class SYSUMM01:
         if shared:
             raise DatasetError(
                 f"{self.root / 'exp'}: expected test identities apart from the train and val ones; found "
-                f"{len(shared)} in both: {_few(shared)}"
+                f"{len(shared)} in both: {few(shared)}"
             )
         for camera in CAMERAS:
             self._check_camera(camera)
@@ -68,6 +79,34 @@ class SYSUMM01:
         """
         samples = self._samples(self.training_identities, CAMERAS, "training")
         return pair_modalities(samples, f"{self.name} at {self.root}")
+
+    def searches(
+        self, mode: str = "all", shots: int = 1, draw: str = "random", trials: int = 10
+    ) -> list[Search]:
+        """The query against the galleries of trials 0 ... `trials` - 1: "all-search" or "indoor-search".
+
+        mode "both" gives both, all-search first; the other arguments are `gallery`'s. Raises what `gallery`
+        raises, and ValueError for less than one trial.
+        """
+        if trials < 1:
+            raise ValueError(f"trials must be at least 1; got {trials}")
+        if mode not in (*GALLERY_CAMERAS, "both"):
+            raise ValueError(f"unknown mode {mode!r}; known: {', '.join(GALLERY_CAMERAS)}, both")
+        query = tuple(self.query())
+        settings = f"{'single' if shots == 1 else shots}-shot, {draw} draw"
+        return [
+            Search(
+                name=f"{cameras}-search",
+                protocol="sysu",
+                settings=settings,
+                query=query,
+                galleries=tuple(
+                    tuple(self.gallery(cameras, shots=shots, trial=trial, draw=draw))
+                    for trial in range(trials)
+                ),
+            )
+            for cameras in (GALLERY_CAMERAS if mode == "both" else (mode,))
+        ]
 
     def query(self) -> list[Sample]:
         """All infrared images (cameras 3 and 6) of the test identities, by identity, camera and file name."""
@@ -99,7 +138,7 @@ class SYSUMM01:
         # Not the global generator: the same numbers, without disturbing anybody's stream.
         generator = random.Random(trial)
         gallery: list[Sample] = []
-        for files in _by_place(self._samples(self.test_identities, GALLERY_CAMERAS[mode], "test")):
+        for files in by_place(self._samples(self.test_identities, GALLERY_CAMERAS[mode], "test")):
             if draw == "official":
                 gallery += self._official_draw(files, shots, trial)
             elif shots == 1:
@@ -176,67 +215,12 @@ class SYSUMM01:
     def _list_files(self, identity: int, camera: int) -> list[Sample]:
         folder = self.root / f"cam{camera}" / f"{identity:04d}"
         modality: Modality = "visible" if camera in VISIBLE_CAMERAS else "infrared"
-        return [Sample(folder / name, identity, camera, modality) for name in _image_names(folder)]
+        return [Sample(folder / name, identity, camera, modality) for name in image_names(folder)]
 
     def _check_camera(self, camera: int) -> None:
         folder = self.root / f"cam{camera}"
-        if not any(_image_names(folder / entry) for entry in os.listdir(folder)):
+        if not any(image_names(folder / entry) for entry in os.listdir(folder)):
             raise DatasetError(
                 f"{folder}: expected folders 0001, 0002, ... of .jpg images; found an empty camera "
                 f"({len(os.listdir(folder))} entries, none with images)"
             )
-
-
-def _image_names(folder: Path) -> list[str]:
-    """The sorted names of the .jpg files; a person whom the camera has not seen has no folder, hence none."""
-    if not folder.is_dir():
-        return []
-    # Hidden names are what archivers leave beside the images.
-    return sorted(n for n in os.listdir(folder) if n.lower().endswith(".jpg") and not n.startswith("."))
-
-
-def _by_place(samples: Sequence[Sample]) -> list[list[Sample]]:
-    """Samples grouped by identity and camera, in order of appearance."""
-    places: dict[tuple[int, int], list[Sample]] = {}
-    for sample in samples:
-        places.setdefault((sample.identity, sample.camera), []).append(sample)
-    return list(places.values())
-
-
-def _check_tree(root: Path) -> None:
-    if not root.is_dir():
-        raise DatasetError(f"{root}: expected SYSU-MM01's tree ({_TREE}); found no such folder")
-    folders = [f"cam{camera}" for camera in CAMERAS] + ["exp"]
-    missing = [folder for folder in folders if not (root / folder).is_dir()]
-    if missing:
-        found = _few(sorted(entry.name for entry in root.iterdir())) or "an empty folder"
-        raise DatasetError(
-            f"{root}: expected SYSU-MM01's tree ({_TREE}); found no {', '.join(missing)}, but {found}"
-        )
-
-
-def _read_identities(path: Path) -> list[int]:
-    """The sorted identities of one exp file: one line of comma-separated numbers from 1."""
-    expected = "one line of comma-separated identities such as 6,10,17"
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        found = _few(sorted(entry.name for entry in path.parent.iterdir())) or "an empty folder"
-        raise DatasetError(f"{path}: expected {expected}; found no such file, but {found}") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: expected {expected}; found: {error}") from error
-    lines = [line for line in text.splitlines() if line.strip()]
-    if len(lines) != 1:
-        raise DatasetError(f"{path}: expected {expected}; found {len(lines)} lines that are not blank")
-    identities: set[int] = set()
-    for field in lines[0].split(","):
-        word = field.strip()
-        if not (word.isascii() and word.isdigit() and int(word) > 0):
-            raise DatasetError(f"{path}: expected {expected}; found {word!r} among them")
-        identities.add(int(word))
-    return sorted(identities)
-
-
-def _few(values: Sequence[object], limit: int = 8) -> str:
-    shown = ", ".join(str(value) for value in values[:limit])
-    return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown
