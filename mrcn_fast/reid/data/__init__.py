@@ -1,21 +1,34 @@
 """Person images of two spectra: the published data sets, synthetic ones, sampling, augmentation."""
 
 from mrcn_fast.reid.data.augment import Augmentation, normalize
+from mrcn_fast.reid.data.datasets import DATASETS, open_dataset, recognize
 from mrcn_fast.reid.data.images import PersonImages
+from mrcn_fast.reid.data.llcm import LLCM
+from mrcn_fast.reid.data.regdb import RegDB
 from mrcn_fast.reid.data.sampler import PairedIdentitySampler
-from mrcn_fast.reid.data.samples import DatasetError, Modality, Sample, TrainingSet
-from mrcn_fast.reid.data.synthetic import write_sysu
+from mrcn_fast.reid.data.samples import DatasetError, Modality, PersonDataset, Sample, Search, TrainingSet
+from mrcn_fast.reid.data.synthetic import WRITERS, write_llcm, write_regdb, write_sysu
 from mrcn_fast.reid.data.sysu_mm01 import SYSUMM01
 
 __all__ = [
+    "DATASETS",
+    "LLCM",
     "SYSUMM01",
+    "WRITERS",
     "Augmentation",
     "DatasetError",
     "Modality",
     "PairedIdentitySampler",
+    "PersonDataset",
     "PersonImages",
+    "RegDB",
     "Sample",
+    "Search",
     "TrainingSet",
     "normalize",
+    "open_dataset",
+    "recognize",
+    "write_llcm",
+    "write_regdb",
     "write_sysu",
 ]

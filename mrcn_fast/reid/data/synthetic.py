@@ -1,28 +1,38 @@
-"""Synthetic data sets in the trees of the published ones."""
+"""Synthetic data sets in the trees of the published ones: one writer a layout, for the readers here."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from mrcn_fast.reid.data import llcm, sysu_mm01
 from mrcn_fast.reid.data.people import make_person
+from mrcn_fast.reid.data.regdb import CAMERA_OF, SPLITS
 from mrcn_fast.reid.data.rendering import Camera, make_camera, make_pose, render
-from mrcn_fast.reid.data.samples import DatasetError, Modality
-from mrcn_fast.reid.data.sysu_mm01 import CAMERAS, VISIBLE_CAMERAS
+from mrcn_fast.reid.data.samples import Modality
+from mrcn_fast.reid.data.synthetic_tree import (
+    MARKER,
+    check_parameters,
+    check_test_share,
+    claim,
+    is_synthetic,
+)
 
-# The file that names a tree as synthetic, and as one that may be written anew.
-MARKER: Final = "synthetic.json"
-_NOTE: Final = "synthetic person images, rendered by mrcn_fast; no real person is shown"
+__all__ = ["MARKER", "WRITERS", "is_synthetic", "write_llcm", "write_regdb", "write_sysu"]
+
+# Called with the images written and all images.
+Advance = Callable[[int, int], None]
 
 # Separate random streams, so that a camera's style, say, does not change with the number of identities.
 _PERSON, _CAMERA, _ROOM, _IMAGE, _SPLIT = range(5)
 # SYSU-MM01's cameras 2 and 3 stand in one room.
 _SYSU_ROOMS: Final = {1: 1, 2: 2, 3: 2, 4: 4, 5: 5, 6: 6}
+# LLCM numbers places, with a sensor for each spectrum; here the infrared ones count from 11.
+_LLCM_INFRARED: Final = 10
 _JPEG_QUALITY: Final = 92
 
 
@@ -37,7 +47,7 @@ def write_sysu(
     modality_gap: float = 1.0,
     camera_style: float = 1.0,
     pose_spread: float = 1.0,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Advance | None = None,
 ) -> Path:
     """Write a synthetic data set in SYSU-MM01's tree, for `SYSUMM01` to read; the path of its root.
 
@@ -48,8 +58,8 @@ def write_sysu(
     far view, pose and crop do. `progress` is called with the images written and all images.
 
     Equal arguments write identical bytes. `root`/synthetic.json names the tree as synthetic, with its
-    parameters. An earlier synthetic tree at `root` is replaced. Raises ValueError for parameters out of
-    range, DatasetError if `root` holds anything else.
+    parameters. An earlier synthetic tree at `root` is replaced, whatever its layout. Raises ValueError for
+    parameters out of range, DatasetError if `root` holds anything else.
     """
     parameters = {
         "layout": "sysu",
@@ -62,45 +72,215 @@ def write_sysu(
         "camera_style": camera_style,
         "pose_spread": pose_spread,
     }
-    _check_parameters(parameters)
+    check_parameters(parameters, {"identities": 3, "test_identities": 1, "images_per_camera": 1})
+    check_test_share(parameters)
     root = Path(root)
-    _claim(root, parameters)
-    cameras = {camera: _sysu_camera(camera, parameters) for camera in CAMERAS}
-    total, written = identities * len(CAMERAS) * images_per_camera, 0
-    for identity in range(1, identities + 1):
-        person = make_person(np.random.default_rng((seed, _PERSON, identity)))
-        for number, camera in cameras.items():
-            folder = root / f"cam{number}" / f"{identity:04d}"
-            folder.mkdir(parents=True)
-            for index in range(1, images_per_camera + 1):
-                generator = np.random.default_rng((seed, _IMAGE, identity, number, index))
-                pose = make_pose(generator, camera, camera_style=camera_style, pose_spread=pose_spread)
-                image = render(person, camera, pose, image_size, generator)
-                image.save(folder / f"{index:04d}.jpg", quality=_JPEG_QUALITY)
-                written += 1
-                if progress:
-                    progress(written, total)
-    _write_splits(root / "exp", identities, test_identities, seed)
+    claim(root, parameters)
+    studio = _Studio.of(parameters)
+    cameras = {
+        number: studio.camera(number, room, "visible" if number in sysu_mm01.VISIBLE_CAMERAS else "infrared")
+        for number, room in _SYSU_ROOMS.items()
+    }
+    shots = [
+        _Shot(f"cam{camera}/{identity:04d}/{index:04d}.jpg", identity, camera, index)
+        for identity in range(1, identities + 1)
+        for camera in sysu_mm01.CAMERAS
+        for index in range(1, images_per_camera + 1)
+    ]
+    studio.write(root, shots, cameras, progress)
+    _write_sysu_identities(root / "exp", identities, test_identities, seed)
     return root
 
 
-def _sysu_camera(number: int, parameters: dict[str, Any]) -> Camera:
-    seed, (height, width) = parameters["seed"], parameters["image_size"]
-    modality: Modality = "visible" if number in VISIBLE_CAMERAS else "infrared"
-    return make_camera(
-        np.random.default_rng((seed, _CAMERA, number)),
-        modality,
-        (height, width),
-        np.random.default_rng((seed, _ROOM, _SYSU_ROOMS[number])),
-        modality_gap=parameters["modality_gap"],
-        camera_style=parameters["camera_style"],
-        pose_spread=parameters["pose_spread"],
-    )
+def write_regdb(
+    root: str | Path,
+    *,
+    identities: int = 80,
+    images: int = 10,
+    splits: int = 10,
+    image_size: tuple[int, int] = (128, 64),
+    seed: int = 0,
+    modality_gap: float = 1.0,
+    camera_style: float = 1.0,
+    pose_spread: float = 1.0,
+    progress: Advance | None = None,
+) -> Path:
+    """Write a synthetic data set in RegDB's tree, for `RegDB` to read; the path of its root.
+
+    `identities` people, each seen `images` times by the visible and by the infrared camera, which stand in
+    one room. In each of `splits` splits, half of them (the smaller half, if they are odd) are for the
+    training and the others for the test. The thermal images are near infrared ones, as in the other layouts.
+
+    The other arguments, and what is raised and replaced, are `write_sysu`'s. Equal arguments write identical
+    bytes.
+    """
+    parameters = {
+        "layout": "regdb",
+        "identities": identities,
+        "images": images,
+        "splits": splits,
+        "image_size": list(image_size),
+        "seed": seed,
+        "modality_gap": modality_gap,
+        "camera_style": camera_style,
+        "pose_spread": pose_spread,
+    }
+    check_parameters(parameters, {"identities": 4, "images": 1, "splits": 1})
+    if splits > SPLITS:
+        raise ValueError(f"splits must be at most {SPLITS}; got {splits}")
+    root = Path(root)
+    claim(root, parameters)
+    studio = _Studio.of(parameters)
+    cameras = {number: studio.camera(number, 1, modality) for modality, number in CAMERA_OF.items()}
+    shots = [
+        _Shot(_regdb_place(identity, modality, (identity - 1) * images + index), identity, camera, index)
+        for identity in range(1, identities + 1)
+        for modality, camera in CAMERA_OF.items()
+        for index in range(1, images + 1)
+    ]
+    studio.write(root, shots, cameras, progress)
+    _write_regdb_lists(root / "idx", shots, identities, splits, seed)
+    return root
 
 
-def _write_splits(folder: Path, identities: int, test_identities: int, seed: int) -> None:
+def write_llcm(
+    root: str | Path,
+    *,
+    identities: int = 40,
+    test_identities: int = 14,
+    images_per_camera: int = 3,
+    image_size: tuple[int, int] = (128, 64),
+    seed: int = 0,
+    modality_gap: float = 1.0,
+    camera_style: float = 1.0,
+    pose_spread: float = 1.0,
+    progress: Advance | None = None,
+) -> Path:
+    """Write a synthetic data set in LLCM's tree, for `LLCM` to read; the path of its root.
+
+    `identities` people in all, of them `test_identities` for the test; each is seen `images_per_camera` times
+    by each of the nine visible cameras and the eight infrared ones; those with equal numbers stand in one
+    room.
+
+    The other arguments, and what is raised and replaced, are `write_sysu`'s. Equal arguments write identical
+    bytes.
+    """
+    parameters = {
+        "layout": "llcm",
+        "identities": identities,
+        "test_identities": test_identities,
+        "images_per_camera": images_per_camera,
+        "image_size": list(image_size),
+        "seed": seed,
+        "modality_gap": modality_gap,
+        "camera_style": camera_style,
+        "pose_spread": pose_spread,
+    }
+    check_parameters(parameters, {"identities": 3, "test_identities": 1, "images_per_camera": 1})
+    check_test_share(parameters)
+    root = Path(root)
+    claim(root, parameters)
+    studio = _Studio.of(parameters)
+    cameras = {number: studio.camera(number, number, "visible") for number in llcm.VISIBLE_CAMERAS}
+    for number in llcm.INFRARED_CAMERAS:
+        cameras[_LLCM_INFRARED + number] = studio.camera(_LLCM_INFRARED + number, number, "infrared")
+    test = set(_shuffled(identities, (seed, _SPLIT))[:test_identities])
+    shots = [
+        _Shot(_llcm_place(identity, camera, index, identity in test), identity, camera, index)
+        for identity in range(1, identities + 1)
+        for camera in cameras
+        for index in range(1, images_per_camera + 1)
+    ]
+    studio.write(root, shots, cameras, progress)
+    training = [shot for shot in shots if shot.identity not in test]
+    folder = root / "idx"
+    folder.mkdir()
+    for kind in ("vis", "nir"):
+        places = [shot for shot in training if shot.place.startswith(f"{kind}/")]
+        (folder / f"train_{kind}.txt").write_text(_listed(places), encoding="utf-8")
+    (folder / "test_id.txt").write_text(_line(test), encoding="utf-8")
+    return root
+
+
+WRITERS: Final[dict[str, Callable[..., Path]]] = {
+    "sysu": write_sysu,
+    "regdb": write_regdb,
+    "llcm": write_llcm,
+}
+
+
+class _Shot(NamedTuple):
+    """One image to be made: its place below the root, and whose `number`-th by which camera it is."""
+
+    place: str
+    identity: int
+    camera: int
+    number: int
+
+
+@dataclass(frozen=True)
+class _Studio:
+    """What all images of a tree have in common."""
+
+    seed: int
+    image_size: tuple[int, int]
+    modality_gap: float
+    camera_style: float
+    pose_spread: float
+
+    @classmethod
+    def of(cls, parameters: Mapping[str, Any]) -> _Studio:
+        height, width = parameters["image_size"]
+        names = ("seed", "modality_gap", "camera_style", "pose_spread")
+        return cls(image_size=(height, width), **{name: parameters[name] for name in names})
+
+    def camera(self, number: int, room: int, modality: Modality) -> Camera:
+        return make_camera(
+            np.random.default_rng((self.seed, _CAMERA, number)),
+            modality,
+            self.image_size,
+            np.random.default_rng((self.seed, _ROOM, room)),
+            modality_gap=self.modality_gap,
+            camera_style=self.camera_style,
+            pose_spread=self.pose_spread,
+        )
+
+    def write(
+        self, root: Path, shots: Sequence[_Shot], cameras: Mapping[int, Camera], progress: Advance | None
+    ) -> None:
+        """Render and save `shots`, in the format that their names' suffixes say."""
+        people = {
+            identity: make_person(np.random.default_rng((self.seed, _PERSON, identity)))
+            for identity in {shot.identity for shot in shots}
+        }
+        for written, shot in enumerate(shots, start=1):
+            camera = cameras[shot.camera]
+            generator = np.random.default_rng((self.seed, _IMAGE, shot.identity, shot.camera, shot.number))
+            pose = make_pose(generator, camera, camera_style=self.camera_style, pose_spread=self.pose_spread)
+            image = render(people[shot.identity], camera, pose, self.image_size, generator)
+            path = root / shot.place
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # A bitmap has no quality, and ignores it.
+            image.save(path, quality=_JPEG_QUALITY)
+            if progress:
+                progress(written, len(shots))
+
+
+def _regdb_place(identity: int, modality: Modality, serial: int) -> str:
+    folder, letter = ("Visible", "v") if modality == "visible" else ("Thermal", "t")
+    return f"{folder}/{identity}/person_{letter}_{serial:05d}_{identity}.bmp"
+
+
+def _llcm_place(identity: int, camera: int, index: int, test: bool) -> str:
+    kind = "vis" if camera < _LLCM_INFRARED else "nir"
+    number = camera % _LLCM_INFRARED
+    folder = f"test_{kind}/cam{number}" if test else kind
+    return f"{folder}/{identity:04d}/{identity:04d}_c{number:02d}_f{index:04d}_{kind}.jpg"
+
+
+def _write_sysu_identities(folder: Path, identities: int, test_identities: int, seed: int) -> None:
     """exp/*_id.txt: disjoint train, val and test identities, and all of them as available."""
-    order = (np.random.default_rng((seed, _SPLIT)).permutation(identities) + 1).tolist()
+    order = _shuffled(identities, (seed, _SPLIT))
     test, others = order[:test_identities], order[test_identities:]
     validation = max(1, len(others) // 4)
     splits = {"train": others[validation:], "val": others[:validation], "test": test, "available": order}
@@ -109,52 +289,30 @@ def _write_splits(folder: Path, identities: int, test_identities: int, seed: int
         (folder / f"{split}_id.txt").write_text(_line(members), encoding="utf-8")
 
 
+def _write_regdb_lists(folder: Path, shots: Sequence[_Shot], identities: int, splits: int, seed: int) -> None:
+    """idx/{train,test}_{visible,thermal}_N.txt: labels count from 0 in each list."""
+    folder.mkdir()
+    for split in range(1, splits + 1):
+        order = _shuffled(identities, (seed, _SPLIT, split))
+        half = identities // 2
+        for part, members in (("train", set(order[:half])), ("test", set(order[half:]))):
+            for kind in ("visible", "thermal"):
+                listed = [
+                    shot for shot in shots if shot.identity in members and shot.place.lower().startswith(kind)
+                ]
+                path = folder / f"{part}_{kind}_{split}.txt"
+                path.write_text(_listed(listed), encoding="utf-8")
+
+
+def _shuffled(identities: int, key: tuple[int, ...]) -> list[int]:
+    return (np.random.default_rng(key).permutation(identities) + 1).tolist()
+
+
+def _listed(shots: Sequence[_Shot]) -> str:
+    """Lines of places and labels, which number the identities from 0."""
+    labels = {identity: label for label, identity in enumerate(sorted({shot.identity for shot in shots}))}
+    return "".join(f"{shot.place} {labels[shot.identity]}\n" for shot in shots)
+
+
 def _line(identities: Iterable[int]) -> str:
     return ",".join(str(identity) for identity in sorted(identities)) + "\n"
-
-
-def _claim(root: Path, parameters: dict[str, Any]) -> None:
-    """Make `root` an empty synthetic tree with its marker; never remove anything that is not one."""
-    if root.exists() and not root.is_dir():
-        raise DatasetError(f"{root}: expected a folder to write to, or none; found a file")
-    if root.is_dir() and any(root.iterdir()):
-        if not _is_synthetic(root):
-            found = ", ".join(sorted(entry.name for entry in root.iterdir())[:8])
-            raise DatasetError(
-                f"{root}: expected an empty folder or an earlier synthetic data set (with {MARKER}); found "
-                f"{found}. Nothing was written: choose another folder"
-            )
-        for name in [*(f"cam{camera}" for camera in CAMERAS), "exp"]:
-            if (root / name).is_dir():
-                shutil.rmtree(root / name)
-    root.mkdir(parents=True, exist_ok=True)
-    # First of all, so that an interrupted run can be repeated.
-    note = {"what": _NOTE, **parameters}
-    (root / MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
-
-
-def _is_synthetic(root: Path) -> bool:
-    try:
-        note = json.loads((root / MARKER).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(note, dict) and note.get("what") == _NOTE
-
-
-def _check_parameters(parameters: dict[str, Any]) -> None:
-    for name, least in (("identities", 3), ("test_identities", 1), ("images_per_camera", 1), ("seed", 0)):
-        if parameters[name] < least:
-            raise ValueError(f"{name} must be at least {least}; got {parameters[name]}")
-    if parameters["identities"] > 9999 or parameters["images_per_camera"] > 9999:
-        raise ValueError("identities and images_per_camera have four digits in the tree; got more than 9999")
-    # One for train_id.txt and one for val_id.txt.
-    if parameters["test_identities"] > parameters["identities"] - 2:
-        raise ValueError(
-            f"test_identities must leave at least 2 identities for the training; got "
-            f"{parameters['test_identities']} of {parameters['identities']}"
-        )
-    if min(parameters["image_size"]) < 16:
-        raise ValueError(f"image_size must be (height, width) of at least 16; got {parameters['image_size']}")
-    for name in ("modality_gap", "camera_style", "pose_spread"):
-        if not 0 <= parameters[name] <= 2:
-            raise ValueError(f"{name} must be from 0 (none) over 1 (default) to 2; got {parameters[name]}")
