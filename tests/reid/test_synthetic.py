@@ -1,4 +1,4 @@
-"""Synthetic trees: readable as SYSU-MM01, the same bytes from one seed, a gap between the spectra."""
+"""Synthetic trees: readable as the published ones, the same bytes from one seed, a gap of the spectra."""
 
 from __future__ import annotations
 
@@ -13,15 +13,33 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from mrcn_fast.reid.data import SYSUMM01, DatasetError, PersonImages, Sample, write_sysu
+from mrcn_fast.reid.data import (
+    LLCM,
+    SYSUMM01,
+    WRITERS,
+    DatasetError,
+    PersonImages,
+    RegDB,
+    Sample,
+    write_llcm,
+    write_regdb,
+    write_sysu,
+)
 from mrcn_fast.reid.data.figure import seen
 from mrcn_fast.reid.data.people import Surface
+from mrcn_fast.reid.data.synthetic import is_synthetic
 
 SMALL: dict[str, Any] = {
     "identities": 6,
     "test_identities": 2,
     "images_per_camera": 2,
     "image_size": (48, 24),
+}
+# Of each layout, a small tree.
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "sysu": SMALL,
+    "regdb": {"identities": 7, "images": 2, "splits": 2, "image_size": (32, 16)},
+    "llcm": {"identities": 5, "test_identities": 2, "images_per_camera": 1, "image_size": (32, 16)},
 }
 
 
@@ -56,24 +74,88 @@ def test_is_read_as_sysu_mm01(tree: Path) -> None:
             assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (24, 48))
 
 
-def test_the_same_seed_writes_the_same_bytes(tree: Path, tmp_path: Path) -> None:
-    assert contents(write_sysu(tmp_path / "again", **SMALL)) == contents(tree)
-    other = contents(write_sysu(tmp_path / "other", **SMALL, seed=1))
-    images = [name for name in other if name.endswith(".jpg")]
-    assert all(other[name] != contents(tree)[name] for name in images[:5])
+def test_is_read_as_regdb(tmp_path: Path) -> None:
+    root = write_regdb(tmp_path / "regdb", **LAYOUTS["regdb"])
+    assert sorted(p.name for p in (root / "idx").iterdir()) == [
+        f"{part}_{kind}_{split}.txt"
+        for part in ("test", "train")
+        for kind in ("thermal", "visible")
+        for split in (1, 2)
+    ]
+    people: dict[str, set[tuple[str, ...]]] = {"train": set(), "test": set()}
+    for split in (1, 2):
+        data = RegDB(root, split=split)
+        training, (search, _) = data.training(), data.searches()
+        # The smaller half of seven people is trained on.
+        assert training.identities == (0, 1, 2)
+        assert (len(training.visible), len(training.infrared)) == (3 * 2, 3 * 2)
+        assert (len(search.query), len(search.galleries[0])) == (4 * 2, 4 * 2)
+        sides = {"train": training.visible + training.infrared, "test": search.query + search.galleries[0]}
+        for part, samples in sides.items():
+            seen_here = {(s.identity, s.path.parent.name) for s in samples}
+            # One person a label, in both modalities.
+            assert len(seen_here) == len({label for label, _ in seen_here})
+            people[part].add(tuple(sorted(name for _, name in seen_here)))
+            for sample in samples:
+                assert sample.path.parent.parent.name == (
+                    "Visible" if sample.modality == "visible" else "Thermal"
+                )
+                with Image.open(sample.path) as image:
+                    assert (image.format, image.mode, image.size) == ("BMP", "RGB", (16, 32))
+    assert len(people["train"]) == len(people["test"]) == 2
+    with pytest.raises(DatasetError, match="found no such file, but those of splits 1, 2"):
+        RegDB(root, split=3)
+
+
+def test_is_read_as_llcm(tmp_path: Path) -> None:
+    root = write_llcm(tmp_path / "llcm", **LAYOUTS["llcm"])
+    data = LLCM(root)
+    training = data.training()
+    assert training.identities == (0, 1, 2)
+    assert (len(training.visible), len(training.infrared)) == (3 * 9, 3 * 8)
+    assert {s.camera for s in training.visible} == set(range(1, 10))
+    assert {s.camera for s in training.infrared} == {1, 2, 4, 5, 6, 7, 8, 9}
+    people = [{int(s.path.parent.name) for s in side} for side in (training.visible, training.infrared)]
+    assert people[0] == people[1] == set(range(1, 6)) - set(data.test_identities)
+    sizes = {s.name: (len(s.query), len(s.galleries[0])) for s in data.searches()}
+    assert sizes == {"infrared-to-visible": (2 * 8, 2 * 9), "visible-to-infrared": (2 * 9, 2 * 8)}
+    with Image.open(training.infrared[0].path) as image:
+        assert (image.format, image.mode, image.size) == ("JPEG", "RGB", (16, 32))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_same_seed_writes_the_same_bytes(layout: str, tmp_path: Path) -> None:
+    trees = [
+        contents(WRITERS[layout](tmp_path / name, **LAYOUTS[layout], seed=seed))
+        for name, seed in (("one", 0), ("again", 0), ("other", 1))
+    ]
+    assert trees[0] == trees[1]
+    images = [name for name in trees[0] if name.endswith((".jpg", ".bmp"))]
+    assert len(images) > 20
+    assert not any(trees[2].get(name) == trees[0][name] for name in images)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_no_image_is_another(layout: str, tmp_path: Path) -> None:
+    files = contents(WRITERS[layout](tmp_path / "tree", **LAYOUTS[layout]))
+    images = [data for name, data in files.items() if name.endswith((".jpg", ".bmp"))]
+    assert len(set(images)) == len(images)
 
 
 def test_names_itself_synthetic(tree: Path) -> None:
+    assert is_synthetic(tree) and is_synthetic(str(tree))
+    assert not is_synthetic(tree / "cam1")
     note = json.loads((tree / "synthetic.json").read_text())
     assert "synthetic" in note["what"]
     assert (note["seed"], note["identities"], note["image_size"]) == (0, 6, [48, 24])
     assert (note["modality_gap"], note["camera_style"], note["pose_spread"]) == (1.0, 1.0, 1.0)
 
 
-def test_progress_counts_to_the_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("layout", "images"), [("sysu", 72), ("regdb", 28), ("llcm", 85)])
+def test_progress_counts_to_the_end(layout: str, images: int, tmp_path: Path) -> None:
     calls: list[tuple[int, int]] = []
-    write_sysu(tmp_path, **SMALL, progress=lambda done, total: calls.append((done, total)))
-    assert calls == [(done, 72) for done in range(1, 73)]
+    WRITERS[layout](tmp_path, **LAYOUTS[layout], progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(done, images) for done in range(1, images + 1)]
 
 
 def test_replaces_its_own_tree_and_nothing_else(tmp_path: Path) -> None:
@@ -83,16 +165,44 @@ def test_replaces_its_own_tree_and_nothing_else(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "cam1").mkdir()
-    for note in (None, "{}", "not json"):
+    marker = json.loads((root / "synthetic.json").read_text())
+    # Another program's marker, or one of a layout that this version doesn't know, claims nothing.
+    for note in (None, "{}", "not json", json.dumps(marker | {"layout": "market"})):
         if note is not None:
             (foreign / "synthetic.json").write_text(note)
-        with pytest.raises(
-            DatasetError, match=r"foreign: expected an empty folder .*found cam1.*Nothing was"
-        ):
-            write_sysu(foreign, **SMALL)
+        for layout, values in LAYOUTS.items():
+            with pytest.raises(
+                DatasetError, match=r"foreign: expected an empty folder .*found cam1.*Nothing was"
+            ):
+                WRITERS[layout](foreign, **values)
+        assert (foreign / "cam1").is_dir()
     (tmp_path / "file").touch()
     with pytest.raises(DatasetError, match="found a file"):
         write_sysu(tmp_path / "file", **SMALL)
+
+
+@pytest.mark.parametrize("later", LAYOUTS)
+@pytest.mark.parametrize("earlier", LAYOUTS)
+def test_replaces_a_tree_of_another_layout(earlier: str, later: str, tmp_path: Path) -> None:
+    fresh = contents(WRITERS[later](tmp_path / "fresh", **LAYOUTS[later]))
+    root = WRITERS[earlier](tmp_path / "tree", **LAYOUTS[earlier])
+    (root / "notes").mkdir()
+    (root / "notes" / "cam1.txt").write_text("kept")
+    WRITERS[later](root, **LAYOUTS[later])
+    assert contents(root) == fresh | {"notes/cam1.txt": b"kept"}
+
+
+def test_folders_that_the_earlier_layout_does_not_own_are_kept(tmp_path: Path) -> None:
+    root = write_sysu(tmp_path / "tree", **SMALL)
+    (root / "idx").mkdir()
+    (root / "idx" / "mine.txt").touch()
+    before = contents(root)
+    for layout in ("regdb", "llcm"):
+        with pytest.raises(
+            DatasetError, match=r"tree: expected nothing in the way .*sysu; found idx. Nothing"
+        ):
+            WRITERS[layout](root, **LAYOUTS[layout])
+        assert contents(root) == before
 
 
 @pytest.mark.parametrize(
@@ -114,10 +224,32 @@ def test_bad_parameters(tmp_path: Path, change: dict, message: str) -> None:
     assert not (tmp_path / "tree").exists()
 
 
-def test_infrared_is_grey_and_visible_is_not(tree: Path) -> None:
-    training = SYSUMM01(tree).training()
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        ("regdb", {"identities": 3}, "identities must be at least 4; got 3"),
+        ("regdb", {"images": 0}, "images must be at least 1; got 0"),
+        ("regdb", {"splits": 11}, "splits must be at most 10; got 11"),
+        ("regdb", {"splits": 0}, "splits must be at least 1; got 0"),
+        ("regdb", {"camera_style": 2.1}, "camera_style must be from 0"),
+        ("llcm", {"test_identities": 4}, "test_identities must leave at least 2 .*; got 4 of 5"),
+        ("llcm", {"identities": 10_000}, "identities has four digits in the tree, so at most 9999"),
+        ("llcm", {"seed": -1}, "seed must be at least 0; got -1"),
+    ],
+)
+def test_bad_parameters_of_the_other_layouts(tmp_path: Path, layout: str, change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        WRITERS[layout](tmp_path / "tree", **{**LAYOUTS[layout], **change})
+    assert not (tmp_path / "tree").exists()
+
+
+@pytest.mark.parametrize(("layout", "reader"), [("sysu", SYSUMM01), ("regdb", RegDB), ("llcm", LLCM)])
+def test_infrared_is_grey_and_visible_is_not(
+    layout: str, reader: Callable[[Path], SYSUMM01 | RegDB | LLCM], tmp_path: Path
+) -> None:
+    training = reader(WRITERS[layout](tmp_path / "tree", **LAYOUTS[layout])).training()
     for samples, grey in ((training.infrared, True), (training.visible, False)):
-        images = PersonImages(samples, (48, 24))
+        images = PersonImages(samples, LAYOUTS[layout]["image_size"])
         for image in (images[index] for index in range(len(images))):
             colour = (image.amax(0) - image.amin(0)).float().mean()
             assert (colour < 1) == grey

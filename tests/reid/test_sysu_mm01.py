@@ -154,6 +154,34 @@ def test_official_draw_of_another_tree_is_refused(root: Path) -> None:
         SYSUMM01(root).gallery(draw="official")
 
 
+def test_searches_are_the_query_against_each_trials_gallery(root: Path) -> None:
+    data = SYSUMM01(root)
+    assert data.split == 1
+    (search,) = data.searches()
+    assert (search.name, search.protocol, search.settings) == (
+        "all-search", "sysu", "single-shot, random draw",
+    )  # fmt: skip
+    assert search.query == tuple(data.query())
+    assert search.galleries == tuple(tuple(data.gallery("all", trial=trial)) for trial in range(10))
+    both = data.searches("both", shots=10, trials=2)
+    assert [found.name for found in both] == ["all-search", "indoor-search"]
+    assert {found.settings for found in both} == {"10-shot, random draw"}
+    assert both[1].galleries == tuple(
+        tuple(data.gallery("indoor", shots=10, trial=trial)) for trial in range(2)
+    )
+    assert data.searches("indoor", shots=10, trials=2) == both[1:]
+
+
+def test_official_searches(root: Path) -> None:
+    save_permutations(root / PERMUTATIONS)
+    data = SYSUMM01(root)
+    (search,) = data.searches("indoor", draw="official", trials=10)
+    assert search.settings == "single-shot, official draw"
+    assert list(search.galleries[7]) == data.gallery("indoor", trial=7, draw="official")
+    with pytest.raises(ValueError, match="trial must be below 10"):
+        data.searches(draw="official", trials=11)
+
+
 def test_unknown_modes_and_draws(root: Path) -> None:
     data = SYSUMM01(root)
     with pytest.raises(ValueError, match="unknown mode 'outdoor'; known: all, indoor"):
@@ -162,6 +190,12 @@ def test_unknown_modes_and_draws(root: Path) -> None:
         data.gallery(draw="first")
     with pytest.raises(ValueError, match="shots must be at least 1"):
         data.gallery(shots=0)
+    with pytest.raises(ValueError, match="unknown mode 'outdoor'; known: all, indoor, both"):
+        data.searches("outdoor")
+    with pytest.raises(ValueError, match="unknown draw 'first'"):
+        data.searches(draw="first")
+    with pytest.raises(ValueError, match="trials must be at least 1; got 0"):
+        data.searches(trials=0)
 
 
 def test_missing_trees(root: Path, tmp_path: Path) -> None:
