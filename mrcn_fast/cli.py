@@ -104,7 +104,7 @@ def _info(argv: list[str]) -> int:
 
 def _synth(argv: list[str]) -> int:
     from mrcn_fast.reid.console import progress_bars
-    from mrcn_fast.reid.data.synthetic import WRITERS
+    from mrcn_fast.reid.data import WRITERS
 
     # The layout first: the other flags are those of its writer.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

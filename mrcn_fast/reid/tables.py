@@ -14,8 +14,8 @@ from rich.progress import Progress
 
 from mrcn_fast.reid.checkpoint import CHECKPOINT_NAME, check_config, load_checkpoint, write_json
 from mrcn_fast.reid.config import ConfigError, TrainConfig
-from mrcn_fast.reid.data import open_dataset, recognize
-from mrcn_fast.reid.data.synthetic import WRITERS, is_synthetic
+from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
+from mrcn_fast.reid.data.synthetic import is_synthetic
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
 from mrcn_fast.reid.scoring import HEADLINE, result_name, score_checkpoint, searches_of
 from mrcn_fast.reid.training import Trainer
@@ -99,7 +99,7 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
     trees = []
     for layout, size in sizes.items():
         tree = folder / layout
-        if not is_synthetic(tree):
+        if not _is_whole(tree):
             task = progress.add_task(f"{layout} images", total=None, status="")
             WRITERS[layout](
                 tree,
@@ -110,6 +110,15 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
             )
         trees.append(tree)
     return trees
+
+
+def _is_whole(tree: Path) -> bool:
+    """Whether a tree was written to its end, where the lists of identities come."""
+    try:
+        recognize(tree)
+    except DatasetError:
+        return False
+    return True
 
 
 def markdown(table: Mapping[str, Any]) -> str:
