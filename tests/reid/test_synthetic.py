@@ -21,12 +21,14 @@ from mrcn_fast.reid.data import (
     PersonImages,
     RegDB,
     Sample,
+    synthetic,
     write_llcm,
     write_regdb,
     write_sysu,
 )
-from mrcn_fast.reid.data.figure import seen
-from mrcn_fast.reid.data.people import Surface
+from mrcn_fast.reid.data.figure import Pose, seen
+from mrcn_fast.reid.data.people import Person, Surface
+from mrcn_fast.reid.data.rendering import Camera
 from mrcn_fast.reid.data.synthetic import is_synthetic
 
 SMALL: dict[str, Any] = {
@@ -140,6 +142,22 @@ def test_no_image_is_another(layout: str, tmp_path: Path) -> None:
     files = contents(WRITERS[layout](tmp_path / "tree", **LAYOUTS[layout]))
     images = [data for name, data in files.items() if name.endswith((".jpg", ".bmp"))]
     assert len(set(images)) == len(images)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_image_is_a_moment_of_its_own(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No two images share a draw: a pose repeated in both modalities would give a person away."""
+    strides = []
+
+    def blank(person: Person, camera: Camera, pose: Pose, size: tuple[int, int], _: object) -> Image.Image:
+        strides.append(pose.stride)
+        return Image.new("RGB", (size[1], size[0]))
+
+    monkeypatch.setattr(synthetic, "render", blank)
+    WRITERS[layout](tmp_path / "tree", **LAYOUTS[layout])
+    assert len(set(strides)) == len(strides) > 20
 
 
 def test_names_itself_synthetic(tree: Path) -> None:
