@@ -352,6 +352,21 @@ class SNRBlock(_Block):
             backend=self.backend,
         )
 
+    def restitute(self, features: Tensor) -> Tensor:
+        """F̃ + sM alone, for inference: the first of `forward`'s three, through `mrcn_restitution`.
+
+        It reads and writes one map where `forward` reads one and writes three.
+        """
+        return mrcn_restitution(
+            features,
+            self.norm_weight,
+            self.norm_bias,
+            self.gate.parameter_list(),
+            gate=self.gate_kind,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
 
 def _check_choice(name: str, got: object, known: tuple[str, ...]) -> None:
     if got not in known:

@@ -1,4 +1,7 @@
-"""The paper's total loss (eq. 11): label-smoothed cross entropy + lambda1 * triplet + lambda2 * CQC."""
+"""The paper's total loss (eq. 11): label-smoothed cross entropy + lambda1 * triplet + lambda2 * CQC.
+
+And SNR's dual causality loss, for the model it belongs to.
+"""
 
 from __future__ import annotations
 
@@ -10,18 +13,23 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import BatchHardMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from mrcn_fast import CQCLoss
+from mrcn_fast import CQCLoss, SNRFeatures
 from mrcn_fast.reid.model import TrainingOutput
 
 
 class LossParts(NamedTuple):
-    """The total and what it is made of, unweighted; scalars, float32. `cqc` is 0 for the baseline."""
+    """The total and what it is made of, unweighted; scalars, float32.
+
+    `cqc` is 0 for models without it and where its weight is 0; so is `causality`, which only SNR has.
+    """
 
     total: Tensor
     identity: Tensor
     triplet: Tensor
     cqc: Tensor
+    causality: Tensor
 
 
 class BatchHardTriplet(nn.Module):
@@ -51,12 +59,64 @@ class BatchHardTriplet(nn.Module):
             return cast(Tensor, self.loss(features, labels, self.miner(features, labels)))
 
 
+# Pooled features shorter than this have no direction: mean(F̃) is exactly β, which starts at 0 and would
+# leave rounding errors to be compared.
+SHORTEST = 1e-2
+
+
+def dual_causality(styles: SNRFeatures, labels: Tensor) -> Tensor:
+    """SNR's dual causality loss at one plug (Jin et al. 2020): a scalar, float32.
+
+    `styles` has the pooled features (M, C) of both modalities, F̃+ restituted, F̃- contaminated, F̃ normalized;
+    `labels` (M,) are their identities. With d(x, y) = 0.5 - cos(x, y) / 2, anchor a, positive p, negative n:
+
+        L+ = Softplus(d(F̃+_a, F̃+_p) - d(F̃_a, F̃_p)) + Softplus(d(F̃_a, F̃_n) - d(F̃+_a, F̃+_n))
+        L- = Softplus(d(F̃_a, F̃_p) - d(F̃-_a, F̃-_p)) + Softplus(d(F̃-_a, F̃-_n) - d(F̃_a, F̃_n))
+
+    so that restitution tells identities better apart than normalization alone, and contamination worse. Each
+    Softplus has one pair, so its mean over every positive or negative of an anchor, and over the anchors, is
+    what triplets drawn at random give on average, without the draw. An anchor without a positive or negative
+    adds nothing there.
+
+    The mean of a normalized plane is β whatever the image, so d(F̃, F̃) is 0 and F̃ a fixed mark between the
+    two. Features shorter than 0.01 are divided by 0.01 and not by their length.
+    """
+    same = labels[:, None] == labels
+    positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    restituted, contaminated, normalized = (_cosine_distances(features) for features in styles)
+    better = restituted - normalized
+    worse = normalized - contaminated
+    nearer = F.softplus(better) + F.softplus(worse)
+    further = F.softplus(-better) + F.softplus(-worse)
+    return (_mean_where(positive, nearer) + _mean_where(~same, further)).mean()
+
+
+def _cosine_distances(features: Tensor) -> Tensor:
+    """d of every two rows, (M, M), as a quarter of the squared distance of unit vectors: 0 for equal rows."""
+    with torch.autocast(features.device.type, enabled=False):
+        unit = F.normalize(features.float(), dim=1, eps=SHORTEST)
+        squares = unit.square().sum(dim=1)
+        return (squares[:, None] + squares) / 4 - unit @ unit.T / 2
+
+
+def _mean_where(wanted: Tensor, values: Tensor) -> Tensor:
+    """The mean of each row's wanted values, 0 for a row without any: (M, M) -> (M,)."""
+    return (values * wanted).sum(dim=1) / wanted.sum(dim=1).clamp(min=1)
+
+
 class ReIDLoss(nn.Module):
-    """Eq. 11 over the sets of a training step.
+    """Eq. 11 over the sets and parts of a training step, and SNR's dual causality loss.
 
     `loss(output, labels)` takes the model's TrainingOutput and the (B,) class indices of a batch (the same
-    for both modalities, as the batches are paired) and returns LossParts. Six sets get all three terms; the
-    baseline's two have no CQC. Raises ValueError when the output is not two or six sets of B.
+    for both modalities, as the batches are paired) and returns LossParts. Identity, triplet and CQC are the
+    means over the parts. The number of sets says which CQC there is: six have eq. 10; four are v, x_v, x_n, n
+    with either restituted or compensated features between the originals, and have eq. 8 or 9 alone, which are
+    one formula; two have none. `causality` is the sum over SNR's plugs. A term whose weight is 0 is
+    not computed.
+
+    `cqc_reduction` is "sum" over the batch's identities or "mean"; `backend` serves the CQC loss as
+    `mrcn_fast.CQCLoss` takes it. Raises ValueError for another reduction, and when the output is not two,
+    four or six sets of B.
     """
 
     def __init__(
@@ -70,28 +130,52 @@ class ReIDLoss(nn.Module):
         cqc_margin: float = 0.2,
         cqc_reduction: str = "sum",
         detach_negative: bool = False,
+        causality_weight: float = 0.1,
+        backend: str | None = None,
     ) -> None:
         super().__init__()
+        if cqc_reduction not in ("sum", "mean"):
+            raise ValueError(f"got cqc_reduction={cqc_reduction!r}, expected 'sum' or 'mean'")
         self.triplet_weight = triplet_weight
         self.cqc_weight = cqc_weight
+        self.causality_weight = causality_weight
         self.identity = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
         self.triplet = BatchHardTriplet(triplet_margin, soft_margin)
-        self.cqc = CQCLoss(cqc_margin, reduction=cqc_reduction, detach_negative=detach_negative)
+        self.cqc = CQCLoss(
+            cqc_margin, reduction=cqc_reduction, detach_negative=detach_negative, backend=backend
+        )
 
     def forward(self, output: TrainingOutput, labels: Tensor) -> LossParts:
-        pooled, logits = output
-        sets = len(pooled) // len(labels)
-        if sets not in (2, 6) or sets * len(labels) != len(pooled):
+        pooled, logits, styles = output
+        parts, rows = pooled.shape[:2]
+        sets = rows // len(labels)
+        if sets not in (2, 4, 6) or sets * len(labels) != rows:
             raise ValueError(
-                f"got {len(pooled)} features for {len(labels)} labels, expected two sets (v, n) or six "
-                "(v, v+, v-, n-, n+, n) of one feature a label"
+                f"got {rows} features a part for {len(labels)} labels, expected two sets, four (v, v+, n+, n "
+                "or v, v-, n-, n) or six (v, v+, v-, n-, n+, n) of one feature a label"
             )
         everywhere = labels.repeat(sets)
-        identity = self.identity(logits.float(), everywhere)
+        identity = self.identity(logits.float().flatten(0, 1), everywhere.repeat(parts))
         # All sets as one pool, as the first author's later code (DEEN) does, and not a loss a set: only a
         # pool that holds both modalities mines the cross-modality positives and negatives that retrieval will
         # meet.
-        triplet = self.triplet(pooled, everywhere)
-        cqc = self.cqc(pooled, labels) if sets == 6 else pooled.new_zeros((), dtype=torch.float32)
-        total = identity + self.triplet_weight * triplet + self.cqc_weight * cqc
-        return LossParts(total, identity, triplet, cqc)
+        triplet = torch.stack([self.triplet(part, everywhere) for part in pooled]).mean()
+        cqc = causality = identity.new_zeros(())
+        if sets > 2 and self.cqc_weight:
+            cqc = torch.stack([self._cqc(part, labels, sets) for part in pooled]).mean()
+        if styles and self.causality_weight:
+            causality = torch.stack([dual_causality(style, labels.repeat(2)) for style in styles]).sum()
+        total = (
+            identity
+            + self.triplet_weight * triplet
+            + self.cqc_weight * cqc
+            + self.causality_weight * causality
+        )
+        return LossParts(total, identity, triplet, cqc, causality)
+
+    def _cqc(self, pooled: Tensor, labels: Tensor, sets: int) -> Tensor:
+        if sets == 6:
+            return cast(Tensor, self.cqc(pooled, labels))
+        v, of_v, of_n, n = pooled.chunk(4)
+        # Eq. 10 with one kind of features in both places is eq. 8 (or 9) twice.
+        return cast(Tensor, self.cqc((v, of_v, of_v, of_n, of_n, n), labels)) / 2

@@ -1,41 +1,66 @@
-"""The re-identification network: two stems, a shared ResNet with the MRCN block, BNNeck, classifier."""
+"""The re-identification network: two stems, a shared ResNet with blocks plugged in, BNNecks, classifiers."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrcn_fast import MRCNBlock
-from mrcn_fast.block import Modality
+from mrcn_fast import SNRFeatures
+from mrcn_fast.block import RESTITUTE_TO, Modality
+from mrcn_fast.dispatch import NAMES
+from mrcn_fast.gates import GATES
+from mrcn_fast.reid.heads import POOLS, Head, PartPool, PoolName
+from mrcn_fast.reid.plugs import PLUGS, MRCNPlug, SetName, SNRPlug, make_plug
 from mrcn_fast.reid.resnet import Trunk
 
-ModelName = Literal["mrcn", "baseline"]
+ModelName = Literal["baseline", "snr", "mrcn", "mrm", "mcm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
 STAGES = range(5)
+BACKENDS = (*NAMES, "auto", None)
 
 
 class TrainingOutput(NamedTuple):
-    """What the losses read, set after set: six (v, v+, v-, n-, n+, n), or the baseline's two (v, n)."""
+    """What the losses read, part after part (one without parts) and in a part set after set.
 
-    pooled: Tensor  # (sets * B, D), before the BNNeck, not normalised: triplet and CQC
-    logits: Tensor  # (sets * B, classes): identity loss
+    The sets are six (v, v+, v-, n-, n+, n), four (v, v+, n+, n or v, v-, n-, n) or two (v, n or v+, n+).
+    """
+
+    pooled: Tensor  # (parts, sets * B, D), before the BNNeck, not normalised: triplet and CQC
+    logits: Tensor  # (parts, sets * B, classes): identity loss
+    styles: tuple[SNRFeatures, ...] = ()  # SNR: pooled (2B, C) features at each plug, for its causality loss
 
 
 class ReIDModel(nn.Module):
-    """Two-stream ResNet with the MRCN block after one stage, or without it (`model="baseline"`).
+    """Two-stream ResNet with a block plugged in behind one stage or several.
 
-    Arguments: `classes`, the number of training identities; `model`, "mrcn" or "baseline"; `depth`, 18 or 50;
-    `stage`, 0 (after the stem's max-pool) to 4 (after layer4), where the block sits; `gate`, `reduction`,
-    `restitute_to` and `backend` as MRCNBlock takes them.
+    Args:
+        classes: the number of training identities.
+        model: "baseline", no block; "mrcn", restitution and compensation; "mrm" or "mcm", one of the two;
+            "snr", SNR's block in their place, shared by the modalities.
+        depth: 18 or 50.
+        stages: where blocks sit, ascending: 0 (after the stem's max-pool) to 4 (after layer4). The baseline
+            ignores them.
+        gate, reduction, restitute_to, backend: as `mrcn_fast.MRCNBlock` takes them; SNR has no
+            `restitute_to`.
+        parts: stripes of the last map, each with a BNNeck and a classifier of its own (MRCN-P: 4).
+        pool: "average" or "gem", see `heads.PartPool`.
 
     In training `model(visible, infrared)` takes two paired batches (B, 3, H, W), the same identity at each
     place (eq. 7 mixes sample i with sample i), and returns TrainingOutput. At test `model.extract(images,
     modality)` takes one modality alone.
 
-    Raises ValueError for unknown names, depths and stages, and for batches of unequal shape.
+    With several plugs each set is a stack of blocks: v and n pass the later ones untouched, v+ and n+ are
+    restituted again, v- and n- compensated again; F+ at test is the chain of restitutions.
+
+    "mrm" and "mcm" have MRCN's whole block: the gates they don't use are slices of its parameters, and the
+    gradient of those slices is zero.
+
+    Raises ValueError for unknown names, depths and stages, for batches of unequal shape, and for a last map
+    with fewer rows than parts.
     """
 
     def __init__(
@@ -44,48 +69,73 @@ class ReIDModel(nn.Module):
         *,
         model: ModelName = "mrcn",
         depth: int = 50,
-        stage: int = 0,
+        stages: Sequence[int] = (0,),
         gate: str = "se",
         reduction: int = 16,
         restitute_to: str = "normalized",
+        parts: int = 1,
+        pool: PoolName = "average",
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if model not in MODELS:
-            raise ValueError(f"got model={model!r}, expected one of {list(MODELS)}")
-        if stage not in STAGES:
-            raise ValueError(f"got stage={stage}, expected 0 (after the stem) to 4 (after layer4)")
-        if classes < 1:
+        _check("model", model, MODELS)
+        _check("gate", gate, tuple(GATES))
+        _check("restitute_to", restitute_to, RESTITUTE_TO)
+        _check("pool", pool, POOLS)
+        _check("backend", backend, BACKENDS)
+        if type(classes) is not int or classes < 1:
             raise ValueError(f"got classes={classes}, expected the number of training identities, at least 1")
+        if type(parts) is not int or parts < 1:
+            raise ValueError(f"got parts={parts}, expected a number of stripes, at least 1")
+        stages = _checked_stages(stages, required=model != "baseline")
+        # Without a block there is no stage to split at: both modalities are one batch from the stems on.
+        self.stages = () if model == "baseline" else stages
+        self.model = model
+        self.parts = parts
         self.trunk = Trunk(depth)
-        self.block: MRCNBlock | None = None
-        if model == "mrcn":
-            self.block = MRCNBlock(
+        self.plugs = nn.ModuleList(
+            make_plug(
+                model,
                 self.trunk.channels[stage],
-                reduction=reduction,
                 gate=gate,
+                reduction=reduction,
                 restitute_to=restitute_to,
                 backend=backend,
             )
-        # Without a block there is no stage to split at: both modalities are one batch from the stems on.
-        self.stage = stage if model == "mrcn" else 0
-        self.pool = nn.AdaptiveAvgPool2d(1)
-        features = self.trunk.channels[-1]
-        self.neck = nn.BatchNorm1d(features)
-        self.neck.bias.requires_grad_(False)  # BNNeck: centred on the origin, where the cosine is measured
-        self.classifier = nn.Linear(features, classes, bias=False)
-        nn.init.normal_(self.neck.weight, 1.0, 0.01)
-        nn.init.normal_(self.classifier.weight, 0.0, 0.001)
+            for stage in self.stages
+        )
+        self.pool = PartPool(parts, pool)
+        self.heads = nn.ModuleList(Head(self.trunk.channels[-1], classes) for _ in range(parts))
 
     @property
     def sets(self) -> int:
-        """Sets of features a pair of batches gives in training: six, or two for the baseline."""
-        return 2 if self.block is None else 6
+        """Sets of features a pair of batches gives in training: six, four or two; half of each modality."""
+        return 2 if self.model == "baseline" else PLUGS[self.model].sets
+
+    @property
+    def test_sets(self) -> tuple[SetName, ...]:
+        """The sets in a test feature, in its order: F ("original"), F+ ("restituted") or both."""
+        return ("original",) if self.model == "baseline" else PLUGS[self.model].test_sets
 
     @property
     def feature_size(self) -> int:
-        """Length of a test feature: F and F+ side by side, or F alone for the baseline."""
-        return self.neck.num_features * (1 if self.block is None else 2)
+        """Length of a test feature: each part of each test set side by side."""
+        return len(self.test_sets) * self.parts * self.trunk.channels[-1]
+
+    @property
+    def blocks(self) -> tuple[MRCNPlug | SNRPlug, ...]:
+        """The blocks in the order of `stages`; none for the baseline."""
+        return tuple(cast(MRCNPlug | SNRPlug, plug) for plug in self.plugs)
+
+    def head(self) -> Iterator[nn.Parameter]:
+        """The parameters of BNNecks and classifiers, which learn at the full rate."""
+        return self.heads.parameters()
+
+    def set_backend(self, name: str | None) -> None:
+        """Let every block run on this backend from now on, as `backend` chose it. ValueError if unknown."""
+        _check("backend", name, BACKENDS)
+        for block in self.blocks:
+            block.backend = name
 
     def forward(self, visible: Tensor, infrared: Tensor) -> TrainingOutput:
         """Paired batches (B, 3, H, W) of the same identities -> TrainingOutput."""
@@ -94,31 +144,59 @@ class ReIDModel(nn.Module):
                 f"got visible {tuple(visible.shape)} and infrared {tuple(infrared.shape)}, expected equal "
                 "shapes: equation 7 mixes sample i of one modality with sample i of the other"
             )
-        v, n = self.trunk.stem(visible, "visible"), self.trunk.stem(infrared, "infrared")
-        if self.block is None:
-            x = torch.cat((v, n))
-        else:
-            if self.stage > 0:
-                v, n = self.trunk.layers(torch.cat((v, n)), 1, self.stage).chunk(2)
-            x = self.block(v, n, concat=True)
-        pooled = self._pooled(x)
-        return TrainingOutput(pooled, self.classifier(self.neck(pooled)))
+        maps, styles = self._sets(self.trunk.stem(visible, "visible"), self.trunk.stem(infrared, "infrared"))
+        pooled = self.pool(maps)
+        logits = torch.stack([head(part) for head, part in zip(self.heads, pooled, strict=True)])
+        return TrainingOutput(pooled, logits, styles)
 
     def extract(self, images: Tensor, modality: Modality) -> Tensor:
         """Test features of one modality alone: (N, 3, H, W) -> (N, `feature_size`), float32.
 
-        The paper's: F and F+ (compensation is not used), each set's feature after the BNNeck L2-normalised,
-        then concatenated; the baseline has F alone. Call it in eval mode and without gradients.
+        The paper's: F and F+ (compensation is not used), or the one of them that the model has. The feature
+        of each set and part after its BNNeck is L2-normalised; then they are concatenated, set after set as
+        `test_sets` names them, in a set part after part. Call it in eval mode and without gradients.
         """
-        x = self.trunk.layers(self.trunk.stem(images, modality), 1, self.stage)
-        if self.block is not None:
-            x = torch.cat((x, self.block.restitute(x, modality)))
-        features = self.neck(self._pooled(x))
-        features = F.normalize(features.float(), dim=1)
-        return torch.cat(features.chunk(self.feature_size // self.neck.num_features), dim=1)
+        maps, reached = self.trunk.stem(images, modality), 0
+        for index, (stage, plug) in enumerate(zip(self.stages, self.blocks, strict=True)):
+            maps = self.trunk.layers(maps, reached + 1, stage)
+            maps = plug.at_test(maps.chunk(len(self.test_sets) if index else 1), modality)
+            reached = stage
+        pooled = self.pool(self.trunk.layers(maps, reached + 1, 4))
+        features = torch.stack([cast(Head, h).neck(part) for h, part in zip(self.heads, pooled, strict=True)])
+        features = F.normalize(features.float(), dim=2)
+        # (parts, sets * N, D) -> (N, sets, parts, D)
+        return features.unflatten(1, (len(self.test_sets), -1)).permute(2, 1, 0, 3).flatten(1)
 
-    def _pooled(self, x: Tensor) -> Tensor:
-        return cast(Tensor, self.pool(self.trunk.layers(x, self.stage + 1, 4)).flatten(1))
+    def _sets(self, v: Tensor, n: Tensor) -> tuple[Tensor, tuple[SNRFeatures, ...]]:
+        """The last maps of all sets as one batch, from the stems'; and the styles."""
+        if not self.blocks:
+            return self.trunk.layers(torch.cat((v, n)), 1, 4), ()
+        first, *later = zip(self.stages, self.blocks, strict=True)
+        reached, plug = first
+        if reached > 0:
+            v, n = self.trunk.layers(torch.cat((v, n)), 1, reached).chunk(2)
+        maps, styles = plug.first(v, n)
+        for stage, plug in later:
+            maps, more = plug.later(self.trunk.layers(maps, reached + 1, stage))
+            styles += more
+            reached = stage
+        return self.trunk.layers(maps, reached + 1, 4), styles
+
+
+def _check(name: str, got: object, known: Sequence[object]) -> None:
+    if got not in known:
+        raise ValueError(f"got {name}={got!r}, expected one of {list(known)}")
+
+
+def _checked_stages(stages: Sequence[int], required: bool) -> tuple[int, ...]:
+    found = tuple(stages)
+    in_order = list(found) == sorted(set(found)) and all(stage in STAGES for stage in found)
+    if not in_order or (required and not found):
+        raise ValueError(
+            f"got stages={found}, expected one stage or more in ascending order, each from 0 (after the "
+            "stem) to 4 (after layer4)"
+        )
+    return found
 
 
 def use_layout(model: nn.Module, channels_last: bool) -> torch.memory_format:
