@@ -14,7 +14,7 @@ from mrcn_fast.block import RESTITUTE_TO, Modality
 from mrcn_fast.dispatch import NAMES
 from mrcn_fast.gates import GATES
 from mrcn_fast.reid.heads import POOLS, Head, PartPool, PoolName
-from mrcn_fast.reid.plugs import PLUGS, MRCNPlug, SetName, SNRPlug, make_plug
+from mrcn_fast.reid.plugs import PLUGS, AnyPlug, SetName, make_plug
 from mrcn_fast.reid.resnet import Trunk
 
 ModelName = Literal["baseline", "snr", "mrcn", "mrm", "mcm"]
@@ -123,9 +123,9 @@ class ReIDModel(nn.Module):
         return len(self.test_sets) * self.parts * self.trunk.channels[-1]
 
     @property
-    def blocks(self) -> tuple[MRCNPlug | SNRPlug, ...]:
+    def blocks(self) -> tuple[AnyPlug, ...]:
         """The blocks in the order of `stages`; none for the baseline."""
-        return tuple(cast(MRCNPlug | SNRPlug, plug) for plug in self.plugs)
+        return tuple(cast(AnyPlug, plug) for plug in self.plugs)
 
     def head(self) -> Iterator[nn.Parameter]:
         """The parameters of BNNecks and classifiers, which learn at the full rate."""

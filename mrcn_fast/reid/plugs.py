@@ -1,8 +1,8 @@
 """The blocks between two stages of the trunk, and what each model makes of its feature sets with them.
 
-A model's first plug makes its sets from a pair of feature maps. A later one takes every set one block on: each
-set is a stack of modules that starts from the original, as SNR stacks its blocks. The originals pass every plug
-untouched.
+A model's first plug makes its sets from a pair of feature maps. A later one takes every set one block on:
+each set is a stack of modules that starts from the original, as SNR stacks its blocks. The originals pass
+every plug untouched.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class RestitutionPlug(MRCNPlug):
         return Plugged(torch.cat((v, *restituted, n)))
 
 
-class CompensationPlug(MRCNPlug):
+class CompensationPlug(MRCNBlock, Plug):
     """Compensation alone (the paper's "MCM"): v, v-, n-, n; at test F, as compensation needs a pair.
 
     The block's restitution gates have slices of its parameters that no gradient reaches.
@@ -143,7 +143,8 @@ class SNRPlug(SNRBlock, Plug):
         return self.restitute(sets[0])
 
 
-PLUGS: dict[str, type[MRCNPlug] | type[SNRPlug]] = {
+AnyPlug = MRCNPlug | CompensationPlug | SNRPlug
+PLUGS: dict[str, type[MRCNPlug] | type[CompensationPlug] | type[SNRPlug]] = {
     "snr": SNRPlug,
     "mrcn": MRCNPlug,
     "mrm": RestitutionPlug,
@@ -153,7 +154,7 @@ PLUGS: dict[str, type[MRCNPlug] | type[SNRPlug]] = {
 
 def make_plug(
     model: str, channels: int, *, gate: str, reduction: int, restitute_to: str, backend: str | None
-) -> MRCNPlug | SNRPlug:
+) -> AnyPlug:
     """The plug of `model` for maps of `channels` channels; SNR has no choice of `restitute_to`."""
     kind = PLUGS[model]
     if issubclass(kind, SNRPlug):
