@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Final, NamedTuple
 
 import numpy as np
@@ -66,38 +68,58 @@ def score(
     own = torch.searchsorted(identities, queries).clamp_(max=len(identities) - 1)
     known = torch.nonzero(identities[own] == queries).flatten()
 
-    ranks, precisions, penalties = [], [], []
+    # Of each query of an identity that the gallery has; on a GPU nothing below waits before the last chunk.
+    found, ranks, precisions, penalties = [], [], [], []
     for rows in known.split(_rows_at_once(distance)):
         values = distance[rows].to(_working_dtype(distance))
         places = matches[own[rows]]
         matched, places = places >= 0, places.clamp(min=0)
         if cameras is not None:
-            _skip(protocol, values, places, matched, cameras[0][rows], cameras[1])
-        valid = matched.any(dim=1)
-        if not valid.all():
-            values, places, matched = values[valid], places[valid], matched[valid]
+            skipped = skipped_images(queries[rows], gallery, cameras[0][rows], cameras[1], protocol)
+            values.masked_fill_(skipped, torch.inf)
+            matched &= ~skipped.gather(1, places)
         before, keys = _images_before(values, places, matched)
         precision, penalty = _precision_and_penalty(before, matched)
         if protocol == "regdb":
             ranks.append(before.masked_fill(~matched, len(gallery)).amin(dim=1))
         else:
             ranks.append(_identities_before(keys, places, matched, columns, len(identities)))
+        found.append(matched.any(dim=1))
         precisions.append(precision)
         penalties.append(penalty)
-    valid_queries = sum(len(rank) for rank in ranks)
+    valid = torch.cat(found)
+    valid_queries = int(valid.sum())
     if not valid_queries:
         raise ValueError(
             f"no query has a match in the gallery: {len(queries)} queries of {len(queries.unique())} "
             f"identities, {len(gallery)} gallery images of {len(identities)}, protocol {protocol!r}; check "
             f"that both are of one split and that query and gallery cameras are not exchanged"
         )
-    counts = torch.bincount(torch.cat(ranks).clamp(max=max_rank), minlength=max_rank + 1)[:max_rank]
+    nearest = torch.cat(ranks)[valid].clamp_(max=max_rank)
+    counts = torch.bincount(nearest, minlength=max_rank + 1)[:max_rank]
     return Scores(
         cmc=(counts.cumsum(0).double() / valid_queries).cpu(),
-        mAP=torch.cat(precisions).mean().item(),
-        mINP=torch.cat(penalties).mean().item(),
+        mAP=torch.cat(precisions)[valid].mean().item(),
+        mINP=torch.cat(penalties)[valid].mean().item(),
         valid_queries=valid_queries,
     )
+
+
+def skipped_images(
+    query_ids: Tensor, gallery_ids: Tensor, query_cameras: Tensor, gallery_cameras: Tensor, protocol: str
+) -> Tensor:
+    """Which gallery images each query skips by a protocol of `PROTOCOLS`: bool (queries, gallery).
+
+    All arguments but the last: integers, one a query or gallery image. `score` and ranking lists leave out
+    the same images by this. Raises ValueError for an unknown protocol.
+    """
+    _check_protocol(protocol)
+    if protocol == "sysu":
+        skipping, skipped = query_cameras == _SYSU_QUERY_CAMERA, gallery_cameras == _SYSU_SKIPPED_CAMERA
+        return skipping[:, None] & skipped
+    if protocol == "llcm":
+        return (query_ids[:, None] == gallery_ids) & (query_cameras[:, None] == gallery_cameras)
+    return torch.zeros(len(query_ids), len(gallery_ids), dtype=torch.bool, device=query_ids.device)
 
 
 def average(trials: Sequence[Scores]) -> Scores:
@@ -128,6 +150,8 @@ def _images_before(values: Tensor, places: Tensor, matched: Tensor) -> tuple[Ten
     values: (Q, G), skipped images infinite, changed in place; places: (Q, M) columns of the matches, where
     `matched`.
     """
+    if values.device.type != "cpu":
+        return _images_before_stably(values, places)
     ordered = _sorted_rows(values)
     nearest = values.gather(1, places)
     before = torch.searchsorted(ordered, nearest)
@@ -143,6 +167,12 @@ def _images_before(values: Tensor, places: Tensor, matched: Tensor) -> tuple[Ten
     return before, values
 
 
+def _images_before_stably(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    # A GPU sorts stably at the price of any sort, and to look for ties first would be to wait for it.
+    positions = _stable_positions(values)
+    return positions.gather(1, places), positions.to(values.dtype)
+
+
 def _identities_before(
     values: Tensor, places: Tensor, matched: Tensor, columns: Tensor, identities: int
 ) -> Tensor:
@@ -154,20 +184,23 @@ def _identities_before(
 
 
 def _precision_and_penalty(before: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
-    """AP and INP of each query, float64 (Q,), from the places of its matches."""
+    """AP and INP of each query, float64 (Q,), from the places of its matches; NaN where it has none."""
     count = matched.sum(dim=1)
     ranks = before.masked_fill(~matched, torch.iinfo(before.dtype).max - 1).sort(dim=1).values + 1
     found = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
     precisions = (found / ranks.double()).masked_fill_(found > count[:, None], 0)
-    last = ranks.gather(1, count[:, None] - 1).squeeze(1)
-    return precisions.sum(dim=1) / count, count / last.double()
+    last = ranks.gather(1, (count[:, None] - 1).clamp_(min=0)).squeeze(1)
+    penalty = count / last.double()
+    return precisions.sum(dim=1) / count, penalty
 
 
 def _sorted_rows(values: Tensor) -> Tensor:
     # numpy sorts values several times faster than torch, which sorts indices along with them.
-    if values.device.type == "cpu":
-        return torch.from_numpy(np.sort(values.numpy(), axis=1))
-    return values.sort(dim=1).values
+    ordered = values.numpy().copy()
+    threads = max(1, min(torch.get_num_threads(), len(ordered)))
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(partial(np.ndarray.sort, axis=1), np.array_split(ordered, threads)))
+    return torch.from_numpy(ordered)
 
 
 def _stable_positions(values: Tensor) -> Tensor:
@@ -188,22 +221,6 @@ def _match_table(columns: Tensor, identities: int) -> Tensor:
     return table
 
 
-def _skip(
-    protocol: str, values: Tensor, places: Tensor, matched: Tensor, cameras: Tensor, gallery_cameras: Tensor
-) -> None:
-    """Make what the queries (of `cameras`) skip infinite in `values`, and no match in `matched`."""
-    if protocol == "sysu":
-        skipping, skipped = cameras == _SYSU_QUERY_CAMERA, gallery_cameras == _SYSU_SKIPPED_CAMERA
-        values.masked_fill_(skipping[:, None] & skipped, torch.inf)
-        matched &= ~(skipping[:, None] & skipped[places])
-    else:
-        # All that an LLCM query skips is of its own identity, so among `places`.
-        skipped = matched & (gallery_cameras[places] == cameras[:, None])
-        raised = torch.where(skipped, torch.inf, -torch.inf).to(values.dtype)
-        values.scatter_reduce_(1, places, raised, "amax")
-        matched &= ~skipped
-
-
 def _rows_at_once(distance: Tensor) -> int:
     return max(1, _CHUNK_ELEMENTS // distance.shape[1])
 
@@ -214,6 +231,11 @@ def _working_dtype(distance: Tensor) -> torch.dtype:
         # Above 2**24 columns float32 cannot tell two places of a row apart.
         return torch.float64 if distance.shape[1] > 1 << 24 else distance.dtype
     return torch.float32 if distance.is_floating_point() else torch.float64
+
+
+def _check_protocol(protocol: str) -> None:
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
 
 
 def _tensor(value: Tensor | ArrayLike, name: str) -> Tensor:
@@ -240,8 +262,7 @@ def _checked_arguments(
     protocol: str,
     max_rank: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
+    _check_protocol(protocol)
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1; got {max_rank}")
     values = _tensor(distance, "distance")
@@ -251,16 +272,21 @@ def _checked_arguments(
         )
     queries = _integers(query_ids, "query_ids", values.shape[0], values.device)
     gallery = _integers(gallery_ids, "gallery_ids", values.shape[1], values.device)
-    for first in range(0, len(values), _rows_at_once(values)):
-        rows = values[first : first + _rows_at_once(values)]
-        # The extremes are NaN if any value is, and found without a mask of the rows' size.
-        if not all(extreme.isfinite() for extreme in rows.aminmax()):
-            row, column = torch.nonzero(~rows.isfinite())[0].tolist()
-            raise ValueError(
-                f"distance must be finite; got {values[first + row, column].item()} for query {first + row} "
-                f"and gallery image {column}. Look for NaN or infinity in the features"
-            )
+    # The extremes are NaN if any value is, and found without a mask of the rows' size.
+    extremes = [torch.stack(rows.aminmax()) for rows in values.split(_rows_at_once(values))]
+    if not torch.stack(extremes).isfinite().all():
+        row, column = _not_finite(values)
+        raise ValueError(
+            f"distance must be finite; got {values[row, column].item()} for query {row} and gallery image "
+            f"{column}. Look for NaN or infinity in the features"
+        )
     return values, queries, gallery
+
+
+def _not_finite(values: Tensor) -> tuple[int, int]:
+    """The first place in (rows, columns) whose value is not finite."""
+    row = next(row for row, rows in enumerate(values) if not rows.isfinite().all())
+    return row, int(torch.nonzero(~values[row].isfinite())[0])
 
 
 def _checked_cameras(

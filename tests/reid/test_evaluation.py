@@ -12,8 +12,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from mrcn_fast.reid import evaluation
 from mrcn_fast.reid.data import SYSUMM01
-from mrcn_fast.reid.evaluation import Scores, average, score
+from mrcn_fast.reid.evaluation import Scores, average, score, skipped_images
 
 SHARED = Path(__file__).resolve().parents[2].parent / "shared"
 
@@ -84,6 +85,13 @@ def test_equals_the_loop(protocol: str, tied: bool, seed: int, monkeypatch: pyte
     arguments = (distance, queries, gallery, query_cameras, gallery_cameras)
     assert_equal(got, loop_score(*arguments, protocol, 12))
     np.testing.assert_array_equal(distance, before)
+    # The way of other devices than the CPU gives the same.
+    monkeypatch.setattr(
+        evaluation,
+        "_images_before",
+        lambda values, places, matched: evaluation._images_before_stably(values, places),
+    )
+    assert_equal(score(distance, queries, gallery, **kwargs, protocol=protocol, max_rank=12), got)
 
 
 def test_counted_by_hand() -> None:
@@ -109,6 +117,64 @@ def test_camera_3_skips_camera_2_only() -> None:
     # Camera 3 keeps the last image alone; camera 6 finds it behind the stranger and another match.
     assert near.mAP == pytest.approx((1 + (1 / 2 + 2 / 3) / 2) / 2)
     assert near.cmc[:2].tolist() == [0.5, 1]
+
+
+@pytest.mark.parametrize(
+    ("protocol", "expected"),
+    [
+        ("sysu", [[False, True, False], [False, False, False], [False, True, False]]),
+        ("llcm", [[False, False, True], [False, False, False], [False, False, False]]),
+        ("regdb", [[False] * 3] * 3),
+    ],
+)
+def test_skipped_images(protocol: str, expected: list[list[bool]]) -> None:
+    query_ids, query_cameras = torch.tensor([1, 1, 2]), torch.tensor([3, 6, 3])
+    gallery_ids, gallery_cameras = torch.tensor([1, 1, 1]), torch.tensor([1, 2, 3])
+    skipped = skipped_images(query_ids, gallery_ids, query_cameras, gallery_cameras, protocol)
+    assert skipped.tolist() == expected
+
+
+def test_skipped_images_knows_its_protocols() -> None:
+    one = torch.tensor([1])
+    with pytest.raises(ValueError, match="unknown protocol 'market'; known: sysu, regdb, llcm"):
+        skipped_images(one, one, one, one, "market")
+
+
+# Prints by how many bytes the process's peak of resident memory grows while a large matrix is scored.
+PEAK = """
+import re, sys
+from pathlib import Path
+import torch
+from mrcn_fast.reid import evaluation
+
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+size, evaluation._CHUNK_ELEMENTS, protocol = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
+distance = torch.rand(size, size, generator=torch.Generator().manual_seed(0))
+ids, cameras = torch.arange(size) // 10, torch.arange(size) % 6 + 1
+
+def run(n):
+    given = {"query_cameras": cameras[:n], "gallery_cameras": cameras[:n], "protocol": protocol}
+    return evaluation.score(distance[:n, :n], ids[:n], ids[:n], **given)
+
+run(200)
+Path("/proc/self/clear_refs").write_text("5")  # the peak from here on
+before = peak()
+run(size)
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's count of peak memory")
+@pytest.mark.parametrize("protocol", ["sysu", "llcm"])
+def test_memory_does_not_grow_with_the_matrix(protocol: str) -> None:
+    size, chunk = 4000, 1 << 17
+    command = [sys.executable, "-c", PEAK, str(size), str(chunk), protocol]
+    grown = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    # As documented: below 40 bytes for an element of a chunk, and a little for each row and column. One mask
+    # of the whole matrix alone would take 16 MB.
+    assert grown < 40 * chunk + 2000 * size
 
 
 def test_equal_distances_rank_in_gallery_order() -> None:
