@@ -105,8 +105,8 @@ def mrcn_block(
         norm_weight, norm_bias: (2, C), γ and β of the two instance normalizations, visible then infrared;
             the inputs' dtype or float32.
         gate_parameters: the gate's parameters with a leading 4 (A_v1, A_n1, A_v2, A_n2), in the order of
-            `gates.ChannelGate.parameter_list`.
-        gate: "se", "eca" or "cbam-channel".
+            `gates.Gate.parameter_list`.
+        gate: "se", "eca", "cbam-channel", or "cbam", which plain PyTorch serves and no kernel can.
         eps: added to the variance.
         restitute_to: what M₊ is added to: "normalized" (F̃, the text) or "input" (F, eq. 5 as printed).
         concat: give the six sets as one (6N, C, H, W) tensor in the order of `MRCNFeatures`.
@@ -186,7 +186,7 @@ def snr_block(
 def _run(
     mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    backend = dispatch.choose(requested, tensors[0].device.type, tensors[0].dtype)
+    backend = dispatch.choose(requested, tensors[0].device.type, tensors[0].dtype, gate)
     if backend == "reference":
         count = 2 if mode in ("pair", "concat") else 1
         inputs, (norm_weight, norm_bias, *parameters) = tensors[:count], tensors[count:]
@@ -199,7 +199,7 @@ def _run(
 
 
 class _Block(nn.Module):
-    """Instance-norm parameters of ``modalities`` and ``gates`` channel gates."""
+    """Instance-norm parameters of ``modalities`` and ``gates`` gates."""
 
     def __init__(
         self,
@@ -249,7 +249,8 @@ class MRCNBlock(_Block):
         channels: C of the feature maps.
         reduction: the gates' hidden width is max(1, C // reduction).
         eps: added to the variance.
-        gate: "se" (the paper), "eca" or "cbam-channel".
+        gate: "se" (the paper), "eca", "cbam-channel", or "cbam", which has a spatial part that no kernel can
+            fuse: plain PyTorch serves it on every device.
         restitute_to: "normalized" (default) or "input", see `mrcn_block`.
         backend: "cpu", "triton", "reference", or None for what serves.
         device, dtype: of the parameters.
@@ -455,14 +456,13 @@ def _check_parameters(
 def _gate_shapes(
     gate: str, gates: int, channels: int, gate_parameters: Sequence[Tensor]
 ) -> list[tuple[int, ...]]:
-    expected = 1 if gate == "eca" else 4
-    if len(gate_parameters) != expected or not all(isinstance(p, Tensor) for p in gate_parameters):
+    first = gate_parameters[0] if len(gate_parameters) else None
+    width = first.shape[1] if isinstance(first, Tensor) and first.dim() > 1 else 0
+    shapes = GATES[gate].shapes(channels, width).values()
+    if len(gate_parameters) != len(shapes) or not all(isinstance(p, Tensor) for p in gate_parameters):
         raise ValueError(
-            f"gate_parameters of {gate!r}: got {len(gate_parameters)}, expected {expected} tensors"
+            f"gate_parameters of {gate!r}: got {len(gate_parameters)}, expected {len(shapes)} tensors"
         )
-    width = gate_parameters[0].shape[1] if gate_parameters[0].dim() > 1 else 0
-    if gate == "eca":
-        if width % 2 == 0:
-            raise ValueError(f"gate_parameters of 'eca': got a kernel of {width}, expected an odd one")
-        return [(gates, width)]
-    return [(gates, width, channels), (gates, width), (gates, channels, width), (gates, channels)]
+    if gate == "eca" and width % 2 == 0:
+        raise ValueError(f"gate_parameters of 'eca': got a kernel of {width}, expected an odd one")
+    return [(gates, *shape) for shape in shapes]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mrcn_fast import reference
 from mrcn_fast.backends import native, triton
+from mrcn_fast.gates import GATES
 
 logger = logging.getLogger("mrcn_fast")
 
@@ -41,10 +42,12 @@ def backends() -> dict[str, BackendStatus]:
     return known | {"reference": BackendStatus(True, "plain PyTorch, runs wherever torch does")}
 
 
-def unserved(name: str, device_type: str, dtype: torch.dtype) -> str | None:
-    """Why backend ``name`` can't serve tensors of this device and dtype; None where it can."""
+def unserved(name: str, device_type: str, dtype: torch.dtype, gate: str | None = None) -> str | None:
+    """Why backend ``name`` can't serve this device, dtype and gate (None: the loss); None where it can."""
     if name == "reference":
         return None
+    if gate is not None and GATES[gate].unfused is not None:
+        return GATES[gate].unfused
     usable, reason = KERNELS[name].status()
     return KERNELS[name].serves(device_type, dtype) if usable else reason
 
@@ -53,8 +56,8 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str:
     return unserved(name, device_type, dtype) or "it serves such tensors only where it is asked for"
 
 
-def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
-    """The name of the backend that serves a call.
+def choose(requested: str | None, device_type: str, dtype: torch.dtype, gate: str | None = None) -> str:
+    """The name of the backend that serves a call; ``gate`` is the block's, None for the loss.
 
     ``requested`` is the caller's choice, else ``MRCN_FAST_BACKEND``; "auto" or nothing takes the first kernel
     backend that can serve, then the reference (told once a reason, at INFO).
@@ -66,16 +69,17 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype) -> str:
         if requested not in NAMES:
             known = ", ".join(map(repr, (*NAMES, "auto")))
             raise ValueError(f"backend: got {requested!r}, expected one of {known}")
-        if reason := unserved(requested, device_type, dtype):
+        if reason := unserved(requested, device_type, dtype, gate):
             raise RuntimeError(
                 f"backend {requested!r} can't serve this call: {reason}. "
                 "Leave backend and MRCN_FAST_BACKEND unset to fall back by itself."
             )
         return requested
     for name, module in KERNELS.items():
-        if device_type in module.DEVICES and unserved(name, device_type, dtype) is None:
+        if device_type in module.DEVICES and unserved(name, device_type, dtype, gate) is None:
             return name
-    message = "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
+    unfused = None if gate is None else GATES[gate].unfused
+    message = unfused or "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
     if message not in _told:
         _told.add(message)
         logger.info("using the reference backend (%s)", message)

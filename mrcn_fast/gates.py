@@ -1,4 +1,4 @@
-"""Channel gates A: plane statistics of the residual (N, C) -> gate (N, C).
+"""Gates A, which say how much of the residual M (N, C, H, W) is distilled, by channel or by place too.
 
 A gate here is only its parameters and its initialization. The computation stands in `reference.GATES`
 (plain PyTorch) and in csrc/block/gates.h (kernels): both read the parameters in the
@@ -15,27 +15,15 @@ import torch
 from torch import Tensor, nn
 
 
-class ChannelGate(nn.Module):
-    """Parameters of ``count`` independent gates over ``channels`` channels."""
+class Gate(nn.Module):
+    """Parameters of ``count`` independent gates over ``channels`` channels; what they are, `shapes` says.
 
-    kind: ClassVar[str]
-
-    def parameter_list(self) -> list[Tensor]:
-        """The parameters in the order in which the operations take them."""
-        return list(self.parameters(recurse=False))
-
-    def reset_parameters(self) -> None:
-        raise NotImplementedError
-
-
-class SEGate(ChannelGate):
-    """Squeeze-and-excitation (Hu et al. 2018): σ(fc2 ReLU(fc1 z)), z = GAP(M).
-
-    Parameters: ``fc1_weight (count, R, C)``, ``fc1_bias (count, R)``, ``fc2_weight (count, C, R)``,
-    ``fc2_bias (count, C)`` with R = max(1, C // reduction); initialized like `torch.nn.Linear`.
+    ``unfused`` is None for a gate that the kernels fuse: one that is a function of plane statistics. For any
+    other it says why they can't, to a user.
     """
 
-    kind = "se"
+    kind: ClassVar[str]
+    unfused: ClassVar[str | None] = None
 
     def __init__(
         self,
@@ -47,14 +35,54 @@ class SEGate(ChannelGate):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        hidden = max(1, channels // reduction)
-
-        def empty(*shape: int) -> nn.Parameter:
-            return nn.Parameter(torch.empty(count, *shape, device=device, dtype=dtype))
-
-        self.fc1_weight, self.fc1_bias = empty(hidden, channels), empty(hidden)
-        self.fc2_weight, self.fc2_bias = empty(channels, hidden), empty(channels)
+        for name, shape in self.shapes(channels, self.width(channels, reduction)).items():
+            empty = torch.empty(count, *shape, device=device, dtype=dtype)
+            self.register_parameter(name, nn.Parameter(empty))
         self.reset_parameters()
+
+    @staticmethod
+    def width(channels: int, reduction: int) -> int:
+        """The one size that the channels don't fix: hidden units, or the length of a kernel."""
+        raise NotImplementedError
+
+    @classmethod
+    def shapes(cls, channels: int, width: int) -> dict[str, tuple[int, ...]]:
+        """The parameters of one gate by name, in their order, without the leading dimension."""
+        raise NotImplementedError
+
+    def parameter_list(self) -> list[Tensor]:
+        """The parameters in the order in which the operations take them."""
+        return list(self.parameters(recurse=False))
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError
+
+
+class SEGate(Gate):
+    """Squeeze-and-excitation (Hu et al. 2018): σ(fc2 ReLU(fc1 z)), z = GAP(M).
+
+    Parameters: ``fc1_weight (count, R, C)``, ``fc1_bias (count, R)``, ``fc2_weight (count, C, R)``,
+    ``fc2_bias (count, C)`` with R = max(1, C // reduction); initialized like `torch.nn.Linear`.
+    """
+
+    kind = "se"
+    fc1_weight: nn.Parameter
+    fc1_bias: nn.Parameter
+    fc2_weight: nn.Parameter
+    fc2_bias: nn.Parameter
+
+    @staticmethod
+    def width(channels: int, reduction: int) -> int:
+        return max(1, channels // reduction)
+
+    @classmethod
+    def shapes(cls, channels: int, width: int) -> dict[str, tuple[int, ...]]:
+        return {
+            "fc1_weight": (width, channels),
+            "fc1_bias": (width,),
+            "fc2_weight": (channels, width),
+            "fc2_bias": (channels,),
+        }
 
     def reset_parameters(self) -> None:
         """Uniform in ±1/√fan_in, weights and biases, as `torch.nn.Linear` draws them."""
@@ -70,7 +98,33 @@ class CBAMChannelGate(SEGate):
     kind = "cbam-channel"
 
 
-class ECAGate(ChannelGate):
+class CBAMGate(CBAMChannelGate):
+    """CBAM whole (Woo et al. 2018): the channel part, then a weight for each place of what it leaves.
+
+    Parameters: those of `CBAMChannelGate`, then ``spatial_weight (count, 2, 7, 7)``, one convolution without
+    bias over the mean and the maximum of the channels.
+    """
+
+    kind = "cbam"
+    unfused = (
+        "CBAM's spatial part weighs each place by its 7 x 7 surroundings, which is no function of the "
+        "statistics of planes that a kernel could fuse; the plain PyTorch form serves it on every device. "
+        "gate='cbam-channel' is CBAM's channel part alone, fused"
+    )
+    spatial_weight: nn.Parameter
+
+    @classmethod
+    def shapes(cls, channels: int, width: int) -> dict[str, tuple[int, ...]]:
+        return super().shapes(channels, width) | {"spatial_weight": (2, 7, 7)}
+
+    def reset_parameters(self) -> None:
+        """As `SEGate`; the convolution uniform in ±1/√fan_in, as `torch.nn.Conv2d` draws it."""
+        super().reset_parameters()
+        bound = 1 / math.sqrt(self.spatial_weight[0].numel())
+        nn.init.uniform_(self.spatial_weight, -bound, bound)
+
+
+class ECAGate(Gate):
     """Efficient channel attention (Wang et al. 2020): σ(conv1d over channels of GAP(M)).
 
     Parameter: ``weight (count, K)``; K is |log2(C)/2 + 1/2|, made odd, as the authors choose it.
@@ -78,20 +132,16 @@ class ECAGate(ChannelGate):
     """
 
     kind = "eca"
+    weight: nn.Parameter
 
-    def __init__(
-        self,
-        channels: int,
-        count: int,
-        *,
-        reduction: int = 16,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
+    @staticmethod
+    def width(channels: int, reduction: int) -> int:
         size = int(abs(math.log2(channels) + 1) / 2)
-        self.weight = nn.Parameter(torch.empty(count, size + 1 - size % 2, device=device, dtype=dtype))
-        self.reset_parameters()
+        return size + 1 - size % 2
+
+    @classmethod
+    def shapes(cls, channels: int, width: int) -> dict[str, tuple[int, ...]]:
+        return {"weight": (width,)}
 
     def reset_parameters(self) -> None:
         """Uniform in ±1/√K, as `torch.nn.Conv1d` draws it."""
@@ -99,9 +149,7 @@ class ECAGate(ChannelGate):
         nn.init.uniform_(self.weight, -bound, bound)
 
 
-GATES: dict[str, type[SEGate] | type[ECAGate]] = {
-    gate.kind: gate for gate in (SEGate, ECAGate, CBAMChannelGate)
-}
+GATES: dict[str, type[Gate]] = {gate.kind: gate for gate in (SEGate, ECAGate, CBAMChannelGate, CBAMGate)}
 
 
 def make_gate(
@@ -112,7 +160,7 @@ def make_gate(
     reduction: int = 16,
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
-) -> ChannelGate:
+) -> Gate:
     """The gate module called ``kind``; ValueError lists the known ones."""
     if kind not in GATES:
         raise ValueError(f"gate: got {kind!r}, expected one of {', '.join(map(repr, GATES))}")

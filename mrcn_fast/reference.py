@@ -35,7 +35,7 @@ def residual(features: Tensor, normalized: Tensor) -> Tensor:
     return features - normalized
 
 
-# --- channel gates A(M): (N, C, H, W) -> (N, C), values in (0, 1) -------------------------------------
+# --- gates A(M): (N, C, H, W) -> (N, C), for the whole CBAM (N, C, H, W); values in (0, 1) -------------
 
 
 def excite(pooled: Tensor, parameters: GateParameters) -> Tensor:
@@ -71,11 +71,40 @@ def cbam_channel_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
     return torch.sigmoid(excite(average, parameters) + excite(maximum, parameters))
 
 
+def spatial_gate(features: Tensor, weight: Tensor) -> Tensor:
+    """Spatial part of CBAM (Woo et al. 2018): σ(f([mean; maximum])) over channels, -> (N, 1, H, W).
+
+    f is the convolution with ``weight`` (2, K, K), K = 7, zeros around the map; it has no bias and no batch
+    normalization, as in the paper's equation. Where several channels share the maximum, its gradient is
+    spread evenly over them.
+    """
+    mean, maximum = features.mean(dim=1), features.amax(dim=1)
+    pooled = torch.stack((mean, maximum), dim=1)
+    return torch.sigmoid(F.conv2d(pooled, weight[None], padding=weight.shape[-1] // 2))
+
+
+def cbam_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
+    """CBAM whole (Woo et al. 2018): its channel part A_c(M), times the spatial part of M x A_c(M).
+
+    ``parameters`` are those of `cbam_channel_gate`, then the weight (2, 7, 7) of `spatial_gate`.
+    """
+    *of_channels, spatial_weight = parameters
+    channels = cbam_channel_gate(residual, of_channels)[:, :, None, None]
+    return channels * spatial_gate(residual * channels, spatial_weight)
+
+
 GATES: dict[str, Callable[[Tensor, GateParameters], Tensor]] = {
     "se": se_gate,
     "eca": eca_gate,
     "cbam-channel": cbam_channel_gate,
+    "cbam": cbam_gate,
 }
+
+
+def attention(residual: Tensor, gate: str, parameters: GateParameters) -> Tensor:
+    """A(M) as it multiplies M: (N, C, 1, 1) of a channel gate, (N, C, H, W) of the whole CBAM."""
+    weights = GATES[gate](residual, parameters)
+    return weights if weights.dim() == 4 else weights[:, :, None, None]
 
 
 # --- restitution and compensation (eq. 4-7) -----------------------------------------------------------
@@ -83,7 +112,7 @@ GATES: dict[str, Callable[[Tensor, GateParameters], Tensor]] = {
 
 def distill(residual: Tensor, gate: str, parameters: GateParameters) -> Tensor:
     """M₊ = M x A₁(M) (eq. 4) and M₋ = M x A₂(M) (eq. 6), by which gate's parameters are given."""
-    return residual * GATES[gate](residual, parameters)[:, :, None, None]
+    return residual * attention(residual, gate, parameters)
 
 
 def restitute(
@@ -169,7 +198,7 @@ def snr_block(
     """F̃ + sM, F̃ + (1 - s)M and F̃ of one batch (SNR, Jin et al. 2020); parameters as in `restitution`."""
     normalized = instance_norm(features, norm_weight, norm_bias, eps)
     removed = residual(features, normalized)
-    s = GATES[gate](removed, gate_parameters)[:, :, None, None]
+    s = attention(removed, gate, gate_parameters)
     return normalized + s * removed, normalized + (1 - s) * removed, normalized
 
 

@@ -1,21 +1,24 @@
-"""The channel gates: their parameters, initialization, and what the kernels make of them."""
+"""The gates: their parameters, initialization, what the kernels make of them, and which they can't fuse."""
 
 from __future__ import annotations
 
+import logging
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from mrcn_fast import MRCNBlock, SNRBlock
-from mrcn_fast.gates import GATES, ECAGate, SEGate, make_gate
+from mrcn_fast import MRCNBlock, SNRBlock, dispatch, mrcn_restitution
+from mrcn_fast.gates import GATES, CBAMGate, ECAGate, SEGate, make_gate
 from tests import cases
 from tests.cases import DEVICE, KERNEL_BACKENDS, random
 
 
 def test_the_known_gates() -> None:
-    assert tuple(GATES) == cases.GATES
+    assert tuple(kind for kind, gate in GATES.items() if gate.unfused is None) == cases.GATES
+    assert set(GATES) - set(cases.GATES) == {"cbam"}
 
 
 @pytest.mark.parametrize("kind", cases.GATES)
@@ -59,6 +62,9 @@ def test_initialization_is_linears() -> None:
         assert abs(values.var() / (bound**2 / 3) - 1) < 0.25
     linear = nn.Linear(256, 64)
     assert linear.weight.abs().max() <= 1 / math.sqrt(256) and linear.bias.abs().max() <= 1 / math.sqrt(256)
+    convolution = CBAMGate(8, 50).spatial_weight.detach()
+    assert convolution.shape == (50, 2, 7, 7)
+    assert 0.95 / math.sqrt(98) < convolution.abs().max() <= 1 / math.sqrt(98)
     eca = ECAGate(2048, 50)
     assert 0.9 / math.sqrt(7) < eca.weight.abs().max() <= 1 / math.sqrt(7)
 
@@ -72,6 +78,14 @@ def test_the_four_gates_start_differently() -> None:
 @cases.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("kind", cases.GATES)
 def test_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
+    check_each_gate_drives_its_own_set(kind, backend)
+
+
+def test_each_whole_cbam_drives_its_own_set() -> None:
+    check_each_gate_drives_its_own_set("cbam", "reference")
+
+
+def check_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
     """A_v1, A_n1, A_v2, A_n2: a change in gate i moves v+, n+, n-, v- in this order and nothing else."""
     block = MRCNBlock(6, reduction=2, gate=kind, backend=backend, device=DEVICE, dtype=torch.float64)
     visible, infrared = random(2, 6, 3, 4, seed=1), random(2, 6, 3, 4, seed=2)
@@ -147,3 +161,141 @@ def test_cbams_gradient_at_tied_maxima(mode: str, layout: str, backend: str) -> 
         results, truth = cases.evaluate(p, backend), cases.evaluate_reference(p, torch.float64)
         for name, result in results.items():
             torch.testing.assert_close(result, truth[name], rtol=1e-11, atol=1e-11)
+
+
+@cases.backends("reference", *KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", cases.GATES)
+def test_snrs_restitution_alone_is_bitwise_the_first_of_three(kind: str, backend: str) -> None:
+    """Training and inference see the same features; the gradients are those of the first output."""
+    block = SNRBlock(8, reduction=4, gate=kind, backend=backend, device=DEVICE)
+    features = random(3, 8, 5, 4, dtype=torch.float32)
+    assert cases.same_bits(block.restitute(features), block(features).restituted)
+    weight = random(3, 8, 5, 4, seed=1, dtype=torch.float32)
+    leaves = tuple(block.parameters())
+    alone = torch.autograd.grad((block.restitute(features) * weight).sum(), leaves)
+    of_three = torch.autograd.grad((block(features).restituted * weight).sum(), leaves)
+    for got, want in zip(alone, of_three, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+# --- the whole CBAM, which no kernel can fuse -------------------------------------------------------------
+
+
+def whole_cbam(backend: str | None = None, dtype: torch.dtype = torch.float64) -> MRCNBlock:
+    torch.manual_seed(0)
+    return MRCNBlock(4, reduction=2, gate="cbam", backend=backend, device=DEVICE, dtype=dtype)
+
+
+def snr_cbam(dtype: torch.dtype = torch.float64) -> SNRBlock:
+    torch.manual_seed(0)
+    return SNRBlock(4, reduction=2, gate="cbam", device=DEVICE, dtype=dtype)
+
+
+@pytest.mark.parametrize("mode", [*cases.MODES, "snr restitute"])
+def test_whole_cbams_derivatives(mode: str) -> None:
+    mrcn, snr = whole_cbam(), snr_cbam()
+    functions: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+        "pair": lambda v, n: tuple(mrcn(v, n))[1:5],
+        "concat": lambda v, n: (mrcn(v, n, concat=True),),
+        "restitute": lambda n: (mrcn.restitute(n, "infrared"),),
+        "snr": lambda x: tuple(snr(x)),
+        "snr restitute": lambda x: (snr.restitute(x),),
+    }
+    count = 2 if mode in ("pair", "concat") else 1
+    maps = tuple(random(2, 4, 1, 3, seed=s).requires_grad_() for s in range(1, 1 + count))
+    parameters = tuple((snr if "snr" in mode else mrcn).parameters())
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        return functions[mode](*tensors[:count])  # the parameters are the block's own, changed in place
+
+    assert torch.autograd.gradcheck(run, (*maps, *parameters))
+    assert torch.autograd.gradgradcheck(run, (*maps, *parameters), fast_mode=True)
+
+
+def test_whole_cbam_is_the_channel_part_where_the_spatial_part_says_one_half() -> None:
+    """A spatial weight of zero gives σ(0) = 1/2 everywhere."""
+    block, channels = whole_cbam(), MRCNBlock(4, reduction=2, gate="cbam-channel", backend="reference")
+    channels.to(DEVICE, torch.float64)
+    of_channels = {k: v for k, v in block.state_dict().items() if k != "gate.spatial_weight"}
+    channels.load_state_dict(of_channels)
+    with torch.no_grad():
+        block.gate.parameter_list()[-1].zero_()
+    features = random(2, 4, 5, 6)
+    normalized = nn.functional.instance_norm(features)
+    half = (block.restitute(features, "visible") - normalized) * 2
+    torch.testing.assert_close(half, channels.restitute(features, "visible") - normalized)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_whole_cbam_refuses_the_kernels_with_the_reason(backend: str) -> None:
+    features = random(2, 4, 3, 3)
+    for call in (
+        lambda: whole_cbam(backend)(features, features),
+        lambda: whole_cbam(backend).restitute(features, "visible"),
+    ):
+        with pytest.raises(
+            RuntimeError, match=rf"'{backend}' can't serve this call: CBAM's spatial part"
+        ) as e:
+            call()
+        assert "gate='cbam-channel'" in str(e.value) and "unset to fall back" in str(e.value)
+
+
+def test_whole_cbam_takes_the_reference_and_says_why_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "_told", set())
+    monkeypatch.delenv("MRCN_FAST_BACKEND", raising=False)
+    features = random(2, 4, 3, 3)
+    with caplog.at_level(logging.INFO, "mrcn_fast"):
+        for backend in (None, "auto"):
+            got = whole_cbam(backend).restitute(features, "visible")
+            assert cases.same_bits(got, whole_cbam("reference").restitute(features, "visible"))
+    (told,) = (r for r in caplog.records if r.name == "mrcn_fast")
+    assert told.levelno == logging.INFO
+    assert told.getMessage().startswith("using the reference backend (CBAM's spatial part")
+    # The loss and the other gates have their kernels still.
+    assert dispatch.unserved("reference", DEVICE, torch.float32, "cbam") is None
+    assert dispatch.choose("reference", DEVICE, torch.float32, "cbam") == "reference"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whole_cbam_keeps_dtype_and_layout(dtype: torch.dtype) -> None:
+    block = whole_cbam(dtype=torch.float32)
+    features = random(2, 4, 6, 5, dtype=dtype).contiguous(memory_format=torch.channels_last)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        sets = block(features, features)
+    for x in sets[1:5]:
+        assert x.dtype == dtype and x.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_whole_cbam_is_one_graph() -> None:
+    mrcn, snr = whole_cbam(dtype=torch.float32), snr_cbam(torch.float32)
+
+    def network(visible: Tensor, infrared: Tensor) -> Tensor:
+        return mrcn(snr(visible).restituted, snr.restitute(infrared), concat=True).square().mean()
+
+    compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
+    maps = tuple(random(2, 4, 5, 6, seed=s, dtype=torch.float32).requires_grad_() for s in (1, 2))
+    leaves = (*maps, *mrcn.parameters(), *snr.parameters())
+    for got, want in zip(*(torch.autograd.grad(f(*maps), leaves) for f in (compiled, network)), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("shapes", "told"),
+    [
+        ([(1, 2, 4), (1, 2), (1, 4, 2), (1, 4)], "got 4, expected 5 tensors"),
+        (
+            [(1, 2, 4), (1, 2), (1, 4, 2), (1, 4), (1, 2, 5, 5)],
+            "got shape (1, 2, 5, 5), expected (1, 2, 7, 7)",
+        ),
+    ],
+)
+def test_whole_cbams_parameters_are_checked(shapes: list[tuple[int, ...]], told: str) -> None:
+    features = random(2, 4, 3, 3)
+    with pytest.raises(ValueError) as error:
+        mrcn_restitution(
+            features, random(1, 4), random(1, 4), [random(*shape) for shape in shapes], gate="cbam"
+        )
+    assert told in str(error.value)

@@ -145,6 +145,46 @@ def test_cbam_channel_gate_spreads_the_gradient_of_a_tied_maximum() -> None:
     close(gradient, plane(1, 0, 1) * s * (1 - s) / 2)
 
 
+def test_spatial_gate_by_hand() -> None:
+    # Two channels, [1, -3, 2] and [3, 1, 0]: mean [2, -1, 1], maximum [3, 1, 2]. The kernel looks at the mean
+    # to the left (x 1) and at the maximum itself (x 10): 0 + 30, 2 + 10, -1 + 20; in units of ln 3 / 12 the
+    # middle one is σ(ln 3) = 0.75.
+    features = tensor([[1.0, -3.0, 2.0]], [[3.0, 1.0, 0.0]])[None]
+    weight = torch.zeros(2, 7, 7, dtype=torch.float64)
+    weight[0, 3, 2], weight[1, 3, 3] = LN3 / 12, 10 * LN3 / 12
+    got = reference.spatial_gate(features, weight)
+    expected = plane(*(1 / (1 + math.exp(-value * LN3 / 12)) for value in (30, 12, 19)))
+    assert expected[0, 0, 0, 1] == pytest.approx(0.75)
+    close(got, expected)
+
+
+def test_cbam_weighs_places_after_channels() -> None:
+    # Channel gates 0.5 and 0.25 whatever they see; M is 4 and -8 in its channels at the first place, 0 and 8
+    # at the second. Channel-gated: 2 and -2, 0 and 2: maxima 2 and 2 (of M itself 4 and 8), means 0 and 1.
+    # The kernel takes maximum + mean in the place: σ(2 u) and σ(3 u), u = ln 3 / 2.
+    residual = tensor([[4.0, 0.0]], [[-8.0, 8.0]])[None]
+    of_channels = [tensor([0.0, 0.0]), tensor(0.0), tensor([0.0], [0.0]), tensor(0.0, -LN3 / 2)]
+    weight = torch.zeros(2, 7, 7, dtype=torch.float64)
+    weight[:, 3, 3] = LN3 / 2
+    first, second = 0.75, 1 / (1 + math.exp(-1.5 * LN3))
+    expected = tensor([[0.5 * first, 0.5 * second]], [[0.25 * first, 0.25 * second]])[None]
+    parameters = [*of_channels, weight]
+    close(reference.cbam_gate(residual, parameters), expected)
+    close(reference.attention(residual, "cbam", parameters), expected)
+    close(reference.distill(residual, "cbam", parameters), residual * expected)
+
+
+def test_cbam_is_a_composition_of_modules() -> None:
+    residual = random(3, 8, 9, 5)
+    mlp = nn.Sequential(nn.Flatten(), nn.Linear(8, 2), nn.ReLU(), nn.Linear(2, 8)).double()
+    convolution = nn.Conv2d(2, 1, 7, padding=3, bias=False, dtype=torch.float64)
+    channels = torch.sigmoid(mlp(nn.AdaptiveAvgPool2d(1)(residual)) + mlp(nn.AdaptiveMaxPool2d(1)(residual)))
+    gated = residual * channels[:, :, None, None]
+    pooled = torch.cat((gated.mean(1, keepdim=True), gated.max(1, keepdim=True).values), 1)
+    parameters = [*mlp.parameters(), convolution.weight[0]]
+    close(reference.distill(residual, "cbam", parameters), gated * torch.sigmoid(convolution(pooled)))
+
+
 # --- restitution and compensation -------------------------------------------------------------------------
 
 
@@ -223,7 +263,7 @@ def test_snr_by_hand() -> None:
         close(g, e)
 
 
-@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize("gate", [*cases.GATES, "cbam"])
 def test_restituted_is_between_input_and_normalized(gate: str) -> None:
     """F₊ = s · F + (1 - s) · F̃."""
     features = random(3, 8, 5, 4)
@@ -234,7 +274,7 @@ def test_restituted_is_between_input_and_normalized(gate: str) -> None:
     weight, bias = block.norm_weight[1], block.norm_bias[1]
     parameters = [p[1] for p in block.gate.parameter_list()]
     normalized = reference.instance_norm(features, weight, bias)
-    s = reference.GATES[gate](features - normalized, parameters)[:, :, None, None]
+    s = reference.attention(features - normalized, gate, parameters)
     assert s.min() > 0 and s.max() < 1 and s.std() > 0.01
     close(block.restitute(features, "infrared"), s * features + (1 - s) * normalized)
 
@@ -368,8 +408,13 @@ def test_everything_is_twice_differentiable() -> None:
     parameters = [random(*s, seed=5 + i).requires_grad_() for i, s in enumerate([(3,), (3,)])]
     gate_parameters = [random(*s, seed=9 + i) for i, s in enumerate([(2, 3), (2,), (3, 2), (3,)])]
 
-    def run(f: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        return reference.restitution(f, w, b, gate_parameters, gate="cbam-channel")
+    spatial = random(2, 7, 7, seed=20)
+
+    def run(f: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        return (
+            reference.restitution(f, w, b, gate_parameters, gate="cbam-channel"),
+            reference.restitution(f, w, b, [*gate_parameters, spatial], gate="cbam"),
+        )
 
     check: Callable[..., bool] = torch.autograd.gradgradcheck
     assert check(run, (features, *parameters))
