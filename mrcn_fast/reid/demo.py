@@ -21,7 +21,7 @@ from mrcn_fast.reid.checkpoint import write_json
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
-from mrcn_fast.reid.model import MODELS, ModelName
+from mrcn_fast.reid.model import ModelName
 from mrcn_fast.reid.scoring import HEADLINE, score_checkpoint, score_trial
 from mrcn_fast.reid.training import Trainer
 
@@ -73,7 +73,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             tree = _write_data(config, out / "data", bars)
         trainers: dict[ModelName, Trainer] = {}
         scores: dict[str, dict[str, float]] = {"chance": _chance(tree, config)}
-        for model in ("baseline", "mrcn"):
+        for model in TITLES:
             trainers[model] = trainer = Trainer(train_config(config, model, tree))
             with _timed(seconds, f"training {model}"):
                 checkpoint = trainer.fit(overwrite=True, progress=bars)
@@ -81,7 +81,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
                 result = score_checkpoint(
                     checkpoint, tree, trials=config.trials, accelerator=config.accelerator, progress=bars
                 )
-            scores[model] = result["mean"]
+            scores[model] = result["searches"][result["headline"]]["mean"]
         with _timed(seconds, "measuring"):
             times = measure(trainers, config.rounds, bars)
     _plot(trainers, out / "losses.png")
@@ -167,14 +167,12 @@ def _write_data(config: DemoConfig, root: Path, bars: Progress) -> Path:
 
 def _chance(tree: Path, config: DemoConfig) -> dict[str, float]:
     """The scores of a random ranking under the same protocol."""
-    dataset = SYSUMM01(tree)
-    query = list(dataset.query())
+    search = SYSUMM01(tree).searches(trials=config.trials)[0]
     generator = torch.Generator().manual_seed(config.seed)
     rows = []
-    for trial in range(config.trials):
-        gallery = dataset.gallery("all", trial=trial)
-        distance = torch.rand(len(query), len(gallery), generator=generator)
-        rows.append(score_trial(distance, query, gallery, dataset.name))
+    for gallery in search.galleries:
+        distance = torch.rand(len(search.query), len(gallery), generator=generator)
+        rows.append(score_trial(distance, search.query, gallery, search.protocol))
     return {name: statistics.fmean(row[name] for row in rows) for name in HEADLINE}
 
 
@@ -190,8 +188,8 @@ def measure(trainers: dict[ModelName, Trainer], rounds: int, bars: Progress) -> 
 
     def with_backend(name: str | None, work: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
-            assert mrcn.model.block is not None
-            mrcn.model.block.backend = mrcn.loss.cqc.backend = name
+            mrcn.model.set_backend(name)
+            mrcn.loss.cqc.backend = name
             return work()
 
         return run
@@ -216,16 +214,15 @@ def measure(trainers: dict[ModelName, Trainer], rounds: int, bars: Progress) -> 
 def _block_inputs(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Stage 0 of a batch for both modalities, and a gradient of the six sets."""
     with torch.no_grad():
-        v = trainer.model.trunk.stem(trainer.prepared(batch.visible), "visible")
-        n = trainer.model.trunk.stem(trainer.prepared(batch.infrared), "infrared")
+        v = trainer.model.trunk.stem(trainer.prepared(batch.visible, "visible"), "visible")
+        n = trainer.model.trunk.stem(trainer.prepared(batch.infrared, "infrared"), "infrared")
     gradient = torch.randn(6 * len(v), *v.shape[1:], device=v.device).contiguous(memory_format=trainer.layout)
     return v.requires_grad_(), n.requires_grad_(), gradient
 
 
 def _block_pass(trainer: Trainer, v: torch.Tensor, n: torch.Tensor, gradient: torch.Tensor) -> None:
-    block = trainer.model.block
-    assert block is not None
-    torch.autograd.grad(block(v, n, concat=True), (v, n, *block.parameters()), gradient)
+    (block,) = trainer.model.blocks
+    torch.autograd.grad(block.first(v, n).maps, (v, n, *block.parameters()), gradient)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -253,9 +250,9 @@ def _table(results: dict[str, Any]) -> Table:
         "baseline": (f"{times['baseline']:.0f}", "", ""),
         "mrcn": (f"{times['mrcn automatic']:.0f}", automatic, f"{100 * shares['reference']:.1f} %"),
     }
+    titles: dict[str, str] = dict(TITLES)
     for row, scores in results["scores"].items():
-        title = TITLES[row] if row in MODELS else row
-        table.add_row(title, *(f"{100 * scores[name]:.1f}" for name in COLUMNS), *cells[row])
+        table.add_row(titles.get(row, row), *(f"{100 * scores[name]:.1f}" for name in COLUMNS), *cells[row])
     return table
 
 
