@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrcn_fast.reid.model import ReIDModel, use_layout
+from mrcn_fast.gates import GATES
+from mrcn_fast.reid.heads import Head, PartPool, stripes
+from mrcn_fast.reid.losses import ReIDLoss
+from mrcn_fast.reid.model import MODELS, ReIDModel, TrainingOutput, use_layout
 from mrcn_fast.reid.resnet import Trunk, WeightsError
+from tests.cases import backends
+
+# Where a pair's training sets hold the test sets, (visible, infrared) each.
+TEST_SETS = {
+    "baseline": [(0, 1)],
+    "snr": [(0, 1)],
+    "mrcn": [(0, 5), (1, 4)],
+    "mrm": [(0, 3), (1, 2)],
+    "mcm": [(0, 3)],
+}
 
 BATCH_NORM = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 
@@ -160,100 +175,335 @@ def test_a_checkpoint_in_place_of_weights_is_told(tmp_path: Path) -> None:
         Trunk(18).load_imagenet(tmp_path / "run.pth")
 
 
+# --- the models -------------------------------------------------------------------------------------------
+
+
+def images(count: int, height: int = 32, width: int = 16, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """A paired batch, visible and infrared."""
+    generator = torch.Generator().manual_seed(count)
+    return [torch.rand(count, 3, height, width, generator=generator, dtype=dtype) for _ in range(2)]
+
+
+def build(**arguments: Any) -> ReIDModel:
+    """A ResNet-18 for five identities, the same at each call; the blocks' γ and β aren't the initial ones."""
+    torch.manual_seed(0)
+    model = ReIDModel(5, depth=18, **arguments)
+    with torch.no_grad():
+        for block in model.blocks:
+            for p in (block.norm_weight, block.norm_bias):
+                p.add_(0.3 * torch.randn(p.shape))
+    return model
+
+
+def heads_of(model: ReIDModel) -> list[Head]:
+    return [cast(Head, head) for head in model.heads]
+
+
+@pytest.mark.parametrize(
+    ("model", "gate"),
+    [("baseline", "se"), *((model, gate) for model in MODELS[1:] for gate in GATES)],
+)
+def test_every_model_trains_with_every_gate(model: str, gate: str) -> None:
+    """A step with two plugs; every parameter gets a finite gradient."""
+    network = build(model=model, gate=gate, stages=(1, 2), pool="gem")
+    output = network(*images(2))
+    assert output.pooled.shape == (1, network.sets * 2, 512)
+    assert output.logits.shape == (1, network.sets * 2, 5)
+    assert len(output.styles) == (2 if model == "snr" else 0)
+    parts = ReIDLoss()(output, torch.tensor([0, 1]))
+    assert (parts.cqc > 0) == (network.sets > 2)
+    assert (parts.causality > 0) == (model == "snr")
+    parts.total.backward()
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            assert p.grad is not None and p.grad.isfinite().all(), name
+            assert p.grad.any(), f"{name}: a dead parameter"
+
+
+@pytest.mark.parametrize(("model", "used"), [("mrm", (0, 1)), ("mcm", (2, 3))])
+def test_half_a_block_trains_its_own_gates(model: str, used: tuple[int, int]) -> None:
+    network = build(model=model, stages=(1, 3))
+    network(*images(3)).pooled.square().sum().backward()
+    for block in network.blocks:
+        for p in block.gate.parameters():
+            assert p.grad is not None
+            assert [bool(gate.any()) for gate in p.grad] == [i in used for i in range(4)]
+
+
 @pytest.mark.parametrize("stage", range(5))
-def test_training_gives_six_sets_from_every_stage(stage: int) -> None:
-    model = ReIDModel(5, depth=18, stage=stage)
-    pooled, logits = model(torch.rand(3, 3, 32, 16), torch.rand(3, 3, 32, 16))
-    assert pooled.shape == (18, 512)
-    assert logits.shape == (18, 5)
-    assert model.sets == 6
+def test_mrcn_gives_six_sets_from_every_stage(stage: int) -> None:
+    model = ReIDModel(5, depth=18, stages=[stage])
+    pooled, logits, styles = model(*images(3))
+    assert (pooled.shape, logits.shape, styles) == ((1, 18, 512), (1, 18, 5), ())
+    assert model.sets == 6 and model.stages == (stage,)
+    assert model.blocks[0].channels == model.trunk.channels[stage]
     (pooled.sum() + logits.sum()).backward()
-    assert all(p.grad is not None for name, p in model.named_parameters() if p.requires_grad), (
-        "a dead parameter"
-    )
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
 def test_the_sets_are_the_papers_in_its_order() -> None:
-    torch.manual_seed(0)
-    model = ReIDModel(5, depth=18, stage=1).eval()
-    assert model.block is not None
-    visible, infrared = torch.rand(2, 3, 64, 32), torch.rand(2, 3, 64, 32)
+    model = build(stages=(1,)).eval()
+    visible, infrared = images(2, 64, 32)
     with torch.inference_mode():
-        pooled = model(visible, infrared).pooled
+        pooled = model(visible, infrared).pooled[0]
         v = model.trunk.layers(model.trunk.stem(visible, "visible"), 1, 1)
         n = model.trunk.layers(model.trunk.stem(infrared, "infrared"), 1, 1)
-        for index, features in enumerate(model.block(v, n)):
+        for index, features in enumerate(model.blocks[0](v, n)):
             alone = model.trunk.layers(features, 2, 4).mean(dim=(2, 3))
             torch.testing.assert_close(pooled[2 * index : 2 * index + 2], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("model", ["mrcn", "mrm", "mcm", "snr"])
+def test_each_stream_is_a_stack_of_blocks(model: str) -> None:
+    """Two plugs, each stream followed by itself from the stems to the last map."""
+    network = build(model=model, stages=(0, 2)).eval()
+    first, second = cast(list[Any], network.blocks)
+    trunk = network.trunk
+    visible, infrared = images(2)
+
+    def between(x: Tensor) -> Tensor:
+        return trunk.layers(x, 1, 2)
+
+    with torch.inference_mode():
+        pooled = network(visible, infrared).pooled[0]
+        v, n = trunk.stem(visible, "visible"), trunk.stem(infrared, "infrared")
+        if model == "snr":
+            streams = [second(between(first(x).restituted)).restituted for x in (v, n)]
+        else:
+            restituted = [
+                second.restitute(between(first.restitute(x, modality)), modality)
+                for x, modality in ((v, "visible"), (n, "infrared"))
+            ]
+            once = first(v, n)
+            twice = second(between(once.visible_compensated), between(once.infrared_compensated))
+            compensated = [twice.visible_compensated, twice.infrared_compensated]
+            of_v, of_n = {
+                "mrm": ([restituted[0]], [restituted[1]]),
+                "mcm": ([compensated[0]], [compensated[1]]),
+                "mrcn": ([restituted[0], compensated[0]], [compensated[1], restituted[1]]),
+            }[model]
+            streams = [between(v), *of_v, *of_n, between(n)]
+        expected = trunk.layers(torch.cat(streams), 3, 4).mean(dim=(2, 3))
+    torch.testing.assert_close(pooled, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_the_baseline_has_two_sets_and_no_block() -> None:
     model = ReIDModel(5, model="baseline", depth=18)
-    pooled, logits = model(torch.rand(3, 3, 32, 16), torch.rand(3, 3, 32, 16))
-    assert pooled.shape == (6, 512)
-    assert logits.shape == (6, 5)
-    assert model.block is None
-    assert not any(name.startswith("block") for name in model.state_dict())
+    pooled, logits, _ = model(*images(3))
+    assert (pooled.shape, logits.shape) == ((1, 6, 512), (1, 6, 5))
+    assert model.blocks == () and model.stages == ()
+    assert not any(name.startswith("plug") for name in model.state_dict())
+    assert ReIDModel(5, model="baseline", depth=18, stages=()).sets == 2
 
 
-@pytest.mark.parametrize(("depth", "size"), [(18, 1024), (50, 4096)])
-def test_test_features_are_two_unit_vectors(depth: int, size: int) -> None:
-    torch.manual_seed(0)
-    model = ReIDModel(5, depth=depth).eval()
-    images = torch.rand(3, 3, 32, 16)
+def test_snrs_styles_are_the_means_of_both_modalities_maps() -> None:
+    model = build(model="snr", stages=(1,)).eval()
+    visible, infrared = images(3)
     with torch.inference_mode():
-        visible, infrared = (model.extract(images, modality) for modality in ("visible", "infrared"))
-        own = model.neck(model.trunk.layers(model.trunk.stem(images, "visible"), 1, 4).mean(dim=(2, 3)))
-    assert visible.shape == (3, size) == (3, model.feature_size)
-    torch.testing.assert_close(visible.view(3, 2, -1).norm(dim=2), torch.ones(3, 2))
-    # F first, then F+; each modality has its own stem.
-    torch.testing.assert_close(visible[:, : size // 2], F.normalize(own), rtol=1e-4, atol=1e-5)
-    assert (visible[:, : size // 2] - visible[:, size // 2 :]).norm() > 1e-3
-    assert (visible - infrared).norm() > 1e-3
+        (style,) = model(visible, infrared).styles
+        for i, x in enumerate((model.trunk.stem(visible, "visible"), model.trunk.stem(infrared, "infrared"))):
+            maps = model.blocks[0](model.trunk.layers(x, 1, 1))
+            for got, want in zip(style, maps, strict=True):
+                assert got.shape == (6, 64)
+                torch.testing.assert_close(
+                    got[3 * i : 3 * i + 3], want.mean(dim=(2, 3)), rtol=1e-4, atol=1e-5
+                )
 
 
-def test_restituted_test_features_are_those_of_training() -> None:
-    torch.manual_seed(0)
-    model = ReIDModel(5, depth=18, stage=2).eval()
-    visible, infrared = torch.rand(2, 3, 64, 32), torch.rand(2, 3, 64, 32)
+# --- test features ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 3])
+@pytest.mark.parametrize("model", MODELS)
+def test_test_features_are_those_of_training(model: str, parts: int) -> None:
+    """Set after set and part after part, each the unit vector behind its own BNNeck; two plugs."""
+    network = build(model=model, stages=(0, 3), parts=parts, pool="gem").eval()
+    visible, infrared = images(2, 64, 32)
     with torch.inference_mode():
-        sets = F.normalize(model.neck(model(visible, infrared).pooled)).view(6, 2, -1)
-        alone = torch.stack((model.extract(visible, "visible"), model.extract(infrared, "infrared")))
-    paired = torch.stack((torch.cat((sets[0], sets[1]), 1), torch.cat((sets[5], sets[4]), 1)))
-    torch.testing.assert_close(alone, paired, rtol=1e-4, atol=1e-5)
+        for head in heads_of(network):
+            assert head.neck.running_mean is not None
+            head.neck.running_mean.normal_()
+        pooled = network(visible, infrared).pooled
+        alone = network.extract(visible, "visible"), network.extract(infrared, "infrared")
+        sets = torch.stack(
+            [F.normalize(head.neck(p)) for head, p in zip(heads_of(network), pooled, strict=True)]
+        )
+        sets = sets.unflatten(1, (network.sets, 2))  # (parts, sets, B, D)
+    assert len(network.test_sets) == len(TEST_SETS[model])
+    for modality, found in enumerate(alone):
+        expected = [sets[part, pair[modality]] for pair in TEST_SETS[model] for part in range(parts)]
+        torch.testing.assert_close(found, torch.cat(expected, 1), rtol=1e-4, atol=1e-5)
+        assert found.shape == (2, network.feature_size) and found.dtype == torch.float32
+        torch.testing.assert_close(found.view(2, -1, 512).norm(dim=2), torch.ones(2, len(expected)))
+    assert (alone[0] - alone[1]).norm() > 1e-3
 
 
-def test_the_baselines_test_feature_is_one_unit_vector() -> None:
-    model = ReIDModel(5, model="baseline", depth=18).eval()
+@pytest.mark.parametrize(
+    ("model", "names"),
+    [
+        ("baseline", ("original",)),
+        ("snr", ("restituted",)),
+        ("mrcn", ("original", "restituted")),
+        ("mrm", ("original", "restituted")),
+        ("mcm", ("original",)),
+    ],
+)
+def test_the_test_sets_have_names(model: str, names: tuple[str, ...]) -> None:
+    network = ReIDModel(5, model=model, depth=50, parts=4)  # type: ignore[arg-type]
+    assert network.test_sets == names
+    assert network.feature_size == len(names) * 4 * 2048
+
+
+def test_original_and_restituted_differ() -> None:
+    model = build().eval()
     with torch.inference_mode():
-        features = model.extract(torch.rand(2, 3, 32, 16), "infrared")
-    assert features.shape == (2, 512)
-    torch.testing.assert_close(features.norm(dim=1), torch.ones(2))
+        original, restituted = model.extract(images(3)[0], "visible").chunk(2, dim=1)
+        own = heads_of(model)[0].neck(
+            model.trunk.layers(model.trunk.stem(images(3)[0], "visible"), 1, 4).mean(dim=(2, 3))
+        )
+    torch.testing.assert_close(original, F.normalize(own), rtol=1e-4, atol=1e-5)
+    assert (original - restituted).norm() > 1e-3
 
 
-def test_channels_last_gives_the_same() -> None:
-    torch.manual_seed(0)
-    model = ReIDModel(5, depth=18, stage=1).eval()
-    images = torch.rand(2, 3, 64, 32), torch.rand(2, 3, 64, 32)
-    with torch.inference_mode():
-        expected = model(*images)
-        layout = use_layout(model, True)
-        assert model.trunk.visible.conv1.weight.is_contiguous(memory_format=torch.channels_last)
-        found = model(*(side.contiguous(memory_format=layout) for side in images))
-    torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-4, atol=1e-4)
+# --- pooling, parts, heads --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("rows", "parts", "expected"),
+    [
+        (18, 1, [(0, 18)]),
+        (18, 3, [(0, 6), (6, 12), (12, 18)]),
+        (18, 4, [(0, 5), (4, 9), (9, 14), (13, 18)]),
+        (3, 2, [(0, 2), (1, 3)]),
+        (2, 2, [(0, 1), (1, 2)]),
+    ],
+)
+def test_stripes_by_hand(rows: int, parts: int, expected: list[tuple[int, int]]) -> None:
+    assert stripes(rows, parts) == expected
+    x = torch.arange(float(rows))[None, None, :, None].expand(2, 3, rows, 2)
+    adaptive = nn.AdaptiveAvgPool2d((parts, 1))(x)[..., 0].permute(2, 0, 1)
+    torch.testing.assert_close(PartPool(parts)(x), adaptive)
+
+
+def test_average_and_gem_of_stripes_by_hand() -> None:
+    # Rows [1, 3] and [2, -5]: the generalized mean with p = 3 is ((1 + 27) / 2)^(1/3), and with 1e-6 for what
+    # is not above it ((8 + 1e-18) / 2)^(1/3).
+    x = torch.tensor([[1.0, 3.0], [2.0, -5.0]])[None, None]
+    torch.testing.assert_close(PartPool(2)(x), torch.tensor([2.0, -1.5]).view(2, 1, 1))
+    gem = PartPool(2, "gem")
+    torch.testing.assert_close(gem(x), torch.tensor([14.0, 4.0]).pow(1 / 3).view(2, 1, 1))
+    torch.testing.assert_close(PartPool(1, "gem")(x), torch.tensor([[[9.0 ** (1 / 3)]]]))
+    # With p = 1 it is the mean; p learns.
+    assert gem.p is not None
+    with torch.no_grad():
+        gem.p.fill_(1.0)
+    torch.testing.assert_close(gem(x), torch.tensor([2.0, 1.0]).view(2, 1, 1))
+    gem(x).sum().backward()
+    assert gem.p.grad is not None and gem.p.grad.isfinite() and gem.p.grad != 0
+
+
+def test_gem_is_computed_in_float32() -> None:
+    x = torch.full((1, 1, 2, 2), 300.0, dtype=torch.float16)  # its cube is 27 million
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        pooled = PartPool(1, "gem")(x)
+    assert pooled.dtype == torch.float32
+    torch.testing.assert_close(pooled, torch.tensor([[[300.0]]]))
+
+
+def test_uneven_stripes_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    pool = PartPool(2)
+    with caplog.at_level(logging.INFO, "mrcn_fast.reid.heads"):
+        pool(torch.rand(1, 2, 4, 1))
+        assert not caplog.records
+        pool(torch.rand(1, 2, 3, 1))
+        pool(torch.rand(1, 2, 5, 1))
+    assert [r.getMessage() for r in caplog.records] == [
+        "3 rows in 2 parts: rows 0 to 1, 1 to 2, neighbours sharing one"
+    ]
+
+
+def test_more_parts_than_rows_are_refused() -> None:
+    model = ReIDModel(5, depth=18, parts=3)
+    with pytest.raises(ValueError, match="got a last feature map of 2 rows for 3 parts"):
+        model(*images(2))
+    with pytest.raises(ValueError, match="2 rows for 3 parts"):
+        model.extract(images(2)[0], "visible")
+
+
+def test_each_part_has_a_head_of_its_own() -> None:
+    model = build(parts=2)
+    assert [name for name, _ in model.heads.named_parameters()] == [
+        f"{part}.{name}" for part in (0, 1) for name in ("neck.weight", "neck.bias", "classifier.weight")
+    ]
+    assert {id(p) for p in model.head()} == {id(p) for p in model.heads.parameters()}
+    with torch.no_grad():
+        heads_of(model)[1].classifier.weight.zero_()
+    output = model(*images(2))
+    assert output.logits[0].any() and not output.logits[1].any()
 
 
 def test_the_neck_is_centred_and_the_classifier_has_no_bias() -> None:
-    model = ReIDModel(5, depth=18)
-    assert not model.neck.bias.requires_grad
-    assert not model.neck.bias.any()
-    assert model.classifier.bias is None
+    for head in heads_of(ReIDModel(5, depth=18, parts=2)):
+        assert not head.neck.bias.requires_grad
+        assert not head.neck.bias.any()
+        assert head.classifier.bias is None
 
 
-def test_the_backend_reaches_the_block() -> None:
-    model = ReIDModel(5, depth=18, backend="reference")
-    assert model.block is not None
-    assert model.block.backend == "reference"
+# --- backends and layouts ---------------------------------------------------------------------------------
+
+
+def results(network: ReIDModel) -> dict[str, Tensor]:
+    """Outputs, gradients of everything, and test features after it; float64."""
+    pair = [x.requires_grad_() for x in images(3, 64, dtype=torch.float64)]
+    output: TrainingOutput = network.train()(*pair)
+    found = {"pooled": output.pooled, "logits": output.logits}
+    for i, style in enumerate(output.styles):
+        found |= {f"{name} {i}": f for name, f in style._asdict().items()}
+    generator = torch.Generator().manual_seed(1)
+    weighted = [(f * torch.randn(f.shape, generator=generator, dtype=f.dtype)).sum() for f in found.values()]
+    torch.stack(weighted).sum().backward()
+    named = {"visible": pair[0], "infrared": pair[1], **dict(network.named_parameters())}
+    found |= {f"grad {name}": p.grad for name, p in named.items() if p.grad is not None}
+    with torch.inference_mode():
+        found["extracted"] = network.eval().extract(pair[0], "visible")
+    return {name: f.detach() for name, f in found.items()}
+
+
+@backends("cpu")
+@pytest.mark.parametrize("model", ["mrcn", "mrm", "mcm", "snr"])
+def test_kernels_and_reference_agree(model: str, backend: str) -> None:
+    """Outputs and every gradient, with two plugs and parts, in float64."""
+    settings = {"model": model, "stages": (0, 2), "parts": 2, "pool": "gem"}
+    fused, plain = (results(build(backend=b, **settings).double()) for b in (backend, "reference"))
+    assert fused.keys() == plain.keys()
+    for name, want in plain.items():
+        scale = float(want.abs().max())
+        tolerance = 1e-5 if name == "extracted" else 1e-8 * scale  # extracted features are float32
+        assert (fused[name] - want).abs().max() <= tolerance, name
+
+
+def test_the_backend_reaches_every_block() -> None:
+    model = ReIDModel(5, depth=18, stages=(0, 2, 4), backend="reference")
+    assert [block.backend for block in model.blocks] == ["reference"] * 3
+    for name in ("cpu", None):
+        model.set_backend(name)
+        assert [block.backend for block in model.blocks] == [name] * 3
+    with pytest.raises(ValueError, match="got backend='gpu', expected one of"):
+        model.set_backend("gpu")
+
+
+def test_channels_last_gives_the_same() -> None:
+    model = build(stages=(1,), parts=2).eval()
+    pair = images(2, 64, 32)
+    with torch.inference_mode():
+        expected = model(*pair)
+        layout = use_layout(model, True)
+        assert model.trunk.visible.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+        found = model(*(side.contiguous(memory_format=layout) for side in pair))
+    torch.testing.assert_close(found.pooled, expected.pooled, rtol=1e-4, atol=1e-4)
+
+
+# --- what is refused --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -261,14 +511,30 @@ def test_the_backend_reaches_the_block() -> None:
     [
         ({"model": "snrr"}, "got model='snrr', expected one of"),
         ({"depth": 34}, "got depth=34, expected one of"),
-        ({"stage": 5}, "got stage=5, expected 0"),
-        ({"gate": "sse"}, "sse"),
+        ({"stages": (0, 5)}, r"got stages=\(0, 5\), expected one stage or more in ascending order"),
+        ({"stages": (2, 0)}, r"got stages=\(2, 0\), expected"),
+        ({"stages": (1, 1)}, r"got stages=\(1, 1\), expected"),
+        ({"stages": ()}, r"got stages=\(\), expected"),
+        ({"stages": (5,), "model": "baseline"}, r"got stages=\(5,\), expected"),
+        ({"gate": "sse"}, "got gate='sse', expected one of"),
+        ({"gate": "sse", "model": "baseline"}, "got gate='sse', expected one of"),
+        ({"restitute_to": "nothing", "model": "snr"}, "got restitute_to='nothing', expected one of"),
+        ({"backend": "gpu"}, "got backend='gpu', expected one of"),
+        ({"pool": "max"}, "got pool='max', expected one of"),
+        ({"parts": 0}, "got parts=0, expected"),
+        ({"reduction": 0}, "reduction: got 0"),
         ({"classes": 0}, "got classes=0"),
     ],
 )
 def test_unknown_names_are_refused(arguments: dict[str, object], told: str) -> None:
     with pytest.raises(ValueError, match=told):
         ReIDModel(**({"classes": 5, "depth": 18} | arguments))  # type: ignore[arg-type]
+
+
+def test_a_gate_that_no_kernel_fuses_refuses_the_kernels() -> None:
+    model = ReIDModel(5, depth=18, gate="cbam", backend="cpu")
+    with pytest.raises(RuntimeError, match="backend 'cpu' can't serve this call: CBAM's spatial part"):
+        model(*images(2))
 
 
 def test_unequal_batches_and_unknown_modalities_are_refused() -> None:
