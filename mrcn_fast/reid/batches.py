@@ -6,12 +6,15 @@ import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from mrcn_fast.reid.config import TrainConfig
-from mrcn_fast.reid.data import PairedIdentitySampler, PersonImages, TrainingSet
+from mrcn_fast.reid.data import PairedIdentitySampler, PersonImages, Sample, TrainingSet
+from mrcn_fast.reid.data.cache import cached
+from mrcn_fast.reid.data.images import readable
+from mrcn_fast.reid.data.loading import Batches
+from mrcn_fast.reid.data.samples import pair_modalities
 
 Row = tuple[Tensor, Tensor, int, int, int]
 
@@ -33,17 +36,31 @@ class Batch(NamedTuple):
 
 
 class PairedImages(Dataset[Row]):
-    """The training set as the paired sampler indexes it: (visible, infrared) index -> a row of a Batch."""
+    """Images of a training set as the paired sampler indexes them: (visible, infrared) -> a row of a Batch.
 
-    def __init__(self, training: TrainingSet, image_size: tuple[int, int]) -> None:
-        self.visible = PersonImages(training.visible, image_size)
-        self.infrared = PersonImages(training.infrared, image_size)
+    used: the samples that are drawn, which the pair counts; the row's indices and class are those of
+    `training`, all samples and identities.
+    """
+
+    def __init__(
+        self, training: TrainingSet, used: TrainingSet, visible: Dataset[Tensor], infrared: Dataset[Tensor]
+    ) -> None:
+        self.visible = visible
+        self.infrared = infrared
         classes = {identity: index for index, identity in enumerate(training.identities)}
-        self.labels = [classes[sample.identity] for sample in training.visible]
+        self.labels = [classes[sample.identity] for sample in used.visible]
+        self.visible_index = _places(training.visible, used.visible)
+        self.infrared_index = _places(training.infrared, used.infrared)
 
     def __getitem__(self, pair: tuple[int, int]) -> Row:
         i, j = pair
-        return self.visible[i], self.infrared[j], self.labels[i], i, j
+        return (
+            self.visible[i],
+            self.infrared[j],
+            self.labels[i],
+            self.visible_index[i],
+            self.infrared_index[j],
+        )
 
 
 class TrainingBatches:
@@ -51,27 +68,42 @@ class TrainingBatches:
 
     `len()` is the number of batches in a whole epoch. The stream depends on the configuration's seed and the
     epoch alone, so a run that goes on in the middle of an epoch meets the batches it would have met.
+
+    name: of the data set and its split, "regdb-split3", for the cache's name and for messages.
+
+    With `config.skip_unreadable` every image is decoded once now. Those that can't be read (`unreadable`),
+    and identities that have one modality left, are named, counted and left out; classes and indices of a
+    batch stay those of `training`. Raises DatasetError where a cache is made and an image can't be read, or
+    where no identity is left; ValueError for fewer identities than a batch needs.
     """
 
-    def __init__(self, training: TrainingSet, config: TrainConfig, pin_memory: bool = False) -> None:
+    def __init__(
+        self, training: TrainingSet, config: TrainConfig, *, name: str, pin_memory: bool = False
+    ) -> None:
+        used = training
+        self.unreadable: tuple[Sample, ...] = ()
+        if config.skip_unreadable:
+            used, self.unreadable = _without_unreadable(training, name, config.workers)
         self._sampler = PairedIdentitySampler(
-            [sample.identity for sample in training.visible],
-            [sample.identity for sample in training.infrared],
+            [sample.identity for sample in used.visible],
+            [sample.identity for sample in used.infrared],
             identities=config.identities,
             images=config.images,
             seed=config.seed,
             batches=config.batches,
         )
         self._rest = _RestOfEpoch(self._sampler)
-        self._loader: DataLoader[Row] = DataLoader(
-            PairedImages(training, (config.height, config.width)),
+        visible, infrared = (
+            _images(samples, config, f"{name}-train-{modality}")
+            for samples, modality in ((used.visible, "visible"), (used.infrared, "infrared"))
+        )
+        self._batches = Batches(
+            PairedImages(training, used, visible, infrared),
+            collate,
             batch_sampler=self._rest,
-            num_workers=config.workers,
-            persistent_workers=config.workers > 0,
+            batch_bytes=config.identities * config.images * 2 * 3 * config.height * config.width,
+            workers=config.workers,
             pin_memory=pin_memory,
-            # The loader draws a seed an epoch; from the global generator that would shift the augmentation's
-            # stream.
-            generator=torch.Generator(),
         )
 
     def __len__(self) -> int:
@@ -81,7 +113,12 @@ class TrainingBatches:
         """The batches of an epoch, counted from 0, without those before `first`."""
         self._sampler.set_epoch(epoch)
         self._rest.first = first
-        return (Batch(*row) for row in self._loader)
+        return iter(self._batches)
+
+
+def collate(rows: list[Row]) -> Batch:
+    """Rows as a batch; a process that makes it puts it into shared memory."""
+    return Batch(*default_collate(rows))
 
 
 class _RestOfEpoch(Sampler[list[tuple[int, int]]]):
@@ -96,3 +133,24 @@ class _RestOfEpoch(Sampler[list[tuple[int, int]]]):
 
     def __len__(self) -> int:
         return len(self.sampler) - self.first
+
+
+def _images(samples: tuple[Sample, ...], config: TrainConfig, name: str) -> Dataset[Tensor]:
+    size = (config.height, config.width)
+    if config.cache is None:
+        return PersonImages(samples, size, filter=config.filter)
+    return cached(samples, size, filter=config.filter, folder=config.cache, name=name, workers=config.workers)
+
+
+def _without_unreadable(
+    training: TrainingSet, name: str, workers: int
+) -> tuple[TrainingSet, tuple[Sample, ...]]:
+    """The training set of the images that can be read, paired again, and the images that can't."""
+    kept, unreadable = readable((*training.visible, *training.infrared), workers=workers)
+    return (pair_modalities(kept, name) if unreadable else training), tuple(unreadable)
+
+
+def _places(samples: tuple[Sample, ...], used: tuple[Sample, ...]) -> list[int]:
+    """Where each of `used` stands in `samples`."""
+    place = {sample: index for index, sample in enumerate(samples)}
+    return [place[sample] for sample in used]

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import Dataset, default_collate
 
 from mrcn_fast.block import Modality
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import PersonImages, Sample, normalize
+from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.model import ReIDModel
 
 
@@ -23,36 +24,48 @@ def extract(
     *,
     batch_size: int = 64,
     workers: int = 0,
+    images: Dataset[Tensor] | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Features of the samples, in their order: (len(samples), `model.feature_size`), float32.
+    """Features of the samples, in their order: (len(samples), `model.feature_size`), float32, on the CPU.
 
-    Image size and memory layout are those of the training configuration. `advance(n)` is told of each n
-    images done. Raises ValueError when a sample is not of `modality`: visible and infrared swapped would
-    still give a score.
+    Image size, filter and memory layout are those of the training configuration. `images` stands in for the
+    samples' files: the same images from a cache. `advance(n)` is told of each n images done.
+
+    Raises ValueError, before anything is computed, for a sample that is not of `modality` or has none:
+    visible and infrared swapped would still give a score. Raises DatasetError for an image that can't be
+    read.
     """
     for sample in samples:
         if sample.modality != modality:
             raise ValueError(
                 f"{sample.path}: got an image of modality {sample.modality!r}, expected {modality!r}"
             )
+    size = (config.height, config.width)
+    if images is None:
+        images = PersonImages(samples, size, filter=config.filter)
+    if len(images) != len(samples):  # type: ignore[arg-type]
+        raise ValueError(
+            f"got {len(images)} images of {len(samples)} samples"  # type: ignore[arg-type]
+        )
     device = next(model.parameters()).device
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    features = torch.empty(len(samples), model.feature_size, device=device)
-    loader = DataLoader(
-        PersonImages(samples, (config.height, config.width)),
+    batches = Batches(
+        images,
+        default_collate,
         batch_size=batch_size,
-        num_workers=workers,
+        batch_bytes=batch_size * 3 * size[0] * size[1],
+        workers=workers,
         pin_memory=device.type == "cuda",
     )
+    features = torch.empty(len(samples), model.feature_size)
     training = model.training
     model.eval()
     try:
         done = 0
-        for images in loader:
-            images = normalize(images.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
-            batch = model.extract(images, modality)
-            features[done : done + len(batch)] = batch
+        for batch in batches:
+            pixels = normalize(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
+            features[done : done + len(batch)] = model.extract(pixels, modality)
             done += len(batch)
             if advance is not None:
                 advance(len(batch))

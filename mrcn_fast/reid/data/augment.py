@@ -15,6 +15,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _ERASED_AREA = (0.02, 0.4)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 _ERASING_ATTEMPTS = 16
+# Grey of a colour (ITU-R 601: .299, .587, .114) in 65536ths, as Pillow has it: equal on every device.
+_GREY = (19595, 38470, 7471)
 
 
 def normalize(images: Tensor) -> Tensor:
@@ -35,25 +37,36 @@ class Augmentation(nn.Module):
     `erase` are probabilities. Erased pixels become ImageNet's mean (0 after normalisation). Every image of
     a batch draws its own crop, flip and rectangle; the pixels stay on the input's device.
 
+    channel: the probability of CAJ's channel augmentation (Ye et al., 2021), meant for visible images: before
+    normalisation all three channels become red, green, blue or grey, each as likely.
+
     `augment(images, generator)` draws from a CPU generator, by default torch's global one, a fixed number of
-    values an image whatever the device, so that one seed gives one stream on every device.
+    values an image whatever the device, so that one seed gives one stream on every device. With channel=0
+    none is drawn for it.
 
     Raises ValueError for another dtype or shape.
     """
 
     def __init__(
-        self, image_size: tuple[int, int], *, padding: int = 10, flip: float = 0.5, erase: float = 0.5
+        self,
+        image_size: tuple[int, int],
+        *,
+        padding: int = 10,
+        flip: float = 0.5,
+        erase: float = 0.5,
+        channel: float = 0.0,
     ) -> None:
         super().__init__()
         if padding < 0:
             raise ValueError(f"padding must not be negative; got {padding}")
-        for name, probability in (("flip", flip), ("erase", erase)):
+        for name, probability in (("flip", flip), ("erase", erase), ("channel", channel)):
             if not 0 <= probability <= 1:
                 raise ValueError(f"{name} is a probability, from 0 to 1; got {probability}")
         self.image_size = (image_size[0], image_size[1])
         self.padding = padding
         self.flip = flip
         self.erase = erase
+        self.channel = channel
 
     def forward(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
         _check_images(images)
@@ -65,14 +78,26 @@ class Augmentation(nn.Module):
         count = images.shape[0]
         crop = torch.rand(count, 3, generator=generator)
         erasing = torch.rand(count, 1 + 2 * _ERASING_ATTEMPTS + 2, generator=generator)
-        augmented = normalize(self._crop_and_flip(images, crop))
+        channels = torch.arange(3)[None]
+        if self.channel > 0:
+            channels = self._channels(torch.rand(count, 2, generator=generator))
+            images = torch.cat((images, _grey(images)), dim=1)
+        augmented = normalize(self._crop_and_flip(images, crop, channels))
         return augmented.masked_fill_(self._erased(erasing).to(images.device), 0.0)
 
     def extra_repr(self) -> str:
-        return f"{self.image_size}, padding={self.padding}, flip={self.flip}, erase={self.erase}"
+        return (
+            f"{self.image_size}, padding={self.padding}, flip={self.flip}, erase={self.erase}, "
+            f"channel={self.channel}"
+        )
 
-    def _crop_and_flip(self, images: Tensor, draws: Tensor) -> Tensor:
-        """Each image's crop, mirrored or not, as one gather; draws: (B, 3) in [0, 1)."""
+    def _channels(self, draws: Tensor) -> Tensor:
+        """What an image's channels become (B, 3): red, green, blue, grey as 0 to 3; draws: chance, which."""
+        chance, which = draws.split(1, dim=1)
+        return torch.where(chance < self.channel, (which * 4).long(), torch.arange(3))
+
+    def _crop_and_flip(self, images: Tensor, draws: Tensor, channels: Tensor) -> Tensor:
+        """Each image's crop and channels, mirrored or not, as one gather; draws: (B, 3) in [0, 1)."""
         height, width = self.image_size
         offsets = (draws[:, :2] * (2 * self.padding + 1)).long()
         rows = offsets[:, :1] + torch.arange(height)
@@ -82,7 +107,7 @@ class Augmentation(nn.Module):
         # One index a dimension, broadcast to (B, 3, H, W).
         return padded[
             torch.arange(len(draws), device=images.device).view(-1, 1, 1, 1),
-            torch.arange(3, device=images.device).view(1, 3, 1, 1),
+            channels.to(images.device)[:, :, None, None],
             rows.to(images.device)[:, None, :, None],
             columns.to(images.device)[:, None, None, :],
         ]
@@ -104,6 +129,12 @@ class Augmentation(nn.Module):
         inside_rows = (rows >= top) & (rows < top + tall)
         inside_columns = (columns >= left) & (columns < left + wide)
         return inside_rows[:, None, :, None] & inside_columns[:, None, None, :]
+
+
+def _grey(images: Tensor) -> Tensor:
+    """Grey values, uint8 (B, 3, H, W) -> uint8 (B, 1, H, W)."""
+    weights = torch.tensor(_GREY, dtype=torch.int32, device=images.device).view(3, 1, 1)
+    return (((images * weights).sum(1, keepdim=True, dtype=torch.int32) + 0x8000) >> 16).to(torch.uint8)
 
 
 def _between(bounds: tuple[float, float], draws: Tensor) -> Tensor:
