@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ PROTOCOLS: Final = ("sysu", "regdb", "llcm")
 _SYSU_QUERY_CAMERA: Final = 3
 _SYSU_SKIPPED_CAMERA: Final = 2
 
-# Distances worked on at once. A chunk's working memory is below 40 bytes an element: here 80 MB, and near
-# the caches.
-_CHUNK_ELEMENTS: Final = 1 << 21
+# Distances worked on at once, by one thread and by all. Working memory is below 40 bytes an element: 20 MB for
+# a thread, 320 MB for all.
+_CHUNK_ELEMENTS: Final = 1 << 19
+_ELEMENTS: Final = 1 << 23
+
+_Result = TypeVar("_Result")
 
 
 class Scores(NamedTuple):
@@ -68,25 +71,11 @@ def score(
     own = torch.searchsorted(identities, queries).clamp_(max=len(identities) - 1)
     known = torch.nonzero(identities[own] == queries).flatten()
 
-    # Of each query of an identity that the gallery has; on a GPU nothing below waits before the last chunk.
-    found, ranks, precisions, penalties = [], [], [], []
-    for rows in known.split(_rows_at_once(distance)):
-        values = distance[rows].to(_working_dtype(distance))
-        places = matches[own[rows]]
-        matched, places = places >= 0, places.clamp(min=0)
-        if cameras is not None:
-            skipped = skipped_images(queries[rows], gallery, cameras[0][rows], cameras[1], protocol)
-            values.masked_fill_(skipped, torch.inf)
-            matched &= ~skipped.gather(1, places)
-        before, keys = _images_before(values, places, matched)
-        precision, penalty = _precision_and_penalty(before, matched)
-        if protocol == "regdb":
-            ranks.append(before.masked_fill(~matched, len(gallery)).amin(dim=1))
-        else:
-            ranks.append(_identities_before(keys, places, matched, columns, len(identities)))
-        found.append(matched.any(dim=1))
-        precisions.append(precision)
-        penalties.append(penalty)
+    problem = _Problem(distance, queries, gallery, cameras, protocol, columns, matches, own)
+    chunks = known.split(_rows_at_once(distance))
+    found, ranks, precisions, penalties = zip(
+        *_by_threads(partial(_score_rows, problem), chunks, distance.device), strict=True
+    )
     valid = torch.cat(found)
     valid_queries = int(valid.sum())
     if not valid_queries:
@@ -144,6 +133,58 @@ def average(trials: Sequence[Scores]) -> Scores:
     )
 
 
+class _Problem(NamedTuple):
+    """What the scores of a query depend on: the checked arguments of `score`, and the gallery by identity."""
+
+    distance: Tensor
+    queries: Tensor
+    gallery: Tensor
+    cameras: tuple[Tensor, Tensor] | None
+    protocol: str
+    columns: Tensor  # (G,) each image's place among the gallery's sorted identities
+    matches: Tensor  # (identities, most) of `_match_table`
+    own: Tensor  # (Q,) each query's row in it
+
+
+def _score_rows(problem: _Problem, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of the queries in `rows`: whether they have a match, what the CMC counts before it, AP and INP (rows,).
+
+    Without a match the others are of no meaning. On a GPU nothing here waits for it.
+    """
+    values = problem.distance[rows].to(_working_dtype(problem.distance))
+    places = problem.matches[problem.own[rows]]
+    matched, places = places >= 0, places.clamp(min=0)
+    if problem.cameras is not None:
+        queries, (cameras, gallery_cameras) = problem.queries[rows], problem.cameras
+        skipped = skipped_images(queries, problem.gallery, cameras[rows], gallery_cameras, problem.protocol)
+        values.masked_fill_(skipped, torch.inf)
+        matched &= ~skipped.gather(1, places)
+    before, keys = _images_before(values, places, matched)
+    if problem.protocol == "regdb":
+        ranks = before.masked_fill(~matched, len(problem.gallery)).amin(dim=1)
+    else:
+        ranks = _identities_before(keys, places, matched, problem.columns, len(problem.matches))
+    return matched.any(dim=1), ranks, *_precision_and_penalty(before, matched)
+
+
+def _by_threads(
+    work: Callable[[Tensor], _Result], chunks: Sequence[Tensor], device: torch.device
+) -> list[_Result]:
+    """`work` of each chunk, in order. On the CPU each of torch's threads takes chunks of its own.
+
+    Were all threads to share each operation, they would wait for the slowest one dozens of times a chunk.
+    """
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or min(threads, len(chunks)) == 1:
+        return list(map(work, chunks))
+    torch.set_num_threads(1)  # of this thread and of those that begin now
+    try:
+        with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
+            return list(pool.map(work, chunks))
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _images_before(values: Tensor, places: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
     """How many images each match has before it (Q, M), and values without ties at the matches (Q, G).
 
@@ -196,11 +237,7 @@ def _precision_and_penalty(before: Tensor, matched: Tensor) -> tuple[Tensor, Ten
 
 def _sorted_rows(values: Tensor) -> Tensor:
     # numpy sorts values several times faster than torch, which sorts indices along with them.
-    ordered = values.numpy().copy()
-    threads = max(1, min(torch.get_num_threads(), len(ordered)))
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(partial(np.ndarray.sort, axis=1), np.array_split(ordered, threads)))
-    return torch.from_numpy(ordered)
+    return torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
 def _stable_positions(values: Tensor) -> Tensor:
@@ -222,7 +259,8 @@ def _match_table(columns: Tensor, identities: int) -> Tensor:
 
 
 def _rows_at_once(distance: Tensor) -> int:
-    return max(1, _CHUNK_ELEMENTS // distance.shape[1])
+    sharing = torch.get_num_threads() if distance.device.type == "cpu" else 1
+    return max(1, min(_CHUNK_ELEMENTS, _ELEMENTS // sharing) // distance.shape[1])
 
 
 def _working_dtype(distance: Tensor) -> torch.dtype:
@@ -273,7 +311,8 @@ def _checked_arguments(
     queries = _integers(query_ids, "query_ids", values.shape[0], values.device)
     gallery = _integers(gallery_ids, "gallery_ids", values.shape[1], values.device)
     # The extremes are NaN if any value is, and found without a mask of the rows' size.
-    extremes = [torch.stack(rows.aminmax()) for rows in values.split(_rows_at_once(values))]
+    chunks = values.split(_rows_at_once(values))
+    extremes = _by_threads(lambda rows: torch.stack(rows.aminmax()), chunks, values.device)
     if not torch.stack(extremes).isfinite().all():
         row, column = _not_finite(values)
         raise ValueError(
