@@ -18,8 +18,8 @@ PROTOCOLS: Final = ("sysu", "regdb", "llcm")
 _SYSU_QUERY_CAMERA: Final = 3
 _SYSU_SKIPPED_CAMERA: Final = 2
 
-# Distances worked on at once, by one thread and by all. Working memory is below 40 bytes an element: 20 MB for
-# a thread, 320 MB for all.
+# Distances worked on at once, by one thread and by all. Working memory is below 40 bytes an element: 20 MB a
+# thread, and 320 MB in all.
 _CHUNK_ELEMENTS: Final = 1 << 19
 _ELEMENTS: Final = 1 << 23
 
