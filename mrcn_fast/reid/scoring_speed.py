@@ -107,7 +107,8 @@ def looped_scores(
         if arrays:
             precision = found / np.arange(1, len(found) + 1)
         else:
-            precision = np.array([count / rank for rank, count in enumerate(found, start=1)])
+            # One numpy integer by one Python float, as there: most of the time goes here.
+            precision = np.array([count / (place + 1.0) for place, count in enumerate(found)])
         precisions.append(precision[matched].mean())
         penalties.append(found[-1] / (1 + np.flatnonzero(matched)[-1]))
         if problem.protocol == "sysu":
