@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,7 +13,7 @@ from lightning_fabric import Fabric
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from mrcn_fast import backends
+from mrcn_fast.dispatch import unserved
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -61,7 +62,7 @@ class Trainer:
         random.seed(config.seed)
         self.fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
         self.model = ReIDModel(len(self.training.identities), **config.model_arguments())
-        _check_backend(config.backend)
+        _check_backend(config, self.fabric.device.type)
         if config.weights is not None:
             self.model.trunk.load_imagenet(config.weights)
         self.layout = use_layout(self.model, config.channels_last)
@@ -70,11 +71,10 @@ class Trainer:
         self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
         self.loss = ReIDLoss(**config.loss_arguments())
         size = (config.height, config.width)
+        augment = partial(Augmentation, size, padding=config.padding, flip=config.flip, erase=config.erase)
         self.augment: dict[Modality, Augmentation] = {
-            modality: Augmentation(
-                size, padding=config.padding, flip=config.flip, erase=config.erase, channel=channel
-            )
-            for modality, channel in (("visible", config.channel_augmentation), ("infrared", 0.0))
+            "visible": augment(channel=config.channel_augmentation),
+            "infrared": augment(),
         }
         self.batches = TrainingBatches(
             self.training,
@@ -264,11 +264,12 @@ class Trainer:
         return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."
 
 
-def _check_backend(name: str | None) -> None:
+def _check_backend(config: TrainConfig, device_type: str) -> None:
     """Refuse an unusable backend now rather than in the first step. Raises ConfigError with the reason."""
-    status = backends().get(name or "")
-    if status is not None and not status.usable:
-        raise ConfigError(f"backend {name!r} can't be used: {status.reason}")
+    if config.model == "baseline" or config.backend in (None, "auto"):
+        return
+    if reason := unserved(config.backend, device_type, torch.float32, config.gate):
+        raise ConfigError(f"backend {config.backend!r} can't be used: {reason}")
 
 
 def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:

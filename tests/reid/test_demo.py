@@ -43,7 +43,7 @@ def test_everything_goes_under_one_folder(demo: DemoConfig) -> None:
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     for model in ("baseline", "mrcn"):
         names = {path.name for path in (out / model).iterdir()}
-        assert names == {"checkpoint.pth", "metrics.jsonl", "test-all-1shot-random.json"}
+        assert names == {"checkpoint.pth", "metrics.jsonl", "test-all-search-single-shot-random-draw.json"}
 
 
 def test_both_models_are_trained_alike(demo: DemoConfig) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.scoring import describe, open_trained, score_checkpoint, searches_of
 from mrcn_fast.reid.training import Trainer
 
-QUIET = {"accelerator": "cpu", "progress": Progress(disable=True)}
+QUIET: dict[str, Any] = {"accelerator": "cpu", "progress": Progress(disable=True)}
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +137,8 @@ def test_a_query_without_modality_is_refused(
     own: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     search = SYSUMM01(tiny_tree).searches(trials=1)[0]
-    unknown = [sample._replace(modality=None) for sample in search.query]
+    nothing: Any = None
+    unknown = [sample._replace(modality=nothing) for sample in search.query]
 
     def with_query(query: list[Sample]) -> None:
         searches: list[Search] = [search._replace(query=tuple(query))]

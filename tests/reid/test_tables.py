@@ -15,6 +15,7 @@ from mrcn_fast.reid import tables
 from mrcn_fast.reid.checkpoint import CheckpointError, load_checkpoint
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.recipes import load_recipe
+from mrcn_fast.reid.scoring import score_checkpoint
 from mrcn_fast.reid.tables import markdown, run_table
 from mrcn_fast.reid.training import Trainer
 from tests.reid.conftest import TINY
@@ -40,7 +41,7 @@ def made(
 
 
 def run(name: str, data: list[Path], out: Path, overlay: str, **more: Any) -> dict[str, Any]:
-    arguments = {"splits": 2, "options": OPTIONS, "progress": Progress(disable=True)} | more
+    arguments: dict[str, Any] = {"splits": 2, "options": OPTIONS, "progress": Progress(disable=True)} | more
     return run_table(name, data, out=out, overlay=overlay, **arguments)
 
 
@@ -88,7 +89,6 @@ def test_only_what_is_missing_is_run(
 ) -> None:
     out, table = made
     trained, scored = [], []
-    score = tables.score_checkpoint
 
     class Watched(Trainer):
         def fit(self, **arguments: Any) -> Path:
@@ -97,7 +97,7 @@ def test_only_what_is_missing_is_run(
 
     def watched(checkpoint: Path, *rest: Any, **arguments: Any) -> dict[str, Any]:
         scored.append(checkpoint.parent.name)
-        return score(checkpoint, *rest, **arguments)
+        return score_checkpoint(checkpoint, *rest, **arguments)
 
     monkeypatch.setattr(tables, "Trainer", Watched)
     monkeypatch.setattr(tables, "score_checkpoint", watched)

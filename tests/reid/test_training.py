@@ -447,7 +447,7 @@ def test_another_architecture_is_refused(finished: Path) -> None:
     with pytest.raises(CheckpointError, match="another architecture") as error:
         load_weights(finished, ReIDModel(4, depth=50), checkpoint.model)
     assert str(finished) in str(error.value)
-    with pytest.raises(CheckpointError, match=r"another architecture(.|\n)*block.norm_weight"):
+    with pytest.raises(CheckpointError, match=r"another architecture(.|\n)*plugs.0.norm_weight"):
         load_weights(finished, ReIDModel(4, depth=18, model="baseline"), checkpoint.model)
 
 
