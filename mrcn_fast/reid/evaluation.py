@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from typing import Final, NamedTuple, TypeVar
 
@@ -64,34 +65,11 @@ def score(
     Raises ValueError for shapes that do not fit, missing cameras, an unknown protocol, distances that are
     not finite, and when no query has a match.
     """
-    distance, queries, gallery = _checked_arguments(distance, query_ids, gallery_ids, protocol, max_rank)
-    cameras = _checked_cameras(query_cameras, gallery_cameras, distance, protocol)
-    identities, columns = torch.unique(gallery, return_inverse=True)
-    matches = _match_table(columns, len(identities))
-    own = torch.searchsorted(identities, queries).clamp_(max=len(identities) - 1)
-    known = torch.nonzero(identities[own] == queries).flatten()
-
-    problem = _Problem(distance, queries, gallery, cameras, protocol, columns, matches, own)
-    chunks = known.split(_rows_at_once(distance))
-    found, ranks, precisions, penalties = zip(
-        *_by_threads(partial(_score_rows, problem), chunks, distance.device), strict=True
-    )
-    valid = torch.cat(found)
-    valid_queries = int(valid.sum())
-    if not valid_queries:
-        raise ValueError(
-            f"no query has a match in the gallery: {len(queries)} queries of {len(queries.unique())} "
-            f"identities, {len(gallery)} gallery images of {len(identities)}, protocol {protocol!r}; check "
-            f"that both are of one split and that query and gallery cameras are not exchanged"
-        )
-    nearest = torch.cat(ranks)[valid].clamp_(max=max_rank)
-    counts = torch.bincount(nearest, minlength=max_rank + 1)[:max_rank]
-    return Scores(
-        cmc=(counts.cumsum(0).double() / valid_queries).cpu(),
-        mAP=torch.cat(precisions)[valid].mean().item(),
-        mINP=torch.cat(penalties)[valid].mean().item(),
-        valid_queries=valid_queries,
-    )
+    distance = _tensor(distance, "distance")
+    with _undivided_operations(distance.device) as threads:
+        queries, gallery = _checked_arguments(distance, query_ids, gallery_ids, protocol, max_rank, threads)
+        cameras = _checked_cameras(query_cameras, gallery_cameras, distance, protocol)
+        return _scores(distance, queries, gallery, cameras, protocol, max_rank, threads)
 
 
 def skipped_images(
@@ -133,6 +111,43 @@ def average(trials: Sequence[Scores]) -> Scores:
     )
 
 
+def _scores(
+    distance: Tensor,
+    queries: Tensor,
+    gallery: Tensor,
+    cameras: tuple[Tensor, Tensor] | None,
+    protocol: str,
+    max_rank: int,
+    threads: int,
+) -> Scores:
+    identities, columns = torch.unique(gallery, return_inverse=True)
+    matches = _match_table(columns, len(identities))
+    own = torch.searchsorted(identities, queries).clamp_(max=len(identities) - 1)
+    known = torch.nonzero(identities[own] == queries).flatten()
+
+    problem = _Problem(distance, queries, gallery, cameras, protocol, columns, matches, own)
+    chunks = known.split(_rows_at_once(distance, threads))
+    found, ranks, precisions, penalties = zip(
+        *_by_threads(partial(_score_rows, problem), chunks, threads), strict=True
+    )
+    valid = torch.cat(found)
+    valid_queries = int(valid.sum())
+    if not valid_queries:
+        raise ValueError(
+            f"no query has a match in the gallery: {len(queries)} queries of {len(queries.unique())} "
+            f"identities, {len(gallery)} gallery images of {len(identities)}, protocol {protocol!r}; check "
+            f"that both are of one split and that query and gallery cameras are not exchanged"
+        )
+    nearest = torch.cat(ranks)[valid].clamp_(max=max_rank)
+    counts = torch.bincount(nearest, minlength=max_rank + 1)[:max_rank]
+    return Scores(
+        cmc=(counts.cumsum(0).double() / valid_queries).cpu(),
+        mAP=torch.cat(precisions)[valid].mean().item(),
+        mINP=torch.cat(penalties)[valid].mean().item(),
+        valid_queries=valid_queries,
+    )
+
+
 class _Problem(NamedTuple):
     """What the scores of a query depend on: the checked arguments of `score`, and the gallery by identity."""
 
@@ -167,22 +182,29 @@ def _score_rows(problem: _Problem, rows: Tensor) -> tuple[Tensor, Tensor, Tensor
     return matched.any(dim=1), ranks, *_precision_and_penalty(before, matched)
 
 
-def _by_threads(
-    work: Callable[[Tensor], _Result], chunks: Sequence[Tensor], device: torch.device
-) -> list[_Result]:
-    """`work` of each chunk, in order. On the CPU each of torch's threads takes chunks of its own.
+@contextmanager
+def _undivided_operations(device: torch.device) -> Iterator[int]:
+    """On the CPU: each operation on one thread, and how many threads there are to take rows of their own.
 
-    Were all threads to share each operation, they would wait for the slowest one dozens of times a chunk.
+    Were all threads to share each operation, they would wait for the slowest of them a hundred times.
     """
+    if device.type != "cpu":
+        yield 1
+        return
     threads = torch.get_num_threads()
-    if device.type != "cpu" or min(threads, len(chunks)) == 1:
-        return list(map(work, chunks))
-    torch.set_num_threads(1)  # of this thread and of those that begin now
+    torch.set_num_threads(1)  # of this thread, and of those that begin before it is put back
     try:
-        with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
-            return list(pool.map(work, chunks))
+        yield threads
     finally:
         torch.set_num_threads(threads)
+
+
+def _by_threads(work: Callable[[Tensor], _Result], chunks: Sequence[Tensor], threads: int) -> list[_Result]:
+    """`work` of each chunk, in their order."""
+    if min(threads, len(chunks)) == 1:
+        return list(map(work, chunks))
+    with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
+        return list(pool.map(work, chunks))
 
 
 def _images_before(values: Tensor, places: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,9 +280,8 @@ def _match_table(columns: Tensor, identities: int) -> Tensor:
     return table
 
 
-def _rows_at_once(distance: Tensor) -> int:
-    sharing = torch.get_num_threads() if distance.device.type == "cpu" else 1
-    return max(1, min(_CHUNK_ELEMENTS, _ELEMENTS // sharing) // distance.shape[1])
+def _rows_at_once(distance: Tensor, threads: int) -> int:
+    return max(1, min(_CHUNK_ELEMENTS, _ELEMENTS // threads) // distance.shape[1])
 
 
 def _working_dtype(distance: Tensor) -> torch.dtype:
@@ -294,32 +315,32 @@ def _integers(value: Tensor | ArrayLike, name: str, length: int, device: torch.d
 
 
 def _checked_arguments(
-    distance: Tensor | ArrayLike,
+    distance: Tensor,
     query_ids: Tensor | ArrayLike,
     gallery_ids: Tensor | ArrayLike,
     protocol: str,
     max_rank: int,
-) -> tuple[Tensor, Tensor, Tensor]:
+    threads: int,
+) -> tuple[Tensor, Tensor]:
     _check_protocol(protocol)
     if max_rank < 1:
         raise ValueError(f"max_rank must be at least 1; got {max_rank}")
-    values = _tensor(distance, "distance")
-    if values.dim() != 2 or not values.numel():
+    if distance.dim() != 2 or not distance.numel():
         raise ValueError(
-            f"distance must be (queries, gallery) with at least one of each; got {tuple(values.shape)}"
+            f"distance must be (queries, gallery) with at least one of each; got {tuple(distance.shape)}"
         )
-    queries = _integers(query_ids, "query_ids", values.shape[0], values.device)
-    gallery = _integers(gallery_ids, "gallery_ids", values.shape[1], values.device)
+    queries = _integers(query_ids, "query_ids", distance.shape[0], distance.device)
+    gallery = _integers(gallery_ids, "gallery_ids", distance.shape[1], distance.device)
     # The extremes are NaN if any value is, and found without a mask of the rows' size.
-    chunks = values.split(_rows_at_once(values))
-    extremes = _by_threads(lambda rows: torch.stack(rows.aminmax()), chunks, values.device)
+    chunks = distance.split(_rows_at_once(distance, threads))
+    extremes = _by_threads(lambda rows: torch.stack(rows.aminmax()), chunks, threads)
     if not torch.stack(extremes).isfinite().all():
-        row, column = _not_finite(values)
+        row, column = _not_finite(distance)
         raise ValueError(
-            f"distance must be finite; got {values[row, column].item()} for query {row} and gallery image "
+            f"distance must be finite; got {distance[row, column].item()} for query {row} and gallery image "
             f"{column}. Look for NaN or infinity in the features"
         )
-    return values, queries, gallery
+    return queries, gallery
 
 
 def _not_finite(values: Tensor) -> tuple[int, int]:
