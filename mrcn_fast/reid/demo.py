@@ -250,7 +250,7 @@ def _table(results: dict[str, Any]) -> Table:
         "baseline": (f"{times['baseline']:.0f}", "", ""),
         "mrcn": (f"{times['mrcn automatic']:.0f}", automatic, f"{100 * shares['reference']:.1f} %"),
     }
-    titles: dict[str, str] = {**TITLES}
+    titles = {str(model): title for model, title in TITLES.items()}
     for row, scores in results["scores"].items():
         table.add_row(titles.get(row, row), *(f"{100 * scores[name]:.1f}" for name in COLUMNS), *cells[row])
     return table
