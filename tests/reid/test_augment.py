@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mrcn_fast.reid.data import Augmentation, normalize
 from mrcn_fast.reid.data.augment import IMAGENET_MEAN, IMAGENET_STD
@@ -82,6 +84,49 @@ def test_certain_and_no_erasing(images: torch.Tensor) -> None:
     assert not (Augmentation(SIZE, erase=0, padding=0)(images) == 0).any()
 
 
+def greys(images: torch.Tensor) -> torch.Tensor:
+    """Pillow's grey of each image, (B, 1, H, W)."""
+    pictures = (Image.fromarray(image.permute(1, 2, 0).numpy()).convert("L") for image in images)
+    return torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])[:, None]
+
+
+def test_channels_become_one_of_them_or_grey_each_as_likely(images: torch.Tensor) -> None:
+    many = images.repeat(40, 1, 1, 1)
+    got = Augmentation(SIZE, padding=0, flip=0, erase=0, channel=0.8)(many, torch.Generator().manual_seed(1))
+    planes = torch.cat((many, greys(many)), dim=1)
+    forms = {"unchanged": many} | {str(k): planes[:, k : k + 1].expand_as(many) for k in range(4)}
+    found = {name: (got == normalize(form.contiguous())).flatten(1).all(1) for name, form in forms.items()}
+    assert torch.equal(torch.stack(list(found.values())).sum(0), torch.ones(len(many)))
+    for share in (found[name].float().mean().item() for name in forms):
+        assert share == pytest.approx(0.2, abs=0.03)
+
+
+def test_channels_are_augmented_with_the_crop_and_before_erasing(images: torch.Tensor) -> None:
+    """The same generator: crop, flip and rectangle are those without it."""
+    alone = Augmentation(SIZE, padding=3, erase=1)
+    augment = Augmentation(SIZE, padding=3, erase=1, channel=1)
+    got = augment(images, torch.Generator().manual_seed(5))
+    plain = alone(images, torch.Generator().manual_seed(5))
+    assert torch.equal(got == 0, plain == 0)
+    std, mean = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_STD, IMAGENET_MEAN))
+    kept = (got != 0).all(1, keepdim=True)
+    pixels = torch.where(kept, got * std + mean, 0.0)
+    torch.testing.assert_close(pixels, pixels[:, :1].expand_as(pixels), atol=1e-6, rtol=0)
+
+
+def test_no_channel_augmentation_draws_nothing(images: torch.Tensor) -> None:
+    """Seeds and resumed runs of before: 3 values an image, then 35."""
+    generator, counted = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    Augmentation(SIZE)(images, generator)
+    for values in (3, 35):
+        torch.rand(len(images), values, generator=counted)
+    assert torch.equal(generator.get_state(), counted.get_state())
+    Augmentation(SIZE, channel=0.1)(images, generator)
+    for values in (3, 35, 2):
+        torch.rand(len(images), values, generator=counted)
+    assert torch.equal(generator.get_state(), counted.get_state())
+
+
 def test_reproducible_from_the_global_and_a_passed_generator(images: torch.Tensor) -> None:
     augment = Augmentation(SIZE)
     torch.manual_seed(3)
@@ -111,13 +156,15 @@ def test_bad_arguments(images: torch.Tensor) -> None:
         Augmentation((32, 12))(images)
     with pytest.raises(ValueError, match="erase is a probability"):
         Augmentation(SIZE, erase=1.5)
+    with pytest.raises(ValueError, match="channel is a probability"):
+        Augmentation(SIZE, channel=-0.1)
     with pytest.raises(ValueError, match="padding must not be negative"):
         Augmentation(SIZE, padding=-1)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_seed_is_one_stream_on_every_device(images: torch.Tensor) -> None:
-    augment = Augmentation(SIZE)
+    augment = Augmentation(SIZE, channel=0.5)
     torch.manual_seed(3)
     on_cpu = augment(images)
     torch.manual_seed(3)

@@ -106,7 +106,7 @@ class _Reasons(Dataset[str | None]):
 
     def __getitem__(self, index: int) -> str | None:
         try:
-            _opened(self.samples[index], Image.Image.load)
+            _opened(self.samples[index], lambda image: image.load())
         except DatasetError as error:
             return str(error)
         return None
