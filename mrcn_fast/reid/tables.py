@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from rich.progress import Progress
 
+from mrcn_fast.benchmark import machine
 from mrcn_fast.reid.checkpoint import CHECKPOINT_NAME, check_config, load_checkpoint, write_json
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
@@ -60,12 +61,14 @@ def run_table(
 
     Where the paper draws curves, so does `out`/table-`name`.png.
 
+    The result counts the runs that were trained in this call, and the seconds it took.
+
     Raises ConfigError for an unknown table and for trees of which none is of its data sets, CheckpointError
     for a run in the way that has other values.
     """
     spec = load_table(name)
     trees = _trees(spec, data)
-    rows = []
+    rows, trained = [], 0
     begun = time.perf_counter()
     for row in spec.rows:
         results: dict[str, list[dict[str, Any]]] = {}
@@ -73,13 +76,16 @@ def run_table(
             if dataset in trees:
                 runs = _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
                 results[dataset] = [_result(run, dict(options or {}), progress) for run in runs]
+                trained += sum(result.pop("trained") for result in results[dataset])
         rows.append({"title": row.title, "ours": _ours(spec, results), "runs": _told(results)})
     table = {
         "table": name,
         "synthetic": any(is_synthetic(tree) for tree in trees.values()),
         "splits": splits if "regdb" in trees else None,
         "overlay": overlay,
+        "trained": trained,
         "seconds": round(time.perf_counter() - begun, 1),
+        "machine": machine(),
         "rows": rows,
     }
     write_json(Path(out) / f"table-{name}.json", table)
@@ -134,6 +140,13 @@ def markdown(table: Mapping[str, Any]) -> str:
     notes = ["", spec.note] if spec.note else []
     if table["synthetic"]:
         notes += ["", "Synthetic data and scaled-down training: the figures say nothing about the paper's."]
+    if table["trained"]:
+        where, minutes = table["machine"], table["seconds"] / 60
+        notes += [
+            "",
+            f"{table['trained']} runs trained and scored in {minutes:.0f} minutes on {where['cpu']},",
+        ]
+        notes += [f"{where['threads']} threads, torch {where['torch']}; {where['date']}."]
     return "\n".join([title, "", *lines, *notes])
 
 
@@ -207,10 +220,10 @@ def _runs(
 
 
 def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
-    """The scores of a run; trained and scored where that is missing."""
+    """The scores of a run, and whether it was "trained" for them; both done where that is missing."""
     config = run.config
     begun = time.perf_counter()
-    checkpoint = _trained(config, progress)
+    checkpoint, trained = _trained(config, progress)
     dataset = open_dataset(config.dataset, config.data, split=config.split)
     if config.dataset == "sysu-mm01":
         options = {"mode": "both"} | options
@@ -225,7 +238,7 @@ def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dic
         and (kept["step"], kept["config"]) == (state.step, state.config.as_dict())
         and {name: search["trials"] for name, search in kept["searches"].items()} == trials
     ):
-        return kept
+        return kept | {"trained": trained}
     result = score_checkpoint(
         checkpoint,
         config.data,
@@ -238,18 +251,18 @@ def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dic
         **options,
     )
     log.info("%s: %.0f s", config.out, time.perf_counter() - begun)
-    return result
+    return result | {"trained": trained}
 
 
-def _trained(config: TrainConfig, progress: Progress | None) -> Path:
-    """The checkpoint of a finished run, which is begun or gone on with where it isn't there."""
+def _trained(config: TrainConfig, progress: Progress | None) -> tuple[Path, bool]:
+    """The checkpoint of a finished run, and whether it had to be begun or gone on with."""
     path = Path(config.out) / CHECKPOINT_NAME
     if path.exists():
         state = load_checkpoint(path)
         check_config(path, state, config)
         if state.epoch >= config.epochs or (config.steps is not None and state.step >= config.steps):
-            return path
-    return Trainer(config).fit(resume=True, progress=progress)
+            return path, False
+    return Trainer(config).fit(resume=True, progress=progress), True
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
