@@ -575,7 +575,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="mrcn-fast bench",
         description="time the kernels against their rivals",
-        epilog="`mrcn-fast bench --scorer` times the retrieval scores, `mrcn-fast bench --loader` the images.",
+        epilog="`mrcn-fast bench --scorer` times the retrieval scores, `bench --loader` the images.",
     )
     options.add_argument(
         "--device", default="cpu", metavar="DEVICE", help="cpu (default), or cuda, with cases of its own"
