@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import logging
 import platform
@@ -120,7 +121,7 @@ def _synth(argv: list[str]) -> int:
         help="data set whose tree is written; --layout NAME --help lists the flags of each",
     )
     parser.add_function_arguments(write, skip={"root", "progress"})
-    values = parser.parse_args(_underscored(argv)).as_dict()
+    values = parser.parse_args(_words(argv, write)).as_dict()
     values.pop("layout")
     with progress_bars() as bars:
         task = bars.add_task("images", total=None, status="")
@@ -153,7 +154,7 @@ def _train(argv: list[str]) -> int:
     )
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
     parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    values = parser.parse_args(_underscored(argv)).as_dict()
+    values = parser.parse_args(_words(argv, TrainConfig)).as_dict()
     values.pop("config")
     values.pop("recipe")
     resume, overwrite = values.pop("resume"), values.pop("overwrite")
@@ -168,7 +169,7 @@ def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.scoring import describe, score_checkpoint
 
     parser.add_function_arguments(score_checkpoint, skip={"progress"})
-    values = parser.parse_args(_underscored(argv)).as_dict()
+    values = parser.parse_args(_words(argv, score_checkpoint)).as_dict()
     log_to_console(logging.WARNING)
     print(describe(score_checkpoint(**values)))
     return 0
@@ -198,7 +199,7 @@ def _table(argv: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=10, help="SYSU-MM01's gallery draws (%(default)s)")
     parser.add_argument("--shots", type=int, default=1, help="SYSU-MM01: 1 or 10 (%(default)s)")
     parser.add_argument("--draw", default="random", help="SYSU-MM01: random or official (%(default)s)")
-    known, flags = parser.parse_known_args(_underscored(argv))
+    known, flags = parser.parse_known_args(_words(argv, TrainConfig))
     if known.file:
         print(markdown(json.loads(Path(known.file).read_text(encoding="utf-8"))))
         return 0
@@ -224,8 +225,14 @@ def _figures(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.figures import make_figures
 
-    parser.add_function_arguments(make_figures, skip={"progress"})
-    values = parser.parse_args(_underscored(argv)).as_dict()
+    parser.add_argument(
+        "--checkpoints",
+        nargs="+",
+        required=True,
+        help="files that `mrcn-fast train` wrote, or their folders; a column or block each",
+    )
+    parser.add_function_arguments(make_figures, skip={"checkpoints", "progress"})
+    values = parser.parse_args(_words(argv, make_figures)).as_dict()
     log_to_console(logging.WARNING)
     for path in make_figures(**values)["files"]:
         print(path)
@@ -246,7 +253,7 @@ def _demo(argv: list[str]) -> int:
     from mrcn_fast.reid.demo import DemoConfig, run_demo
 
     parser.add_class_arguments(DemoConfig, as_group=False)
-    values = parser.parse_args(_underscored(argv)).as_dict()
+    values = parser.parse_args(_words(argv, DemoConfig)).as_dict()
     log_to_console(logging.WARNING)
     run_demo(DemoConfig(**values))
     return 0
@@ -283,9 +290,20 @@ def _config_parser(defaults: Mapping[str, Any]) -> Any:
     return parser
 
 
-def _underscored(argv: list[str]) -> list[str]:
-    """--image-size as --image_size: flags carry Python names, people write them either way."""
-    return [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+def _words(argv: Sequence[str], source: Callable[..., Any]) -> list[str]:
+    """The arguments as a parser of `source`'s flags takes them.
+
+    Flags carry Python names, and people write dashes too: --image-size is --image_size. One of a truth value
+    without a value means true: --skip-unreadable is --skip_unreadable=true.
+    """
+    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
+    parameters = inspect.signature(source).parameters.values()
+    truths = {f"--{p.name}" for p in parameters if p.annotation in (bool, "bool")}
+    following = [*words, ""][1:]
+    return [
+        f"{word}=true" if word in truths and after not in ("true", "false") else word
+        for word, after in zip(words, following, strict=True)
+    ]
 
 
 if __name__ == "__main__":
