@@ -62,7 +62,11 @@ class Batches(Generic[Batch]):
     def _raising(batches: Iterator[Any]) -> Iterator[Batch]:
         for batch in batches:
             if isinstance(batch, DatasetError):
-                raise batch
+                try:
+                    raise batch
+                finally:
+                    # The error's traceback holds this frame: with a way back, the processes would outlive it.
+                    del batch
             yield batch
 
 
