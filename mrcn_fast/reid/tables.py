@@ -262,7 +262,7 @@ def _trained(config: TrainConfig, progress: Progress | None) -> tuple[Path, bool
         check_config(path, state, config)
         if state.epoch >= config.epochs or (config.steps is not None and state.step >= config.steps):
             return path, False
-    return Trainer(config).fit(resume=True, progress=progress), True
+    return Trainer(config).fit(resume=path.exists(), progress=progress), True
 
 
 def _kept(path: Path) -> dict[str, Any] | None:
