@@ -1,8 +1,9 @@
-// Mean and squared deviations of planes, in one pass over memory.
+// Mean and squared deviations of planes, in one pass.
 //
-// A part small enough for the first-level cache is read twice, for its sum and for the deviations from its
-// mean; parts are joined in double precision (Chan et al.). E[x²] - E[x]² would lose everything on a plane
-// far from zero.
+// Deviations are from a shift, the mean of a part's first k values; parts are joined in double precision
+// (Chan et al.). E[x²] - E[x]² would lose everything on a plane far from zero. From the shift at most a
+// factor n / k is lost, whatever the values are: with k of n values at the shift, the variance is at least k
+// / n (shift - mean)². Parts are 64 k long, and on values in no special order nothing is lost.
 #pragma once
 
 #include "common/buffer.h"
@@ -32,29 +33,29 @@ struct Extremes {
   A maximum, minimum;
 };
 
+constexpr int64_t values_a_shift = 64;  // n / k
+
 template <class T>
 MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
-  vec<A> s[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) unroll<4>([&](auto u) { s[u.v] += load(x + i + u.v * W); });
-  for (; i + W <= n; i += W) s[0] += load(x + i);
-  A total = sum<A>((s[0] + s[1]) + (s[2] + s[3]));
-  for (; i < n; ++i) total += get(x + i);
-  const A shift = total / A(n);
-
+  A shift = A(0);
+  if (n >= 4 * W) {
+    shift = sum<A>((load(x) + load(x + W)) + (load(x + 2 * W) + load(x + 3 * W))) / A(4 * W);
+  } else {
+    for (int64_t i = 0; i < n; ++i) shift += get(x + i);
+    shift /= A(n);
+  }
   vec<A> e[4] = {}, q[4] = {};
   const vec<A> shifts = all<A>(shift);
-  const auto step = [&](int64_t at, auto u) {
-    // These reads hit the cache: meanwhile memory brings what follows, the next part or the next plane.
-    prefetch(x + at + n);
+  const auto step = [&](int64_t at, auto u) MRCN_BODY {
+    prefetch_ahead(x + at);
     const vec<A> d = load(x + at) - shifts;
     e[u.v] += d;
     q[u.v] += d * d;
   };
-  i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) unroll<4>([&](auto u) { step(i + u.v * W, u); });
+  int64_t i = 0;
+  for (; i + 4 * W <= n; i += 4 * W) unroll<4>([&](auto u) MRCN_BODY { step(i + u.v * W, u); });
   for (; i + W <= n; i += W) step(i, constant<0>{});
   A deviation = sum<A>((e[0] + e[1]) + (e[2] + e[3]));
   A squares = sum<A>((q[0] + q[1]) + (q[2] + q[3]));
@@ -91,7 +92,7 @@ MRCN_INLINE void part_extremes(const T* x, int64_t n, Extremes<acc_t<T>>& extrem
 // Moments of one contiguous plane, and its extremes where asked for.
 template <class T>
 Moments plane_moments(const void* plane, int64_t n, Extremes<acc_t<T>>* extremes) {
-  constexpr int64_t part = 4096;
+  constexpr int64_t part = values_a_shift * 4 * lanes<acc_t<T>>;
   const T* x = static_cast<const T*>(plane);
   Moments moments;
   if (extremes != nullptr) *extremes = {get(x), get(x)};
@@ -135,6 +136,17 @@ MRCN_INLINE void keep(T* p, V v, constant<wide>) {
   }
 }
 
+// So many rows at once share what is read for their channels.
+constexpr int row_block = 4;
+
+// f(row, constant<row_block>) for blocks of rows, f(row, constant<1>) for the last ones.
+template <class F>
+MRCN_INLINE void over_rows(int64_t rows, const F& f) {
+  int64_t row = 0;
+  for (; row + row_block <= rows; row += row_block) f(row, constant<row_block>{});
+  for (; row < rows; ++row) f(row, constant<1>{});
+}
+
 // `scratch` holds 3 · channels values; rows lie `pitch` elements apart.
 template <class T>
 void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t channels, acc_t<T>* scratch,
@@ -144,43 +156,38 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
   A* shift = scratch;
   A* deviation = scratch + channels;
   A* squares = scratch + 2 * channels;
-  const int64_t part = most<int64_t>(16, least<int64_t>(256, 16384 / channels));
+  const int64_t part = values_a_shift * row_block;
   if (extremes) {
     for (int64_t c = 0; c < channels; ++c) out.maximum[c] = out.minimum[c] = get(x + c);
   }
   for (int64_t first = 0; first < rows; first += part) {
-    const int64_t n = least(part, rows - first);
+    const int64_t n = least(part, rows - first), shifted = least<int64_t>(n, row_block);
     const T* top = x + first * pitch;
-    // The rows come from memory here: in the order in which they lie, four at a time. After that they are
-    // cached.
-    for (int64_t c = 0; c < channels; ++c) shift[c] = A(0);
-    for (int64_t row = 0; row < n; row += 4) {
+    over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
+      auto total = fetch(top + c, w);
+      for (int64_t row = 1; row < shifted; ++row) total += fetch(top + row * pitch + c, w);
+      keep(shift + c, total / A(shifted), w);
+      keep(deviation + c, decltype(total){}, w);
+      keep(squares + c, decltype(total){}, w);
+    });
+    over_rows(n, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
       const T* at = top + row * pitch;
-      over_channels<A>(channels, [&](int64_t c, auto w) {
-        auto total = fetch(shift + c, w) + fetch(at + c, w);
-        if (row + 3 < n) {
-          total += fetch(at + pitch + c, w) + fetch(at + 2 * pitch + c, w) + fetch(at + 3 * pitch + c, w);
-        } else {
-          for (int64_t rest = 1; rest < n - row; ++rest) total += fetch(at + rest * pitch + c, w);
-        }
-        keep(shift + c, total, w);
+      over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
+        const auto mean = fetch(shift + c, w);
+        auto e = fetch(deviation + c, w), q = fetch(squares + c, w);
+        unroll<count>([&](auto r) MRCN_BODY {
+          const T* p = at + r.v * pitch + c;
+          if constexpr (w.v) prefetch_ahead(p);
+          const auto d = fetch(p, w) - mean;
+          e += d;
+          q += d * d;
+        });
+        keep(deviation + c, e, w);
+        keep(squares + c, q, w);
       });
-    }
-    for (int64_t c = 0; c < channels; ++c) shift[c] /= A(n);
-    over_channels<A>(channels, [&](int64_t c, auto w) {
-      auto mean = fetch(shift + c, w);
-      decltype(mean) e{}, q{};
-      for (int64_t row = 0; row < n; ++row) {
-        if constexpr (w.v) prefetch(top + (row + n) * pitch + c);  // as in part_moments
-        const auto d = fetch(top + row * pitch + c, w) - mean;
-        e += d;
-        q += d * d;
-      }
-      keep(deviation + c, e, w);
-      keep(squares + c, q, w);
     });
     if (extremes) {
-      over_channels<A>(channels, [&](int64_t c, auto w) {
+      over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
         auto high = fetch(out.maximum + c, w), low = fetch(out.minimum + c, w);
         for (int64_t row = 0; row < n; ++row) {
           const auto v = fetch(top + row * pitch + c, w);

@@ -4,6 +4,8 @@
 // reaches them through `Passes`, so that the code is not compiled once more for every dtype.
 #pragma once
 
+#include <type_traits>
+
 #include "block/moments.h"
 #include "block/pattern.h"
 #include "common/vec.h"
@@ -38,54 +40,89 @@ struct Passes {
       const A* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels, bool stream, bool extremes);
 };
 
-// --- a pixel, or a vector of them (wide) -----------------------------------------------------------------
+// --- a pixel, or vectors of them ------------------------------------------------------------------------
 
-// Bytes between what is read and what is asked for.
-constexpr int64_t ahead = 4096;
+// A tag's value says how many vectors are handled at once; 0 is one pixel.
+template <int vectors>
+constexpr constant<(vectors > 0)> width_of{};
+template <class A, int vectors>
+using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
+template <int vectors>
+constexpr int parts_of = vectors > 0 ? vectors : 1;
+
+// Vectors of T that fill a line of memory, where there are registers for so many: half a line that is
+// streamed goes to memory by itself, unless its other half follows at once.
+template <class T>
+constexpr int line_vectors = vector_bytes == 64 && sizeof(T) == 2 ? 2 : 1;
 
 template <class T, int wide>
 MRCN_INLINE auto fetch_map(const void* map, int64_t at, constant<wide> w) {
   const T* p = static_cast<const T*>(map) + at;
-  if constexpr (wide) prefetch(reinterpret_cast<const char*>(p) + ahead);
+  if constexpr (wide) prefetch_ahead(p);
   return fetch(p, w);
 }
 
-template <class P, class T, bool stream, class V, int wide>
-MRCN_INLINE void make_at(const V* k, Pointers x, Pointers y, int64_t at, constant<wide> w) {
-  V in[P::inputs], out[P::sets];
-  unroll<P::inputs>([&](auto j) { in[j.v] = fetch_map<T>(x[j.v], at, w); });
-  make_sets<P, V>(k, in, out);
-  unroll<P::sets>([&](auto s) { keep<stream>(static_cast<T*>(y[s.v + P::first]) + at, out[s.v], w); });
+// One map's values of all parts.
+template <class T, bool stream, int vectors, class F>
+MRCN_INLINE void keep_map(void* map, int64_t at, constant<vectors>, const F& value) {
+  unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
+    T* p = static_cast<T*>(map) + at + part.v * lanes<acc_t<T>>;
+    keep<stream>(p, value(part), width_of<vectors>);
+  });
+}
+
+// k(part): the coefficients there, one pixel's or a vector's (V).
+template <class P, class T, bool stream, class V, int vectors, class K>
+MRCN_INLINE void make_at(const K& k, Pointers x, Pointers y, int64_t at, constant<vectors> n) {
+  V in[parts_of<vectors>][P::inputs], out[parts_of<vectors>][P::sets];
+  unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
+    const int64_t here = at + part.v * lanes<acc_t<T>>;
+    unroll<P::inputs>(
+        [&](auto j) MRCN_BODY { in[part.v][j.v] = fetch_map<T>(x[j.v], here, width_of<vectors>); });
+    make_sets<P, V>(k(part), in[part.v], out[part.v]);
+  });
+  unroll<P::sets>([&](auto s) MRCN_BODY {
+    keep_map<T, stream>(y[s.v + P::first], at, n, [&](auto part) MRCN_BODY { return out[part.v][s.v]; });
+  });
   if constexpr (P::passes) {
-    keep<stream>(static_cast<T*>(y[0]) + at, in[0], w);
-    keep<stream>(static_cast<T*>(y[P::all - 1]) + at, in[1], w);
+    keep_map<T, stream>(y[0], at, n, [&](auto part) MRCN_BODY { return in[part.v][0]; });
+    keep_map<T, stream>(y[P::all - 1], at, n, [&](auto part) MRCN_BODY { return in[part.v][1]; });
   }
 }
 
 template <class P, class T, class V, int wide>
 MRCN_INLINE void sum_at(const V* mean, Pointers x, Pointers g, int64_t at, V* sums, constant<wide> w) {
   V in[P::inputs], of[P::sets];
-  unroll<P::inputs>([&](auto j) { in[j.v] = fetch_map<T>(x[j.v], at, w); });
-  unroll<P::sets>([&](auto s) { of[s.v] = fetch_map<T>(g[s.v + P::first], at, w); });
+  unroll<P::inputs>([&](auto j) MRCN_BODY { in[j.v] = fetch_map<T>(x[j.v], at, w); });
+  unroll<P::sets>([&](auto s) MRCN_BODY { of[s.v] = fetch_map<T>(g[s.v + P::first], at, w); });
   add_sums<P, V>(mean, in, of, sums);
 }
 
-template <class P, class T, bool stream, bool extremes, class V, int wide>
-MRCN_INLINE void gradient_at(const V* k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<wide> w) {
-  V in[P::inputs], of[P::sets], out[P::inputs];
-  unroll<P::inputs>([&](auto j) { in[j.v] = fetch_map<T>(x[j.v], at, w); });
-  unroll<P::sets>([&](auto s) { of[s.v] = fetch_map<T>(g[s.v + P::first], at, w); });
-  make_gradients<P, V>(k, in, of, out);
-  if constexpr (P::passes) {
-    out[0] += fetch_map<T>(g[0], at, w);
-    out[1] += fetch_map<T>(g[P::all - 1], at, w);
-  }
-  unroll<P::inputs>([&](auto j) {
-    if constexpr (extremes) {
-      const V more = out[j.v] + k[P::k3(j.v)];
-      out[j.v] = in[j.v] == k[P::extreme(j.v)] ? more : out[j.v];
+template <class P, class T, bool stream, bool extremes, class V, int vectors, class K>
+MRCN_INLINE void gradient_at(
+    const K& k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<vectors> n) {
+  constexpr auto w = width_of<vectors>;
+  V out[parts_of<vectors>][P::inputs];
+  unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
+    const int64_t here = at + part.v * lanes<acc_t<T>>;
+    const V* kv = k(part);
+    V in[P::inputs], of[P::sets];
+    unroll<P::inputs>([&](auto j) MRCN_BODY { in[j.v] = fetch_map<T>(x[j.v], here, w); });
+    unroll<P::sets>([&](auto s) MRCN_BODY { of[s.v] = fetch_map<T>(g[s.v + P::first], here, w); });
+    make_gradients<P, V>(kv, in, of, out[part.v]);
+    if constexpr (P::passes) {
+      out[part.v][0] += fetch_map<T>(g[0], here, w);
+      out[part.v][1] += fetch_map<T>(g[P::all - 1], here, w);
     }
-    keep<stream>(static_cast<T*>(dx[j.v]) + at, out[j.v], w);
+    if constexpr (extremes) {
+      unroll<P::inputs>([&](auto j) MRCN_BODY {
+        const V more = out[part.v][j.v] + kv[P::k3(j.v)];
+        out[part.v][j.v] = in[j.v] == kv[P::extreme(j.v)] ? more : out[part.v][j.v];
+      });
+    }
+  });
+  unroll<P::inputs>([&](auto j) MRCN_BODY {
+    keep_map<T, stream>(dx[j.v], at, n, [&](auto part) MRCN_BODY { return out[part.v][j.v]; });
   });
 }
 
@@ -104,11 +141,14 @@ MRCN_INLINE int64_t until_aligned(Pointers p, int64_t length) {
   return head <= length ? head : -1;
 }
 
-// f(at, constant<1>) over whole vectors from `head` on, f(at, constant<0>) over the pixels before and after.
-template <class A, class F>
-MRCN_INLINE void over_plane(int64_t head, int64_t n, const F& f) {
+// f(at, constant<vectors>) from `head` on over whole lines, then over whole vectors; f(at, constant<0>) over
+// the pixels before and after.
+template <class T, class F>
+MRCN_INLINE void over_lines(int64_t head, int64_t n, const F& f) {
+  constexpr int64_t W = lanes<acc_t<T>>, line = line_vectors<T> * W;
   int64_t at = head;
-  for (; at + lanes<A> <= n; at += lanes<A>) f(at, constant<1>{});
+  for (; at + line <= n; at += line) f(at, constant<line_vectors<T>>{});
+  for (; line > W && at + W <= n; at += W) f(at, constant<1>{});
   for (int64_t l = head > 0 ? 0 : at; l < n; l = l + 1 == head ? at : l + 1) f(l, constant<0>{});
 }
 
@@ -124,8 +164,14 @@ struct Spread {
       wide[s] = all<A>(k[s]);
     }
   }
-  MRCN_INLINE const A* get(constant<0>) const { return one; }
-  MRCN_INLINE const vec<A>* get(constant<1>) const { return wide; }
+  template <class V>
+  MRCN_INLINE const V* get() const {
+    if constexpr (sizeof(V) > sizeof(A)) {
+      return wide;
+    } else {
+      return one;
+    }
+  }
 };
 
 template <class P, class T, bool stream>
@@ -133,9 +179,10 @@ __attribute__((noinline)) void make_plane_as(
     const acc_t<T>* k, Pointers x, Pointers y, int64_t head, int64_t n) {
   using A = acc_t<T>;
   const Spread<A, P::forward_slots> spread(k);
-  over_plane<A>(head, n, [&](int64_t at, auto w) {
+  over_lines<T>(head, n, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
+    using V = one_or_vector<A, vectors>;
     // Scalars are stored plainly whatever `stream` says: see `keep`.
-    make_at<P, T, stream>(spread.get(w), x, y, at, w);
+    make_at<P, T, stream, V>([&](auto) MRCN_BODY { return spread.template get<V>(); }, x, y, at, count);
   });
 }
 
@@ -166,10 +213,10 @@ void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* 
     for (const int64_t end = least(at + part, n - lanes<A> + 1); at < end; at += lanes<A>) {
       sum_at<P, T>(means.wide, x, g, at, acc, constant<1>{});
     }
-    unroll<P::sums>([&](auto s) { wide[s.v].add(acc[s.v]); });
+    unroll<P::sums>([&](auto s) MRCN_BODY { wide[s.v].add(acc[s.v]); });
   }
   for (; at < n; ++at) sum_at<P, T>(means.one, x, g, at, rest, constant<0>{});
-  unroll<P::sums>([&](auto s) { sums[s.v] = wide[s.v].total() + double(rest[s.v]); });
+  unroll<P::sums>([&](auto s) MRCN_BODY { sums[s.v] = wide[s.v].total() + double(rest[s.v]); });
 }
 
 template <class P, class T, bool stream, bool extremes>
@@ -177,8 +224,11 @@ __attribute__((noinline)) void gradient_plane_as(
     const acc_t<T>* k, Pointers x, Pointers g, Pointers dx, int64_t head, int64_t n) {
   using A = acc_t<T>;
   const Spread<A, extremes ? P::backward_slots : P::extreme(0)> spread(k);
-  over_plane<A>(head, n,
-      [&](int64_t at, auto w) { gradient_at<P, T, stream, extremes>(spread.get(w), x, g, dx, at, w); });
+  over_lines<T>(head, n, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
+    using V = one_or_vector<A, vectors>;
+    gradient_at<P, T, stream, extremes, V>(
+        [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, g, dx, at, count);
+  });
 }
 
 template <class P, class T>
@@ -203,31 +253,54 @@ double plane_count(const void* x, int64_t n, acc_t<T> value) {
 
 // --- rows of pixels: coefficients and sums are arrays over the channels --------------------------------------
 
-template <class T, int n>
-MRCN_INLINE void row_at(Rows maps, int64_t row, void** at) {
-  for (int k = 0; k < n; ++k) at[k] = static_cast<T*>(maps.start[k]) + row * maps.pitch[k];
-}
+// The pointers of `count` rows from `row` on, n maps each.
+template <class T, int n, int count>
+struct RowsAt {
+  void* of[count][n];
+
+  MRCN_INLINE RowsAt(Rows maps, int64_t row) {
+    for (int r = 0; r < count; ++r) {
+      for (int k = 0; k < n; ++k) of[r][k] = static_cast<T*>(maps.start[k]) + (row + r) * maps.pitch[k];
+    }
+  }
+};
 
 template <class V, int n, class A, int wide>
 MRCN_INLINE void fetch_all(const A* k, int64_t channels, int64_t c, V* out, constant<wide> w) {
-  unroll<n>([&](auto s) { out[s.v] = fetch(k + s.v * channels + c, w); });
+  unroll<n>([&](auto s) MRCN_BODY { out[s.v] = fetch(k + s.v * channels + c, w); });
 }
+
+// Each part's n coefficients from channel c on: `kv(part)`.
+template <class A, int n, int vectors>
+struct Coefficients {
+  using V = one_or_vector<A, vectors>;
+  V of[parts_of<vectors>][n];
+
+  MRCN_INLINE Coefficients(const A* k, int64_t channels, int64_t c) {
+    unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
+      fetch_all<V, n>(k, channels, c + part.v * lanes<A>, of[part.v], width_of<vectors>);
+    });
+  }
+  template <int part>
+  MRCN_INLINE const V* operator()(constant<part>) const {
+    return of[part];
+  }
+};
 
 template <class P, class T, bool stream>
 __attribute__((noinline)) void make_rows_as(
     const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
   using A = acc_t<T>;
-  for (int64_t row = 0; row < rows; ++row) {
-    void *in[P::inputs], *out[P::all];
-    row_at<T, P::inputs>(x, row, in);
-    row_at<T, P::all>(y, row, out);
-    over_channels<A>(channels, [&](int64_t c, auto w) {
-      using V = decltype(fetch(k, w));
-      V kv[P::forward_slots];
-      fetch_all<V, P::forward_slots>(k, channels, c, kv, w);
-      make_at<P, T, stream, V>(kv, in, out, c, w);
+  over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
+    const RowsAt<T, P::inputs, count> in(x, row);
+    const RowsAt<T, P::all, count> out(y, row);
+    over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
+      using K = Coefficients<A, P::forward_slots, vectors>;
+      const K kv(k, channels, c);
+      unroll<count>(
+          [&](auto r) MRCN_BODY { make_at<P, T, stream, typename K::V>(kv, in.of[r.v], out.of[r.v], c, n); });
     });
-  }
+  });
 }
 
 template <class P, class T>
@@ -245,19 +318,18 @@ void sum_rows(
   using A = acc_t<T>;
   for (int64_t first = 0; first < rows; first += single_terms) {
     for (int64_t n = 0; n < P::sums * channels; ++n) scratch[n] = A(0);
-    for (int64_t row = first; row < least(first + single_terms, rows); ++row) {
-      void *in[P::inputs], *of[P::all];
-      row_at<T, P::inputs>(x, row, in);
-      row_at<T, P::all>(g, row, of);
-      over_channels<A>(channels, [&](int64_t c, auto w) {
+    over_rows(least(single_terms, rows - first), [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
+      const RowsAt<T, P::inputs, count> in(x, first + row);
+      const RowsAt<T, P::sets, count> of(g, first + row);
+      over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
         using V = decltype(fetch(mean, w));
         V mv[P::inputs], acc[P::sums];
         fetch_all<V, P::inputs>(mean, channels, c, mv, w);
         fetch_all<V, P::sums>(scratch, channels, c, acc, w);
-        sum_at<P, T, V>(mv, in, of, c, acc, w);
-        unroll<P::sums>([&](auto s) { keep(scratch + s.v * channels + c, acc[s.v], w); });
+        unroll<count>([&](auto r) MRCN_BODY { sum_at<P, T, V>(mv, in.of[r.v], of.of[r.v], c, acc, w); });
+        unroll<P::sums>([&](auto s) MRCN_BODY { keep(scratch + s.v * channels + c, acc[s.v], w); });
       });
-    }
+    });
     for (int64_t n = 0; n < P::sums * channels; ++n) sums[n] += double(scratch[n]);
   }
 }
@@ -267,18 +339,17 @@ __attribute__((noinline)) void gradient_rows_as(
     const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
   using A = acc_t<T>;
   constexpr int slots = extremes ? P::backward_slots : P::extreme(0);
-  for (int64_t row = 0; row < rows; ++row) {
-    void *in[P::inputs], *of[P::all], *out[P::inputs];
-    row_at<T, P::inputs>(x, row, in);
-    row_at<T, P::all>(g, row, of);
-    row_at<T, P::inputs>(dx, row, out);
-    over_channels<A>(channels, [&](int64_t c, auto w) {
-      using V = decltype(fetch(k, w));
-      V kv[slots];
-      fetch_all<V, slots>(k, channels, c, kv, w);
-      gradient_at<P, T, stream, extremes, V>(kv, in, of, out, c, w);
+  over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
+    const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
+    const RowsAt<T, P::all, count> of(g, row);
+    over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
+      using K = Coefficients<A, slots, vectors>;
+      const K kv(k, channels, c);
+      unroll<count>([&](auto r) MRCN_BODY {
+        gradient_at<P, T, stream, extremes, typename K::V>(kv, in.of[r.v], of.of[r.v], out.of[r.v], c, n);
+      });
     });
-  }
+  });
 }
 
 template <class P, class T>

@@ -71,9 +71,9 @@ struct Pattern : Uses<mode_> {
 
 template <class P, class V>
 MRCN_INLINE void make_sets(const V* k, const V* x, V* y) {
-  unroll<P::sets>([&](auto s) {
+  unroll<P::sets>([&](auto s) MRCN_BODY {
     V value = k[P::shift(s.v)];
-    unroll<P::inputs>([&](auto j) {
+    unroll<P::inputs>([&](auto j) MRCN_BODY {
       if constexpr (P::at[s.v][j.v]) value += k[P::scale(s.v, j.v)] * (x[j.v] - k[P::mean(j.v)]);
     });
     y[s.v] = value;
@@ -82,9 +82,9 @@ MRCN_INLINE void make_sets(const V* k, const V* x, V* y) {
 
 template <class P, class V>
 MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, V* sums) {
-  unroll<P::sets>([&](auto s) {
+  unroll<P::sets>([&](auto s) MRCN_BODY {
     sums[P::S(s.v)] += g[s.v];
-    unroll<P::inputs>([&](auto j) {
+    unroll<P::inputs>([&](auto j) MRCN_BODY {
       if constexpr (P::at[s.v][j.v]) sums[P::T(s.v, j.v)] += g[s.v] * (x[j.v] - mean[j.v]);
     });
   });
@@ -92,9 +92,9 @@ MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, V* sums) {
 
 template <class P, class V>
 MRCN_INLINE void make_gradients(const V* k, const V* x, const V* g, V* dx) {
-  unroll<P::inputs>([&](auto j) {
+  unroll<P::inputs>([&](auto j) MRCN_BODY {
     V value = k[P::k1(j.v)] + k[P::k2(j.v)] * (x[j.v] - k[P::mean(j.v)]);
-    unroll<P::sets>([&](auto s) {
+    unroll<P::sets>([&](auto s) MRCN_BODY {
       if constexpr (P::at[s.v][j.v]) value += k[P::scale(s.v, j.v)] * g[s.v];
     });
     dx[j.v] = value;
@@ -110,7 +110,7 @@ MRCN_INLINE void make_maps(const Plane<V>* p, const V* s, bool to_input, V* k, b
     k[slot_scale] = map.scale;
     if (shifts) k[slot_shift] = (add ? k[slot_shift] : V{}) + map.shift;
   };
-  unroll<P::inputs>([&](auto j) { k[P::mean(j.v)] = p[j.v].mean; });
+  unroll<P::inputs>([&](auto j) MRCN_BODY { k[P::mean(j.v)] = p[j.v].mean; });
   if constexpr (P::inputs == 2) {
     set(P::scale(0, 0), P::shift(0), restituted(p[0], s[0], to_input));
     set(P::scale(1, 0), P::shift(1), normalized(p[0]));
@@ -148,7 +148,7 @@ MRCN_INLINE void make_moments(const R* s, bool to_input, const R* sums, R* U, R*
     U[j] += weight * sums[P::T(k, j)];
     V[j] += weight * sums[P::S(k)];
   };
-  unroll<P::inputs>([&](auto j) { U[j.v] = V[j.v] = R{}; });
+  unroll<P::inputs>([&](auto j) MRCN_BODY { U[j.v] = V[j.v] = R{}; });
   add(share_of_normalized(s[0], to_input), 0, 0);
   if constexpr (P::inputs == 2) {
     add(share_of_normalized(s[1], to_input), 3, 1);

@@ -24,6 +24,9 @@ constexpr int vector_bytes = 16;
 #endif
 
 #define MRCN_INLINE inline __attribute__((always_inline))
+// After the arguments of a lambda that is a loop's body: left to itself the compiler makes calls of some of
+// them.
+#define MRCN_BODY __attribute__((always_inline))
 
 struct bf16 {
   uint16_t bits;
@@ -142,10 +145,17 @@ MRCN_INLINE V copy_in(const T* p) {
 
 MRCN_INLINE vec<float> load(const float* p) { return copy_in<vec<float>>(p); }
 MRCN_INLINE vec<double> load(const double* p) { return copy_in<vec<double>>(p); }
-MRCN_INLINE vec<float> load(const bf16* p) {
-  const words wide = __builtin_convertvector(copy_in<halves>(p), words) << 16;
-  return (vec<float>)wide;
+MRCN_INLINE words widen(halves h) {
+  // What GCC 12 makes of the general form goes through half vectors.
+#if defined(__AVX512F__)
+  return (words)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h);
+#elif defined(__AVX2__)
+  return (words)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, words);
+#endif
 }
+MRCN_INLINE vec<float> load(const bf16* p) { return (vec<float>)(widen(copy_in<halves>(p)) << 16); }
 MRCN_INLINE vec<float> load(const f16* p) {
 #if defined(__AVX512F__)
   // The masked forms, whole: GCC 12 warns of its own header's undefined operand in the plain ones.
@@ -162,11 +172,21 @@ MRCN_INLINE vec<float> load(const f16* p) {
 }
 
 MRCN_INLINE halves narrow(const bf16*, vec<float> v) {
+#if defined(__AVX512BF16__)
+  // To nearest, ties to even, as below; but what is subnormal becomes 0.
+  return (halves)_mm512_cvtneps_pbh((__m512)v);
+#else
   const words bits = (words)v;
   const words rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const words quiet = (bits >> 16) | 0x40u;
   const words number = (words)(v == v);
-  return __builtin_convertvector((rounded & number) | (quiet & ~number), halves);
+  const words chosen = (rounded & number) | (quiet & ~number);
+#if defined(__AVX512F__)
+  return (halves)_mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)chosen);
+#else
+  return __builtin_convertvector(chosen, halves);
+#endif
+#endif
 }
 MRCN_INLINE halves narrow(const f16*, vec<float> v) {
 #if defined(__AVX512F__)
@@ -315,6 +335,10 @@ MRCN_INLINE void add_scaled(A* y, A k, const A* x, int64_t n) {
 // several streams ask for ahead. Maps are read as short runs, plane by plane, and a processor's own
 // prefetcher starts anew at each page. An address outside any memory does no harm.
 MRCN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// Bytes between what is read and what is asked for.
+constexpr int64_t ahead = 4096;
+MRCN_INLINE void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + ahead); }
 
 template <int value>
 struct constant {
