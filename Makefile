@@ -22,7 +22,7 @@ kept = $(VENV)/.mrcn-fast-constraints.txt
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install environment torch requirements native demo test bench gpu-check lint ruff mypy \
+.PHONY: help install environment torch requirements native demo test bench regression gpu-check lint ruff mypy \
   clang-format warnings format clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
@@ -81,6 +81,10 @@ test: install  ## the tests
 
 bench: install  ## the benchmark table: times, ratios, floors
 	@"$(bin)/mrcn-fast" bench $(ARGS)
+
+# Alone on the machine as far as that goes: nothing else of the check runs beside it.
+regression: install  ## whether the kernels are still as many times faster than plain PyTorch
+	"$(bin)/python" -m pytest -q benchmarks/test_regression.py
 
 # Installs nothing: which torch fits the GPU its owner knows, and has it in VENV or as PYTHON's.
 gpu-check:  ## the tests on this machine's GPU, then the benchmark there (needs torch and Triton, builds nothing)

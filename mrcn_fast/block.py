@@ -13,7 +13,7 @@ from mrcn_fast.autograd import BlockFunction, distinct, run_block
 from mrcn_fast.gates import GATES, make_gate
 
 Modality = Literal["visible", "infrared"]
-MODALITIES = ("visible", "infrared")
+MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
 RESTITUTE_TO = ("normalized", "input")
 
 

@@ -240,9 +240,13 @@ def _figures(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    subjects = {"--scorer": "mrcn_fast.reid.scoring_speed", "--loader": "mrcn_fast.reid.loading_speed"}
+    subjects = {
+        "--step": "mrcn_fast.reid.step_speed",
+        "--scorer": "mrcn_fast.reid.scoring_speed",
+        "--loader": "mrcn_fast.reid.loading_speed",
+    }
     chosen = [subject for subject in subjects if subject in argv]
-    module = importlib.import_module(subjects[chosen[0]] if chosen else "mrcn_fast.benchmark")
+    module = importlib.import_module(subjects[chosen[0]] if chosen else "mrcn_fast.benchmark.command")
     status: int = module.main([word for word in argv if word not in chosen[:1]])
     return status
 

@@ -1,4 +1,4 @@
-"""The benchmark's cases, goals and messages; its times are nobody's business here."""
+"""The benchmark's cases, goals, files and messages; its times are nobody's business here."""
 
 from __future__ import annotations
 
@@ -12,77 +12,156 @@ import pytest
 import torch
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark import AUTOTUNED, EXACT, Cost, Timing
+from mrcn_fast.benchmark import EXACT, Case, Cost, Timing, cases, command, results, timing
+from mrcn_fast.benchmark.cases import AUTOTUNED, OPERATIONS, Problem
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
+# Results are only added to: a case's history is found by its name.
+FIRST_NAMES = [
+    f"block {way} {shape} {layout}"
+    for layout in ("nchw", "channels_last")
+    for shape in ("16x256x72x32", "16x64x72x32", "8x512x36x16")
+    for way in ("forward", "forward+backward")
+]
+
 
 def test_the_names_of_the_cpus_cases_stay() -> None:
-    """Result files are only added to: a case's history is found by its name."""
-    shapes = ("16x256x72x32", "16x64x72x32", "8x512x36x16")
-    expected = [
-        f"block {way} {shape} {layout}"
-        for layout in ("nchw", "channels_last")
-        for shape in shapes
-        for way in ("forward", "forward+backward")
-    ]
-    assert [case.name for case in benchmark.cases()] == [*expected, "cqc forward+backward 4x4x2048"]
-    assert {case.device for case in benchmark.cases()} == {"cpu"}
+    names = [case.name for case in cases.cases()]
+    assert names[:12] == FIRST_NAMES
+    assert names[-1] == "cqc forward+backward 4x4x2048"
+    assert "block forward 16x256x72x32 nchw bf16" in names
+    assert {case.device for case in cases.cases()} == {"cpu"}
+
+
+@pytest.mark.parametrize("suite", cases.SUITES)
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_name_is_a_case(suite: str, device: str) -> None:
+    names = [case.name for case in cases.cases(suite, device)]
+    assert names and len(set(names)) == len(names)
+
+
+def test_the_stages_are_the_papers() -> None:
+    """288 x 128 pixels: behind each stage, for 4 x 4 and 8 x 4 images of a modality."""
+    from mrcn_fast.reid.resnet import Trunk
+
+    trunk = Trunk(50).eval()
+    x = trunk.stem(torch.zeros(1, 3, 288, 128), "visible")
+    for stage, expected in enumerate(cases.STAGES):
+        x = trunk.layers(x, stage, stage) if stage else x
+        assert tuple(x.shape[1:]) == expected
+    shapes = {tuple(case.facts["shape"]) for case in cases.cases("stages") if "shape" in case.facts}
+    assert shapes == {(n, *stage) for n in (16, 32) for stage in cases.STAGES}
+
+
+def test_the_sweep_goes_from_a_megabyte_to_a_gigabyte() -> None:
+    volumes = [case.facts["volume_bytes"] for case in cases.cases("sweep")]
+    assert min(volumes) < 1e6 and max(volumes) > 1e9
+    assert any(case.facts["shape"][0] == 1 for case in cases.cases("sweep"))
+
+
+def test_compulsory_volumes() -> None:
+    """algebra.md's: 6 and 8 for the pair, 8 with the six sets in one batch, 2 for restitution."""
+    assert [OPERATIONS["block"].volumes(way) for way in cases.WAYS] == [6, 8, 14]
+    assert OPERATIONS["concat"].volumes("forward") == 8
+    assert OPERATIONS["restitution"].volumes("forward") == 2
+    assert OPERATIONS["block"].results("forward+backward") == 6
 
 
 def test_a_gpu_has_cases_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["--device", "cuda", "--dtype", "bf16", "--list"]) == 0
+    assert command.main(["--device", "cuda", "--dtype", "bf16", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert "gpu block forward+backward 16x64x72x32 channels_last bf16" in names
+    assert "gpu block forward 16x64x72x32 channels_last bf16 hot L2" in names
     assert "gpu cqc forward+backward 16x8x2048 bf16" in names
     assert not any(name.endswith("fp32") for name in names)
-    assert not {case.name for case in benchmark.cases()} & set(names)
+    assert not {case.name for case in cases.cases()} & set(names)
 
 
 @no_gpu
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["--device", "cuda"]) == 2
+    assert command.main(["--device", "cuda"]) == 2
     said = capsys.readouterr()
     assert "nothing to measure: --device cuda: there is no GPU here" in said.err and not said.out
 
 
-def test_a_cpu_knows_no_dtype(capsys: pytest.CaptureFixture[str]) -> None:
-    assert benchmark.main(["--dtype", "bf16"]) == 2
-    assert "--dtype is for --device cuda" in capsys.readouterr().err
+def test_a_name_that_no_case_has(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--only", "no such case"]) == 2
+    assert "no case's name in the suite table contains" in capsys.readouterr().err
 
 
 # --- what is compared ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", benchmark.TOLERANCES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("backward", [False, True])
-@pytest.mark.parametrize("layout", benchmark.LAYOUTS)
-def test_the_blocks_rivals_are_right(layout: str, backward: bool, dtype: torch.dtype) -> None:
-    rivals = benchmark.block_rivals((2, 8, 5, 4), layout, backward, "cpu", dtype)
-    benchmark.check(rivals, benchmark.TOLERANCES[dtype])
-    assert (EXACT in rivals) == (dtype != torch.float32)
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("way", cases.WAYS)
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_rivals_are_right(operation: str, way: str, dtype: str) -> None:
+    """The fused form as the plain one, and the floor of the compulsory bytes."""
+    problem = Problem(operation, way, (2, 8, 5, 4), "channels_last", dtype)
+    rivals = cases.map_rivals(problem)
+    benchmark.check(rivals, timing.TOLERANCES[cases.DTYPES[dtype]])
+    assert (EXACT in rivals) == (dtype != "fp32")
+    copied = rivals["floor"]()
+    assert 2 * copied.numel() == OPERATIONS[operation].volumes(way) * 2 * 8 * 5 * 4
 
 
-@pytest.mark.parametrize("dtype", benchmark.TOLERANCES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_collapsed_forms_are_right(operation: str) -> None:
+    chosen = OPERATIONS[operation]
+    torch.manual_seed(0)
+    module = chosen.make(8, dtype=torch.float64, backend="reference")
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter)
+    maps = torch.randn(chosen.inputs, 2, 8, 5, 4, dtype=torch.float64).unbind()
+    for plain, collapsed in zip(chosen.call(module, *maps), chosen.collapsed(module, *maps), strict=True):
+        torch.testing.assert_close(collapsed, plain, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", timing.TOLERANCES, ids=lambda dtype: str(dtype)[6:])
 def test_the_losss_rivals_are_right(dtype: torch.dtype) -> None:
-    benchmark.check(benchmark.cqc_rivals(3, 2, 33, "cpu", dtype), benchmark.TOLERANCES[dtype])
+    rivals = cases.cqc_rivals(3, 2, 33, "cpu", dtype)
+    benchmark.check(rivals, timing.TOLERANCES[dtype])
+    if dtype == torch.float32:
+        assert benchmark.largest_error(rivals["loop"](), rivals["vectorized"]()) < 1e-4
 
 
 def test_the_rivals_go_round_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """The fused form and the plain one at the same set at the same call."""
-    monkeypatch.setattr(benchmark, "rotation", lambda device, size: 3)
-    rivals = benchmark.cqc_rivals(2, 2, 9)
-    rounds = [(rivals["fused"](), rivals["vectorized"]()) for _ in range(4)]
-    for fused, plain in rounds:
-        assert benchmark.largest_error(fused, plain) < 1e-4
-    assert torch.equal(rounds[0][0][0], rounds[3][0][0])
-    assert not torch.equal(rounds[0][0][0], rounds[1][0][0])
+    monkeypatch.setattr(cases, "rotation", lambda device, size: 3)
+    for rivals in (cases.cqc_rivals(2, 2, 9), cases.map_rivals(Problem("block", "backward", (1, 4, 3, 3)))):
+        plain = rivals.get("vectorized") or rivals["eager"]
+        rounds = [(rivals["fused"](), plain()) for _ in range(4)]
+        for fused, expected in rounds:
+            assert benchmark.largest_error(fused, expected) < 1e-4
+        assert torch.equal(rounds[0][0][0], rounds[3][0][0])
+        assert not torch.equal(rounds[0][0][0], rounds[1][0][0])
+
+
+def test_a_hot_case_stays_at_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "rotation", lambda device, size: 3)
+    fused = cases.map_rivals(Problem("block", "forward", (1, 4, 3, 3), hot=True))["fused"]
+    assert torch.equal(fused()[0], fused()[0])
+
+
+def test_a_floor_larger_than_its_tensors_moves_all_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cases, "_COPIED_AT_ONCE", 64.0)
+    moved: list[int] = []
+    copy_ = torch.Tensor.copy_
+
+    def counted(target: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+        moved.append(target.numel())
+        return copy_(target, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", counted)
+    cases.copy_of(2 * 37)()
+    assert sum(moved) == 37 and max(moved) == 16
 
 
 def test_a_wrong_result_is_not_timed() -> None:
-    case = benchmark.Case("wrong", lambda: {"fused": wrong, "eager": right}, {})
+    case = Case("wrong", lambda: {"fused": wrong, "eager": right}, {})
     with pytest.raises(RuntimeError, match="the fused result is off by"):
-        benchmark.measured(case, 0.0)
+        command.measured(case, 0.0)
 
 
 def right() -> tuple[torch.Tensor]:
@@ -93,15 +172,29 @@ def wrong() -> tuple[torch.Tensor]:
     return (torch.tensor([1.0, 1.1]),)
 
 
+# --- memory -------------------------------------------------------------------------------------------------
+
+
+def test_the_peak_is_what_the_system_counts() -> None:
+    def call() -> torch.Tensor:
+        scratch = torch.ones(8 << 20)  # 32 MB
+        return scratch[: 4 << 20].clone()
+
+    call()
+    peak = benchmark.peak_bytes(call)
+    if peak is None:
+        pytest.skip("this system doesn't tell what a process has at its peak")
+    assert 47e6 < peak < 56e6
+
+
 # --- results ------------------------------------------------------------------------------------------------
 
 
 def result(goals: dict[str, float], host: float = 10.0, floor: float = 0.5, **times: float) -> dict[str, Any]:
     medians = {"fused": 1.0, "floor": floor} | times
     timings = {name: Timing(0.9 * t, t, 1.1 * t) for name, t in medians.items()}
-    return benchmark.row(
-        benchmark.Case("a case", dict, goals), timings, {name: Cost(host, 7) for name in timings}
-    )
+    case = Case("a case", dict, goals, facts={"result_bytes": 100})
+    return benchmark.row(case, timings, {name: Cost(host, 103) for name in timings})
 
 
 @pytest.mark.parametrize(
@@ -115,6 +208,8 @@ def result(goals: dict[str, float], host: float = 10.0, floor: float = 0.5, **ti
         ({"floor": 1.25}, {"floor": 0.79}, ["floor"]),
         ({"host": 40.0}, {"host": 39.0}, []),
         ({"host": 40.0}, {"host": 41.0}, ["host"]),
+        ({"memory": 1.04}, {}, []),
+        ({"memory": 1.02}, {}, ["memory"]),
     ],
 )
 def test_goals(goals: dict[str, float], settings: dict[str, float], missed: list[str]) -> None:
@@ -122,18 +217,102 @@ def test_goals(goals: dict[str, float], settings: dict[str, float], missed: list
     assert result(goals, **settings)["missed"] == missed
 
 
+GPU = {"date": "2026", "gpu": "NVIDIA X", "torch": "2.11", "cuda": "13.0", "triton": "3.6.0"}
+
+
 def test_a_gpus_result_is_printed_and_tabled(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = result({}, host=12.3, eager=6.0, compile=2.0)
-    assert found["host_us"]["fused"] == 12.3 and found["peak_bytes"]["eager"] == 7
+    assert found["host_us"]["fused"] == 12.3 and found["peak_bytes"]["eager"] == 103
     benchmark.print_row(found)
-    assert "host 12 us" in capsys.readouterr().out
-    where = {"date": "2026", "gpu": "NVIDIA X", "torch": "2.11", "cuda": "13.0", "triton": "3.6.0"}
-    file = tmp_path / "x.jsonl"
-    file.write_text(json.dumps(where | found) + "\n")
-    benchmark.print_table(file)
+    printed = capsys.readouterr().out
+    assert "host 12 us" in printed and "memory 1.030 of the results'" in printed
+    file = tmp_path / "results" / "x.jsonl"
+    benchmark.write(file, GPU | result({}, eager=5.0))
+    benchmark.write(file, GPU | found)
+    assert command.main(["--table", str(file)]) == 0
     told = capsys.readouterr().out
     assert "NVIDIA X, torch 2.11, CUDA 13.0, Triton 3.6.0; 2026" in told
-    assert "| a case | 1000.00 ms | 6.0 × | 2.0 × | – | 2.00 |" in told
+    assert "| a case | 1000.00 ms | 6.0 × | 2.0 × | – | 2.00 |" in told and "5.0 ×" not in told
+
+
+def test_what_moved_between_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def scaled(line: dict[str, Any], by: float, floor: float = 1.0) -> dict[str, Any]:
+        ms = {n: [t * (floor if n == "floor" else by) for t in times] for n, times in line["ms"].items()}
+        return line | {"ms": ms}
+
+    lines = [result({}) | {"case": name} for name in ("same", "slow", "machine", "fast", "gone")]
+    files = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for line, by, floor in zip(lines, (1.1, 1.3, 1.3, 0.8, 1), (1, 1, 1.4, 1, 1), strict=True):
+        benchmark.write(files[0], GPU | line)
+        if line["case"] != "gone":
+            benchmark.write(files[1], GPU | {"gpu": "NVIDIA Y"} | scaled(line, by, floor))
+    assert command.main(["--compare", *map(str, files)]) == 0
+    missing, places, *moved = capsys.readouterr().out.splitlines()
+    assert missing == f"not in {files[1]}: gone"
+    assert "NVIDIA X" in places and "NVIDIA Y" in places
+    assert [line.split("×  ")[1] for line in moved] == [
+        "within the spread", "slower", "slower; the floor moved too, 1.40 ×", "faster",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("content", [None, "nothing of ours\n", '{"case": "a"}\n'])
+def test_a_file_that_holds_no_results(
+    content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.jsonl"
+    if content is not None:
+        file.write_text(content)
+    for words in (["--table", str(file)], ["--compare", str(file), str(file)], ["--report", str(file)]):
+        assert command.main([*words, "--to", str(tmp_path / "report")]) == 2
+        assert f"{file}: expected result lines" in capsys.readouterr().err
+
+
+def test_a_measured_case_is_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The plain forms would be compiled for most of a minute.
+    monkeypatch.setattr(cases, "_PLAIN_FORMS_UP_TO", 0)
+    file = tmp_path / "x.jsonl"
+    words = ["--suite", "sweep", "--only", "forward 16x64x9x4", "--seconds", "0", "--out", str(file)]
+    assert command.main(words) in (0, 1)
+    (line,) = map(json.loads, file.read_text().splitlines())
+    assert line["case"] == "block forward 16x64x9x4 nchw"
+    assert set(line["ms"]) == {"fused", "floor"}
+    assert line["pages"] in ("warm", "unknown") and line["volumes"] == 6
+    assert {"commit", "cpu", "threads", "torch", "date", "peak_bytes"} <= set(line)
+    assert "block forward 16x64x9x4 nchw" in capsys.readouterr().out
+
+
+# --- reports ------------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_charts_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="reports are drawn with matplotlib")
+    from mrcn_fast.benchmark.report import write_report
+
+    where = {"date": "2026", "cpu": "A & B", "threads": 2, "torch": "2.13", "pages": "warm"}
+    file = tmp_path / "x.jsonl"
+    for count in (1, 2, 4, 8):
+        problem = Problem("block", "forward", (count, 8, 6, 4))
+        timings = {name: Timing(0.9 * count, count, 1.1 * count) for name in ("fused", "eager", "floor")}
+        case = Case(problem.name, dict, {}, facts=problem.facts)
+        line = results.row(case, timings, peaks={"fused": 5, "eager": 50})
+        results.write(file, where | line)
+    written = write_report([file], tmp_path / "report")
+    assert [path.name for path in written] == [
+        "a-b-2-threads-torch-2.13-warm-pages-speedup.png",
+        "a-b-2-threads-torch-2.13-warm-pages-size.png",
+        "a-b-2-threads-torch-2.13-warm-pages-memory.png",
+        "report.html",
+    ]
+    page = written[-1].read_text()
+    assert page.count("data:image/png;base64,") == 3 and "A &amp; B" in page
+    assert "block forward 8x8x6x4 nchw" in page and 'src="http' not in page
+    for path in written[:3]:
+        assert path.read_bytes().startswith(b"\x89PNG")
+
+
+# --- a GPU --------------------------------------------------------------------------------------------------
 
 
 class FakeEvent:
@@ -166,14 +345,14 @@ def test_measuring_on_a_gpu(waits: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(benchmark, "pause_rate", lambda: 1e9)
+    monkeypatch.setattr(timing, "pause_rate", lambda: 1e9)
 
     def eager() -> None:
         time.sleep(2e-3)
         log.append("eager")
 
     rivals: dict[str, Callable[[], Any]] = {"fused": lambda: log.append("fused"), "eager": eager}
-    timings, costs = benchmark.measure_gpu(rivals, 0.0, waits, least=3)
+    timings, costs = timing.measure_gpu(rivals, 0.0, waits, least=3)
     rounds = log[-12:] if not waits else log[-6:]
     kinds = [entry.split()[0] for entry in rounds]
     assert kinds == (["fused", "eager"] if waits else ["pause", "fused", "pause", "eager"]) * 3

@@ -17,7 +17,6 @@ meets all of them.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import random
@@ -402,9 +401,7 @@ def main(argv: list[str] | None = None) -> int:
     result = measure_loader(options.pop("data"), **options)
     print_speeds(result)
     if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with out.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(result) + "\n")
+        benchmark.write(out, result)
     return 0
 
 

@@ -8,7 +8,6 @@ only after `score` gave what the loop gives.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -186,9 +185,7 @@ def main(argv: list[str] | None = None) -> int:
         benchmark.print_row(result)
         any_missed = any_missed or bool(result["missed"])
         if options.out:
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            with options.out.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(where | result) + "\n")
+            benchmark.write(options.out, where | result)
     return 1 if any_missed else 0
 
 

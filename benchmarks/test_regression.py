@@ -1,0 +1,60 @@
+"""Whether the kernels are still fast, on a machine that is busy with other things.
+
+Never by absolute times: by how many times the fused time the eager form takes, both in turn in one process.
+The fastest round of each counts, which other processes disturb least. A ratio may fall to half of what the
+newest committed results of the case have, on whatever machine: a kernel that lost its point fails.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mrcn_fast import backends
+from mrcn_fast.benchmark import check
+from mrcn_fast.benchmark.cases import cases
+from mrcn_fast.benchmark.results import newest
+from mrcn_fast.benchmark.timing import keep_pages_warm
+
+RESULTS = Path(__file__).parent / "results" / "cpu-amd-epyc-zen4-2-threads.jsonl"
+# Case -> the plain form that it is held against.
+HELD = {
+    "block forward 16x64x72x32 nchw": "eager",
+    "block forward+backward 16x64x72x32 nchw": "eager",
+    "block forward 16x64x72x32 channels_last": "eager",
+    "block forward+backward 16x64x72x32 channels_last": "eager",
+    "cqc forward+backward 4x4x2048": "loop",
+}
+ROUNDS = 25
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_the_ratio_to_the_plain_form_holds(name: str) -> None:
+    status = backends()["cpu"]
+    if not status.usable:
+        pytest.skip(status.reason)
+    keep_pages_warm()
+    (case,) = (case for case in cases() if case.name == name)
+    rivals = case.rivals()
+    check(rivals)
+    fused, plain = fastest([rivals["fused"], rivals[HELD[name]]])
+    committed = newest(RESULTS)[name]["ratios"][HELD[name]]
+    assert plain / fused > committed / 2, (
+        f"{name}: {HELD[name]} takes {plain / fused:.1f} times the fused {1e3 * fused:.2f} ms; committed "
+        f"results have {committed:.1f}"
+    )
+
+
+def fastest(calls: list[Callable[[], Any]]) -> list[float]:
+    """Seconds of each call's fastest round, the calls in turn."""
+    least = [float("inf")] * len(calls)
+    for _ in range(ROUNDS):
+        for place, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            least[place] = min(least[place], time.perf_counter() - start)
+    return least

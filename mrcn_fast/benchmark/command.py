@@ -1,0 +1,155 @@
+"""`mrcn-fast bench`: measure a suite's cases, a line for each; tables, comparisons and reports of files."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from mrcn_fast import backends
+from mrcn_fast.benchmark import cases, results
+from mrcn_fast.benchmark.timing import (
+    EXACT,
+    TOLERANCES,
+    Case,
+    check,
+    keep_pages_fresh,
+    keep_pages_warm,
+    measure,
+    measure_gpu,
+    peak_bytes,
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(
+        prog="mrcn-fast bench",
+        description="time the kernels against their rivals",
+        epilog="`mrcn-fast bench --step` times whole training steps, `--scorer` the retrieval scores, "
+        "`--loader DATA` the images; each has --help of its own.",
+    )
+    options.add_argument(
+        "--suite", default="table", choices=cases.SUITES, help="table (default), stages or sweep"
+    )
+    options.add_argument(
+        "--device", default="cpu", metavar="DEVICE", help="cpu (default), or cuda, with cases of its own"
+    )
+    options.add_argument(
+        "--dtype",
+        action="append",
+        choices=cases.DTYPES,
+        help="only this dtype; may be given again (default: all)",
+    )
+    options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    options.add_argument("--seconds", type=float, default=8.0, help="measuring time of a case (default 8)")
+    options.add_argument(
+        "--pages",
+        choices=("warm", "fresh"),
+        default="warm",
+        help="outputs on memory used before (warm, default) or on pages new to the process (fresh)",
+    )
+    options.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
+    options.add_argument("--list", action="store_true", help="print the cases' names and stop")
+    files = options.add_argument_group("of files of results; nothing is measured")
+    files.add_argument("--table", type=Path, metavar="FILE", help="print the newest results as Markdown")
+    files.add_argument(
+        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="say which cases moved from A to B"
+    )
+    files.add_argument(
+        "--report", type=Path, nargs="+", metavar="FILE", help="draw them: PNG charts, and a page of HTML"
+    )
+    files.add_argument(
+        "--to", type=Path, default=Path("runs/bench"), metavar="DIR", help="the report's folder (runs/bench)"
+    )
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    """0; 1 where a goal was missed; 2 where nothing could be measured or read."""
+    options = parser().parse_args(argv)
+    try:
+        if options.table or options.compare or options.report:
+            return _show(options)
+    except (ValueError, ImportError) as error:
+        print(f"mrcn-fast bench: {error}", file=sys.stderr)
+        return 2
+    known = cases.cases(options.suite, options.device, options.dtype or tuple(cases.DTYPES))
+    chosen = [case for case in known if options.only in case.name]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    if not chosen:
+        print(
+            f"--only: got {options.only!r}, which no case's name in the suite {options.suite} contains; "
+            "see --list",
+            file=sys.stderr,
+        )
+        return 2
+    if reason := unmeasurable(options.device):
+        print(f"nothing to measure: {reason}", file=sys.stderr)
+        return 2
+    return _measure(chosen, options)
+
+
+def _show(options: argparse.Namespace) -> int:
+    if options.table:
+        results.print_table(options.table)
+    elif options.compare:
+        print("\n".join(results.compare(*options.compare)))
+    else:
+        # matplotlib is not needed to measure.
+        from mrcn_fast.benchmark.report import write_report
+
+        for path in write_report(options.report, options.to):
+            print(path)
+    return 0
+
+
+def _measure(chosen: Sequence[Case], options: argparse.Namespace) -> int:
+    where = results.machine(options.device)
+    if torch.device(options.device).type == "cpu":
+        set_up = {"warm": keep_pages_warm, "fresh": keep_pages_fresh}[options.pages]
+        # Elsewhere than on glibc the allocator decides.
+        where["pages"] = options.pages if set_up() else "unknown"
+    print(f"{results.described(where)}, {where['kernels']}")
+    print("median of interleaved rounds; ratios are the rival's time over the fused one's\n")
+    any_missed = False
+    for case in chosen:
+        result = measured(case, options.seconds)
+        results.print_row(result)
+        any_missed = any_missed or bool(result["missed"])
+        if options.out:
+            results.write(options.out, where | result)
+    return 1 if any_missed else 0
+
+
+def unmeasurable(device: str) -> str | None:
+    """Why nothing can be measured on ``device``; None where something can."""
+    if torch.device(device).type == "cpu":
+        status = backends()["cpu"]
+    elif not torch.cuda.is_available():
+        return (
+            f"--device {device}: there is no GPU here that torch can use (torch.cuda.is_available() is False)"
+        )
+    else:
+        status = backends()["triton"]
+    return None if status.usable else status.reason
+
+
+def measured(case: Case, seconds: float) -> results.Line:
+    """The result of a case, its fused form checked first."""
+    torch._dynamo.reset()
+    rivals = case.rivals()
+    check(rivals, TOLERANCES[case.dtype])
+    rivals.pop(EXACT, None)
+    if case.device == "cpu":
+        timings = measure(rivals, seconds)
+        peaks = {name: peak_bytes(call) for name, call in rivals.items() if name != "floor"}
+        known = {name: peak for name, peak in peaks.items() if peak is not None}
+        return results.row(case, timings, peaks=known)
+    with torch.cuda.device(case.device):
+        timings, costs = measure_gpu(rivals, seconds, case.waits)
+    return results.row(case, timings, costs)

@@ -1,0 +1,118 @@
+"""What a user would write or pick without this library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mrcn_fast import reference
+from mrcn_fast.block import MRCNBlock, SNRBlock
+
+
+def collapsed_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor, ...]:
+    """The block as one statistics pass and one elementwise pass, in plain PyTorch, for torch.compile."""
+    (a_v, d_v, z_v), (a_n, d_n, z_n) = (_affine(block, m, x) for m, x in enumerate((visible, infrared)))
+    s = _gates(block.gate.parameter_list(), torch.stack((z_v, z_n, z_v, z_n)))
+    return (
+        _spread(a_v + s[0] * (1 - a_v)) * visible + _spread((1 - s[0]) * d_v),
+        _spread(a_v) * visible + _spread(s[3] * (1 - a_n)) * infrared + _spread(d_v - s[3] * d_n),
+        _spread(a_n) * infrared + _spread(s[2] * (1 - a_v)) * visible + _spread(d_n - s[2] * d_v),
+        _spread(a_n + s[1] * (1 - a_n)) * infrared + _spread((1 - s[1]) * d_n),
+    )
+
+
+def collapsed_concat(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor]:
+    """The same with both inputs, the six sets in one batch."""
+    return (torch.cat((visible, *collapsed_block(block, visible, infrared), infrared)),)
+
+
+def collapsed_restitution(block: MRCNBlock, visible: Tensor) -> tuple[Tensor]:
+    """F₊ of the visible modality, as `collapsed_block` has it."""
+    a, d, z = _affine(block, 0, visible)
+    s = _gates([p[:1] for p in block.gate.parameter_list()], z[None])[0]
+    return (_spread(a + s * (1 - a)) * visible + _spread((1 - s) * d),)
+
+
+def collapsed_snr(block: SNRBlock, features: Tensor) -> tuple[Tensor, ...]:
+    """SNR's three maps in the same way."""
+    a, d, z = _affine(block, 0, features)
+    s = _gates(block.gate.parameter_list(), z[None])[0]
+    return (
+        _spread(a + s * (1 - a)) * features + _spread((1 - s) * d),
+        _spread(a + (1 - s) * (1 - a)) * features + _spread(s * d),
+        _spread(a) * features + _spread(d),
+    )
+
+
+def _affine(block: MRCNBlock | SNRBlock, modality: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a and d of F̃ = aF + d, and the mean of M = F - F̃, which is μ - β: (N, C) each."""
+    variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)
+    a = block.norm_weight[modality] * torch.rsqrt(variance + block.eps)
+    bias = block.norm_bias[modality]
+    return a, bias - a * mean, mean - bias
+
+
+def _gates(parameters: Sequence[Tensor], pooled: Tensor) -> Tensor:
+    """SE gates, (gates, N, C) each."""
+    fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
+    hidden = F.relu(torch.baddbmm(fc1_bias[:, None], pooled, fc1_weight.mT))
+    return torch.sigmoid(torch.baddbmm(fc2_bias[:, None], hidden, fc2_weight.mT))
+
+
+def _spread(t: Tensor) -> Tensor:
+    return t[:, :, None, None]
+
+
+def looped_cqc(
+    features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2
+) -> Tensor:
+    """The loss with a loop over identities, as training code of the field has it."""
+    f_v, f_vr, f_vc, f_nc, f_nr, f_n = features
+    total = features[0].new_zeros(())
+    for identity in labels.unique():
+        own, other = labels == identity, infrared_labels == identity
+        c_v, c_n = f_v[own].mean(0), f_n[other].mean(0)
+        for center, far, near in (
+            (f_vr[own].mean(0), c_n, c_v),
+            (f_nr[other].mean(0), c_v, c_n),
+            (f_vc[own].mean(0), c_n, c_v),
+            (f_nc[other].mean(0), c_v, c_n),
+        ):
+            pulled, pushed = torch.dist(center, far), torch.dist(center, near)
+            total = total + F.relu(margin + pulled - pushed)
+    return total
+
+
+class LoopedCQC(nn.Module):
+    """`looped_cqc` in the place of `mrcn_fast.CQCLoss`: six stacked sets (6B, D), (B,) labels -> scalar."""
+
+    def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        return looped_cqc(features.chunk(6), labels, labels)
+
+
+def vectorized_cqc(
+    features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2
+) -> Tensor:
+    """The loss with all centers of a set by one index_add, for labels that both modalities share."""
+    identities, own = labels.unique(return_inverse=True)
+    other = torch.searchsorted(identities, infrared_labels)
+    centers = []
+    for f, index in zip(features, [own] * 3 + [other] * 3, strict=True):
+        count = torch.bincount(index, minlength=len(identities)).to(f.dtype)[:, None]
+        centers.append(f.new_zeros(len(identities), f.shape[1]).index_add_(0, index, f) / count)
+    c_v, c_vr, c_vc, c_nc, c_nr, c_n = centers
+    moved, far, near = (
+        torch.stack((c_vr, c_nr, c_vc, c_nc)),
+        torch.stack((c_n, c_v, c_n, c_v)),
+        torch.stack((c_v, c_n, c_v, c_n)),
+    )
+    return F.relu(margin + reference.distance(moved, far) - reference.distance(moved, near)).sum()
+
+
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """torch.compile at its best for fixed shapes."""
+    return torch.compile(function, dynamic=False, mode=mode)

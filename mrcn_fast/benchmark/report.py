@@ -1,0 +1,240 @@
+"""`mrcn-fast bench --report`: results as charts, PNG a chart and one HTML page that holds them all.
+
+Three charts a machine: how many times the fused time its rivals take; time over size beside the floor (both
+axes logarithmic); memory that a call takes, in volumes. A chart without results for it is not drawn.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from mrcn_fast.benchmark.cases import AUTOTUNED
+from mrcn_fast.benchmark.results import Line, described, markdown, newest
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+except ImportError as missing:
+    raise ImportError("--report draws with matplotlib; install it: pip install matplotlib") from missing
+
+# Rivals in the order of the bars, with their titles and colours.
+FORMS: Final = {
+    "fused": ("mrcn_fast", "#1b6ca8"),
+    "compile collapsed": ("torch.compile of the collapsed form", "#7fb069"),
+    "compile": ("torch.compile of the reference", "#e6aa68"),
+    "eager": ("eager PyTorch", "#ca3c25"),
+    "vectorized": ("vectorised eager", "#e6aa68"),
+    "loop": ("a loop over identities", "#ca3c25"),
+}
+FLOOR: Final = "0.35"
+# A size is a row of its chart only if so many sizes of one operation were measured.
+_LEAST_SIZES: Final = 4
+
+
+class Group(NamedTuple):
+    """The newest results of one machine."""
+
+    title: str
+    lines: list[Line]
+
+    @property
+    def stem(self) -> str:
+        """Its charts' file names begin with this."""
+        return re.sub(r"[^a-z0-9.]+", "-", self.title.lower()).strip("-")
+
+
+def write_report(files: Sequence[Path], folder: Path) -> list[Path]:
+    """Draw the results of ``files`` into ``folder``: the PNG files and report.html, in this order.
+
+    Raises ValueError for a file that holds no results.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    sections = []
+    for group in groups(files):
+        parts = [f"<h2>{html.escape(group.title)}</h2>"]
+        for name, draw in CHARTS.items():
+            figure = draw(group)
+            if figure is None:
+                continue
+            path = folder / f"{group.stem}-{name}.png"
+            path.write_bytes(_png(figure))
+            written.append(path)
+            parts.append(f'<img alt="{name}" src="data:image/png;base64,{_base64(path)}">')
+        sections.append("\n".join([*parts, _table(group)]))
+    page = folder / "report.html"
+    page.write_text(_page(sections), encoding="utf-8")
+    return [*written, page]
+
+
+def groups(files: Sequence[Path]) -> list[Group]:
+    """The newest result of every case, by the machine it was measured on."""
+    found: dict[str, list[Line]] = {}
+    for file in files:
+        for line in newest(file).values():
+            found.setdefault(described(line), []).append(line)
+    return [Group(title, lines) for title, lines in found.items()]
+
+
+# --- charts -------------------------------------------------------------------------------------------
+
+
+def draw_speedups(group: Group) -> Figure | None:
+    """Bars: the rival's time over the fused one's, a group of bars a case; 1 is as fast as the library."""
+    lines = [line for line in group.lines if _ratios(line)]
+    if not lines:
+        return None
+    names = [name for name in FORMS if any(name in _ratios(line) for line in lines)]
+    height = 0.8 / len(names)
+    figure, axes = _bars(len(lines), len(names), 0.17)
+    for place, name in enumerate(names):
+        bars = [(row, _ratios(line)[name]) for row, line in enumerate(lines) if name in _ratios(line)]
+        rows, values = (
+            [row + (place - (len(names) - 1) / 2) * height for row, _ in bars],
+            [v for _, v in bars],
+        )
+        title, color = FORMS[name]
+        drawn = axes.barh(rows, values, height, label=title, color=color)
+        axes.bar_label(drawn, fmt="%.1f ×", padding=2, fontsize=7)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_yticks(range(len(lines)), [line["case"] for line in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("time, in times of mrcn_fast's")
+    axes.margins(x=0.1)
+    _legend(figure, axes, group)
+    return figure
+
+
+def draw_sizes(group: Group) -> Figure | None:
+    """Time over a volume's bytes, both logarithmic: a panel a way, with the floor dashed."""
+    panels: dict[str, list[Line]] = {}
+    for line in group.lines:
+        if line.get("volume_bytes") and line["layout"] == "nchw" and line["dtype"] == "fp32":
+            panels.setdefault(f"{line['operation']} {line['way']}", []).append(line)
+    panels = {title: lines for title, lines in panels.items() if len(lines) >= _LEAST_SIZES}
+    if not panels:
+        return None
+    figure = Figure(figsize=(4.6 * len(panels), 4.2), layout="constrained")
+    for axes, (title, lines) in zip(
+        figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True
+    ):
+        for name, (label, color) in FORMS.items():
+            _points(axes, lines, name, label, color)
+        _points(axes, lines, "floor", "floor: a copy of the compulsory bytes", FLOOR, "--")
+        axes.set(xscale="log", yscale="log", title=title, xlabel="bytes of a volume", ylabel="ms")
+        axes.grid(True, which="major", alpha=0.3)
+    _legend(figure, figure.axes[0], group)
+    return figure
+
+
+def draw_memory(group: Group) -> Figure | None:
+    """Bars: bytes that a call takes at its peak, in volumes; what it gives is marked."""
+    lines = [line for line in group.lines if line.get("peak_bytes") and line.get("result_bytes")]
+    if not lines:
+        return None
+    names = [name for name in FORMS if any(name in line["peak_bytes"] for line in lines)]
+    height = 0.8 / len(names)
+    figure, axes = _bars(len(lines), len(names), 0.15)
+    for place, name in enumerate(names):
+        shift = (place - (len(names) - 1) / 2) * height
+        bars = [
+            (row + shift, line["peak_bytes"][name] / line["volume_bytes"])
+            for row, line in enumerate(lines)
+            if name in line["peak_bytes"]
+        ]
+        title, color = FORMS[name]
+        axes.barh([row for row, _ in bars], [value for _, value in bars], height, label=title, color=color)
+    given = [line["result_bytes"] / line["volume_bytes"] for line in lines]
+    axes.scatter(
+        given, range(len(lines)), marker="|", s=300, color="black", label="what the call gives", zorder=3
+    )
+    axes.set_yticks(range(len(lines)), [line["case"] for line in lines], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("memory at the peak, in volumes of N·C·H·W elements")
+    _legend(figure, axes, group)
+    return figure
+
+
+CHARTS: Final[dict[str, Callable[[Group], Figure | None]]] = {
+    "speedup": draw_speedups,
+    "size": draw_sizes,
+    "memory": draw_memory,
+}
+
+
+def _ratios(line: Line) -> dict[str, float]:
+    """How many fused times a rival takes; of its two compilations the faster one."""
+    ratios: dict[str, float] = line["ratios"]
+    return {
+        name: min(ratios[name], ratios.get(name + AUTOTUNED, ratios[name]))
+        for name in FORMS
+        if name in ratios
+    }
+
+
+def _points(
+    axes: matplotlib.axes.Axes, lines: list[Line], name: str, label: str, color: str, style: str = "-"
+) -> None:
+    points = sorted((line["volume_bytes"], line["ms"][name]) for line in lines if name in line["ms"])
+    if not points:
+        return
+    sizes, medians = [size for size, _ in points], [ms[1] for _, ms in points]
+    axes.plot(sizes, medians, style, marker="o", markersize=3, label=label, color=color)
+    lows, highs = [ms[0] for _, ms in points], [ms[2] for _, ms in points]
+    axes.fill_between(sizes, lows, highs, color=color, alpha=0.2, linewidth=0)
+
+
+def _bars(lines: int, names: int, bar: float) -> tuple[Figure, matplotlib.axes.Axes]:
+    """An empty chart with room for so many bars of this height in inches."""
+    figure = Figure(figsize=(8.5, 1.2 + bar * names * lines), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _legend(figure: Figure, axes: matplotlib.axes.Axes, group: Group) -> None:
+    figure.suptitle(group.title, fontsize=9)
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
+
+
+def _png(figure: Figure) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=130)
+    return data.getvalue()
+
+
+# --- the page -----------------------------------------------------------------------------------------
+
+
+def _base64(path: Path) -> str:
+    return base64.b64encode(path.read_bytes()).decode()
+
+
+def _table(group: Group) -> str:
+    head, _, *rows = markdown(group.lines)
+    cells = [[html.escape(cell.strip()) for cell in row.strip("|").split("|")] for row in (head, *rows)]
+    lines = [f"<tr><th>{'</th><th>'.join(cells[0])}</th></tr>"]
+    lines += [f"<tr><td>{'</td><td>'.join(row)}</td></tr>" for row in cells[1:]]
+    return f"<table>{''.join(lines)}</table>"
+
+
+def _page(sections: Sequence[str]) -> str:
+    style = (
+        "body{font:15px/1.5 system-ui,sans-serif;max-width:75rem;margin:2rem auto;padding:0 1rem}"
+        "img{max-width:100%;display:block;margin:1rem 0}table{border-collapse:collapse}"
+        "td,th{padding:.2rem .7rem;text-align:right;border-bottom:1px solid #ddd}"
+        "td:first-child,th:first-child{text-align:left}"
+    )
+    body = "\n".join(f"<section>{section}</section>" for section in sections)
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>mrcn_fast: benchmark</title>'
+        f"<style>{style}</style></head>\n<body><h1>mrcn_fast: benchmark</h1>\n"
+        "<p>Medians of interleaved rounds. Columns say how many times the fused time a rival takes; a floor "
+        "is the time of a large copy that moves the compulsory bytes.</p>\n"
+        f"{body}\n</body></html>\n"
+    )

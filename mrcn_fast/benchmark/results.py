@@ -1,0 +1,197 @@
+"""Result lines: what stands in one, how it is printed, tables of a file, and what moved between two."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import math
+import platform
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mrcn_fast import backends
+from mrcn_fast.benchmark.cases import AUTOTUNED
+from mrcn_fast.benchmark.timing import Case, Cost, Timing
+
+Line = dict[str, Any]
+
+
+def machine(device: str = "cpu") -> Line:
+    """What a result line says of where it was measured."""
+    where = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "kernels": backends()["cpu" if device == "cpu" else "triton"].reason,
+    }
+    if device != "cpu":
+        where |= {
+            "gpu": torch.cuda.get_device_name(device),
+            "cuda": torch.version.cuda or f"HIP {torch.version.hip}",
+            "triton": importlib.metadata.version("triton"),
+        }
+    return where
+
+
+def _commit() -> str:
+    try:
+        here = Path(__file__).parent
+        words = ["git", "-C", str(here), "describe", "--always", "--dirty"]
+        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def cpu_name() -> str:
+    """As the system calls it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def row(
+    case: Case,
+    timings: dict[str, Timing],
+    costs: dict[str, Cost] | None = None,
+    peaks: dict[str, int] | None = None,
+) -> Line:
+    """One result: milliseconds of every rival, ratios to the fused time, and which goals hold.
+
+    costs: on a GPU; peaks: bytes of the process's memory, on a CPU.
+    """
+    fused = timings["fused"].median
+    ratios = {name: t.median / fused for name, t in timings.items() if name not in ("fused", "floor")}
+    if "floor" in timings:
+        ratios["floors"] = fused / timings["floor"].median
+    result: Line = {
+        "case": case.name,
+        **case.facts,
+        "ms": {name: [round(1e3 * s, 4) for s in t] for name, t in timings.items()},
+        "ratios": {name: round(r, 3) for name, r in ratios.items()},
+        "goals": case.goals,
+    }
+    if costs:
+        result["host_us"] = {name: round(cost.host, 1) for name, cost in costs.items()}
+        peaks = {name: cost.peak for name, cost in costs.items()}
+    if peaks:
+        result["peak_bytes"] = peaks
+    return result | {"missed": [name for name, goal in case.goals.items() if _missed(name, goal, result)]}
+
+
+def _missed(name: str, goal: float, result: Line) -> bool:
+    """Whether a goal isn't reached; of memory only where the machine tells it."""
+    ratios = result["ratios"]
+    if name == "floor":
+        return bool(ratios["floors"] > goal)
+    if name == "host":
+        return "host_us" not in result or result["host_us"]["fused"] > goal
+    if name == "memory":
+        return "peak_bytes" in result and result["peak_bytes"]["fused"] > goal * result["result_bytes"]
+    return bool(min(ratios[name], ratios.get(name + AUTOTUNED, math.inf)) < goal)
+
+
+def print_row(result: Line) -> None:
+    """A result in a line of text."""
+    ms, ratios = result["ms"], result["ratios"]
+    cells = [f"{result['case']:<58}", f"{ms['fused'][1]:9.3f} ms"]
+    cells += [f"{name} {ratio:5.2f}x" for name, ratio in ratios.items() if name != "floors"]
+    if "host_us" in result:
+        cells.append(f"host {result['host_us']['fused']:.0f} us")
+    if "floors" in ratios:
+        cells.append(f"{ratios['floors']:.2f} floors of {ms['floor'][1]:.2f} ms")
+    if "peak_bytes" in result and "result_bytes" in result:
+        cells.append(f"memory {result['peak_bytes']['fused'] / result['result_bytes']:.3f} of the results'")
+    cells.append(f"below the goal: {', '.join(result['missed'])}" if result["missed"] else "goals met")
+    print("  ".join(cells), flush=True)
+
+
+def described(where: Line) -> str:
+    """The machine of a result line, in a line."""
+    if "gpu" in where:
+        return f"{where['gpu']}, torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}"
+    return f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['pages']} pages"
+
+
+def write(file: Path, line: Line) -> None:
+    """Append a result; a file of results is only added to."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a", encoding="utf-8") as out:
+        out.write(json.dumps(line) + "\n")
+
+
+def newest(file: Path) -> dict[str, Line]:
+    """The newest result of every case in ``file``, by its name.
+
+    Raises ValueError, naming the file, for one that is missing or no file of results.
+    """
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        return {line["case"]: line for line in lines if "fused" in line["ms"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected result lines, as --out writes them; found: {error!r}") from error
+
+
+def print_table(file: Path) -> None:
+    """The newest result of every case in ``file`` as a Markdown table, under its machine's name."""
+    found = newest(file)
+    last = next(reversed(found.values()))
+    print(f"{described(last)}; {last['date']}\n")
+    print("\n".join(markdown(found.values())))
+
+
+def markdown(found: Iterable[Line]) -> list[str]:
+    """Results as the lines of a Markdown table."""
+    lines = [
+        "| case | fused | eager | torch.compile | compile of the collapsed form | floors |",
+        "|---|---|---|---|---|---|",
+    ]
+    for result in found:
+        case = result["case"]
+        names = ("loop", "vectorized") if "cqc" in case else ("eager", "compile")
+        ratios = [result["ratios"].get(name) for name in (*names, "compile collapsed")]
+        cells = [f"{result['ms']['fused'][1]:.2f} ms", *("–" if r is None else f"{r:.1f} ×" for r in ratios)]
+        floors = result["ratios"].get("floors")
+        lines.append(f"| {case} | {' | '.join(cells)} | {'–' if floors is None else f'{floors:.2f}'} |")
+    return lines
+
+
+def compare(before: Path, after: Path) -> list[str]:
+    """Lines that say which cases moved from one file to the other by more than their spread.
+
+    A case has moved where the 20th to 80th percentiles of its fused times don't overlap. Where the floor
+    moved likewise, it was the machine, or that too. Raises ValueError for a file that holds no results.
+    """
+    old, new = newest(before), newest(after)
+    told = []
+    for file, own, other in ((before, old, new), (after, new, old)):
+        if missing := [case for case in other if case not in own]:
+            told.append(f"not in {file}: {', '.join(missing)}")
+    shared = [case for case in old if case in new]
+    places = {described(lines[case]) for lines in (old, new) for case in shared}
+    if len(places) > 1:
+        told.append(f"measured in different places: {'; '.join(sorted(places))}")
+    return told + [_moved(old[case], new[case]) for case in shared]
+
+
+def _moved(old: Line, new: Line) -> str:
+    low, before, high = old["ms"]["fused"]
+    new_low, after, new_high = new["ms"]["fused"]
+    verdict = "slower" if new_low > high else "faster" if new_high < low else "within the spread"
+    text = f"{old['case']:<58}  {before:9.3f} -> {after:9.3f} ms  {after / before:5.2f} ×  {verdict}"
+    floors = [line["ms"].get("floor") for line in (old, new)]
+    if verdict != "within the spread" and all(floors):
+        (floor_low, floor, floor_high), (to_low, to, to_high) = floors
+        if to_low > floor_high or to_high < floor_low:
+            text += f"; the floor moved too, {to / floor:.2f} ×"
+    return text

@@ -1,0 +1,220 @@
+"""Cases and their interleaved timing, on the CPU and on a GPU; how much memory a call takes.
+
+On a GPU time is what its events say. The rivals go round several sets of tensors, so that none finds its own
+in the cache, unless a case says that it is hot. What never waits for the GPU is queued behind a pause there:
+its time is the GPU's alone, and what the host takes for a call stands beside it. What does wait, as the loop
+and the vectorised form of the loss do to learn the number of identities, is timed as a user has it, host and
+all.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+
+Rivals = dict[str, Callable[[], Any]]
+
+# Not timed: what the fused result is compared with where the plain forms' own rounding is too coarse.
+EXACT: Final = "exact"
+
+# Error of the fused result, relative to the largest value, that is still rounding.
+TOLERANCES: Final = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+
+
+class Case(NamedTuple):
+    """One thing that is measured: ``rivals()`` makes the callables, the fused one under "fused"."""
+
+    name: str
+    rivals: Callable[[], Rivals]
+    # rival -> how many times its time must be of the fused one's; "floor" -> at most so many floors;
+    # "host" -> at most so many microseconds of the host for a fused call; "memory" -> at most so many times
+    # the bytes of what the call gives
+    goals: dict[str, float]
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    waits: bool = False  # a rival waits for the GPU by itself
+    # What a report sorts by: operation, way, shape, layout, dtype, bytes of a volume and of the results.
+    facts: dict[str, Any] = {}  # noqa: RUF012  a NamedTuple's default, never written
+
+
+class Timing(NamedTuple):
+    """Seconds of one call: 20th percentile, median, 80th percentile."""
+
+    low: float
+    median: float
+    high: float
+
+
+class Cost(NamedTuple):
+    """What a call takes besides the GPU's time: microseconds of the host, and bytes at its peak."""
+
+    host: float
+    peak: int
+
+
+# --- the correctness gate -----------------------------------------------------------------------------
+
+
+def largest_error(fused: Any, plain: Any) -> float:
+    """The largest difference of any result, relative to the largest value of that result."""
+    return max(
+        float((a - b).abs().max() / b.abs().max().clamp(min=1e-30)) for a, b in zip(fused, plain, strict=True)
+    )
+
+
+def check(rivals: Rivals, tolerance: float = 1e-4) -> None:
+    """Raises RuntimeError where the fused result is not the plain one's; nothing is timed then.
+
+    Without a plain form, as in cases too large for one, nothing is compared.
+    """
+    plain = next((rivals[name] for name in (EXACT, "eager", "vectorized") if name in rivals), None)
+    if plain is None:
+        return
+    error = largest_error(rivals["fused"](), plain())
+    if not error < tolerance:
+        raise RuntimeError(
+            f"the fused result is off by {error:.1e} (relative), expected under {tolerance:.0e}"
+        )
+
+
+# --- the CPU -------------------------------------------------------------------------------------------
+
+
+def measure(rivals: Rivals, seconds: float, least: int = 7) -> dict[str, Timing]:
+    """Interleaved timing (A B C A B C ...) until ``seconds`` are over, at least so many rounds."""
+    for rival in rivals.values():
+        rival()
+        rival()
+    taken: dict[str, list[float]] = {name: [] for name in rivals}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, rival in rivals.items():
+            start = time.perf_counter()
+            result = rival()
+            taken[name].append(time.perf_counter() - start)
+            del result
+        rounds += 1
+    return {name: Timing(*quantiles(times)) for name, times in taken.items()}
+
+
+def quantiles(times: list[float]) -> tuple[float, float, float]:
+    """20th percentile, median, 80th percentile."""
+    cuts = statistics.quantiles(times, n=10, method="inclusive")
+    return cuts[1], statistics.median(times), cuts[7]
+
+
+# glibc's names for what mallopt sets, and what it starts with.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD, _MMAP_MAX = -3, -1, -4
+_SMALL, _MANY = 128 * 1024, 65536
+
+
+def _mallopt(*settings: tuple[int, int]) -> bool:
+    if platform.system() != "Linux":
+        return False
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and all(bool(mallopt(*setting)) for setting in settings)
+
+
+def keep_pages_warm() -> bool:
+    """Let freed memory stay with the process, so that outputs stand on pages touched before (glibc only)."""
+    return _mallopt((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
+
+
+def keep_pages_fresh() -> bool:
+    """Give every large tensor pages of its own, which the system takes back with it (glibc only)."""
+    return _mallopt((_MMAP_MAX, _MANY), (_MMAP_THRESHOLD, _SMALL))
+
+
+def peak_bytes(call: Callable[[], Any]) -> int | None:
+    """Bytes that the process grows by while `call` runs, at most; None where the system doesn't tell.
+
+    Scratch memory, results and what autograd keeps, as the system counts pages. What a first call leaves for
+    good, such as compiled code and the threads' stacks, is no part of it: call it once before.
+    """
+    clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if clear.exists() else None
+    if trim is None:
+        return None
+    gc.collect()
+    trim(0)  # pages that the allocator keeps would be taken without growing
+    try:
+        clear.write_text("5")  # the high-water mark begins at what is resident now
+    except OSError:
+        return None
+    before = _resident(status, "VmRSS")
+    result = call()
+    grown = _resident(status, "VmHWM") - before
+    del result
+    return max(grown, 0)
+
+
+def _resident(status: Path, name: str) -> int:
+    (line,) = (line for line in status.read_text().splitlines() if line.startswith(name))
+    return 1024 * int(line.split()[1])
+
+
+# --- a GPU --------------------------------------------------------------------------------------------
+
+
+def measure_gpu(
+    rivals: Rivals, seconds: float, waits: bool, least: int = 20
+) -> tuple[dict[str, Timing], dict[str, Cost]]:
+    """As `measure`, by the GPU's events; unless the rivals wait by themselves, of the GPU's time alone."""
+    costs = {name: cost_on_gpu(rival) for name, rival in rivals.items()}
+    rate = pause_rate()
+    taken: dict[str, list[float]] = {name: [] for name in rivals}
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while rounds < least or time.perf_counter() < end:
+        for name, rival in rivals.items():
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            if not waits:
+                # Long enough for the host to queue the whole call: the GPU finds no gaps then.
+                torch.cuda._sleep(int(rate * (2e-6 * costs[name].host + 1e-4)))
+            start.record()
+            result = rival()
+            stop.record()
+            stop.synchronize()
+            taken[name].append(1e-3 * start.elapsed_time(stop))
+            del result
+        rounds += 1
+    return {name: Timing(*quantiles(times)) for name, times in taken.items()}, costs
+
+
+def cost_on_gpu(rival: Callable[[], Any], calls: int = 20) -> Cost:
+    """Of a call that finds the GPU idle, compiled and with its memory reserved."""
+    for _ in range(3):
+        rival()
+    times = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        result = rival()
+        times.append(1e6 * (time.perf_counter() - start))
+        del result
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    rival()
+    torch.cuda.synchronize()
+    return Cost(statistics.median(times), torch.cuda.max_memory_allocated() - before)
+
+
+def pause_rate(cycles: int = 20_000_000) -> float:
+    """Cycles of `torch.cuda._sleep` a second."""
+    start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(cycles)
+    start.record()
+    torch.cuda._sleep(cycles)
+    stop.record()
+    stop.synchronize()
+    return cycles / (1e-3 * start.elapsed_time(stop))

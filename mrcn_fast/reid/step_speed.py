@@ -1,0 +1,278 @@
+"""Whole training steps, in the field's habit and with one thing of this library's added at a time.
+
+`mrcn-fast bench --step` prints a table a model. A step is forward, losses, backward and optimiser on random
+images that are on the device already; loading has `bench --loader`. The habit: float32, contiguous, eager,
+MRCN's block in plain PyTorch, its six sets joined by torch.cat, a loop over identities in the loss.
+
+Steps take turns. Before, each one's first loss is compared with the habit's, from the same weights and
+images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mrcn_fast import benchmark
+from mrcn_fast.benchmark.forms import LoopedCQC
+from mrcn_fast.block import MODALITIES
+from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.losses import ReIDLoss
+from mrcn_fast.reid.model import ModelName, ReIDModel, use_layout
+from mrcn_fast.reid.plugs import MRCNPlug, Plugged
+from mrcn_fast.reid.training import make_optimizer
+
+HABIT: Final = "habit"
+# What is added, in this order: each step has all before it too.
+ADDITIONS: Final = {
+    "mrcn": ("fused block", "concat", "fused CQC", "channels_last", "bf16", "compiled trunk", "CUDA graphs"),
+    "baseline": ("channels_last", "bf16", "compiled trunk", "CUDA graphs"),
+}
+# Of the first loss, relative; bf16 rounds at 3 digits, through fifty layers.
+TOLERANCES: Final = {"32": 1e-3, "bf16": 5e-2}
+# Training identities of SYSU-MM01: the classifier's size.
+_CLASSES: Final = 395
+_LEAST_ROUNDS: Final = 3
+
+
+class Plan(NamedTuple):
+    """One column of the comparison: what is added to the habit."""
+
+    name: str
+    added: frozenset[str]
+
+
+def plans(model: ModelName, device: str) -> list[Plan]:
+    """The habit, then one more thing at a time; CUDA graphs where there is CUDA."""
+    names = [name for name in ADDITIONS[model] if name != "CUDA graphs" or device != "cpu"]
+    steps = [Plan(f"+ {name}", frozenset(names[: count + 1])) for count, name in enumerate(names)]
+    return [Plan(HABIT, frozenset()), *steps]
+
+
+class JoinedPlug(MRCNPlug):
+    """MRCN's plug as the field has it: the six sets made apart, then joined by torch.cat."""
+
+    def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
+        return Plugged(torch.cat(self(visible, infrared)))
+
+
+class Step:
+    """A training step by a plan: `step()` takes it and returns the loss. All start from the same weights."""
+
+    def __init__(self, config: TrainConfig, plan: Plan, device: str) -> None:
+        self.plan, self.device = plan, device
+        added = plan.added
+        torch.manual_seed(config.seed)
+        self.model = ReIDModel(_CLASSES, **config.model_arguments()).to(device)
+        if config.model == "mrcn":
+            self.model.set_backend(None if "fused block" in added else "reference")
+            if "concat" not in added:
+                self._join_by_cat(config)
+        self.layout = use_layout(self.model, "channels_last" in added)
+        if "compiled trunk" in added:
+            mode = "reduce-overhead" if "CUDA graphs" in added else None
+            for part in self.model.trunk.children():
+                part.compile(dynamic=False, mode=mode)
+        self.optimizer = make_optimizer(self.model, config)
+        self.loss = ReIDLoss(**config.loss_arguments())
+        if "fused CQC" not in added:
+            self.loss.register_module("cqc", LoopedCQC())
+        self.images, self.labels = _batch(config, device, self.layout)
+        self.model.train()
+
+    def _join_by_cat(self, config: TrainConfig) -> None:
+        (plug,) = self.model.blocks
+        joined = JoinedPlug(plug.channels, reduction=plug.reduction, backend=plug.backend).to(self.device)
+        joined.load_state_dict(plug.state_dict())
+        self.model.plugs = nn.ModuleList([joined])
+
+    def __call__(self) -> Tensor:
+        with self._precision():
+            parts = self.loss(self.model(*self.images), self.labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        parts.total.backward()
+        self.optimizer.step()
+        return parts.total.detach()
+
+    def block(self) -> Callable[[], Any] | None:
+        """The block's forward and backward alone, on maps as this step has them; None without a block."""
+        if not self.model.blocks:
+            return None
+        with torch.no_grad(), self._precision():
+            maps = [self.model.trunk.stem(x, m) for x, m in zip(self.images, MODALITIES, strict=True)]
+        maps = [x.detach().requires_grad_() for x in maps]
+        (plug,) = self.model.blocks
+
+        def both() -> Any:
+            with self._precision():
+                made = plug.first(*maps).maps
+            return torch.autograd.grad(made, (*maps, *plug.parameters()), torch.ones_like(made))
+
+        return both
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(
+            torch.device(self.device).type, torch.bfloat16, enabled="bf16" in self.plan.added
+        )
+
+
+def _batch(config: TrainConfig, device: str, layout: torch.memory_format) -> tuple[list[Tensor], Tensor]:
+    """Random normalised images of both modalities, and their labels."""
+    rows = config.identities * config.images
+    generator = torch.Generator().manual_seed(1)
+    shape = (rows, 3, config.height, config.width)
+    images = [torch.randn(shape, generator=generator).to(device, memory_format=layout) for _ in range(2)]
+    return images, torch.arange(config.identities).repeat_interleave(config.images).to(device)
+
+
+def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 60.0) -> dict[str, Any]:
+    """The steps of one model as a line of results.
+
+    "ms" has [20th percentile, median, 80th percentile] by plan; "images_per_second" and "ratios", how many
+    times the habit's images a second, are of the medians; "peak_bytes" is what a step takes besides weights;
+    "block_share" is the time of the block's forward and backward alone over the step's.
+
+    Raises RuntimeError where a plan's first loss is not the habit's.
+    """
+    torch._dynamo.reset()
+    steps = {plan.name: Step(config, plan, device) for plan in plans(config.model, device)}
+    errors = _checked(steps)
+    timings = _timed(steps, seconds, device)
+    images = 2 * config.identities * config.images
+    medians = {name: timing.median for name, timing in timings.items()}
+    blocks = {name: step.block() for name, step in steps.items()}
+    shares = {
+        name: benchmark.measure({"block": _waiting(block, device)}, 0.0)["block"].median / medians[name]
+        for name, block in blocks.items()
+        if block is not None
+    }
+    return benchmark.machine(device) | {
+        "case": f"step {config.model} {config.identities}x{config.images} {config.height}x{config.width}",
+        "depth": config.depth,
+        "pages": "as the allocator gives them",
+        "first_loss_error": errors,
+        "ms": {name: [round(1e3 * s, 2) for s in timing] for name, timing in timings.items()},
+        "images_per_second": {name: round(images / median, 2) for name, median in medians.items()},
+        "ratios": {name: round(medians[HABIT] / median, 3) for name, median in medians.items()},
+        "peak_bytes": {name: _peak(step, device) for name, step in steps.items()},
+        "block_share": {name: round(share, 4) for name, share in shares.items()},
+    }
+
+
+def _checked(steps: dict[str, Step]) -> dict[str, float]:
+    """The relative errors of the first losses; RuntimeError for one that is more than rounding."""
+    losses = {name: float(step()) for name, step in steps.items()}
+    errors = {name: abs(loss - losses[HABIT]) / abs(losses[HABIT]) for name, loss in losses.items()}
+    for name, error in errors.items():
+        allowed = TOLERANCES["bf16" if "bf16" in steps[name].plan.added else "32"]
+        if not error < allowed:
+            raise RuntimeError(
+                f"{name}: the first loss is {losses[name]}, the habit's is {losses[HABIT]}: off by "
+                f"{error:.1e}, expected under {allowed:.0e}"
+            )
+    return {name: round(error, 7) for name, error in errors.items()}
+
+
+def _timed(steps: dict[str, Step], seconds: float, device: str) -> dict[str, benchmark.Timing]:
+    """Interleaved; the steps are warm, but for the compiled ones' second call."""
+    taken: dict[str, list[float]] = {name: [] for name in steps}
+    for step in steps.values():
+        if "compiled trunk" in step.plan.added:
+            step()
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(taken[HABIT]) < _LEAST_ROUNDS:
+        for name, step in steps.items():
+            call = _waiting(step, device)
+            start = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - start)
+    return {name: benchmark.Timing(*benchmark.quantiles(times)) for name, times in taken.items()}
+
+
+def _waiting(call: Callable[[], Any], device: str) -> Callable[[], Any]:
+    """`call`, and on a GPU until it is done there."""
+    if torch.device(device).type == "cpu":
+        return call
+
+    def waited() -> Any:
+        result = call()
+        torch.cuda.synchronize()
+        return result
+
+    return waited
+
+
+def _peak(step: Step, device: str) -> int | None:
+    if torch.device(device).type == "cpu":
+        return benchmark.peak_bytes(step)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def print_steps(result: dict[str, Any]) -> None:
+    """The result as a Markdown table."""
+    where = result["gpu"] if "gpu" in result else f"{result['cpu']}, {result['threads']} threads"
+    print(f"{result['case']}, ResNet-{result['depth']}; {where}, torch {result['torch']}; {result['date']}\n")
+    print(
+        "| | a step | images a second | × the habit | memory | the block's share |\n"
+        "|---|---:|---:|---:|---:|---:|"
+    )
+    for name, (_, median, _) in result["ms"].items():
+        peak, share = result["peak_bytes"][name], result["block_share"].get(name)
+        cells = (
+            name,
+            f"{median:,.0f} ms",
+            f"{result['images_per_second'][name]:.1f}",
+            f"{result['ratios'][name]:.2f}",
+            "–" if peak is None else f"{peak / 1e9:.2f} GB",
+            "–" if share is None else f"{100 * share:.1f} %",
+        )
+        print(f"| {' | '.join(cells)} |")
+    print()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`mrcn-fast bench --step`: measure, and print a table a model."""
+    parser = argparse.ArgumentParser(prog="mrcn-fast bench --step", description="time whole training steps")
+    parser.add_argument(
+        "--model", action="append", choices=ADDITIONS, help="only this model (default: both, MRCN last)"
+    )
+    parser.add_argument("--depth", type=int, default=50, choices=(18, 50), help="of the ResNet (default 50)")
+    parser.add_argument("--identities", type=int, default=4, help="of a batch (default 4)")
+    parser.add_argument("--images", type=int, default=4, help="of each, a modality (default 4)")
+    parser.add_argument("--height", type=int, default=288, help="pixels (default 288)")
+    parser.add_argument("--width", type=int, default=128, help="pixels (default 128)")
+    parser.add_argument(
+        "--seconds", type=float, default=60.0, help="least measuring time a model (default 60)"
+    )
+    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
+    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print FILE's results")
+    options = parser.parse_args(argv)
+    if options.table:
+        lines = [json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]
+        for result in {line["case"]: line for line in lines}.values():
+            print_steps(result)
+        return 0
+    size = {name: getattr(options, name) for name in ("depth", "identities", "images", "height", "width")}
+    for model in options.model or ("baseline", "mrcn"):
+        config = TrainConfig(data="", model=model, **size)
+        result = measure_steps(config, device=options.device, seconds=options.seconds)
+        print_steps(result)
+        if options.out:
+            benchmark.write(options.out, result)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""The whole step's measurement: every plan computes the habit's step, a wrong one isn't timed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from mrcn_fast import cli
+from mrcn_fast.benchmark.forms import LoopedCQC
+from mrcn_fast.reid import step_speed
+from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.plugs import MRCNPlug, Plugged
+from mrcn_fast.reid.step_speed import ADDITIONS, HABIT, JoinedPlug, Plan, Step, plans
+
+SMALL = {"depth": 18, "identities": 2, "images": 2, "height": 32, "width": 16}
+
+
+def test_one_thing_is_added_at_a_time() -> None:
+    on_cpu, on_gpu = plans("mrcn", "cpu"), plans("mrcn", "cuda")
+    assert on_cpu[0] == Plan(HABIT, frozenset())
+    for before, after in itertools.pairwise(on_gpu):
+        assert before.added < after.added and after.added - before.added == {after.name.removeprefix("+ ")}
+    assert [plan.name for plan in on_gpu[:-1]] == [plan.name for plan in on_cpu]
+    assert on_gpu[-1].name == "+ CUDA graphs"
+
+
+def test_a_step_has_what_its_plan_says() -> None:
+    config = TrainConfig(data="", model="mrcn", **SMALL)  # type: ignore[arg-type]
+    habit = Step(config, Plan(HABIT, frozenset()), "cpu")
+    (plug,) = habit.model.plugs
+    assert isinstance(plug, JoinedPlug) and plug.backend == "reference"
+    assert isinstance(habit.loss.cqc, LoopedCQC)
+    ours = Step(
+        config, Plan("all", frozenset(("fused block", "concat", "fused CQC", "channels_last"))), "cpu"
+    )
+    (plug,) = ours.model.plugs
+    assert not isinstance(plug, JoinedPlug) and isinstance(plug, MRCNPlug) and plug.backend is None
+    assert not isinstance(ours.loss.cqc, LoopedCQC)
+    assert ours.images[0].is_contiguous(memory_format=torch.channels_last)
+    for name, tensor in habit.model.state_dict().items():
+        assert torch.equal(tensor, ours.model.state_dict()[name])
+
+
+def test_a_line_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To compile a ResNet takes minutes.
+    fewer = {model: tuple(n for n in names if n != "compiled trunk") for model, names in ADDITIONS.items()}
+    monkeypatch.setattr(step_speed, "ADDITIONS", fewer)
+    file = tmp_path / "results" / "steps.jsonl"
+    words = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert cli.main(["bench", "--step", *words, "--seconds", "0", "--out", str(file)]) == 0
+    printed = capsys.readouterr().out
+    baseline, mrcn = map(json.loads, file.read_text().splitlines())
+    assert (baseline["case"], mrcn["case"]) == ("step baseline 2x2 32x16", "step mrcn 2x2 32x16")
+    for line, model in ((baseline, "baseline"), (mrcn, "mrcn")):
+        names = [plan.name for plan in plans(model, "cpu")]  # type: ignore[arg-type]
+        assert list(line["ms"]) == list(line["ratios"]) == names
+        assert line["ratios"][HABIT] == 1
+        assert all(error < 5e-2 for error in line["first_loss_error"].values())
+        assert all(f"| {name} |" in printed for name in names)
+    assert not baseline["block_share"] and set(mrcn["block_share"]) == set(mrcn["ms"])
+    assert cli.main(["bench", "--step", "--table", str(file)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(self: MRCNPlug, visible: torch.Tensor, infrared: torch.Tensor) -> Plugged:
+        return Plugged(0.5 * self(visible, infrared, concat=True))
+
+    monkeypatch.setattr(MRCNPlug, "first", halved)
+    with pytest.raises(RuntimeError, match=r"\+ concat: the first loss is .*, the habit's is"):
+        step_speed.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
