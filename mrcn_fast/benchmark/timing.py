@@ -126,7 +126,7 @@ def _mallopt(*settings: tuple[int, int]) -> bool:
 
 def keep_pages_warm() -> bool:
     """Let freed memory stay with the process, so that outputs stand on pages touched before (glibc only)."""
-    return _mallopt((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1))
+    return _mallopt((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
 
 
 def keep_pages_fresh() -> bool:
