@@ -15,48 +15,62 @@ class Backward : Call<P, A> {
         call_(call),
         statistics_(static_cast<const A*>(call.statistics)),
         parts_(this->shape_.pixels ? this->chunks_ : 1),
-        sums_(this->N_ * parts_ * P::sums * this->C_),
         coefficients_(this->N_ * P::backward_slots * this->C_),
         norm_(P::inputs * this->N_ * this->C_ * 2) {
-    if (this->extremes_) {
-      counts_.allocate(this->N_ * parts_ * P::inputs * this->C_);
-      part_extremes_.allocate(P::inputs * this->N_ * parts_ * 2 * this->C_);
-    }
     for (int k = 0; k < this->all_; ++k) gradients_[k] = call.gradients[k];
     read_missing_as_zero();
   }
 
   void run() {
-    this->each_group(P::inputs + this->all_, [&](ParallelFor pool, int64_t first, int64_t last) {
-      if (this->extremes_) find_extremes(pool, first, last);
-      this->each_channel(pool, last - first, [&](int64_t c) {
-        for (int64_t i = first; i < last; ++i) {
+    this->template each_group<Scratch>(P::inputs + this->all_, [&](const auto& group) {
+      if (this->extremes_) find_extremes(group);
+      this->each_channel(group.pool, group.samples(), [&](int64_t c) {
+        for (int64_t i = group.first; i < group.last; ++i) {
           for (int j = 0; j < P::inputs; ++j) this->pool(statistics_, j, i, c);
         }
       });
       if (this->shape_.pixels) {
-        row_sums(pool, first, last);
+        row_sums(group);
       } else {
-        plane_sums(pool, first, last);
+        plane_sums(group);
       }
-      this->gates_.squeeze(pool, first, last);
-      gate_gradients(pool, first, last);
-      this->gates_.backward(pool, first, last);
-      coefficients(pool, first, last);
-      make(pool, first, last);
+      this->gates_.squeeze(group.pool, group.first, group.last);
+      gate_gradients(group);
+      this->gates_.backward(group.pool, group.first, group.last);
+      coefficients(group);
+      make(group);
     });
     this->gates_.parameter_gradients(call_.gate_gradient);
     norm_gradients();
   }
 
  private:
-  // Sums of a sample's part: its chunk of rows, or part 0 for whole planes.
-  MRCN_INLINE double* sums(int64_t i, int64_t part = 0) const {
-    return sums_.data + (i * parts_ + part) * P::sums * this->C_;
+  struct Scratch {
+    Buffer<double> sums;    // (samples, parts, sums, C)
+    Buffer<double> counts;  // (samples, parts, inputs, C)
+    Buffer<A> extremes;     // (samples, parts, inputs, 2, C)
+
+    Scratch(const Base& call, int64_t samples) {
+      const int64_t parts = (call.in_rows() ? call.row_chunks() : 1) * samples * call.channels();
+      sums.allocate(parts * P::sums);
+      if (!call.seeks_extremes()) return;
+      counts.allocate(parts * P::inputs);
+      extremes.allocate(parts * P::inputs * 2);
+    }
+  };
+  using Samples = Group<Scratch>;
+
+  // Of a sample's part: its chunk of rows, or part 0 for whole planes.
+  MRCN_INLINE double* sums(const Samples& group, int64_t i, int64_t part = 0) const {
+    return group.scratch.sums.data + ((i - group.first) * parts_ + part) * P::sums * this->C_;
   }
   // How often the extreme of a plane occurs in the part.
-  MRCN_INLINE double* counts(int64_t i, int64_t part, int j) const {
-    return counts_.data + ((i * parts_ + part) * P::inputs + j) * this->C_;
+  MRCN_INLINE double* counts(const Samples& group, int64_t i, int64_t part, int j) const {
+    return group.scratch.counts.data + (((i - group.first) * parts_ + part) * P::inputs + j) * this->C_;
+  }
+  // The largest pixel of every channel in the part, then the smallest.
+  MRCN_INLINE A* part_extremes(const Samples& group, int64_t i, int64_t part, int j) const {
+    return group.scratch.extremes.data + (((i - group.first) * parts_ + part) * P::inputs + j) * 2 * this->C_;
   }
   MRCN_INLINE A* coefficient(int64_t i) const {
     return coefficients_.data + i * P::backward_slots * this->C_;
@@ -83,16 +97,16 @@ class Backward : Call<P, A> {
   }
 
   // Sought once more: kept from the forward they would double what the block holds for its backward.
-  void find_extremes(ParallelFor pool, int64_t first, int64_t last) const {
+  void find_extremes(const Samples& group) const {
     const int64_t C = this->C_;
-    this->each_unit(pool, first, last, [&](int64_t i, int64_t unit) {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
       Buffer<A> scratch(3 * C);
       Buffer<double> moments(2 * C);
       for (int j = 0; j < P::inputs; ++j) {
         const FeatureMap& map = this->inputs_[j];
         const void* x = this->unit_of(map, i, unit);
         if (this->shape_.pixels) {
-          A* found = part_extremes_.data + ((j * this->N_ + i) * parts_ + unit) * 2 * C;
+          A* found = part_extremes(group, i, unit, j);
           this->passes_.rows_moments(x, this->chunk_rows(unit), map.pixel, C, scratch.data,
               {moments.data, moments.data + C, found, found + C}, true);
         } else {
@@ -104,12 +118,12 @@ class Backward : Call<P, A> {
       }
     });
     if (!this->shape_.pixels) return;
-    this->each_channel(pool, (last - first) * parts_, [&](int64_t c) {
-      for (int64_t i = first; i < last; ++i) {
+    this->each_channel(group.pool, group.samples() * parts_, [&](int64_t c) {
+      for (int64_t i = group.first; i < group.last; ++i) {
         for (int j = 0; j < P::inputs; ++j) {
           A* e = this->extreme_values(j, i, c);
           for (int64_t part = 0; part < parts_; ++part) {
-            const A* found = part_extremes_.data + ((j * this->N_ + i) * parts_ + part) * 2 * C;
+            const A* found = part_extremes(group, i, part, j);
             e[0] = part == 0 ? found[c] : most<A>(e[0], found[c]);
             e[1] = part == 0 ? found[C + c] : least<A>(e[1], found[C + c]);
           }
@@ -118,8 +132,8 @@ class Backward : Call<P, A> {
     });
   }
 
-  void plane_sums(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_unit(pool, first, last, [&](int64_t i, int64_t c) {
+  void plane_sums(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t c) {
       A mean[P::inputs];
       void *x[P::inputs], *g[Base::most_sets];
       int64_t unused[Base::most_sets];
@@ -128,18 +142,18 @@ class Backward : Call<P, A> {
       this->units_of(gradients_ + this->made_, P::sets, i, c, g, unused);
       for (int j = 0; j < P::inputs; ++j) mean[j] = statistics_[this->at(j, i, c) * 2];
       this->passes_.sum_plane(mean, x, g, this->L_, found);
-      for (int s = 0; s < P::sums; ++s) sums(i)[s * this->C_ + c] = found[s];
+      for (int s = 0; s < P::sums; ++s) sums(group, i)[s * this->C_ + c] = found[s];
       if (this->extremes_) {
         for (int j = 0; j < P::inputs; ++j) {
-          counts(i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme_of(j, i, c));
+          counts(group, i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme_of(j, i, c));
         }
       }
     });
   }
 
-  void row_sums(ParallelFor pool, int64_t first, int64_t last) const {
+  void row_sums(const Samples& group) const {
     const int64_t C = this->C_;
-    this->each_unit(pool, first, last, [&](int64_t i, int64_t chunk) {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t chunk) {
       Buffer<A> scratch(P::sums * C), mean(P::inputs * C);
       void *x[P::inputs], *g[Base::most_sets];
       int64_t x_pitch[P::inputs], g_pitch[Base::most_sets];
@@ -149,43 +163,45 @@ class Backward : Call<P, A> {
         for (int64_t c = 0; c < C; ++c) mean.data[j * C + c] = statistics_[this->at(j, i, c) * 2];
       }
       const int64_t rows = this->chunk_rows(chunk);
-      for (int64_t n = 0; n < P::sums * C; ++n) sums(i, chunk)[n] = 0.0;
-      this->passes_.sum_rows(mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, scratch.data, sums(i, chunk));
+      for (int64_t n = 0; n < P::sums * C; ++n) sums(group, i, chunk)[n] = 0.0;
+      this->passes_.sum_rows(
+          mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, scratch.data, sums(group, i, chunk));
       if (this->extremes_) {
         for (int j = 0; j < P::inputs; ++j) {
           for (int64_t c = 0; c < C; ++c) {
             mean.data[j * C + c] = extreme_of(j, i, c);
-            counts(i, chunk, j)[c] = 0.0;
+            counts(group, i, chunk, j)[c] = 0.0;
           }
-          this->passes_.rows_count(x[j], rows, x_pitch[j], C, mean.data + j * C, counts(i, chunk, j));
+          this->passes_.rows_count(x[j], rows, x_pitch[j], C, mean.data + j * C, counts(group, i, chunk, j));
         }
       }
     });
-    this->each_channel(pool, (last - first) * parts_, [&](int64_t c) {
-      for (int64_t i = first; i < last; ++i) {
+    this->each_channel(group.pool, group.samples() * parts_, [&](int64_t c) {
+      for (int64_t i = group.first; i < group.last; ++i) {
         for (int64_t chunk = 1; chunk < parts_; ++chunk) {
-          for (int s = 0; s < P::sums; ++s) sums(i)[s * C + c] += sums(i, chunk)[s * C + c];
-          for (int j = 0; j < P::inputs && this->extremes_; ++j) counts(i, 0, j)[c] += counts(i, chunk, j)[c];
+          for (int s = 0; s < P::sums; ++s) sums(group, i)[s * C + c] += sums(group, i, chunk)[s * C + c];
+          for (int j = 0; j < P::inputs && this->extremes_; ++j)
+            counts(group, i, 0, j)[c] += counts(group, i, chunk, j)[c];
         }
       }
     });
   }
 
   template <class V>
-  MRCN_INLINE void gather(int64_t i, int64_t c, Plane<V>* p, V* s, V* found) const {
+  MRCN_INLINE void gather(const Samples& group, int64_t i, int64_t c, Plane<V>* p, V* s, V* found) const {
     for (int j = 0; j < P::inputs; ++j) p[j] = this->template plane<V>(statistics_, j, i, c);
     this->gate_values(i, c, s);
-    for (int n = 0; n < P::sums; ++n) found[n] = doubles<V>(sums(i) + n * this->C_ + c);
+    for (int n = 0; n < P::sums; ++n) found[n] = doubles<V>(sums(group, i) + n * this->C_ + c);
   }
 
-  void gate_gradients(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_channels(pool, last - first, [&]<int wide>(int64_t c, constant<wide>) {
+  void gate_gradients(const Samples& group) const {
+    this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
-      this->gates_.excite(first, last, c, sizeof(V) / sizeof(double));
-      for (int64_t i = first; i < last; ++i) {
+      this->gates_.excite(group.first, group.last, c, sizeof(V) / sizeof(double));
+      for (int64_t i = group.first; i < group.last; ++i) {
         Plane<V> p[P::inputs];
         V s[P::gate_count], found[P::sums], ds[P::gate_count];
-        gather(i, c, p, s, found);
+        gather(group, i, c, p, s, found);
         make_gate_gradients<P>(p, found, ds);
         for (int g = 0; g < P::gate_count; ++g) {
           put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
@@ -194,18 +210,18 @@ class Backward : Call<P, A> {
     });
   }
 
-  void coefficients(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_channels(pool, last - first, [&]<int wide>(int64_t c, constant<wide>) {
+  void coefficients(const Samples& group) const {
+    this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
       using R = one_or_more<wide>;
-      for (int64_t i = first; i < last; ++i) {
+      for (int64_t i = group.first; i < group.last; ++i) {
         Plane<R> p[P::inputs];
         R s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
-        gather(i, c, p, s, found);
+        gather(group, i, c, p, s, found);
         make_maps<P>(p, s, this->shape_.to_input, k, false);
         make_moments<P>(s, this->shape_.to_input, found, U, V);
         for (int j = 0; j < P::inputs; ++j) {
           k[P::extreme(j)] = k[P::k3(j)] = R{};
-          if (this->extremes_) add_extreme(p[j], i, j, c, k, U[j], V[j]);
+          if (this->extremes_) add_extreme(group, p[j], i, j, c, k, U[j], V[j]);
           const R dz = doubles<R>(this->gates_.of_pooled(j, i) + c), length = R{} + double(this->L_);
           const PlaneGradient<R> of = plane_gradient<R>(p[j], U[j], V[j], dz, length);
           k[P::k1(j)] = of.k1;
@@ -222,16 +238,17 @@ class Backward : Call<P, A> {
 
   // The gradient of GMP(M) goes to M where its maximum is, evenly where several pixels share it.
   template <class R>
-  MRCN_INLINE void add_extreme(const Plane<R>& p, int64_t i, int j, int64_t c, R* k, R& U, R& V) const {
+  MRCN_INLINE void add_extreme(
+      const Samples& group, const Plane<R>& p, int64_t i, int j, int64_t c, R* k, R& U, R& V) const {
     const R at = this->extreme(p, j, i, c), gradient = doubles<R>(this->gates_.of_pooled(j, i, 1) + c);
     U -= (at - p.mean) * gradient;
     V -= gradient;
     k[P::extreme(j)] = at;
-    k[P::k3(j)] = (1.0 - p.a) * gradient / doubles<R>(counts(i, 0, j) + c);
+    k[P::k3(j)] = (1.0 - p.a) * gradient / doubles<R>(counts(group, i, 0, j) + c);
   }
 
-  void make(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_unit(pool, first, last, [&](int64_t i, int64_t unit) {
+  void make(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
       void *x[P::inputs], *g[Base::most_sets], *dx[P::inputs];
       int64_t x_pitch[P::inputs], g_pitch[Base::most_sets], dx_pitch[P::inputs];
       this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
@@ -266,12 +283,9 @@ class Backward : Call<P, A> {
 
   const BlockBackward& call_;
   const A* statistics_;
-  const int64_t parts_;      // of a sample, that sums are made of
-  Buffer<double> sums_;      // (N, parts, sums, C)
-  Buffer<A> coefficients_;   // (N, slots, C)
-  Buffer<double> norm_;      // (inputs, N, 2, C): gradients of γ and β
-  Buffer<double> counts_;    // (N, parts, inputs, C)
-  Buffer<A> part_extremes_;  // (inputs, N, parts, 2, C)
+  const int64_t parts_;     // of a sample, that sums are made of
+  Buffer<A> coefficients_;  // (N, slots, C)
+  Buffer<double> norm_;     // (inputs, N, 2, C): gradients of γ and β
   Buffer<char> zeros_;
   FeatureMap gradients_[Base::most_sets];
 };

@@ -64,9 +64,26 @@ using one_or_more = std::conditional_t<wide == 1, vec<double>, double>;
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
+// Samples that take each step together, the threads that share the steps, and their scratch memory.
+template <class Scratch>
+struct Group {
+  ParallelFor pool;
+  int64_t first, last;
+  const Scratch& scratch;
+
+  MRCN_INLINE int64_t samples() const { return last - first; }
+};
+
 // P: the operation's pattern (pair serves concat too); A: accumulation type.
 template <class P, class A>
 class Call {
+ public:
+  // What scratch memory is measured by.
+  int64_t channels() const { return C_; }
+  int64_t row_chunks() const { return chunks_; }
+  bool in_rows() const { return shape_.pixels; }
+  bool seeks_extremes() const { return extremes_; }
+
  protected:
   Call(const BlockShape& shape, const BlockParameters& parameters, const FeatureMap* inputs,
       const Passes<A>& passes, bool backward)
@@ -87,9 +104,9 @@ class Call {
     if (extremes_) extreme_values_.allocate(P::inputs * N_ * C_ * 2);
   }
 
-  // f(pool, first, last) for groups of samples that read `maps` maps; the pool is whose threads share the
-  // group's steps.
-  template <class F>
+  // f(group) for groups of samples that read `maps` maps. Scratch(call, samples), room for a group of so
+  // many, is made once for the groups that follow one another.
+  template <class Scratch, class F>
   void each_group(int maps, const F& f) const {
     const int64_t threads = shape_.threads, sample_bytes = maps * C_ * L_ * element_size(shape_.dtype);
     const int64_t fits = group_bytes / sample_bytes, rounds = (N_ + threads - 1) / threads;
@@ -97,7 +114,10 @@ class Call {
     const bool own = threads > 1 && busy && threads * sample_bytes <= cache_bytes;
     const int64_t size = most<int64_t>(1, own ? fits / threads : fits);
     const auto groups = [&](ParallelFor pool, int64_t begin, int64_t end) {
-      for (int64_t first = begin; first < end; first += size) f(pool, first, least(first + size, end));
+      const Scratch scratch(*this, least(size, end - begin));
+      for (int64_t first = begin; first < end; first += size) {
+        f(Group<Scratch>{pool, first, least(first + size, end), scratch});
+      }
     };
     if (!own) return groups(shape_.parallel, 0, N_);
     parallel(shape_.parallel, N_, thread_elements / (C_ * L_),

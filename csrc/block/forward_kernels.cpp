@@ -17,27 +17,35 @@ class Forward : Call<P, A> {
         call_(call),
         statistics_(static_cast<A*>(call.statistics)),
         offsets_(P::inputs * this->N_ * this->C_),
-        coefficients_(this->N_ * P::forward_slots * this->C_) {
-    if (!this->shape_.pixels) return;
-    const int64_t parts = P::inputs * this->N_ * this->chunks_ * this->C_ * 2;
-    partial_.allocate(parts);
-    if (this->extremes_) partial_extremes_.allocate(parts);
-  }
+        coefficients_(this->N_ * P::forward_slots * this->C_) {}
 
   void run() {
-    this->each_group(P::inputs, [&](ParallelFor pool, int64_t first, int64_t last) {
+    this->template each_group<Scratch>(P::inputs, [&](const auto& group) {
       if (this->shape_.pixels) {
-        row_statistics(pool, first, last);
+        row_statistics(group);
       } else {
-        plane_statistics(pool, first, last);
+        plane_statistics(group);
       }
-      this->gates_.squeeze(pool, first, last);
-      coefficients(pool, first, last);
-      make(pool, first, last);
+      this->gates_.squeeze(group.pool, group.first, group.last);
+      coefficients(group);
+      make(group);
     });
   }
 
  private:
+  struct Scratch {
+    Buffer<double> moments;  // (samples, inputs, chunks, 2, C): mean, squares
+    Buffer<A> extremes;      // (samples, inputs, chunks, 2, C): maximum, minimum
+
+    Scratch(const Base& call, int64_t samples) {
+      if (!call.in_rows()) return;
+      const int64_t parts = samples * P::inputs * call.row_chunks() * call.channels() * 2;
+      moments.allocate(parts);
+      if (call.seeks_extremes()) extremes.allocate(parts);
+    }
+  };
+  using Samples = Group<Scratch>;
+
   MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::forward_slots * this->C_; }
   MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const { return offsets_.data[this->at(j, i, c)]; }
 
@@ -49,8 +57,8 @@ class Forward : Call<P, A> {
     this->pool(statistics_, j, i, c);
   }
 
-  void plane_statistics(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_unit(pool, first, last, [&](int64_t i, int64_t c) {
+  void plane_statistics(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t c) {
       for (int j = 0; j < P::inputs; ++j) {
         Extremes<A> extremes;
         const void* x = this->unit_of(this->inputs_[j], i, c);
@@ -65,35 +73,36 @@ class Forward : Call<P, A> {
     });
   }
 
-  MRCN_INLINE ChannelMoments<A> partial(int j, int64_t i, int64_t chunk) const {
-    const int64_t C = this->C_, at = ((j * this->N_ + i) * this->chunks_ + chunk) * C * 2;
-    A* extremes = this->extremes_ ? partial_extremes_.data + at : nullptr;
-    return {
-        partial_.data + at, partial_.data + at + C, extremes, extremes == nullptr ? nullptr : extremes + C};
+  MRCN_INLINE ChannelMoments<A> partial(const Samples& group, int j, int64_t i, int64_t chunk) const {
+    const int64_t C = this->C_;
+    const int64_t at = (((i - group.first) * P::inputs + j) * this->chunks_ + chunk) * 2 * C;
+    double* moments = group.scratch.moments.data + at;
+    A* extremes = this->extremes_ ? group.scratch.extremes.data + at : nullptr;
+    return {moments, moments + C, extremes, extremes == nullptr ? nullptr : extremes + C};
   }
 
-  void row_statistics(ParallelFor pool, int64_t first, int64_t last) const {
+  void row_statistics(const Samples& group) const {
     const int64_t C = this->C_;
-    this->each_unit(pool, first, last, [&](int64_t i, int64_t chunk) {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t chunk) {
       Buffer<A> scratch(3 * C);
       for (int j = 0; j < P::inputs; ++j) {
         const FeatureMap& x = this->inputs_[j];
         this->passes_.rows_moments(this->unit_of(x, i, chunk), this->chunk_rows(chunk), x.pixel, C,
-            scratch.data, partial(j, i, chunk), this->extremes_);
+            scratch.data, partial(group, j, i, chunk), this->extremes_);
       }
     });
-    this->each_channel(pool, last - first, [&](int64_t c) {
-      for (int64_t i = first; i < last; ++i) {
-        for (int j = 0; j < P::inputs; ++j) join(j, i, c);
+    this->each_channel(group.pool, group.samples(), [&](int64_t c) {
+      for (int64_t i = group.first; i < group.last; ++i) {
+        for (int j = 0; j < P::inputs; ++j) join(group, j, i, c);
       }
     });
   }
 
   // The moments of a plane from those of its chunks.
-  void join(int j, int64_t i, int64_t c) const {
+  void join(const Samples& group, int j, int64_t i, int64_t c) const {
     Moments m;
     for (int64_t chunk = 0; chunk < this->chunks_; ++chunk) {
-      const ChannelMoments<A> part = partial(j, i, chunk);
+      const ChannelMoments<A> part = partial(group, j, i, chunk);
       m.join(double(this->chunk_rows(chunk)), part.mean[c], part.squares[c]);
       if (this->extremes_) {
         A* e = this->extreme_values(j, i, c);
@@ -104,11 +113,11 @@ class Forward : Call<P, A> {
     keep_statistics(j, i, c, m);
   }
 
-  void coefficients(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_channels(pool, last - first, [&]<int wide>(int64_t c, constant<wide>) {
+  void coefficients(const Samples& group) const {
+    this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
-      this->gates_.excite(first, last, c, sizeof(V) / sizeof(double));
-      for (int64_t i = first; i < last; ++i) {
+      this->gates_.excite(group.first, group.last, c, sizeof(V) / sizeof(double));
+      for (int64_t i = group.first; i < group.last; ++i) {
         Plane<V> p[P::inputs];
         V s[P::gate_count], k[P::forward_slots];
         for (int j = 0; j < P::inputs; ++j) {
@@ -123,8 +132,8 @@ class Forward : Call<P, A> {
     });
   }
 
-  void make(ParallelFor pool, int64_t first, int64_t last) const {
-    this->each_unit(pool, first, last, [&](int64_t i, int64_t unit) {
+  void make(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
       void *x[P::inputs], *y[Base::most_sets];
       int64_t x_pitch[P::inputs], y_pitch[Base::most_sets];
       this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
@@ -142,10 +151,8 @@ class Forward : Call<P, A> {
 
   const BlockForward& call_;
   A* statistics_;
-  Buffer<double> offsets_;      // (inputs, N, C): what rounding left of the means
-  Buffer<A> coefficients_;      // (N, slots, C)
-  Buffer<double> partial_;      // (inputs, N, chunks, 2, C): mean, squares
-  Buffer<A> partial_extremes_;  // (inputs, N, chunks, 2, C): maximum, minimum
+  Buffer<double> offsets_;  // (inputs, N, C): what rounding left of the means
+  Buffer<A> coefficients_;  // (N, slots, C)
 };
 
 template <Mode mode, Mode shared = mode>

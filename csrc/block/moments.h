@@ -35,17 +35,25 @@ struct Extremes {
 
 constexpr int64_t values_a_shift = 64;  // n / k
 
+// In double the shift is the mean of all of a part, which then has to be in the first-level cache: there sums
+// are no more exact than values, and the eager form's are that exact.
+template <class A>
+constexpr bool exact_shift = sizeof(A) == sizeof(double);
+
 template <class T>
 MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>;
-  A shift = A(0);
-  if (n >= 4 * W) {
-    shift = sum<A>((load(x) + load(x + W)) + (load(x + 2 * W) + load(x + 3 * W))) / A(4 * W);
-  } else {
-    for (int64_t i = 0; i < n; ++i) shift += get(x + i);
-    shift /= A(n);
+  const int64_t seen = exact_shift<A> ? n : least<int64_t>(n, 4 * W);
+  vec<A> s[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * W <= seen; i += 4 * W) {
+    unroll<4>([&](auto u) MRCN_BODY { s[u.v] += load(x + i + u.v * W); });
   }
+  A total = sum<A>((s[0] + s[1]) + (s[2] + s[3]));
+  for (; i < seen; ++i) total += get(x + i);
+  const A shift = total / A(seen);
+
   vec<A> e[4] = {}, q[4] = {};
   const vec<A> shifts = all<A>(shift);
   const auto step = [&](int64_t at, auto u) MRCN_BODY {
@@ -54,7 +62,7 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
     e[u.v] += d;
     q[u.v] += d * d;
   };
-  int64_t i = 0;
+  i = 0;
   for (; i + 4 * W <= n; i += 4 * W) unroll<4>([&](auto u) MRCN_BODY { step(i + u.v * W, u); });
   for (; i + W <= n; i += W) step(i, constant<0>{});
   A deviation = sum<A>((e[0] + e[1]) + (e[2] + e[3]));
@@ -92,7 +100,7 @@ MRCN_INLINE void part_extremes(const T* x, int64_t n, Extremes<acc_t<T>>& extrem
 // Moments of one contiguous plane, and its extremes where asked for.
 template <class T>
 Moments plane_moments(const void* plane, int64_t n, Extremes<acc_t<T>>* extremes) {
-  constexpr int64_t part = values_a_shift * 4 * lanes<acc_t<T>>;
+  constexpr int64_t part = exact_shift<acc_t<T>> ? 4096 : values_a_shift * 4 * lanes<acc_t<T>>;
   const T* x = static_cast<const T*>(plane);
   Moments moments;
   if (extremes != nullptr) *extremes = {get(x), get(x)};
@@ -161,7 +169,7 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
     for (int64_t c = 0; c < channels; ++c) out.maximum[c] = out.minimum[c] = get(x + c);
   }
   for (int64_t first = 0; first < rows; first += part) {
-    const int64_t n = least(part, rows - first), shifted = least<int64_t>(n, row_block);
+    const int64_t n = least(part, rows - first), shifted = exact_shift<A> ? n : least<int64_t>(n, row_block);
     const T* top = x + first * pitch;
     over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
       auto total = fetch(top + c, w);

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
 import platform
 import statistics
 import time
@@ -134,22 +135,24 @@ def keep_pages_fresh() -> bool:
     return _mallopt((_MMAP_MAX, _MANY), (_MMAP_THRESHOLD, _SMALL))
 
 
-def peak_bytes(call: Callable[[], Any]) -> int | None:
+def peak_bytes(call: Callable[[], Any], times: int = 3) -> int | None:
     """Bytes that the process grows by while `call` runs, at most; None where the system doesn't tell.
 
     Scratch memory, results and what autograd keeps, as the system counts pages. What a first call leaves for
     good, such as compiled code and the threads' stacks, is no part of it: call it once before.
     """
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if clear.exists() else None
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.access(clear, os.W_OK) else None
     if trim is None:
         return None
+    # The least of them: whatever else the process does meanwhile only adds.
+    return min(_grown(call, clear, status, trim) for _ in range(times))
+
+
+def _grown(call: Callable[[], Any], clear: Path, status: Path, trim: Callable[[int], object]) -> int:
     gc.collect()
     trim(0)  # pages that the allocator keeps would be taken without growing
-    try:
-        clear.write_text("5")  # the high-water mark begins at what is resident now
-    except OSError:
-        return None
+    clear.write_text("5")  # the high-water mark begins at what is resident now
     before = _resident(status, "VmRSS")
     result = call()
     grown = _resident(status, "VmHWM") - before

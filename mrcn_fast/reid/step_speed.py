@@ -212,7 +212,7 @@ def _waiting(call: Callable[[], Any], device: str) -> Callable[[], Any]:
 
 def _peak(step: Step, device: str) -> int | None:
     if torch.device(device).type == "cpu":
-        return benchmark.peak_bytes(step)
+        return benchmark.peak_bytes(step, times=1)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     step()
