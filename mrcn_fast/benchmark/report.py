@@ -90,23 +90,10 @@ def draw_speedups(group: Group) -> Figure | None:
     lines = [line for line in group.lines if _ratios(line)]
     if not lines:
         return None
-    names = [name for name in FORMS if any(name in _ratios(line) for line in lines)]
-    height = 0.8 / len(names)
-    figure, axes = _bars(len(lines), len(names), 0.17)
-    for place, name in enumerate(names):
-        bars = [(row, _ratios(line)[name]) for row, line in enumerate(lines) if name in _ratios(line)]
-        rows, values = (
-            [row + (place - (len(names) - 1) / 2) * height for row, _ in bars],
-            [v for _, v in bars],
-        )
-        title, color = FORMS[name]
-        drawn = axes.barh(rows, values, height, label=title, color=color)
-        axes.bar_label(drawn, fmt="%.1f ×", padding=2, fontsize=7)
+    figure, axes = _bars([_ratios(line) for line in lines], "%.1f ×")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(lines)), [line["case"] for line in lines], fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlabel("time, in times of mrcn_fast's")
-    axes.margins(x=0.1)
     _legend(figure, axes, group)
     return figure
 
@@ -138,24 +125,13 @@ def draw_memory(group: Group) -> Figure | None:
     lines = [line for line in group.lines if line.get("peak_bytes") and line.get("result_bytes")]
     if not lines:
         return None
-    names = [name for name in FORMS if any(name in line["peak_bytes"] for line in lines)]
-    height = 0.8 / len(names)
-    figure, axes = _bars(len(lines), len(names), 0.15)
-    for place, name in enumerate(names):
-        shift = (place - (len(names) - 1) / 2) * height
-        bars = [
-            (row + shift, line["peak_bytes"][name] / line["volume_bytes"])
-            for row, line in enumerate(lines)
-            if name in line["peak_bytes"]
-        ]
-        title, color = FORMS[name]
-        axes.barh([row for row, _ in bars], [value for _, value in bars], height, label=title, color=color)
+    bars = [{n: peak / line["volume_bytes"] for n, peak in line["peak_bytes"].items()} for line in lines]
+    figure, axes = _bars(bars, "%.0f")
     given = [line["result_bytes"] / line["volume_bytes"] for line in lines]
     axes.scatter(
         given, range(len(lines)), marker="|", s=300, color="black", label="what the call gives", zorder=3
     )
     axes.set_yticks(range(len(lines)), [line["case"] for line in lines], fontsize=8)
-    axes.invert_yaxis()
     axes.set_xlabel("memory at the peak, in volumes of N·C·H·W elements")
     _legend(figure, axes, group)
     return figure
@@ -190,10 +166,25 @@ def _points(
     axes.fill_between(sizes, lows, highs, color=color, alpha=0.2, linewidth=0)
 
 
-def _bars(lines: int, names: int, bar: float) -> tuple[Figure, matplotlib.axes.Axes]:
-    """An empty chart with room for so many bars of this height in inches."""
-    figure = Figure(figsize=(8.5, 1.2 + bar * names * lines), layout="constrained")
-    return figure, figure.subplots()
+def _bars(rows: Sequence[dict[str, float]], text: str) -> tuple[Figure, matplotlib.axes.Axes]:
+    """Groups of bars by the names of FORMS, the first row on top; `text` formats a bar's value."""
+    most = max(sum(name in FORMS for name in row) for row in rows)
+    figure = Figure(figsize=(8.5, 1.2 + 0.15 * (most + 1) * len(rows)), layout="constrained")
+    axes: matplotlib.axes.Axes = figure.subplots()
+    thick = 0.85 / most
+    for name, (title, color) in FORMS.items():
+        places, values = [], []
+        for place, row in enumerate(rows):
+            present = [other for other in FORMS if other in row]
+            if name in row:
+                places.append(place + (present.index(name) - (len(present) - 1) / 2) * thick)
+                values.append(row[name])
+        if values:
+            drawn = axes.barh(places, values, thick, label=title, color=color)
+            axes.bar_label(drawn, fmt=text, padding=2, fontsize=7)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.margins(x=0.1)
+    return figure, axes
 
 
 def _legend(figure: Figure, axes: matplotlib.axes.Axes, group: Group) -> None:
