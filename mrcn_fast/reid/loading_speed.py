@@ -36,6 +36,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mrcn_fast import benchmark
+from mrcn_fast.benchmark.command import unmeasurable
 from mrcn_fast.reid.batches import PairedImages, collate
 from mrcn_fast.reid.data import (
     Augmentation,
@@ -398,6 +399,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the result to FILE as a JSON line")
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
+    if torch.device(options["device"]).type != "cpu" and (reason := unmeasurable(options["device"])):
+        print(f"nothing to measure: {reason}", file=sys.stderr)
+        return 2
     result = measure_loader(options.pop("data"), **options)
     print_speeds(result)
     if out:

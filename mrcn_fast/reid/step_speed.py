@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import benchmark
+from mrcn_fast.benchmark.command import unmeasurable
 from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.reid.config import TrainConfig
@@ -264,6 +265,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for result in {line["case"]: line for line in lines}.values():
             print_steps(result)
         return 0
+    if reason := unmeasurable(options.device):
+        print(f"nothing to measure: {reason}", file=sys.stderr)
+        return 2
     size = {name: getattr(options, name) for name in ("depth", "identities", "images", "height", "width")}
     for model in options.model or ("baseline", "mrcn"):
         config = TrainConfig(data="", model=model, **size)

@@ -80,3 +80,9 @@ def test_files_are_out_of_memory_when_the_system_says_so(tiny_tree: Path) -> Non
 def test_fewer_images_than_a_batch_are_refused(tiny_regdb: Path) -> None:
     with pytest.raises(ValueError, match="got 8 training images of a modality, expected at least 16"):
         measure_loader(tiny_regdb)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tiny_tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--loader", str(tiny_tree), "--device", "cuda"]) == 2
+    assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err

@@ -75,3 +75,9 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MRCNPlug, "first", halved)
     with pytest.raises(RuntimeError, match=r"\+ concat: the first loss is .*, the habit's is"):
         step_speed.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--step", "--device", "cuda"]) == 2
+    assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
