@@ -52,7 +52,8 @@ SWEEP: Final[tuple[Shape, ...]] = (
     *((16, 64, h, w) for h, w in ((9, 4), (18, 8), (36, 16), (144, 64), (288, 128))),
     (1, 256, 288, 128),
 )
-# Beyond these bytes of a volume only the fused form and the floor are measured: eager keeps some forty.
+# Beyond these bytes of a volume only the fused form and the floor are measured, and nothing is compared:
+# eager keeps some thirty volumes.
 _PLAIN_FORMS_UP_TO: Final = 80e6
 
 # A rival's other form, compiled with Inductor's autotuning: whichever is faster counts.
