@@ -14,7 +14,6 @@ class Backward : Call<P, A> {
       : Base(call.shape, call.parameters, call.inputs, passes, true),
         call_(call),
         statistics_(static_cast<const A*>(call.statistics)),
-        parts_(this->shape_.pixels ? this->chunks_ : 1),
         coefficients_(this->N_ * P::backward_slots * this->C_),
         norm_(P::inputs * this->N_ * this->C_ * 2) {
     for (int k = 0; k < this->all_; ++k) gradients_[k] = call.gradients[k];
@@ -24,9 +23,12 @@ class Backward : Call<P, A> {
   void run() {
     this->template each_group<Scratch>(P::inputs + this->all_, [&](const auto& group) {
       if (this->extremes_) find_extremes(group);
-      this->each_channel(group.pool, group.samples(), [&](int64_t c) {
+      this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
+        using V = one_or_more<wide>;
         for (int64_t i = group.first; i < group.last; ++i) {
-          for (int j = 0; j < P::inputs; ++j) this->pool(statistics_, j, i, c);
+          for (int j = 0; j < P::inputs; ++j) {
+            this->template pool<V>(this->template plane<V>(statistics_, j, i, c), j, i, c);
+          }
         }
       });
       if (this->shape_.pixels) {
@@ -51,7 +53,7 @@ class Backward : Call<P, A> {
     Buffer<A> extremes;     // (samples, parts, inputs, 2, C)
 
     Scratch(const Base& call, int64_t samples) {
-      const int64_t parts = (call.in_rows() ? call.row_chunks() : 1) * samples * call.channels();
+      const int64_t parts = call.parts() * samples * call.channels();
       sums.allocate(parts * P::sums);
       if (!call.seeks_extremes()) return;
       counts.allocate(parts * P::inputs);
@@ -62,15 +64,16 @@ class Backward : Call<P, A> {
 
   // Of a sample's part: its chunk of rows, or part 0 for whole planes.
   MRCN_INLINE double* sums(const Samples& group, int64_t i, int64_t part = 0) const {
-    return group.scratch.sums.data + ((i - group.first) * parts_ + part) * P::sums * this->C_;
+    return group.scratch.sums.data + ((i - group.first) * this->parts_ + part) * P::sums * this->C_;
   }
   // How often the extreme of a plane occurs in the part.
   MRCN_INLINE double* counts(const Samples& group, int64_t i, int64_t part, int j) const {
-    return group.scratch.counts.data + (((i - group.first) * parts_ + part) * P::inputs + j) * this->C_;
+    return group.scratch.counts.data + (((i - group.first) * this->parts_ + part) * P::inputs + j) * this->C_;
   }
   // The largest pixel of every channel in the part, then the smallest.
   MRCN_INLINE A* part_extremes(const Samples& group, int64_t i, int64_t part, int j) const {
-    return group.scratch.extremes.data + (((i - group.first) * parts_ + part) * P::inputs + j) * 2 * this->C_;
+    return group.scratch.extremes.data +
+           (((i - group.first) * this->parts_ + part) * P::inputs + j) * 2 * this->C_;
   }
   MRCN_INLINE A* coefficient(int64_t i) const {
     return coefficients_.data + i * P::backward_slots * this->C_;
@@ -118,11 +121,11 @@ class Backward : Call<P, A> {
       }
     });
     if (!this->shape_.pixels) return;
-    this->each_channel(group.pool, group.samples() * parts_, [&](int64_t c) {
+    this->each_channel(group.pool, group.samples() * this->parts_, [&](int64_t c) {
       for (int64_t i = group.first; i < group.last; ++i) {
         for (int j = 0; j < P::inputs; ++j) {
           A* e = this->extreme_values(j, i, c);
-          for (int64_t part = 0; part < parts_; ++part) {
+          for (int64_t part = 0; part < this->parts_; ++part) {
             const A* found = part_extremes(group, i, part, j);
             e[0] = part == 0 ? found[c] : most<A>(e[0], found[c]);
             e[1] = part == 0 ? found[C + c] : least<A>(e[1], found[C + c]);
@@ -176,9 +179,9 @@ class Backward : Call<P, A> {
         }
       }
     });
-    this->each_channel(group.pool, group.samples() * parts_, [&](int64_t c) {
+    this->each_channel(group.pool, group.samples() * this->parts_, [&](int64_t c) {
       for (int64_t i = group.first; i < group.last; ++i) {
-        for (int64_t chunk = 1; chunk < parts_; ++chunk) {
+        for (int64_t chunk = 1; chunk < this->parts_; ++chunk) {
           for (int s = 0; s < P::sums; ++s) sums(group, i)[s * C + c] += sums(group, i, chunk)[s * C + c];
           for (int j = 0; j < P::inputs && this->extremes_; ++j)
             counts(group, i, 0, j)[c] += counts(group, i, chunk, j)[c];
@@ -197,7 +200,7 @@ class Backward : Call<P, A> {
   void gate_gradients(const Samples& group) const {
     this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
-      this->gates_.excite(group.first, group.last, c, sizeof(V) / sizeof(double));
+      this->excite(group.first, group.last, c, constant<wide>{});
       for (int64_t i = group.first; i < group.last; ++i) {
         Plane<V> p[P::inputs];
         V s[P::gate_count], found[P::sums], ds[P::gate_count];
@@ -283,7 +286,6 @@ class Backward : Call<P, A> {
 
   const BlockBackward& call_;
   const A* statistics_;
-  const int64_t parts_;     // of a sample, that sums are made of
   Buffer<A> coefficients_;  // (N, slots, C)
   Buffer<double> norm_;     // (inputs, N, 2, C): gradients of γ and β
   Buffer<char> zeros_;

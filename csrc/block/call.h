@@ -59,6 +59,18 @@ MRCN_INLINE void take_pairs(const T* p, V& first, V& second) {
     }
   }
 }
+template <class T, class V>
+MRCN_INLINE void put_pairs(T* p, V first, V second) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    p[0] = T(first);
+    p[1] = T(second);
+  } else {
+    for (int lane = 0; lane < lanes<double>; ++lane) {
+      p[2 * lane] = T(first[lane]);
+      p[2 * lane + 1] = T(second[lane]);
+    }
+  }
+}
 template <int wide>
 using one_or_more = std::conditional_t<wide == 1, vec<double>, double>;
 
@@ -80,8 +92,7 @@ class Call {
  public:
   // What scratch memory is measured by.
   int64_t channels() const { return C_; }
-  int64_t row_chunks() const { return chunks_; }
-  bool in_rows() const { return shape_.pixels; }
+  int64_t parts() const { return parts_; }
   bool seeks_extremes() const { return extremes_; }
 
  protected:
@@ -97,6 +108,7 @@ class Call {
         extremes_(shape.gate == Gate::cbam_channel),
         chunk_(most<int64_t>(256, (L_ + 63) / 64)),
         chunks_((L_ + chunk_ - 1) / chunk_),
+        parts_(shape.pixels ? chunks_ : 1),
         inputs_(inputs),
         gamma_(static_cast<const A*>(parameters.norm_weight)),
         beta_(static_cast<const A*>(parameters.norm_bias)),
@@ -156,6 +168,7 @@ class Call {
   }
 
   MRCN_INLINE int64_t chunk_rows(int64_t chunk) const { return least(chunk_, L_ - chunk * chunk_); }
+  MRCN_INLINE int64_t part_pixels(int64_t part) const { return shape_.pixels ? chunk_rows(part) : L_; }
   MRCN_INLINE int64_t at(int j, int64_t i, int64_t c) const { return (j * N_ + i) * C_ + c; }
 
   // Where sample i of a map starts for the unit: its plane, or the chunk's first row.
@@ -180,12 +193,16 @@ class Call {
   }
 
   // What the gates see of a plane.
-  MRCN_INLINE void pool(const A* statistics, int j, int64_t i, int64_t c) const {
-    const Plane<double> p = plane(statistics, j, i, c);
-    gates_.pooled(j, i)[c] = A(pooled_residual<double>(p));
-    if (extremes_) {
-      gates_.pooled(j, i, 1)[c] = A(residual_at<double>(p, extreme(p, j, i, c)));
-    }
+  template <class V>
+  MRCN_INLINE void pool(const Plane<V>& p, int j, int64_t i, int64_t c) const {
+    put_doubles(gates_.pooled(j, i) + c, pooled_residual<V>(p));
+    if (extremes_) put_doubles(gates_.pooled(j, i, 1) + c, residual_at<V>(p, extreme<V>(p, j, i, c)));
+  }
+
+  // The gates of one channel, or of as many from c on.
+  template <int wide>
+  MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c, constant<wide>) const {
+    gates_.template excite<std::conditional_t<wide == 1, typename part_of<A>::type, A>>(first, last, c);
   }
 
   // The largest and the smallest pixel of a plane, and the one where M has its maximum.
@@ -213,6 +230,7 @@ class Call {
   const int64_t N_, C_, L_;
   const bool extremes_;           // the gate asks for the maximum of M
   const int64_t chunk_, chunks_;  // rows of pixels a unit, and how many units a sample
+  const int64_t parts_;           // that the sums over a plane are joined of
   const FeatureMap* inputs_;
   const A* gamma_;
   const A* beta_;

@@ -26,6 +26,7 @@ class Forward : Call<P, A> {
       } else {
         plane_statistics(group);
       }
+      join(group);
       this->gates_.squeeze(group.pool, group.first, group.last);
       coefficients(group);
       make(group);
@@ -34,12 +35,11 @@ class Forward : Call<P, A> {
 
  private:
   struct Scratch {
-    Buffer<double> moments;  // (samples, inputs, chunks, 2, C): mean, squares
-    Buffer<A> extremes;      // (samples, inputs, chunks, 2, C): maximum, minimum
+    Buffer<double> moments;  // (samples, inputs, parts, 2, C): mean, squares
+    Buffer<A> extremes;      // (samples, inputs, parts, 2, C): maximum, minimum
 
     Scratch(const Base& call, int64_t samples) {
-      if (!call.in_rows()) return;
-      const int64_t parts = samples * P::inputs * call.row_chunks() * call.channels() * 2;
+      const int64_t parts = samples * P::inputs * call.parts() * call.channels() * 2;
       moments.allocate(parts);
       if (call.seeks_extremes()) extremes.allocate(parts);
     }
@@ -48,14 +48,6 @@ class Forward : Call<P, A> {
 
   MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::forward_slots * this->C_; }
   MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const { return offsets_.data[this->at(j, i, c)]; }
-
-  MRCN_INLINE void keep_statistics(int j, int64_t i, int64_t c, const Moments& m) const {
-    A* s = statistics_ + this->at(j, i, c) * 2;
-    s[0] = A(m.mean);
-    s[1] = A(1.0 / std::sqrt(m.squares / double(this->L_) + call_.eps));
-    offset(j, i, c) = m.mean - double(s[0]);
-    this->pool(statistics_, j, i, c);
-  }
 
   void plane_statistics(const Samples& group) const {
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t c) {
@@ -68,16 +60,18 @@ class Forward : Call<P, A> {
           e[0] = extremes.maximum;
           e[1] = extremes.minimum;
         }
-        keep_statistics(j, i, c, m);
+        const ChannelMoments<A> out = partial(group, j, i, 0);
+        out.mean[c] = m.mean;
+        out.squares[c] = m.squares;
       }
     });
   }
 
-  MRCN_INLINE ChannelMoments<A> partial(const Samples& group, int j, int64_t i, int64_t chunk) const {
+  MRCN_INLINE ChannelMoments<A> partial(const Samples& group, int j, int64_t i, int64_t part) const {
     const int64_t C = this->C_;
-    const int64_t at = (((i - group.first) * P::inputs + j) * this->chunks_ + chunk) * 2 * C;
+    const int64_t at = (((i - group.first) * P::inputs + j) * this->parts_ + part) * 2 * C;
     double* moments = group.scratch.moments.data + at;
-    A* extremes = this->extremes_ ? group.scratch.extremes.data + at : nullptr;
+    A* extremes = this->extremes_ && this->shape_.pixels ? group.scratch.extremes.data + at : nullptr;
     return {moments, moments + C, extremes, extremes == nullptr ? nullptr : extremes + C};
   }
 
@@ -91,32 +85,47 @@ class Forward : Call<P, A> {
             scratch.data, partial(group, j, i, chunk), this->extremes_);
       }
     });
-    this->each_channel(group.pool, group.samples(), [&](int64_t c) {
+  }
+
+  // Planes' statistics, and what the gates see of them, from the moments of their parts.
+  void join(const Samples& group) const {
+    this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
+      using V = one_or_more<wide>;
       for (int64_t i = group.first; i < group.last; ++i) {
-        for (int j = 0; j < P::inputs; ++j) join(group, j, i, c);
+        for (int j = 0; j < P::inputs; ++j) {
+          if (this->extremes_ && this->shape_.pixels)
+            join_extremes(group, j, i, c, sizeof(V) / sizeof(double));
+          MomentsOf<V> m;
+          for (int64_t part = 0; part < this->parts_; ++part) {
+            const ChannelMoments<A> of = partial(group, j, i, part);
+            m.join(double(this->part_pixels(part)), doubles<V>(of.mean + c), doubles<V>(of.squares + c));
+          }
+          A* s = statistics_ + this->at(j, i, c) * 2;
+          put_pairs(s, m.mean, V(1 / root(m.squares / double(this->L_) + call_.eps)));
+          const Plane<V> p = this->template plane<V>(statistics_, j, i, c);
+          put_doubles(&offset(j, i, c), m.mean - p.mean);
+          this->template pool<V>(p, j, i, c);
+        }
       }
     });
   }
 
-  // The moments of a plane from those of its chunks.
-  void join(const Samples& group, int j, int64_t i, int64_t c) const {
-    Moments m;
-    for (int64_t chunk = 0; chunk < this->chunks_; ++chunk) {
-      const ChannelMoments<A> part = partial(group, j, i, chunk);
-      m.join(double(this->chunk_rows(chunk)), part.mean[c], part.squares[c]);
-      if (this->extremes_) {
-        A* e = this->extreme_values(j, i, c);
-        e[0] = chunk == 0 ? part.maximum[c] : most<A>(e[0], part.maximum[c]);
-        e[1] = chunk == 0 ? part.minimum[c] : least<A>(e[1], part.minimum[c]);
+  // The largest and smallest pixels of so many planes from c on.
+  MRCN_INLINE void join_extremes(const Samples& group, int j, int64_t i, int64_t c, int64_t channels) const {
+    for (const int64_t to = c + channels; c < to; ++c) {
+      A* e = this->extreme_values(j, i, c);
+      for (int64_t part = 0; part < this->parts_; ++part) {
+        const ChannelMoments<A> of = partial(group, j, i, part);
+        e[0] = part == 0 ? of.maximum[c] : most<A>(e[0], of.maximum[c]);
+        e[1] = part == 0 ? of.minimum[c] : least<A>(e[1], of.minimum[c]);
       }
     }
-    keep_statistics(j, i, c, m);
   }
 
   void coefficients(const Samples& group) const {
     this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
-      this->gates_.excite(group.first, group.last, c, sizeof(V) / sizeof(double));
+      this->excite(group.first, group.last, c, constant<wide>{});
       for (int64_t i = group.first; i < group.last; ++i) {
         Plane<V> p[P::inputs];
         V s[P::gate_count], k[P::forward_slots];

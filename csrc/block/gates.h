@@ -4,19 +4,13 @@
 // rows and channels, never by threads, so that every sum has one order.
 #pragma once
 
-#include <cmath>
-
 #include "block/block.h"
 #include "common/buffer.h"
+#include "common/sigmoid.h"
 #include "common/vec.h"
 
 namespace mrcn::MRCN_ISA {
 namespace {
-
-template <class A>
-MRCN_INLINE A sigmoid(A x) {
-  return A(1) / (A(1) + std::exp(-x));
-}
 
 // The pooled residuals of every sample and, for the backward, what the weights' gradients need of each.
 template <class A>
@@ -50,6 +44,7 @@ class Gates {
       state.inner.allocate(hidden);
       state.of_pooled.allocate(pooled);
     }
+    if (shape.gate != Gate::eca) transpose_excitation();
   }
 
   // Gate g belongs to the residual of this modality: A_v1, A_n1, A_v2, A_n2.
@@ -82,13 +77,18 @@ class Gates {
     });
   }
 
-  // s of so many channels from c on, for the samples [first, last).
-  MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c, int64_t channels) const {
+  // s of the channels from c on, as many as V has, for the samples [first, last).
+  template <class V>
+  MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c) const {
     for (int g = 0; g < count_; ++g) {
-      for (int64_t to = c + channels; c < to; ++c) {
-        for (int64_t i = first; i < last; ++i) value(i, g)[c] = sigmoid(logit(i, g, c));
+      for (int64_t i = first; i < last; ++i) {
+        const V x = logit<V>(i, g, c);
+        if constexpr (sizeof(V) == sizeof(A)) {
+          value(i, g)[c] = sigmoid(x);
+        } else {
+          copy_out<false>(value(i, g) + c, sigmoids<A>(x));
+        }
       }
-      c -= channels;
     }
   }
 
@@ -172,32 +172,50 @@ class Gates {
     return state.inner.data + ((i * count_ + g) * branches_ + b) * R_;
   }
 
-  MRCN_INLINE A logit(int64_t i, int g, int64_t c) const {
-    if (shape_.gate == Gate::eca) {
-      const A* weight = weights_[0] + g * R_;
-      const A* z = pooled(modality(g), i);
-      A x(0);
-      for (int64_t t = 0; t < R_; ++t) {
-        const int64_t from = c + t - R_ / 2;
-        if (from >= 0 && from < C_) x += weight[t] * z[from];
+  void transpose_excitation() {
+    constexpr int64_t block = 16;  // channels whose rows stay in the first-level cache
+    const int64_t blocks = (C_ + block - 1) / block;
+    excitation_.allocate(count_ * R_ * C_);
+    parallel(shape_.parallel, count_ * blocks, grain(block * R_), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t g = unit / blocks, c0 = unit % blocks * block, c1 = least(c0 + block, C_);
+        for (int64_t j = 0; j < R_; ++j) {
+          A* to = excitation(g, j);
+          for (int64_t c = c0; c < c1; ++c) to[c] = weights_[2][(g * C_ + c) * R_ + j];
+        }
       }
-      return x;
+    });
+  }
+  // The weights from hidden number j to every channel.
+  MRCN_INLINE A* excitation(int g, int64_t j) const { return excitation_.data + (g * R_ + j) * C_; }
+
+  template <class V>
+  MRCN_INLINE V logit(int64_t i, int g, int64_t c) const {
+    if (shape_.gate == Gate::eca) return convolved<V>(weights_[0] + g * R_, pooled(modality(g), i), c);
+    V x = A(branches_) * copy_in<V>(weights_[3] + g * C_ + c);
+    for (int b = 0; b < branches_; ++b) {
+      const A* hidden = activation(i, g, b);
+      for (int64_t j = 0; j < R_; ++j) x += hidden[j] * copy_in<V>(excitation(g, j) + c);
     }
-    const A* weight = weights_[2] + (g * C_ + c) * R_;
-    A x(0);
-    for (int b = 0; b < branches_; ++b) x += dot(weight, activation(i, g, b), R_) + weights_[3][g * C_ + c];
     return x;
   }
 
-  void backward_hidden(int64_t first, int64_t last, int g) const {
-    for (int64_t i = first; i < last; ++i) {
-      for (int b = 0; b < branches_; ++b) {
-        for (int64_t j = 0; j < R_; ++j) inner(i, g, b)[j] = A(0);
+  template <class V>
+  MRCN_INLINE V convolved(const A* weight, const A* z, int64_t c) const {
+    constexpr int64_t width = sizeof(V) / sizeof(A);
+    A x[width] = {};
+    for (int64_t t = 0; t < R_; ++t) {
+      for (int64_t lane = 0; lane < width; ++lane) {
+        const int64_t from = c + lane + t - R_ / 2;
+        if (from >= 0 && from < C_) x[lane] += weight[t] * z[from];
       }
     }
-    for (int64_t c = 0; c < C_; ++c) {
-      const A* weight = weights_[2] + (g * C_ + c) * R_;
-      for (int64_t i = first; i < last; ++i) add_scaled(inner(i, g, 0), before(i, g)[c], weight, R_);
+    return copy_in<V>(x);
+  }
+
+  void backward_hidden(int64_t first, int64_t last, int g) const {
+    for (int64_t j = 0; j < R_; ++j) {
+      for (int64_t i = first; i < last; ++i) inner(i, g, 0)[j] = dot(excitation(g, j), before(i, g), C_);
     }
     for (int64_t i = first; i < last; ++i) {
       // Both branches of CBAM share the weights and so the gradient before their own ReLU.
@@ -246,6 +264,7 @@ class Gates {
 
   const BlockShape& shape_;
   const A* weights_[4];
+  Buffer<A> excitation_;  // (gates, R, C): the second layer's weights, transposed
   const int count_, branches_;
   const int64_t N_, C_, R_;
 };

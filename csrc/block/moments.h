@@ -12,11 +12,15 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-struct Moments {
-  double count = 0, mean = 0, squares = 0;  // squares = Σ (x - mean)²
+// Of one plane (R is double) or of as many as a vector has doubles.
+template <class R>
+struct MomentsOf {
+  double count = 0;
+  R mean{}, squares{};  // squares = Σ (x - mean)²
 
-  MRCN_INLINE void join(double n, double other_mean, double other_squares) {
-    const double delta = other_mean - mean, total = count + n;
+  MRCN_INLINE void join(double n, R other_mean, R other_squares) {
+    const R delta = other_mean - mean;
+    const double total = count + n;
     if (count == 0) {
       mean = other_mean;
       squares = other_squares;
@@ -27,6 +31,7 @@ struct Moments {
     count = total;
   }
 };
+using Moments = MomentsOf<double>;
 
 template <class A>
 struct Extremes {

@@ -284,6 +284,20 @@ MRCN_INLINE void store_doubles(A* p, vec<double> v) {
   std::memcpy(p, &part, sizeof(part));
 }
 
+MRCN_INLINE double root(double x) { return __builtin_sqrt(x); }
+MRCN_INLINE vec<double> root(vec<double> x) {
+#if defined(__AVX512F__)
+  return (vec<double>)_mm512_maskz_sqrt_pd(0xff, (__m512d)x);
+#elif defined(__AVX2__)
+  return (vec<double>)_mm256_sqrt_pd((__m256d)x);
+#elif defined(__x86_64__)
+  return (vec<double>)_mm_sqrt_pd((__m128d)x);
+#else
+  for (int lane = 0; lane < lanes<double>; ++lane) x[lane] = root(x[lane]);
+  return x;
+#endif
+}
+
 // A sum of vectors, lane by lane in double.
 template <class A>
 struct WideSum {
