@@ -106,6 +106,22 @@ def test_the_rivals_are_right(operation: str, way: str, dtype: str) -> None:
     assert 2 * copied.numel() == OPERATIONS[operation].volumes(way) * 2 * 8 * 5 * 4
 
 
+@pytest.mark.parametrize("way", cases.WAYS)
+def test_large_volumes_are_compared_in_parts(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three samples at a time give what all eight give, and a wrong sample in the last part is found."""
+    problem = Problem("block", way, (8, 4, 5, 4))
+    whole = cases.map_rivals(problem)["eager"]()
+    monkeypatch.setattr(cases, "_PLAIN_FORMS_UP_TO", problem.volume_bytes * 3 / 8)
+    rivals = cases.map_rivals(problem, plain_forms=False)
+    assert set(rivals) == {"fused", EXACT, "floor"}
+    assert benchmark.largest_error(rivals[EXACT](), whole) < 1e-5
+    benchmark.check(rivals)
+    wrong = [tensor.clone() for tensor in rivals["fused"]()]
+    wrong[0][7] += 1.0
+    with pytest.raises(RuntimeError, match="the fused result is off by"):
+        benchmark.check(rivals | {"fused": lambda: wrong})
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_collapsed_forms_are_right(operation: str) -> None:
     chosen = OPERATIONS[operation]

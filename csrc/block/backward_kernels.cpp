@@ -157,7 +157,7 @@ class Backward : Call<P, A> {
   void row_sums(const Samples& group) const {
     const int64_t C = this->C_;
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t chunk) {
-      Buffer<A> scratch(P::sums * C), mean(P::inputs * C);
+      Buffer<A> mean(P::inputs * C);
       void *x[P::inputs], *g[Base::most_sets];
       int64_t x_pitch[P::inputs], g_pitch[Base::most_sets];
       this->units_of(this->inputs_, P::inputs, i, chunk, x, x_pitch);
@@ -167,8 +167,7 @@ class Backward : Call<P, A> {
       }
       const int64_t rows = this->chunk_rows(chunk);
       for (int64_t n = 0; n < P::sums * C; ++n) sums(group, i, chunk)[n] = 0.0;
-      this->passes_.sum_rows(
-          mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, scratch.data, sums(group, i, chunk));
+      this->passes_.sum_rows(mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, sums(group, i, chunk));
       if (this->extremes_) {
         for (int j = 0; j < P::inputs; ++j) {
           for (int64_t c = 0; c < C; ++c) {

@@ -29,24 +29,6 @@ inline void serial(int64_t count, int64_t, RangeFunction function, void* context
   function(0, count, context);
 }
 
-// What stands at p for one channel (V is double) or for as many as a vector has doubles.
-template <class V, class T>
-MRCN_INLINE V doubles(const T* p) {
-  if constexpr (sizeof(V) == sizeof(double)) {
-    return *p;
-  } else {
-    return load_doubles(p);
-  }
-}
-template <class T, class V>
-MRCN_INLINE void put_doubles(T* p, V v) {
-  if constexpr (sizeof(V) == sizeof(double)) {
-    *p = T(v);
-  } else {
-    store_doubles(p, v);
-  }
-}
-// From an array (channels, 2).
 template <class T, class V>
 MRCN_INLINE void take_pairs(const T* p, V& first, V& second) {
   if constexpr (sizeof(V) == sizeof(double)) {

@@ -7,6 +7,7 @@
 #pragma once
 
 #include "common/buffer.h"
+#include "common/lines.h"
 #include "common/vec.h"
 
 namespace mrcn::MRCN_ISA {
@@ -39,6 +40,7 @@ struct Extremes {
 };
 
 constexpr int64_t values_a_shift = 64;  // n / k
+constexpr int64_t shift_rows = 4;       // k, of rows of pixels
 
 // In double the shift is the mean of all of a part, which then has to be in the first-level cache: there sums
 // are no more exact than values, and the eager form's are that exact.
@@ -61,15 +63,22 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
 
   vec<A> e[4] = {}, q[4] = {};
   const vec<A> shifts = all<A>(shift);
-  const auto step = [&](int64_t at, auto u) MRCN_BODY {
-    prefetch_ahead(x + at);
-    const vec<A> d = load(x + at) - shifts;
-    e[u.v] += d;
-    q[u.v] += d * d;
+  // Sums don't ask for the order of their terms, but each has its place.
+  const auto step = [&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
+    vec<A> v[vectors];
+    fetch(x + at, count, v, ahead);
+    unroll<vectors>([&](auto part) MRCN_BODY {
+      const vec<A> d = v[part.v] - shifts;
+      e[place + part.v] += d;
+      q[place + part.v] += d * d;
+    });
   };
+  constexpr int line = line_vectors<T>;
   i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) unroll<4>([&](auto u) MRCN_BODY { step(i + u.v * W, u); });
-  for (; i + W <= n; i += W) step(i, constant<0>{});
+  for (; i + 4 * W <= n; i += 4 * W) {
+    unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
+  }
+  for (; i + W <= n; i += W) step(i, 0, constant<1>{});
   A deviation = sum<A>((e[0] + e[1]) + (e[2] + e[3]));
   A squares = sum<A>((q[0] + q[1]) + (q[2] + q[3]));
   for (; i < n; ++i) {
@@ -125,31 +134,10 @@ struct ChannelMoments {
   A* minimum;
 };
 
-// f(vector index, vector of A or one A) over the channels: `load(p + c)` or `get(p + c)` by the tag's width.
-template <class A, class F>
-MRCN_INLINE void over_channels(int64_t channels, const F& f) {
-  int64_t c = 0;
-  for (; c + lanes<A> <= channels; c += lanes<A>) f(c, constant<1>{});
-  for (; c < channels; ++c) f(c, constant<0>{});
-}
-template <int wide, class T>
-MRCN_INLINE auto fetch(const T* p, constant<wide>) {
-  if constexpr (wide) {
-    return load(p);
-  } else {
-    return get(p);
-  }
-}
-template <bool stream = false, class T, class V, int wide>
-MRCN_INLINE void keep(T* p, V v, constant<wide>) {
-  if constexpr (wide) {
-    store<stream>(p, v);
-  } else {
-    put(p, v);
-  }
-}
-
-// So many rows at once share what is read for their channels.
+// Rows that a channel's sums stay in registers for: as many values as a sum takes in its own type before it
+// is added to one in double. PyTorch's sums are as exact.
+constexpr int64_t single_terms = 16;
+// Rows at once whose channels share the coefficients that are read for them.
 constexpr int row_block = 4;
 
 // f(row, constant<row_block>) for blocks of rows, f(row, constant<1>) for the last ones.
@@ -158,6 +146,30 @@ MRCN_INLINE void over_rows(int64_t rows, const F& f) {
   int64_t row = 0;
   for (; row + row_block <= rows; row += row_block) f(row, constant<row_block>{});
   for (; row < rows; ++row) f(row, constant<1>{});
+}
+
+// The moments of n more rows, whose deviations from `shift` are summed up, join those of the `before` first.
+template <class T, int vectors, class V, int parts>
+MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, double before, double n,
+    V (&shift)[parts], V (&deviation)[parts], V (&squares)[parts]) {
+  using A = acc_t<T>;
+  to_order<T>(shift);
+  to_order<T>(deviation);
+  to_order<T>(squares);
+  constexpr int64_t count = sizeof(shift) / sizeof(A), W = vectors > 0 ? lanes<double> : 1;
+  using R = std::conditional_t<(vectors > 0), vec<double>, double>;
+  A values[3][count];
+  std::memcpy(values[0], shift, sizeof(shift));
+  std::memcpy(values[1], deviation, sizeof(shift));
+  std::memcpy(values[2], squares, sizeof(shift));
+  for (int64_t k = 0; k < count; k += W) {
+    const R sum = doubles<R>(values[1] + k), off = sum / n;
+    MomentsOf<R> m;
+    if (before > 0) m = {before, doubles<R>(out.mean + c + k), doubles<R>(out.squares + c + k)};
+    m.join(n, doubles<R>(values[0] + k) + off, doubles<R>(values[2] + k) - off * sum);
+    put_doubles(out.mean + c + k, m.mean);
+    put_doubles(out.squares + c + k, m.squares);
+  }
 }
 
 // `scratch` holds 3 · channels values; rows lie `pitch` elements apart.
@@ -169,62 +181,61 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
   A* shift = scratch;
   A* deviation = scratch + channels;
   A* squares = scratch + 2 * channels;
-  const int64_t part = values_a_shift * row_block;
+  const int64_t part = values_a_shift * shift_rows;
+  const int64_t next = single_terms * pitch * int64_t(sizeof(T));
   if (extremes) {
     for (int64_t c = 0; c < channels; ++c) out.maximum[c] = out.minimum[c] = get(x + c);
   }
   for (int64_t first = 0; first < rows; first += part) {
-    const int64_t n = least(part, rows - first), shifted = exact_shift<A> ? n : least<int64_t>(n, row_block);
+    const int64_t n = least(part, rows - first), shifted = exact_shift<A> ? n : least(n, shift_rows);
     const T* top = x + first * pitch;
-    over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
-      auto total = fetch(top + c, w);
-      for (int64_t row = 1; row < shifted; ++row) total += fetch(top + row * pitch + c, w);
-      keep(shift + c, total / A(shifted), w);
-      keep(deviation + c, decltype(total){}, w);
-      keep(squares + c, decltype(total){}, w);
-    });
-    over_rows(n, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
-      const T* at = top + row * pitch;
-      over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
-        const auto mean = fetch(shift + c, w);
-        auto e = fetch(deviation + c, w), q = fetch(squares + c, w);
-        unroll<count>([&](auto r) MRCN_BODY {
-          const T* p = at + r.v * pitch + c;
-          if constexpr (w.v) prefetch_ahead(p);
-          const auto d = fetch(p, w) - mean;
-          e += d;
-          q += d * d;
-        });
-        keep(deviation + c, e, w);
-        keep(squares + c, q, w);
-      });
-    });
-    if (extremes) {
-      over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
-        auto high = fetch(out.maximum + c, w), low = fetch(out.minimum + c, w);
-        for (int64_t row = 0; row < n; ++row) {
-          const auto v = fetch(top + row * pitch + c, w);
-          high = v > high ? v : high;
-          low = v < low ? v : low;
+    for (int64_t begin = 0; begin < n; begin += single_terms) {
+      const int64_t end = least(n, begin + single_terms);
+      over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
+        using V = one_or_vector<A, vectors>;
+        constexpr int parts = parts_of<vectors>;
+        V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
+        if (begin == 0) {
+          for (int64_t row = 0; row < shifted; ++row) {
+            fetch(top + row * pitch + c, count, v);
+            unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
+          }
+          unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
+        } else {
+          fetch(shift + c, count, mean);
+          fetch(deviation + c, count, e);
+          fetch(squares + c, count, q);
         }
-        keep(out.maximum + c, high, w);
-        keep(out.minimum + c, low, w);
+        for (int64_t row = begin; row < end; ++row) {
+          fetch(top + row * pitch + c, count, v, next);
+          unroll<parts>([&](auto k) MRCN_BODY {
+            const V d = v[k.v] - mean[k.v];
+            e[k.v] += d;
+            q[k.v] += d * d;
+          });
+        }
+        if (end < n) {
+          keep(shift + c, count, mean);
+          keep(deviation + c, count, e);
+          keep(squares + c, count, q);
+        } else {
+          join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
+        }
       });
     }
-    const double here = double(n), before = double(first), total = here + before;
-    const double share = here / total, cross = before * here / total;
-    for (int64_t c = 0; c < channels; ++c) {
-      const double off = double(deviation[c]) / here;
-      const double mean = double(shift[c]) + off;
-      const double square = double(squares[c]) - off * double(deviation[c]);
-      if (first == 0) {
-        out.mean[c] = mean;
-        out.squares[c] = square;
-      } else {
-        const double delta = mean - out.mean[c];
-        out.mean[c] += delta * share;
-        out.squares[c] += square + delta * delta * cross;
-      }
+    if (extremes) {
+      over_lines<A>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
+        one_or_vector<A, vectors> high[1], low[1], v[1];
+        fetch(out.maximum + c, count, high);
+        fetch(out.minimum + c, count, low);
+        for (int64_t row = 0; row < n; ++row) {
+          fetch(top + row * pitch + c, count, v);
+          high[0] = v[0] > high[0] ? v[0] : high[0];
+          low[0] = v[0] < low[0] ? v[0] : low[0];
+        }
+        keep(out.maximum + c, count, high);
+        keep(out.minimum + c, count, low);
+      });
     }
   }
 }

@@ -33,7 +33,7 @@ struct Passes {
   void (*make_plane)(const A* k, Pointers x, Pointers y, int64_t n, bool stream);
   void (*make_rows)(const A* k, Rows x, Rows y, int64_t rows, int64_t channels, bool stream);
   void (*sum_plane)(const A* mean, Pointers x, Pointers g, int64_t n, double* sums);
-  void (*sum_rows)(const A* mean, Rows x, Rows g, int64_t rows, int64_t channels, A* scratch, double* sums);
+  void (*sum_rows)(const A* mean, Rows x, Rows g, int64_t rows, int64_t channels, double* sums);
   void (*gradient_plane)(
       const A* k, Pointers x, Pointers g, Pointers dx, int64_t n, bool stream, bool extremes);
   void (*gradient_rows)(
@@ -42,96 +42,86 @@ struct Passes {
 
 // --- a pixel, or vectors of them ------------------------------------------------------------------------
 
-// A tag's value says how many vectors are handled at once; 0 is one pixel.
-template <int vectors>
-constexpr constant<(vectors > 0)> width_of{};
-template <class A, int vectors>
-using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
-template <int vectors>
-constexpr int parts_of = vectors > 0 ? vectors : 1;
-
-// Vectors of T that fill a line of memory, where there are registers for so many: half a line that is
-// streamed goes to memory by itself, unless its other half follows at once.
-template <class T>
-constexpr int line_vectors = vector_bytes == 64 && sizeof(T) == 2 ? 2 : 1;
-
-template <class T, int wide>
-MRCN_INLINE auto fetch_map(const void* map, int64_t at, constant<wide> w) {
-  const T* p = static_cast<const T*>(map) + at;
-  if constexpr (wide) prefetch_ahead(p);
-  return fetch(p, w);
+// v[part][map]: the maps' values at `at`, as lines of T are read.
+template <class T, int maps, int vectors, class V, int parts>
+MRCN_INLINE void fetch_maps(
+    Pointers map, int64_t at, constant<vectors> n, V (&v)[parts][maps], int64_t distance) {
+  unroll<maps>([&](auto m) MRCN_BODY {
+    V one[parts];
+    fetch(static_cast<const T*>(map[m.v]) + at, n, one, distance);
+    unroll<parts>([&](auto part) MRCN_BODY { v[part.v][m.v] = one[part.v]; });
+  });
 }
-
-// One map's values of all parts.
-template <class T, bool stream, int vectors, class F>
-MRCN_INLINE void keep_map(void* map, int64_t at, constant<vectors>, const F& value) {
-  unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
-    T* p = static_cast<T*>(map) + at + part.v * lanes<acc_t<T>>;
-    keep<stream>(p, value(part), width_of<vectors>);
+template <class T, bool stream, int maps, int vectors, class V, int parts>
+MRCN_INLINE void keep_maps(Pointers map, int64_t at, constant<vectors> n, const V (&v)[parts][maps]) {
+  unroll<maps>([&](auto m) MRCN_BODY {
+    V one[parts];
+    unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = v[part.v][m.v]; });
+    keep<stream>(static_cast<T*>(map[m.v]) + at, n, one);
   });
 }
 
 // k(part): the coefficients there, one pixel's or a vector's (V).
 template <class P, class T, bool stream, class V, int vectors, class K>
-MRCN_INLINE void make_at(const K& k, Pointers x, Pointers y, int64_t at, constant<vectors> n) {
-  V in[parts_of<vectors>][P::inputs], out[parts_of<vectors>][P::sets];
-  unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
-    const int64_t here = at + part.v * lanes<acc_t<T>>;
-    unroll<P::inputs>(
-        [&](auto j) MRCN_BODY { in[part.v][j.v] = fetch_map<T>(x[j.v], here, width_of<vectors>); });
-    make_sets<P, V>(k(part), in[part.v], out[part.v]);
-  });
-  unroll<P::sets>([&](auto s) MRCN_BODY {
-    keep_map<T, stream>(y[s.v + P::first], at, n, [&](auto part) MRCN_BODY { return out[part.v][s.v]; });
-  });
+MRCN_INLINE void make_at(
+    const K& k, Pointers x, Pointers y, int64_t at, constant<vectors> n, int64_t distance) {
+  constexpr int parts = parts_of<vectors>;
+  V in[parts][P::inputs], out[parts][P::sets];
+  fetch_maps<T, P::inputs>(x, at, n, in, distance);
+  unroll<parts>([&](auto part) MRCN_BODY { make_sets<P, V>(k(part), in[part.v], out[part.v]); });
+  keep_maps<T, stream, P::sets>(y + P::first, at, n, out);
   if constexpr (P::passes) {
-    keep_map<T, stream>(y[0], at, n, [&](auto part) MRCN_BODY { return in[part.v][0]; });
-    keep_map<T, stream>(y[P::all - 1], at, n, [&](auto part) MRCN_BODY { return in[part.v][1]; });
+    void* const ends[] = {y[0], y[P::all - 1]};
+    keep_maps<T, stream, P::inputs>(ends, at, n, in);
   }
 }
 
-template <class P, class T, class V, int wide>
-MRCN_INLINE void sum_at(const V* mean, Pointers x, Pointers g, int64_t at, V* sums, constant<wide> w) {
-  V in[P::inputs], of[P::sets];
-  unroll<P::inputs>([&](auto j) MRCN_BODY { in[j.v] = fetch_map<T>(x[j.v], at, w); });
-  unroll<P::sets>([&](auto s) MRCN_BODY { of[s.v] = fetch_map<T>(g[s.v + P::first], at, w); });
-  add_sums<P, V>(mean, in, of, sums);
+// mean(part), sums(part): where they stand.
+template <class P, class T, class V, int vectors, class M, class S>
+MRCN_INLINE void sum_at(
+    const M& mean, Pointers x, Pointers g, int64_t at, const S& sums, constant<vectors> n, int64_t distance) {
+  constexpr int parts = parts_of<vectors>;
+  V in[parts][P::inputs], of[parts][P::sets];
+  fetch_maps<T, P::inputs>(x, at, n, in, distance);
+  fetch_maps<T, P::sets>(g + P::first, at, n, of, distance);
+  unroll<parts>([&](auto part) MRCN_BODY { add_sums<P, V>(mean(part), in[part.v], of[part.v], sums(part)); });
 }
 
 template <class P, class T, bool stream, bool extremes, class V, int vectors, class K>
 MRCN_INLINE void gradient_at(
-    const K& k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<vectors> n) {
-  constexpr auto w = width_of<vectors>;
-  V out[parts_of<vectors>][P::inputs];
-  unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
-    const int64_t here = at + part.v * lanes<acc_t<T>>;
-    const V* kv = k(part);
-    V in[P::inputs], of[P::sets];
-    unroll<P::inputs>([&](auto j) MRCN_BODY { in[j.v] = fetch_map<T>(x[j.v], here, w); });
-    unroll<P::sets>([&](auto s) MRCN_BODY { of[s.v] = fetch_map<T>(g[s.v + P::first], here, w); });
-    make_gradients<P, V>(kv, in, of, out[part.v]);
-    if constexpr (P::passes) {
-      out[part.v][0] += fetch_map<T>(g[0], here, w);
-      out[part.v][1] += fetch_map<T>(g[P::all - 1], here, w);
-    }
-    if constexpr (extremes) {
+    const K& k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<vectors> n, int64_t distance) {
+  constexpr int parts = parts_of<vectors>;
+  V in[parts][P::inputs], of[parts][P::sets], out[parts][P::inputs];
+  fetch_maps<T, P::inputs>(x, at, n, in, distance);
+  fetch_maps<T, P::sets>(g + P::first, at, n, of, distance);
+  unroll<parts>(
+      [&](auto part) MRCN_BODY { make_gradients<P, V>(k(part), in[part.v], of[part.v], out[part.v]); });
+  if constexpr (P::passes) {
+    void* const ends[] = {g[0], g[P::all - 1]};
+    V more[parts][P::inputs];
+    fetch_maps<T, P::inputs>(ends, at, n, more, distance);
+    unroll<parts>([&](auto part) MRCN_BODY {
+      unroll<P::inputs>([&](auto j) MRCN_BODY { out[part.v][j.v] += more[part.v][j.v]; });
+    });
+  }
+  if constexpr (extremes) {
+    unroll<parts>([&](auto part) MRCN_BODY {
+      const V* kv = k(part);
       unroll<P::inputs>([&](auto j) MRCN_BODY {
         const V more = out[part.v][j.v] + kv[P::k3(j.v)];
-        out[part.v][j.v] = in[j.v] == kv[P::extreme(j.v)] ? more : out[part.v][j.v];
+        out[part.v][j.v] = in[part.v][j.v] == kv[P::extreme(j.v)] ? more : out[part.v][j.v];
       });
-    }
-  });
-  unroll<P::inputs>([&](auto j) MRCN_BODY {
-    keep_map<T, stream>(dx[j.v], at, n, [&](auto part) MRCN_BODY { return out[part.v][j.v]; });
-  });
+    });
+  }
+  keep_maps<T, stream, P::inputs>(dx, at, n, out);
 }
 
 // --- planes ---------------------------------------------------------------------------------------------
 
-// Pixels until every one of the n maps stands at a whole vector's address; -1 where they never do together.
+// Pixels until every one of the n maps stands at a whole line's address; -1 where they never do together.
 template <class T, int n>
 MRCN_INLINE int64_t until_aligned(Pointers p, int64_t length) {
-  constexpr uintptr_t size = lanes<acc_t<T>> * sizeof(T);
+  constexpr uintptr_t size = line_vectors<T> * lanes<acc_t<T>> * sizeof(T);
   const uintptr_t off = reinterpret_cast<uintptr_t>(p[0]) % size;
   for (int k = 1; k < n; ++k) {
     if (reinterpret_cast<uintptr_t>(p[k]) % size != off) return -1;
@@ -139,17 +129,6 @@ MRCN_INLINE int64_t until_aligned(Pointers p, int64_t length) {
   if (off % sizeof(T) != 0) return -1;
   const int64_t head = off == 0 ? 0 : int64_t((size - off) / sizeof(T));
   return head <= length ? head : -1;
-}
-
-// f(at, constant<vectors>) from `head` on over whole lines, then over whole vectors; f(at, constant<0>) over
-// the pixels before and after.
-template <class T, class F>
-MRCN_INLINE void over_lines(int64_t head, int64_t n, const F& f) {
-  constexpr int64_t W = lanes<acc_t<T>>, line = line_vectors<T> * W;
-  int64_t at = head;
-  for (; at + line <= n; at += line) f(at, constant<line_vectors<T>>{});
-  for (; line > W && at + W <= n; at += W) f(at, constant<1>{});
-  for (int64_t l = head > 0 ? 0 : at; l < n; l = l + 1 == head ? at : l + 1) f(l, constant<0>{});
 }
 
 // The same coefficients as one value and as a vector of it.
@@ -181,8 +160,8 @@ __attribute__((noinline)) void make_plane_as(
   const Spread<A, P::forward_slots> spread(k);
   over_lines<T>(head, n, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
     using V = one_or_vector<A, vectors>;
-    // Scalars are stored plainly whatever `stream` says: see `keep`.
-    make_at<P, T, stream, V>([&](auto) MRCN_BODY { return spread.template get<V>(); }, x, y, at, count);
+    make_at<P, T, stream, V>(
+        [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, y, at, count, ahead);
   });
 }
 
@@ -196,26 +175,29 @@ void make_plane(const acc_t<T>* k, Pointers x, Pointers y, int64_t n, bool strea
   }
 }
 
-// How many values a sum takes in its own type before it is added to one in double: PyTorch's sums are as
-// exact.
-constexpr int64_t single_terms = 16;
-
 template <class P, class T>
 void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* sums) {
   using A = acc_t<T>;
-  constexpr int64_t part = single_terms * lanes<A>;
+  constexpr int64_t W = lanes<A>, line = line_vectors<T> * W;
   const Spread<A, P::inputs> means(mean);
   WideSum<A> wide[P::sums];
   A rest[P::sums] = {};
   int64_t at = 0;
-  while (at + lanes<A> <= n) {
+  while (at + W <= n) {
     vec<A> acc[P::sums] = {};
-    for (const int64_t end = least(at + part, n - lanes<A> + 1); at < end; at += lanes<A>) {
-      sum_at<P, T>(means.wide, x, g, at, acc, constant<1>{});
-    }
+    const auto add = [&](int64_t here, auto count) MRCN_BODY {
+      sum_at<P, T, vec<A>>([&](auto) MRCN_BODY { return means.wide; }, x, g, here,
+          [&](auto) MRCN_BODY { return acc; }, count, ahead);
+    };
+    const int64_t end = least(at + single_terms * W, n);
+    for (; at + line <= end; at += line) add(at, constant<line_vectors<T>>{});
+    for (; at + W <= end; at += W) add(at, constant<1>{});
     unroll<P::sums>([&](auto s) MRCN_BODY { wide[s.v].add(acc[s.v]); });
   }
-  for (; at < n; ++at) sum_at<P, T>(means.one, x, g, at, rest, constant<0>{});
+  for (; at < n; ++at) {
+    sum_at<P, T, A>([&](auto) MRCN_BODY { return means.one; }, x, g, at, [&](auto) MRCN_BODY { return rest; },
+        constant<0>{}, 0);
+  }
   unroll<P::sums>([&](auto s) MRCN_BODY { sums[s.v] = wide[s.v].total() + double(rest[s.v]); });
 }
 
@@ -227,7 +209,7 @@ __attribute__((noinline)) void gradient_plane_as(
   over_lines<T>(head, n, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
     using V = one_or_vector<A, vectors>;
     gradient_at<P, T, stream, extremes, V>(
-        [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, g, dx, at, count);
+        [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, g, dx, at, count, ahead);
   });
 }
 
@@ -265,20 +247,25 @@ struct RowsAt {
   }
 };
 
-template <class V, int n, class A, int wide>
-MRCN_INLINE void fetch_all(const A* k, int64_t channels, int64_t c, V* out, constant<wide> w) {
-  unroll<n>([&](auto s) MRCN_BODY { out[s.v] = fetch(k + s.v * channels + c, w); });
+// Bytes from a block of rows to the one after the next.
+template <class T>
+MRCN_INLINE int64_t rows_ahead(Rows maps) {
+  return 2 * row_block * maps.pitch[0] * int64_t(sizeof(T));
 }
 
-// Each part's n coefficients from channel c on: `kv(part)`.
-template <class A, int n, int vectors>
+// Each part's n coefficients from channel c on, as lines of T are read: `kv(part)`.
+template <class T, int n, int vectors>
 struct Coefficients {
+  using A = acc_t<T>;
   using V = one_or_vector<A, vectors>;
   V of[parts_of<vectors>][n];
 
   MRCN_INLINE Coefficients(const A* k, int64_t channels, int64_t c) {
-    unroll<parts_of<vectors>>([&](auto part) MRCN_BODY {
-      fetch_all<V, n>(k, channels, c + part.v * lanes<A>, of[part.v], width_of<vectors>);
+    unroll<n>([&](auto s) MRCN_BODY {
+      V one[parts_of<vectors>];
+      fetch(k + s.v * channels + c, constant<vectors>{}, one);
+      to_parts<T>(one);
+      unroll<parts_of<vectors>>([&](auto part) MRCN_BODY { of[part.v][s.v] = one[part.v]; });
     });
   }
   template <int part>
@@ -290,15 +277,16 @@ struct Coefficients {
 template <class P, class T, bool stream>
 __attribute__((noinline)) void make_rows_as(
     const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
-  using A = acc_t<T>;
+  const int64_t next = rows_ahead<T>(x);
   over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row);
     const RowsAt<T, P::all, count> out(y, row);
     over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
-      using K = Coefficients<A, P::forward_slots, vectors>;
+      using K = Coefficients<T, P::forward_slots, vectors>;
       const K kv(k, channels, c);
-      unroll<count>(
-          [&](auto r) MRCN_BODY { make_at<P, T, stream, typename K::V>(kv, in.of[r.v], out.of[r.v], c, n); });
+      unroll<count>([&](auto r) MRCN_BODY {
+        make_at<P, T, stream, typename K::V>(kv, in.of[r.v], out.of[r.v], c, n, next);
+      });
     });
   });
 }
@@ -312,41 +300,49 @@ void make_rows(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels
   }
 }
 
+// A channel's sums over as many rows as one takes in its own type stay in registers.
 template <class P, class T>
-void sum_rows(
-    const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, acc_t<T>* scratch, double* sums) {
+void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, double* sums) {
   using A = acc_t<T>;
+  const int64_t next = single_terms * x.pitch[0] * int64_t(sizeof(T));
   for (int64_t first = 0; first < rows; first += single_terms) {
-    for (int64_t n = 0; n < P::sums * channels; ++n) scratch[n] = A(0);
-    over_rows(least(single_terms, rows - first), [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
-      const RowsAt<T, P::inputs, count> in(x, first + row);
-      const RowsAt<T, P::sets, count> of(g, first + row);
-      over_channels<A>(channels, [&](int64_t c, auto w) MRCN_BODY {
-        using V = decltype(fetch(mean, w));
-        V mv[P::inputs], acc[P::sums];
-        fetch_all<V, P::inputs>(mean, channels, c, mv, w);
-        fetch_all<V, P::sums>(scratch, channels, c, acc, w);
-        unroll<count>([&](auto r) MRCN_BODY { sum_at<P, T, V>(mv, in.of[r.v], of.of[r.v], c, acc, w); });
-        unroll<P::sums>([&](auto s) MRCN_BODY { keep(scratch + s.v * channels + c, acc[s.v], w); });
+    const int64_t end = least(rows, first + single_terms);
+    over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
+      using V = one_or_vector<A, vectors>;
+      constexpr int parts = parts_of<vectors>;
+      const Coefficients<T, P::inputs, vectors> means(mean, channels, c);
+      V acc[parts][P::sums] = {};
+      for (int64_t row = first; row < end; ++row) {
+        const RowsAt<T, P::inputs, 1> in(x, row);
+        const RowsAt<T, P::all, 1> of(g, row);
+        sum_at<P, T, V>(
+            means, in.of[0], of.of[0], c, [&](auto part) MRCN_BODY { return acc[part.v]; }, n, next);
+      }
+      unroll<P::sums>([&](auto s) MRCN_BODY {
+        V one[parts];
+        unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = acc[part.v][s.v]; });
+        to_order<T>(one);
+        double* to = sums + s.v * channels + c;
+        unroll<parts>([&](auto part) MRCN_BODY { add_doubles(to + part.v * lanes<A>, one[part.v]); });
       });
     });
-    for (int64_t n = 0; n < P::sums * channels; ++n) sums[n] += double(scratch[n]);
   }
 }
 
 template <class P, class T, bool stream, bool extremes>
 __attribute__((noinline)) void gradient_rows_as(
     const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
-  using A = acc_t<T>;
   constexpr int slots = extremes ? P::backward_slots : P::extreme(0);
+  const int64_t next = rows_ahead<T>(x);
   over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
     const RowsAt<T, P::all, count> of(g, row);
     over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
-      using K = Coefficients<A, slots, vectors>;
+      using K = Coefficients<T, slots, vectors>;
       const K kv(k, channels, c);
       unroll<count>([&](auto r) MRCN_BODY {
-        gradient_at<P, T, stream, extremes, typename K::V>(kv, in.of[r.v], of.of[r.v], out.of[r.v], c, n);
+        gradient_at<P, T, stream, extremes, typename K::V>(
+            kv, in.of[r.v], of.of[r.v], out.of[r.v], c, n, next);
       });
     });
   });

@@ -284,6 +284,24 @@ MRCN_INLINE void store_doubles(A* p, vec<double> v) {
   std::memcpy(p, &part, sizeof(part));
 }
 
+// What stands at p, as one double or as a vector of them (V).
+template <class V, class T>
+MRCN_INLINE V doubles(const T* p) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    return *p;
+  } else {
+    return load_doubles(p);
+  }
+}
+template <class T, class V>
+MRCN_INLINE void put_doubles(T* p, V v) {
+  if constexpr (sizeof(V) == sizeof(double)) {
+    *p = T(v);
+  } else {
+    store_doubles(p, v);
+  }
+}
+// From an array (channels, 2).
 MRCN_INLINE double root(double x) { return __builtin_sqrt(x); }
 MRCN_INLINE vec<double> root(vec<double> x) {
 #if defined(__AVX512F__)
@@ -323,6 +341,21 @@ struct WideSum {
   }
 };
 
+// p[i] += v[i]
+template <class A>
+MRCN_INLINE void add_doubles(double* p, A v) {
+  if constexpr (sizeof(A) <= sizeof(double)) {
+    *p += v;
+  } else if constexpr (sizeof(v[0]) == sizeof(double)) {
+    store(p, load(p) + v);
+  } else {
+    typename part_of<float>::type half[2];
+    std::memcpy(half, &v, sizeof(v));
+    store(p, load(p) + __builtin_convertvector(half[0], vec<double>));
+    store(p + lanes<double>, load(p + lanes<double>) + __builtin_convertvector(half[1], vec<double>));
+  }
+}
+
 // Σ a[i] b[i]
 template <class A>
 MRCN_INLINE A dot(const A* a, const A* b, int64_t n) {
@@ -352,7 +385,6 @@ MRCN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Bytes between what is read and what is asked for.
 constexpr int64_t ahead = 4096;
-MRCN_INLINE void prefetch_ahead(const void* p) { prefetch(static_cast<const char*>(p) + ahead); }
 
 template <int value>
 struct constant {

@@ -52,8 +52,8 @@ SWEEP: Final[tuple[Shape, ...]] = (
     *((16, 64, h, w) for h, w in ((9, 4), (18, 8), (36, 16), (144, 64), (288, 128))),
     (1, 256, 288, 128),
 )
-# Beyond these bytes of a volume only the fused form and the floor are measured, and nothing is compared:
-# eager keeps some thirty volumes.
+# Beyond these bytes of a volume only the fused form and the floor are measured, and results are compared a
+# part of the samples at a time: eager keeps some thirty volumes.
 _PLAIN_FORMS_UP_TO: Final = 80e6
 
 # A rival's other form, compiled with Inductor's autotuning: whichever is faster counts.
@@ -151,8 +151,8 @@ def map_rivals(problem: Problem, plain_forms: bool = True) -> Rivals:
         for suffix, mode in modes.items():
             rivals[f"compile{suffix}"] = run(compiled(literal, mode), plain)
             rivals[f"compile collapsed{suffix}"] = run(compiled(collapsed, mode), plain)
-        if dtype != torch.float32:
-            rivals[EXACT] = partial(_exact, problem, plain, sets[0])
+    if dtype != torch.float32 or not plain_forms:
+        rivals[EXACT] = partial(_exact, problem, plain, sets[0])
     volumes = operation.volumes(problem.way)
     return rivals | {"floor": copy_of(volumes * math.prod(problem.shape), device, dtype)}
 
@@ -216,14 +216,40 @@ def _runner(
     return backward
 
 
-def _exact(problem: Problem, plain: nn.Module, given: _Set) -> Any:
-    """The results in float32, from the same values."""
+def _exact(problem: Problem, plain: nn.Module, given: _Set) -> tuple[Tensor, ...]:
+    """The results in float32, from the same values, as many samples at once as eager has memory for."""
     operation = OPERATIONS[problem.operation]
     wide = operation.make(problem.shape[1], device=problem.device, backend="reference")
     wide.load_state_dict(plain.state_dict())
+    samples = problem.shape[0]
+    at_once = max(1, int(samples * _PLAIN_FORMS_UP_TO / problem.volume_bytes))
+    if at_once >= samples:
+        return _exact_part(problem, wide, given)
+    if problem.operation == "concat":
+        raise ValueError(
+            "the sets of concat stand one after the other in its batch: no part of it is a slice"
+        )
+    maps = operation.inputs if "backward" in problem.way else operation.outputs
+    results: list[Tensor] = []
+    for start in range(0, samples, at_once):
+        part = slice(start, start + at_once)
+        found = _exact_part(problem, wide, _Set(*(tuple(x[part] for x in tensors) for tensors in given)))
+        if not results:
+            results = [torch.zeros_like(f) for f in found[maps:]]
+            results = [f.new_empty((samples, *f.shape[1:])) for f in found[:maps]] + results
+        # Of maps the parts one after the other, of the parameters' gradients their sum.
+        for k, f in enumerate(found):
+            if k < maps:
+                results[k][part].copy_(f)
+            else:
+                results[k].add_(f)
+    return tuple(results)
+
+
+def _exact_part(problem: Problem, wide: nn.Module, given: _Set) -> tuple[Tensor, ...]:
     backward = "backward" in problem.way
     maps = tuple(x.detach().float().requires_grad_(backward) for x in given.maps)
-    outputs = operation.call(wide, *maps)
+    outputs = OPERATIONS[problem.operation].call(wide, *maps)
     if not backward:
         return tuple(o.detach() for o in outputs)
     return torch.autograd.grad(outputs, (*maps, *wide.parameters()), [g.float() for g in given.gradients])

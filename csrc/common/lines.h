@@ -1,0 +1,131 @@
+// A line of memory at a time: one vector of float or double, two of what is half as long.
+//
+// A tag's value says how many vectors are handled at once; 0 is one element.
+#pragma once
+
+#include <type_traits>
+
+#include "common/vec.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+// Vectors of T that fill a line, where there are registers for so many: half a line that is streamed goes to
+// memory by itself, unless its other half follows at once.
+template <class T>
+constexpr int line_vectors = vector_bytes == 64 && sizeof(T) == 2 ? 2 : 1;
+
+template <class A, int vectors>
+using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
+template <int vectors>
+constexpr int parts_of = vectors > 0 ? vectors : 1;
+
+// f(at, constant<vectors>) from `head` on over whole lines, then over whole vectors; f(at, constant<0>) over
+// the elements before and after.
+template <class T, class F>
+MRCN_INLINE void over_lines(int64_t head, int64_t n, const F& f) {
+  constexpr int64_t W = lanes<acc_t<T>>, line = line_vectors<T> * W;
+  int64_t at = head;
+  for (; at + line <= n; at += line) f(at, constant<line_vectors<T>>{});
+  for (; line > W && at + W <= n; at += W) f(at, constant<1>{});
+  for (int64_t l = head > 0 ? 0 : at; l < n; l = l + 1 == head ? at : l + 1) f(l, constant<0>{});
+}
+
+// A line of bf16 is read as its even elements, then its odd ones: an operation each, where elements in order
+// take three. What stands beside them has to be put into the same order.
+template <class T>
+constexpr bool by_parity = std::is_same_v<T, bf16> && line_vectors<T> == 2;
+
+#if defined(__AVX512F__)
+// Every second lane of two vectors in a row, from `first` on.
+template <int first>
+MRCN_INLINE vec<float> every_second(vec<float> a, vec<float> b) {
+  alignas(64) static constexpr int index[16] = {first, first + 2, first + 4, first + 6, first + 8, first + 10,
+      first + 12, first + 14, first + 16, first + 18, first + 20, first + 22, first + 24, first + 26,
+      first + 28, first + 30};
+  return (vec<float>)_mm512_permutex2var_ps((__m512)a, _mm512_load_si512(index), (__m512)b);
+}
+// a[first], b[first], a[first + 1], b[first + 1], ...
+template <int first>
+MRCN_INLINE vec<float> alternate(vec<float> a, vec<float> b) {
+  alignas(64) static constexpr int index[16] = {first, first + 16, first + 1, first + 17, first + 2,
+      first + 18, first + 3, first + 19, first + 4, first + 20, first + 5, first + 21, first + 6, first + 22,
+      first + 7, first + 23};
+  return (vec<float>)_mm512_permutex2var_ps((__m512)a, _mm512_load_si512(index), (__m512)b);
+}
+
+MRCN_INLINE words rounded_to_bf16(vec<float> v) {  // as `narrow` does, in each word's upper half
+  const words bits = (words)v;
+  const words number = (words)(v == v);
+  return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & number) | ((bits | 0x400000u) & ~number);
+}
+
+MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
+#if defined(__AVX512BF16__)
+  alignas(64) static constexpr uint16_t index[32] = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+      8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+  const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
+  return (words)_mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(index), pair);
+#else
+  return (rounded_to_bf16(even) >> 16) | (rounded_to_bf16(odd) & 0xffff0000u);
+#endif
+}
+#endif
+
+// The parts of values that stand in order, as a line of T is read.
+template <class T, class V, int parts>
+MRCN_INLINE void to_parts(V (&v)[parts]) {
+#if defined(__AVX512F__)
+  if constexpr (by_parity<T> && parts == 2) {
+    const V even = every_second<0>(v[0], v[1]);
+    v[1] = every_second<1>(v[0], v[1]);
+    v[0] = even;
+  }
+#endif
+}
+template <class T, class V, int parts>
+MRCN_INLINE void to_order(V (&v)[parts]) {
+#if defined(__AVX512F__)
+  if constexpr (by_parity<T> && parts == 2) {
+    const V low = alternate<0>(v[0], v[1]);
+    v[1] = alternate<8>(v[0], v[1]);
+    v[0] = low;
+  }
+#endif
+}
+
+// Reads one element, a vector or a line, and asks for what stands `distance` bytes further on.
+template <class T, int vectors, class V, int parts>
+MRCN_INLINE void fetch(const T* p, constant<vectors>, V (&out)[parts], int64_t distance = 0) {
+  static_assert(parts == parts_of<vectors>);
+  if (vectors > 0 && distance > 0) prefetch(reinterpret_cast<const char*>(p) + distance);
+  if constexpr (vectors == 0) {
+    out[0] = get(p);
+#if defined(__AVX512F__)
+  } else if constexpr (by_parity<T> && vectors == 2) {
+    const words line = copy_in<words>(p);
+    out[0] = (vec<float>)(line << 16);
+    out[1] = (vec<float>)(line & 0xffff0000u);
+#endif
+  } else {
+    unroll<parts>([&](auto part) MRCN_BODY { out[part.v] = load(p + part.v * lanes<acc_t<T>>); });
+  }
+}
+
+// Single elements are stored plainly whatever `stream` says.
+template <bool stream = false, class T, int vectors, class V, int parts>
+MRCN_INLINE void keep(T* p, constant<vectors>, const V (&v)[parts]) {
+  static_assert(parts == parts_of<vectors>);
+  if constexpr (vectors == 0) {
+    put(p, v[0]);
+#if defined(__AVX512F__)
+  } else if constexpr (by_parity<T> && vectors == 2) {
+    copy_out<stream>(p, both_to_bf16(v[0], v[1]));
+#endif
+  } else {
+    unroll<parts>([&](auto part) MRCN_BODY { store<stream>(p + part.v * lanes<acc_t<T>>, v[part.v]); });
+  }
+}
+
+}  // namespace
+}  // namespace mrcn::MRCN_ISA
