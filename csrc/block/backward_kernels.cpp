@@ -180,10 +180,13 @@ class Backward : Call<P, A> {
     });
     this->each_channel(group.pool, group.samples() * this->parts_, [&](int64_t c) {
       for (int64_t i = group.first; i < group.last; ++i) {
-        for (int64_t chunk = 1; chunk < this->parts_; ++chunk) {
-          for (int s = 0; s < P::sums; ++s) sums(group, i)[s * C + c] += sums(group, i, chunk)[s * C + c];
-          for (int j = 0; j < P::inputs && this->extremes_; ++j)
-            counts(group, i, 0, j)[c] += counts(group, i, chunk, j)[c];
+        for (int s = 0; s < P::sums; ++s) {
+          Total<double> total;
+          for (int64_t part = 0; part < this->parts_; ++part) total += sums(group, i, part)[s * C + c];
+          sums(group, i)[s * C + c] = total.get();
+        }
+        for (int64_t part = 1; part < this->parts_ && this->extremes_; ++part) {
+          for (int j = 0; j < P::inputs; ++j) counts(group, i, 0, j)[c] += counts(group, i, part, j)[c];
         }
       }
     });

@@ -175,30 +175,34 @@ void make_plane(const acc_t<T>* k, Pointers x, Pointers y, int64_t n, bool strea
   }
 }
 
+// How many terms a `Total` takes; in double, all of them.
+template <class A>
+constexpr int64_t terms = sizeof(A) == sizeof(double) ? int64_t(1) << 40 : single_terms;
+
 template <class P, class T>
 void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* sums) {
   using A = acc_t<T>;
   constexpr int64_t W = lanes<A>, line = line_vectors<T> * W;
   const Spread<A, P::inputs> means(mean);
   WideSum<A> wide[P::sums];
-  A rest[P::sums] = {};
+  Total<A> rest[P::sums];
   int64_t at = 0;
   while (at + W <= n) {
-    vec<A> acc[P::sums] = {};
+    Total<vec<A>> acc[P::sums];
     const auto add = [&](int64_t here, auto count) MRCN_BODY {
       sum_at<P, T, vec<A>>([&](auto) MRCN_BODY { return means.wide; }, x, g, here,
           [&](auto) MRCN_BODY { return acc; }, count, ahead);
     };
-    const int64_t end = least(at + single_terms * W, n);
+    const int64_t end = least(at + terms<A> * W, n);
     for (; at + line <= end; at += line) add(at, constant<line_vectors<T>>{});
     for (; at + W <= end; at += W) add(at, constant<1>{});
-    unroll<P::sums>([&](auto s) MRCN_BODY { wide[s.v].add(acc[s.v]); });
+    unroll<P::sums>([&](auto s) MRCN_BODY { wide[s.v].add(acc[s.v].get()); });
   }
   for (; at < n; ++at) {
     sum_at<P, T, A>([&](auto) MRCN_BODY { return means.one; }, x, g, at, [&](auto) MRCN_BODY { return rest; },
         constant<0>{}, 0);
   }
-  unroll<P::sums>([&](auto s) MRCN_BODY { sums[s.v] = wide[s.v].total() + double(rest[s.v]); });
+  unroll<P::sums>([&](auto s) MRCN_BODY { sums[s.v] = wide[s.v].total() + double(rest[s.v].get()); });
 }
 
 template <class P, class T, bool stream, bool extremes>
@@ -305,13 +309,13 @@ template <class P, class T>
 void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, double* sums) {
   using A = acc_t<T>;
   const int64_t next = single_terms * x.pitch[0] * int64_t(sizeof(T));
-  for (int64_t first = 0; first < rows; first += single_terms) {
-    const int64_t end = least(rows, first + single_terms);
+  for (int64_t first = 0; first < rows; first += terms<A>) {
+    const int64_t end = least(rows, first + terms<A>);
     over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
       using V = one_or_vector<A, vectors>;
       constexpr int parts = parts_of<vectors>;
       const Coefficients<T, P::inputs, vectors> means(mean, channels, c);
-      V acc[parts][P::sums] = {};
+      Total<V> acc[parts][P::sums];
       for (int64_t row = first; row < end; ++row) {
         const RowsAt<T, P::inputs, 1> in(x, row);
         const RowsAt<T, P::all, 1> of(g, row);
@@ -320,7 +324,7 @@ void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channe
       }
       unroll<P::sums>([&](auto s) MRCN_BODY {
         V one[parts];
-        unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = acc[part.v][s.v]; });
+        unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = acc[part.v][s.v].get(); });
         to_order<T>(one);
         double* to = sums + s.v * channels + c;
         unroll<parts>([&](auto part) MRCN_BODY { add_doubles(to + part.v * lanes<A>, one[part.v]); });

@@ -81,7 +81,7 @@ MRCN_INLINE void make_sets(const V* k, const V* x, V* y) {
 }
 
 template <class P, class V>
-MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, V* sums) {
+MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, Total<V>* sums) {
   unroll<P::sets>([&](auto s) MRCN_BODY {
     sums[P::S(s.v)] += g[s.v];
     unroll<P::inputs>([&](auto j) MRCN_BODY {

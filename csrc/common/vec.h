@@ -316,6 +316,31 @@ MRCN_INLINE vec<double> root(vec<double> x) {
 #endif
 }
 
+// A sum in the type of its terms, one or a vector. In double, where there is no wider one to add parts up in,
+// it comes with what rounding left of it (Knuth): equal terms would all leave the same.
+template <class V>
+struct Total {
+  V value{};
+
+  MRCN_INLINE void operator+=(V term) { value += term; }
+  MRCN_INLINE V get() const { return value; }
+};
+template <class V>
+struct ExactTotal {
+  V value{}, rest{};
+
+  MRCN_INLINE void operator+=(V term) {
+    const V before = value, after = before + term, added = after - before;
+    rest += (before - (after - added)) + (term - added);
+    value = after;
+  }
+  MRCN_INLINE V get() const { return rest - rest == 0 ? value + rest : value; }
+};
+template <>
+struct Total<double> : ExactTotal<double> {};
+template <>
+struct Total<vec<double>> : ExactTotal<vec<double>> {};
+
 // A sum of vectors, lane by lane in double.
 template <class A>
 struct WideSum {
