@@ -13,24 +13,28 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// Of one plane (R is double) or of as many as a vector has doubles.
+// Of one plane (R is double) or of as many as a vector has doubles. The mean is kept as the first part's and
+// what it is off by: far from zero, each part's share would be rounded to the last place of the mean.
 template <class R>
 struct MomentsOf {
   double count = 0;
-  R mean{}, squares{};  // squares = Σ (x - mean)²
+  R first{}, off{}, squares{};  // squares = Σ (x - mean)²
 
   MRCN_INLINE void join(double n, R other_mean, R other_squares) {
-    const R delta = other_mean - mean;
     const double total = count + n;
     if (count == 0) {
-      mean = other_mean;
+      first = other_mean;
       squares = other_squares;
     } else {
-      mean += delta * (n / total);
+      const R delta = (other_mean - first) - off;
+      off += delta * (n / total);
       squares += other_squares + delta * delta * (count * n / total);
     }
     count = total;
   }
+  MRCN_INLINE R mean() const { return first + off; }
+  // What the mean is beyond `rounded`.
+  MRCN_INLINE R beyond(R rounded) const { return (first - rounded) + off; }
 };
 using Moments = MomentsOf<double>;
 
@@ -165,9 +169,9 @@ MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, d
   for (int64_t k = 0; k < count; k += W) {
     const R sum = doubles<R>(values[1] + k), off = sum / n;
     MomentsOf<R> m;
-    if (before > 0) m = {before, doubles<R>(out.mean + c + k), doubles<R>(out.squares + c + k)};
+    if (before > 0) m = {before, doubles<R>(out.mean + c + k), R{}, doubles<R>(out.squares + c + k)};
     m.join(n, doubles<R>(values[0] + k) + off, doubles<R>(values[2] + k) - off * sum);
-    put_doubles(out.mean + c + k, m.mean);
+    put_doubles(out.mean + c + k, m.mean());
     put_doubles(out.squares + c + k, m.squares);
   }
 }
