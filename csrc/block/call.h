@@ -21,9 +21,9 @@ namespace {
 // Bytes of a group's feature maps that are to stay in the outer cache until they are read again.
 constexpr int64_t group_bytes = 4 << 20;
 // Up to here the groups of several threads stay there side by side.
-constexpr int64_t cache_bytes = 16 << 20;
+constexpr int64_t cache_bytes = 10 << 20;
 // Up to here the groups stay there that are written and those that are read meanwhile.
-constexpr int64_t turns_bytes = 12 << 20;
+constexpr int64_t turns_bytes = 20 << 20;
 // Elements a thread should have to do before another one is woken.
 constexpr int64_t thread_elements = 16384;
 
