@@ -8,7 +8,6 @@ namespace {
 template <class P, class A>
 class Backward : Call<P, A> {
   using Base = Call<P, A>;
-  friend Base;
 
  public:
   Backward(const BlockBackward& call, const Passes<A>& passes)
@@ -22,7 +21,27 @@ class Backward : Call<P, A> {
   }
 
   void run() {
-    this->template each_group<Scratch>(P::inputs + this->all_, *this);
+    this->template each_group<Scratch>(P::inputs + this->all_, [&](const auto& group) {
+      if (this->extremes_) find_extremes(group);
+      this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
+        using V = one_or_more<wide>;
+        for (int64_t i = group.first; i < group.last; ++i) {
+          for (int j = 0; j < P::inputs; ++j) {
+            this->template pool<V>(this->template plane<V>(statistics_, j, i, c), j, i, c);
+          }
+        }
+      });
+      if (this->shape_.pixels) {
+        row_sums(group);
+      } else {
+        plane_sums(group);
+      }
+      this->gates_.squeeze(group.pool, group.first, group.last);
+      gate_gradients(group);
+      this->gates_.backward(group.pool, group.first, group.last);
+      coefficients(group);
+      make(group);
+    });
     this->gates_.parameter_gradients(call_.gate_gradient);
     norm_gradients();
   }
@@ -80,39 +99,10 @@ class Backward : Call<P, A> {
     return A(this->extreme(this->plane(statistics_, j, i, c), j, i, c));
   }
 
-  void prepare(const Samples& group) const {
-    if (this->extremes_) find_extremes(group);
-    this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
-      using V = one_or_more<wide>;
-      for (int64_t i = group.first; i < group.last; ++i) {
-        for (int j = 0; j < P::inputs; ++j) {
-          this->template pool<V>(this->template plane<V>(statistics_, j, i, c), j, i, c);
-        }
-      }
-    });
-  }
-
-  void read(const Samples& group, int64_t i, int64_t unit) const {
-    if (this->shape_.pixels) {
-      row_sums(group, i, unit);
-    } else {
-      plane_sums(group, i, unit);
-    }
-  }
-
-  void decide(const Samples& group) const {
-    if (this->parts_ > 1) join(group);
-    this->gates_.squeeze(group.pool, group.first, group.last);
-    gate_gradients(group);
-    this->gates_.backward(group.pool, group.first, group.last);
-    coefficients(group);
-  }
-
   // Sought once more: kept from the forward they would double what the block holds for its backward.
   void find_extremes(const Samples& group) const {
     const int64_t C = this->C_;
-    this->each_unit(group.pool, group.samples(), [&](int64_t number, int64_t unit) {
-      const int64_t i = group.first + number;
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
       Buffer<A> scratch(3 * C);
       Buffer<double> moments(2 * C);
       for (int j = 0; j < P::inputs; ++j) {
@@ -145,50 +135,49 @@ class Backward : Call<P, A> {
     });
   }
 
-  void plane_sums(const Samples& group, int64_t i, int64_t c) const {
-    A mean[P::inputs];
-    void *x[P::inputs], *g[Base::most_sets];
-    int64_t unused[Base::most_sets];
-    double found[P::sums];
-    this->units_of(this->inputs_, P::inputs, i, c, x, unused);
-    this->units_of(gradients_ + this->made_, P::sets, i, c, g, unused);
-    for (int j = 0; j < P::inputs; ++j) mean[j] = statistics_[this->at(j, i, c) * 2];
-    this->passes_.sum_plane(mean, x, g, this->L_, found);
-    for (int s = 0; s < P::sums; ++s) sums(group, i)[s * this->C_ + c] = found[s];
-    if (this->extremes_) {
-      for (int j = 0; j < P::inputs; ++j) {
-        counts(group, i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme_of(j, i, c));
-      }
-    }
-  }
-
-  void row_sums(const Samples& group, int64_t i, int64_t chunk) const {
-    const int64_t C = this->C_;
-    Buffer<A> mean(P::inputs * C);
-    void *x[P::inputs], *g[Base::most_sets];
-    int64_t x_pitch[P::inputs], g_pitch[Base::most_sets];
-    this->units_of(this->inputs_, P::inputs, i, chunk, x, x_pitch);
-    this->units_of(gradients_ + this->made_, P::sets, i, chunk, g, g_pitch);
-    for (int j = 0; j < P::inputs; ++j) {
-      for (int64_t c = 0; c < C; ++c) mean.data[j * C + c] = statistics_[this->at(j, i, c) * 2];
-    }
-    const int64_t rows = this->chunk_rows(chunk);
-    for (int64_t n = 0; n < P::sums * C; ++n) sums(group, i, chunk)[n] = 0.0;
-    this->passes_.sum_rows(mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, sums(group, i, chunk));
-    if (this->extremes_) {
-      for (int j = 0; j < P::inputs; ++j) {
-        for (int64_t c = 0; c < C; ++c) {
-          mean.data[j * C + c] = extreme_of(j, i, c);
-          counts(group, i, chunk, j)[c] = 0.0;
+  void plane_sums(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t c) {
+      A mean[P::inputs];
+      void *x[P::inputs], *g[Base::most_sets];
+      int64_t unused[Base::most_sets];
+      double found[P::sums];
+      this->units_of(this->inputs_, P::inputs, i, c, x, unused);
+      this->units_of(gradients_ + this->made_, P::sets, i, c, g, unused);
+      for (int j = 0; j < P::inputs; ++j) mean[j] = statistics_[this->at(j, i, c) * 2];
+      this->passes_.sum_plane(mean, x, g, this->L_, found);
+      for (int s = 0; s < P::sums; ++s) sums(group, i)[s * this->C_ + c] = found[s];
+      if (this->extremes_) {
+        for (int j = 0; j < P::inputs; ++j) {
+          counts(group, i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme_of(j, i, c));
         }
-        this->passes_.rows_count(x[j], rows, x_pitch[j], C, mean.data + j * C, counts(group, i, chunk, j));
       }
-    }
+    });
   }
 
-  // The sums over planes from those of their parts.
-  void join(const Samples& group) const {
+  void row_sums(const Samples& group) const {
     const int64_t C = this->C_;
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t chunk) {
+      Buffer<A> mean(P::inputs * C);
+      void *x[P::inputs], *g[Base::most_sets];
+      int64_t x_pitch[P::inputs], g_pitch[Base::most_sets];
+      this->units_of(this->inputs_, P::inputs, i, chunk, x, x_pitch);
+      this->units_of(gradients_ + this->made_, P::sets, i, chunk, g, g_pitch);
+      for (int j = 0; j < P::inputs; ++j) {
+        for (int64_t c = 0; c < C; ++c) mean.data[j * C + c] = statistics_[this->at(j, i, c) * 2];
+      }
+      const int64_t rows = this->chunk_rows(chunk);
+      for (int64_t n = 0; n < P::sums * C; ++n) sums(group, i, chunk)[n] = 0.0;
+      this->passes_.sum_rows(mean.data, {x, x_pitch}, {g, g_pitch}, rows, C, sums(group, i, chunk));
+      if (this->extremes_) {
+        for (int j = 0; j < P::inputs; ++j) {
+          for (int64_t c = 0; c < C; ++c) {
+            mean.data[j * C + c] = extreme_of(j, i, c);
+            counts(group, i, chunk, j)[c] = 0.0;
+          }
+          this->passes_.rows_count(x[j], rows, x_pitch[j], C, mean.data + j * C, counts(group, i, chunk, j));
+        }
+      }
+    });
     this->each_channel(group.pool, group.samples() * this->parts_, [&](int64_t c) {
       for (int64_t i = group.first; i < group.last; ++i) {
         for (int s = 0; s < P::sums; ++s) {
@@ -263,20 +252,22 @@ class Backward : Call<P, A> {
     k[P::k3(j)] = (1.0 - p.a) * gradient / doubles<R>(counts(group, i, 0, j) + c);
   }
 
-  void write(int64_t i, int64_t unit) const {
-    void *x[P::inputs], *g[Base::most_sets], *dx[P::inputs];
-    int64_t x_pitch[P::inputs], g_pitch[Base::most_sets], dx_pitch[P::inputs];
-    this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
-    this->units_of(gradients_, this->all_, i, unit, g, g_pitch);
-    this->units_of(call_.input_gradients, P::inputs, i, unit, dx, dx_pitch);
-    if (this->shape_.pixels) {
-      this->passes_.gradient_rows(coefficient(i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch},
-          this->chunk_rows(unit), this->C_, call_.stream, this->extremes_);
-    } else {
-      A k[P::backward_slots];
-      for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
-      this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->extremes_);
-    }
+  void make(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
+      void *x[P::inputs], *g[Base::most_sets], *dx[P::inputs];
+      int64_t x_pitch[P::inputs], g_pitch[Base::most_sets], dx_pitch[P::inputs];
+      this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
+      this->units_of(gradients_, this->all_, i, unit, g, g_pitch);
+      this->units_of(call_.input_gradients, P::inputs, i, unit, dx, dx_pitch);
+      if (this->shape_.pixels) {
+        this->passes_.gradient_rows(coefficient(i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch},
+            this->chunk_rows(unit), this->C_, call_.stream, this->extremes_);
+      } else {
+        A k[P::backward_slots];
+        for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
+        this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->extremes_);
+      }
+    });
   }
 
   void norm_gradients() const {

@@ -21,9 +21,7 @@ namespace {
 // Bytes of a group's feature maps that are to stay in the outer cache until they are read again.
 constexpr int64_t group_bytes = 4 << 20;
 // Up to here the groups of several threads stay there side by side.
-constexpr int64_t cache_bytes = 10 << 20;
-// Up to here the groups stay there that are written and those that are read meanwhile.
-constexpr int64_t turns_bytes = 20 << 20;
+constexpr int64_t cache_bytes = 16 << 20;
 // Elements a thread should have to do before another one is woken.
 constexpr int64_t thread_elements = 16384;
 
@@ -90,7 +88,7 @@ class Call {
         C_(shape.channels),
         L_(shape.length),
         extremes_(shape.gate == Gate::cbam_channel),
-        chunk_(most<int64_t>(128, (L_ + 63) / 64)),
+        chunk_(most<int64_t>(256, (L_ + 63) / 64)),
         chunks_((L_ + chunk_ - 1) / chunk_),
         parts_(shape.pixels ? chunks_ : 1),
         inputs_(inputs),
@@ -100,43 +98,19 @@ class Call {
     if (extremes_) extreme_values_.allocate(P::inputs * N_ * C_ * 2);
   }
 
-  // Takes groups of samples, which read `maps` maps, through four steps: steps.prepare(group),
-  // steps.read(group, sample, unit) for every unit, steps.decide(group), steps.write(sample, unit) for every
-  // unit. A unit is a channel's plane or a chunk of rows. Where the cache holds the groups in flight twice
-  // over, a group's writing takes turns with the next one's reading, unit by unit: memory does both at once.
-  // Scratch(call, samples), room for a group from `prepare` to `decide`, is made once for the groups that
-  // follow one another.
-  template <class Scratch, class Steps>
-  void each_group(int maps, const Steps& steps) const {
+  // f(group) for groups of samples that read `maps` maps. Scratch(call, samples), room for a group of so
+  // many, is made once for the groups that follow one another.
+  template <class Scratch, class F>
+  void each_group(int maps, const F& f) const {
     const int64_t threads = shape_.threads, sample_bytes = maps * C_ * L_ * element_size(shape_.dtype);
     const int64_t fits = group_bytes / sample_bytes, rounds = (N_ + threads - 1) / threads;
     const bool busy = 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
     const bool own = threads > 1 && busy && threads * sample_bytes <= cache_bytes;
     const int64_t size = most<int64_t>(1, own ? fits / threads : fits);
-    const bool in_turns = 2 * (own ? threads : 1) * size * sample_bytes <= turns_bytes;
     const auto groups = [&](ParallelFor pool, int64_t begin, int64_t end) {
       const Scratch scratch(*this, least(size, end - begin));
-      for (int64_t first = begin - size; first < end; first += size) {
-        const Group<Scratch> next{
-            pool, first + size, most(first + size, least(first + 2 * size, end)), scratch};
-        const int64_t written = first < begin ? 0 : least(size, end - first);
-        if (next.samples() > 0) steps.prepare(next);
-        const auto write = [&](int64_t i, int64_t unit) {
-          if (i < written) steps.write(first + i, unit);
-        };
-        const auto read = [&](int64_t i, int64_t unit) {
-          if (i < next.samples()) steps.read(next, next.first + i, unit);
-        };
-        if (in_turns) {
-          each_unit(pool, most(written, next.samples()), [&](int64_t i, int64_t unit) {
-            write(i, unit);
-            read(i, unit);
-          });
-        } else {
-          each_unit(pool, written, write);
-          each_unit(pool, next.samples(), read);
-        }
-        if (next.samples() > 0) steps.decide(next);
+      for (int64_t first = begin; first < end; first += size) {
+        f(Group<Scratch>{pool, first, least(first + size, end), scratch});
       }
     };
     if (!own) return groups(shape_.parallel, 0, N_);
@@ -144,13 +118,13 @@ class Call {
         [&](int64_t begin, int64_t end) { groups(serial, begin, end); });
   }
 
-  // f(number of the sample, channel) over planes, or f(number of the sample, chunk of rows).
+  // f(sample, channel) over planes, or f(sample, chunk of rows).
   template <class F>
-  void each_unit(ParallelFor pool, int64_t samples, const F& f) const {
+  void each_unit(ParallelFor pool, int64_t first, int64_t last, const F& f) const {
     const int64_t units = shape_.pixels ? chunks_ : C_;
     const int64_t elements = shape_.pixels ? least(chunk_, L_) * C_ : L_;
-    parallel(pool, samples * units, thread_elements / elements, [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) f(unit / units, unit % units);
+    parallel(pool, (last - first) * units, thread_elements / elements, [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) f(first + unit / units, unit % units);
       stream_fence();
     });
   }

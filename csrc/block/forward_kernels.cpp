@@ -10,7 +10,6 @@ namespace {
 template <class P, class A>
 class Forward : Call<P, A> {
   using Base = Call<P, A>;
-  friend Base;
 
  public:
   Forward(const BlockForward& call, const Passes<A>& passes)
@@ -20,7 +19,19 @@ class Forward : Call<P, A> {
         offsets_(P::inputs * this->N_ * this->C_),
         coefficients_(this->N_ * P::forward_slots * this->C_) {}
 
-  void run() { this->template each_group<Scratch>(P::inputs, *this); }
+  void run() {
+    this->template each_group<Scratch>(P::inputs, [&](const auto& group) {
+      if (this->shape_.pixels) {
+        row_statistics(group);
+      } else {
+        plane_statistics(group);
+      }
+      join(group);
+      this->gates_.squeeze(group.pool, group.first, group.last);
+      coefficients(group);
+      make(group);
+    });
+  }
 
  private:
   struct Scratch {
@@ -38,36 +49,22 @@ class Forward : Call<P, A> {
   MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::forward_slots * this->C_; }
   MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const { return offsets_.data[this->at(j, i, c)]; }
 
-  void prepare(const Samples&) const {}
-
-  void read(const Samples& group, int64_t i, int64_t unit) const {
-    if (this->shape_.pixels) {
-      row_statistics(group, i, unit);
-    } else {
-      plane_statistics(group, i, unit);
-    }
-  }
-
-  void decide(const Samples& group) const {
-    join(group);
-    this->gates_.squeeze(group.pool, group.first, group.last);
-    coefficients(group);
-  }
-
-  void plane_statistics(const Samples& group, int64_t i, int64_t c) const {
-    for (int j = 0; j < P::inputs; ++j) {
-      Extremes<A> extremes;
-      const void* x = this->unit_of(this->inputs_[j], i, c);
-      const Moments m = this->passes_.plane_moments(x, this->L_, this->extremes_ ? &extremes : nullptr);
-      if (this->extremes_) {
-        A* e = this->extreme_values(j, i, c);
-        e[0] = extremes.maximum;
-        e[1] = extremes.minimum;
+  void plane_statistics(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t c) {
+      for (int j = 0; j < P::inputs; ++j) {
+        Extremes<A> extremes;
+        const void* x = this->unit_of(this->inputs_[j], i, c);
+        const Moments m = this->passes_.plane_moments(x, this->L_, this->extremes_ ? &extremes : nullptr);
+        if (this->extremes_) {
+          A* e = this->extreme_values(j, i, c);
+          e[0] = extremes.maximum;
+          e[1] = extremes.minimum;
+        }
+        const ChannelMoments<A> out = partial(group, j, i, 0);
+        out.mean[c] = m.mean();
+        out.squares[c] = m.squares;
       }
-      const ChannelMoments<A> out = partial(group, j, i, 0);
-      out.mean[c] = m.mean();
-      out.squares[c] = m.squares;
-    }
+    });
   }
 
   MRCN_INLINE ChannelMoments<A> partial(const Samples& group, int j, int64_t i, int64_t part) const {
@@ -78,13 +75,16 @@ class Forward : Call<P, A> {
     return {moments, moments + C, extremes, extremes == nullptr ? nullptr : extremes + C};
   }
 
-  void row_statistics(const Samples& group, int64_t i, int64_t chunk) const {
-    Buffer<A> scratch(3 * this->C_);
-    for (int j = 0; j < P::inputs; ++j) {
-      const FeatureMap& x = this->inputs_[j];
-      this->passes_.rows_moments(this->unit_of(x, i, chunk), this->chunk_rows(chunk), x.pixel, this->C_,
-          scratch.data, partial(group, j, i, chunk), this->extremes_);
-    }
+  void row_statistics(const Samples& group) const {
+    const int64_t C = this->C_;
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t chunk) {
+      Buffer<A> scratch(3 * C);
+      for (int j = 0; j < P::inputs; ++j) {
+        const FeatureMap& x = this->inputs_[j];
+        this->passes_.rows_moments(this->unit_of(x, i, chunk), this->chunk_rows(chunk), x.pixel, C,
+            scratch.data, partial(group, j, i, chunk), this->extremes_);
+      }
+    });
   }
 
   // Planes' statistics, and what the gates see of them, from the moments of their parts.
@@ -141,19 +141,21 @@ class Forward : Call<P, A> {
     });
   }
 
-  void write(int64_t i, int64_t unit) const {
-    void *x[P::inputs], *y[Base::most_sets];
-    int64_t x_pitch[P::inputs], y_pitch[Base::most_sets];
-    this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
-    this->units_of(call_.outputs, this->all_, i, unit, y, y_pitch);
-    if (this->shape_.pixels) {
-      this->passes_.make_rows(
-          coefficient(i), {x, x_pitch}, {y, y_pitch}, this->chunk_rows(unit), this->C_, call_.stream);
-    } else {
-      A k[P::forward_slots];
-      for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
-      this->passes_.make_plane(k, x, y, this->L_, call_.stream);
-    }
+  void make(const Samples& group) const {
+    this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
+      void *x[P::inputs], *y[Base::most_sets];
+      int64_t x_pitch[P::inputs], y_pitch[Base::most_sets];
+      this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
+      this->units_of(call_.outputs, this->all_, i, unit, y, y_pitch);
+      if (this->shape_.pixels) {
+        this->passes_.make_rows(
+            coefficient(i), {x, x_pitch}, {y, y_pitch}, this->chunk_rows(unit), this->C_, call_.stream);
+      } else {
+        A k[P::forward_slots];
+        for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
+        this->passes_.make_plane(k, x, y, this->L_, call_.stream);
+      }
+    });
   }
 
   const BlockForward& call_;

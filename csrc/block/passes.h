@@ -116,18 +116,6 @@ MRCN_INLINE void gradient_at(
   keep_maps<T, stream, P::inputs>(dx, at, n, out);
 }
 
-constexpr int64_t page_bytes = 4096;
-
-// Asks for a line of each of `bytes` bytes' pages, `from` bytes behind where each of the maps stands: what is
-// streamed past the caches has its address looked up all the same, and a page that nobody asked for takes as
-// long as its stores.
-template <int maps>
-MRCN_INLINE void open_pages(Pointers map, int64_t from, int64_t bytes) {
-  for (int64_t page = 0; page < bytes; page += page_bytes) {
-    unroll<maps>([&](auto m) MRCN_BODY { prefetch(static_cast<char*>(map[m.v]) + from + page); });
-  }
-}
-
 // --- planes ---------------------------------------------------------------------------------------------
 
 // Pixels until every one of the n maps stands at a whole line's address; -1 where they never do together.
@@ -179,8 +167,7 @@ __attribute__((noinline)) void make_plane_as(
 
 template <class P, class T>
 void make_plane(const acc_t<T>* k, Pointers x, Pointers y, int64_t n, bool stream) {
-  const int64_t head = stream ? until_aligned<T, P::all>(y, n) : -1, bytes = n * int64_t(sizeof(T));
-  if (stream) open_pages<P::all>(y, bytes, bytes);  // the next channel's, as a rule
+  const int64_t head = stream ? until_aligned<T, P::all>(y, n) : -1;
   if (head >= 0) {
     make_plane_as<P, T, true>(k, x, y, head, n);
   } else {
@@ -234,8 +221,6 @@ template <class P, class T>
 void gradient_plane(
     const acc_t<T>* k, Pointers x, Pointers g, Pointers dx, int64_t n, bool stream, bool extremes) {
   const int64_t head = stream && !extremes ? until_aligned<T, P::inputs>(dx, n) : -1;
-  const int64_t bytes = n * int64_t(sizeof(T));
-  if (stream) open_pages<P::inputs>(dx, bytes, bytes);
   if (extremes) {
     gradient_plane_as<P, T, false, true>(k, x, g, dx, 0, n);
   } else if (head >= 0) {
@@ -300,7 +285,6 @@ __attribute__((noinline)) void make_rows_as(
   over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row);
     const RowsAt<T, P::all, count> out(y, row);
-    if constexpr (stream) open_pages<P::all>(out.of[0], rows_ahead<T>(y), rows_ahead<T>(y) / 2);
     over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
       using K = Coefficients<T, P::forward_slots, vectors>;
       const K kv(k, channels, c);
@@ -357,7 +341,6 @@ __attribute__((noinline)) void gradient_rows_as(
   over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
     const RowsAt<T, P::all, count> of(g, row);
-    if constexpr (stream) open_pages<P::inputs>(out.of[0], rows_ahead<T>(dx), rows_ahead<T>(dx) / 2);
     over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
       using K = Coefficients<T, slots, vectors>;
       const K kv(k, channels, c);

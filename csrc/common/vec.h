@@ -409,7 +409,7 @@ MRCN_INLINE void add_scaled(A* y, A k, const A* x, int64_t n) {
 MRCN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Bytes between what is read and what is asked for.
-constexpr int64_t ahead = 8192;
+constexpr int64_t ahead = 4096;
 
 template <int value>
 struct constant {

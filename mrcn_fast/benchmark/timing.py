@@ -13,9 +13,10 @@ import ctypes
 import gc
 import os
 import platform
+import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -86,21 +87,33 @@ def check(rivals: Rivals, tolerance: float = 1e-4) -> None:
 
 
 def measure(rivals: Rivals, seconds: float, least: int = 7) -> dict[str, Timing]:
-    """Interleaved timing (A B C A B C ...) until ``seconds`` are over, at least so many rounds."""
+    """Interleaved timing, one call of every rival a round, until ``seconds`` are over, at least so many."""
     for rival in rivals.values():
         rival()
         rival()
     taken: dict[str, list[float]] = {name: [] for name in rivals}
     end = time.perf_counter() + seconds
+    orders = _orders(rivals)
     rounds = 0
     while rounds < least or time.perf_counter() < end:
-        for name, rival in rivals.items():
+        for name in next(orders):
             start = time.perf_counter()
-            result = rival()
+            result = rivals[name]()
             taken[name].append(time.perf_counter() - start)
             del result
         rounds += 1
     return {name: Timing(*quantiles(times)) for name, times in taken.items()}
+
+
+def _orders(rivals: Rivals) -> Iterator[list[str]]:
+    """The rivals of each round, in an order drawn anew.
+
+    A call pays for what the one before it left in the caches, such as the lines that a copy wrote; in one
+    order it would always pay for the same one's.
+    """
+    shuffled = random.Random(0)
+    while True:
+        yield shuffled.sample(list(rivals), len(rivals))
 
 
 def quantiles(times: list[float]) -> tuple[float, float, float]:
@@ -172,15 +185,16 @@ def measure_gpu(
     rate = pause_rate()
     taken: dict[str, list[float]] = {name: [] for name in rivals}
     end = time.perf_counter() + seconds
+    orders = _orders(rivals)
     rounds = 0
     while rounds < least or time.perf_counter() < end:
-        for name, rival in rivals.items():
+        for name in next(orders):
             start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if not waits:
                 # Long enough for the host to queue the whole call: the GPU finds no gaps then.
                 torch.cuda._sleep(int(rate * (2e-6 * costs[name].host + 1e-4)))
             start.record()
-            result = rival()
+            result = rivals[name]()
             stop.record()
             stop.synchronize()
             taken[name].append(1e-3 * start.elapsed_time(stop))
