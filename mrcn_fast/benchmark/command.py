@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -22,6 +23,8 @@ from mrcn_fast.benchmark.timing import (
     measure_gpu,
     peak_bytes,
 )
+
+PAGES: Final = {"warm": keep_pages_warm, "fresh": keep_pages_fresh}
 
 
 def parser() -> argparse.ArgumentParser:
@@ -47,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--seconds", type=float, default=8.0, help="measuring time of a case (default 8)")
     options.add_argument(
         "--pages",
-        choices=("warm", "fresh"),
+        choices=PAGES,
         default="warm",
         help="outputs on memory used before (warm, default) or on pages new to the process (fresh)",
     )
@@ -111,14 +114,13 @@ def _show(options: argparse.Namespace) -> int:
 def _measure(chosen: Sequence[Case], options: argparse.Namespace) -> int:
     where = results.machine(options.device)
     if torch.device(options.device).type == "cpu":
-        set_up = {"warm": keep_pages_warm, "fresh": keep_pages_fresh}[options.pages]
         # Elsewhere than on glibc the allocator decides.
-        where["pages"] = options.pages if set_up() else "unknown"
+        where["pages"] = options.pages if PAGES[options.pages]() else "unknown"
     print(f"{results.described(where)}, {where['kernels']}")
     print("median of interleaved rounds; ratios are the rival's time over the fused one's\n")
     any_missed = False
     for case in chosen:
-        result = measured(case, options.seconds)
+        result = measured(case, options.seconds, options.pages)
         results.print_row(result)
         any_missed = any_missed or bool(result["missed"])
         if options.out:
@@ -139,14 +141,17 @@ def unmeasurable(device: str) -> str | None:
     return None if status.usable else status.reason
 
 
-def measured(case: Case, seconds: float) -> results.Line:
+def measured(case: Case, seconds: float, pages: str = "warm") -> results.Line:
     """The result of a case, its fused form checked first."""
     torch._dynamo.reset()
     rivals = case.rivals()
     check(rivals, TOLERANCES[case.dtype])
     rivals.pop(EXACT, None)
     if case.device == "cpu":
+        PAGES[pages]()
         timings = measure(rivals, seconds)
+        # Each tensor on pages of its own: in a heap, huge pages reach into what was freed beside a result.
+        keep_pages_fresh()
         peaks = {name: peak_bytes(call) for name, call in rivals.items() if name != "floor"}
         known = {name: peak for name, peak in peaks.items() if peak is not None}
         return results.row(case, timings, peaks=known)
