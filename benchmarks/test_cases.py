@@ -21,7 +21,7 @@ from mrcn_fast.benchmark.timing import TOLERANCES, keep_pages_warm, measure_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASES = {case.name: case for case in cases(os.environ.get("MRCN_FAST_BENCH_SUITE", "table"), DEVICE)}
-MAPS = ("fused", "eager", "compile", "compile collapsed", "floor")
+MAPS = ("fused", "eager", "instance_norm", "compile", "compile collapsed", "floor")
 RIVALS = {name: ("fused", "vectorized", "loop") if "cqc" in name else MAPS for name in CASES}
 
 

@@ -27,6 +27,10 @@ from mrcn_fast.benchmark.forms import (
     collapsed_restitution,
     collapsed_snr,
     compiled,
+    library_block,
+    library_concat,
+    library_restitution,
+    library_snr,
     looped_cqc,
     vectorized_cqc,
 )
@@ -61,12 +65,16 @@ AUTOTUNED: Final = " autotuned"
 
 
 class Operation(NamedTuple):
-    """One of the library's operations: maps read, maps made, its module, and `call(module, *maps)`."""
+    """One of the library's operations: maps read, maps made, its module, and `call(module, *maps)`.
+
+    Then the same with the nearest library's kernel, and collapsed.
+    """
 
     inputs: int
     outputs: int
     make: Callable[..., nn.Module]
     call: Callable[..., tuple[Tensor, ...]]
+    library: Callable[..., tuple[Tensor, ...]]
     collapsed: Callable[..., tuple[Tensor, ...]]
 
     def volumes(self, way: str) -> int:
@@ -80,12 +88,21 @@ class Operation(NamedTuple):
 
 
 OPERATIONS: Final = {
-    "block": Operation(2, 4, MRCNBlock, lambda block, *maps: tuple(block(*maps)[1:5]), collapsed_block),
-    "concat": Operation(2, 6, MRCNBlock, lambda block, *maps: (block(*maps, concat=True),), collapsed_concat),
-    "restitution": Operation(
-        1, 1, MRCNBlock, lambda block, x: (block.restitute(x, "visible"),), collapsed_restitution
+    "block": Operation(
+        2, 4, MRCNBlock, lambda block, *maps: tuple(block(*maps)[1:5]), library_block, collapsed_block
     ),
-    "snr": Operation(1, 3, SNRBlock, lambda block, x: tuple(block(x)), collapsed_snr),
+    "concat": Operation(
+        2, 6, MRCNBlock, lambda block, *maps: (block(*maps, concat=True),), library_concat, collapsed_concat
+    ),
+    "restitution": Operation(
+        1,
+        1,
+        MRCNBlock,
+        lambda block, x: (block.restitute(x, "visible"),),
+        library_restitution,
+        collapsed_restitution,
+    ),
+    "snr": Operation(1, 3, SNRBlock, lambda block, x: tuple(block(x)), library_snr, collapsed_snr),
 }
 
 
@@ -147,6 +164,7 @@ def map_rivals(problem: Problem, plain_forms: bool = True) -> Rivals:
     rivals: Rivals = {"fused": run(partial(operation.call, module), module)}
     if plain_forms:
         rivals["eager"] = run(literal, plain)
+        rivals["instance_norm"] = run(partial(operation.library, plain), plain)
         modes = {"": None} if device == "cpu" else {"": None, AUTOTUNED: "max-autotune-no-cudagraphs"}
         for suffix, mode in modes.items():
             rivals[f"compile{suffix}"] = run(compiled(literal, mode), plain)

@@ -48,6 +48,42 @@ def collapsed_snr(block: SNRBlock, features: Tensor) -> tuple[Tensor, ...]:
     )
 
 
+def library_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor, ...]:
+    """The literal equations around the nearest library kernel, PyTorch's own instance normalization."""
+    f_v, f_n = (_normalized(block, m, x) for m, x in enumerate((visible, infrared)))
+    m_v, m_n = visible - f_v, infrared - f_n
+    z_v, z_n = m_v.mean(dim=(2, 3)), m_n.mean(dim=(2, 3))
+    s = [_spread(gate) for gate in _gates(block.gate.parameter_list(), torch.stack((z_v, z_n, z_v, z_n)))]
+    return f_v + s[0] * m_v, f_v + s[3] * m_n, f_n + s[2] * m_v, f_n + s[1] * m_n
+
+
+def library_concat(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor]:
+    """The same with both inputs, the six sets in one batch."""
+    return (torch.cat((visible, *library_block(block, visible, infrared), infrared)),)
+
+
+def library_restitution(block: MRCNBlock, visible: Tensor) -> tuple[Tensor]:
+    """F₊ of the visible modality, as `library_block` has it."""
+    normalized = _normalized(block, 0, visible)
+    residual = visible - normalized
+    s = _gates([p[:1] for p in block.gate.parameter_list()], residual.mean(dim=(2, 3))[None])[0]
+    return (normalized + _spread(s) * residual,)
+
+
+def library_snr(block: SNRBlock, features: Tensor) -> tuple[Tensor, ...]:
+    """SNR's three maps in the same way."""
+    normalized = _normalized(block, 0, features)
+    residual = features - normalized
+    s = _spread(_gates(block.gate.parameter_list(), residual.mean(dim=(2, 3))[None])[0])
+    return normalized + s * residual, normalized + (1 - s) * residual, normalized
+
+
+def _normalized(block: MRCNBlock | SNRBlock, modality: int, x: Tensor) -> Tensor:
+    return F.instance_norm(
+        x, weight=block.norm_weight[modality], bias=block.norm_bias[modality], eps=block.eps
+    )
+
+
 def _affine(block: MRCNBlock | SNRBlock, modality: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """a and d of F̃ = aF + d, and the mean of M = F - F̃, which is μ - β: (N, C) each."""
     variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)

@@ -28,6 +28,7 @@ FORMS: Final = {
     "fused": ("mrcn_fast", "#1b6ca8"),
     "compile collapsed": ("torch.compile of the collapsed form", "#7fb069"),
     "compile": ("torch.compile of the reference", "#e6aa68"),
+    "instance_norm": ("eager with torch's instance_norm", "#a0522d"),
     "eager": ("eager PyTorch", "#ca3c25"),
     "vectorized": ("vectorised eager", "#e6aa68"),
     "loop": ("a loop over identities", "#ca3c25"),

@@ -153,13 +153,14 @@ def print_table(file: Path) -> None:
 def markdown(found: Iterable[Line]) -> list[str]:
     """Results as the lines of a Markdown table."""
     lines = [
-        "| case | fused | eager | torch.compile | compile of the collapsed form | floors |",
-        "|---|---|---|---|---|---|",
+        "| case | fused | eager | instance_norm | torch.compile | compile of the collapsed form | floors |",
+        "|---|---|---|---|---|---|---|",
     ]
     for result in found:
         case = result["case"]
-        names = ("loop", "vectorized") if "cqc" in case else ("eager", "compile")
-        ratios = [result["ratios"].get(name) for name in (*names, "compile collapsed")]
+        of_maps = ("eager", "instance_norm", "compile", "compile collapsed")
+        names = ("loop", None, "vectorized", None) if "cqc" in case else of_maps
+        ratios = [result["ratios"].get(name) for name in names]
         cells = [f"{result['ms']['fused'][1]:.2f} ms", *("–" if r is None else f"{r:.1f} ×" for r in ratios)]
         floors = result["ratios"].get("floors")
         lines.append(f"| {case} | {' | '.join(cells)} | {'–' if floors is None else f'{floors:.2f}'} |")
