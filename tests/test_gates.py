@@ -299,3 +299,23 @@ def test_whole_cbams_parameters_are_checked(shapes: list[tuple[int, ...]], told:
             features, random(1, 4), random(1, 4), [random(*shape) for shape in shapes], gate="cbam"
         )
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_logits_far_out_and_not_finite(backend: str, dtype: torch.dtype) -> None:
+    """Gates from one end to the other, beyond where e^x overflows; infinite and NaN as eager has them."""
+    torch.manual_seed(0)
+    block, plain = (
+        MRCNBlock(19, device=DEVICE, dtype=dtype, backend=name) for name in (backend, "reference")
+    )
+    with torch.no_grad():
+        bias = block.gate.parameter_list()[3]
+        for gate, end in enumerate((1200.0, 12.0, 95.0, 710.0)):
+            bias[gate] = torch.linspace(-end, end, 19, dtype=dtype)
+        bias[0, 3:6] = torch.tensor((math.inf, -math.inf, math.nan), dtype=dtype)
+    plain.load_state_dict(block.state_dict())
+    maps = torch.randn(2, 2, 19, 4, 5, device=DEVICE, dtype=dtype).unbind()
+    tolerance = 2e-6 if dtype == torch.float32 else 4e-15
+    for made, expected in zip(block(*maps), plain(*maps), strict=True):
+        torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
