@@ -160,7 +160,7 @@ MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, d
   to_order<T>(shift);
   to_order<T>(deviation);
   to_order<T>(squares);
-  constexpr int64_t count = sizeof(shift) / sizeof(A), W = vectors > 0 ? lanes<double> : 1;
+  constexpr int64_t count = parts * (vectors > 0 ? lanes<A> : 1), W = vectors > 0 ? lanes<double> : 1;
   using R = std::conditional_t<(vectors > 0), vec<double>, double>;
   A values[3][count];
   std::memcpy(values[0], shift, sizeof(shift));

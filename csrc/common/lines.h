@@ -74,7 +74,7 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
 
 // The parts of values that stand in order, as a line of T is read.
 template <class T, class V, int parts>
-MRCN_INLINE void to_parts(V (&v)[parts]) {
+MRCN_INLINE void to_parts([[maybe_unused]] V (&v)[parts]) {
 #if defined(__AVX512F__)
   if constexpr (by_parity<T> && parts == 2) {
     const V even = every_second<0>(v[0], v[1]);
@@ -84,7 +84,7 @@ MRCN_INLINE void to_parts(V (&v)[parts]) {
 #endif
 }
 template <class T, class V, int parts>
-MRCN_INLINE void to_order(V (&v)[parts]) {
+MRCN_INLINE void to_order([[maybe_unused]] V (&v)[parts]) {
 #if defined(__AVX512F__)
   if constexpr (by_parity<T> && parts == 2) {
     const V low = alternate<0>(v[0], v[1]);
