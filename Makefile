@@ -19,6 +19,9 @@ fingerprint = { pwd; cat pyproject.toml setup.py mrcn_fast/__init__.py; } | cksu
 installed = $(VENV)/.mrcn-fast-installed
 kept = $(VENV)/.mrcn-fast-constraints.txt
 
+# Empty where there is none, or it is not wanted.
+nvcc = $(if $(filter 0,$(MRCN_FAST_CUDA)),,$(shell "$(bin)/python" -c "import setup; print(setup.find_nvcc())" 2>&-))
+
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
@@ -31,7 +34,7 @@ help:  ## this list
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH='$(TORCH)'"
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
-install: environment torch requirements native  ## make the environment VENV, build the library, install both there
+install: environment torch requirements native  ## make the environment VENV, build the libraries, install all there
 	@"$(bin)/mrcn-fast" info
 
 environment:
@@ -64,11 +67,11 @@ requirements:
 	@if [ ! -x "$(bin)/mrcn-fast" ] || [ "$$(cat "$(installed)" 2>/dev/null)" != "$$($(fingerprint))" ]; then \
 	  echo "Installing mrcn-fast and what it needs into $(VENV)"; \
 	  $(pip) install -q -c "$(kept)" $(foreach r,$(build_requirements),"$(r)") \
-	  && MRCN_FAST_NATIVE=0 $(pip) install -q -c "$(kept)" --no-build-isolation -e '.[all]' \
+	  && MRCN_FAST_NATIVE=0 MRCN_FAST_CUDA=0 $(pip) install -q -c "$(kept)" --no-build-isolation -e '.[all]' \
 	  && $(fingerprint) > "$(installed)"; \
 	fi
 
-# Not by pip, which would hide the compiler's output. Ninja rebuilds only what changed.
+# Not by pip, which would hide the compilers' output. Ninja rebuilds only what changed.
 native:
 	@"$(bin)/python" setup.py -q build_ext --inplace
 
@@ -102,9 +105,10 @@ mypy:
 clang-format:
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" --dry-run --Werror
 
-warnings: install  ## compile the library with -Wall -Wextra -Werror
+warnings: install  ## compile the libraries with -Wall -Wextra -Werror
 	bin=$$(cd "$(bin)" && pwd) && "$$bin/cmake" -S . -B $(built) -G Ninja -DCMAKE_BUILD_TYPE=Release \
-	  -DCMAKE_MAKE_PROGRAM="$$bin/ninja" -DPython_EXECUTABLE="$$bin/python" -DMRCN_FAST_WERROR=ON
+	  -DCMAKE_MAKE_PROGRAM="$$bin/ninja" -DPython_EXECUTABLE="$$bin/python" -DMRCN_FAST_WERROR=ON \
+	  -DMRCN_FAST_NVCC="$(nvcc)"
 	"$(bin)/cmake" --build $(built)
 
 format:  ## rewrite the sources in the project's format
@@ -113,6 +117,6 @@ format:  ## rewrite the sources in the project's format
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" -i
 
 clean:  ## remove what builds left (not VENV, not runs/)
-	rm -rf build dist *.egg-info mrcn_fast/_C.* mrcn_fast/_native_build.json
+	rm -rf build dist *.egg-info mrcn_fast/_C.* mrcn_fast/_cuda.so mrcn_fast/_native_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find mrcn_fast tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

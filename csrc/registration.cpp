@@ -1,62 +1,14 @@
-// Every operation's schema, once, and the Python module _C with what is no tensor operation.
+// The operations' names, and the Python module _C with what is no tensor operation.
 //
 // Python adds the shapes for tracing (mrcn_fast/backends/native.py) and the derivatives
 // (mrcn_fast/autograd.py).
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
-#include <torch/csrc/stable/library.h>
 
 #include "common/isa.h"
+#include "schemas.h"
 
-STABLE_TORCH_LIBRARY(mrcn_fast, library) {
-  // Blocks. norm_weight, norm_bias: (modalities, C); gate_parameters: those of mrcn_fast/gates.py; the last
-  // result of a forward is the statistics (modalities, N, C, 2) that its backward takes. A gradient may
-  // be missing.
-  library.def(
-      "block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, Tensor[] "
-      "gate_parameters, "
-      "str gate, float eps, bool to_input) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "block_backward(Tensor? visible_restituted, Tensor? visible_compensated, Tensor? infrared_compensated, "
-      "Tensor? infrared_restituted, Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, "
-      "Tensor norm_bias, Tensor[] gate_parameters, str gate, bool to_input) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
-  library.def(
-      "block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, "
-      "Tensor[] gate_parameters, str gate, float eps, bool to_input) -> (Tensor, Tensor)");
-  library.def(
-      "block_concat_backward(Tensor? features, Tensor visible, Tensor infrared, Tensor statistics, Tensor "
-      "norm_weight, "
-      "Tensor norm_bias, Tensor[] gate_parameters, str gate, bool to_input) "
-      "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])");
-  library.def(
-      "restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, "
-      "str gate, "
-      "float eps, bool to_input) -> (Tensor, Tensor)");
-  library.def(
-      "restitute_backward(Tensor? restituted, Tensor features, Tensor statistics, Tensor norm_weight, Tensor "
-      "norm_bias, "
-      "Tensor[] gate_parameters, str gate, bool to_input) -> (Tensor, Tensor, Tensor, Tensor[])");
-  library.def(
-      "snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str "
-      "gate, float eps) "
-      "-> (Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "snr_backward(Tensor? restituted, Tensor? contaminated, Tensor? normalized, Tensor features, Tensor "
-      "statistics, "
-      "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate) -> (Tensor, Tensor, Tensor, "
-      "Tensor[])");
-  // The loss. features: the six sets, or all stacked in one. Results of the forward: the sum; a slot for each
-  // visible sample with a loss and its identity, in any order, those left over with loss 0 and the largest
-  // int64; how many identities there are; and what the backward wants. It gives the gradient of all sets,
-  // stacked.
-  library.def(
-      "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, bool "
-      "detach_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-  library.def(
-      "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor saved, "
-      "bool detach_negative) -> Tensor");
-}
+STABLE_TORCH_LIBRARY(mrcn_fast, library) { mrcn::define_operations(library); }
 
 PYBIND11_MODULE(_C, module) {
   module.def("build_info", [] {

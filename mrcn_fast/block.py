@@ -110,7 +110,7 @@ def mrcn_block(
         eps: added to the variance.
         restitute_to: what M₊ is added to: "normalized" (F̃, the text) or "input" (F, eq. 5 as printed).
         concat: give the six sets as one (6N, C, H, W) tensor in the order of `MRCNFeatures`.
-        backend: "cpu", "triton", "reference", or None for what serves (see `mrcn_fast.backends`).
+        backend: "cpu", "triton", "cuda", "reference", or None for what serves (see `mrcn_fast.backends`).
 
     Returns:
         `MRCNFeatures`, whose ``visible`` and ``infrared`` are the inputs; with ``concat`` one tensor.
@@ -252,7 +252,7 @@ class MRCNBlock(_Block):
         gate: "se" (the paper), "eca", "cbam-channel", or "cbam", which has a spatial part that no kernel can
             fuse: plain PyTorch serves it on every device.
         restitute_to: "normalized" (default) or "input", see `mrcn_block`.
-        backend: "cpu", "triton", "reference", or None for what serves.
+        backend: "cpu", "triton", "cuda", "reference", or None for what serves.
         device, dtype: of the parameters.
 
     Parameters: ``norm_weight (2, C)``, ``norm_bias (2, C)`` (visible, infrared); ``gate.*`` with a leading 4

@@ -87,18 +87,19 @@ def _info(argv: list[str]) -> int:
     import torch
 
     import mrcn_fast
-    from mrcn_fast.backends import native
+    from mrcn_fast.backends import cuda, native
 
     print(f"mrcn_fast {mrcn_fast.__version__}")
     print(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"python    {platform.python_version()}, {platform.system()} {platform.machine()}")
     devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-    print(f"cuda      {', '.join(devices) or 'no device'}")
+    print(f"gpu       {', '.join(devices) or 'torch sees none'}")
     print("backends")
     for name, status in mrcn_fast.backends().items():
         print(f"  {name:10}{'usable' if status.usable else 'not usable'}: {status.reason}")
-    if build := native.build_info():
-        print("native library")
+    for title, build in (("native library", native.build_info()), ("CUDA part", cuda.build_info())):
+        if build:
+            print(title)
         for key, value in build.items():
             print(f"  {key:10}{', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     return 0

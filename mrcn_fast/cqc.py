@@ -35,7 +35,7 @@ def cqc_loss(
         margin: α.
         reduction: "sum" over identities (the paper), "mean" over them, or "none".
         detach_negative: take the pushed distances D(c±, c_own) as constants.
-        backend: "cpu", "triton", "reference", or None for what serves.
+        backend: "cpu", "triton", "cuda", "reference", or None for what serves.
 
     Returns:
         The scalar loss; for "none" a pair: the loss of each identity (I,) and the identities (I,), ascending.
@@ -105,7 +105,7 @@ class CQCLoss(nn.Module):
         margin: α, 0.2 in the paper.
         reduction: "sum" over identities (the paper), "mean" over them, or "none" (losses and identities).
         detach_negative: take the pushed distances as constants.
-        backend: "cpu", "triton", "reference", or None for what serves.
+        backend: "cpu", "triton", "cuda", "reference", or None for what serves.
     """
 
     def __init__(

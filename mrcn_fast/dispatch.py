@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import reference
-from mrcn_fast.backends import native, triton
+from mrcn_fast.backends import cuda, native, triton
 from mrcn_fast.gates import GATES
 
 logger = logging.getLogger("mrcn_fast")
 
 ENVIRONMENT_VARIABLE = "MRCN_FAST_BACKEND"
-KERNELS: dict[str, ModuleType] = {"cpu": native, "triton": triton}
+KERNELS: dict[str, ModuleType] = {"cpu": native, "triton": triton, "cuda": cuda}
 NAMES = (*KERNELS, "reference")
 
 _told: set[str] = set()

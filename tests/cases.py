@@ -38,9 +38,12 @@ from tests import extended
 
 REQUIRED = os.environ.get("MRCN_FAST_REQUIRE_CPU") == "1"
 
-# Where the problems are made, and which backends are held against the reference there.
+# Where the problems are made, and which backends are held against the reference there. The CUDA kernels may
+# run on the processor: tests/test_cuda_on_host.py starts such runs.
 DEVICE = os.environ.get("MRCN_FAST_TEST_DEVICE") or "cpu"
-KERNEL_BACKENDS = ("cpu",) if DEVICE == "cpu" else ("triton",)
+CUDA_ON_HOST = os.environ.get("MRCN_FAST_TEST_CUDA_ON_HOST") == "1"
+KERNEL_BACKENDS = ("cuda",) if CUDA_ON_HOST else ("cpu",) if DEVICE == "cpu" else ("triton", "cuda")
+OPTIONAL = () if CUDA_ON_HOST else ("cuda",)  # built where nvcc is
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PRECISE_DTYPES = [
@@ -78,7 +81,7 @@ def backends(*names: str) -> pytest.MarkDecorator:
     status = mrcn_fast.backends()
 
     def parameter(name: str) -> Any:
-        required = name in KERNEL_BACKENDS and (REQUIRED or DEVICE != "cpu")
+        required = name in KERNEL_BACKENDS and (REQUIRED or DEVICE != "cpu") and name not in OPTIONAL
         absent = not status[name].usable and not required
         return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{name}: {status[name].reason}"))
 
@@ -86,7 +89,11 @@ def backends(*names: str) -> pytest.MarkDecorator:
 
 
 def examples(number: int) -> settings:
-    """Hypothesis draws ``number`` cases; a failing one is told as it is: smaller ones break by luck."""
+    """Hypothesis draws ``number`` cases; a failing one is told as it is: smaller ones break by luck.
+
+    An eighth of them where every thread of a kernel is one of the processor's.
+    """
+    number = -(-number // 8) if CUDA_ON_HOST else number
     return settings(max_examples=number, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 
 

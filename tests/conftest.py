@@ -8,6 +8,15 @@ import hypothesis
 import pytest
 import torch
 
+from tests.cases import CUDA_ON_HOST
+
+if CUDA_ON_HOST:
+    from mrcn_fast import dispatch
+    from tests.cuda_on_host import library
+
+    library.load()
+    dispatch.KERNELS["cuda"] = library
+
 # A first call may compile or page in a library: deadlines would measure that. In CI the same examples are
 # drawn every time, so that a red run is a change's doing; at a desk new ones are.
 hypothesis.settings.register_profile("default", deadline=None, print_blob=True)

@@ -12,6 +12,7 @@ import sysconfig
 import zipfile
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,15 +21,27 @@ import mrcn_fast
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
 RECORD = "_native_build.json"
-SETTINGS = ("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "MRCN_FAST_NATIVE", "MRCN_FAST_BACKEND", "PYTHONPATH")
+CUDA_LIBRARY = "_cuda.so"
+SETTINGS = (
+    *("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDACXX", "CUDA_HOME", "PYTHONPATH"),
+    *("MRCN_FAST_NATIVE", "MRCN_FAST_CUDA", "MRCN_FAST_CUDA_ARCHS", "MRCN_FAST_BACKEND"),
+)
 
-# Two translation units and no torch: what setup.py does with CMake, in seconds.
+# Two translation units and no torch: what setup.py does with CMake, in seconds. The CUDA part has one, for
+# which the C++ compiler stands in for nvcc.
 SMALL_CMAKE = """
 cmake_minimum_required(VERSION 3.18)
 project(small LANGUAGES CXX)
 add_library(_C MODULE csrc/one.cpp csrc/two.cpp)
 set_target_properties(_C PROPERTIES PREFIX "" OUTPUT_NAME "{stem}" SUFFIX "{suffix}")
 install(TARGETS _C DESTINATION mrcn_fast)
+if(MRCN_FAST_NVCC)
+  add_library(_cuda MODULE csrc/kernels.cpp)
+  list(JOIN MRCN_FAST_CUDA_ARCHS _ archs)
+  target_compile_definitions(_cuda PRIVATE FOR_${{archs}})
+  set_target_properties(_cuda PROPERTIES PREFIX "" SUFFIX .so)
+  install(TARGETS _cuda DESTINATION mrcn_fast COMPONENT cuda EXCLUDE_FROM_ALL)
+endif()
 """
 
 
@@ -47,6 +60,8 @@ def run(
 
 
 def build(checkout: Path, check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:
+    """setup.py in place; without the CUDA part, unless `settings` say of it what a caller can."""
+    settings = {"MRCN_FAST_CUDA": "0"} | settings
     command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     return run(*command, cwd=checkout, check=check, settings=settings)
 
@@ -66,30 +81,35 @@ def checkout(tmp_path: Path) -> Path:
     """The package and its build as they come, nothing compiled."""
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy2(ROOT / name, tmp_path)
-    left = shutil.ignore_patterns("__pycache__", "_C.*", RECORD)
+    left = shutil.ignore_patterns("__pycache__", "_C.*", CUDA_LIBRARY, RECORD)
     shutil.copytree(ROOT / "mrcn_fast", tmp_path / "mrcn_fast", ignore=left)
     return tmp_path
 
 
 @pytest.fixture
 def small_checkout(tmp_path: Path) -> Path:
-    """This project's setup.py over a library of two small files."""
+    """This project's setup.py over a library of two small files, and a CUDA part of one."""
     for name in ("setup.py", "pyproject.toml"):
         shutil.copy2(ROOT / name, tmp_path)
     (tmp_path / "mrcn_fast").mkdir()
     (tmp_path / "mrcn_fast" / "__init__.py").write_text('__version__ = "0"\n')
     (tmp_path / "README.md").touch()
     (tmp_path / "csrc").mkdir()
-    for name in ("one", "two"):
+    for name in ("one", "two", "kernels"):
         (tmp_path / "csrc" / f"{name}.cpp").write_text(f"int {name}() {{ return 1; }}\n")
     stem, suffix = LIBRARY.split(".", 1)
     (tmp_path / "CMakeLists.txt").write_text(SMALL_CMAKE.format(stem=stem, suffix="." + suffix))
     return tmp_path
 
 
-def record(checkout: Path) -> dict[str, object]:
-    loaded: dict[str, object] = json.loads((checkout / "mrcn_fast" / RECORD).read_text())
+def record(checkout: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((checkout / "mrcn_fast" / RECORD).read_text())
     return loaded
+
+
+def compiled(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The sources that a build of a small checkout compiled."""
+    return sorted(re.findall(r"Building CXX object \S*/(\w+)\.cpp", done.stdout))
 
 
 def cpu_status(checkout: Path) -> tuple[bool, str]:
@@ -143,7 +163,8 @@ def test_no_compiler_leaves_the_reference_and_a_reason(checkout: Path, tmp_path:
 
 def test_a_failed_build_leaves_a_reason_its_log_and_no_older_library(small_checkout: Path) -> None:
     build(small_checkout)
-    assert record(small_checkout) == {"built": True, "reason": "", "log": ""}
+    told = record(small_checkout)
+    assert (told["built"], told["reason"], told["log"]) == (True, "", "")
     library = small_checkout / "mrcn_fast" / LIBRARY
     assert library.is_file()
 
@@ -174,16 +195,115 @@ def test_an_unknown_setting_is_refused(small_checkout: Path) -> None:
 
 
 def test_a_change_rebuilds_only_what_it_must(small_checkout: Path) -> None:
-    def compiled(output: str) -> list[str]:
-        return re.findall(r"Building CXX object \S*/(\w+)\.cpp", output)
-
-    assert sorted(compiled(build(small_checkout).stdout)) == ["one", "two"]
-    assert compiled(build(small_checkout).stdout) == []
+    assert compiled(build(small_checkout)) == ["one", "two"]
+    assert compiled(build(small_checkout)) == []
     (small_checkout / "csrc" / "two.cpp").write_text("int two() { return 2; }\n")
-    changed = build(small_checkout).stdout
+    changed = build(small_checkout)
     assert compiled(changed) == ["two"]
-    assert "compiler identification" not in changed  # configured once
-    assert sorted(compiled(build(small_checkout, CXXFLAGS="-DOTHER").stdout)) == ["one", "two"]
+    assert "compiler identification" not in changed.stdout  # configured once
+    assert compiled(build(small_checkout, CXXFLAGS="-DOTHER")) == ["one", "two"]
+
+
+# --- the CUDA part ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nvcc(tmp_path: Path) -> dict[str, Any]:
+    """Settings that name an nvcc of 12.4, which answers what setup.py asks and compiles nothing."""
+    program = tmp_path / "nvcc-12.4"
+    program.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 12.4, V12.4.99"\n'
+        '[ "$1" = --list-gpu-code ] && printf "sm_%d\\n" 50 80 86 87 89 90\nexit 0\n'
+    )
+    program.chmod(0o755)
+    return {"MRCN_FAST_CUDA": "auto", "CUDACXX": str(program)}
+
+
+def test_without_nvcc_the_cpu_part_alone(small_checkout: Path) -> None:
+    done = build(small_checkout, MRCN_FAST_CUDA="auto", CUDACXX="no-such-nvcc")
+    told = record(small_checkout)
+    assert told["built"] and not told["cuda"]["built"]
+    for reason in (told["cuda"]["reason"], done.stderr):
+        assert (
+            "nvcc was not found" in reason and "CUDACXX=no-such-nvcc" in reason and "make install" in reason
+        )
+    assert compiled(done) == ["one", "two"]
+    assert not (small_checkout / "mrcn_fast" / CUDA_LIBRARY).exists()
+
+
+def test_a_required_cuda_part_without_nvcc_is_an_error(small_checkout: Path) -> None:
+    done = build(small_checkout, check=False, MRCN_FAST_CUDA="1", CUDACXX="no-such-nvcc")
+    assert done.returncode != 0
+    assert "nvcc was not found" in done.stderr and "MRCN_FAST_CUDA=1" in done.stderr
+    assert (small_checkout / "mrcn_fast" / LIBRARY).is_file()
+
+
+def test_a_failed_cuda_part_leaves_the_other_and_no_older_one(
+    small_checkout: Path, nvcc: dict[str, Any]
+) -> None:
+    done = build(small_checkout, **nvcc)
+    told = record(small_checkout)
+    assert told["cuda"] == {
+        **{"built": True, "reason": "", "log": ""},
+        **{"archs": [80, 86, 89, 90], "left_out": [100, 120], "nvcc": "12.4"},
+    }
+    assert "leaves out sm_100, sm_120, which nvcc 12.4" in done.stderr
+    libraries = [small_checkout / "mrcn_fast" / name for name in (LIBRARY, CUDA_LIBRARY)]
+    assert [library.is_file() for library in libraries] == [True, True]
+
+    (small_checkout / "csrc" / "kernels.cpp").write_text("int kernels() { return undeclared; }\n")
+    build(small_checkout, **nvcc)
+    told = record(small_checkout)
+    assert (told["built"], told["reason"], told["log"]) == (True, "", "")
+    failed = told["cuda"]
+    assert not failed["built"] and failed["archs"] == []
+    assert "undeclared" in failed["reason"] and "CXX" in failed["reason"] and "kernels.cpp" in failed["log"]
+    assert [library.is_file() for library in libraries] == [True, False]
+
+    required = build(small_checkout, check=False, **(nvcc | {"MRCN_FAST_CUDA": "1"}))
+    assert required.returncode != 0 and "MRCN_FAST_CUDA=1" in required.stderr
+
+
+def test_a_failed_library_takes_the_cuda_part_along(small_checkout: Path, nvcc: dict[str, Any]) -> None:
+    build(small_checkout, **nvcc)
+    (small_checkout / "csrc" / "two.cpp").write_text("int two() { return undeclared; }\n")
+    build(small_checkout, **nvcc)
+    told = record(small_checkout)
+    assert "undeclared" in told["reason"] and "two.cpp" in told["log"]
+    assert told["cuda"]["reason"].startswith("the native library was not built")
+    assert not list((small_checkout / "mrcn_fast").glob("_*.so"))
+
+
+def test_what_concerns_the_cuda_part_rebuilds_it_alone(small_checkout: Path, nvcc: dict[str, Any]) -> None:
+    assert compiled(build(small_checkout)) == ["one", "two"]
+    assert compiled(build(small_checkout, **nvcc)) == ["kernels"]
+    assert compiled(build(small_checkout, **nvcc)) == []
+    chosen = nvcc | {"MRCN_FAST_CUDA_ARCHS": "90;80"}
+    assert compiled(build(small_checkout, **chosen)) == ["kernels"]
+    assert record(small_checkout)["cuda"]["archs"] == [80, 90]
+    (small_checkout / "csrc" / "kernels.cpp").write_text("int kernels() { return 2; }\n")
+    assert compiled(build(small_checkout, **chosen)) == ["kernels"]
+    assert compiled(build(small_checkout, MRCN_FAST_CUDA="0")) == []
+    assert not (small_checkout / "mrcn_fast" / CUDA_LIBRARY).exists()
+    assert "MRCN_FAST_CUDA=0" in record(small_checkout)["cuda"]["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"MRCN_FAST_CUDA": "maybe"}, "MRCN_FAST_CUDA: got 'maybe', expected auto"),
+        ({"MRCN_FAST_CUDA_ARCHS": "80,ninety"}, "MRCN_FAST_CUDA_ARCHS: got '80,ninety', expected"),
+        ({"MRCN_FAST_CUDA_ARCHS": "8.0"}, "MRCN_FAST_CUDA_ARCHS: got '8.0', expected"),
+        ({"MRCN_FAST_CUDA_ARCHS": "80,100"}, "got 100, which nvcc 12.4 does not know; it knows 50, 80"),
+        ({"MRCN_FAST_CUDA": "1", "MRCN_FAST_NATIVE": "0"}, "MRCN_FAST_CUDA=1 needs the native library"),
+    ],
+)
+def test_a_wrong_setting_of_the_cuda_part_is_refused(
+    settings: dict[str, str], told: str, small_checkout: Path, nvcc: dict[str, Any]
+) -> None:
+    done = build(small_checkout, check=False, **(nvcc | settings))
+    assert done.returncode != 0 and told in done.stderr and "Traceback" not in done.stderr
+    assert not (small_checkout / "build").exists()
 
 
 @pytest.mark.slow
@@ -203,6 +323,8 @@ def test_a_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
     assert {f"mrcn_fast/{LIBRARY}", f"mrcn_fast/{RECORD}", "mrcn_fast/py.typed", *recipes} <= inside
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mrcn_fast").rglob("*.py")}
     assert {name for name in inside if name.endswith(".py")} == sources
+    told = json.loads(zipfile.ZipFile(wheel).read(f"mrcn_fast/{RECORD}"))["cuda"]
+    assert (f"mrcn_fast/{CUDA_LIBRARY}" in inside) == told["built"], told["reason"]
 
     elsewhere = tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(elsewhere)

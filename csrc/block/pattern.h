@@ -3,7 +3,7 @@
 
 #include "block/algebra.h"
 #include "block/block.h"
-#include "common/vec.h"
+#include "common/elements.h"
 
 namespace mrcn::MRCN_ISA {
 namespace {
@@ -80,8 +80,9 @@ MRCN_INLINE void make_sets(const V* k, const V* x, V* y) {
   });
 }
 
-template <class P, class V>
-MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, Total<V>* sums) {
+// `sums` are numbers, or what keeps more digits of theirs.
+template <class P, class V, class S>
+MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, S* sums) {
   unroll<P::sets>([&](auto s) MRCN_BODY {
     sums[P::S(s.v)] += g[s.v];
     unroll<P::inputs>([&](auto j) MRCN_BODY {
@@ -121,7 +122,7 @@ MRCN_INLINE void make_maps(const Plane<V>* p, const V* s, bool to_input, V* k, b
   } else {
     set(P::scale(0, 0), P::shift(0), restituted(p[0], s[0], to_input));
     if constexpr (P::mode == Mode::snr) {
-      set(P::scale(1, 0), P::shift(1), restituted<V>(p[0], 1.0 - s[0], false));
+      set(P::scale(1, 0), P::shift(1), restituted<V>(p[0], 1 - s[0], false));
       set(P::scale(2, 0), P::shift(2), normalized(p[0]));
     }
   }
@@ -152,13 +153,13 @@ MRCN_INLINE void make_moments(const R* s, bool to_input, const R* sums, R* U, R*
   add(share_of_normalized(s[0], to_input), 0, 0);
   if constexpr (P::inputs == 2) {
     add(share_of_normalized(s[1], to_input), 3, 1);
-    add(1.0, 1, 0);
-    add(1.0, 2, 1);
+    add(1, 1, 0);
+    add(1, 2, 1);
     add(-s[2], 2, 0);
     add(-s[3], 1, 1);
   } else if constexpr (P::mode == Mode::snr) {
     add(s[0], 1, 0);
-    add(1.0, 2, 0);
+    add(1, 2, 0);
   }
 }
 

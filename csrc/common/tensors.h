@@ -46,7 +46,9 @@ inline ScalarType precise(Dtype dtype) {
 }
 
 inline Tensor converted(const Tensor& t, ScalarType dtype) {
-  return torch::stable::contiguous(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
+  const bool known = t.scalar_type() == dtype;
+  if (known && t.is_contiguous()) return t;  // a call through the dispatcher less
+  return torch::stable::contiguous(known ? t : torch::stable::to(t, dtype));
 }
 
 // torch.Tensor with uninitialized memory; large ones ask the kernel for huge pages, because the first touch

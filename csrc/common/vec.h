@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/elements.h"
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
@@ -22,30 +24,6 @@ constexpr int vector_bytes = 32;
 #else
 constexpr int vector_bytes = 16;
 #endif
-
-#define MRCN_INLINE inline __attribute__((always_inline))
-// After the arguments of a lambda that is a loop's body: left to itself the compiler makes calls of some of
-// them.
-#define MRCN_BODY __attribute__((always_inline))
-
-struct bf16 {
-  uint16_t bits;
-};
-struct f16 {
-  uint16_t bits;
-};
-
-// Accumulation type of a dtype.
-template <class T>
-struct accumulate {
-  using type = float;
-};
-template <>
-struct accumulate<double> {
-  using type = double;
-};
-template <class T>
-using acc_t = typename accumulate<T>::type;
 
 template <class A>
 struct vector_of;
@@ -67,67 +45,6 @@ constexpr int lanes = vector_bytes / sizeof(A);
 constexpr int half_lanes = lanes<float>;
 typedef uint32_t words __attribute__((vector_size(vector_bytes)));
 typedef uint16_t halves __attribute__((vector_size(vector_bytes / 2)));
-
-// --- one element --------------------------------------------------------------------------------------
-
-MRCN_INLINE float bits_to_float(uint32_t bits) {
-  float value;
-  std::memcpy(&value, &bits, 4);
-  return value;
-}
-MRCN_INLINE uint32_t float_to_bits(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, 4);
-  return bits;
-}
-
-MRCN_INLINE float get(const float* p) { return *p; }
-MRCN_INLINE double get(const double* p) { return *p; }
-MRCN_INLINE float get(const bf16* p) { return bits_to_float(uint32_t(p->bits) << 16); }
-MRCN_INLINE float get(const f16* p) {
-#if defined(__F16C__)
-  return _cvtsh_ss(p->bits);
-#elif defined(__ARM_NEON)
-  __fp16 value;
-  std::memcpy(&value, p, 2);
-  return float(value);
-#else
-  const uint32_t sign = uint32_t(p->bits & 0x8000u) << 16;
-  const uint32_t rest = p->bits & 0x7fffu;
-  if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | ((rest & 0x3ffu) << 13));
-  // 2^112 moves the exponent's bias from 15 to 127 and makes subnormals right by itself.
-  return bits_to_float(sign | float_to_bits(bits_to_float(rest << 13) * bits_to_float(0x77800000u)));
-#endif
-}
-
-MRCN_INLINE void put(float* p, float v) { *p = v; }
-MRCN_INLINE void put(double* p, double v) { *p = v; }
-MRCN_INLINE void put(bf16* p, float v) {
-  const uint32_t bits = float_to_bits(v);
-  // To nearest, ties to even; a NaN keeps its sign and becomes quiet.
-  p->bits = uint16_t(v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
-}
-MRCN_INLINE void put(f16* p, float v) {
-#if defined(__F16C__)
-  p->bits = uint16_t(_cvtss_sh(v, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__ARM_NEON)
-  const __fp16 value = __fp16(v);
-  std::memcpy(p, &value, 2);
-#else
-  const uint32_t bits = float_to_bits(v);
-  const uint32_t sign = (bits >> 16) & 0x8000u;
-  const uint32_t rest = bits & 0x7fffffffu;
-  if (rest > 0x7f800000u) {
-    p->bits = uint16_t(sign | 0x7e00u);
-  } else if (rest >= 0x477ff000u) {  // 65520 and more round to infinity
-    p->bits = uint16_t(sign | 0x7c00u);
-  } else if (rest < 0x38800000u) {  // subnormal half: adding 1/2 lets the float's own rounding drop the bits
-    p->bits = uint16_t(sign | (float_to_bits(bits_to_float(rest) + 0.5f) - 0x3f000000u));
-  } else {
-    p->bits = uint16_t(sign | ((rest - 0x38000000u + 0xfffu + ((rest >> 13) & 1u)) >> 13));
-  }
-#endif
-}
 
 // --- vectors ------------------------------------------------------------------------------------------
 
@@ -410,30 +327,6 @@ MRCN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
 
 // Bytes between what is read and what is asked for.
 constexpr int64_t ahead = 4096;
-
-template <int value>
-struct constant {
-  static constexpr int v = value;
-};
-
-// Calls f(constant<0>), f(constant<1>), ... f(constant<n - 1>): loops over the feature sets are unrolled and
-// every index in them is known when they are compiled.
-template <int n, int i = 0, class F>
-MRCN_INLINE void unroll(const F& f) {
-  if constexpr (i < n) {
-    f(constant<i>{});
-    unroll<n, i + 1>(f);
-  }
-}
-
-template <class I>
-MRCN_INLINE I least(I a, I b) {
-  return a < b ? a : b;
-}
-template <class I>
-MRCN_INLINE I most(I a, I b) {
-  return a < b ? b : a;
-}
 
 // Runs f(begin, end) over parts of [0, count) on the threads of torch's pool.
 template <class Pool, class F>

@@ -1,7 +1,8 @@
 """Backend of csrc: loads the compiled library and gives torch the shapes of its operations.
 
 The schemas and the kernels are registered in C++ (csrc/registration.cpp) as ``torch.ops.mrcn_fast.*``; here
-stand only what tracing needs (`torch.library.register_fake`) and the state of the build.
+stand only what tracing needs (`torch.library.register_fake`) and the state of the build. The operations are
+those of CUDA tensors too, with kernels from another library (cuda.py).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from mrcn_fast.backends import shapes
 
-# Written by setup.py: {"built": bool, "reason": str, "log": str}.
+# Written by setup.py: {"built": bool, "reason": str, "log": str, "cuda": {the same of the CUDA part, ...}}.
 BUILD_RECORD = Path(__file__).parents[1] / "_native_build.json"
 
 DEVICES = ("cpu",)  # whose tensors it takes by itself
@@ -30,6 +31,11 @@ try:
     _library = importlib.import_module("mrcn_fast._C")
 except ImportError as error:
     _failure = str(error)
+
+
+def loaded() -> bool:
+    """Whether the operations are there, with or without kernels that can run."""
+    return _library is not None
 
 
 def build_info() -> dict[str, Any]:
@@ -75,33 +81,46 @@ def serves(device_type: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _statistics(count: int) -> Callable[..., Tensor]:
-    """What a forward of ``count`` inputs saves: mean and 1/σ of every plane."""
+def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
+    """The shapes of the operations, for tracing.
 
-    def empty(*arguments: Any) -> Tensor:
-        first = arguments[0]
-        return first.new_empty((count, *first.shape[:2], 2), dtype=shapes.precise(first.dtype))
+    What a forward saves for its backward is the kernels' own: that of kernels for ``device_type``, or where
+    none is named, of those that the arguments' device has.
+    """
 
-    return empty
+    def on_gpu(tensor: Tensor) -> bool:
+        return (device_type or tensor.device.type) == "cuda"
 
+    def statistics(mode: str) -> Callable[..., Tensor]:
+        """Mean and 1/σ of every plane; from CUDA's kernels a row a sample, with the gates' hidden layers."""
+        modalities, rows = shapes.MODES[mode].modalities, shapes.saved_rows(mode)
 
-def _cqc_saved(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor) -> tuple[int, ...]:
-    return (labels.shape[0], 8)
+        def empty(*arguments: Any) -> Tensor:
+            first: Tensor = arguments[0]
+            if on_gpu(first):
+                return rows(*arguments)
+            return first.new_empty((modalities, *first.shape[:2], 2), dtype=shapes.precise(first.dtype))
 
+        return empty
 
-FAKES: dict[str, Callable[..., Any]] = {
-    "block_forward": shapes.forward_fake(4, 1, _statistics(2)),
-    "block_concat_forward": shapes.forward_fake(1, 6, _statistics(2)),
-    "restitute_forward": shapes.forward_fake(1, 1, _statistics(1)),
-    "snr_forward": shapes.forward_fake(3, 1, _statistics(1)),
-    "block_backward": shapes.backward_fake(4, 2),
-    "block_concat_backward": shapes.backward_fake(1, 2),
-    "restitute_backward": shapes.backward_fake(1, 1),
-    "snr_backward": shapes.backward_fake(3, 1),
-    "cqc_forward": shapes.cqc_forward_fake(_cqc_saved),
-    "cqc_backward": shapes.cqc_backward_fake,
-}
+    def cqc_saved(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor) -> tuple[int, ...]:
+        slots = labels.shape[0]
+        return (9 * slots + infrared_labels.shape[0],) if on_gpu(labels) else (slots, 8)
+
+    return {
+        "block_forward": shapes.forward_fake(4, 1, statistics("pair")),
+        "block_concat_forward": shapes.forward_fake(1, 6, statistics("concat")),
+        "restitute_forward": shapes.forward_fake(1, 1, statistics("restitute")),
+        "snr_forward": shapes.forward_fake(3, 1, statistics("snr")),
+        "block_backward": shapes.backward_fake(4, 2),
+        "block_concat_backward": shapes.backward_fake(1, 2),
+        "restitute_backward": shapes.backward_fake(1, 1),
+        "snr_backward": shapes.backward_fake(3, 1),
+        "cqc_forward": shapes.cqc_forward_fake(cqc_saved),
+        "cqc_backward": shapes.cqc_backward_fake,
+    }
+
 
 if _library is not None:
-    for _name, _fake in FAKES.items():
+    for _name, _fake in fakes().items():
         torch.library.register_fake(f"mrcn_fast::{_name}")(_fake)

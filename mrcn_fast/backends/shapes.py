@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+class Mode(NamedTuple):
+    """The modalities, gates and made sets of a block operation."""
+
+    modalities: int
+    gates: int
+    sets: int
+
+
+MODES = {"pair": Mode(2, 4, 4), "concat": Mode(2, 4, 4), "restitute": Mode(1, 1, 1), "snr": Mode(1, 1, 3)}
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -59,6 +70,28 @@ def _format(pixels: bool) -> torch.memory_format:
 
 def dense_like(x: Tensor) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def saved_row(mode: str, gate: str, hidden: int, channels: int) -> int:
+    """How many numbers a sample the block's forward on a GPU leaves to its backward.
+
+    Mean and 1/σ of every plane, and the gates' hidden layers.
+    """
+    modalities, gates, _ = MODES[mode]
+    layers = 0 if gate == "eca" else gates * (2 if gate == "cbam-channel" else 1)
+    return 2 * modalities * channels + layers * hidden
+
+
+def saved_rows(mode: str) -> Callable[..., Tensor]:
+    """What a forward on a GPU saves, from its arguments: a row a sample."""
+    count = MODES[mode].modalities
+
+    def empty(*arguments: Any) -> Tensor:
+        first, gate_parameters, gate = arguments[0], arguments[count + 2], arguments[count + 3]
+        row = saved_row(mode, gate, gate_parameters[0].shape[1], first.shape[1])
+        return first.new_empty((first.shape[0], row), dtype=precise(first.dtype))
+
+    return empty
 
 
 def forward_fake(sets: int, batches: int, saved: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:

@@ -7,8 +7,8 @@ sample: each program of a first launch leaves its own channels' share of it, and
 the shares in the order of the blocks. So no program waits for another, nothing is added atomically, and the
 results are the same bits on every run.
 
-What the forward gives its backward is one row a sample (`saved_row`): mean and 1/σ of every plane, and
-the gates' hidden layers.
+What the forward gives its backward is one row a sample (`shapes.saved_row`): mean and 1/σ of every plane,
+and the gates' hidden layers.
 
 Floating-point contraction is off at every launch: what to fuse would be chosen a kernel at a time, and
 restitution alone has to give the bits that the pair gives. The kernels wait for memory, not for multiplying.
@@ -29,6 +29,8 @@ from torch import Tensor
 from mrcn_fast.backends import shapes
 from mrcn_fast.backends.triton.block_backward import gradient_kernel, sums_kernel
 from mrcn_fast.backends.triton.block_forward import output_kernel, statistics_kernel
+
+MODES = shapes.MODES
 
 # --- how the work is cut ----------------------------------------------------------------------------------
 
@@ -139,15 +141,6 @@ class Constants:
         return self.EXTREME + (2 * self.MODALITIES if self.BRANCHES == 2 else 0)
 
 
-class Mode(NamedTuple):
-    """The modalities, gates and made sets of an operation."""
-
-    modalities: int
-    gates: int
-    sets: int
-
-
-MODES = {"pair": Mode(2, 4, 4), "concat": Mode(2, 4, 4), "restitute": Mode(1, 1, 1), "snr": Mode(1, 1, 3)}
 GATES = ("se", "eca", "cbam-channel")
 
 
@@ -210,18 +203,11 @@ def plan(
         chunks * -(-channels // config.tile_channels),
         of_norm + of_gate,
         chunks,
-        saved_row(mode, gate, hidden, channels),
+        shapes.saved_row(mode, gate, hidden, channels),
         first.MODALITIES * channels + shares * first.BRANCHES,
         first.PLANES * channels + shares,
         config.warps,
     )
-
-
-def saved_row(mode: str, gate: str, hidden: int, channels: int) -> int:
-    """How many numbers a sample the forward leaves to its backward."""
-    modalities, gates, _ = MODES[mode]
-    layers = 0 if gate == "eca" else gates * (2 if gate == "cbam-channel" else 1)
-    return 2 * modalities * channels + layers * hidden
 
 
 # --- launchers --------------------------------------------------------------------------------------------
@@ -412,18 +398,6 @@ def _backward_of(mode: str) -> Callable[..., Any]:
     return run
 
 
-def _saved_of(mode: str) -> Callable[..., Tensor]:
-    """The shape of what a forward saves, from its arguments."""
-    count = MODES[mode].modalities
-
-    def empty(*arguments: Any) -> Tensor:
-        first, gate_parameters, gate = arguments[0], arguments[count + 2], arguments[count + 3]
-        row = saved_row(mode, gate, gate_parameters[0].shape[1], first.shape[1])
-        return first.new_empty((first.shape[0], row), dtype=shapes.precise(first.dtype))
-
-    return empty
-
-
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 FAKES: dict[str, Callable[..., Any]] = {}
 for _mode, _op in (("pair", "block"), ("concat", "block_concat"), ("restitute", "restitute"), ("snr", "snr")):
@@ -431,5 +405,5 @@ for _mode, _op in (("pair", "block"), ("concat", "block_concat"), ("restitute", 
     _count, _batches = (1, 6) if _mode == "concat" else (_sets, 1)
     IMPLEMENTATIONS[f"{_op}_forward"] = _forward_of(_mode)
     IMPLEMENTATIONS[f"{_op}_backward"] = _backward_of(_mode)
-    FAKES[f"{_op}_forward"] = shapes.forward_fake(_count, _batches, _saved_of(_mode))
+    FAKES[f"{_op}_forward"] = shapes.forward_fake(_count, _batches, shapes.saved_rows(_mode))
     FAKES[f"{_op}_backward"] = shapes.backward_fake(_count, _modalities)

@@ -1,0 +1,317 @@
+// The block's operations on tensors: layouts, outputs and parameters made ready for a device's kernels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include "block/block.h"
+#include "common/tensors.h"
+
+namespace mrcn {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+// --- layouts: the same rules as `_is_planes` and `_is_pixels` in backends/native.py ----------------------------
+
+inline bool is_planes(const Tensor& x) {
+  const int64_t height = x.size(2), width = x.size(3);
+  return (width == 1 || x.stride(3) == 1) && (height == 1 || x.stride(2) == width);
+}
+
+inline int64_t pixel_pitch(const Tensor& x) { return x.size(3) > 1 ? x.stride(3) : x.stride(2); }
+
+inline bool is_pixels(const Tensor& x) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  return (channels == 1 || x.stride(1) == 1) &&
+         (height == 1 || width == 1 || x.stride(2) == width * pixel_pitch(x));
+}
+
+// `x` readable in the call's layout: itself, or a dense copy where it is in neither or in the other one.
+inline Tensor in_layout(const Tensor& x, bool pixels) {
+  if (pixels ? is_pixels(x) : is_planes(x)) return x;
+  Tensor copy = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
+      pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+inline FeatureMap map_of(const Tensor& x, bool pixels, int64_t first_sample = 0) {
+  char* data = static_cast<char*>(x.data_ptr());
+  const int64_t sample = x.stride(0);
+  return {data + first_sample * sample * int64_t(x.element_size()), sample, x.stride(1),
+      pixels ? pixel_pitch(x) : 1};
+}
+
+// --- arguments ------------------------------------------------------------------------------------------
+
+inline Gate gate_of(const std::string& name) {
+  if (name == "se") return Gate::se;
+  if (name == "eca") return Gate::eca;
+  check(name == "cbam-channel", "gate: got '", name, "', expected one of 'se', 'eca', 'cbam-channel'");
+  return Gate::cbam_channel;
+}
+
+// A call's inputs, made ready; the tensors here own what the kernels' pointers point to.
+struct Ready {
+  BlockShape shape;
+  BlockParameters parameters;
+  Tensors inputs, kept;
+  ScalarType dtype, sums;
+  std::vector<int64_t> sizes;
+
+  const void* keep(Tensor t) {
+    kept.push_back(std::move(t));
+    return kept.back().data_ptr();
+  }
+};
+
+template <class Device>
+Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensors& gate_parameters, const std::string& gate, bool to_input) {
+  const Tensor& first = inputs[0];
+  for (const Tensor& x : inputs) {
+    check(x.dim() == 4, "features: got ", x.dim(), " dimensions, expected four, (N, C, H, W)");
+    check(Device::serves(x), "features: got a tensor on another device, expected ", Device::tensor);
+    check(x.scalar_type() == first.scalar_type(), "features: got different dtypes, expected one");
+    for (int d = 0; d < 4; ++d) {
+      check(x.size(d) == first.size(d), "features: got sizes ", x.size(d), " and ", first.size(d),
+          " in dimension ", d, ", expected equal shapes");
+    }
+  }
+  Ready ready;
+  const Dtype dtype = dtype_of(first, "features");
+  ready.dtype = first.scalar_type();
+  ready.sums = precise(dtype);
+  ready.sizes = {first.size(0), first.size(1), first.size(2), first.size(3)};
+  const int64_t N = first.size(0), C = first.size(1), L = first.size(2) * first.size(3);
+  check(L >= 2, "features: got planes of ", L, " element(s), expected at least 2");
+  const bool pixels = !is_planes(first) && is_pixels(first);
+  for (const Tensor& x : inputs) ready.inputs.push_back(in_layout(x, pixels));
+
+  const Gate kind = gate_of(gate);
+  const size_t expected = kind == Gate::eca ? 1 : 4;
+  const int64_t count = gates(mode);
+  check(gate_parameters.size() == expected, "gate_parameters of '", gate, "': got ", gate_parameters.size(),
+      " tensors, expected ", expected);
+  const int64_t width = gate_parameters[0].dim() > 1 ? gate_parameters[0].size(1) : 0;
+  const int64_t numbers[4] = {
+      kind == Gate::eca ? count * width : count * width * C, count * width, count * C * width, count * C};
+  ready.kept.reserve(2 + expected);
+  for (size_t i = 0; i < expected; ++i) {
+    check(width > 0 && gate_parameters[i].numel() == numbers[i], "gate_parameters of '", gate, "': got ",
+        gate_parameters[i].numel(), " elements in parameter ", i, ", expected ", numbers[i]);
+    ready.parameters.gate[i] = ready.keep(converted(gate_parameters[i], ready.sums));
+  }
+  for (const Tensor* p : {&norm_weight, &norm_bias}) {
+    check(p->numel() == modalities(mode) * C, "norm_weight, norm_bias: got ", p->numel(),
+        " elements, expected ", modalities(mode) * C);
+  }
+  ready.parameters.norm_weight = ready.keep(converted(norm_weight, ready.sums));
+  ready.parameters.norm_bias = ready.keep(converted(norm_bias, ready.sums));
+  ready.shape = {mode, kind, dtype, pixels, to_input, N, C, L, width, Device::threads(), Device::parallel};
+  return ready;
+}
+
+// --- forward --------------------------------------------------------------------------------------------
+
+constexpr int sets_of(Mode mode) {
+  return mode == Mode::concat ? 6 : mode == Mode::pair ? 4 : mode == Mode::snr ? 3 : 1;
+}
+
+// The made sets, each a tensor or (concat) six in one, and then what the backward takes.
+template <class Device>
+Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensors& gate_parameters, const std::string& gate, double eps, bool to_input) {
+  const Ready ready =
+      make_ready<Device>(mode, inputs, norm_weight, norm_bias, gate_parameters, gate, to_input);
+  const int64_t N = ready.shape.samples;
+  const bool pixels = ready.shape.pixels;
+  const int sets = sets_of(mode);
+  BlockForward call{};
+  call.shape = ready.shape;
+  call.parameters = ready.parameters;
+  call.eps = eps;
+
+  Tensors results;
+  if (mode == Mode::concat) {
+    std::vector<int64_t> sizes = ready.sizes;
+    sizes[0] *= sets;
+    results.push_back(Device::empty(sizes, ready.dtype, inputs[0], pixels));
+    for (int k = 0; k < sets; ++k) call.outputs[k] = map_of(results[0], pixels, k * N);
+  } else {
+    for (int k = 0; k < sets; ++k) {
+      results.push_back(Device::empty(ready.sizes, ready.dtype, inputs[0], pixels));
+      call.outputs[k] = map_of(results[k], pixels);
+    }
+  }
+  results.push_back(Device::empty(Device::statistics(ready.shape), ready.sums, inputs[0], false));
+  call.statistics = results.back().data_ptr();
+  for (size_t j = 0; j < inputs.size(); ++j) call.inputs[j] = map_of(ready.inputs[j], pixels);
+  if (N > 0) Device::forward(call, inputs[0]);
+  return results;
+}
+
+// --- backward -------------------------------------------------------------------------------------------
+
+struct Gradients {
+  Tensors inputs;
+  Tensor norm_weight, norm_bias;
+  Tensors gate;
+};
+
+template <class Device>
+Gradients backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients, const Tensors& inputs,
+    const Tensor& statistics, const Tensor& norm_weight, const Tensor& norm_bias,
+    const Tensors& gate_parameters, const std::string& gate, bool to_input) {
+  const Ready ready =
+      make_ready<Device>(mode, inputs, norm_weight, norm_bias, gate_parameters, gate, to_input);
+  const int64_t N = ready.shape.samples, C = ready.shape.channels;
+  const bool pixels = ready.shape.pixels;
+  BlockBackward call{};
+  call.shape = ready.shape;
+  call.parameters = ready.parameters;
+  int64_t numbers = 1;
+  for (int64_t size : Device::statistics(ready.shape)) numbers *= size;
+  check(statistics.numel() == numbers && statistics.scalar_type() == ready.sums && statistics.is_contiguous(),
+      "statistics: expected what the forward gave for these inputs");
+  call.statistics = statistics.data_ptr();
+
+  Tensors readable;  // owns the copies of gradients in neither layout
+  for (size_t k = 0; k < gradients.size(); ++k) {
+    if (!gradients[k].has_value()) continue;
+    const Tensor& g = *gradients[k];
+    const int64_t batch = mode == Mode::concat ? 6 * N : N;
+    check(g.dim() == 4 && g.size(0) == batch && g.size(1) == C && g.size(2) == ready.sizes[2] &&
+              g.size(3) == ready.sizes[3],
+        "gradient ", k, ": got another shape than the forward's output");
+    check(g.scalar_type() == ready.dtype, "gradient ", k, ": got another dtype than the forward's output");
+    readable.push_back(in_layout(g, pixels));
+    if (mode == Mode::concat) {
+      for (int s = 0; s < 6; ++s) call.gradients[s] = map_of(readable.back(), pixels, s * N);
+    } else {
+      call.gradients[k] = map_of(readable.back(), pixels);
+    }
+  }
+
+  Gradients result;
+  for (size_t j = 0; j < inputs.size(); ++j) {
+    call.inputs[j] = map_of(ready.inputs[j], pixels);
+    result.inputs.push_back(Device::empty(ready.sizes, ready.dtype, inputs[0], pixels));
+    call.input_gradients[j] = map_of(result.inputs[j], pixels);
+  }
+  const auto like = [&](const Tensor& p) {
+    return Device::empty({p.sizes().begin(), p.sizes().end()}, ready.sums, p, false);
+  };
+  result.norm_weight = like(norm_weight);
+  result.norm_bias = like(norm_bias);
+  call.norm_weight_gradient = result.norm_weight.data_ptr();
+  call.norm_bias_gradient = result.norm_bias.data_ptr();
+  for (size_t i = 0; i < gate_parameters.size(); ++i) {
+    result.gate.push_back(like(gate_parameters[i]));
+    call.gate_gradient[i] = result.gate[i].data_ptr();
+  }
+  Device::backward(call, inputs[0]);
+
+  result.norm_weight = converted(result.norm_weight, norm_weight.scalar_type());
+  result.norm_bias = converted(result.norm_bias, norm_bias.scalar_type());
+  for (size_t i = 0; i < gate_parameters.size(); ++i) {
+    result.gate[i] = converted(result.gate[i], gate_parameters[i].scalar_type());
+  }
+  return result;
+}
+
+// --- operations -----------------------------------------------------------------------------------------
+
+using Optional = std::optional<Tensor>;
+
+// Device is what the operations need of one:
+//
+//   tensor                          its tensors, in words; serves(t): whether t is one
+//   threads(), parallel             the processor's threads, or none
+//   empty(sizes, dtype, like, channels_last)
+//   statistics(shape)               the sizes of what a forward leaves to its backward
+//   forward(call, like), backward(call, like)
+template <class Device>
+struct Operations {
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_forward(Tensor visible, Tensor infrared,
+      Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps,
+      bool to_input) {
+    Tensors r = mrcn::forward<Device>(
+        Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
+    return {r[0], r[1], r[2], r[3], r[4]};
+  }
+
+  static std::tuple<Tensor, Tensor> block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight,
+      Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps, bool to_input) {
+    Tensors r = mrcn::forward<Device>(
+        Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
+    return {r[0], r[1]};
+  }
+
+  static std::tuple<Tensor, Tensor> restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, std::string gate, double eps, bool to_input) {
+    Tensors r = mrcn::forward<Device>(
+        Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
+    return {r[0], r[1]};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor> snr_forward(Tensor features, Tensor norm_weight,
+      Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps) {
+    Tensors r = mrcn::forward<Device>(
+        Mode::snr, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false);
+    return {r[0], r[1], r[2], r[3]};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_backward(Optional visible_restituted,
+      Optional visible_compensated, Optional infrared_compensated, Optional infrared_restituted,
+      Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, std::string gate, bool to_input) {
+    Gradients g = mrcn::backward<Device>(Mode::pair,
+        {visible_restituted, visible_compensated, infrared_compensated, infrared_restituted},
+        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input);
+    return {g.inputs[0], g.inputs[1], g.norm_weight, g.norm_bias, g.gate};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_concat_backward(Optional features,
+      Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, std::string gate, bool to_input) {
+    Gradients g = mrcn::backward<Device>(Mode::concat, {features}, {visible, infrared}, statistics,
+        norm_weight, norm_bias, gate_parameters, gate, to_input);
+    return {g.inputs[0], g.inputs[1], g.norm_weight, g.norm_bias, g.gate};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensors> restitute_backward(Optional restituted, Tensor features,
+      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate,
+      bool to_input) {
+    Gradients g = mrcn::backward<Device>(Mode::restitute, {restituted}, {features}, statistics, norm_weight,
+        norm_bias, gate_parameters, gate, to_input);
+    return {g.inputs[0], g.norm_weight, g.norm_bias, g.gate};
+  }
+
+  static std::tuple<Tensor, Tensor, Tensor, Tensors> snr_backward(Optional restituted, Optional contaminated,
+      Optional normalized, Tensor features, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, std::string gate) {
+    Gradients g = mrcn::backward<Device>(Mode::snr, {restituted, contaminated, normalized}, {features},
+        statistics, norm_weight, norm_bias, gate_parameters, gate, false);
+    return {g.inputs[0], g.norm_weight, g.norm_bias, g.gate};
+  }
+
+  template <class Library>
+  static void implement(Library& library) {
+    library.impl("block_forward", TORCH_BOX(&Operations::block_forward));
+    library.impl("block_backward", TORCH_BOX(&Operations::block_backward));
+    library.impl("block_concat_forward", TORCH_BOX(&Operations::block_concat_forward));
+    library.impl("block_concat_backward", TORCH_BOX(&Operations::block_concat_backward));
+    library.impl("restitute_forward", TORCH_BOX(&Operations::restitute_forward));
+    library.impl("restitute_backward", TORCH_BOX(&Operations::restitute_backward));
+    library.impl("snr_forward", TORCH_BOX(&Operations::snr_forward));
+    library.impl("snr_backward", TORCH_BOX(&Operations::snr_backward));
+  }
+};
+
+}  // namespace
+}  // namespace mrcn

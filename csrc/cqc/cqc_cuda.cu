@@ -1,0 +1,566 @@
+// The CQC loss on a GPU: one launch forward, one backward.
+//
+// No identity goes to the host and none is sorted: the earliest visible sample of an identity that both
+// modalities have leads it, and the leader's number is the identity's slot in every padded result. A block
+// finds out what its sample is by searching the labels; only the blocks of leaders read features.
+//
+// The weights are those of cqc_kernels.cpp: ∂loss/∂D divided by D of the pulled and the pushed distance of
+// each hinge. The losses are added up by whichever block is the last to arrive, in the order of the slots:
+// nothing depends on which one that is, and every run gives the same bits.
+#include <cmath>
+#include <limits>
+
+#include "common/cuda.h"
+#include "common/elements.h"
+#include "cqc/cqc_cuda.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+// Sets in the paper's order: v, v+, v-, n-, n+, n.
+constexpr int sets = 6;
+constexpr int modality_of[sets] = {0, 0, 0, 1, 1, 1};
+
+struct Hinge {
+  int center, pulled, pushed;
+};
+// v+ and v- are pulled to n and pushed from v, n+ and n- the other way round (eq. 8, 9).
+constexpr int hinges = 4;
+constexpr Hinge hinge[hinges] = {{1, 5, 0}, {4, 0, 5}, {2, 5, 0}, {3, 0, 5}};
+constexpr int distances = 2 * hinges;
+
+// Below it the root's gradient is not finite: the distance is clamped and its gradient zero.
+constexpr double least_square = 1e-12;
+
+// What a sample is. The forward leaves it behind the weights, and the backward of a follower is one load.
+enum Role : int {
+  lonely,    // only one modality has its identity
+  leader,    // the earliest visible sample of an identity that both modalities have
+  follower,  // of such an identity, but another sample leads it
+};
+
+// The identity of a slot that has none: the last one in order.
+constexpr int64_t no_identity = std::numeric_limits<int64_t>::max();
+
+MRCN_DEVICE int thread() { return int(threadIdx.x); }
+MRCN_DEVICE int warp() { return thread() / warp_lanes; }
+MRCN_DEVICE int lane() { return thread() % warp_lanes; }
+
+// --- the samples of an identity -----------------------------------------------------------------------
+
+// Labels of each modality that a thread looks at before the block exchanges what it found.
+constexpr int rounds = 4;
+constexpr int tile = block_threads * rounds;
+
+struct Members {
+  int found[2][block_warps];
+  int list[2][tile];
+};
+
+// The samples of an identity, those of a tile of labels at a time, in ascending order. The batch of a
+// training step is one tile: then the labels are searched once.
+struct Search {
+  const CqcSamples& samples;
+  Members& members;
+  int64_t identity;
+  int begin = -1;          // of the tile whose samples are listed
+  int number[2] = {0, 0};  // of them
+
+  MRCN_DEVICE int end() const { return most(samples.count[0], samples.count[1]); }
+
+  MRCN_DEVICE void collect(int from) {
+    if (from == begin) return;
+    begin = from;
+    // A warp's labels follow one another, so that where its samples go depends on other warps' sums alone.
+    const int first = from + warp() * rounds * warp_lanes + lane();
+    uint32_t same[2][rounds];
+    compare(first, same);
+    unroll<2>([&](auto m) {
+      int own = 0;
+      unroll<rounds>([&](auto r) { own += count_bits(same[m.v][r.v]); });
+      if (lane() == 0) members.found[m.v][warp()] = own;
+    });
+    __syncthreads();
+    unroll<2>([&](auto m) {
+      int at = count_before(members.found[m.v], number[m.v]);
+      unroll<rounds>([&](auto r) {
+        const uint32_t bits = same[m.v][r.v], own = uint32_t(1) << lane();
+        if (bits & own) members.list[m.v][at + count_bits(bits & (own - 1))] = first + r.v * warp_lanes;
+        at += count_bits(bits);
+      });
+    });
+    __syncthreads();
+  }
+
+ private:
+  // All labels are on their way before the first one is compared.
+  MRCN_DEVICE void compare(int first, uint32_t (&same)[2][rounds]) const {
+    int64_t label[2][rounds];
+    unroll<2>([&](auto m) {
+      unroll<rounds>([&](auto r) {
+        const int sample = first + r.v * warp_lanes;
+        label[m.v][r.v] = sample < samples.count[m.v] ? samples.labels[m.v][sample] : ~identity;
+      });
+    });
+    unroll<2>([&](auto m) {
+      unroll<rounds>([&](auto r) { same[m.v][r.v] = ballot(label[m.v][r.v] == identity); });
+    });
+  }
+
+  // What the warps before this one have found; `all` is what all have.
+  static MRCN_DEVICE int count_before(const int (&found)[block_warps], int& all) {
+    int before = 0;
+    all = 0;
+    for (int w = 0; w < block_warps; ++w) {
+      before += w < warp() ? found[w] : 0;
+      all += found[w];
+    }
+    return before;
+  }
+};
+
+// Infrared samples are numbered after the visible ones.
+MRCN_DEVICE int64_t identity_of(const CqcSamples& samples, int sample) {
+  const int visible = samples.count[0];
+  return sample < visible ? samples.labels[0][sample] : samples.labels[1][sample - visible];
+}
+
+MRCN_DEVICE Role role_of(Search& search, int sample) {
+  int first = -1;
+  bool infrared = false;
+  for (int begin = 0; begin < search.end() && !(first >= 0 && infrared); begin += tile) {
+    search.collect(begin);
+    if (first < 0 && search.number[0] > 0) first = search.members.list[0][0];
+    infrared = infrared || search.number[1] > 0;
+  }
+  if (first < 0 || !infrared) return lonely;
+  return first == sample ? leader : follower;
+}
+
+// --- rows ---------------------------------------------------------------------------------------------
+
+// How a block shares rows: a thread has the same 16 bytes of all rows; `groups` threads of a warp have the
+// same bytes and take turns at the members; and each fetches the rows of `rows` members before it adds them.
+template <class T_, int groups_, int rows_>
+struct Layout {
+  using T = T_;
+  using A = acc_t<T>;
+  static constexpr int groups = groups_, rows = rows_;
+  static constexpr int width = 16 / int(sizeof(T));
+  static constexpr int lanes = warp_lanes / groups;
+  static constexpr int columns = block_warps * lanes * width;  // of a block
+  using Columns = A[sets][width];
+
+  static MRCN_DEVICE int group() { return lane() / lanes; }
+  static MRCN_DEVICE int column() { return (warp() * lanes + lane() % lanes) * width; }
+};
+
+// 16 bytes from `p` on; by elements, `left` of them and then zeros.
+template <class L, bool wide>
+MRCN_DEVICE Line fetch(const typename L::T* p, int64_t left) {
+  if constexpr (wide) {
+    return load_first(reinterpret_cast<const Line*>(p));
+  } else {
+    using T = typename L::T;
+    T elements[L::width];
+    unroll<L::width>([&](auto i) { elements[i.v] = i.v < left ? p[i.v] : T{}; });
+    Line line;
+    std::memcpy(&line, elements, sizeof(line));
+    return line;
+  }
+}
+
+template <class L>
+MRCN_DEVICE void keep(typename L::T* p, const Line& line, int64_t left, bool wide) {
+  if (wide) {
+    *reinterpret_cast<Line*>(p) = line;
+    return;
+  }
+  typename L::T elements[L::width];
+  std::memcpy(elements, &line, sizeof(line));
+  unroll<L::width>([&](auto i) {
+    if (i.v < left) p[i.v] = elements[i.v];
+  });
+}
+
+// Of the members from the listed one `from` on, each set's rows; zeros for members that aren't there.
+template <class L, bool wide>
+MRCN_DEVICE void fetch_members(const Search& search, int from, int64_t column, Line (&lines)[sets][L::rows]) {
+  const CqcFeatures& features = search.samples.features;
+  const int64_t left = features.dimensions - column;
+  int member[2][L::rows];
+  unroll<2>([&](auto m) {
+    unroll<L::rows>([&](auto r) {
+      const int i = from + r.v * L::groups;
+      member[m.v][r.v] = i < search.number[m.v] ? search.members.list[m.v][i] : -1;
+    });
+  });
+  unroll<sets>([&](auto set) {
+    constexpr int m = modality_of[set.v];
+    const auto* rows = static_cast<const typename L::T*>(features.sets[set.v]) + column;
+    unroll<L::rows>([&](auto r) {
+      Line& line = lines[set.v][r.v];
+      line = Line{};
+      if (member[m][r.v] < 0) return;
+      line = fetch<L, wide>(rows + member[m][r.v] * features.row_stride[set.v], left);
+    });
+  });
+}
+
+template <class L>
+MRCN_DEVICE void add_members(const Search& search, int64_t column, typename L::Columns& sums) {
+  const int last = most(search.number[0], search.number[1]);
+  for (int from = L::group(); from < last; from += L::groups * L::rows) {
+    Line lines[sets][L::rows];
+    if (search.samples.wide) {
+      fetch_members<L, true>(search, from, column, lines);
+    } else {
+      fetch_members<L, false>(search, from, column, lines);
+    }
+    unroll<sets>([&](auto set) {
+      unroll<L::rows>([&](auto r) {
+        typename L::T elements[L::width];
+        std::memcpy(elements, &lines[set.v][r.v], sizeof(elements));
+        unroll<L::width>([&](auto i) { sums[set.v][i.v] += get(elements + i.v); });
+      });
+    });
+  }
+}
+
+// A thread's columns of the six centers, and a sample's share in those of each modality. Every mean is a sum
+// times that share and every product is rounded on its own (the file is compiled without fused operations):
+// centers that coincide do so to the last bit, and are at a distance of exactly zero.
+template <class L>
+MRCN_DEVICE void make_centers(
+    Search& search, int64_t column, typename L::Columns& center, typename L::A (&share)[2]) {
+  using A = typename L::A;
+  int number[2] = {0, 0};
+  unroll<sets>([&](auto set) { unroll<L::width>([&](auto i) { center[set.v][i.v] = A(0); }); });
+  for (int begin = 0; begin < search.end(); begin += tile) {
+    search.collect(begin);
+    unroll<2>([&](auto m) { number[m.v] += search.number[m.v]; });
+    if (column < search.samples.features.dimensions) add_members<L>(search, column, center);
+  }
+  unroll<2>([&](auto m) { share[m.v] = A(1) / A(number[m.v]); });
+  unroll<sets>([&](auto set) {
+    constexpr int m = modality_of[set.v];
+    unroll<L::width>([&](auto i) {
+      A& sum = center[set.v][i.v];
+      for (int mask = L::lanes; mask < warp_lanes; mask *= 2) sum += exchange(sum, mask);
+      sum *= share[m];
+    });
+  });
+}
+
+// --- forward ------------------------------------------------------------------------------------------
+
+template <class T>
+using ForwardLayout = Layout<T, 1, 4>;
+
+template <class A>
+struct ForwardShared {
+  Members members;
+  A squares[block_warps][distances];
+  A losses[block_warps][1];
+  int leaders[block_warps][1];
+  bool last;
+};
+
+// Leaves the sums of each warp, of which `sum_of_warps` makes the block's: in an order that is always the
+// same.
+template <class V, int n>
+MRCN_DEVICE void add_up_warps(V (&values)[n], V (&sums)[block_warps][n]) {
+  unroll<n>([&](auto i) {
+    for (int mask = warp_lanes / 2; mask > 0; mask /= 2) values[i.v] += exchange(values[i.v], mask);
+    if (lane() == 0) sums[warp()][i.v] = values[i.v];
+  });
+  __syncthreads();
+}
+template <class V, int n>
+MRCN_DEVICE V sum_of_warps(const V (&sums)[block_warps][n], int i) {
+  V result = sums[0][i];
+  for (int w = 1; w < block_warps; ++w) result += sums[w][i];
+  return result;
+}
+
+template <class L>
+MRCN_DEVICE void add_squares(const typename L::Columns& center, typename L::A (&squares)[distances]) {
+  unroll<hinges>([&](auto n) {
+    constexpr Hinge h = hinge[n.v];
+    unroll<L::width>([&](auto i) {
+      const auto pulled = center[h.center][i.v] - center[h.pulled][i.v];
+      const auto pushed = center[h.center][i.v] - center[h.pushed][i.v];
+      squares[2 * n.v] += pulled * pulled;
+      squares[2 * n.v + 1] += pushed * pushed;
+    });
+  });
+}
+
+template <class A>
+struct Distance {
+  A value;
+  A weight;  // 1 / value, or 0 where the clamp holds: for a NaN too, as in torch.clamp
+
+  explicit MRCN_DEVICE Distance(A square) {
+    value = std::sqrt(square < A(least_square) ? A(least_square) : square);
+    weight = square >= A(least_square) ? A(1) / value : A(0);
+  }
+};
+
+// The loss of an identity, by one warp: a lane has a hinge, and so has every `hinges`th one after it.
+template <class A>
+MRCN_DEVICE A add_hinges(const A (&squares)[block_warps][distances], A margin, A* weights) {
+  static_assert(warp_lanes % hinges == 0);
+  const int n = lane() % hinges;
+  const Distance<A> pulled(sum_of_warps(squares, 2 * n)), pushed(sum_of_warps(squares, 2 * n + 1));
+  const A value = margin + pulled.value - pushed.value;
+  const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
+  if (lane() < hinges) {
+    weights[2 * n] = active ? pulled.weight : A(0);
+    weights[2 * n + 1] = active ? -pushed.weight : A(0);
+  }
+  A loss = active ? value : A(0);
+  for (int mask = 1; mask < hinges; mask *= 2) loss += exchange(loss, mask);
+  return loss;
+}
+
+template <class L>
+MRCN_DEVICE void lead(
+    const CqcCudaForward& call, Search& search, ForwardShared<typename L::A>& shared, int slot) {
+  using A = typename L::A;
+  A squares[distances] = {};
+  for (int64_t begin = 0; begin < call.samples.features.dimensions; begin += L::columns) {
+    typename L::Columns center;
+    A share[2];
+    make_centers<L>(search, begin + L::column(), center, share);
+    add_squares<L>(center, squares);
+  }
+  add_up_warps(squares, shared.squares);
+  if (warp() != 0) return;
+  A* weights = static_cast<A*>(call.saved) + int64_t(slot) * distances;
+  const A loss = add_hinges(shared.squares, A(call.margin), weights);
+  if (lane() == 0) {
+    static_cast<A*>(call.losses)[slot] = loss;
+    call.identities[slot] = search.identity;
+  }
+}
+
+template <class A>
+MRCN_DEVICE void leave_empty(const CqcCudaForward& call, int slot) {
+  A* weights = static_cast<A*>(call.saved) + int64_t(slot) * distances;
+  static_assert(distances <= block_threads);
+  if (thread() < distances) weights[thread()] = A(0);
+  if (thread() == 0) {
+    static_cast<A*>(call.losses)[slot] = A(0);
+    call.identities[slot] = no_identity;
+  }
+}
+
+// What the forward leaves and the backward reads behind the weights.
+template <class A>
+MRCN_DEVICE A* roles(const CqcSamples& samples, A* saved) {
+  return saved + int64_t(samples.count[0]) * distances;
+}
+
+// Whether all other blocks have arrived before this one: then what they wrote is there to be read.
+MRCN_DEVICE bool arrive(int64_t* counter, bool& last) {
+  __syncthreads();
+  if (thread() == 0) {
+    last = add_acquire_release(reinterpret_cast<int*>(counter), 1) == int(gridDim.x) - 1;
+  }
+  __syncthreads();
+  return last;
+}
+
+template <class A>
+MRCN_DEVICE void add_up_losses(const CqcCudaForward& call, ForwardShared<A>& shared) {
+  const A* losses = static_cast<const A*>(call.losses);
+  const A* role = roles(call.samples, static_cast<const A*>(call.saved));
+  A sum[1] = {};
+  int leaders[1] = {};
+  for (int slot = thread(); slot < call.samples.count[0]; slot += block_threads) {
+    sum[0] += load_shared_by_blocks(losses + slot);
+    leaders[0] += load_shared_by_blocks(role + slot) == A(leader);
+  }
+  add_up_warps(sum, shared.losses);
+  add_up_warps(leaders, shared.leaders);
+  if (thread() != 0) return;
+  *static_cast<A*>(call.total) = sum_of_warps(shared.losses, 0);
+  *call.number = sum_of_warps(shared.leaders, 0);
+}
+
+// A block for each sample. A leader reads its identity's rows by itself: it may have all registers of a
+// multiprocessor to have many on their way.
+template <class T>
+MRCN_KERNEL(1)
+forward_kernel(const CqcCudaForward call) {
+  using A = acc_t<T>;
+  ForwardShared<A>& shared = *reinterpret_cast<ForwardShared<A>*>(shared_memory());
+  const int sample = int(blockIdx.x);
+  Search search{call.samples, shared.members, identity_of(call.samples, sample)};
+  const Role role = role_of(search, sample);
+  if (role == leader) {
+    lead<ForwardLayout<T>>(call, search, shared, sample);
+  } else if (sample < call.samples.count[0]) {
+    leave_empty<A>(call, sample);
+  }
+  if (thread() == 0) roles(call.samples, static_cast<A*>(call.saved))[sample] = A(role);
+  if (arrive(call.number, shared.last)) add_up_losses<A>(call, shared);
+}
+
+// --- backward -----------------------------------------------------------------------------------------
+
+// Few columns a block, to have many blocks at an identity.
+template <class T>
+using BackwardLayout = Layout<T, 4, 2>;
+
+// Blocks of a sample, each with every `parts`th of its columns: enough for any GPU, with as many samples as
+// one launch can have.
+constexpr int64_t most_parts = 64;
+
+// A thread's columns of the six gradients that a sample of the identity gets. k: the weights times the
+// gradient of the loss.
+template <class L>
+MRCN_DEVICE void make_gradients(const typename L::Columns& center, const typename L::A (&k)[distances],
+    const typename L::A (&share)[2], bool detach_negative, Line (&gradients)[sets]) {
+  using A = typename L::A;
+  typename L::T rounded[sets][L::width];
+  unroll<L::width>([&](auto i) {
+    A gradient[sets] = {};
+    unroll<hinges>([&](auto n) {
+      constexpr Hinge h = hinge[n.v];
+      const A pull = k[2 * n.v] * (center[h.center][i.v] - center[h.pulled][i.v]);
+      // Left out and not times zero: what is detached may be infinite.
+      const A push =
+          detach_negative ? A(0) : k[2 * n.v + 1] * (center[h.center][i.v] - center[h.pushed][i.v]);
+      gradient[h.center] = pull + push;
+      gradient[h.pulled] -= pull;
+      gradient[h.pushed] -= push;
+    });
+    unroll<sets>([&](auto set) {
+      constexpr int m = modality_of[set.v];
+      put(rounded[set.v] + i.v, gradient[set.v] * share[m]);
+    });
+  });
+  unroll<sets>([&](auto set) { std::memcpy(&gradients[set.v], rounded[set.v], sizeof(Line)); });
+}
+
+// The gradient of a sample in a set: the sets are stacked, rows have no gaps.
+template <class L>
+MRCN_DEVICE typename L::T* gradient_row(const CqcCudaBackward& call, int set, int sample) {
+  const int64_t visible = call.samples.count[0], infrared = call.samples.count[1];
+  const int64_t first = set < 3 ? set * visible : 3 * visible + (set - 3) * infrared;
+  return static_cast<typename L::T*>(call.feature_gradients) +
+         (first + sample) * call.samples.features.dimensions;
+}
+
+template <class L>
+MRCN_DEVICE void write_members(
+    const CqcCudaBackward& call, Search& search, int64_t column, const Line (&gradients)[sets]) {
+  const int64_t left = call.samples.features.dimensions - column;
+  for (int begin = 0; begin < search.end(); begin += tile) {
+    search.collect(begin);
+    if (left <= 0) continue;
+    unroll<sets>([&](auto set) {
+      constexpr int m = modality_of[set.v];
+      for (int i = L::group(); i < search.number[m]; i += L::groups) {
+        typename L::T* row = gradient_row<L>(call, set.v, search.members.list[m][i]);
+        keep<L>(row + column, gradients[set.v], left, call.samples.wide);
+      }
+    });
+  }
+}
+
+template <class L>
+MRCN_DEVICE void clear_rows(const CqcCudaBackward& call, int sample, int64_t column) {
+  const int64_t left = call.samples.features.dimensions - column;
+  if (left <= 0) return;
+  const int visible = call.samples.count[0], m = sample < visible ? 0 : 1;
+  for (int set = 3 * m + L::group(); set < 3 * m + 3; set += L::groups) {
+    keep<L>(gradient_row<L>(call, set, sample - m * visible) + column, Line{}, left, call.samples.wide);
+  }
+}
+
+// `parts` blocks for each sample; a leader's write the rows of all samples of its identity.
+template <class T>
+MRCN_KERNEL(2)
+backward_kernel(const CqcCudaBackward call) {
+  using L = BackwardLayout<T>;
+  using A = acc_t<T>;
+  const CqcSamples& samples = call.samples;
+  const int parts = int(gridDim.x) / (samples.count[0] + samples.count[1]);
+  const int sample = int(blockIdx.x) / parts;
+  const A* saved = static_cast<const A*>(call.saved);
+  const A role = roles(samples, saved)[sample];
+  if (role == A(follower)) return;
+  Search search{samples, *reinterpret_cast<Members*>(shared_memory()), identity_of(samples, sample)};
+  A k[distances] = {};
+  if (role == A(leader)) {
+    const A scale = static_cast<const A*>(call.gradient)[sample * call.gradient_stride];
+    unroll<distances>([&](auto n) { k[n.v] = scale * saved[int64_t(sample) * distances + n.v]; });
+  }
+  const int64_t step = int64_t(parts) * L::columns, first = int64_t(int(blockIdx.x) % parts) * L::columns;
+  for (int64_t begin = first; begin < samples.features.dimensions; begin += step) {
+    const int64_t column = begin + L::column();
+    if (role == A(lonely)) {
+      clear_rows<L>(call, sample, column);
+      continue;
+    }
+    typename L::Columns center;
+    A share[2];
+    Line gradients[sets];
+    make_centers<L>(search, column, center, share);
+    make_gradients<L>(center, k, share, call.detach_negative, gradients);
+    write_members<L>(call, search, column, gradients);
+  }
+}
+
+// --- launchers ----------------------------------------------------------------------------------------
+
+template <class T>
+int forward(const CqcCudaForward& call, void* stream) {
+  if (int error = clear(call.number, sizeof(*call.number), stream)) return error;
+  const int blocks = call.samples.count[0] + call.samples.count[1];
+  if (blocks == 0) return clear(call.total, sizeof(acc_t<T>), stream);
+  return launch<forward_kernel<T>>(call, blocks, int(sizeof(ForwardShared<acc_t<T>>)), stream);
+}
+
+template <class T>
+int backward(const CqcCudaBackward& call, void* stream) {
+  constexpr int64_t columns = BackwardLayout<T>::columns;
+  const int64_t parts =
+      least<int64_t>((call.samples.features.dimensions + columns - 1) / columns, most_parts);
+  const int64_t blocks = parts * (call.samples.count[0] + call.samples.count[1]);
+  if (blocks == 0) return 0;
+  return launch<backward_kernel<T>>(call, int(blocks), int(sizeof(Members)), stream);
+}
+
+}  // namespace
+
+int cqc_forward(const CqcCudaForward& call, void* stream) {
+  switch (call.samples.features.dtype) {
+    case Dtype::f32:
+      return forward<float>(call, stream);
+    case Dtype::f64:
+      return forward<double>(call, stream);
+    case Dtype::bf16:
+      return forward<bf16>(call, stream);
+    default:
+      return forward<f16>(call, stream);
+  }
+}
+
+int cqc_backward(const CqcCudaBackward& call, void* stream) {
+  switch (call.samples.features.dtype) {
+    case Dtype::f32:
+      return backward<float>(call, stream);
+    case Dtype::f64:
+      return backward<double>(call, stream);
+    case Dtype::bf16:
+      return backward<bf16>(call, stream);
+    default:
+      return backward<f16>(call, stream);
+  }
+}
+
+}  // namespace mrcn::MRCN_ISA

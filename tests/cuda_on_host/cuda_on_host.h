@@ -1,0 +1,174 @@
+// The library's .cu files on the processor: every name of csrc/common/cuda.h, and the words of CUDA that the
+// kernels use, over one thread of the system for each of the kernel's.
+//
+// So ThreadSanitizer sees the races between the kernel's threads and AddressSanitizer what runs over a
+// block's shared memory, and a wait that may never end on a GPU is an error of the launch here.
+#pragma once
+
+#include <atomic>
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#include <source_location>
+#include <thread>
+#include <type_traits>
+
+#define MRCN_DEVICE inline
+#define MRCN_KERNEL(blocks) void
+
+// For a program that has the kernels linked in, or Python's ctypes.
+extern "C" {
+// `blocks` and `l2_bytes`: what a device says of itself. At most `resident` blocks of a launch run at the
+// same time, in an order drawn from `seed`. A launch in which nothing happens for `patience` seconds is a
+// deadlock.
+__attribute__((visibility("default"))) void cuda_on_host_set(
+    int blocks, int resident, unsigned seed, long long l2_bytes, double patience);
+// Launches and `clear` do nothing from now on, and succeed: what remains is the host's time of a call.
+__attribute__((visibility("default"))) void cuda_on_host_stub(int on);
+// The next launch does nothing and returns `error`.
+__attribute__((visibility("default"))) void cuda_on_host_fail(int error);
+// How many launches have run or done nothing in `cuda_on_host_stub`'s way.
+__attribute__((visibility("default"))) long long cuda_on_host_launches();
+}
+
+namespace cuda_on_host {
+
+using Where = std::source_location;
+
+// Few, for each is a thread of the system; the kernels are written for any.
+constexpr int warp_lanes = 4;
+constexpr int block_warps = 2;
+constexpr int block_threads = warp_lanes * block_warps;
+// What a block may have without asking for more.
+constexpr int most_shared = 48 << 10;
+
+struct Index {
+  unsigned x;
+};
+
+// All of these but the last five are called by a kernel's threads, and unwind them once the launch has
+// failed.
+char* shared_memory();
+void pass_block_barrier(Where where);
+void pass_warp_barrier(Where where);
+uint64_t exchange(uint64_t value, int mask, Where where);
+uint32_t ballot(bool yes, Where where);
+// `progress`: what is about to happen can end another thread's wait.
+void act(bool progress);
+void poll(Where where);
+
+// For the host.
+using Kernel = void (*)(const void* arguments);
+int device_of(int shared, std::atomic<int>& asked_shared, int* blocks, int64_t* l2_bytes);
+int clear(void* memory, int64_t bytes);
+int launch(Kernel kernel, const void* arguments, int blocks, int shared);
+const char* error_text(int error);
+
+}  // namespace cuda_on_host
+
+extern constinit thread_local cuda_on_host::Index threadIdx, blockIdx, gridDim;
+inline constexpr cuda_on_host::Index blockDim{cuda_on_host::block_threads};
+
+inline void __syncthreads(cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  cuda_on_host::pass_block_barrier(where);
+}
+inline void __syncwarp(cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  cuda_on_host::pass_warp_barrier(where);
+}
+
+namespace mrcn::cuda {
+
+using cuda_on_host::block_threads;
+using cuda_on_host::block_warps;
+using cuda_on_host::most_shared;
+using cuda_on_host::warp_lanes;
+
+// To the GPU's compiler any memory may be read as lines.
+struct alignas(16) [[gnu::may_alias]] Line {
+  uint32_t x, y, z, w;
+};
+
+// --- on the device ------------------------------------------------------------------------------------
+
+inline char* shared_memory() { return cuda_on_host::shared_memory(); }
+
+template <class V>
+inline V exchange(V value, int mask, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  static_assert(std::is_arithmetic_v<V> && sizeof(V) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(V));
+  bits = cuda_on_host::exchange(bits, mask, where);
+  std::memcpy(&value, &bits, sizeof(V));
+  return value;
+}
+inline uint32_t ballot(bool yes, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  return cuda_on_host::ballot(yes, where);
+}
+inline int count_bits(uint32_t bits) { return std::popcount(bits); }
+
+// An addition of 0 is a way to look.
+inline int add_relaxed(int* counter, int n) {
+  cuda_on_host::act(n != 0);
+  return std::atomic_ref(*counter).fetch_add(n, std::memory_order_relaxed);
+}
+inline int add_acquire_release(int* counter, int n) {
+  cuda_on_host::act(n != 0);
+  return std::atomic_ref(*counter).fetch_add(n, std::memory_order_acq_rel);
+}
+inline int load_acquire(const int* counter, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  cuda_on_host::poll(where);
+  return std::atomic_ref(const_cast<int&>(*counter)).load(std::memory_order_acquire);
+}
+inline void store_release(int* counter, int value) {
+  cuda_on_host::act(true);
+  std::atomic_ref(*counter).store(value, std::memory_order_release);
+}
+inline void pause() {
+  cuda_on_host::act(false);
+  std::this_thread::yield();
+}
+
+inline void lower(int* shared, int value) {
+  const std::atomic_ref least(*shared);
+  int now = least.load(std::memory_order_relaxed);
+  while (value < now && !least.compare_exchange_weak(now, value, std::memory_order_relaxed)) {
+  }
+}
+
+template <class V>
+inline V load_shared_by_blocks(const V* p) {
+  return *p;
+}
+inline Line load_first(const Line* p) { return *p; }
+inline Line load_last(const Line* p) { return *p; }
+inline void store_once(Line* p, Line value) { *p = value; }
+
+// --- on the host --------------------------------------------------------------------------------------
+
+struct Device {
+  int blocks;
+  int64_t l2_bytes;
+};
+
+template <auto kernel>
+inline int device_of(int shared, Device* device) {
+  static std::atomic<int> asked_shared{-1};
+  return cuda_on_host::device_of(shared, asked_shared, &device->blocks, &device->l2_bytes);
+}
+
+inline int clear(void* memory, int64_t bytes, [[maybe_unused]] void* stream) {
+  return cuda_on_host::clear(memory, bytes);
+}
+
+template <auto kernel, class Arguments>
+inline int launch(const Arguments& arguments, int blocks, int shared, [[maybe_unused]] void* stream) {
+  static_assert(std::is_same_v<decltype(kernel), void (*)(Arguments)>);
+  // What CUDA can copy to a kernel.
+  static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) <= 4096);
+  return cuda_on_host::launch(
+      [](const void* given) { kernel(*static_cast<const Arguments*>(given)); }, &arguments, blocks, shared);
+}
+
+inline const char* error_text(int error) { return cuda_on_host::error_text(error); }
+
+}  // namespace mrcn::cuda

@@ -1,0 +1,133 @@
+"""What only the emulator can show of the CUDA kernels: tests/test_cuda_on_host.py runs it.
+
+Blocks start in any order, and only some are there at once: the results must be the same bits, and no wait may
+last for ever.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mrcn_fast import cqc_loss, mrcn_block
+from tests import cases
+from tests.cases import GATES, MODES, Case, CQCCase
+from tests.cuda_on_host import library
+
+BACKEND = "cuda"
+L2 = 1 << 20
+# Blocks that the device says it holds, and how many of them run at once.
+CROWDS = ((1, 1), (2, 1), (5, 2), (7, 7))
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@pytest.fixture
+def emulator() -> Iterator[Any]:
+    emulated = library.emulator()
+    yield emulated
+    emulated.cuda_on_host_set(4, 2, 0, L2, 20.0)
+    emulated.cuda_on_host_stub(0)
+
+
+def case(mode: str, gate: str, **settings: Any) -> Case:
+    layout = settings.pop("layout", "contiguous")
+    return Case(mode, gate, layouts=(layout, layout), gradient_layout=layout, **settings)
+
+
+def block(drawn: Case) -> Callable[[], dict[str, Tensor]]:
+    p = cases.problem(drawn)
+    return lambda: cases.evaluate(p, BACKEND)
+
+
+def loss(drawn: CQCCase) -> Callable[[], dict[str, Tensor]]:
+    p = cases.cqc_problem(drawn)
+    return lambda: cases.evaluate_cqc(p, BACKEND)
+
+
+# Small: a thread of the kernels is a thread of the system. Several samples, blocks of channels and chunks,
+# and lines that are full, half full and unaligned.
+PROBLEMS = {
+    f"{mode} {gate} {layout}": block(
+        case(mode, gate, shape=(3, 9, height, width), layout=layout, dtype=dtype, hidden=3)
+    )
+    for (mode, gate, layout), (height, width), dtype in zip(
+        itertools.product(MODES, GATES, ("contiguous", "channels_last")),
+        itertools.cycle([(4, 8), (3, 5), (8, 9)]),
+        itertools.cycle(DTYPES),
+        strict=False,
+    )
+} | {
+    f"cqc {dtype}": loss(CQCCase((3, 1, 0, 9), (2, 9, 1, 1), 19, dtype, stacked=stacked))
+    for dtype, stacked in zip(DTYPES, (False, True, False), strict=True)
+}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_the_same_bits_in_any_order_and_crowd(name: str, emulator: Any) -> None:
+    first = None
+    for (blocks, resident), seed in itertools.product(CROWDS, range(3)):
+        emulator.cuda_on_host_set(blocks, resident, seed, L2, 5.0)
+        results = PROBLEMS[name]()
+        first = first or results
+        assert not cases.different_bits(first, results), f"{blocks} blocks, {resident} resident, seed {seed}"
+
+
+@pytest.mark.parametrize("l2_bytes", [1, 1 << 12, 1 << 30])
+def test_the_same_bits_with_any_number_of_samples_ahead(l2_bytes: int, emulator: Any) -> None:
+    run = block(case("pair", "se", shape=(6, 9, 4, 8)))
+    emulator.cuda_on_host_set(1, 1, 0, 1, 5.0)
+    first = run()
+    emulator.cuda_on_host_set(9, 3, 1, l2_bytes, 5.0)
+    assert not cases.different_bits(first, run())
+
+
+@pytest.mark.parametrize("name", [*PROBLEMS][::3])
+def test_sanitized(name: str, emulator: Any) -> None:
+    emulator.cuda_on_host_set(3, 2, 1, L2, 60.0)
+    results = PROBLEMS[name]()
+    assert all(result.isfinite().all() for result in results.values())
+
+
+# --- launches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_one_launch_forward_and_one_backward(mode: str, emulator: Any) -> None:
+    p = cases.problem(case(mode, "se"))
+    before = emulator.cuda_on_host_launches()
+    outputs = cases.call(p.case, p.inputs, p.parameters, BACKEND)
+    assert emulator.cuda_on_host_launches() == before + 1
+    torch.autograd.grad(outputs, (*p.inputs, *p.parameters), p.gradients)
+    assert emulator.cuda_on_host_launches() == before + 2
+
+
+def test_one_launch_of_the_loss_each_way(emulator: Any) -> None:
+    p = cases.cqc_problem(CQCCase())
+    before = emulator.cuda_on_host_launches()
+    total = cqc_loss(p.features, p.labels, p.infrared_labels, backend=BACKEND)
+    assert isinstance(total, Tensor) and emulator.cuda_on_host_launches() == before + 1
+    torch.autograd.grad(total, p.features)
+    assert emulator.cuda_on_host_launches() == before + 2
+
+
+def test_an_error_names_kernel_shape_and_device(emulator: Any) -> None:
+    p = cases.problem(case("pair", "se", shape=(2, 5, 4, 3)))
+    visible, infrared = p.inputs
+    norm_weight, norm_bias, *gate = p.parameters
+    emulator.cuda_on_host_fail(719)
+    told = r"the block's forward on device .* for 2 samples of 5 channels of 12 pixels, float32: error 719"
+    with pytest.raises(RuntimeError, match=told):
+        mrcn_block(visible, infrared, norm_weight, norm_bias, gate, backend=BACKEND)
+    outputs = cases.call(p.case, p.inputs, p.parameters, BACKEND)
+    emulator.cuda_on_host_fail(700)
+    with pytest.raises(RuntimeError, match=r"the block's backward on device .*: error 700"):
+        torch.autograd.grad(outputs, visible, p.gradients)
+    q = cases.cqc_problem(CQCCase())
+    emulator.cuda_on_host_fail(2)
+    with pytest.raises(RuntimeError, match="error 2"):
+        cqc_loss(q.features, q.labels, q.infrared_labels, backend=BACKEND)

@@ -1,0 +1,117 @@
+"""The CUDA backend without a GPU: its kernels on the processor's threads (tests/cuda_on_host).
+
+The tests of the kernels themselves are those of every backend, in processes of their own that have the
+emulated one in the place of "cuda": as it is, and under the sanitizers, which see races between the kernels'
+threads and what runs over their memory.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cases import CUDA_ON_HOST
+from tests.cuda_on_host import library
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the emulator is written for Linux"),
+    pytest.mark.skipif(CUDA_ON_HOST, reason="starts the processes of which this is one"),
+]
+
+SANITIZERS = {
+    "thread": ("libtsan.so", {"TSAN_OPTIONS": "halt_on_error=1:report_signal_unsafe=0"}),
+    "address": ("libasan.so", {"ASAN_OPTIONS": "detect_leaks=0"}),
+}
+
+
+def run_tests(*arguments: str, sanitize: str = "") -> None:
+    environment = os.environ | {
+        "MRCN_FAST_TEST_CUDA_ON_HOST": "1",
+        "MRCN_FAST_TEST_SANITIZE": sanitize,
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    environment.pop("PYTEST_XDIST_WORKER", None)
+    if sanitize:
+        name, options = SANITIZERS[sanitize]
+        environment |= options | {"LD_PRELOAD": runtime(name)}
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        env=environment,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    print(run.stdout)
+    assert run.returncode == 0, "failed: see its output above"
+    passed = re.search(r"(\d+) passed", run.stdout)
+    assert passed and int(passed[1]) > 0, "no test ran"
+    assert "WARNING: ThreadSanitizer" not in run.stdout and "ERROR: AddressSanitizer" not in run.stdout
+
+
+def runtime(name: str) -> str:
+    """The sanitizer's library of the compiler."""
+    compiler = os.environ.get("CXX", "c++").split()[0]
+    found = subprocess.run(
+        [compiler, f"-print-file-name={name}"], stdout=subprocess.PIPE, text=True, check=True
+    )
+    path = found.stdout.strip()
+    if not Path(path).is_absolute():
+        pytest.skip(f"{compiler} has no {name}")
+    return path
+
+
+@pytest.mark.parametrize("sanitize", ["", *SANITIZERS])
+def test_the_emulator(sanitize: str) -> None:
+    """Barriers, exchanges, counters, deadlocks that are told, threads that leave too early."""
+    directory = library.build("test_cuda_on_host", sanitize)
+    run = subprocess.run(
+        [directory / "test_cuda_on_host"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    assert run.returncode == 0, run.stdout
+
+
+# A choice, for every thread of a kernel is one of the processor's here, and tests/cuda_on_host/launches.py
+# has every operation. All of them: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block.py
+RUNS = {
+    "block": (
+        "tests/test_block.py",
+        "-k",
+        "(shapes_at_the_edges and float32) or (in_every_layout and pair and bfloat16) "
+        "or where_the_mean_is_large or every_element or bitwise or (nonfinite and pair and se and not input)",
+    ),
+    "derivatives": (
+        "tests/test_block.py",
+        "-k",
+        "(test_gradcheck and se and normalized and contiguous) "
+        "or (test_opcheck_of_every_dtype_and_missing_gradients and float32)",
+    ),
+    "gates": ("tests/test_gates.py",),
+    "cqc": (
+        "tests/test_cqc.py",
+        "-k",
+        "(in_every_layout and float32) or nonfinite or every_element or coinciding "
+        "or (test_gradcheck and none)",
+    ),
+}
+
+
+@pytest.mark.parametrize("run", RUNS)
+def test_what_every_backend_must_hold(run: str) -> None:
+    run_tests(*RUNS[run])
+
+
+def test_launches() -> None:
+    run_tests("tests/cuda_on_host/launches.py")
+
+
+@pytest.mark.parametrize("sanitize", SANITIZERS)
+def test_sanitized(sanitize: str) -> None:
+    run_tests("tests/cuda_on_host/launches.py", "-k", "sanitized", sanitize=sanitize)
