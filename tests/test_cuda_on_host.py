@@ -8,7 +8,6 @@ threads and what runs over their memory.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -17,8 +16,7 @@ import pytest
 
 from tests.cases import CUDA_ON_HOST
 from tests.cuda_on_host import library
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.processes import run_pytest
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator is written for Linux"),
@@ -32,28 +30,12 @@ SANITIZERS = {
 
 
 def run_tests(*arguments: str, sanitize: str = "") -> None:
-    environment = os.environ | {
-        "MRCN_FAST_TEST_CUDA_ON_HOST": "1",
-        "MRCN_FAST_TEST_SANITIZE": sanitize,
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    environment.pop("PYTEST_XDIST_WORKER", None)
+    environment = {"MRCN_FAST_TEST_CUDA_ON_HOST": "1", "MRCN_FAST_TEST_SANITIZE": sanitize}
     if sanitize:
         name, options = SANITIZERS[sanitize]
         environment |= options | {"LD_PRELOAD": runtime(name)}
-    run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
-        env=environment,
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    print(run.stdout)
-    assert run.returncode == 0, "failed: see its output above"
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed and int(passed[1]) > 0, "no test ran"
-    assert "WARNING: ThreadSanitizer" not in run.stdout and "ERROR: AddressSanitizer" not in run.stdout
+    told = run_pytest(*arguments, environment=environment)
+    assert "WARNING: ThreadSanitizer" not in told and "ERROR: AddressSanitizer" not in told
 
 
 def runtime(name: str) -> str:

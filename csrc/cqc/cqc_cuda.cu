@@ -13,24 +13,12 @@
 #include "common/cuda.h"
 #include "common/elements.h"
 #include "cqc/cqc_cuda.h"
+#include "cqc/hinges.h"
 
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// Sets in the paper's order: v, v+, v-, n-, n+, n.
-constexpr int sets = 6;
-constexpr int modality_of[sets] = {0, 0, 0, 1, 1, 1};
-
-struct Hinge {
-  int center, pulled, pushed;
-};
-// v+ and v- are pulled to n and pushed from v, n+ and n- the other way round (eq. 8, 9).
-constexpr int hinges = 4;
-constexpr Hinge hinge[hinges] = {{1, 5, 0}, {4, 0, 5}, {2, 5, 0}, {3, 0, 5}};
 constexpr int distances = 2 * hinges;
-
-// Below it the root's gradient is not finite: the distance is clamped and its gradient zero.
-constexpr double least_square = 1e-12;
 
 // What a sample is. The forward leaves it behind the weights, and the backward of a follower is one load.
 enum Role : int {
