@@ -32,7 +32,8 @@ class Gates {
         branches_(shape.gate == Gate::cbam_channel ? 2 : 1),
         N_(shape.samples),
         C_(shape.channels),
-        R_(shape.hidden) {
+        R_(shape.hidden),
+        pitch_(C_ + 64 / int64_t(sizeof(A))) {
     for (int i = 0; i < 4; ++i) weights_[i] = static_cast<const A*>(parameters.gate[i]);
     const int64_t pooled = int64_t(modalities(shape.mode)) * N_ * branches_ * C_;
     const int64_t hidden = shape.gate == Gate::eca ? 0 : N_ * count_ * branches_ * R_;
@@ -80,16 +81,12 @@ class Gates {
   // s of the channels from c on, as many as V has, for the samples [first, last).
   template <class V>
   MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c) const {
-    for (int g = 0; g < count_; ++g) {
-      for (int64_t i = first; i < last; ++i) {
-        const V x = logit<V>(i, g, c);
-        if constexpr (sizeof(V) == sizeof(A)) {
-          value(i, g)[c] = sigmoid(x);
-        } else {
-          copy_out<false>(value(i, g) + c, sigmoids<A>(x));
-        }
-      }
-    }
+    constexpr int at_once = 4;  // sums that don't wait for one another
+    const int64_t all = (last - first) * count_;
+    GateOf next{first, 0};
+    int64_t done = 0;
+    for (; done + at_once <= all; done += at_once) excite_some<V, at_once>(next, c);
+    for (; done < all; ++done) excite_some<V, 1>(next, c);
   }
 
   // From `before` of the samples [first, last) to `of_pooled`.
@@ -175,7 +172,7 @@ class Gates {
   void transpose_excitation() {
     constexpr int64_t block = 16;  // channels whose rows stay in the first-level cache
     const int64_t blocks = (C_ + block - 1) / block;
-    excitation_.allocate(count_ * R_ * C_);
+    excitation_.allocate(count_ * R_ * pitch_);
     parallel(shape_.parallel, count_ * blocks, grain(block * R_), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int64_t g = unit / blocks, c0 = unit % blocks * block, c1 = least(c0 + block, C_);
@@ -187,17 +184,53 @@ class Gates {
     });
   }
   // The weights from hidden number j to every channel.
-  MRCN_INLINE A* excitation(int g, int64_t j) const { return excitation_.data + (g * R_ + j) * C_; }
+  MRCN_INLINE A* excitation(int g, int64_t j) const { return excitation_.data + (g * R_ + j) * pitch_; }
 
-  template <class V>
-  MRCN_INLINE V logit(int64_t i, int g, int64_t c) const {
-    if (shape_.gate == Gate::eca) return convolved<V>(weights_[0] + g * R_, pooled(modality(g), i), c);
-    V x = A(branches_) * copy_in<V>(weights_[3] + g * C_ + c);
-    for (int b = 0; b < branches_; ++b) {
-      const A* hidden = activation(i, g, b);
-      for (int64_t j = 0; j < R_; ++j) x += hidden[j] * copy_in<V>(excitation(g, j) + c);
+  struct GateOf {
+    int64_t sample;
+    int gate;
+  };
+
+  // s for n gates from `next` on.
+  template <class V, int n>
+  MRCN_INLINE void excite_some(GateOf& next, int64_t c) const {
+    GateOf of[n];
+    V x[n];
+    for (GateOf& each : of) {
+      each = next;
+      if (++next.gate == count_) next = {next.sample + 1, 0};
     }
-    return x;
+    logits(of, c, x);
+    unroll<n>([&](auto k) MRCN_BODY {
+      A* s = value(of[k.v].sample, of[k.v].gate) + c;
+      if constexpr (sizeof(V) == sizeof(A)) {
+        *s = sigmoid(x[k.v]);
+      } else {
+        copy_out<false>(s, sigmoids<A>(x[k.v]));
+      }
+    });
+  }
+
+  template <class V, int n>
+  MRCN_INLINE void logits(const GateOf (&of)[n], int64_t c, V (&x)[n]) const {
+    if (shape_.gate == Gate::eca) {
+      for (int k = 0; k < n; ++k) {
+        const int g = of[k].gate;
+        x[k] = convolved<V>(weights_[0] + g * R_, pooled(modality(g), of[k].sample), c);
+      }
+      return;
+    }
+    const A *weight[n], *hidden[n];
+    for (int k = 0; k < n; ++k) {
+      weight[k] = excitation(of[k].gate, 0) + c;
+      x[k] = A(branches_) * copy_in<V>(weights_[3] + of[k].gate * C_ + c);
+    }
+    for (int b = 0; b < branches_; ++b) {
+      for (int k = 0; k < n; ++k) hidden[k] = activation(of[k].sample, of[k].gate, b);
+      for (int64_t j = 0; j < R_; ++j) {
+        unroll<n>([&](auto k) MRCN_BODY { x[k.v] += hidden[k.v][j] * copy_in<V>(weight[k.v] + j * pitch_); });
+      }
+    }
   }
 
   template <class V>
@@ -264,9 +297,10 @@ class Gates {
 
   const BlockShape& shape_;
   const A* weights_[4];
-  Buffer<A> excitation_;  // (gates, R, C): the second layer's weights, transposed
+  Buffer<A> excitation_;  // (gates, R, pitch): the second layer's weights, transposed
   const int count_, branches_;
   const int64_t N_, C_, R_;
+  const int64_t pitch_;  // a line more than C: rows 4 KB apart would push one another out of the cache
 };
 
 }  // namespace

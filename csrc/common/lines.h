@@ -20,15 +20,18 @@ using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
 template <int vectors>
 constexpr int parts_of = vectors > 0 ? vectors : 1;
 
-// f(at, constant<vectors>) from `head` on over whole lines, then over whole vectors; f(at, constant<0>) over
-// the elements before and after.
+// f(at, constant<vectors>) from `head` on over whole lines, with whole vectors before and after them;
+// f(at, constant<0>) over the elements left at both ends. What is streamed needs the vectors at the ends: a
+// plane of bf16 often starts in the middle of the line in which another one ended.
 template <class T, class F>
 MRCN_INLINE void over_lines(int64_t head, int64_t n, const F& f) {
   constexpr int64_t W = lanes<acc_t<T>>, line = line_vectors<T> * W;
-  int64_t at = head;
+  const int64_t start = line > W ? head % W : head;
+  int64_t at = start;
+  for (; line > W && at < head; at += W) f(at, constant<1>{});
   for (; at + line <= n; at += line) f(at, constant<line_vectors<T>>{});
   for (; line > W && at + W <= n; at += W) f(at, constant<1>{});
-  for (int64_t l = head > 0 ? 0 : at; l < n; l = l + 1 == head ? at : l + 1) f(l, constant<0>{});
+  for (int64_t l = start > 0 ? 0 : at; l < n; l = l + 1 == start ? at : l + 1) f(l, constant<0>{});
 }
 
 // A line of bf16 is read as its even elements, then its odd ones: an operation each, where elements in order
