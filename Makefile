@@ -90,7 +90,7 @@ regression: install  ## whether the kernels are still as many times faster than 
 	"$(bin)/python" -m pytest -q benchmarks/test_regression.py
 
 # Installs nothing: which torch fits the GPU its owner knows, and has it in VENV or as PYTHON's.
-gpu-check:  ## the tests on this machine's GPU, then the benchmark there (needs torch and Triton, builds nothing)
+gpu-check:  ## on this machine's GPU: the tests, compute-sanitizer, the benchmark (needs torch and Triton there)
 	@$(if $(wildcard $(bin)/python),"$(bin)/python","$(PYTHON)") benchmarks/gpu_check.py $(ARGS)
 
 lint: install ruff mypy clang-format  ## ruff, mypy and clang-format (make -k lint: all, also after one has failed)

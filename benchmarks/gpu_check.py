@@ -1,7 +1,12 @@
 """`make gpu-check`: the kernels on this machine's GPU, first whether they are right, then how fast they are.
 
 Run from the checkout with any Python that has torch for the GPU, Triton, and for the tests pytest, hypothesis
-and numpy. Builds and downloads nothing. The benchmark runs only after the tests have passed.
+and numpy. It downloads nothing. Each part runs only after those before it have passed:
+
+- build: the C++ and CUDA libraries for this GPU, where there is nvcc and they are not there yet
+- tests: the correctness matrix, of both backends
+- sanitizer: CUDA's compute-sanitizer over a choice of it, for the CUDA C++ backend
+- benchmark: both backends side by side
 """
 
 from __future__ import annotations
@@ -11,6 +16,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -19,7 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "cqc", "block", "gates", "compile"))
 TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
-PARTS = ("tests", "benchmark")
+PARTS = ("build", "tests", "sanitizer", "benchmark")
+BUILD_PACKAGES = ("pybind11", "setuptools", "ninja")
+SANITIZERS = ("memcheck", "racecheck", "initcheck")
+# Each kernel at edges and in every layout; under a sanitizer a test takes up to a hundred times as long.
+SANITIZED = (
+    *("tests/test_block.py", "tests/test_cqc.py"),
+    *("-k", "cuda and float32 and (shapes_at_the_edges or in_every_layout)"),
+)
 
 
 def lacking(parts: Sequence[str]) -> str | None:
@@ -42,7 +55,7 @@ def lacking(parts: Sequence[str]) -> str | None:
     if not status.usable:
         return f"the Triton backend can't run: {status.reason}"
     absent = [name for name in TEST_PACKAGES if importlib.util.find_spec(name) is None]
-    if "tests" in parts and absent:
+    if {"tests", "sanitizer"} & set(parts) and absent:
         return (
             f"the tests need {', '.join(absent)}, which {python} lacks; install them, or measure unchecked "
             "with ARGS='--part benchmark' (each case still compares its own result first)"
@@ -50,24 +63,58 @@ def lacking(parts: Sequence[str]) -> str | None:
     return None
 
 
+def unbuildable() -> str | None:
+    """Why the CUDA C++ backend is not built; None where it is to be."""
+    import setup
+    from mrcn_fast import backends
+
+    if backends()["cuda"].usable:
+        return "it is built"
+    if absent := [name for name in BUILD_PACKAGES if importlib.util.find_spec(name) is None]:
+        return f"{sys.executable} lacks {', '.join(absent)}"
+    try:
+        setup.find_nvcc()
+    except setup.NativeBuildError as error:
+        return str(error)
+    return None
+
+
+def unsanitizable(building: bool) -> str | None:
+    """Why nothing runs under compute-sanitizer; None where it does."""
+    from mrcn_fast import backends
+
+    if not building and not backends()["cuda"].usable:
+        return f"the CUDA C++ backend can't run: {backends()['cuda'].reason}"
+    return None if shutil.which("compute-sanitizer") else "compute-sanitizer is not on PATH"
+
+
 def environment() -> dict[str, str]:
-    """This process's, with the checkout first and the tests' problems on the GPU."""
+    """This process's, with the checkout first, the tests' problems on the GPU, builds for it alone."""
+    import torch
+
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return os.environ | {"PYTHONPATH": path, "MRCN_FAST_TEST_DEVICE": "cuda"}
+    major, minor = torch.cuda.get_device_capability()
+    built = {"MRCN_FAST_CUDA": "1", "MRCN_FAST_CUDA_ARCHS": f"{major}{minor}"}
+    return built | os.environ | {"PYTHONPATH": path, "MRCN_FAST_TEST_DEVICE": "cuda"}
 
 
 def commands(
     parts: Sequence[str], results: Path, tests: Sequence[str], bench: Sequence[str]
 ) -> list[list[str]]:
     """What is run, in this order, until one fails."""
+    python = sys.executable
+    pytest = [python, "-m", "pytest"]
+    # Memory of its own for every tensor, so that an access beside it shows.
+    sanitized = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
     runs = {
-        "tests": [sys.executable, "-m", "pytest", *(tests or TESTS)],
+        "build": [[python, "setup.py", "-q", "build_ext", "--inplace"]],
+        "tests": [[*pytest, *(tests or TESTS)]],
+        "sanitizer": [[*sanitized, "--tool", tool, *pytest, *SANITIZED] for tool in SANITIZERS],
         "benchmark": [
-            *(sys.executable, "-m", "mrcn_fast.benchmark", "--device", "cuda", "--out", str(results)),
-            *bench,
+            [python, "-m", "mrcn_fast.benchmark", "--device", "cuda", "--out", str(results), *bench]
         ],
     }
-    return [runs[part] for part in PARTS if part in parts]
+    return [command for part in PARTS if part in parts for command in runs[part]]
 
 
 def results_file(gpu: str) -> Path:
@@ -79,7 +126,7 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="make gpu-check", description="check and time the kernels on a GPU"
     )
-    options.add_argument("--part", action="append", choices=PARTS, help="only this part (default: both)")
+    options.add_argument("--part", action="append", choices=PARTS, help="only this part (default: all)")
     options.add_argument(
         "--tests",
         type=shlex.split,
@@ -104,6 +151,13 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     import torch
 
+    left_out = {"build": unbuildable()} if "build" in parts else {}
+    if "sanitizer" in parts:
+        left_out["sanitizer"] = unsanitizable("build" in parts and left_out["build"] is None)
+    for part, reason in left_out.items():
+        if reason:
+            print(f"gpu-check: without {part}: {reason}", flush=True)
+    parts = [part for part in parts if not left_out.get(part)]
     results = results_file(torch.cuda.get_device_name())
     bench = ["--only", options.only, "--seconds", options.seconds]
     for command in commands(parts, results, options.tests, bench):

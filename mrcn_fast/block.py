@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import dispatch
-from mrcn_fast.autograd import BlockFunction, distinct, run_block
+from mrcn_fast.autograd import MODES, BlockFunction, distinct, run_block, split
 from mrcn_fast.gates import GATES, make_gate
 
 Modality = Literal["visible", "infrared"]
@@ -124,9 +124,6 @@ def mrcn_block(
         ``MRCNFeatures(*mrcn_fast.reference.mrcn_block(visible, infrared, norm_weight, norm_bias,
         gate_parameters))``, and ``torch.cat`` of it with ``concat``.
     """
-    _check_pair(visible, infrared)
-    _check_parameters(visible, norm_weight, norm_bias, gate_parameters, gate, 2, 4)
-    _check_choice("restitute_to", restitute_to, RESTITUTE_TO)
     tensors = (visible, infrared, norm_weight, norm_bias, *gate_parameters)
     if concat:
         return _run("concat", backend, gate, eps, restitute_to, tensors)[0]
@@ -153,9 +150,6 @@ def mrcn_restitution(
     Equivalent to:
         ``reference.restitution(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
     """
-    _check_features("features", features)
-    _check_parameters(features, norm_weight, norm_bias, gate_parameters, gate, 1, 1)
-    _check_choice("restitute_to", restitute_to, RESTITUTE_TO)
     tensors = (features, norm_weight, norm_bias, *gate_parameters)
     return _run("restitute", backend, gate, eps, restitute_to, tensors)[0]
 
@@ -177,8 +171,6 @@ def snr_block(
     Equivalent to:
         ``reference.snr_block(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
     """
-    _check_features("features", features)
-    _check_parameters(features, norm_weight, norm_bias, gate_parameters, gate, 1, 1)
     tensors = (features, norm_weight, norm_bias, *gate_parameters)
     return SNRFeatures._make(_run("snr", backend, gate, eps, "normalized", tensors))
 
@@ -186,10 +178,33 @@ def snr_block(
 def _run(
     mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
+    """The feature sets that ``mode`` makes.
+
+    Kernels that refuse what does not fit see the tensors unchecked: `_check` costs as much as a launch, and
+    is left to say in the caller's terms what a call was refused for.
+    """
+    if torch.compiler.is_compiling():
+        _check(mode, gate, restitute_to, tensors)
+        return _serve(mode, requested, gate, eps, restitute_to, tensors)
+    try:
+        return _serve(mode, requested, gate, eps, restitute_to, tensors)
+    except Exception:
+        if fault := _fault(mode, gate, restitute_to, tensors):
+            raise fault from None
+        raise
+
+
+def _serve(
+    mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     backend = dispatch.choose(requested, tensors[0].device.type, tensors[0].dtype, gate)
+    refuses = backend != "reference" and dispatch.KERNELS[backend].CHECKS
+    # Where a tensor has no data, torch asks for the shapes alone, and no kernel sees it.
+    real = type(tensors[0]) is Tensor and not any(t.is_meta for t in tensors)
+    if not (refuses and real and restitute_to in RESTITUTE_TO):
+        _check(mode, gate, restitute_to, tensors)
     if backend == "reference":
-        count = 2 if mode in ("pair", "concat") else 1
-        inputs, (norm_weight, norm_bias, *parameters) = tensors[:count], tensors[count:]
+        inputs, (norm_weight, norm_bias), parameters = split(tensors, MODES[mode].inputs)
         return dispatch.run_reference(
             mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
         )
@@ -372,6 +387,30 @@ class SNRBlock(_Block):
 def _check_choice(name: str, got: object, known: tuple[str, ...]) -> None:
     if got not in known:
         raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def _fault(
+    mode: str, gate: str, restitute_to: str, tensors: tuple[Tensor, ...]
+) -> TypeError | ValueError | None:
+    """What does not fit, if anything."""
+    try:
+        _check(mode, gate, restitute_to, tensors)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+def _check(mode: str, gate: str, restitute_to: str, tensors: tuple[Tensor, ...]) -> None:
+    """Raises TypeError or ValueError for what does not fit, and says what would."""
+    count = MODES[mode].inputs
+    inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
+    if count == 2:
+        _check_pair(*inputs)
+        _check_parameters(inputs[0], norm_weight, norm_bias, parameters, gate, 2, 4)
+    else:
+        _check_features("features", inputs[0])
+        _check_parameters(inputs[0], norm_weight, norm_bias, parameters, gate, 1, 1)
+    _check_choice("restitute_to", restitute_to, RESTITUTE_TO)
 
 
 def _check_features(name: str, x: Tensor) -> None:

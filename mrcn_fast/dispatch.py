@@ -7,6 +7,7 @@ reference where no kernel can serve, and gives the reasons.
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Sequence
@@ -25,8 +26,6 @@ logger = logging.getLogger("mrcn_fast")
 ENVIRONMENT_VARIABLE = "MRCN_FAST_BACKEND"
 KERNELS: dict[str, ModuleType] = {"cpu": native, "triton": triton, "cuda": cuda}
 NAMES = (*KERNELS, "reference")
-
-_told: set[str] = set()
 
 
 class BackendStatus(NamedTuple):
@@ -64,7 +63,11 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype, gate: st
 
     Raises ValueError for an unknown name, RuntimeError with the reason where the choice can't serve the call.
     """
-    requested = requested or os.environ.get(ENVIRONMENT_VARIABLE) or "auto"
+    return _choose(requested or os.environ.get(ENVIRONMENT_VARIABLE) or "auto", device_type, dtype, gate)
+
+
+@functools.cache  # what a process has to run on does not change
+def _choose(requested: str, device_type: str, dtype: torch.dtype, gate: str | None) -> str:
     if requested != "auto":
         if requested not in NAMES:
             known = ", ".join(map(repr, (*NAMES, "auto")))
@@ -80,10 +83,13 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype, gate: st
             return name
     unfused = None if gate is None else GATES[gate].unfused
     message = unfused or "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
-    if message not in _told:
-        _told.add(message)
-        logger.info("using the reference backend (%s)", message)
+    _tell(message)
     return "reference"
+
+
+@functools.cache  # once a reason, whatever dtypes and gates it holds for
+def _tell(reason: str) -> None:
+    logger.info("using the reference backend (%s)", reason)
 
 
 # What `torch.compiler.assume_constant_result` sets, without the two seconds of importing torch._dynamo:

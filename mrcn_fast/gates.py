@@ -52,7 +52,7 @@ class Gate(nn.Module):
 
     def parameter_list(self) -> list[Tensor]:
         """The parameters in the order in which the operations take them."""
-        return list(self.parameters(recurse=False))
+        return list(self._parameters.values())  # type: ignore[arg-type]  # none is None
 
     def reset_parameters(self) -> None:
         raise NotImplementedError

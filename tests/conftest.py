@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
 import torch
 
+from mrcn_fast import dispatch
 from tests.cases import CUDA_ON_HOST
 
 if CUDA_ON_HOST:
-    from mrcn_fast import dispatch
     from tests.cuda_on_host import library
 
     library.load()
@@ -25,6 +26,14 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 # The tests' tensors are small: on a machine with many cores, more threads only wait for each other.
 torch.set_num_threads(min(torch.get_num_threads(), 4))
+
+
+@pytest.fixture(autouse=True)
+def choices_anew() -> Iterator[None]:
+    """No test sees which backend another one had chosen, or been told of."""
+    for known in (dispatch._choose, dispatch._tell):
+        known.cache_clear()
+    yield
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -340,9 +340,8 @@ def test_an_unknown_reduction() -> None:
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """No choice in the environment, and nothing told yet."""
+    """No choice in the environment."""
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    monkeypatch.setattr(dispatch, "_told", set())
     yield monkeypatch
 
 

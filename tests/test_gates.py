@@ -243,7 +243,6 @@ def test_whole_cbam_refuses_the_kernels_with_the_reason(backend: str) -> None:
 def test_whole_cbam_takes_the_reference_and_says_why_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(dispatch, "_told", set())
     monkeypatch.delenv("MRCN_FAST_BACKEND", raising=False)
     features = random(2, 4, 3, 3)
     with caplog.at_level(logging.INFO, "mrcn_fast"):

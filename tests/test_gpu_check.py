@@ -32,8 +32,45 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """As if there were a GPU that the Triton backend serves."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
-    monkeypatch.setattr(mrcn_fast, "backends", lambda: {"triton": BackendStatus(True, "Triton on a GPU")})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    for name in ("MRCN_FAST_CUDA", "MRCN_FAST_CUDA_ARCHS"):
+        monkeypatch.delenv(name, raising=False)
+    found(monkeypatch, triton=True, cuda=False)
+    monkeypatch.syspath_prepend(ROOT)
     return monkeypatch
+
+
+def found(gpu: pytest.MonkeyPatch, **usable: bool) -> None:
+    gpu.setattr(
+        mrcn_fast, "backends", lambda: {name: BackendStatus(u, f"{name}: {u}") for name, u in usable.items()}
+    )
+
+
+class Runs:
+    """The commands that gpu-check runs, each ending with ``status``."""
+
+    def __init__(self, gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> None:
+        self.commands: list[list[str]] = []
+        self.status = 0
+        gpu.setattr(gpu_check.subprocess, "run", self)
+
+    def __call__(
+        self, command: list[str], *, env: dict[str, str], **_: object
+    ) -> subprocess.CompletedProcess[str]:
+        assert env["MRCN_FAST_TEST_DEVICE"] == "cuda"
+        assert env["MRCN_FAST_CUDA"] == "1" and env["MRCN_FAST_CUDA_ARCHS"] == "90"
+        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
+        self.commands.append(command)
+        return subprocess.CompletedProcess(command, self.status)
+
+    def taken(self) -> list[list[str]]:
+        taken, self.commands = self.commands, []
+        return taken
+
+
+@pytest.fixture
+def runs(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> Runs:
+    return Runs(gpu_check, gpu)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -59,33 +96,68 @@ def test_what_is_lacking(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> None
     gpu.setattr(gpu_check, "TEST_PACKAGES", ("pytest", "no_such_package"))
     assert "the tests need no_such_package, which" in gpu_check.lacking(("tests", "benchmark"))
     assert gpu_check.lacking(("benchmark",)) is None
-    gpu.setattr(mrcn_fast, "backends", lambda: {"triton": BackendStatus(False, "Triton is too old")})
-    assert gpu_check.lacking(("benchmark",)) == "the Triton backend can't run: Triton is too old"
+    found(gpu, triton=False)
+    assert gpu_check.lacking(("benchmark",)) == "the Triton backend can't run: triton: False"
 
 
-def test_a_benchmark_follows_tests_that_pass(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> None:
-    ran: list[list[str]] = []
-    status = 0
+PYTEST = [sys.executable, "-m", "pytest"]
+BENCHMARK = [sys.executable, "-m", "mrcn_fast.benchmark"]
 
-    def run(command: list[str], *, env: dict[str, str], **_: object) -> subprocess.CompletedProcess[str]:
-        assert env["MRCN_FAST_TEST_DEVICE"] == "cuda"
-        assert env["PYTHONPATH"].split(os.pathsep)[0] == str(ROOT)
-        ran.append(command[2:])
-        return subprocess.CompletedProcess(command, status)
 
-    gpu.setattr(gpu_check.subprocess, "run", run)
+def test_each_part_follows_one_that_passed(gpu_check: ModuleType, runs: Runs, gpu: pytest.MonkeyPatch) -> None:
+    gpu.setattr(gpu_check, "unbuildable", lambda: None)
+    gpu.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
     assert gpu_check.main(["--only", "cqc"]) == 0
-    tests, bench = ran
-    assert tests == ["pytest", *gpu_check.TESTS] and all((ROOT / test).exists() for test in gpu_check.TESTS)
+    build, tests, *sanitized, bench = runs.taken()
+    assert build == [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    assert tests == [*PYTEST, *gpu_check.TESTS] and all((ROOT / test).exists() for test in gpu_check.TESTS)
+    for tool, command in zip(gpu_check.SANITIZERS, sanitized, strict=True):
+        assert command[2:] == [
+            *("compute-sanitizer", "--error-exitcode", "1", "--tool", tool, *PYTEST, *gpu_check.SANITIZED)
+        ]
     results = str(ROOT / "benchmarks" / "results" / "nvidia-h200-sxm.jsonl")
-    assert bench[:5] == ["mrcn_fast.benchmark", "--device", "cuda", "--out", results]
-    assert bench[5:] == ["--only", "cqc", "--seconds", "2"]
-    ran.clear()
-    status = 1
-    assert gpu_check.main([]) == 1 and [command[0] for command in ran] == ["pytest"]
-    ran.clear()
-    assert gpu_check.main(["--tests=-n 8 tests/test_gpu.py"]) == 1
-    assert ran == [["pytest", "-n", "8", "tests/test_gpu.py"]]
-    ran.clear()
+    assert bench == [
+        *(*BENCHMARK, "--device", "cuda", "--out", results),
+        *("--only", "cqc", "--seconds", "2"),
+    ]
+    runs.status = 1
+    assert gpu_check.main([]) == 1 and runs.taken() == [build]
+    assert gpu_check.main(["--part", "tests", "--tests=-n 8 tests/test_gpu.py"]) == 1
+    assert runs.taken() == [[*PYTEST, "-n", "8", "tests/test_gpu.py"]]
     assert gpu_check.main(["--part", "benchmark"]) == 1
-    assert [command[0] for command in ran] == ["mrcn_fast.benchmark"]
+    assert [command[:3] for command in runs.taken()] == [BENCHMARK]
+
+
+def test_what_can_be_neither_built_nor_sanitized_is_left_out_and_told(
+    gpu_check: ModuleType, runs: Runs, gpu: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gpu.setenv("CUDACXX", "no-such-nvcc")
+    assert gpu_check.main([]) == 0
+    assert [command[:3] for command in runs.taken()] == [PYTEST, BENCHMARK]
+    told = capsys.readouterr().out
+    assert "without build: nvcc was not found: CUDACXX=no-such-nvcc" in told
+    assert "without sanitizer: the CUDA C++ backend can't run: cuda: False" in told
+
+    found(gpu, triton=True, cuda=True)
+    gpu.setattr(gpu_check.shutil, "which", lambda name: None)
+    assert gpu_check.main([]) == 0
+    assert [command[:3] for command in runs.taken()] == [PYTEST, BENCHMARK]
+    told = capsys.readouterr().out
+    assert "without build: it is built" in told
+    assert "without sanitizer: compute-sanitizer is not on PATH" in told
+
+
+def test_the_sanitized_choice_names_tests(gpu_check: ModuleType) -> None:
+    """A choice that had lost its tests would stop every run, on machines with a GPU only."""
+    listed = subprocess.run(
+        [*PYTEST, *gpu_check.SANITIZED, "--collect-only", "-q", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        env=os.environ | {"MRCN_FAST_TEST_DEVICE": "cuda"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert listed.returncode == 0, listed.stdout + listed.stderr
+    for name in ("test_block.py", "test_cqc.py"):
+        assert f"tests/{name}::test_accuracy_in_every_layout[" in listed.stdout
+    assert "triton" not in listed.stdout

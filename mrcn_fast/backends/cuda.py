@@ -20,6 +20,7 @@ from mrcn_fast.backends import native, shapes
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 # Whose tensors it takes by itself: nobody's, as long as it has not been measured beside Triton's kernels.
 DEVICES: tuple[str, ...] = ()
+CHECKS = True  # whether its operations refuse what block.py's checks do
 
 GET_IT = "build it with `make install`, where there is nvcc 12.4 or newer"
 

@@ -20,7 +20,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mrcn_fast import reference
+from mrcn_fast import backends, reference
+from mrcn_fast.backends import cuda
 from mrcn_fast.benchmark.forms import (
     collapsed_block,
     collapsed_concat,
@@ -148,7 +149,10 @@ class Problem(NamedTuple):
 
 
 def map_rivals(problem: Problem, plain_forms: bool = True) -> Rivals:
-    """Fused, the floor and, with `plain_forms`, eager, compiled reference, compiled collapsed form."""
+    """Fused, the floor and, with `plain_forms`, eager, compiled reference, compiled collapsed form.
+
+    On a GPU "fused" is the backend that serves by default, and "fused NAME" another that can.
+    """
     operation, device, dtype = OPERATIONS[problem.operation], problem.device, DTYPES[problem.dtype]
     channels = problem.shape[1]
     torch.manual_seed(0)
@@ -162,6 +166,10 @@ def map_rivals(problem: Problem, plain_forms: bool = True) -> Rivals:
 
     literal, collapsed = partial(operation.call, plain), partial(operation.collapsed, plain)
     rivals: Rivals = {"fused": run(partial(operation.call, module), module)}
+    for name in other_kernels(device):
+        other = operation.make(channels, device=device, dtype=dtype, backend=name)
+        other.load_state_dict(module.state_dict())
+        rivals[f"fused {name}"] = run(partial(operation.call, other), other)
     if plain_forms:
         rivals["eager"] = run(literal, plain)
         rivals["instance_norm"] = run(partial(operation.library, plain), plain)
@@ -173,6 +181,13 @@ def map_rivals(problem: Problem, plain_forms: bool = True) -> Rivals:
         rivals[EXACT] = partial(_exact, problem, plain, sets[0])
     volumes = operation.volumes(problem.way)
     return rivals | {"floor": copy_of(volumes * math.prod(problem.shape), device, dtype)}
+
+
+def other_kernels(device: str) -> list[str]:
+    """The backends that serve this device's tensors where they are asked for, and not by default."""
+    if torch.device(device).type == "cpu":
+        return []
+    return ["cuda"] if backends()["cuda"].usable and not cuda.DEVICES else []
 
 
 class _Set(NamedTuple):
@@ -335,7 +350,9 @@ def cqc_rivals(
         losses, _ = reference.cqc_loss(features, labels, labels)
         return torch.autograd.grad(losses.sum(), features)
 
-    rivals = {"fused": run(cqc_loss), "vectorized": run(vectorized_cqc), "loop": run(looped_cqc)}
+    others = {f"fused {name}": run(partial(cqc_loss, backend=name)) for name in other_kernels(device)}
+    rivals = {"fused": run(cqc_loss)} | others
+    rivals |= {"vectorized": run(vectorized_cqc), "loop": run(looped_cqc)}
     return rivals if dtype == torch.float32 else rivals | {EXACT: exact}
 
 

@@ -23,6 +23,7 @@ NAMESPACE = "mrcn_fast_triton"
 KERNEL_MODULES = ("block", "cqc")
 OLDEST = (3, 6)
 DEVICES = ("cuda",)  # whose tensors it takes by itself; torch calls ROCm's devices "cuda" too
+CHECKS = False  # whether its operations refuse what block.py's checks do
 
 # Triton decides when a kernel is defined whether it is interpreted; these are the values it takes for yes.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
