@@ -199,9 +199,8 @@ def _serve(
 ) -> tuple[Tensor, ...]:
     backend = dispatch.choose(requested, tensors[0].device.type, tensors[0].dtype, gate)
     refuses = backend != "reference" and dispatch.KERNELS[backend].CHECKS
-    # Where a tensor has no data, torch asks for the shapes alone, and no kernel sees it.
-    real = type(tensors[0]) is Tensor and not any(t.is_meta for t in tensors)
-    if not (refuses and real and restitute_to in RESTITUTE_TO):
+    # A subclass may be a fake one, which has only a shape: no kernel sees it.
+    if not (refuses and type(tensors[0]) is Tensor and restitute_to in RESTITUTE_TO):
         _check(mode, gate, restitute_to, tensors)
     if backend == "reference":
         inputs, (norm_weight, norm_bias), parameters = split(tensors, MODES[mode].inputs)

@@ -104,7 +104,9 @@ PYTEST = [sys.executable, "-m", "pytest"]
 BENCHMARK = [sys.executable, "-m", "mrcn_fast.benchmark"]
 
 
-def test_each_part_follows_one_that_passed(gpu_check: ModuleType, runs: Runs, gpu: pytest.MonkeyPatch) -> None:
+def test_each_part_follows_one_that_passed(
+    gpu_check: ModuleType, runs: Runs, gpu: pytest.MonkeyPatch
+) -> None:
     gpu.setattr(gpu_check, "unbuildable", lambda: None)
     gpu.setattr(gpu_check.shutil, "which", lambda name: f"/bin/{name}")
     assert gpu_check.main(["--only", "cqc"]) == 0

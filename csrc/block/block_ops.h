@@ -126,8 +126,8 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
   check(gate_parameters.size() == expected, "gate_parameters of '", gate, "': got ", gate_parameters.size(),
       " tensors, expected ", expected);
   const int64_t width = gate_parameters[0].dim() > 1 ? gate_parameters[0].size(1) : 0;
-  check(width > 0 && (kind != Gate::eca || width % 2 == 1), "gate_parameters of '", gate, "': got a width of ",
-      width, ", expected at least 1, of 'eca' an odd one");
+  check(width > 0 && (kind != Gate::eca || width % 2 == 1), "gate_parameters of '", gate,
+      "': got a width of ", width, ", expected at least 1, of 'eca' an odd one");
   const ScalarType given = norm_weight.scalar_type();
   const auto keep = [&](const Tensor& p, const char* name, std::initializer_list<int64_t> sizes) {
     check_parameter<Device>(p, name, sizes, first, given);

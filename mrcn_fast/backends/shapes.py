@@ -99,9 +99,19 @@ def forward_fake(sets: int, batches: int, saved: Callable[..., Tensor]) -> Calla
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         first = arguments[0]
+        _check_devices(arguments)
         return (*empties_like(first, batches * first.shape[0], sets), saved(*arguments))
 
     return fake
+
+
+def _check_devices(arguments: Sequence[Any]) -> None:
+    """One tensor without data is enough for torch to ask for shapes where the others have theirs."""
+    device = arguments[0].device
+    for argument in arguments:
+        for t in argument if isinstance(argument, list | tuple) else [argument]:
+            if isinstance(t, Tensor) and t.device != device:
+                raise RuntimeError(f"got tensors on {device} and {t.device}, expected one device")
 
 
 def backward_fake(gradients: int, count: int) -> Callable[..., tuple[Any, ...]]:
