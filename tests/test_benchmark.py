@@ -123,6 +123,18 @@ def test_large_volumes_are_compared_in_parts(way: str, monkeypatch: pytest.Monke
         benchmark.check(rivals | {"fused": lambda: wrong})
 
 
+def test_other_kernels_are_timed_beside_the_default_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And each result is compared before: the reference stands in for a GPU's second backend."""
+    assert cases.other_kernels("cpu") == []
+    monkeypatch.setattr(cases, "other_kernels", lambda device: ["reference"])
+    for rivals in (cases.map_rivals(Problem("block", "forward", (2, 4, 3, 3))), cases.cqc_rivals(2, 2, 9)):
+        assert list(rivals)[:2] == ["fused", "fused reference"]
+        benchmark.check(rivals)
+        wrong = [1.5 * tensor for tensor in rivals["fused"]()]
+        with pytest.raises(RuntimeError, match="the fused reference result is off by"):
+            benchmark.check(rivals | {"fused reference": lambda wrong=wrong: wrong})
+
+
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_other_forms_are_right(operation: str) -> None:
     chosen = OPERATIONS[operation]
