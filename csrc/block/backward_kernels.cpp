@@ -296,9 +296,9 @@ class Backward : Call<P, A> {
 
 template <Mode mode, Mode shared = mode>
 void run(const BlockBackward& call) {
-  with_dtype(
-      call.shape.dtype, [](auto t) { return backward_passes<Pattern<mode>, decltype(t)>(); },
-      [&]<class A>(const Passes<A>& passes) { Backward<Pattern<shared>, A>(call, passes).run(); });
+  with_element(call.shape.dtype, [&]<class T>(T) {
+    Backward<Pattern<shared>, acc_t<T>>(call, backward_passes<Pattern<mode>, T>()).run();
+  });
 }
 
 }  // namespace

@@ -3,11 +3,10 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
 #include "common/parallel.h"
 
 namespace mrcn {
-
-enum class Dtype { f32, f64, bf16, f16 };
 
 enum class Gate { se, eca, cbam_channel };
 

@@ -220,20 +220,5 @@ class Call {
   Buffer<A> extreme_values_;  // (inputs, N, C, 2)
 };
 
-// The passes for a call's dtype: `get<T>()` gives them, `run(passes)` takes them.
-template <class Get, class Run>
-MRCN_INLINE void with_dtype(Dtype dtype, const Get& get, const Run& run) {
-  switch (dtype) {
-    case Dtype::f32:
-      return run(get(float{}));
-    case Dtype::f64:
-      return run(get(double{}));
-    case Dtype::bf16:
-      return run(get(bf16{}));
-    case Dtype::f16:
-      return run(get(f16{}));
-  }
-}
-
 }  // namespace
 }  // namespace mrcn::MRCN_ISA

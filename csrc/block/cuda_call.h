@@ -391,22 +391,6 @@ MRCN_DEVICE void read_coefficients(const Shared& shared, int channel, A (&k)[slo
 
 // --- dtypes -------------------------------------------------------------------------------------------
 
-// f(T{}) for the dtype's element.
-template <class F>
-inline int with_element(Dtype dtype, const F& f) {
-  switch (dtype) {
-    case Dtype::f32:
-      return f(float{});
-    case Dtype::f64:
-      return f(double{});
-    case Dtype::bf16:
-      return f(bf16{});
-    case Dtype::f16:
-      break;
-  }
-  return f(f16{});
-}
-
 // f(Pattern, whether channels are contiguous); what `concat` makes is what `pair` does.
 template <class F>
 inline int with_pattern(const BlockShape& shape, const F& f) {

@@ -166,9 +166,9 @@ class Forward : Call<P, A> {
 
 template <Mode mode, Mode shared = mode>
 void run(const BlockForward& call) {
-  with_dtype(
-      call.shape.dtype, [](auto t) { return forward_passes<Pattern<mode>, decltype(t)>(); },
-      [&]<class A>(const Passes<A>& passes) { Forward<Pattern<shared>, A>(call, passes).run(); });
+  with_element(call.shape.dtype, [&]<class T>(T) {
+    Forward<Pattern<shared>, acc_t<T>>(call, forward_passes<Pattern<mode>, T>()).run();
+  });
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/dtype.h"
+
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -46,6 +48,22 @@ struct accumulate<double> {
 };
 template <class T>
 using acc_t = typename accumulate<T>::type;
+
+// f(T{}) for the dtype's element.
+template <class F>
+inline auto with_element(Dtype dtype, const F& f) {
+  switch (dtype) {
+    case Dtype::f32:
+      return f(float{});
+    case Dtype::f64:
+      return f(double{});
+    case Dtype::bf16:
+      return f(bf16{});
+    case Dtype::f16:
+      break;
+  }
+  return f(f16{});
+}
 
 // --- one element --------------------------------------------------------------------------------------
 

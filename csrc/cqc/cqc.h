@@ -3,7 +3,8 @@
 
 #include <cstdint>
 
-#include "block/block.h"
+#include "common/dtype.h"
+#include "common/parallel.h"
 
 namespace mrcn {
 

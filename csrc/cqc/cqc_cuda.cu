@@ -7,7 +7,6 @@
 // The weights are those of cqc_kernels.cpp: ∂loss/∂D divided by D of the pulled and the pushed distance of
 // each hinge. The losses are added up by whichever block is the last to arrive, in the order of the slots:
 // nothing depends on which one that is, and every run gives the same bits.
-#include <cmath>
 #include <limits>
 
 #include "common/cuda.h"
@@ -284,17 +283,6 @@ MRCN_DEVICE void add_squares(const typename L::Columns& center, typename L::A (&
   });
 }
 
-template <class A>
-struct Distance {
-  A value;
-  A weight;  // 1 / value, or 0 where the clamp holds: for a NaN too, as in torch.clamp
-
-  explicit MRCN_DEVICE Distance(A square) {
-    value = std::sqrt(square < A(least_square) ? A(least_square) : square);
-    weight = square >= A(least_square) ? A(1) / value : A(0);
-  }
-};
-
 // The loss of an identity, by one warp: a lane has a hinge, and so has every `hinges`th one after it.
 template <class A>
 MRCN_DEVICE A add_hinges(const A (&squares)[block_warps][distances], A margin, A* weights) {
@@ -526,29 +514,13 @@ int backward(const CqcCudaBackward& call, void* stream) {
 }  // namespace
 
 int cqc_forward(const CqcCudaForward& call, void* stream) {
-  switch (call.samples.features.dtype) {
-    case Dtype::f32:
-      return forward<float>(call, stream);
-    case Dtype::f64:
-      return forward<double>(call, stream);
-    case Dtype::bf16:
-      return forward<bf16>(call, stream);
-    default:
-      return forward<f16>(call, stream);
-  }
+  return with_element(
+      call.samples.features.dtype, [&](auto element) { return forward<decltype(element)>(call, stream); });
 }
 
 int cqc_backward(const CqcCudaBackward& call, void* stream) {
-  switch (call.samples.features.dtype) {
-    case Dtype::f32:
-      return backward<float>(call, stream);
-    case Dtype::f64:
-      return backward<double>(call, stream);
-    case Dtype::bf16:
-      return backward<bf16>(call, stream);
-    default:
-      return backward<f16>(call, stream);
-  }
+  return with_element(
+      call.samples.features.dtype, [&](auto element) { return backward<decltype(element)>(call, stream); });
 }
 
 }  // namespace mrcn::MRCN_ISA

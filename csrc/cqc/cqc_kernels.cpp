@@ -4,7 +4,6 @@
 // them the eight distances of equations 8 and 9. Per hinge h the pulled distance is D(center, other
 // original), the pushed one D(center, own original); weights[2h] and weights[2h + 1] are their ∂loss/∂D
 // divided by D, so that the backward multiplies differences of centers and nothing else.
-#include <cmath>
 
 #include "common/buffer.h"
 #include "common/vec.h"
@@ -90,17 +89,6 @@ inline A squared_distance(const A* a, const A* b, int64_t n) {
   return A(total);
 }
 
-template <class A>
-struct Distance {
-  A value;
-  A weight;  // 1 / value, or 0 where the clamp holds: for a NaN too, as in torch.clamp
-
-  explicit MRCN_INLINE Distance(A square) {
-    value = std::sqrt(square < A(least_square) ? A(least_square) : square);
-    weight = square >= A(least_square) ? A(1) / value : A(0);
-  }
-};
-
 template <class T>
 void forward(const CqcForward& call) {
   using A = acc_t<T>;
@@ -174,29 +162,11 @@ void backward(const CqcBackward& call) {
 }  // namespace
 
 void cqc_forward(const CqcForward& call) {
-  switch (call.features.dtype) {
-    case Dtype::f32:
-      return forward<float>(call);
-    case Dtype::f64:
-      return forward<double>(call);
-    case Dtype::bf16:
-      return forward<bf16>(call);
-    case Dtype::f16:
-      return forward<f16>(call);
-  }
+  with_element(call.features.dtype, [&]<class T>(T) { forward<T>(call); });
 }
 
 void cqc_backward(const CqcBackward& call) {
-  switch (call.features.dtype) {
-    case Dtype::f32:
-      return backward<float>(call);
-    case Dtype::f64:
-      return backward<double>(call);
-    case Dtype::bf16:
-      return backward<bf16>(call);
-    case Dtype::f16:
-      return backward<f16>(call);
-  }
+  with_element(call.features.dtype, [&]<class T>(T) { backward<T>(call); });
 }
 
 }  // namespace mrcn::MRCN_ISA

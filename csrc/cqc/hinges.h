@@ -1,6 +1,10 @@
 // Which distances the CQC loss is made of (eq. 8, 9), for processors and GPUs alike.
 #pragma once
 
+#include <cmath>
+
+#include "common/elements.h"
+
 namespace mrcn::MRCN_ISA {
 namespace {
 
@@ -17,6 +21,17 @@ constexpr Hinge hinge[hinges] = {{1, 5, 0}, {4, 0, 5}, {2, 5, 0}, {3, 0, 5}};
 
 // Below it the root's gradient is not finite: the distance is clamped and its gradient zero.
 constexpr double least_square = 1e-12;
+
+template <class A>
+struct Distance {
+  A value;
+  A weight;  // 1 / value, or 0 where the clamp holds: for a NaN too, as in torch.clamp
+
+  explicit MRCN_INLINE Distance(A square) {
+    value = std::sqrt(square < A(least_square) ? A(least_square) : square);
+    weight = square >= A(least_square) ? A(1) / value : A(0);
+  }
+};
 
 }  // namespace
 }  // namespace mrcn::MRCN_ISA
