@@ -2,7 +2,8 @@
 
 Never by absolute times: by how many times the fused time the eager form takes, both in turn in one process.
 The fastest round of each counts, which other processes disturb least. A ratio may fall to half of what the
-newest committed results of the case have, on whatever machine: a kernel that lost its point fails.
+newest committed results of the case have, on whatever machine: a kernel that lost its point fails. One layout
+is held against the other, with every instruction set that the machine has.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from mrcn_fast import backends
+from mrcn_fast import MRCNBlock, backends
 from mrcn_fast.benchmark import check
 from mrcn_fast.benchmark.cases import cases
 from mrcn_fast.benchmark.results import newest
 from mrcn_fast.benchmark.timing import keep_pages_warm
+from tests.processes import INSTRUCTION_SETS, instruction_set, run_pytest
 
 RESULTS = Path(__file__).parent / "results" / "cpu-amd-epyc-zen4-2-threads.jsonl"
 # Case -> the plain form that it is held against.
@@ -47,6 +50,24 @@ def test_the_ratio_to_the_plain_form_holds(name: str) -> None:
         f"{name}: {HELD[name]} takes {plain / fused:.1f} times the fused {1e3 * fused:.2f} ms; committed "
         f"results have {committed:.1f}"
     )
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_layouts_with_each_instruction_set(isa: str) -> None:
+    run_pytest(__file__, "-k", "channels_last_costs", environment=instruction_set(isa))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_channels_last_costs_at_most_twice_as_much(dtype: torch.dtype) -> None:
+    if not backends()["cpu"].usable:
+        pytest.skip(backends()["cpu"].reason)
+    keep_pages_warm()
+    block = MRCNBlock(256, backend="cpu")
+    planes = torch.randn(2, 16, 256, 72, 32).to(dtype).unbind()
+    pixels = [x.contiguous(memory_format=torch.channels_last) for x in planes]
+    with torch.no_grad():
+        one, other = fastest([lambda: block(*planes), lambda: block(*pixels)])
+    assert other < 2 * one, f"channels_last takes {1e3 * other:.2f} ms, NCHW {1e3 * one:.2f}"
 
 
 def fastest(calls: list[Callable[[], Any]]) -> list[float]:

@@ -9,7 +9,13 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+
+from mrcn_fast.backends import native
+
 ROOT = Path(__file__).resolve().parents[1]
+# Those that the library carries, or one that says why there are none.
+INSTRUCTION_SETS: list[str] = native.build_info().get("isas", ["none"])
 
 
 def run_pytest(*arguments: str, environment: Mapping[str, str]) -> str:
@@ -27,3 +33,17 @@ def run_pytest(*arguments: str, environment: Mapping[str, str]) -> str:
     passed = re.search(r"(\d+) passed", run.stdout)
     assert passed and int(passed[1]) > 0, "no test ran"
     return run.stdout
+
+
+def instruction_set(isa: str) -> dict[str, str]:
+    """The environment in which the kernels use it; skips where the machine doesn't have it."""
+    environment = {"MRCN_FAST_ISA": isa}
+    ask = "from mrcn_fast import backends; status = backends()['cpu']; print(status.usable, status.reason)"
+    run = subprocess.run(
+        [sys.executable, "-c", ask], env=os.environ | environment, cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    usable, reason = run.stdout.strip().split(" ", 1)
+    if usable == "False":
+        pytest.skip(reason)
+    assert f"C++ kernels, {isa} of" in reason
+    return environment

@@ -77,7 +77,7 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
       q[place + part.v] += d * d;
     });
   };
-  constexpr int line = line_vectors<T>;
+  constexpr int line = summed_vectors<T>;
   i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
     unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
@@ -195,51 +195,56 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
     const T* top = x + first * pitch;
     for (int64_t begin = 0; begin < n; begin += single_terms) {
       const int64_t end = least(n, begin + single_terms);
-      over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
-        using V = one_or_vector<A, vectors>;
-        constexpr int parts = parts_of<vectors>;
-        V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
-        if (begin == 0) {
-          for (int64_t row = 0; row < shifted; ++row) {
-            fetch(top + row * pitch + c, count, v);
-            unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
-          }
-          unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
-        } else {
-          fetch(shift + c, count, mean);
-          fetch(deviation + c, count, e);
-          fetch(squares + c, count, q);
-        }
-        for (int64_t row = begin; row < end; ++row) {
-          fetch(top + row * pitch + c, count, v, next);
-          unroll<parts>([&](auto k) MRCN_BODY {
-            const V d = v[k.v] - mean[k.v];
-            e[k.v] += d;
-            q[k.v] += d * d;
+      over_lines<T, summed_vectors<T>>(
+          0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
+            using V = one_or_vector<A, vectors>;
+            constexpr int parts = parts_of<vectors>;
+            V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
+            if (begin == 0) {
+              for (int64_t row = 0; row < shifted; ++row) {
+                fetch(top + row * pitch + c, count, v);
+                unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
+              }
+              unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
+            } else {
+              fetch(shift + c, count, mean);
+              fetch(deviation + c, count, e);
+              fetch(squares + c, count, q);
+            }
+            for (int64_t row = begin; row < end; ++row) {
+              fetch(top + row * pitch + c, count, v, next);
+              unroll<parts>([&](auto k) MRCN_BODY {
+                const V d = v[k.v] - mean[k.v];
+                e[k.v] += d;
+                q[k.v] += d * d;
+              });
+            }
+            if (end < n) {
+              keep(shift + c, count, mean);
+              keep(deviation + c, count, e);
+              keep(squares + c, count, q);
+            } else {
+              join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
+            }
           });
-        }
-        if (end < n) {
-          keep(shift + c, count, mean);
-          keep(deviation + c, count, e);
-          keep(squares + c, count, q);
-        } else {
-          join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
-        }
-      });
     }
     if (extremes) {
-      over_lines<A>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
-        one_or_vector<A, vectors> high[1], low[1], v[1];
-        fetch(out.maximum + c, count, high);
-        fetch(out.minimum + c, count, low);
-        for (int64_t row = 0; row < n; ++row) {
-          fetch(top + row * pitch + c, count, v);
-          high[0] = v[0] > high[0] ? v[0] : high[0];
-          low[0] = v[0] < low[0] ? v[0] : low[0];
-        }
-        keep(out.maximum + c, count, high);
-        keep(out.minimum + c, count, low);
-      });
+      over_lines<A, summed_vectors<A>>(
+          0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
+            constexpr int parts = parts_of<vectors>;
+            one_or_vector<A, vectors> high[parts], low[parts], v[parts];
+            fetch(out.maximum + c, count, high);
+            fetch(out.minimum + c, count, low);
+            for (int64_t row = 0; row < n; ++row) {
+              fetch(top + row * pitch + c, count, v);
+              unroll<parts>([&](auto k) MRCN_BODY {
+                high[k.v] = v[k.v] > high[k.v] ? v[k.v] : high[k.v];
+                low[k.v] = v[k.v] < low[k.v] ? v[k.v] : low[k.v];
+              });
+            }
+            keep(out.maximum + c, count, high);
+            keep(out.minimum + c, count, low);
+          });
     }
   }
 }

@@ -182,7 +182,7 @@ constexpr int64_t terms = sizeof(A) == sizeof(double) ? int64_t(1) << 40 : singl
 template <class P, class T>
 void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* sums) {
   using A = acc_t<T>;
-  constexpr int64_t W = lanes<A>, line = line_vectors<T> * W;
+  constexpr int64_t W = lanes<A>, line = summed_vectors<T> * W;
   const Spread<A, P::inputs> means(mean);
   WideSum<A> wide[P::sums];
   Total<A> rest[P::sums];
@@ -194,7 +194,7 @@ void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* 
           [&](auto) MRCN_BODY { return acc; }, count, ahead);
     };
     const int64_t end = least(at + terms<A> * W, n);
-    for (; at + line <= end; at += line) add(at, constant<line_vectors<T>>{});
+    for (; at + line <= end; at += line) add(at, constant<summed_vectors<T>>{});
     for (; at + W <= end; at += W) add(at, constant<1>{});
     unroll<P::sums>([&](auto s) MRCN_BODY { wide[s.v].add(acc[s.v].get()); });
   }
@@ -311,7 +311,7 @@ void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channe
   const int64_t next = single_terms * x.pitch[0] * int64_t(sizeof(T));
   for (int64_t first = 0; first < rows; first += terms<A>) {
     const int64_t end = least(rows, first + terms<A>);
-    over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
+    over_lines<T, summed_vectors<T>>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
       using V = one_or_vector<A, vectors>;
       constexpr int parts = parts_of<vectors>;
       const Coefficients<T, P::inputs, vectors> means(mean, channels, c);

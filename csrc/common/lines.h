@@ -1,4 +1,4 @@
-// A line of memory at a time: one vector of float or double, two of what is half as long.
+// A line of memory at a time: as many vectors as it takes.
 //
 // A tag's value says how many vectors are handled at once; 0 is one element.
 #pragma once
@@ -10,10 +10,15 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// Vectors of T that fill a line, where there are registers for so many: half a line that is streamed goes to
-// memory by itself, unless its other half follows at once.
+constexpr int line_bytes = 64;
+
+// Vectors of T that fill a line: a part of one that is streamed goes to memory by itself, unless the rest
+// follows at once.
+template <class T, int bytes = lanes<acc_t<T>> * int(sizeof(T))>
+constexpr int line_vectors = can_stream<bytes> ? line_bytes / bytes : 1;
+// As many, where there are registers for so many sums.
 template <class T>
-constexpr int line_vectors = vector_bytes == 64 && sizeof(T) == 2 ? 2 : 1;
+constexpr int summed_vectors = vector_bytes == line_bytes ? line_vectors<T> : 1;
 
 template <class A, int vectors>
 using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
@@ -23,38 +28,50 @@ constexpr int parts_of = vectors > 0 ? vectors : 1;
 // f(at, constant<vectors>) from `head` on over whole lines, with whole vectors before and after them;
 // f(at, constant<0>) over the elements left at both ends. What is streamed needs the vectors at the ends: a
 // plane of bf16 often starts in the middle of the line in which another one ended.
-template <class T, class F>
+template <class T, int vectors = line_vectors<T>, class F>
 MRCN_INLINE void over_lines(int64_t head, int64_t n, const F& f) {
-  constexpr int64_t W = lanes<acc_t<T>>, line = line_vectors<T> * W;
+  constexpr int64_t W = lanes<acc_t<T>>, line = vectors * W;
   const int64_t start = line > W ? head % W : head;
   int64_t at = start;
   for (; line > W && at < head; at += W) f(at, constant<1>{});
-  for (; at + line <= n; at += line) f(at, constant<line_vectors<T>>{});
+  for (; at + line <= n; at += line) f(at, constant<vectors>{});
   for (; line > W && at + W <= n; at += W) f(at, constant<1>{});
   for (int64_t l = start > 0 ? 0 : at; l < n; l = l + 1 == start ? at : l + 1) f(l, constant<0>{});
 }
 
-// A line of bf16 is read as its even elements, then its odd ones: an operation each, where elements in order
-// take three. What stands beside them has to be put into the same order.
-template <class T>
-constexpr bool by_parity = std::is_same_v<T, bf16> && line_vectors<T> == 2;
+// Where vectors of bf16 are read in pairs, one has their even elements, the other the odd ones: an operation
+// each, where elements in order take three. What stands beside them has to be put into the same order.
+template <class T, int parts>
+constexpr bool by_parity = std::is_same_v<T, bf16> && vector_bytes >= 32 && parts % 2 == 0;
 
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
 // Every second lane of two vectors in a row, from `first` on.
 template <int first>
 MRCN_INLINE vec<float> every_second(vec<float> a, vec<float> b) {
+#if defined(__AVX512F__)
   alignas(64) static constexpr int index[16] = {first, first + 2, first + 4, first + 6, first + 8, first + 10,
       first + 12, first + 14, first + 16, first + 18, first + 20, first + 22, first + 24, first + 26,
       first + 28, first + 30};
   return (vec<float>)_mm512_permutex2var_ps((__m512)a, _mm512_load_si512(index), (__m512)b);
+#else
+  const __m256 pairs = _mm256_shuffle_ps((__m256)a, (__m256)b, first == 0 ? 0x88 : 0xdd);
+  return (vec<float>)_mm256_permute4x64_pd((__m256d)pairs, 0xd8);
+#endif
 }
-// a[first], b[first], a[first + 1], b[first + 1], ...
-template <int first>
-MRCN_INLINE vec<float> alternate(vec<float> a, vec<float> b) {
-  alignas(64) static constexpr int index[16] = {first, first + 16, first + 1, first + 17, first + 2,
-      first + 18, first + 3, first + 19, first + 4, first + 20, first + 5, first + 21, first + 6, first + 22,
-      first + 7, first + 23};
-  return (vec<float>)_mm512_permutex2var_ps((__m512)a, _mm512_load_si512(index), (__m512)b);
+// a[0], b[0], a[1], b[1], ... and where those that have no room there go on.
+MRCN_INLINE void alternate(vec<float>& a, vec<float>& b) {
+#if defined(__AVX512F__)
+  alignas(64) static constexpr int index[2][16] = {{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
+      {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31}};
+  const __m512 even = (__m512)a, odd = (__m512)b;
+  a = (vec<float>)_mm512_permutex2var_ps(even, _mm512_load_si512(index[0]), odd);
+  b = (vec<float>)_mm512_permutex2var_ps(even, _mm512_load_si512(index[1]), odd);
+#else
+  const __m256 low = _mm256_unpacklo_ps((__m256)a, (__m256)b);
+  const __m256 high = _mm256_unpackhi_ps((__m256)a, (__m256)b);
+  a = (vec<float>)_mm256_permute2f128_ps(low, high, 0x20);
+  b = (vec<float>)_mm256_permute2f128_ps(low, high, 0x31);
+#endif
 }
 
 MRCN_INLINE words rounded_to_bf16(vec<float> v) {  // as `narrow` does, in each word's upper half
@@ -75,24 +92,25 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
 }
 #endif
 
-// The parts of values that stand in order, as a line of T is read.
+// The parts of values that stand in order, as so many vectors of T are read, and back.
 template <class T, class V, int parts>
 MRCN_INLINE void to_parts([[maybe_unused]] V (&v)[parts]) {
-#if defined(__AVX512F__)
-  if constexpr (by_parity<T> && parts == 2) {
-    const V even = every_second<0>(v[0], v[1]);
-    v[1] = every_second<1>(v[0], v[1]);
-    v[0] = even;
+#if defined(__AVX2__)
+  if constexpr (by_parity<T, parts>) {
+    unroll<parts / 2>([&](auto pair) MRCN_BODY {
+      V &a = v[2 * pair.v], &b = v[2 * pair.v + 1];
+      const V even = every_second<0>(a, b);
+      b = every_second<1>(a, b);
+      a = even;
+    });
   }
 #endif
 }
 template <class T, class V, int parts>
 MRCN_INLINE void to_order([[maybe_unused]] V (&v)[parts]) {
-#if defined(__AVX512F__)
-  if constexpr (by_parity<T> && parts == 2) {
-    const V low = alternate<0>(v[0], v[1]);
-    v[1] = alternate<8>(v[0], v[1]);
-    v[0] = low;
+#if defined(__AVX2__)
+  if constexpr (by_parity<T, parts>) {
+    unroll<parts / 2>([&](auto pair) MRCN_BODY { alternate(v[2 * pair.v], v[2 * pair.v + 1]); });
   }
 #endif
 }
@@ -104,12 +122,12 @@ MRCN_INLINE void fetch(const T* p, constant<vectors>, V (&out)[parts], int64_t d
   if (vectors > 0 && distance > 0) prefetch(reinterpret_cast<const char*>(p) + distance);
   if constexpr (vectors == 0) {
     out[0] = get(p);
-#if defined(__AVX512F__)
-  } else if constexpr (by_parity<T> && vectors == 2) {
-    const words line = copy_in<words>(p);
-    out[0] = (vec<float>)(line << 16);
-    out[1] = (vec<float>)(line & 0xffff0000u);
-#endif
+  } else if constexpr (by_parity<T, parts>) {
+    unroll<parts / 2>([&](auto pair) MRCN_BODY {
+      const words both = copy_in<words>(p + 2 * pair.v * lanes<float>);
+      out[2 * pair.v] = (vec<float>)(both << 16);
+      out[2 * pair.v + 1] = (vec<float>)(both & 0xffff0000u);
+    });
   } else {
     unroll<parts>([&](auto part) MRCN_BODY { out[part.v] = load(p + part.v * lanes<acc_t<T>>); });
   }
@@ -121,9 +139,11 @@ MRCN_INLINE void keep(T* p, constant<vectors>, const V (&v)[parts]) {
   static_assert(parts == parts_of<vectors>);
   if constexpr (vectors == 0) {
     put(p, v[0]);
-#if defined(__AVX512F__)
-  } else if constexpr (by_parity<T> && vectors == 2) {
-    copy_out<stream>(p, both_to_bf16(v[0], v[1]));
+#if defined(__AVX2__)
+  } else if constexpr (by_parity<T, parts>) {
+    unroll<parts / 2>([&](auto pair) MRCN_BODY {
+      copy_out<stream>(p + 2 * pair.v * lanes<float>, both_to_bf16(v[2 * pair.v], v[2 * pair.v + 1]));
+    });
 #endif
   } else {
     unroll<parts>([&](auto part) MRCN_BODY { store<stream>(p + part.v * lanes<acc_t<T>>, v[part.v]); });

@@ -123,6 +123,14 @@ MRCN_INLINE halves narrow(const f16*, vec<float> v) {
 #endif
 }
 
+// Whether an instruction stores so many bytes, at most a vector's, past the cache.
+template <int bytes>
+#if defined(__x86_64__)
+constexpr bool can_stream = bytes >= 16;
+#else
+constexpr bool can_stream = false;
+#endif
+
 // Stores of whole vectors; `stream` ones want an address that is a multiple of their size.
 template <bool stream, class V>
 MRCN_INLINE void copy_out(void* p, V v) {
