@@ -103,10 +103,13 @@ class Call {
   template <class Scratch, class F>
   void each_group(int maps, const F& f) const {
     const int64_t threads = shape_.threads, sample_bytes = maps * C_ * L_ * element_size(shape_.dtype);
-    const int64_t fits = group_bytes / sample_bytes, rounds = (N_ + threads - 1) / threads;
+    const int64_t weights = gates_.weight_bytes();
+    const int64_t fits = most(group_bytes, 4 * weights) / sample_bytes, rounds = (N_ + threads - 1) / threads;
     const bool busy = 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
-    const bool own = threads > 1 && busy && threads * sample_bytes <= cache_bytes;
-    const int64_t size = most<int64_t>(1, own ? fits / threads : fits);
+    const bool own =
+        threads > 1 && busy && threads * sample_bytes <= cache_bytes && 4 * weights <= group_bytes;
+    const int64_t some = most<int64_t>(1, own ? fits / threads : fits);
+    const int64_t size = some < 4 ? some : some / 4 * 4;  // the gates do four at once
     const auto groups = [&](ParallelFor pool, int64_t begin, int64_t end) {
       const Scratch scratch(*this, least(size, end - begin));
       for (int64_t first = begin; first < end; first += size) {
@@ -141,12 +144,21 @@ class Call {
   // f(channel, constant<0>) for the last ones, whatever the number of threads.
   template <class F>
   void each_channels(ParallelFor pool, int64_t samples, const F& f) const {
+    each_block(pool, samples, [&](int64_t c0, int64_t c1) { over_channels(c0, c1, f); });
+  }
+
+  // f(first channel, last channel) over blocks of them.
+  template <class F>
+  void each_block(ParallelFor pool, int64_t samples, const F& f) const {
+    constexpr int64_t width = Gates<A>::block_channels;
+    parallel(pool, (C_ + width - 1) / width, 4096 / (width * most<int64_t>(1, samples)),
+        [&](int64_t begin, int64_t end) { f(begin * width, least(end * width, C_)); });
+  }
+  template <class F>
+  static MRCN_INLINE void over_channels(int64_t c, int64_t end, const F& f) {
     constexpr int64_t W = lanes<double>;
-    parallel(pool, (C_ + W - 1) / W, 4096 / (W * most<int64_t>(1, samples)), [&](int64_t begin, int64_t end) {
-      int64_t c = begin * W;
-      for (; c + W <= least(end * W, C_); c += W) f(c, constant<1>{});
-      for (; c < least(end * W, C_); ++c) f(c, constant<0>{});
-    });
+    for (; c + W <= end; c += W) f(c, constant<1>{});
+    for (; c < end; ++c) f(c, constant<0>{});
   }
 
   MRCN_INLINE int64_t chunk_rows(int64_t chunk) const { return least(chunk_, L_ - chunk * chunk_); }
@@ -179,12 +191,6 @@ class Call {
   MRCN_INLINE void pool(const Plane<V>& p, int j, int64_t i, int64_t c) const {
     put_doubles(gates_.pooled(j, i) + c, pooled_residual<V>(p));
     if (extremes_) put_doubles(gates_.pooled(j, i, 1) + c, residual_at<V>(p, extreme<V>(p, j, i, c)));
-  }
-
-  // The gates of one channel, or of as many from c on.
-  template <int wide>
-  MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c, constant<wide>) const {
-    gates_.template excite<std::conditional_t<wide == 1, typename part_of<A>::type, A>>(first, last, c);
   }
 
   // The largest and the smallest pixel of a plane, and the one where M has its maximum.

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "block/block.h"
+#include "block/products.h"
 #include "common/buffer.h"
 #include "common/sigmoid.h"
 #include "common/vec.h"
@@ -26,6 +27,9 @@ struct GateState {
 template <class A>
 class Gates {
  public:
+  // Channels whose weights stay in the first-level cache while every sample has its turn.
+  static constexpr int64_t block_channels = 64;
+
   Gates(const BlockShape& shape, const BlockParameters& parameters, bool backward)
       : shape_(shape),
         count_(gates(shape.mode)),
@@ -33,7 +37,7 @@ class Gates {
         N_(shape.samples),
         C_(shape.channels),
         R_(shape.hidden),
-        pitch_(C_ + 64 / int64_t(sizeof(A))) {
+        blocks_((C_ + block_channels - 1) / block_channels) {
     for (int i = 0; i < 4; ++i) weights_[i] = static_cast<const A*>(parameters.gate[i]);
     const int64_t pooled = int64_t(modalities(shape.mode)) * N_ * branches_ * C_;
     const int64_t hidden = shape.gate == Gate::eca ? 0 : N_ * count_ * branches_ * R_;
@@ -48,6 +52,11 @@ class Gates {
     if (shape.gate != Gate::eca) transpose_excitation();
   }
 
+  // What every group of samples reads once more.
+  int64_t weight_bytes() const {
+    return shape_.gate == Gate::eca ? 0 : 2 * count_ * R_ * C_ * int64_t(sizeof(A));
+  }
+
   // Gate g belongs to the residual of this modality: A_v1, A_n1, A_v2, A_n2.
   static MRCN_INLINE int modality(int g) { return g % 2; }
 
@@ -60,61 +69,49 @@ class Gates {
   MRCN_INLINE A* value(int64_t i, int g) const { return state.value.data + (i * count_ + g) * C_; }
   MRCN_INLINE A* before(int64_t i, int g) const { return state.before.data + (i * count_ + g) * C_; }
 
-  // Hidden layers of the samples [first, last): value = σ(...) is left to `excite`, a channel at a time.
+  // Hidden layers of the samples [first, last): value = σ(...) is left to `excite`, some channels at a time.
   void squeeze(ParallelFor pool, int64_t first, int64_t last) const {
     if (shape_.gate == Gate::eca) return;
-    const int64_t work = (last - first) * branches_ * C_;
-    parallel(pool, count_ * R_, grain(work), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t g = row / R_, j = row % R_;
-        const A* weight = weights_[0] + row * C_;
-        for (int64_t i = first; i < last; ++i) {
-          for (int b = 0; b < branches_; ++b) {
-            const A x = dot(weight, pooled(modality(g), i, b), C_) + weights_[1][row];
-            activation(i, g, b)[j] = x < A(0) ? A(0) : x;  // a NaN passes, as in torch.relu
+    const int64_t samples = last - first, units = row_units();
+    parallel(
+        pool, count_ * units, grain(unit_rows * samples * branches_ * C_), [&](int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit) {
+            const int g = int(unit / units);
+            const int64_t j0 = unit % units * unit_rows, row = g * R_ + j0;
+            for (int b = 0; b < branches_; ++b) {
+              const Matrix<const A> z = {pooled(modality(g), first, b), branches_ * C_};
+              dot_products<A>({weights_[0] + row * C_, C_}, least(unit_rows, R_ - j0), z, samples, C_,
+                  [&](int64_t j, int64_t i, A x) MRCN_BODY {
+                    x += weights_[1][row + j];
+                    activation(first + i, g, b)[j0 + j] =
+                        x < A(0) ? A(0) : x;  // a NaN passes, as in torch.relu
+                  });
+            }
           }
-        }
-      }
-    });
+        });
   }
 
-  // s of the channels from c on, as many as V has, for the samples [first, last).
-  template <class V>
-  MRCN_INLINE void excite(int64_t first, int64_t last, int64_t c) const {
-    constexpr int at_once = 4;  // sums that don't wait for one another
-    const int64_t all = (last - first) * count_;
-    GateOf next{first, 0};
-    int64_t done = 0;
-    for (; done + at_once <= all; done += at_once) excite_some<V, at_once>(next, c);
-    for (; done < all; ++done) excite_some<V, 1>(next, c);
+  // s of the channels [c0, c1) for the samples [first, last); c0 is a multiple of `block_channels`.
+  void excite(int64_t first, int64_t last, int64_t c0, int64_t c1) const {
+    for (; c0 < c1; c0 += block_channels) {
+      for (int g = 0; g < count_; ++g) excite_block(first, last, g, c0, least(c0 + block_channels, c1));
+    }
   }
 
   // From `before` of the samples [first, last) to `of_pooled`.
   void backward(ParallelFor pool, int64_t first, int64_t last) const {
     if (shape_.gate == Gate::eca) return backward_eca(pool, first, last);
-    parallel(pool, count_, grain((last - first) * C_ * R_), [&](int64_t begin, int64_t end) {
-      for (int64_t g = begin; g < end; ++g) backward_hidden(first, last, int(g));
-    });
-    constexpr int64_t width = 256;  // channels a unit
-    const int64_t units = (C_ + width - 1) / width;
-    parallel(pool, units, grain((last - first) * count_ * R_ * width), [&](int64_t begin, int64_t end) {
-      const int64_t c0 = begin * width, c1 = least(end * width, C_);
-      for (int m = 0; m < modalities(shape_.mode); ++m) {
-        for (int64_t i = first; i < last; ++i) {
-          for (int b = 0; b < branches_; ++b) {
-            for (int64_t c = c0; c < c1; ++c) of_pooled(m, i, b)[c] = A(0);
-          }
-        }
+    const int64_t samples = last - first, units = row_units();
+    parallel(pool, count_ * units, grain(unit_rows * samples * C_), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int64_t j0 = unit % units * unit_rows;
+        backward_hidden(first, last, int(unit / units), j0, least(j0 + unit_rows, R_));
       }
-      for (int g = 0; g < count_; ++g) {
-        for (int64_t j = 0; j < R_; ++j) {
-          const A* weight = weights_[0] + (g * R_ + j) * C_ + c0;
-          for (int64_t i = first; i < last; ++i) {
-            for (int b = 0; b < branches_; ++b) {
-              add_scaled(of_pooled(modality(g), i, b) + c0, inner(i, g, b)[j], weight, c1 - c0);
-            }
-          }
-        }
+    });
+    parallel(pool, blocks_, grain(samples * count_ * R_ * block_channels), [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t c0 = block * block_channels;
+        backward_pooled(first, last, c0, least(c0 + block_channels, C_));
       }
     });
   }
@@ -124,36 +121,29 @@ class Gates {
     A* gradient[4];
     for (int i = 0; i < 4; ++i) gradient[i] = static_cast<A*>(out[i]);
     if (shape_.gate == Gate::eca) return eca_gradients(gradient[0]);
-    parallel(shape_.parallel, count_ * R_, grain(N_ * C_), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t g = row / R_, j = row % R_;
-        A* weight = gradient[0] + row * C_;
-        for (int64_t c = 0; c < C_; ++c) weight[c] = A(0);
-        A bias(0);
-        for (int64_t i = 0; i < N_; ++i) {
-          for (int b = 0; b < branches_; ++b) {
-            const A k = inner(i, g, b)[j];
-            add_scaled(weight, k, pooled(modality(g), i, b), C_);
-            bias += k;
+    const int64_t units = row_units();
+    parallel(shape_.parallel, count_ * units, grain(unit_rows * N_ * C_), [&](int64_t begin, int64_t end) {
+      for (int64_t unit = begin; unit < end; ++unit) {
+        const int g = int(unit / units);
+        const int64_t j0 = unit % units * unit_rows, rows = least(unit_rows, R_ - j0), row = g * R_ + j0;
+        const auto k = [&](int b) { return Factors<A>{inner(0, g, b) + j0, 1, count_ * branches_ * R_}; };
+        const auto z = [&](int b) { return Matrix<const A>{pooled(modality(g), 0, b), branches_ * C_}; };
+        outer_products(k, z, {gradient[0] + row * C_, C_}, rows, C_, gradient[1] + row);
+      }
+    });
+    parallel(
+        shape_.parallel, count_ * blocks_, grain(block_channels * N_ * R_), [&](int64_t begin, int64_t end) {
+          for (int64_t unit = begin; unit < end; ++unit) {
+            const int g = int(unit / blocks_);
+            const int64_t c0 = unit % blocks_ * block_channels, rows = least(block_channels, C_ - c0);
+            const auto k = [&](int) { return Factors<A>{before(0, g) + c0, 1, count_ * C_}; };
+            const auto y = [&](int b) {
+              return Matrix<const A>{activation(0, g, b), count_ * branches_ * R_};
+            };
+            const int64_t row = g * C_ + c0;
+            outer_products(k, y, {gradient[2] + row * R_, R_}, rows, R_, gradient[3] + row);
           }
-        }
-        gradient[1][row] = bias;
-      }
-    });
-    parallel(shape_.parallel, count_ * C_, grain(N_ * R_), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        const int64_t g = row / C_, c = row % C_;
-        A* weight = gradient[2] + row * R_;
-        for (int64_t j = 0; j < R_; ++j) weight[j] = A(0);
-        A bias(0);
-        for (int64_t i = 0; i < N_; ++i) {
-          const A k = before(i, g)[c];
-          for (int b = 0; b < branches_; ++b) add_scaled(weight, k, activation(i, g, b), R_);
-          bias += A(branches_) * k;
-        }
-        gradient[3][row] = bias;
-      }
-    });
+        });
   }
 
   GateState<A> state;
@@ -169,94 +159,111 @@ class Gates {
     return state.inner.data + ((i * count_ + g) * branches_ + b) * R_;
   }
 
+  // Rows of a matrix with R rows that are done together.
+  static constexpr int64_t unit_rows = 16;
+  int64_t row_units() const { return (R_ + unit_rows - 1) / unit_rows; }
+
   void transpose_excitation() {
-    constexpr int64_t block = 16;  // channels whose rows stay in the first-level cache
-    const int64_t blocks = (C_ + block - 1) / block;
-    excitation_.allocate(count_ * R_ * pitch_);
-    parallel(shape_.parallel, count_ * blocks, grain(block * R_), [&](int64_t begin, int64_t end) {
+    constexpr int64_t some = 16;  // channels whose rows stay in the first-level cache
+    excitation_.allocate(count_ * blocks_ * R_ * block_channels);
+    parallel(shape_.parallel, count_ * blocks_, grain(block_channels * R_), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t g = unit / blocks, c0 = unit % blocks * block, c1 = least(c0 + block, C_);
-        for (int64_t j = 0; j < R_; ++j) {
-          A* to = excitation(g, j);
-          for (int64_t c = c0; c < c1; ++c) to[c] = weights_[2][(g * C_ + c) * R_ + j];
+        const int g = int(unit / blocks_);
+        const int64_t block = unit % blocks_;
+        const A* from = weights_[2] + (g * C_ + block * block_channels) * R_;
+        A* to = excitation(g, block);
+        const int64_t channels = least(block_channels, C_ - block * block_channels);
+        for (int64_t c0 = 0; c0 < channels; c0 += some) {
+          for (int64_t j = 0; j < R_; ++j) {
+            for (int64_t c = c0; c < least(c0 + some, channels); ++c)
+              to[j * block_channels + c] = from[c * R_ + j];
+          }
         }
       }
     });
   }
-  // The weights from hidden number j to every channel.
-  MRCN_INLINE A* excitation(int g, int64_t j) const { return excitation_.data + (g * R_ + j) * pitch_; }
-
-  struct GateOf {
-    int64_t sample;
-    int gate;
-  };
-
-  // s for n gates from `next` on.
-  template <class V, int n>
-  MRCN_INLINE void excite_some(GateOf& next, int64_t c) const {
-    GateOf of[n];
-    V x[n];
-    for (GateOf& each : of) {
-      each = next;
-      if (++next.gate == count_) next = {next.sample + 1, 0};
-    }
-    logits(of, c, x);
-    unroll<n>([&](auto k) MRCN_BODY {
-      A* s = value(of[k.v].sample, of[k.v].gate) + c;
-      if constexpr (sizeof(V) == sizeof(A)) {
-        *s = sigmoid(x[k.v]);
-      } else {
-        copy_out<false>(s, sigmoids<A>(x[k.v]));
-      }
-    });
+  // The weights from every hidden number to the block's channels.
+  MRCN_INLINE A* excitation(int g, int64_t block) const {
+    return excitation_.data + (g * blocks_ + block) * R_ * block_channels;
   }
 
-  template <class V, int n>
-  MRCN_INLINE void logits(const GateOf (&of)[n], int64_t c, V (&x)[n]) const {
+  void excite_block(int64_t first, int64_t last, int g, int64_t c0, int64_t c1) const {
     if (shape_.gate == Gate::eca) {
-      for (int k = 0; k < n; ++k) {
-        const int g = of[k].gate;
-        x[k] = convolved<V>(weights_[0] + g * R_, pooled(modality(g), of[k].sample), c);
+      for (int64_t i = first; i < last; ++i)
+        convolve(weights_[0] + g * R_, pooled(modality(g), i), c0, c1, value(i, g));
+    } else {
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t c = c0; c < c1; ++c) value(i, g)[c] = A(branches_) * weights_[3][g * C_ + c];
       }
-      return;
-    }
-    const A *weight[n], *hidden[n];
-    for (int k = 0; k < n; ++k) {
-      weight[k] = excitation(of[k].gate, 0) + c;
-      x[k] = A(branches_) * copy_in<V>(weights_[3] + of[k].gate * C_ + c);
-    }
-    for (int b = 0; b < branches_; ++b) {
-      for (int k = 0; k < n; ++k) hidden[k] = activation(of[k].sample, of[k].gate, b);
-      for (int64_t j = 0; j < R_; ++j) {
-        unroll<n>([&](auto k) MRCN_BODY { x[k.v] += hidden[k.v][j] * copy_in<V>(weight[k.v] + j * pitch_); });
+      for (int b = 0; b < branches_; ++b) {
+        add_products<A>({activation(first, g, b), count_ * branches_ * R_, 1},
+            {excitation(g, c0 / block_channels), block_channels}, R_, {value(first, g) + c0, count_ * C_},
+            last - first, c1 - c0);
       }
+    }
+    for (int64_t i = first; i < last; ++i) {
+      A* s = value(i, g);
+      int64_t c = c0;
+      for (; c + lanes<A> <= c1; c += lanes<A>) store(s + c, sigmoids<A>(load(s + c)));
+      for (; c < c1; ++c) s[c] = sigmoid(s[c]);
     }
   }
 
-  template <class V>
-  MRCN_INLINE V convolved(const A* weight, const A* z, int64_t c) const {
-    constexpr int64_t width = sizeof(V) / sizeof(A);
-    A x[width] = {};
+  // Σ over samples and branches of k x, and of k: the gradients of a layer's weights and biases.
+  template <class K, class X>
+  void outer_products(
+      const K& k, const X& x, Matrix<A> weights, int64_t rows, int64_t columns, A* biases) const {
+    for (int64_t row = 0; row < rows; ++row) {
+      A* weight = weights.at + row * weights.pitch;
+      for (int64_t column = 0; column < columns; ++column) weight[column] = A(0);
+      biases[row] = A(0);
+      for (int b = 0; b < branches_; ++b) {
+        for (int64_t i = 0; i < N_; ++i) biases[row] += k(b)(row, i);
+      }
+    }
+    for (int b = 0; b < branches_; ++b) add_products<A>(k(b), x(b), N_, weights, rows, columns);
+  }
+
+  void convolve(const A* weight, const A* z, int64_t c0, int64_t c1, A* to) const {
+    for (int64_t c = c0; c < c1; ++c) to[c] = A(0);
     for (int64_t t = 0; t < R_; ++t) {
-      for (int64_t lane = 0; lane < width; ++lane) {
-        const int64_t from = c + lane + t - R_ / 2;
-        if (from >= 0 && from < C_) x[lane] += weight[t] * z[from];
-      }
+      const int64_t shift = t - R_ / 2, begin = most(c0, -shift), end = least(c1, C_ - shift);
+      if (begin < end) add_scaled(to + begin, weight[t], z + begin + shift, end - begin);
     }
-    return copy_in<V>(x);
   }
 
-  void backward_hidden(int64_t first, int64_t last, int g) const {
-    for (int64_t j = 0; j < R_; ++j) {
-      for (int64_t i = first; i < last; ++i) inner(i, g, 0)[j] = dot(excitation(g, j), before(i, g), C_);
+  // Hidden numbers [j0, j1).
+  void backward_hidden(int64_t first, int64_t last, int g, int64_t j0, int64_t j1) const {
+    for (int64_t i = first; i < last; ++i) {
+      for (int64_t j = j0; j < j1; ++j) inner(i, g, 0)[j] = A(0);
     }
+    add_products<A>({before(first, g), count_ * C_, 1}, {weights_[2] + g * C_ * R_ + j0, R_}, C_,
+        {inner(first, g, 0) + j0, count_ * branches_ * R_}, last - first, j1 - j0);
     for (int64_t i = first; i < last; ++i) {
       // Both branches of CBAM share the weights and so the gradient before their own ReLU.
       for (int b = branches_ - 1; b >= 0; --b) {
-        for (int64_t j = 0; j < R_; ++j) {
+        for (int64_t j = j0; j < j1; ++j) {
           const A y = activation(i, g, b)[j];
           inner(i, g, b)[j] = y <= A(0) ? A(0) : inner(i, g, 0)[j];
         }
+      }
+    }
+  }
+
+  // Channels [c0, c1).
+  void backward_pooled(int64_t first, int64_t last, int64_t c0, int64_t c1) const {
+    for (int m = 0; m < modalities(shape_.mode); ++m) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int b = 0; b < branches_; ++b) {
+          for (int64_t c = c0; c < c1; ++c) of_pooled(m, i, b)[c] = A(0);
+        }
+      }
+    }
+    for (int g = 0; g < count_; ++g) {
+      for (int b = 0; b < branches_; ++b) {
+        add_products<A>({inner(first, g, b), count_ * branches_ * R_, 1},
+            {weights_[0] + g * R_ * C_ + c0, C_}, R_, {of_pooled(modality(g), first, b) + c0, branches_ * C_},
+            last - first, c1 - c0);
       }
     }
   }
@@ -297,10 +304,10 @@ class Gates {
 
   const BlockShape& shape_;
   const A* weights_[4];
-  Buffer<A> excitation_;  // (gates, R, pitch): the second layer's weights, transposed
+  Buffer<A> excitation_;  // (gates, blocks, R, block_channels): the second layer's weights, transposed
   const int count_, branches_;
   const int64_t N_, C_, R_;
-  const int64_t pitch_;  // a line more than C: rows 4 KB apart would push one another out of the cache
+  const int64_t blocks_;  // of channels
 };
 
 }  // namespace
