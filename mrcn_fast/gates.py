@@ -35,7 +35,9 @@ class Gate(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, shape in self.shapes(channels, self.width(channels, reduction)).items():
+        shapes = self.shapes(channels, self.width(channels, reduction))
+        self._names = tuple(shapes)
+        for name, shape in shapes.items():
             empty = torch.empty(count, *shape, device=device, dtype=dtype)
             self.register_parameter(name, nn.Parameter(empty))
         self.reset_parameters()
@@ -51,8 +53,11 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def parameter_list(self) -> list[Tensor]:
-        """The parameters in the order in which the operations take them."""
-        return list(self._parameters.values())  # type: ignore[arg-type]  # none is None
+        """The parameters in the order in which the operations take them.
+
+        By name: what `torch.nn.utils.parametrize` makes of one is among no module's ``parameters()``.
+        """
+        return [getattr(self, name) for name in self._names]
 
     def reset_parameters(self) -> None:
         raise NotImplementedError

@@ -34,6 +34,26 @@ def test_parameters_come_in_order_with_a_slice_a_gate(kind: str, count: int) -> 
     assert all(p.dtype == torch.float64 for p in gate.parameters())
 
 
+@pytest.mark.parametrize("backend", KERNEL_BACKENDS)
+def test_parametrized_parameters_are_what_the_block_uses(backend: str) -> None:
+    class Doubled(nn.Module):
+        def forward(self, weight: Tensor) -> Tensor:
+            return 2 * weight
+
+    block = MRCNBlock(8, backend=backend, device=DEVICE)
+    pair = [random(3, 8, 5, 4, seed=seed, dtype=torch.float32) for seed in range(2)]
+    chosen = [(block, "norm_weight"), (block.gate, "fc1_weight")]
+    with torch.no_grad():
+        for module, name in chosen:
+            module.get_parameter(name).uniform_()
+        expected = block(*pair)
+        for module, name in chosen:
+            module.get_parameter(name).mul_(0.5)
+            nn.utils.parametrize.register_parametrization(module, name, Doubled())
+        for got, wanted in zip(block(*pair), expected, strict=True):
+            assert torch.equal(got, wanted)
+
+
 @pytest.mark.parametrize(
     ("channels", "size"),
     # t = int(|log2 C + 1| / 2) as the authors' code has it, made odd: C = 64: 3.5 -> 3; 256: 4.5 -> 4 -> 5.
