@@ -32,13 +32,13 @@ struct Cuda {
     const Tensor scratch = cuda_empty({cuda::forward_scratch(call.shape)}, ScalarType::Byte, like);
     const OnDevice device(like);
     const int error = cuda::block_forward(call, scratch.data_ptr(), device.stream());
-    check_launch(error, "the block's forward", like, described(call.shape));
+    check_launch(error, "the block's forward", like, [&] { return described(call.shape); });
   }
   static void backward(BlockBackward& call, const Tensor& like) {
     const Tensor scratch = cuda_empty({cuda::backward_scratch(call.shape)}, ScalarType::Byte, like);
     const OnDevice device(like);
     const int error = cuda::block_backward(call, scratch.data_ptr(), device.stream());
-    check_launch(error, "the block's backward", like, described(call.shape));
+    check_launch(error, "the block's backward", like, [&] { return described(call.shape); });
   }
 };
 

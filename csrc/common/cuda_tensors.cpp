@@ -63,10 +63,9 @@ void* OnDevice::stream() const {
 #endif
 }
 
-void check_launch(int error, const char* kernel, const Tensor& like, const std::string& shape) {
-  if (error == 0) return;
-  check(
-      false, kernel, " on device ", like.get_device_index(), " for ", shape, ": ", cuda::launch_error(error));
+void launch_failed(int error, const char* kernel, const Tensor& like, const std::string& shape) {
+  throw std::runtime_error(std::string(kernel) + " on device " + std::to_string(like.get_device_index()) +
+                           " for " + shape + ": " + cuda::launch_error(error));
 }
 
 }  // namespace mrcn

@@ -49,7 +49,12 @@ class OnDevice {
 #endif
 };
 
-// An error that names kernel, shape and device where `error`, a launch's result, is not 0.
-void check_launch(int error, const char* kernel, const Tensor& like, const std::string& shape);
+[[noreturn]] void launch_failed(int error, const char* kernel, const Tensor& like, const std::string& shape);
+
+// An error that names kernel, shape() and device where `error`, a launch's result, is not 0.
+template <class Shape>
+inline void check_launch(int error, const char* kernel, const Tensor& like, const Shape& shape) {
+  if (error != 0) launch_failed(error, kernel, like, shape());
+}
 
 }  // namespace mrcn

@@ -104,10 +104,6 @@ class Ready {
   }
 };
 
-void check_result(int error, const char* kernel, const Ready& ready, const Tensor& like) {
-  if (error != 0) check_launch(error, kernel, like, ready.shape());
-}
-
 // The pushed distances' weights are left for the backward whether it detaches them or not.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(Tensors features, Tensor labels,
     Tensor infrared_labels, double margin, [[maybe_unused]] bool detach_negative) {
@@ -127,7 +123,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(Tensors features,
   call.saved = saved.mutable_data_ptr();
   call.total = total.mutable_data_ptr();
   call.number = number.mutable_data_ptr<int64_t>();
-  check_result(cuda::cqc_forward(call, device.stream()), "cqc_forward", ready, like);
+  check_launch(cuda::cqc_forward(call, device.stream()), "cqc_forward", like, [&] { return ready.shape(); });
   return {total, losses, identities, number, saved};
 }
 
@@ -152,7 +148,8 @@ Tensor cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor inf
   call.saved = own.const_data_ptr();
   call.detach_negative = detach_negative;
   call.feature_gradients = result.mutable_data_ptr();
-  check_result(cuda::cqc_backward(call, device.stream()), "cqc_backward", ready, like);
+  check_launch(
+      cuda::cqc_backward(call, device.stream()), "cqc_backward", like, [&] { return ready.shape(); });
   return result;
 }
 
