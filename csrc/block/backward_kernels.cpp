@@ -200,20 +200,17 @@ class Backward : Call<P, A> {
   }
 
   void gate_gradients(const Samples& group) const {
-    this->each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) {
-      this->gates_.excite(group.first, group.last, c0, c1);
-      this->over_channels(c0, c1, [&]<int wide>(int64_t c, constant<wide>) {
-        using V = one_or_more<wide>;
-        for (int64_t i = group.first; i < group.last; ++i) {
-          Plane<V> p[P::inputs];
-          V s[P::gate_count], found[P::sums], ds[P::gate_count];
-          gather(group, i, c, p, s, found);
-          make_gate_gradients<P>(p, found, ds);
-          for (int g = 0; g < P::gate_count; ++g) {
-            put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
-          }
+    this->each_channels_gated(group, [&]<int wide>(int64_t c, constant<wide>) {
+      using V = one_or_more<wide>;
+      for (int64_t i = group.first; i < group.last; ++i) {
+        Plane<V> p[P::inputs];
+        V s[P::gate_count], found[P::sums], ds[P::gate_count];
+        gather(group, i, c, p, s, found);
+        make_gate_gradients<P>(p, found, ds);
+        for (int g = 0; g < P::gate_count; ++g) {
+          put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
         }
-      });
+      }
     });
   }
 

@@ -3,9 +3,10 @@
 //
 // A group of samples at a time, so that the second read of its pixels comes from cache. Where there are
 // samples enough and the cache holds one a thread, each thread takes groups of its own and nobody waits
-// before the end; else the threads share every step of a group. Either way the work is cut into planes, or
-// into chunks of rows whose size depends on the shape alone, and partial results are joined in a fixed
-// order: any number of threads gives the same bits.
+// before the end; else the threads share every step of a group. Where the gates' weights, which every group
+// reads anew, are not small beside its pixels, groups are larger and the threads share them. Either way the
+// work is cut into planes, or into chunks of rows whose size depends on the shape alone, and partial results
+// are joined in a fixed order: any number of threads gives the same bits.
 #pragma once
 
 #include <type_traits>
@@ -145,6 +146,15 @@ class Call {
   template <class F>
   void each_channels(ParallelFor pool, int64_t samples, const F& f) const {
     each_block(pool, samples, [&](int64_t c0, int64_t c1) { over_channels(c0, c1, f); });
+  }
+
+  // The same, each after its gates for the group's samples.
+  template <class Samples, class F>
+  void each_channels_gated(const Samples& group, const F& f) const {
+    each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) {
+      gates_.excite(group.first, group.last, c0, c1);
+      over_channels(c0, c1, f);
+    });
   }
 
   // f(first channel, last channel) over blocks of them.

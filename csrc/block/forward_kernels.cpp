@@ -123,23 +123,20 @@ class Forward : Call<P, A> {
   }
 
   void coefficients(const Samples& group) const {
-    this->each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) {
-      this->gates_.excite(group.first, group.last, c0, c1);
-      this->over_channels(c0, c1, [&]<int wide>(int64_t c, constant<wide>) {
-        using V = one_or_more<wide>;
-        for (int64_t i = group.first; i < group.last; ++i) {
-          Plane<V> p[P::inputs];
-          V s[P::gate_count], k[P::forward_slots];
-          for (int j = 0; j < P::inputs; ++j) {
-            p[j] = this->template plane<V>(statistics_, j, i, c, doubles<V>(&offset(j, i, c)));
-          }
-          this->gate_values(i, c, s);
-          make_maps<P>(p, s, this->shape_.to_input, k, true);
-          for (int slot = 0; slot < P::forward_slots; ++slot) {
-            put_doubles(coefficient(i) + slot * this->C_ + c, k[slot]);
-          }
+    this->each_channels_gated(group, [&]<int wide>(int64_t c, constant<wide>) {
+      using V = one_or_more<wide>;
+      for (int64_t i = group.first; i < group.last; ++i) {
+        Plane<V> p[P::inputs];
+        V s[P::gate_count], k[P::forward_slots];
+        for (int j = 0; j < P::inputs; ++j) {
+          p[j] = this->template plane<V>(statistics_, j, i, c, doubles<V>(&offset(j, i, c)));
         }
-      });
+        this->gate_values(i, c, s);
+        make_maps<P>(p, s, this->shape_.to_input, k, true);
+        for (int slot = 0; slot < P::forward_slots; ++slot) {
+          put_doubles(coefficient(i) + slot * this->C_ + c, k[slot]);
+        }
+      }
     });
   }
 
