@@ -684,6 +684,24 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 
 
 @cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_any_nan_of_a_parameter_stays_one_in_bf16_in_every_layout(
+    layout: str, bits: int, backend: str
+) -> None:
+    """Rounding by adding half of the last place would make a number of a NaN whose bits are all set."""
+    case = Case(shape=(2, 64, 12, 11), dtype=torch.bfloat16, layouts=(layout, layout), gradient_layout=layout)
+    drawn = cases.problem(case)
+    for index in (0, 1):  # norm_weight, norm_bias
+        parameters = [p.detach().float().requires_grad_() for p in drawn.parameters]
+        parameters[index].detach().view(torch.int32)[0, 37] = bits
+        p = drawn._replace(parameters=tuple(parameters))
+        results, expected = cases.evaluate(p, backend), cases.evaluate_reference(p, torch.float32)
+        for name, result in results.items():
+            assert torch.equal(result.isnan(), expected[name].isnan()), f"parameter {index}: {name}"
+
+
+@cases.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("values", ["zero planes", "constant planes"])
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)

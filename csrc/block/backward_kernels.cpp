@@ -233,9 +233,7 @@ class Backward : Call<P, A> {
           put_doubles(norm(j, i, 0) + c, of.gamma);
           put_doubles(norm(j, i, 1) + c, of.beta);
         }
-        for (int slot = 0; slot < P::backward_slots; ++slot) {
-          put_doubles(coefficient(i) + slot * this->C_ + c, k[slot]);
-        }
+        this->put_coefficients(coefficient(i), c, k);
       }
     });
   }

@@ -219,6 +219,15 @@ class Call {
     for (int g = 0; g < P::gate_count; ++g) s[g] = doubles<V>(gates_.value(i, g) + c);
   }
 
+  // Puts down the coefficients of so many channels. Their NaNs are all the one that rounding to bf16 keeps.
+  template <class V, int n>
+  MRCN_INLINE void put_coefficients(A* of_sample, int64_t c, const V (&k)[n]) const {
+    const V nan = V{} + __builtin_nan("");
+    for (int slot = 0; slot < n; ++slot) {
+      put_doubles(of_sample + slot * C_ + c, k[slot] == k[slot] ? k[slot] : nan);
+    }
+  }
+
   static constexpr int most_sets = 6;
 
   const BlockShape& shape_;

@@ -133,9 +133,7 @@ class Forward : Call<P, A> {
         }
         this->gate_values(i, c, s);
         make_maps<P>(p, s, this->shape_.to_input, k, true);
-        for (int slot = 0; slot < P::forward_slots; ++slot) {
-          put_doubles(coefficient(i) + slot * this->C_ + c, k[slot]);
-        }
+        this->put_coefficients(coefficient(i), c, k);
       }
     });
   }

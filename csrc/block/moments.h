@@ -68,21 +68,26 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   vec<A> e[4] = {}, q[4] = {};
   const vec<A> shifts = all<A>(shift);
   // Sums don't ask for the order of their terms, but each has its place.
-  const auto step = [&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
-    vec<A> v[vectors];
-    fetch(x + at, count, v, ahead);
-    unroll<vectors>([&](auto part) MRCN_BODY {
-      const vec<A> d = v[part.v] - shifts;
-      e[place + part.v] += d;
-      q[place + part.v] += d * d;
-    });
-  };
+  const auto step = [&]<int vectors>(int64_t at, int place, constant<vectors> count, auto distance)
+                        MRCN_BODY {
+                          vec<A> v[vectors];
+                          fetch(x + at, count, v, distance);
+                          unroll<vectors>([&](auto part) MRCN_BODY {
+                            const vec<A> d = v[part.v] - shifts;
+                            e[place + part.v] += d;
+                            q[place + part.v] += d * d;
+                          });
+                        };
   constexpr int line = summed_vectors<T>;
   i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
+    unroll<4 / line>([&](auto u) MRCN_BODY {
+      const int64_t at = u.v * line * W;
+      once_a_line<T>(
+          at, ahead, [&](auto distance) MRCN_BODY { step(i + at, u.v * line, constant<line>{}, distance); });
+    });
   }
-  for (; i + W <= n; i += W) step(i, 0, constant<1>{});
+  for (; i + W <= n; i += W) step(i, 0, constant<1>{}, ahead);
   A deviation = sum<A>((e[0] + e[1]) + (e[2] + e[3]));
   A squares = sum<A>((q[0] + q[1]) + (q[2] + q[3]));
   for (; i < n; ++i) {
@@ -141,17 +146,6 @@ struct ChannelMoments {
 // Rows that a channel's sums stay in registers for: as many values as a sum takes in its own type before it
 // is added to one in double. PyTorch's sums are as exact.
 constexpr int64_t single_terms = 16;
-// Rows at once whose channels share the coefficients that are read for them.
-constexpr int row_block = 4;
-
-// f(row, constant<row_block>) for blocks of rows, f(row, constant<1>) for the last ones.
-template <class F>
-MRCN_INLINE void over_rows(int64_t rows, const F& f) {
-  int64_t row = 0;
-  for (; row + row_block <= rows; row += row_block) f(row, constant<row_block>{});
-  for (; row < rows; ++row) f(row, constant<1>{});
-}
-
 // The moments of n more rows, whose deviations from `shift` are summed up, join those of the `before` first.
 template <class T, int vectors, class V, int parts>
 MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, double before, double n,
@@ -211,14 +205,16 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
               fetch(deviation + c, count, e);
               fetch(squares + c, count, q);
             }
-            for (int64_t row = begin; row < end; ++row) {
-              fetch(top + row * pitch + c, count, v, next);
-              unroll<parts>([&](auto k) MRCN_BODY {
-                const V d = v[k.v] - mean[k.v];
-                e[k.v] += d;
-                q[k.v] += d * d;
-              });
-            }
+            once_a_line<T>(c, next, [&](auto distance) MRCN_BODY {
+              for (int64_t row = begin; row < end; ++row) {
+                fetch(top + row * pitch + c, count, v, distance);
+                unroll<parts>([&](auto k) MRCN_BODY {
+                  const V d = v[k.v] - mean[k.v];
+                  e[k.v] += d;
+                  q[k.v] += d * d;
+                });
+              }
+            });
             if (end < n) {
               keep(shift + c, count, mean);
               keep(deviation + c, count, e);

@@ -43,9 +43,9 @@ struct Passes {
 // --- a pixel, or vectors of them ------------------------------------------------------------------------
 
 // v[part][map]: the maps' values at `at`, as lines of T are read.
-template <class T, int maps, int vectors, class V, int parts>
+template <class T, int maps, int vectors, class V, int parts, class Distance>
 MRCN_INLINE void fetch_maps(
-    Pointers map, int64_t at, constant<vectors> n, V (&v)[parts][maps], int64_t distance) {
+    Pointers map, int64_t at, constant<vectors> n, V (&v)[parts][maps], Distance distance) {
   unroll<maps>([&](auto m) MRCN_BODY {
     V one[parts];
     fetch(static_cast<const T*>(map[m.v]) + at, n, one, distance);
@@ -61,15 +61,19 @@ MRCN_INLINE void keep_maps(Pointers map, int64_t at, constant<vectors> n, const 
   });
 }
 
-// k(part): the coefficients there, one pixel's or a vector's (V).
+// k(part): the coefficients there, one pixel's or a vector's (V). A set is written as soon as it is made, all
+// of them at once don't fit the registers.
 template <class P, class T, bool stream, class V, int vectors, class K>
 MRCN_INLINE void make_at(
     const K& k, Pointers x, Pointers y, int64_t at, constant<vectors> n, int64_t distance) {
   constexpr int parts = parts_of<vectors>;
-  V in[parts][P::inputs], out[parts][P::sets];
+  V in[parts][P::inputs];
   fetch_maps<T, P::inputs>(x, at, n, in, distance);
-  unroll<parts>([&](auto part) MRCN_BODY { make_sets<P, V>(k(part), in[part.v], out[part.v]); });
-  keep_maps<T, stream, P::sets>(y + P::first, at, n, out);
+  unroll<P::sets>([&](auto s) MRCN_BODY {
+    V out[parts];
+    unroll<parts>([&](auto part) MRCN_BODY { out[part.v] = made_set<P, s.v, V>(k(part), in[part.v]); });
+    keep<stream>(static_cast<T*>(y[P::first + s.v]) + at, n, out);
+  });
   if constexpr (P::passes) {
     void* const ends[] = {y[0], y[P::all - 1]};
     keep_maps<T, stream, P::inputs>(ends, at, n, in);
@@ -77,25 +81,32 @@ MRCN_INLINE void make_at(
 }
 
 // mean(part), sums(part): where they stand.
-template <class P, class T, class V, int vectors, class M, class S>
-MRCN_INLINE void sum_at(
-    const M& mean, Pointers x, Pointers g, int64_t at, const S& sums, constant<vectors> n, int64_t distance) {
+template <class P, class T, class V, int vectors, class M, class S, class Distance>
+MRCN_INLINE void sum_at(const M& mean, Pointers x, Pointers g, int64_t at, const S& sums, constant<vectors> n,
+    Distance distance) {
   constexpr int parts = parts_of<vectors>;
-  V in[parts][P::inputs], of[parts][P::sets];
+  V in[parts][P::inputs];
   fetch_maps<T, P::inputs>(x, at, n, in, distance);
-  fetch_maps<T, P::sets>(g + P::first, at, n, of, distance);
-  unroll<parts>([&](auto part) MRCN_BODY { add_sums<P, V>(mean(part), in[part.v], of[part.v], sums(part)); });
+  unroll<P::sets>([&](auto s) MRCN_BODY {
+    V of[parts];
+    fetch(static_cast<const T*>(g[P::first + s.v]) + at, n, of, distance);
+    unroll<parts>(
+        [&](auto part) MRCN_BODY { add_sums_of<P, s.v, V>(mean(part), in[part.v], of[part.v], sums(part)); });
+  });
 }
 
 template <class P, class T, bool stream, bool extremes, class V, int vectors, class K>
 MRCN_INLINE void gradient_at(
     const K& k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<vectors> n, int64_t distance) {
   constexpr int parts = parts_of<vectors>;
-  V in[parts][P::inputs], of[parts][P::sets], out[parts][P::inputs];
+  V in[parts][P::inputs], out[parts][P::inputs];
   fetch_maps<T, P::inputs>(x, at, n, in, distance);
-  fetch_maps<T, P::sets>(g + P::first, at, n, of, distance);
-  unroll<parts>(
-      [&](auto part) MRCN_BODY { make_gradients<P, V>(k(part), in[part.v], of[part.v], out[part.v]); });
+  unroll<parts>([&](auto part) MRCN_BODY { start_gradients<P, V>(k(part), in[part.v], out[part.v]); });
+  unroll<P::sets>([&](auto s) MRCN_BODY {
+    V of[parts];
+    fetch(static_cast<const T*>(g[P::first + s.v]) + at, n, of, distance);
+    unroll<parts>([&](auto part) MRCN_BODY { add_gradient<P, s.v, V>(k(part), of[part.v], out[part.v]); });
+  });
   if constexpr (P::passes) {
     void* const ends[] = {g[0], g[P::all - 1]};
     V more[parts][P::inputs];
@@ -200,7 +211,7 @@ void sum_plane(const acc_t<T>* mean, Pointers x, Pointers g, int64_t n, double* 
   }
   for (; at < n; ++at) {
     sum_at<P, T, A>([&](auto) MRCN_BODY { return means.one; }, x, g, at, [&](auto) MRCN_BODY { return rest; },
-        constant<0>{}, 0);
+        constant<0>{}, Nowhere{});
   }
   unroll<P::sums>([&](auto s) MRCN_BODY { sums[s.v] = wide[s.v].total() + double(rest[s.v].get()); });
 }
@@ -249,13 +260,13 @@ struct RowsAt {
       for (int k = 0; k < n; ++k) of[r][k] = static_cast<T*>(maps.start[k]) + (row + r) * maps.pitch[k];
     }
   }
+  // One row on.
+  MRCN_INLINE void step(Rows maps) {
+    for (int r = 0; r < count; ++r) {
+      for (int k = 0; k < n; ++k) of[r][k] = static_cast<T*>(of[r][k]) + maps.pitch[k];
+    }
+  }
 };
-
-// Bytes from a block of rows to the one after the next.
-template <class T>
-MRCN_INLINE int64_t rows_ahead(Rows maps) {
-  return 2 * row_block * maps.pitch[0] * int64_t(sizeof(T));
-}
 
 // Each part's n coefficients from channel c on, as lines of T are read: `kv(part)`.
 template <class T, int n, int vectors>
@@ -278,18 +289,79 @@ struct Coefficients {
   }
 };
 
+// Coefficients of a line that fit the registers stay there for some rows. Else they are read where they
+// stand, a row at a time: fewer rows at once are longer runs of memory.
+constexpr bool in_registers = vector_bytes == line_bytes;
+constexpr int row_block = in_registers ? 4 : 1;
+// Bytes of coefficients that the first-level cache keeps beside the maps.
+constexpr int64_t near_bytes = 16 << 10;
+
+// Rows of maps and the coefficients of their channels, n a channel; those of a line are put side by side once
+// for all rows.
+template <class T, int n>
+class RowsOfLines {
+  static constexpr int vectors = line_vectors<T>;
+  static constexpr int64_t line = vectors * lanes<acc_t<T>>;
+  static constexpr int64_t near =
+      most<int64_t>(1, near_bytes / (n * line * int64_t(sizeof(acc_t<T>)))) * line;
+  using Line = Coefficients<T, n, vectors>;
+  using Held = std::conditional_t<in_registers, Line, const Line&>;
+
+ public:
+  RowsOfLines(const acc_t<T>* k, int64_t rows, int64_t channels)
+      : k_(k),
+        rows_(rows),
+        channels_(channels),
+        width_(in_registers ? channels : least(near, channels)),
+        lines_(channels / line) {
+    for (int64_t i = 0; i < channels / line; ++i) ::new (lines_.data + i) Line(k, channels, i * line);
+  }
+
+  // From a row to what is asked for.
+  MRCN_INLINE int64_t distance(int64_t pitch) const {
+    const int64_t bytes = width_ * int64_t(sizeof(T));
+    return most<int64_t>(2 * row_block, ahead / bytes) * pitch * int64_t(sizeof(T));
+  }
+
+  // f(row, constant<rows at once>, first channel) for as many channels at a time as `across` takes.
+  template <class F>
+  MRCN_INLINE void each(const F& f) const {
+    for (int64_t first = 0; first < channels_; first += width_) {
+      int64_t row = 0;
+      for (; row + row_block <= rows_; row += row_block) f(row, constant<row_block>{}, first);
+      for (; row < rows_; ++row) f(row, constant<1>{}, first);
+    }
+  }
+  // f(channel, constant<vectors>, coefficients)
+  template <class F>
+  MRCN_INLINE void across(int64_t first, const F& f) const {
+    over_lines<T>(0, least(width_, channels_ - first),
+        [&](int64_t c, auto count) MRCN_BODY { f(first + c, count, at(first + c, count)); });
+  }
+
+ private:
+  MRCN_INLINE Held at(int64_t c, constant<vectors>) const { return lines_.data[c / line]; }
+  template <int fewer>
+  MRCN_INLINE Coefficients<T, n, fewer> at(int64_t c, constant<fewer>) const {
+    return {k_, channels_, c};
+  }
+
+  const acc_t<T>* k_;
+  int64_t rows_, channels_, width_;
+  Buffer<Line> lines_;
+};
+
 template <class P, class T, bool stream>
 __attribute__((noinline)) void make_rows_as(
     const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
-  const int64_t next = rows_ahead<T>(x);
-  over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
+  const RowsOfLines<T, P::forward_slots> lines(k, rows, channels);
+  const int64_t next = lines.distance(x.pitch[0]);
+  lines.each([&]<int count>(int64_t row, constant<count>, int64_t first) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row);
     const RowsAt<T, P::all, count> out(y, row);
-    over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
-      using K = Coefficients<T, P::forward_slots, vectors>;
-      const K kv(k, channels, c);
+    lines.across(first, [&]<int vectors>(int64_t c, constant<vectors> n, const auto& kv) MRCN_BODY {
       unroll<count>([&](auto r) MRCN_BODY {
-        make_at<P, T, stream, typename K::V>(kv, in.of[r.v], out.of[r.v], c, n, next);
+        make_at<P, T, stream, one_or_vector<acc_t<T>, vectors>>(kv, in.of[r.v], out.of[r.v], c, n, next);
       });
     });
   });
@@ -316,12 +388,16 @@ void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channe
       constexpr int parts = parts_of<vectors>;
       const Coefficients<T, P::inputs, vectors> means(mean, channels, c);
       Total<V> acc[parts][P::sums];
-      for (int64_t row = first; row < end; ++row) {
-        const RowsAt<T, P::inputs, 1> in(x, row);
-        const RowsAt<T, P::all, 1> of(g, row);
-        sum_at<P, T, V>(
-            means, in.of[0], of.of[0], c, [&](auto part) MRCN_BODY { return acc[part.v]; }, n, next);
-      }
+      once_a_line<T>(c, next, [&](auto distance) MRCN_BODY {
+        RowsAt<T, P::inputs, 1> in(x, first);
+        RowsAt<T, P::sets, 1> of(g, first);
+        for (int64_t row = first; row < end; ++row) {
+          sum_at<P, T, V>(
+              means, in.of[0], of.of[0], c, [&](auto part) MRCN_BODY { return acc[part.v]; }, n, distance);
+          in.step(x);
+          of.step(g);
+        }
+      });
       unroll<P::sums>([&](auto s) MRCN_BODY {
         V one[parts];
         unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = acc[part.v][s.v].get(); });
@@ -336,16 +412,14 @@ void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channe
 template <class P, class T, bool stream, bool extremes>
 __attribute__((noinline)) void gradient_rows_as(
     const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
-  constexpr int slots = extremes ? P::backward_slots : P::extreme(0);
-  const int64_t next = rows_ahead<T>(x);
-  over_rows(rows, [&]<int count>(int64_t row, constant<count>) MRCN_BODY {
+  const RowsOfLines<T, extremes ? P::backward_slots : P::extreme(0)> lines(k, rows, channels);
+  const int64_t next = lines.distance(x.pitch[0]);
+  lines.each([&]<int count>(int64_t row, constant<count>, int64_t first) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
     const RowsAt<T, P::all, count> of(g, row);
-    over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
-      using K = Coefficients<T, slots, vectors>;
-      const K kv(k, channels, c);
+    lines.across(first, [&]<int vectors>(int64_t c, constant<vectors> n, const auto& kv) MRCN_BODY {
       unroll<count>([&](auto r) MRCN_BODY {
-        gradient_at<P, T, stream, extremes, typename K::V>(
+        gradient_at<P, T, stream, extremes, one_or_vector<acc_t<T>, vectors>>(
             kv, in.of[r.v], of.of[r.v], out.of[r.v], c, n, next);
       });
     });

@@ -69,37 +69,49 @@ struct Pattern : Uses<mode_> {
 
 // --- one pixel, or a vector of them -------------------------------------------------------------------
 
+// Set s.
+template <class P, int s, class V>
+MRCN_INLINE V made_set(const V* k, const V* x) {
+  V value = k[P::shift(s)];
+  unroll<P::inputs>([&](auto j) MRCN_BODY {
+    if constexpr (P::at[s][j.v]) value += k[P::scale(s, j.v)] * (x[j.v] - k[P::mean(j.v)]);
+  });
+  return value;
+}
 template <class P, class V>
 MRCN_INLINE void make_sets(const V* k, const V* x, V* y) {
-  unroll<P::sets>([&](auto s) MRCN_BODY {
-    V value = k[P::shift(s.v)];
-    unroll<P::inputs>([&](auto j) MRCN_BODY {
-      if constexpr (P::at[s.v][j.v]) value += k[P::scale(s.v, j.v)] * (x[j.v] - k[P::mean(j.v)]);
-    });
-    y[s.v] = value;
-  });
+  unroll<P::sets>([&](auto s) MRCN_BODY { y[s.v] = made_set<P, s.v>(k, x); });
 }
 
-// `sums` are numbers, or what keeps more digits of theirs.
+// What set s adds; `sums` are numbers, or what keeps more digits of theirs.
+template <class P, int s, class V, class S>
+MRCN_INLINE void add_sums_of(const V* mean, const V* x, V g, S* sums) {
+  sums[P::S(s)] += g;
+  unroll<P::inputs>([&](auto j) MRCN_BODY {
+    if constexpr (P::at[s][j.v]) sums[P::T(s, j.v)] += g * (x[j.v] - mean[j.v]);
+  });
+}
 template <class P, class V, class S>
 MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, S* sums) {
-  unroll<P::sets>([&](auto s) MRCN_BODY {
-    sums[P::S(s.v)] += g[s.v];
-    unroll<P::inputs>([&](auto j) MRCN_BODY {
-      if constexpr (P::at[s.v][j.v]) sums[P::T(s.v, j.v)] += g[s.v] * (x[j.v] - mean[j.v]);
-    });
-  });
+  unroll<P::sets>([&](auto s) MRCN_BODY { add_sums_of<P, s.v>(mean, x, g[s.v], sums); });
 }
 
+// The inputs' gradients: what comes through the statistics, and what set s adds.
+template <class P, class V>
+MRCN_INLINE void start_gradients(const V* k, const V* x, V* dx) {
+  unroll<P::inputs>(
+      [&](auto j) MRCN_BODY { dx[j.v] = k[P::k1(j.v)] + k[P::k2(j.v)] * (x[j.v] - k[P::mean(j.v)]); });
+}
+template <class P, int s, class V>
+MRCN_INLINE void add_gradient(const V* k, V g, V* dx) {
+  unroll<P::inputs>([&](auto j) MRCN_BODY {
+    if constexpr (P::at[s][j.v]) dx[j.v] += k[P::scale(s, j.v)] * g;
+  });
+}
 template <class P, class V>
 MRCN_INLINE void make_gradients(const V* k, const V* x, const V* g, V* dx) {
-  unroll<P::inputs>([&](auto j) MRCN_BODY {
-    V value = k[P::k1(j.v)] + k[P::k2(j.v)] * (x[j.v] - k[P::mean(j.v)]);
-    unroll<P::sets>([&](auto s) MRCN_BODY {
-      if constexpr (P::at[s.v][j.v]) value += k[P::scale(s.v, j.v)] * g[s.v];
-    });
-    dx[j.v] = value;
-  });
+  start_gradients<P>(k, x, dx);
+  unroll<P::sets>([&](auto s) MRCN_BODY { add_gradient<P, s.v>(k, g[s.v], dx); });
 }
 
 // --- one plane, or a vector of them (V): coefficients from statistics and gates -------------------------

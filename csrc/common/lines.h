@@ -74,10 +74,12 @@ MRCN_INLINE void alternate(vec<float>& a, vec<float>& b) {
 #endif
 }
 
-MRCN_INLINE words rounded_to_bf16(vec<float> v) {  // as `narrow` does, in each word's upper half
+// To nearest, ties to even, in each word's upper half. A NaN stays one if its lower half is empty, as it is
+// of one that an operation makes, of bf16 and of a block's coefficients (call.h); of others the addition
+// would make numbers.
+MRCN_INLINE words rounded_to_bf16(vec<float> v) {
   const words bits = (words)v;
-  const words number = (words)(v == v);
-  return ((bits + 0x7fffu + ((bits >> 16) & 1u)) & number) | ((bits | 0x400000u) & ~number);
+  return bits + 0x7fffu + ((bits >> 16) & 1u);
 }
 
 MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
@@ -87,10 +89,31 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
   const __m512i pair = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   return (words)_mm512_maskz_permutexvar_epi16(~__mmask32(0), _mm512_load_si512(index), pair);
 #else
-  return (rounded_to_bf16(even) >> 16) | (rounded_to_bf16(odd) & 0xffff0000u);
+  const words low = rounded_to_bf16(even) >> 16, high = rounded_to_bf16(odd);
+#if defined(__AVX512F__)
+  return low | (high & 0xffff0000u);
+#else
+  return (words)_mm256_blend_epi16((__m256i)low, (__m256i)high, 0xaa);
+#endif
 #endif
 }
 #endif
+
+// In place of a distance: nothing is asked for.
+struct Nowhere {};
+
+// f(distance) where a line of memory begins, f(Nowhere{}) further on in it: sums take it in several pieces,
+// and it is asked for once.
+template <class T, class F>
+MRCN_INLINE void once_a_line(int64_t at, int64_t distance, const F& f) {
+  if constexpr (summed_vectors<T> == line_vectors<T>) {
+    f(distance);
+  } else if (at % (line_vectors<T> * lanes<acc_t<T>>) == 0) {
+    f(distance);
+  } else {
+    f(Nowhere{});
+  }
+}
 
 // The parts of values that stand in order, as so many vectors of T are read, and back.
 template <class T, class V, int parts>
@@ -115,11 +138,14 @@ MRCN_INLINE void to_order([[maybe_unused]] V (&v)[parts]) {
 #endif
 }
 
-// Reads one element, a vector or a line, and asks for what stands `distance` bytes further on.
-template <class T, int vectors, class V, int parts>
-MRCN_INLINE void fetch(const T* p, constant<vectors>, V (&out)[parts], int64_t distance = 0) {
+// Reads one element, a vector or a line, and asks for what stands `distance` bytes beyond a vector.
+template <class T, int vectors, class V, int parts, class Distance = Nowhere>
+MRCN_INLINE void fetch(
+    const T* p, constant<vectors>, V (&out)[parts], [[maybe_unused]] Distance distance = {}) {
   static_assert(parts == parts_of<vectors>);
-  if (vectors > 0 && distance > 0) prefetch(reinterpret_cast<const char*>(p) + distance);
+  if constexpr (vectors > 0 && !std::is_same_v<Distance, Nowhere>) {
+    prefetch(reinterpret_cast<const char*>(p) + distance);
+  }
   if constexpr (vectors == 0) {
     out[0] = get(p);
   } else if constexpr (by_parity<T, parts>) {

@@ -199,9 +199,20 @@ template <class A>
 struct part_of {
   typedef A type __attribute__((vector_size(lanes<double> * sizeof(A))));
 };
+MRCN_INLINE vec<double> to_doubles(vec<double> v) { return v; }
+MRCN_INLINE vec<double> to_doubles(part_of<float>::type v) {
+  // GCC 12 takes the general form apart once more, and puts it together.
+#if defined(__AVX512F__)
+  return (vec<double>)_mm512_maskz_cvtps_pd(0xff, (__m256)v);
+#elif defined(__AVX2__)
+  return (vec<double>)_mm256_cvtps_pd((__m128)v);
+#else
+  return __builtin_convertvector(v, vec<double>);
+#endif
+}
 template <class A>
 MRCN_INLINE vec<double> load_doubles(const A* p) {
-  return __builtin_convertvector(copy_in<typename part_of<A>::type>(p), vec<double>);
+  return to_doubles(copy_in<typename part_of<A>::type>(p));
 }
 template <class A>
 MRCN_INLINE void store_doubles(A* p, vec<double> v) {
@@ -275,11 +286,10 @@ struct WideSum {
     if constexpr (sizeof(A) == sizeof(double)) {
       part[0] += v;
     } else {
-      typedef A half __attribute__((vector_size(vector_bytes / 2)));
-      half pair[2];
-      std::memcpy(pair, &v, sizeof(v));
-      part[0] += __builtin_convertvector(pair[0], vec<double>);
-      part[1] += __builtin_convertvector(pair[1], vec<double>);
+      typename part_of<A>::type half[2];
+      std::memcpy(half, &v, sizeof(v));
+      part[0] += to_doubles(half[0]);
+      part[1] += to_doubles(half[1]);
     }
   }
   MRCN_INLINE double total() const {
@@ -301,8 +311,8 @@ MRCN_INLINE void add_doubles(double* p, A v) {
   } else {
     typename part_of<float>::type half[2];
     std::memcpy(half, &v, sizeof(v));
-    store(p, load(p) + __builtin_convertvector(half[0], vec<double>));
-    store(p + lanes<double>, load(p + lanes<double>) + __builtin_convertvector(half[1], vec<double>));
+    store(p, load(p) + to_doubles(half[0]));
+    store(p + lanes<double>, load(p + lanes<double>) + to_doubles(half[1]));
   }
 }
 
