@@ -68,26 +68,21 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   vec<A> e[4] = {}, q[4] = {};
   const vec<A> shifts = all<A>(shift);
   // Sums don't ask for the order of their terms, but each has its place.
-  const auto step = [&]<int vectors>(int64_t at, int place, constant<vectors> count, auto distance)
-                        MRCN_BODY {
-                          vec<A> v[vectors];
-                          fetch(x + at, count, v, distance);
-                          unroll<vectors>([&](auto part) MRCN_BODY {
-                            const vec<A> d = v[part.v] - shifts;
-                            e[place + part.v] += d;
-                            q[place + part.v] += d * d;
-                          });
-                        };
-  constexpr int line = summed_vectors<T>;
+  const auto step = [&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
+    vec<A> v[vectors];
+    fetch(x + at, count, v, ahead);
+    unroll<vectors>([&](auto part) MRCN_BODY {
+      const vec<A> d = v[part.v] - shifts;
+      e[place + part.v] += d;
+      q[place + part.v] += d * d;
+    });
+  };
+  constexpr int line = line_vectors<T>;
   i = 0;
   for (; i + 4 * W <= n; i += 4 * W) {
-    unroll<4 / line>([&](auto u) MRCN_BODY {
-      const int64_t at = u.v * line * W;
-      once_a_line<T>(
-          at, ahead, [&](auto distance) MRCN_BODY { step(i + at, u.v * line, constant<line>{}, distance); });
-    });
+    unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
   }
-  for (; i + W <= n; i += W) step(i, 0, constant<1>{}, ahead);
+  for (; i + W <= n; i += W) step(i, 0, constant<1>{});
   A deviation = sum<A>((e[0] + e[1]) + (e[2] + e[3]));
   A squares = sum<A>((q[0] + q[1]) + (q[2] + q[3]));
   for (; i < n; ++i) {
@@ -189,7 +184,7 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
     const T* top = x + first * pitch;
     for (int64_t begin = 0; begin < n; begin += single_terms) {
       const int64_t end = least(n, begin + single_terms);
-      over_lines<T, summed_vectors<T>>(
+      over_lines<T>(
           0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
             using V = one_or_vector<A, vectors>;
             constexpr int parts = parts_of<vectors>;
@@ -205,16 +200,14 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
               fetch(deviation + c, count, e);
               fetch(squares + c, count, q);
             }
-            once_a_line<T>(c, next, [&](auto distance) MRCN_BODY {
-              for (int64_t row = begin; row < end; ++row) {
-                fetch(top + row * pitch + c, count, v, distance);
-                unroll<parts>([&](auto k) MRCN_BODY {
-                  const V d = v[k.v] - mean[k.v];
-                  e[k.v] += d;
-                  q[k.v] += d * d;
-                });
-              }
-            });
+            for (int64_t row = begin; row < end; ++row) {
+              fetch(top + row * pitch + c, count, v, next);
+              unroll<parts>([&](auto k) MRCN_BODY {
+                const V d = v[k.v] - mean[k.v];
+                e[k.v] += d;
+                q[k.v] += d * d;
+              });
+            }
             if (end < n) {
               keep(shift + c, count, mean);
               keep(deviation + c, count, e);
