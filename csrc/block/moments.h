@@ -184,38 +184,37 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
     const T* top = x + first * pitch;
     for (int64_t begin = 0; begin < n; begin += single_terms) {
       const int64_t end = least(n, begin + single_terms);
-      over_lines<T>(
-          0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
-            using V = one_or_vector<A, vectors>;
-            constexpr int parts = parts_of<vectors>;
-            V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
-            if (begin == 0) {
-              for (int64_t row = 0; row < shifted; ++row) {
-                fetch(top + row * pitch + c, count, v);
-                unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
-              }
-              unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
-            } else {
-              fetch(shift + c, count, mean);
-              fetch(deviation + c, count, e);
-              fetch(squares + c, count, q);
-            }
-            for (int64_t row = begin; row < end; ++row) {
-              fetch(top + row * pitch + c, count, v, next);
-              unroll<parts>([&](auto k) MRCN_BODY {
-                const V d = v[k.v] - mean[k.v];
-                e[k.v] += d;
-                q[k.v] += d * d;
-              });
-            }
-            if (end < n) {
-              keep(shift + c, count, mean);
-              keep(deviation + c, count, e);
-              keep(squares + c, count, q);
-            } else {
-              join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
-            }
+      over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
+        using V = one_or_vector<A, vectors>;
+        constexpr int parts = parts_of<vectors>;
+        V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
+        if (begin == 0) {
+          for (int64_t row = 0; row < shifted; ++row) {
+            fetch(top + row * pitch + c, count, v);
+            unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
+          }
+          unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
+        } else {
+          fetch(shift + c, count, mean);
+          fetch(deviation + c, count, e);
+          fetch(squares + c, count, q);
+        }
+        for (int64_t row = begin; row < end; ++row) {
+          fetch(top + row * pitch + c, count, v, next);
+          unroll<parts>([&](auto k) MRCN_BODY {
+            const V d = v[k.v] - mean[k.v];
+            e[k.v] += d;
+            q[k.v] += d * d;
           });
+        }
+        if (end < n) {
+          keep(shift + c, count, mean);
+          keep(deviation + c, count, e);
+          keep(squares + c, count, q);
+        } else {
+          join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
+        }
+      });
     }
     if (extremes) {
       over_lines<A, summed_vectors<A>>(

@@ -250,21 +250,25 @@ double plane_count(const void* x, int64_t n, acc_t<T> value) {
 
 // --- rows of pixels: coefficients and sums are arrays over the channels --------------------------------------
 
-// The pointers of `count` rows from `row` on, n maps each.
+// The pointers of `count` rows from `row` on, n maps each. Unrolled by hand: GCC 12 would keep them in
+// memory, to add to several at once.
 template <class T, int n, int count>
 struct RowsAt {
   void* of[count][n];
 
   MRCN_INLINE RowsAt(Rows maps, int64_t row) {
-    for (int r = 0; r < count; ++r) {
-      for (int k = 0; k < n; ++k) of[r][k] = static_cast<T*>(maps.start[k]) + (row + r) * maps.pitch[k];
-    }
+    each([&](auto r, auto k)
+             MRCN_BODY { of[r.v][k.v] = static_cast<T*>(maps.start[k.v]) + (row + r.v) * maps.pitch[k.v]; });
   }
   // One row on.
   MRCN_INLINE void step(Rows maps) {
-    for (int r = 0; r < count; ++r) {
-      for (int k = 0; k < n; ++k) of[r][k] = static_cast<T*>(of[r][k]) + maps.pitch[k];
-    }
+    each([&](auto r, auto k) MRCN_BODY { of[r.v][k.v] = static_cast<T*>(of[r.v][k.v]) + maps.pitch[k.v]; });
+  }
+
+ private:
+  template <class F>
+  static MRCN_INLINE void each(const F& f) {
+    unroll<count>([&](auto r) MRCN_BODY { unroll<n>([&](auto k) MRCN_BODY { f(r, k); }); });
   }
 };
 
