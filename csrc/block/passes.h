@@ -295,7 +295,7 @@ struct Coefficients {
 
 // Coefficients of a line that fit the registers stay there for some rows. Else they are read where they
 // stand, a row at a time: fewer rows at once are longer runs of memory.
-constexpr bool in_registers = vector_bytes == line_bytes;
+constexpr bool in_registers = vector_registers == 32;
 constexpr int row_block = in_registers ? 4 : 1;
 // Bytes of coefficients that the first-level cache keeps beside the maps.
 constexpr int64_t near_bytes = 16 << 10;

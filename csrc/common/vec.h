@@ -25,6 +25,12 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
+#if defined(__AVX512F__) || defined(__ARM_NEON)
+constexpr int vector_registers = 32;
+#else
+constexpr int vector_registers = 16;
+#endif
+
 template <class A>
 struct vector_of;
 template <>
