@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mrcn_fast import dispatch
 from mrcn_fast.autograd import MODES, BlockFunction, distinct, run_block, split
-from mrcn_fast.gates import GATES, make_gate
+from mrcn_fast.gates import GATES, make_gate, parameter
 
 Modality = Literal["visible", "infrared"]
 MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
@@ -303,8 +303,8 @@ class MRCNBlock(_Block):
         return mrcn_block(
             visible,
             infrared,
-            self.norm_weight,
-            self.norm_bias,
+            parameter(self, "norm_weight"),
+            parameter(self, "norm_bias"),
             self.gate.parameter_list(),
             gate=self.gate_kind,
             eps=self.eps,
@@ -359,8 +359,8 @@ class SNRBlock(_Block):
         """F̃ + sM, F̃ + (1 - s)M and F̃ of a batch (N, C, H, W); see `snr_block`."""
         return snr_block(
             features,
-            self.norm_weight,
-            self.norm_bias,
+            parameter(self, "norm_weight"),
+            parameter(self, "norm_bias"),
             self.gate.parameter_list(),
             gate=self.gate_kind,
             eps=self.eps,
@@ -374,8 +374,8 @@ class SNRBlock(_Block):
         """
         return mrcn_restitution(
             features,
-            self.norm_weight,
-            self.norm_bias,
+            parameter(self, "norm_weight"),
+            parameter(self, "norm_bias"),
             self.gate.parameter_list(),
             gate=self.gate_kind,
             eps=self.eps,

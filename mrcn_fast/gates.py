@@ -15,6 +15,12 @@ import torch
 from torch import Tensor, nn
 
 
+def parameter(module: nn.Module, name: str) -> Tensor:
+    """``module.name``, without nn.Module's search for it, which takes a microsecond a parameter."""
+    found = module._parameters.get(name)  # not there: parametrized, or a replica's
+    return getattr(module, name) if found is None else found
+
+
 class Gate(nn.Module):
     """Parameters of ``count`` independent gates over ``channels`` channels; what they are, `shapes` says.
 
@@ -57,7 +63,7 @@ class Gate(nn.Module):
 
         By name: what `torch.nn.utils.parametrize` makes of one is among no module's ``parameters()``.
         """
-        return [getattr(self, name) for name in self._names]
+        return [parameter(self, name) for name in self._names]
 
     def reset_parameters(self) -> None:
         raise NotImplementedError
