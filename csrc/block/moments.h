@@ -141,6 +141,12 @@ struct ChannelMoments {
 // Rows that a channel's sums stay in registers for: as many values as a sum takes in its own type before it
 // is added to one in double. PyTorch's sums are as exact.
 constexpr int64_t single_terms = 16;
+
+// From a row to what is asked for: some rows on, and `ahead` bytes of what is read of them.
+MRCN_INLINE int64_t rows_ahead(int64_t rows, int64_t row_bytes, int64_t pitch_bytes) {
+  return most(rows, ahead / row_bytes) * pitch_bytes;
+}
+
 // The moments of n more rows, whose deviations from `shift` are summed up, join those of the `before` first.
 template <class T, int vectors, class V, int parts>
 MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, double before, double n,

@@ -20,6 +20,11 @@ constexpr int line_vectors = can_stream<bytes> ? line_bytes / bytes : 1;
 template <class T>
 constexpr int summed_vectors = vector_bytes == line_bytes ? line_vectors<T> : 1;
 
+// Rows of pixels: a line's coefficients and sums stay in registers for some rows where there are enough of
+// them. Else they stay in the first-level cache, and rows are done one by one: maps are then read as they lie
+// in memory, which a processor's own prefetcher follows.
+constexpr bool in_registers = vector_registers == 32;
+
 template <class A, int vectors>
 using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
 template <int vectors>
