@@ -141,12 +141,6 @@ struct ChannelMoments {
 // Rows that a channel's sums stay in registers for: as many values as a sum takes in its own type before it
 // is added to one in double. PyTorch's sums are as exact.
 constexpr int64_t single_terms = 16;
-
-// From a row to what is asked for: some rows on, and `ahead` bytes of what is read of them.
-MRCN_INLINE int64_t rows_ahead(int64_t rows, int64_t row_bytes, int64_t pitch_bytes) {
-  return most(rows, ahead / row_bytes) * pitch_bytes;
-}
-
 // The moments of n more rows, whose deviations from `shift` are summed up, join those of the `before` first.
 template <class T, int vectors, class V, int parts>
 MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, double before, double n,
@@ -181,7 +175,7 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
   A* deviation = scratch + channels;
   A* squares = scratch + 2 * channels;
   const int64_t part = values_a_shift * shift_rows;
-  const int64_t next = single_terms * pitch * int64_t(sizeof(T));
+  const NextRows<T> next(single_terms, pitch, pitch == channels);
   if (extremes) {
     for (int64_t c = 0; c < channels; ++c) out.maximum[c] = out.minimum[c] = get(x + c);
   }
@@ -206,7 +200,7 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
           fetch(squares + c, count, q);
         }
         for (int64_t row = begin; row < end; ++row) {
-          fetch(top + row * pitch + c, count, v, next);
+          fetch(top + row * pitch + c, count, v, next(c, row - begin));
           unroll<parts>([&](auto k) MRCN_BODY {
             const V d = v[k.v] - mean[k.v];
             e[k.v] += d;

@@ -293,17 +293,12 @@ struct Coefficients {
   }
 };
 
-// Fewer rows at once are longer runs of memory.
+// Coefficients of a line that fit the registers stay there for some rows. Else they are read where they
+// stand, a row at a time: fewer rows at once are longer runs of memory.
+constexpr bool in_registers = vector_registers == 32;
 constexpr int row_block = in_registers ? 4 : 1;
-
-// How many channels are done at a time, with n values of each: all where these stay in registers, else whole
-// lines that the first-level cache keeps beside the maps.
-template <class T, int n>
-MRCN_INLINE int64_t channels_at_once(int64_t channels) {
-  constexpr int64_t near_bytes = 16 << 10, line = line_vectors<T> * lanes<acc_t<T>>;
-  constexpr int64_t lines = near_bytes / (n * line * int64_t(sizeof(acc_t<T>)));
-  return in_registers ? channels : least(most<int64_t>(1, lines) * line, channels);
-}
+// Bytes of coefficients that the first-level cache keeps beside the maps.
+constexpr int64_t near_bytes = 16 << 10;
 
 // Rows of maps and the coefficients of their channels, n a channel; those of a line are put side by side once
 // for all rows.
@@ -311,6 +306,8 @@ template <class T, int n>
 class RowsOfLines {
   static constexpr int vectors = line_vectors<T>;
   static constexpr int64_t line = vectors * lanes<acc_t<T>>;
+  static constexpr int64_t near =
+      most<int64_t>(1, near_bytes / (n * line * int64_t(sizeof(acc_t<T>)))) * line;
   using Line = Coefficients<T, n, vectors>;
   using Held = std::conditional_t<in_registers, Line, const Line&>;
 
@@ -319,14 +316,15 @@ class RowsOfLines {
       : k_(k),
         rows_(rows),
         channels_(channels),
-        width_(channels_at_once<T, n>(channels)),
+        width_(in_registers ? channels : least(near, channels)),
         lines_(channels / line) {
     for (int64_t i = 0; i < channels / line; ++i) ::new (lines_.data + i) Line(k, channels, i * line);
   }
 
+  // From a row to what is asked for.
   MRCN_INLINE int64_t distance(int64_t pitch) const {
-    constexpr int64_t size = sizeof(T);
-    return rows_ahead(2 * row_block, width_ * size, pitch * size);
+    const int64_t bytes = width_ * int64_t(sizeof(T));
+    return most<int64_t>(2 * row_block, ahead / bytes) * pitch * int64_t(sizeof(T));
   }
 
   // f(row, constant<rows at once>, first channel) for as many channels at a time as `across` takes.
@@ -382,91 +380,39 @@ void make_rows(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels
   }
 }
 
-// The sums of the channels that so many vectors hold.
-template <class P, class T, int vectors>
-struct LineSums {
-  using A = acc_t<T>;
-  static constexpr int parts = parts_of<vectors>;
-  Total<one_or_vector<A, vectors>> of[parts][P::sums];
-
-  MRCN_INLINE void add_to(double* sums, int64_t channels, int64_t c) const {
-    unroll<P::sums>([&](auto s) MRCN_BODY {
-      one_or_vector<A, vectors> one[parts];
-      unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = of[part.v][s.v].get(); });
-      to_order<T>(one);
-      double* to = sums + s.v * channels + c;
-      unroll<parts>([&](auto part) MRCN_BODY { add_doubles(to + part.v * lanes<A>, one[part.v]); });
-    });
-  }
-};
-
-// Over rows that a sum takes in its own type, for `width` channels from `left` on: row by row, so that maps
-// are read as they lie in memory. `held` is where the sums stay meanwhile.
-template <class P, class T>
-MRCN_INLINE void sum_near_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t first, int64_t last,
-    int64_t channels, int64_t left, int64_t width, Total<acc_t<T>>* held, double* sums) {
-  constexpr int64_t size = sizeof(T);
-  const int64_t next = rows_ahead(2, width * size, x.pitch[0] * size);
-  const auto across = [&](const auto& f) MRCN_BODY {
-    over_lines<T, summed_vectors<T>>(0, width, [&]<int vectors>(int64_t at, constant<vectors> n) MRCN_BODY {
-      f(at, n, *reinterpret_cast<LineSums<P, T, vectors>*>(held + at * P::sums));
-    });
-  };
-  across([&](int64_t, auto, auto& acc) MRCN_BODY { acc = {}; });
-  for (int64_t row = first; row < last; ++row) {
-    const RowsAt<T, P::inputs, 1> in(x, row);
-    const RowsAt<T, P::sets, 1> of(g, row);
-    across([&]<int vectors>(int64_t at, constant<vectors> n, LineSums<P, T, vectors>& acc) MRCN_BODY {
-      const Coefficients<T, P::inputs, vectors> means(mean, channels, left + at);
-      once_a_line<T>(at, next, [&](auto distance) MRCN_BODY {
-        sum_at<P, T, one_or_vector<acc_t<T>, vectors>>(
-            means, in.of[0], of.of[0], left + at, [&](auto part) MRCN_BODY { return acc.of[part.v]; }, n,
-            distance);
-      });
-    });
-  }
-  across([&](int64_t at, auto, const auto& acc) MRCN_BODY { acc.add_to(sums, channels, left + at); });
-}
-
-// Over as many rows, whose sums stay in registers.
-template <class P, class T>
-MRCN_INLINE void sum_rows_at_once(
-    const acc_t<T>* mean, Rows x, Rows g, int64_t first, int64_t last, int64_t channels, double* sums) {
-  constexpr int64_t size = sizeof(T);
-  const int64_t next = rows_ahead(single_terms, channels * size, x.pitch[0] * size);
-  over_lines<T, summed_vectors<T>>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
-    const Coefficients<T, P::inputs, vectors> means(mean, channels, c);
-    LineSums<P, T, vectors> acc;
-    once_a_line<T>(c, next, [&](auto distance) MRCN_BODY {
-      RowsAt<T, P::inputs, 1> in(x, first);
-      RowsAt<T, P::sets, 1> of(g, first);
-      for (int64_t row = first; row < last; ++row) {
-        sum_at<P, T, one_or_vector<acc_t<T>, vectors>>(
-            means, in.of[0], of.of[0], c, [&](auto part) MRCN_BODY { return acc.of[part.v]; }, n, distance);
-        in.step(x);
-        of.step(g);
-      }
-    });
-    acc.add_to(sums, channels, c);
-  });
-}
-
-// A channel's sums take as many rows as they can in their own type, then they are added to those in double.
+// A channel's sums over as many rows as one takes in its own type stay in registers.
 template <class P, class T>
 void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, double* sums) {
   using A = acc_t<T>;
-  const int64_t width = channels_at_once<T, P::sums>(channels);
-  Buffer<Total<A>> held(in_registers ? 0 : width * P::sums);
-  for (int64_t left = 0; left < channels; left += width) {
-    for (int64_t first = 0; first < rows; first += terms<A>) {
-      const int64_t last = least(rows, first + terms<A>);
-      if constexpr (in_registers) {
-        sum_rows_at_once<P, T>(mean, x, g, first, last, channels, sums);
-      } else {
-        sum_near_rows<P, T>(
-            mean, x, g, first, last, channels, left, least(width, channels - left), held.data, sums);
-      }
-    }
+  // In double all rows are read a line of each, too many to ask for in another order.
+  const bool dense = terms<A> == single_terms && x.pitch[0] == channels;
+  const NextRows<T> next(single_terms, x.pitch[0], dense);
+  for (int64_t first = 0; first < rows; first += terms<A>) {
+    const int64_t end = least(rows, first + terms<A>);
+    over_lines<T, summed_vectors<T>>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
+      using V = one_or_vector<A, vectors>;
+      constexpr int parts = parts_of<vectors>;
+      const Coefficients<T, P::inputs, vectors> means(mean, channels, c);
+      Total<V> acc[parts][P::sums];
+      once_a_line<T>(c, next, [&](const auto& to) MRCN_BODY {
+        RowsAt<T, P::inputs, 1> in(x, first);
+        RowsAt<T, P::sets, 1> of(g, first);
+        for (int64_t row = first; row < end; ++row) {
+          sum_at<P, T, V>(
+              means, in.of[0], of.of[0], c, [&](auto part) MRCN_BODY { return acc[part.v]; }, n,
+              to(c, row - first));
+          in.step(x);
+          of.step(g);
+        }
+      });
+      unroll<P::sums>([&](auto s) MRCN_BODY {
+        V one[parts];
+        unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = acc[part.v][s.v].get(); });
+        to_order<T>(one);
+        double* to = sums + s.v * channels + c;
+        unroll<parts>([&](auto part) MRCN_BODY { add_doubles(to + part.v * lanes<A>, one[part.v]); });
+      });
+    });
   }
 }
 

@@ -20,11 +20,6 @@ constexpr int line_vectors = can_stream<bytes> ? line_bytes / bytes : 1;
 template <class T>
 constexpr int summed_vectors = vector_bytes == line_bytes ? line_vectors<T> : 1;
 
-// Rows of pixels: a line's coefficients and sums stay in registers for some rows where there are enough of
-// them. Else they stay in the first-level cache, and rows are done one by one: maps are then read as they lie
-// in memory, which a processor's own prefetcher follows.
-constexpr bool in_registers = vector_registers == 32;
-
 template <class A, int vectors>
 using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
 template <int vectors>
@@ -105,16 +100,38 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
 #endif
 
 // In place of a distance: nothing is asked for.
-struct Nowhere {};
+struct Nowhere {
+  MRCN_INLINE Nowhere operator()(int64_t, int64_t) const { return {}; }
+};
 
-// f(distance) where a line of memory begins, f(Nowhere{}) further on in it: sums take it in several pieces,
-// and it is asked for once.
-template <class T, class F>
-MRCN_INLINE void once_a_line(int64_t at, int64_t distance, const F& f) {
+// Where `rows` rows of pixels are read a line of each after the other: from what is read, a line of channel c
+// in one of those rows, to what is asked for in the next ones. Dense rows are asked for in the order in which
+// memory has them: a processor's own prefetcher can follow that. Of long ones too much would be on its way.
+template <class T>
+class NextRows {
+ public:
+  MRCN_INLINE NextRows(int64_t rows, int64_t pitch, bool dense) : all_(rows * pitch * size) {
+    if (!dense || pitch * size > 2048) return;
+    a_channel_ = (rows - 1) * size;
+    a_row_ = line - pitch * size;
+  }
+  MRCN_INLINE int64_t operator()(int64_t c, int64_t row) const {
+    return all_ + c * a_channel_ + row * a_row_;
+  }
+
+ private:
+  static constexpr int64_t size = sizeof(T), line = line_vectors<T> * lanes<acc_t<T>> * size;
+  int64_t all_, a_channel_ = 0, a_row_ = 0;
+};
+
+// f(next) where a line of memory begins, f(Nowhere{}) further on in it: sums take it in several pieces, and
+// it is asked for once.
+template <class T, class Next, class F>
+MRCN_INLINE void once_a_line(int64_t at, const Next& next, const F& f) {
   if constexpr (summed_vectors<T> == line_vectors<T>) {
-    f(distance);
+    f(next);
   } else if (at % (line_vectors<T> * lanes<acc_t<T>>) == 0) {
-    f(distance);
+    f(next);
   } else {
     f(Nowhere{});
   }
