@@ -106,12 +106,13 @@ struct Nowhere {
 
 // Where `rows` rows of pixels are read a line of each after the other: from what is read, a line of channel c
 // in one of those rows, to what is asked for in the next ones. Dense rows are asked for in the order in which
-// memory has them: a processor's own prefetcher can follow that. Of long ones too much would be on its way.
+// memory has them: a processor's own prefetcher can follow that. Of rows beyond
+// `ordered_bytes` too much would be on its way at once.
 template <class T>
 class NextRows {
  public:
   MRCN_INLINE NextRows(int64_t rows, int64_t pitch, bool dense) : all_(rows * pitch * size) {
-    if (!dense || pitch * size > 2048) return;
+    if (!dense || pitch * size > ordered_bytes) return;
     a_channel_ = (rows - 1) * size;
     a_row_ = line - pitch * size;
   }
@@ -120,6 +121,7 @@ class NextRows {
   }
 
  private:
+  static constexpr int64_t ordered_bytes = 2 << 10;
   static constexpr int64_t size = sizeof(T), line = line_vectors<T> * lanes<acc_t<T>> * size;
   int64_t all_, a_channel_ = 0, a_row_ = 0;
 };
