@@ -1,5 +1,7 @@
 #include "cuda_on_host.h"
 
+#include <pthread.h>
+
 #include <algorithm>
 #include <chrono>
 #include <condition_variable>
@@ -12,7 +14,6 @@
 #include <numeric>
 #include <random>
 #include <string>
-#include <system_error>
 #include <vector>
 
 #if defined(__SANITIZE_THREAD__)
@@ -96,7 +97,7 @@ struct Launch {
   const int blocks, shared;
 
   std::vector<std::unique_ptr<Block>> begun;
-  std::vector<std::thread> threads;
+  std::vector<pthread_t> threads;
 
   std::mutex mutex;
   std::condition_variable changed;
@@ -135,8 +136,9 @@ struct Thread {
 
 // Where the threads of a warp or of a block wait for one another.
 struct Meeting {
-  std::condition_variable all_came;
-  int64_t times = 0;
+  // That all came, or the launch failed. Not a condition variable: its mutex, which all that wake would take
+  // one after the other, puts them to sleep again.
+  std::atomic<int> times{0};
   // What ThreadSanitizer sees of a barrier. Two in turn: a thread that is late to leave one barrier does not
   // learn what another did before it came to the next.
   std::atomic<int> clocks[2] = {};
@@ -188,6 +190,12 @@ bool agree(const Thread& a, const Thread& b, bool same_warp) {
 }
 
 struct Block {
+  // What a thread of the system is told.
+  struct Place {
+    Block* block;
+    int thread;
+  };
+
   Launch& launch;
   const int number;
   const SharedMemory shared;
@@ -195,18 +203,25 @@ struct Block {
 
   std::mutex mutex;
   Thread threads[block_threads];
+  Place places[block_threads];
   Meeting warps[block_warps];
   Meeting all;
   int ended = 0;  // threads; with Launch::mutex
 
   Block(Launch& owner, int which) : launch(owner), number(which), shared(owner.shared) {}
 
+  static void* begin(void* place);
   void run(int self);
   void leave(int self);
 
   void meet(Meeting& meeting, int self, At at, Where where, int mask = 0, uint64_t brings = 0);
   void pass(Meeting& meeting, int& times, int self, At at, Where where);
   void arrive(int self, At at, Where where, int mask, uint64_t brings);
+
+  static void wake(Meeting& meeting) {
+    meeting.times.fetch_add(1, std::memory_order_release);
+    meeting.times.notify_all();
+  }
 
   void stop_if_failed() const {
     if (launch.stopped.load(std::memory_order_relaxed)) throw Stopped();
@@ -240,20 +255,18 @@ void Block::meet(Meeting& meeting, int self, At at, Where where, int mask, uint6
   Thread* const first = threads + (whole ? 0 : self / warp_lanes * warp_lanes);
   Thread* const last = first + (whole ? block_threads : warp_lanes);
   if (std::any_of(first, last, [&](const Thread& other) { return other.at != at; })) {
-    const int64_t times = meeting.times;
-    meeting.all_came.wait(
-        lock, [&] { return meeting.times != times || launch.stopped.load(std::memory_order_relaxed); });
-    if (meeting.times == times) throw Stopped();
-    return;
+    const int times = meeting.times.load(std::memory_order_relaxed);
+    lock.unlock();
+    meeting.times.wait(times, std::memory_order_acquire);
+    return stop_if_failed();
   }
   for (Thread* thread = first; thread < last; ++thread) {
     thread->at = At::running;
     thread->gets = thread->brings;
   }
-  ++meeting.times;
   count_progress();
   lock.unlock();
-  meeting.all_came.notify_all();
+  wake(meeting);
 }
 
 // A meeting that orders memory, as ThreadSanitizer sees too.
@@ -272,6 +285,12 @@ void Block::leave(int self) {
   const std::lock_guard lock(mutex);
   arrive(self, At::left, Where(), 0, 0);
   count_progress();
+}
+
+void* Block::begin(void* given) {
+  const Place& place = *static_cast<const Place*>(given);
+  place.block->run(place.thread);
+  return nullptr;
 }
 
 void Block::run(int self) {
@@ -323,7 +342,7 @@ void Launch::thread_ended(Block& block) {
   const std::lock_guard lock(mutex);
   ++ended;
   if (++block.ended == block_threads) --running;
-  changed.notify_all();
+  if (block.ended == block_threads || stopped.load(std::memory_order_relaxed)) changed.notify_all();
 }
 
 // --- one launch: the thread that launches --------------------------------------------------------------
@@ -363,11 +382,22 @@ void Launch::begin(int number) {
     const std::lock_guard lock(mutex);
     ++running;
   }
-  try {
-    for (int t = 0; t < block_threads; ++t) threads.emplace_back(&Block::run, begun.back().get(), t);
-  } catch (const std::system_error& refused) {
-    report("the system gives no more threads: " + std::string(refused.what()));
+  // With stacks so small that the system's library keeps them for the next block.
+  pthread_attr_t attributes;
+  pthread_attr_init(&attributes);
+  pthread_attr_setstacksize(&attributes, 512 << 10);
+  Block& block = *begun.back();
+  for (int t = 0; t < block_threads; ++t) {
+    block.places[t] = {&block, t};
+    pthread_t thread;
+    const int refused = pthread_create(&thread, &attributes, Block::begin, &block.places[t]);
+    if (refused != 0) {
+      report("the system gives no more threads: " + std::string(std::strerror(refused)));
+      break;
+    }
+    threads.push_back(thread);
   }
+  pthread_attr_destroy(&attributes);
 }
 
 // A thread that neither waits nor polls can't be stopped: as it may write to the caller's memory at any time,
@@ -376,8 +406,8 @@ void Launch::let_end() {
   const Unseen unseen;
   for (const auto& block : begun) {
     const std::lock_guard lock(block->mutex);
-    block->all.all_came.notify_all();
-    for (Meeting& warp : block->warps) warp.all_came.notify_all();
+    Block::wake(block->all);
+    for (Meeting& warp : block->warps) Block::wake(warp);
   }
   std::unique_lock lock(mutex);
   const std::chrono::duration<double> limit(std::max(settings.patience, 20.0));
@@ -398,7 +428,7 @@ int Launch::run() {
   }
   watch(0);
   let_end();
-  for (std::thread& thread : threads) thread.join();
+  for (const pthread_t thread : threads) pthread_join(thread, nullptr);
   return stopped.load() ? fail(error) : 0;
 }
 
