@@ -39,7 +39,7 @@ def patch_the_language_once() -> None:
 
 
 def leave_out_checks_without_an_end() -> None:
-    """Each sum of integers is made again in 64 bits and compared, for an assertion that only `debug` makes."""
+    """Sums of integers are made again in 64 bits and compared, for an assertion that only `debug` makes."""
     import dataclasses
 
     from triton.runtime import interpreter
