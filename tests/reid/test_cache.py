@@ -297,6 +297,7 @@ def test_a_killed_builder_does_no_harm(workers: int, samples: list[Sample], tmp_
     folder = tmp_path / "cache"
     killed = run(samples, folder, delay=0.1, workers=workers)
     wait_for(lambda: folder.is_dir() and any(folder.glob("*.part")), killed)
+    killed.send_signal(signal.SIGSTOP)  # it must not be done before another has begun to wait for it
     waiting = run(samples, folder, workers=workers)
     assert waiting.stdout is not None
     line = waiting.stdout.readline()
