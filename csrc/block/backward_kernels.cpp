@@ -14,7 +14,6 @@ class Backward : Call<P, A> {
       : Base(call.shape, call.parameters, call.inputs, passes, true),
         call_(call),
         statistics_(static_cast<const A*>(call.statistics)),
-        coefficients_(this->N_ * P::backward_slots * this->C_),
         norm_(P::inputs * this->N_ * this->C_ * 2) {
     for (int k = 0; k < this->all_; ++k) gradients_[k] = call.gradients[k];
     read_missing_as_zero();
@@ -48,11 +47,12 @@ class Backward : Call<P, A> {
 
  private:
   struct Scratch {
-    Buffer<double> sums;    // (samples, parts, sums, C)
-    Buffer<double> counts;  // (samples, parts, inputs, C)
-    Buffer<A> extremes;     // (samples, parts, inputs, 2, C)
+    Buffer<double> sums;     // (samples, parts, sums, C)
+    Buffer<double> counts;   // (samples, parts, inputs, C)
+    Buffer<A> extremes;      // (samples, parts, inputs, 2, C)
+    Buffer<A> coefficients;  // (samples, slots, C)
 
-    Scratch(const Base& call, int64_t samples) {
+    Scratch(const Base& call, int64_t samples) : coefficients(samples * P::backward_slots * call.channels()) {
       const int64_t parts = call.parts() * samples * call.channels();
       sums.allocate(parts * P::sums);
       if (!call.seeks_extremes()) return;
@@ -75,8 +75,8 @@ class Backward : Call<P, A> {
     return group.scratch.extremes.data +
            (((i - group.first) * this->parts_ + part) * P::inputs + j) * 2 * this->C_;
   }
-  MRCN_INLINE A* coefficient(int64_t i) const {
-    return coefficients_.data + i * P::backward_slots * this->C_;
+  MRCN_INLINE A* coefficient(const Samples& group, int64_t i) const {
+    return group.scratch.coefficients.data + (i - group.first) * P::backward_slots * this->C_;
   }
   MRCN_INLINE double* norm(int j, int64_t i, int which) const {
     return norm_.data + ((j * this->N_ + i) * 2 + which) * this->C_;
@@ -233,7 +233,7 @@ class Backward : Call<P, A> {
           put_doubles(norm(j, i, 0) + c, of.gamma);
           put_doubles(norm(j, i, 1) + c, of.beta);
         }
-        this->put_coefficients(coefficient(i), c, k);
+        this->put_coefficients(coefficient(group, i), c, k);
       }
     });
   }
@@ -257,11 +257,12 @@ class Backward : Call<P, A> {
       this->units_of(gradients_, this->all_, i, unit, g, g_pitch);
       this->units_of(call_.input_gradients, P::inputs, i, unit, dx, dx_pitch);
       if (this->shape_.pixels) {
-        this->passes_.gradient_rows(coefficient(i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch},
+        this->passes_.gradient_rows(coefficient(group, i), {x, x_pitch}, {g, g_pitch}, {dx, dx_pitch},
             this->chunk_rows(unit), this->C_, call_.stream, this->extremes_);
       } else {
         A k[P::backward_slots];
-        for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
+        const A* given = coefficient(group, i) + unit;
+        for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = given[slot * this->C_];
         this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->extremes_);
       }
     });
@@ -285,8 +286,7 @@ class Backward : Call<P, A> {
 
   const BlockBackward& call_;
   const A* statistics_;
-  Buffer<A> coefficients_;  // (N, slots, C)
-  Buffer<double> norm_;     // (inputs, N, 2, C): gradients of γ and β
+  Buffer<double> norm_;  // (inputs, N, 2, C): gradients of γ and β
   Buffer<char> zeros_;
   FeatureMap gradients_[Base::most_sets];
 };

@@ -15,9 +15,7 @@ class Forward : Call<P, A> {
   Forward(const BlockForward& call, const Passes<A>& passes)
       : Base(call.shape, call.parameters, call.inputs, passes, false),
         call_(call),
-        statistics_(static_cast<A*>(call.statistics)),
-        offsets_(P::inputs * this->N_ * this->C_),
-        coefficients_(this->N_ * P::forward_slots * this->C_) {}
+        statistics_(static_cast<A*>(call.statistics)) {}
 
   void run() {
     this->template each_group<Scratch>(P::inputs, [&](const auto& group) {
@@ -37,8 +35,12 @@ class Forward : Call<P, A> {
   struct Scratch {
     Buffer<double> moments;  // (samples, inputs, parts, 2, C): mean, squares
     Buffer<A> extremes;      // (samples, inputs, parts, 2, C): maximum, minimum
+    Buffer<double> offsets;  // (samples, inputs, C): what rounding left of the means
+    Buffer<A> coefficients;  // (samples, slots, C)
 
-    Scratch(const Base& call, int64_t samples) {
+    Scratch(const Base& call, int64_t samples)
+        : offsets(samples * P::inputs * call.channels()),
+          coefficients(samples * P::forward_slots * call.channels()) {
       const int64_t parts = samples * P::inputs * call.parts() * call.channels() * 2;
       moments.allocate(parts);
       if (call.seeks_extremes()) extremes.allocate(parts);
@@ -46,8 +48,12 @@ class Forward : Call<P, A> {
   };
   using Samples = Group<Scratch>;
 
-  MRCN_INLINE A* coefficient(int64_t i) const { return coefficients_.data + i * P::forward_slots * this->C_; }
-  MRCN_INLINE double& offset(int j, int64_t i, int64_t c) const { return offsets_.data[this->at(j, i, c)]; }
+  MRCN_INLINE A* coefficient(const Samples& group, int64_t i) const {
+    return group.scratch.coefficients.data + (i - group.first) * P::forward_slots * this->C_;
+  }
+  MRCN_INLINE double* offset(const Samples& group, int j, int64_t i) const {
+    return group.scratch.offsets.data + ((i - group.first) * P::inputs + j) * this->C_;
+  }
 
   void plane_statistics(const Samples& group) const {
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t c) {
@@ -103,7 +109,7 @@ class Forward : Call<P, A> {
           A* s = statistics_ + this->at(j, i, c) * 2;
           put_pairs(s, m.mean(), V(1 / root(m.squares / double(this->L_) + call_.eps)));
           const Plane<V> p = this->template plane<V>(statistics_, j, i, c);
-          put_doubles(&offset(j, i, c), m.beyond(p.mean));
+          put_doubles(offset(group, j, i) + c, m.beyond(p.mean));
           this->template pool<V>(p, j, i, c);
         }
       }
@@ -129,11 +135,11 @@ class Forward : Call<P, A> {
         Plane<V> p[P::inputs];
         V s[P::gate_count], k[P::forward_slots];
         for (int j = 0; j < P::inputs; ++j) {
-          p[j] = this->template plane<V>(statistics_, j, i, c, doubles<V>(&offset(j, i, c)));
+          p[j] = this->template plane<V>(statistics_, j, i, c, doubles<V>(offset(group, j, i) + c));
         }
         this->gate_values(i, c, s);
         make_maps<P>(p, s, this->shape_.to_input, k, true);
-        this->put_coefficients(coefficient(i), c, k);
+        this->put_coefficients(coefficient(group, i), c, k);
       }
     });
   }
@@ -145,11 +151,12 @@ class Forward : Call<P, A> {
       this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
       this->units_of(call_.outputs, this->all_, i, unit, y, y_pitch);
       if (this->shape_.pixels) {
-        this->passes_.make_rows(
-            coefficient(i), {x, x_pitch}, {y, y_pitch}, this->chunk_rows(unit), this->C_, call_.stream);
+        this->passes_.make_rows(coefficient(group, i), {x, x_pitch}, {y, y_pitch}, this->chunk_rows(unit),
+            this->C_, call_.stream);
       } else {
         A k[P::forward_slots];
-        for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = coefficient(i)[slot * this->C_ + unit];
+        const A* given = coefficient(group, i) + unit;
+        for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = given[slot * this->C_];
         this->passes_.make_plane(k, x, y, this->L_, call_.stream);
       }
     });
@@ -157,8 +164,6 @@ class Forward : Call<P, A> {
 
   const BlockForward& call_;
   A* statistics_;
-  Buffer<double> offsets_;  // (inputs, N, C): what rounding left of the means
-  Buffer<A> coefficients_;  // (N, slots, C)
 };
 
 template <Mode mode, Mode shared = mode>
