@@ -87,6 +87,10 @@ class Operation(NamedTuple):
         """Volumes that stay when it is done: what is made, and the inputs' gradients."""
         return ("forward" in way) * self.outputs + ("backward" in way) * self.inputs
 
+    def parameters(self, channels: int) -> int:
+        """How many numbers its parameters are."""
+        return sum(p.numel() for p in self.make(channels, device="meta").parameters())
+
 
 OPERATIONS: Final = {
     "block": Operation(
@@ -131,6 +135,14 @@ class Problem(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
     @property
+    def result_bytes(self) -> int:
+        """What stays when it is done, the parameters' gradients too."""
+        operation = OPERATIONS[self.operation]
+        gradients = operation.parameters(self.shape[1]) if "backward" in self.way else 0
+        volumes = operation.results(self.way) * self.volume_bytes
+        return volumes + gradients * DTYPES[self.dtype].itemsize
+
+    @property
     def facts(self) -> dict[str, Any]:
         """What a report sorts by."""
         return {
@@ -141,7 +153,7 @@ class Problem(NamedTuple):
             "dtype": self.dtype,
             "volume_bytes": self.volume_bytes,
             "volumes": OPERATIONS[self.operation].volumes(self.way),
-            "result_bytes": OPERATIONS[self.operation].results(self.way) * self.volume_bytes,
+            "result_bytes": self.result_bytes,
         }
 
 

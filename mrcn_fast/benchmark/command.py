@@ -150,8 +150,6 @@ def measured(case: Case, seconds: float, pages: str = "warm") -> results.Line:
     if case.device == "cpu":
         PAGES[pages]()
         timings = measure(rivals, seconds)
-        # Each tensor on pages of its own: in a heap, huge pages reach into what was freed beside a result.
-        keep_pages_fresh()
         peaks = {name: peak_bytes(call) for name, call in rivals.items() if name != "floor"}
         known = {name: peak for name, peak in peaks.items() if peak is not None}
         return results.row(case, timings, peaks=known)

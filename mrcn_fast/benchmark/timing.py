@@ -127,6 +127,9 @@ def quantiles(times: list[float]) -> tuple[float, float, float]:
 _MMAP_THRESHOLD, _TRIM_THRESHOLD, _MMAP_MAX = -3, -1, -4
 _SMALL, _MANY = 128 * 1024, 65536
 
+# Linux' names for what prctl sets and tells.
+_NO_HUGE_PAGES, _NO_HUGE_PAGES_NOW = 41, 42
+
 
 def _mallopt(*settings: tuple[int, int]) -> bool:
     if platform.system() != "Linux":
@@ -148,15 +151,22 @@ def keep_pages_fresh() -> bool:
 def peak_bytes(call: Callable[[], Any], times: int = 3) -> int | None:
     """Bytes that the process grows by while `call` runs, at most; None where the system doesn't tell.
 
-    Scratch memory, results and what autograd keeps, as the system counts pages. What a first call leaves for
-    good, such as compiled code and the threads' stacks, is no part of it: call it once before.
+    Scratch memory, results and what autograd keeps, as the system counts pages: small ones, for a huge page
+    at a tensor's end is resident whole, though the rest of it is free for what is made next. What a first
+    call leaves for good, such as compiled code and the threads' stacks, is no part of it: call once before.
     """
     clear, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.access(clear, os.W_OK) else None
     if trim is None:
         return None
-    # The least of them: whatever else the process does meanwhile only adds.
-    return min(_grown(call, clear, status, trim) for _ in range(times))
+    prctl = ctypes.CDLL(None).prctl
+    before = prctl(_NO_HUGE_PAGES_NOW, 0, 0, 0, 0)
+    prctl(_NO_HUGE_PAGES, 1, 0, 0, 0)
+    try:
+        # The least of them: whatever else the process does meanwhile only adds.
+        return min(_grown(call, clear, status, trim) for _ in range(times))
+    finally:
+        prctl(_NO_HUGE_PAGES, before, 0, 0, 0)
 
 
 def _grown(call: Callable[[], Any], clear: Path, status: Path, trim: Callable[[int], object]) -> int:
