@@ -169,15 +169,17 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
 
 
 def _checked(steps: dict[str, Step]) -> dict[str, float]:
-    """The relative errors of the first losses; RuntimeError for one that is more than rounding."""
-    losses = {name: float(step()) for name, step in steps.items()}
-    errors = {name: abs(loss - losses[HABIT]) / abs(losses[HABIT]) for name, loss in losses.items()}
-    for name, error in errors.items():
-        allowed = TOLERANCES["bf16" if "bf16" in steps[name].plan.added else "32"]
-        if not error < allowed:
+    """The relative errors of the first losses; RuntimeError at the first that is more than rounding."""
+    losses: dict[str, float] = {}
+    errors: dict[str, float] = {}
+    for name, step in steps.items():
+        losses[name] = float(step())
+        errors[name] = abs(losses[name] - losses[HABIT]) / abs(losses[HABIT])
+        allowed = TOLERANCES["bf16" if "bf16" in step.plan.added else "32"]
+        if not errors[name] < allowed:
             raise RuntimeError(
                 f"{name}: the first loss is {losses[name]}, the habit's is {losses[HABIT]}: off by "
-                f"{error:.1e}, expected under {allowed:.0e}"
+                f"{errors[name]:.1e}, expected under {allowed:.0e}"
             )
     return {name: round(error, 7) for name, error in errors.items()}
 
