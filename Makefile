@@ -79,8 +79,9 @@ demo: install  ## train and score the baseline and MRCN on synthetic images (5 m
 	@"$(bin)/mrcn-fast" demo $(ARGS)
 
 # In two processes: the tests' tensors are small, and much of the time one of them compiles or interprets kernels.
+# Where both compute, threads that spin while they wait would take the other's processor: half of the time.
 test: install  ## the tests
-	"$(bin)/python" -m pytest -n 2 --dist worksteal $(ARGS)
+	OMP_WAIT_POLICY=passive "$(bin)/python" -m pytest -n 2 --dist worksteal $(ARGS)
 
 bench: install  ## the benchmark table: times, ratios, floors
 	@"$(bin)/mrcn-fast" bench $(ARGS)
