@@ -43,9 +43,8 @@ struct Passes {
 // --- a pixel, or vectors of them ------------------------------------------------------------------------
 
 // v[part][map]: the maps' values at `at`, as lines of T are read.
-template <class T, int maps, int vectors, class V, int parts, class Distance>
-MRCN_INLINE void fetch_maps(
-    Pointers map, int64_t at, constant<vectors> n, V (&v)[parts][maps], Distance distance) {
+template <class T, int maps, class Count, class V, int parts, class Distance>
+MRCN_INLINE void fetch_maps(Pointers map, int64_t at, Count n, V (&v)[parts][maps], Distance distance) {
   unroll<maps>([&](auto m) MRCN_BODY {
     V one[parts];
     fetch(static_cast<const T*>(map[m.v]) + at, n, one, distance);
@@ -81,10 +80,10 @@ MRCN_INLINE void make_at(
 }
 
 // mean(part), sums(part): where they stand.
-template <class P, class T, class V, int vectors, class M, class S, class Distance>
-MRCN_INLINE void sum_at(const M& mean, Pointers x, Pointers g, int64_t at, const S& sums, constant<vectors> n,
-    Distance distance) {
-  constexpr int parts = parts_of<vectors>;
+template <class P, class T, class V, class Count, class M, class S, class Distance>
+MRCN_INLINE void sum_at(
+    const M& mean, Pointers x, Pointers g, int64_t at, const S& sums, Count n, Distance distance) {
+  constexpr int parts = parts_in<Count>;
   V in[parts][P::inputs];
   fetch_maps<T, P::inputs>(x, at, n, in, distance);
   unroll<P::sets>([&](auto s) MRCN_BODY {
@@ -380,39 +379,117 @@ void make_rows(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels
   }
 }
 
-// A channel's sums over as many rows as one takes in its own type stay in registers.
+// Lines of maps in so many rows, side by side: where the rows stand, most of their lines share a few sets of
+// the first-level cache, and are gone before they are read once more.
+template <class T, int maps>
+class LinesNear {
+  static constexpr int64_t size = lanes<acc_t<T>> * int64_t(sizeof(T)) * line_vectors<T>;
+
+ public:
+  // The lines at p + at, as maps `to` and following, without what is read before.
+  template <int to, int count, int64_t before>
+  MRCN_INLINE void bring(Pointers p, int64_t at, int64_t row) {
+    unroll<count>([&](auto k) MRCN_BODY {
+      const char* const from = reinterpret_cast<const char*>(static_cast<const T*>(p[k.v]) + at);
+      unroll<(size - before) / vector_bytes>([&](auto part) MRCN_BODY {
+        constexpr int64_t offset = before + part.v * vector_bytes;
+        copy_out<false>(lines_[row][to + k.v] + offset, copy_in<words>(from + offset));
+      });
+    });
+  }
+  MRCN_INLINE void* at(int64_t row, int map) { return lines_[row][map]; }
+
+ private:
+  alignas(line_bytes) char lines_[single_terms][maps][size];
+};
+
+// The sums of so many vectors of channels from c on.
+template <class P, class T, int vectors>
+class LineSums {
+  using A = acc_t<T>;
+  using V = one_or_vector<A, vectors>;
+  static constexpr int parts = parts_of<vectors>;
+
+ public:
+  MRCN_INLINE LineSums(const A* mean, int64_t channels, int64_t c) : means_(mean, channels, c) {}
+
+  // Those of the parts from `first` on that `count` stands for; row_at(row, add) calls add(x, g, at,
+  // distance).
+  template <int first, class Count, class F>
+  MRCN_INLINE void over(int64_t rows, Count count, const F& row_at) {
+    Total<V> acc[parts_in<Count>][P::sums];
+    for (int64_t row = 0; row < rows; ++row) {
+      row_at(row, [&](Pointers x, Pointers g, int64_t at, auto distance) MRCN_BODY {
+        sum_at<P, T, V>([&](auto part) MRCN_BODY { return means_.of[first + part.v]; }, x, g, at,
+            [&](auto part) MRCN_BODY { return acc[part.v]; }, count, distance);
+      });
+    }
+    unroll<parts_in<Count>>([&](auto part) MRCN_BODY {
+      unroll<P::sums>([&](auto s) MRCN_BODY { found_[first + part.v][s.v] = acc[part.v][s.v].get(); });
+    });
+  }
+
+  // Adds them to an array (sums, channels) at c.
+  MRCN_INLINE void add_to(double* sums, int64_t channels) const {
+    unroll<P::sums>([&](auto s) MRCN_BODY {
+      V one[parts];
+      unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = found_[part.v][s.v]; });
+      to_order<T>(one);
+      double* to = sums + s.v * channels;
+      unroll<parts>([&](auto part) MRCN_BODY { add_doubles(to + part.v * lanes<A>, one[part.v]); });
+    });
+  }
+
+ private:
+  Coefficients<T, P::inputs, vectors> means_;
+  V found_[parts][P::sums];
+};
+
+// A channel's sums over as many rows as one takes in its own type stay in registers, those of a line's
+// vectors in turn where not all fit.
 template <class P, class T>
 void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, double* sums) {
   using A = acc_t<T>;
-  // In double all rows are read a line of each, too many to ask for in another order.
-  const bool dense = terms<A> == single_terms && x.pitch[0] == channels;
-  const NextRows<T> next(single_terms, x.pitch[0], dense);
+  // In double all rows are read a line of each, too many to keep near or to ask for in another order.
+  constexpr bool few = terms<A> == single_terms;
+  // Of a line that comes near, what the first of its vectors has read already.
+  constexpr int64_t read = sizeof(T) == sizeof(A) ? vector_bytes : 0;
+  const NextRows<T> next(single_terms, x.pitch[0], few && x.pitch[0] == channels);
+  LinesNear<T, P::inputs + P::sets> near;
   for (int64_t first = 0; first < rows; first += terms<A>) {
-    const int64_t end = least(rows, first + terms<A>);
-    over_lines<T, summed_vectors<T>>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
-      using V = one_or_vector<A, vectors>;
+    const int64_t count = least(rows - first, terms<A>);
+    const auto over = [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
       constexpr int parts = parts_of<vectors>;
-      const Coefficients<T, P::inputs, vectors> means(mean, channels, c);
-      Total<V> acc[parts][P::sums];
-      once_a_line<T>(c, next, [&](const auto& to) MRCN_BODY {
-        RowsAt<T, P::inputs, 1> in(x, first);
-        RowsAt<T, P::sets, 1> of(g, first);
-        for (int64_t row = first; row < end; ++row) {
-          sum_at<P, T, V>(
-              means, in.of[0], of.of[0], c, [&](auto part) MRCN_BODY { return acc[part.v]; }, n,
-              to(c, row - first));
-          in.step(x);
-          of.step(g);
+      constexpr bool in_turn = parts > summed_vectors<T>;
+      LineSums<P, T, vectors> line(mean, channels, c);
+      RowsAt<T, P::inputs, 1> in(x, first);
+      RowsAt<T, P::sets, 1> of(g, first);
+      const auto far = [&](int64_t row, const auto& add) MRCN_BODY {
+        add(in.of[0], of.of[0], c, next(c, row));
+        if constexpr (in_turn) {
+          near.template bring<0, P::inputs, read>(in.of[0], c, row);
+          near.template bring<P::inputs, P::sets, read>(of.of[0], c, row);
         }
-      });
-      unroll<P::sums>([&](auto s) MRCN_BODY {
-        V one[parts];
-        unroll<parts>([&](auto part) MRCN_BODY { one[part.v] = acc[part.v][s.v].get(); });
-        to_order<T>(one);
-        double* to = sums + s.v * channels + c;
-        unroll<parts>([&](auto part) MRCN_BODY { add_doubles(to + part.v * lanes<A>, one[part.v]); });
-      });
-    });
+        in.step(x);
+        of.step(g);
+      };
+      if constexpr (in_turn) {
+        line.template over<0>(count, OneOf<parts, 0>{}, far);
+        unroll<parts - 1>([&](auto before) MRCN_BODY {
+          constexpr int part = before.v + 1;
+          line.template over<part>(count, OneOf<parts, part>{}, [&](int64_t row, const auto& add) MRCN_BODY {
+            void *at[P::inputs], *of_sets[P::sets];
+            unroll<P::inputs>([&](auto k) MRCN_BODY { at[k.v] = near.at(row, k.v); });
+            unroll<P::sets>([&](auto k) MRCN_BODY { of_sets[k.v] = near.at(row, P::inputs + k.v); });
+            add(at, of_sets, 0, Nowhere{});
+          });
+        });
+      } else {
+        line.template over<0>(count, n, far);
+      }
+      line.add_to(sums + c, channels);
+    };
+    over_lines<T, few ? line_vectors<T> : summed_vectors<T>>(0, channels, over);
   }
 }
 

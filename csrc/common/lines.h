@@ -100,9 +100,7 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
 #endif
 
 // In place of a distance: nothing is asked for.
-struct Nowhere {
-  MRCN_INLINE Nowhere operator()(int64_t, int64_t) const { return {}; }
-};
+struct Nowhere {};
 
 // Where `rows` rows of pixels are read a line of each after the other: from what is read, a line of channel c
 // in one of those rows, to what is asked for in the next ones. Dense rows are asked for in the order in which
@@ -125,19 +123,6 @@ class NextRows {
   static constexpr int64_t size = sizeof(T), line = line_vectors<T> * lanes<acc_t<T>> * size;
   int64_t all_, a_channel_ = 0, a_row_ = 0;
 };
-
-// f(next) where a line of memory begins, f(Nowhere{}) further on in it: sums take it in several pieces, and
-// it is asked for once.
-template <class T, class Next, class F>
-MRCN_INLINE void once_a_line(int64_t at, const Next& next, const F& f) {
-  if constexpr (summed_vectors<T> == line_vectors<T>) {
-    f(next);
-  } else if (at % (line_vectors<T> * lanes<acc_t<T>>) == 0) {
-    f(next);
-  } else {
-    f(Nowhere{});
-  }
-}
 
 // The parts of values that stand in order, as so many vectors of T are read, and back.
 template <class T, class V, int parts>
@@ -162,25 +147,47 @@ MRCN_INLINE void to_order([[maybe_unused]] V (&v)[parts]) {
 #endif
 }
 
-// Reads one element, a vector or a line, and asks for what stands `distance` bytes beyond a vector.
-template <class T, int vectors, class V, int parts, class Distance = Nowhere>
-MRCN_INLINE void fetch(
-    const T* p, constant<vectors>, V (&out)[parts], [[maybe_unused]] Distance distance = {}) {
-  static_assert(parts == parts_of<vectors>);
-  if constexpr (vectors > 0 && !std::is_same_v<Distance, Nowhere>) {
-    prefetch(reinterpret_cast<const char*>(p) + distance);
+// One of so many vectors that are read at once.
+template <int vectors, int part, class T>
+MRCN_INLINE vec<acc_t<T>> one_of(const T* p) {
+  if constexpr (by_parity<T, vectors>) {
+    const words both = copy_in<words>(p + part / 2 * 2 * lanes<float>);
+    return (vec<float>)(part % 2 == 0 ? both << 16 : both & 0xffff0000u);
+  } else {
+    return load(p + part * lanes<acc_t<T>>);
   }
+}
+template <int vectors, int part>
+struct OneOf {};
+
+// The parts of what such a tag stands for.
+template <class Count>
+constexpr int parts_in = 1;
+template <int vectors>
+constexpr int parts_in<constant<vectors>> = parts_of<vectors>;
+
+template <class T, int vectors, class V, int parts>
+MRCN_INLINE void read(const T* p, constant<vectors>, V (&out)[parts]) {
   if constexpr (vectors == 0) {
     out[0] = get(p);
-  } else if constexpr (by_parity<T, parts>) {
-    unroll<parts / 2>([&](auto pair) MRCN_BODY {
-      const words both = copy_in<words>(p + 2 * pair.v * lanes<float>);
-      out[2 * pair.v] = (vec<float>)(both << 16);
-      out[2 * pair.v + 1] = (vec<float>)(both & 0xffff0000u);
-    });
   } else {
-    unroll<parts>([&](auto part) MRCN_BODY { out[part.v] = load(p + part.v * lanes<acc_t<T>>); });
+    unroll<parts>([&](auto part) MRCN_BODY { out[part.v] = one_of<parts, part.v>(p); });
   }
+}
+template <class T, int vectors, int part, class V>
+MRCN_INLINE void read(const T* p, OneOf<vectors, part>, V (&out)[1]) {
+  out[0] = one_of<vectors, part>(p);
+}
+
+// Reads one element, a vector or a line, or one vector of a line, and asks for what stands `distance` bytes
+// beyond a vector.
+template <class T, class Count, class V, int parts, class Distance = Nowhere>
+MRCN_INLINE void fetch(const T* p, Count count, V (&out)[parts], [[maybe_unused]] Distance distance = {}) {
+  static_assert(parts == parts_in<Count>);
+  if constexpr (!std::is_same_v<Count, constant<0>> && !std::is_same_v<Distance, Nowhere>) {
+    prefetch(reinterpret_cast<const char*>(p) + distance);
+  }
+  read(p, count, out);
 }
 
 // Single elements are stored plainly whatever `stream` says.
