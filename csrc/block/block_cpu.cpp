@@ -26,6 +26,10 @@ struct Cpu {
       const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last) {
     return make_output(sizes, dtype, like, channels_last);
   }
+  static Tensors maps(int count, const std::vector<int64_t>& sizes, const Tensor& like, bool channels_last,
+      std::vector<const void*> beside) {
+    return make_maps(count, sizes, like, channels_last, std::move(beside));
+  }
   static std::vector<int64_t> statistics(const BlockShape& shape) {
     return {modalities(shape.mode), shape.samples, shape.channels, 2};
   }

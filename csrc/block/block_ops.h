@@ -172,21 +172,20 @@ Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, con
   call.parameters = ready.parameters;
   call.eps = eps;
 
-  Tensors results;
-  if (mode == Mode::concat) {
-    std::vector<int64_t> sizes = ready.sizes;
-    sizes[0] *= sets;
-    results.push_back(Device::empty(sizes, ready.dtype, inputs[0], pixels));
-    for (int k = 0; k < sets; ++k) call.outputs[k] = map_of(results[0], pixels, k * N);
-  } else {
-    for (int k = 0; k < sets; ++k) {
-      results.push_back(Device::empty(ready.sizes, ready.dtype, inputs[0], pixels));
-      call.outputs[k] = map_of(results[k], pixels);
-    }
+  std::vector<const void*> read;
+  for (size_t j = 0; j < inputs.size(); ++j) {
+    call.inputs[j] = map_of(ready.inputs[j], pixels);
+    read.push_back(call.inputs[j].data);
+  }
+  const int tensors = mode == Mode::concat ? 1 : sets;
+  std::vector<int64_t> sizes = ready.sizes;
+  sizes[0] *= sets / tensors;
+  Tensors results = Device::maps(tensors, sizes, inputs[0], pixels, read);
+  for (int k = 0; k < sets; ++k) {
+    call.outputs[k] = tensors == 1 ? map_of(results[0], pixels, k * N) : map_of(results[k], pixels);
   }
   results.push_back(Device::empty(Device::statistics(ready.shape), ready.sums, inputs[0], false));
   call.statistics = results.back().data_ptr();
-  for (size_t j = 0; j < inputs.size(); ++j) call.inputs[j] = map_of(ready.inputs[j], pixels);
   if (N > 0) Device::forward(call, inputs[0]);
   return results;
 }
@@ -233,12 +232,17 @@ Gradients backward(Mode mode, const std::vector<std::optional<Tensor>>& gradient
     }
   }
 
-  Gradients result;
+  std::vector<const void*> read;
   for (size_t j = 0; j < inputs.size(); ++j) {
     call.inputs[j] = map_of(ready.inputs[j], pixels);
-    result.inputs.push_back(Device::empty(ready.sizes, ready.dtype, inputs[0], pixels));
-    call.input_gradients[j] = map_of(result.inputs[j], pixels);
+    read.push_back(call.inputs[j].data);
   }
+  for (const FeatureMap& g : call.gradients) {
+    if (g.data != nullptr) read.push_back(g.data);
+  }
+  Gradients result;
+  result.inputs = Device::maps(int(inputs.size()), ready.sizes, inputs[0], pixels, read);
+  for (size_t j = 0; j < inputs.size(); ++j) call.input_gradients[j] = map_of(result.inputs[j], pixels);
   const auto like = [&](const Tensor& p) {
     return Device::empty({p.sizes().begin(), p.sizes().end()}, ready.sums, p, false);
   };
@@ -269,6 +273,7 @@ using Optional = std::optional<Tensor>;
 //   tensor                          its tensors, in words; serves(t): whether t is one
 //   threads(), parallel             the processor's threads, or none
 //   empty(sizes, dtype, like, channels_last)
+//   maps(count, sizes, like, channels_last, beside)   as many such, of `like`'s dtype; see make_maps
 //   statistics(shape)               the sizes of what a forward leaves to its backward
 //   forward(call, like), backward(call, like)
 template <class Device>

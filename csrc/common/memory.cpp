@@ -1,4 +1,6 @@
+#include <algorithm>
 #include <cstdint>
+#include <cstdlib>
 
 #include "common/tensors.h"
 
@@ -11,6 +13,7 @@ namespace mrcn {
 namespace {
 
 constexpr uintptr_t huge_page = uintptr_t(2) << 20;
+constexpr int64_t page = 4096, line = 64;
 
 // A hint: where the system has no huge pages to give, or the range is in use already, nothing happens.
 void ask_for_huge_pages(void* data, int64_t bytes) {
@@ -24,6 +27,36 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// The line of a page that lies furthest from those of `taken`, to either side.
+int64_t furthest_line(const std::vector<const void*>& taken) {
+  constexpr int64_t lines = page / line;
+  int64_t best = 0, most = -1;
+  for (int64_t at = 0; at < lines; ++at) {
+    int64_t nearest = lines;
+    for (const void* p : taken) {
+      const int64_t away = std::abs(at - int64_t(reinterpret_cast<uintptr_t>(p) % page) / line);
+      nearest = std::min({nearest, away, lines - away});
+    }
+    if (nearest > most) best = at, most = nearest;
+  }
+  return best;
+}
+
+// A tensor in the memory of another one, which lives as long: torch's own begin where its allocator wants. As
+// a view of that one it would begin `storage_offset` elements into it, where compiled code expects none.
+Tensor make_at_line(int64_t at, const std::vector<int64_t>& sizes, const Tensor& like, bool channels_last) {
+  const int64_t C = sizes[1], H = sizes[2], W = sizes[3];
+  const std::vector<int64_t> strides = channels_last ? std::vector<int64_t>{H * W * C, 1, W * C, C}
+                                                     : std::vector<int64_t>{C * H * W, H * W, W, 1};
+  const int64_t bytes = sizes[0] * C * H * W * int64_t(like.element_size());
+  const Tensor memory = torch::stable::empty({bytes + page}, ScalarType::Byte, std::nullopt, like.device());
+  char* data = static_cast<char*>(memory.mutable_data_ptr());
+  data += (at * line + page - int64_t(reinterpret_cast<uintptr_t>(data) % page)) % page;
+  ask_for_huge_pages(data, bytes);
+  return torch::stable::from_blob(
+      data, sizes, strides, like.device(), like.scalar_type(), [memory](void*) {});
+}
+
 }  // namespace
 
 Tensor make_output(
@@ -32,6 +65,23 @@ Tensor make_output(
   Tensor output = torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
   ask_for_huge_pages(output.mutable_data_ptr(), output.numel() * int64_t(output.element_size()));
   return output;
+}
+
+// A processor takes a read for one of what was written last, and waits, where both have the same address
+// within their pages; and lines written past the caches hinder each other there. Large tensors all begin at
+// one place of a page, or a line or two apart, as the C library gives them memory: up to twice the time of a
+// pass.
+std::vector<Tensor> make_maps(int count, const std::vector<int64_t>& sizes, const Tensor& like,
+    bool channels_last, std::vector<const void*> beside) {
+  const int64_t bytes = sizes[0] * sizes[1] * sizes[2] * sizes[3] * int64_t(like.element_size());
+  std::vector<Tensor> maps;
+  for (int k = 0; k < count; ++k) {
+    maps.push_back(bytes < int64_t(huge_page)
+                       ? make_output(sizes, like.scalar_type(), like, channels_last)
+                       : make_at_line(furthest_line(beside), sizes, like, channels_last));
+    beside.push_back(maps.back().data_ptr());
+  }
+  return maps;
 }
 
 }  // namespace mrcn

@@ -56,6 +56,11 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
 Tensor make_output(
     const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
 
+// As many of them, of `like`'s dtype, for maps that are written while those at `beside` are read: large ones
+// lie apart from these and from one another in their pages.
+std::vector<Tensor> make_maps(int count, const std::vector<int64_t>& sizes, const Tensor& like,
+    bool channels_last, std::vector<const void*> beside);
+
 inline void pool(int64_t count, int64_t grain, RangeFunction function, void* context) {
   torch::stable::parallel_for(
       0, count, grain, [=](int64_t begin, int64_t end) { function(begin, end, context); });
