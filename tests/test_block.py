@@ -588,6 +588,39 @@ def test_results_have_their_inputs_layout(mode: str, layout: str, backend: str) 
         )
 
 
+@cases.backends("cpu")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", MODES)
+def test_large_results(mode: str, layout: str, dtype: torch.dtype, backend: str) -> None:
+    """Written past the caches, odd planes too; a sample alone is not, and has the same bits."""
+    case = Case(mode, shape=(8, 32, 83, 101), dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
+    p = cases.problem(case)
+
+    def results(samples: slice) -> list[Tensor]:
+        inputs = [x[samples] for x in p.inputs]
+        outputs = cases.call(case, inputs, p.parameters, backend)
+        of_outputs = [g.unflatten(0, (-1, 8))[:, samples].flatten(0, 1) for g in p.gradients]
+        return [*outputs, *torch.autograd.grad(outputs, inputs, of_outputs)]
+
+    whole = results(slice(None))
+    for i in (0, 5):
+        for large, small in zip(whole, results(slice(i, i + 1)), strict=True):
+            assert cases.same_bits(large[i::8], small)
+
+    for result in whole:
+        assert result.is_contiguous(memory_format=RESULT_LAYOUTS[layout])
+        assert result.storage_offset() == 0
+        assert result.untyped_storage().nbytes() == result.nbytes
+        assert result.data_ptr() % 64 == 0
+    outputs, of_inputs = whole[: len(p.gradients)], whole[len(p.gradients) :]
+    for read, written in ((p.inputs, outputs), ((*p.inputs, *p.gradients), of_inputs)):
+        for k, one in enumerate(written):
+            for other in (*read, *written[:k]):
+                away = (one.data_ptr() - other.data_ptr()) % 4096
+                assert min(away, 4096 - away) >= 128, "both lie at the same place of their pages"
+
+
 # --- stale memory -----------------------------------------------------------------------------------------
 
 

@@ -60,22 +60,55 @@ MRCN_INLINE void keep_maps(Pointers map, int64_t at, constant<vectors> n, const 
   });
 }
 
-// k(part): the coefficients there, one pixel's or a vector's (V). A set is written as soon as it is made, all
-// of them at once don't fit the registers.
-template <class P, class T, bool stream, class V, int vectors, class K>
+// Set s of all, those handed through among them.
+template <class P, int s, class V>
+MRCN_INLINE V set_of(const V* k, const V* x) {
+  if constexpr (P::passes && s == 0) {
+    return x[0];
+  } else if constexpr (P::passes && s == P::all - 1) {
+    return x[P::inputs - 1];
+  } else {
+    return made_set<P, s - P::first, V>(k, x);
+  }
+}
+
+// The sets from `from` to before `to`. k(part): the coefficients there, one pixel's or a vector's (V). A set
+// is written as soon as it is made, all of them at once don't fit the registers.
+template <class P, class T, bool stream, int from, int to, class V, int vectors, class K, class Distance>
 MRCN_INLINE void make_at(
-    const K& k, Pointers x, Pointers y, int64_t at, constant<vectors> n, int64_t distance) {
+    const K& k, Pointers x, Pointers y, int64_t at, constant<vectors> n, Distance distance) {
   constexpr int parts = parts_of<vectors>;
   V in[parts][P::inputs];
   fetch_maps<T, P::inputs>(x, at, n, in, distance);
-  unroll<P::sets>([&](auto s) MRCN_BODY {
+  unroll<to - from>([&](auto s) MRCN_BODY {
+    constexpr int set = from + s.v;
     V out[parts];
-    unroll<parts>([&](auto part) MRCN_BODY { out[part.v] = made_set<P, s.v, V>(k(part), in[part.v]); });
-    keep<stream>(static_cast<T*>(y[P::first + s.v]) + at, n, out);
+    unroll<parts>([&](auto part) MRCN_BODY { out[part.v] = set_of<P, set, V>(k(part), in[part.v]); });
+    keep<stream>(static_cast<T*>(y[set]) + at, n, out);
   });
-  if constexpr (P::passes) {
-    void* const ends[] = {y[0], y[P::all - 1]};
-    keep_maps<T, stream, P::inputs>(ends, at, n, in);
+}
+
+// Sets that share a tensor mostly lie at the same place of a page, where lines that are written in pieces
+// hinder each other (common/memory.cpp): so many lines of a set are written before the next set's.
+template <class P>
+constexpr bool sets_in_turn = P::passes && vector_bytes < line_bytes;
+constexpr int64_t lines_in_turn = 8;
+
+// f(constant<from>, constant<to>, begin, end, head, distance) for the sets of a stretch of maps: all in one,
+// or each in turn, eight lines at a time from `head` elements on.
+template <class P, class T, class F>
+MRCN_INLINE void each_turn(int64_t begin, int64_t end, int64_t head, int64_t distance, const F& f) {
+  if constexpr (sets_in_turn<P>) {
+    constexpr int64_t turn = lines_in_turn * line_vectors<T> * lanes<acc_t<T>>;
+    for (int64_t next; begin < end; begin = next, head = 0) {
+      next = least(begin + head + turn, end);
+      f(constant<0>{}, constant<1>{}, begin, next, head, distance);
+      unroll<P::all - 1>([&](auto s) MRCN_BODY {
+        f(constant<s.v + 1>{}, constant<s.v + 2>{}, begin, next, head, Nowhere{});
+      });
+    }
+  } else {
+    f(constant<0>{}, constant<P::all>{}, begin, end, head, distance);
   }
 }
 
@@ -168,11 +201,15 @@ __attribute__((noinline)) void make_plane_as(
     const acc_t<T>* k, Pointers x, Pointers y, int64_t head, int64_t n) {
   using A = acc_t<T>;
   const Spread<A, P::forward_slots> spread(k);
-  over_lines<T>(head, n, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
-    using V = one_or_vector<A, vectors>;
-    make_at<P, T, stream, V>(
-        [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, y, at, count, ahead);
-  });
+  each_turn<P, T>(0, n, head, ahead,
+      [&]<int from, int to>(
+          constant<from>, constant<to>, int64_t begin, int64_t end, int64_t before, auto distance) MRCN_BODY {
+        over_lines<T>(before, end - begin, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
+          using V = one_or_vector<A, vectors>;
+          make_at<P, T, stream, from, to, V>(
+              [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, y, begin + at, count, distance);
+        });
+      });
 }
 
 template <class P, class T>
@@ -326,20 +363,22 @@ class RowsOfLines {
     return most<int64_t>(2 * row_block, ahead / bytes) * pitch * int64_t(sizeof(T));
   }
 
-  // f(row, constant<rows at once>, first channel) for as many channels at a time as `across` takes.
+  // f(row, constant<rows at once>, first channel, where they end) for as many channels at a time as stay
+  // near.
   template <class F>
   MRCN_INLINE void each(const F& f) const {
     for (int64_t first = 0; first < channels_; first += width_) {
+      const int64_t end = least(first + width_, channels_);
       int64_t row = 0;
-      for (; row + row_block <= rows_; row += row_block) f(row, constant<row_block>{}, first);
-      for (; row < rows_; ++row) f(row, constant<1>{}, first);
+      for (; row + row_block <= rows_; row += row_block) f(row, constant<row_block>{}, first, end);
+      for (; row < rows_; ++row) f(row, constant<1>{}, first, end);
     }
   }
   // f(channel, constant<vectors>, coefficients)
   template <class F>
-  MRCN_INLINE void across(int64_t first, const F& f) const {
-    over_lines<T>(0, least(width_, channels_ - first),
-        [&](int64_t c, auto count) MRCN_BODY { f(first + c, count, at(first + c, count)); });
+  MRCN_INLINE void across(int64_t first, int64_t end, const F& f) const {
+    over_lines<T>(
+        0, end - first, [&](int64_t c, auto count) MRCN_BODY { f(first + c, count, at(first + c, count)); });
   }
 
  private:
@@ -359,14 +398,20 @@ __attribute__((noinline)) void make_rows_as(
     const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
   const RowsOfLines<T, P::forward_slots> lines(k, rows, channels);
   const int64_t next = lines.distance(x.pitch[0]);
-  lines.each([&]<int count>(int64_t row, constant<count>, int64_t first) MRCN_BODY {
+  lines.each([&]<int count>(int64_t row, constant<count>, int64_t first, int64_t end) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row);
     const RowsAt<T, P::all, count> out(y, row);
-    lines.across(first, [&]<int vectors>(int64_t c, constant<vectors> n, const auto& kv) MRCN_BODY {
-      unroll<count>([&](auto r) MRCN_BODY {
-        make_at<P, T, stream, one_or_vector<acc_t<T>, vectors>>(kv, in.of[r.v], out.of[r.v], c, n, next);
-      });
-    });
+    each_turn<P, T>(first, end, 0, next,
+        [&]<int from, int to>(
+            constant<from>, constant<to>, int64_t begin, int64_t till, int64_t, auto distance) MRCN_BODY {
+          lines.across(
+              begin, till, [&]<int vectors>(int64_t c, constant<vectors> n, const auto& kv) MRCN_BODY {
+                unroll<count>([&](auto r) MRCN_BODY {
+                  make_at<P, T, stream, from, to, one_or_vector<acc_t<T>, vectors>>(
+                      kv, in.of[r.v], out.of[r.v], c, n, distance);
+                });
+              });
+        });
   });
 }
 
@@ -498,10 +543,10 @@ __attribute__((noinline)) void gradient_rows_as(
     const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
   const RowsOfLines<T, extremes ? P::backward_slots : P::extreme(0)> lines(k, rows, channels);
   const int64_t next = lines.distance(x.pitch[0]);
-  lines.each([&]<int count>(int64_t row, constant<count>, int64_t first) MRCN_BODY {
+  lines.each([&]<int count>(int64_t row, constant<count>, int64_t first, int64_t end) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
     const RowsAt<T, P::all, count> of(g, row);
-    lines.across(first, [&]<int vectors>(int64_t c, constant<vectors> n, const auto& kv) MRCN_BODY {
+    lines.across(first, end, [&]<int vectors>(int64_t c, constant<vectors> n, const auto& kv) MRCN_BODY {
       unroll<count>([&](auto r) MRCN_BODY {
         gradient_at<P, T, stream, extremes, one_or_vector<acc_t<T>, vectors>>(
             kv, in.of[r.v], of.of[r.v], out.of[r.v], c, n, next);
