@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import time
 from pathlib import Path
 
 import numpy as np
@@ -72,9 +73,14 @@ def test_files_are_out_of_memory_when_the_system_says_so(tiny_tree: Path) -> Non
     if kind in ("tmpfs", "ramfs"):
         pytest.skip(f"the temporary folder is in memory ({kind})")
     assert before == 0
-    loading_speed._forget(paths)
-    after = loading_speed._share_out_of_memory(paths)
-    assert after is not None and after > 0.5
+    # What a processor has set aside for the system's lists is not dropped before it is on them.
+    for _ in range(50):
+        loading_speed._forget(paths)
+        after = loading_speed._share_out_of_memory(paths)
+        if after is not None and after > 0.5:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"{after} of the files are out of memory")
 
 
 def test_fewer_images_than_a_batch_are_refused(tiny_regdb: Path) -> None:
