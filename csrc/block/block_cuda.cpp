@@ -28,8 +28,9 @@ struct Cuda {
   static Tensors maps(int count, const std::vector<int64_t>& sizes, const Tensor& like, bool channels_last,
       const std::vector<const void*>&) {
     Tensors maps;
-    for (int k = 0; k < count; ++k)
+    for (int k = 0; k < count; ++k) {
       maps.push_back(cuda_empty(sizes, like.scalar_type(), like, channels_last));
+    }
     return maps;
   }
   static std::vector<int64_t> statistics(const BlockShape& shape) {

@@ -95,7 +95,7 @@ constexpr bool sets_in_turn = P::passes && vector_bytes < line_bytes;
 constexpr int64_t lines_in_turn = 8;
 
 // f(constant<from>, constant<to>, begin, end, head, distance) for the sets of a stretch of maps: all in one,
-// or each in turn, eight lines at a time from `head` elements on.
+// or each in turn, some lines at a time from `head` elements on.
 template <class P, class T, class F>
 MRCN_INLINE void each_turn(int64_t begin, int64_t end, int64_t head, int64_t distance, const F& f) {
   if constexpr (sets_in_turn<P>) {

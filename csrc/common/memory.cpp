@@ -43,7 +43,8 @@ int64_t furthest_line(const std::vector<const void*>& taken) {
 }
 
 // A tensor in the memory of another one, which lives as long: torch's own begin where its allocator wants. As
-// a view of that one it would begin `storage_offset` elements into it, where compiled code expects none.
+// a view of that one it would begin `storage_offset` elements into it, where compiled code expects none. Its
+// storage can't be resized.
 Tensor make_at_line(int64_t at, const std::vector<int64_t>& sizes, const Tensor& like, bool channels_last) {
   const int64_t C = sizes[1], H = sizes[2], W = sizes[3];
   const std::vector<int64_t> strides = channels_last ? std::vector<int64_t>{H * W * C, 1, W * C, C}
