@@ -366,8 +366,11 @@ def verdicts(
         fused_error = _largest(array(result) - reference)
         eager_error = _largest(array(eager[name]) - reference)
         largest = _largest(reference)
-        # What cancels to nothing has no unit of its own: a constant gradient leaves γ none.
-        unit = torch.finfo(result.dtype).eps * (largest or everywhere)
+        # What cancels to nothing has no unit of its own: a constant gradient leaves γ none, or what the
+        # truth's own rounding leaves of it.
+        exact = np.longdouble if result.dtype == torch.float64 else np.float64
+        size = largest if largest > np.finfo(exact).eps * everywhere else everywhere
+        unit = torch.finfo(result.dtype).eps * size
         found[name] = Verdict(
             _ratio(fused_error, 1.5 * eager_error + unit),
             f"{name}: error {fused_error:.3e}, of the eager reference {eager_error:.3e}, rounding unit "
