@@ -194,6 +194,20 @@ def test_a_wrong_result_is_not_timed() -> None:
         command.measured(case, 0.0)
 
 
+def test_a_rival_that_does_not_compile_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    def backend(*_: object) -> None:
+        raise ValueError("64 v.s. 1024")
+
+    broken = torch.compile(right, backend=backend)
+    rivals = {"fused": right, "eager": right, "compile": right, "compile collapsed": broken}
+    found = command.measured(Case("of two", lambda: dict(rivals), {"compile collapsed": 2.0}), 0.0)
+    assert found["refused"] == {"compile collapsed": "ValueError('64 v.s. 1024')"}
+    assert "compile" in found["ratios"] and "compile collapsed" not in found["ratios"]
+    assert found["missed"] == []
+    benchmark.print_row(found)
+    assert "compile collapsed does not compile: ValueError" in capsys.readouterr().out
+
+
 def right() -> tuple[torch.Tensor]:
     return (torch.ones(2),)
 
@@ -234,6 +248,7 @@ def result(goals: dict[str, float], host: float = 10.0, floor: float = 0.5, **ti
         ({"compile": 2.0}, {"compile": 1.9}, ["compile"]),
         ({"compile": 2.0}, {"compile": 2.1, f"compile{AUTOTUNED}": 1.9}, ["compile"]),
         ({"compile": 2.0}, {"compile": 2.2, f"compile{AUTOTUNED}": 2.1}, []),
+        ({"compile": 2.0}, {f"compile{AUTOTUNED}": 1.9}, ["compile"]),
         ({"floor": 1.25}, {"floor": 0.81}, []),
         ({"floor": 1.25}, {"floor": 0.79}, ["floor"]),
         ({"host": 40.0}, {"host": 39.0}, []),

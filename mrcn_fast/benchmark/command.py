@@ -16,6 +16,7 @@ from mrcn_fast.benchmark.timing import (
     EXACT,
     TOLERANCES,
     Case,
+    Rivals,
     check,
     keep_pages_fresh,
     keep_pages_warm,
@@ -147,12 +148,27 @@ def measured(case: Case, seconds: float, pages: str = "warm") -> results.Line:
     rivals = case.rivals()
     check(rivals, TOLERANCES[case.dtype])
     rivals.pop(EXACT, None)
+    refused = uncompilable(rivals)
+    rivals = {name: rival for name, rival in rivals.items() if name not in refused}
     if case.device == "cpu":
         PAGES[pages]()
         timings = measure(rivals, seconds)
         peaks = {name: peak_bytes(call) for name, call in rivals.items() if name != "floor"}
         known = {name: peak for name, peak in peaks.items() if peak is not None}
-        return results.row(case, timings, peaks=known)
+        return results.row(case, timings, peaks=known, refused=refused)
     with torch.cuda.device(case.device):
         timings, costs = measure_gpu(rivals, seconds, case.waits)
-    return results.row(case, timings, costs)
+    return results.row(case, timings, costs, refused=refused)
+
+
+def uncompilable(rivals: Rivals) -> dict[str, str]:
+    """The compiled rivals that this torch's compiler fails on, each with its error."""
+    from torch._dynamo.exc import BackendCompilerFailed  # takes two seconds
+
+    refused = {}
+    for name in (name for name in rivals if name.startswith("compile")):
+        try:
+            rivals[name]()
+        except BackendCompilerFailed as error:
+            refused[name] = repr(error.inner_exception)
+    return refused

@@ -65,10 +65,11 @@ def row(
     timings: dict[str, Timing],
     costs: dict[str, Cost] | None = None,
     peaks: dict[str, int] | None = None,
+    refused: dict[str, str] | None = None,
 ) -> Line:
     """One result: milliseconds of every rival, ratios to the fused time, and which goals hold.
 
-    costs: on a GPU; peaks: bytes of the process's memory, on a CPU.
+    costs: on a GPU; peaks: bytes of the process's memory, on a CPU; refused: rivals that don't compile.
     """
     fused = timings["fused"].median
     ratios = {name: t.median / fused for name, t in timings.items() if name not in ("fused", "floor")}
@@ -86,11 +87,13 @@ def row(
         peaks = {name: cost.peak for name, cost in costs.items()}
     if peaks:
         result["peak_bytes"] = peaks
+    if refused:
+        result["refused"] = refused
     return result | {"missed": [name for name, goal in case.goals.items() if _missed(name, goal, result)]}
 
 
 def _missed(name: str, goal: float, result: Line) -> bool:
-    """Whether a goal isn't reached; of memory only where the machine tells it."""
+    """Whether a goal isn't reached: of memory where the machine tells it, of a rival where it compiles."""
     ratios = result["ratios"]
     if name == "floor":
         return bool(ratios["floors"] > goal)
@@ -98,7 +101,7 @@ def _missed(name: str, goal: float, result: Line) -> bool:
         return "host_us" not in result or result["host_us"]["fused"] > goal
     if name == "memory":
         return "peak_bytes" in result and result["peak_bytes"]["fused"] > goal * result["result_bytes"]
-    return bool(min(ratios[name], ratios.get(name + AUTOTUNED, math.inf)) < goal)
+    return min(ratios.get(form, math.inf) for form in (name, name + AUTOTUNED)) < goal
 
 
 def print_row(result: Line) -> None:
@@ -112,6 +115,7 @@ def print_row(result: Line) -> None:
         cells.append(f"{ratios['floors']:.2f} floors of {ms['floor'][1]:.2f} ms")
     if "peak_bytes" in result and "result_bytes" in result:
         cells.append(f"memory {result['peak_bytes']['fused'] / result['result_bytes']:.3f} of the results'")
+    cells += [f"{name} does not compile: {error}" for name, error in result.get("refused", {}).items()]
     cells.append(f"below the goal: {', '.join(result['missed'])}" if result["missed"] else "goals met")
     print("  ".join(cells), flush=True)
 

@@ -31,7 +31,10 @@ from mrcn_fast.backends.triton.block_gates import gate_value
 @triton.jit
 def _sample_of(g, i, samples, sample, CONCAT_SET: tl.constexpr):
     """Where sample i of a gradient begins; CONCAT_SET: which one of six sets in one tensor."""
-    return None if g is None else g + (CONCAT_SET * samples + i) * sample
+    start = g
+    if g is not None:
+        start += (CONCAT_SET * samples + i) * sample
+    return start
 
 
 @triton.jit
