@@ -284,13 +284,14 @@ def evaluate(p: Problem, backend: str) -> dict[str, Tensor]:
     return with_gradients(p, outputs)
 
 
-def evaluate_reference(p: Problem, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The reference computed in ``dtype``, inputs, parameters and gradients cast to it."""
+def evaluate_reference(p: Problem, dtype: torch.dtype, device: str | None = None) -> dict[str, Tensor]:
+    """The reference computed in ``dtype`` (on ``device``), inputs, parameters and gradients cast to it."""
+    to: dict[str, Any] = {"dtype": dtype, "device": device}
     cast = Problem(
         p.case,
-        tuple(x.detach().to(dtype).requires_grad_() for x in p.inputs),
-        tuple(x.detach().to(dtype).requires_grad_() for x in p.parameters),
-        tuple(g.to(dtype) for g in p.gradients),
+        tuple(x.detach().to(**to).requires_grad_() for x in p.inputs),
+        tuple(x.detach().to(**to).requires_grad_() for x in p.parameters),
+        tuple(g.to(**to) for g in p.gradients),
     )
     norm_weight, norm_bias, *gate_parameters = cast.parameters
     outputs = run_reference(

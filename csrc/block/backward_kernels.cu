@@ -40,7 +40,7 @@ struct BackwardArguments {
   FeatureMap gradients[4];  // of the made sets; without data where none was given
   FeatureMap passed[2];     // (concat) of the inputs as they were handed through
   FeatureMap input_gradients[2];
-  acc_t<T>*of_gamma, *of_beta, *of_parameters[4];
+  Numbers<acc_t<T>> of_gamma, of_beta, of_parameters[4];
   int64_t singles;  // numbers of the parameters that a thread each adds up
 };
 
@@ -70,6 +70,11 @@ struct BackwardScratch {
     return layers() + (a.branches() + block) * layer() + int64_t(g) * a.R;
   }
 };
+
+template <class T>
+inline Cut backward_cut(const BlockShape& shape) {
+  return cut<T>(shape, most_blocks);
+}
 
 inline int64_t backward_row(const BlockShape& shape, int blocks) {
   const int b = branches(shape), m = modalities(shape.mode), g = gates(shape.mode);
@@ -214,13 +219,16 @@ MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, cons
   const BackwardScratch<P, A> scratch(a, i);
   const int64_t c0 = block * a.cut.channels;
   const int channels = int(least<int64_t>(a.cut.channels, a.C - c0));
-  over_threads(scratch.layer(), [&](int64_t n) {
-    const int g = int(n / a.R), row = int(n % a.R);
-    const A* weight = a.parameters[2] + (g * a.C + c0) * a.R + row;
-    A total(0);
-    for (int c = 0; c < channels; ++c) total += weight[int64_t(c) * a.R] * shared.before[g][c];
-    scratch.share(block, g)[row] = total;
-  });
+  over_sums<A>(
+      scratch.layer(),
+      [&](int64_t n, int k) {
+        const int g = int(n / a.R), row = int(n % a.R);
+        const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
+        A total(0);
+        for (int c = k; c < channels; c += sharers) total += weight[int64_t(c) * a.R] * shared.before[g][c];
+        return total;
+      },
+      [&](int64_t n, A total) { scratch.share(block, int(n / a.R))[n % a.R] = total; });
 }
 
 template <class P, class A>
@@ -242,10 +250,7 @@ MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& i
   const Common<A>& a = arguments.common;
   const int64_t i = item.sample, block = item.number, c0 = block * a.cut.channels;
   add_parts<T, P, pixels>(arguments, i, block, shared);
-  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
-    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
-    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
-  });
+  make_gates(Saved<P, A>(a, i), block, shared);
   __syncthreads();
   over_threads(a.cut.channels, [&](int64_t channel) {
     if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
@@ -260,22 +265,24 @@ MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& i
 
 // --- second items: gradients of the inputs ------------------------------------------------------------
 
-// ∂ of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through every gate that reads it.
+// The share k of ∂ of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through every gate that reads it.
 template <class P, class A>
-MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
+MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c, int k) {
   const Common<A>& a = scratch.a;
   A total(0);
   for (int g = m; g < P::gate_count; g += P::inputs) {
     if (a.gate == Gate::eca) {
-      for (int t = 0; t < a.R; ++t) {
+      for (int t = k; t < a.R; t += sharers) {
         const int64_t to = c - t + a.R / 2;
         if (to < 0 || to >= a.C) continue;
         total += a.parameters[0][g * a.R + t] * load_shared_by_blocks(scratch.before(g) + to);
       }
     } else {
-      const A* weight = a.parameters[0] + int64_t(g) * a.R * a.C + c;
+      const Numbers<A> weight = a.parameters[0].from(int64_t(g) * a.R * a.C + c);
       const A* inner = scratch.inner(g, b);
-      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * load_shared_by_blocks(inner + row);
+      for (int row = k; row < a.R; row += sharers) {
+        total += weight[row * a.C] * load_shared_by_blocks(inner + row);
+      }
     }
   }
   return total;
@@ -320,11 +327,17 @@ MRCN_DEVICE void make_coefficients(
     const Common<A>& a, int64_t i, int64_t block, bool leaves, Shared& shared) {
   const BackwardScratch<P, A> scratch(a, i);
   const int64_t c0 = block * a.cut.channels;
-  over_threads(int64_t(P::inputs) * a.branches() * a.cut.channels, [&](int64_t n) {
-    const int channel = int(n % a.cut.channels), m = int(n / a.cut.channels % P::inputs);
-    const int b = int(n / a.cut.channels / P::inputs);
-    if (c0 + channel < a.C) shared.of_pooled[m][b][channel] = of_pooled(scratch, m, b, c0 + channel);
-  });
+  const int channels = a.cut.channels;
+  over_sums<A>(
+      int64_t(P::inputs) * a.branches() * channels,
+      [&](int64_t n, int k) {
+        const int m = int(n / channels % P::inputs), b = int(n / channels / P::inputs);
+        const int64_t c = c0 + n % channels;
+        return c < a.C ? of_pooled(scratch, m, b, c, k) : A(0);
+      },
+      [&](int64_t n, A total) {
+        shared.of_pooled[n / channels % P::inputs][n / channels / P::inputs][n % channels] = total;
+      });
   __syncthreads();
   over_threads(a.cut.channels, [&](int64_t channel) {
     if (c0 + channel < a.C) map_gradients<P>(a, i, c0 + channel, int(channel), leaves, shared);
@@ -386,12 +399,22 @@ MRCN_DEVICE A pooled(
   return residual_at(plane, load_shared_by_blocks(scratch.extreme(m) + c));
 }
 
-// f(saved, scratch) added up over the samples in their order.
+// to[n] = f(saved, scratch) added up over the samples in their order.
 template <class P, class A, class F>
-MRCN_DEVICE A over_samples(const Common<A>& a, const F& f) {
+MRCN_DEVICE void add_samples(const Common<A>& a, const Numbers<A>& to, int64_t n, const F& f) {
+  constexpr int at_once = 4;  // whose numbers are asked for before the first are there
   A total(0);
-  for (int64_t i = 0; i < a.N; ++i) total += f(Saved<P, A>(a, i), BackwardScratch<P, A>(a, i));
-  return total;
+  for (int64_t first = 0; first < a.N; first += at_once) {
+    A found[at_once];
+    unroll<at_once>([&](auto k) {
+      const int64_t i = first + k.v;
+      found[k.v] = i < a.N ? f(Saved<P, A>(a, i), BackwardScratch<P, A>(a, i)) : A(0);
+    });
+    unroll<at_once>([&](auto k) {
+      if (first + k.v < a.N) total += found[k.v];
+    });
+  }
+  to.set(n, total);
 }
 
 // The parameters of both kinds as one row: γ, β, and of SE and CBAM both layers' weights and biases.
@@ -403,8 +426,8 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   const int64_t norms = P::inputs * a.C, weights = P::gate_count * a.C * a.hidden();
   if (n < 2 * norms) {
     const int which = n < norms ? 0 : 1, m = int(n % norms / a.C);
-    A* to = (which == 0 ? arguments.of_gamma : arguments.of_beta) + n % norms;
-    *to = over_samples<P>(a, [&](const Saved<P, A>&, const Scratch& scratch) {
+    const Numbers<A>& to = which == 0 ? arguments.of_gamma : arguments.of_beta;
+    add_samples<P>(a, to, n % norms, [&](const Saved<P, A>&, const Scratch& scratch) {
       return load_shared_by_blocks(scratch.norm(m, which) + n % a.C);
     });
     return;
@@ -413,7 +436,7 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   if (n < weights) {
     const int64_t c = n % a.C;
     const int row = int(n / a.C % a.R), g = int(n / a.C / a.R);
-    arguments.of_parameters[0][n] = over_samples<P>(a, [&](const Saved<P, A>& saved, const Scratch& scratch) {
+    add_samples<P>(a, arguments.of_parameters[0], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
       A total(0);
       for (int b = 0; b < a.branches(); ++b) {
         total +=
@@ -427,7 +450,7 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   if (n < weights) {
     const int row = int(n % a.R), g = int(n / a.R / a.C);
     const int64_t c = n / a.R % a.C;
-    arguments.of_parameters[2][n] = over_samples<P>(a, [&](const Saved<P, A>& saved, const Scratch& scratch) {
+    add_samples<P>(a, arguments.of_parameters[2], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
       const A before = load_shared_by_blocks(scratch.before(g) + c);
       A total(0);
       for (int b = 0; b < a.branches(); ++b) total += before * saved.hidden(g, b)[row];
@@ -438,7 +461,7 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   n -= weights;
   if (n < P::gate_count * a.R) {
     const int row = int(n % a.R), g = int(n / a.R);
-    arguments.of_parameters[1][n] = over_samples<P>(a, [&](const Saved<P, A>&, const Scratch& scratch) {
+    add_samples<P>(a, arguments.of_parameters[1], n, [&](const Saved<P, A>&, const Scratch& scratch) {
       A total(0);
       for (int b = 0; b < a.branches(); ++b) total += load_shared_by_blocks(scratch.inner(g, b) + row);
       return total;
@@ -448,7 +471,7 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   n -= P::gate_count * a.R;
   const int64_t c = n % a.C;
   const int g = int(n / a.C);
-  arguments.of_parameters[3][n] = over_samples<P>(a, [&](const Saved<P, A>&, const Scratch& scratch) {
+  add_samples<P>(a, arguments.of_parameters[3], n, [&](const Saved<P, A>&, const Scratch& scratch) {
     return A(a.branches()) * load_shared_by_blocks(scratch.before(g) + c);
   });
 }
@@ -469,7 +492,7 @@ MRCN_DEVICE void eca_gradient(const BackwardArguments<T>& arguments, int64_t n) 
              pooled_residual(Saved<P, A>(a, i).plane(modality<P>(g), c + shift));
   }
   for (int mask = 1; mask < warp_lanes; mask *= 2) total += exchange(total, mask);
-  if (lane == 0) arguments.of_parameters[0][n] = total;
+  if (lane == 0) arguments.of_parameters[0].set(n, total);
 }
 
 // Numbers that threads take one each, and (ECA) numbers that warps take.
@@ -525,8 +548,9 @@ int run_backward(const BlockBackward& call, void* scratch, void* stream) {
   constexpr int shared = sizeof(BackwardShared<T, P>);
   static_assert(shared <= most_shared);
   BackwardArguments<T> a{};
-  const int64_t row = backward_row(call.shape, cut<T>(call.shape).blocks);
-  a.common = common<T>(call, 1, last_items(call.shape), row, call.statistics, scratch);
+  const Cut cut = backward_cut<T>(call.shape);
+  const int64_t row = backward_row(call.shape, cut.blocks);
+  a.common = common<T>(call, cut, 1, last_items(call.shape), row, call.statistics, scratch);
   a.singles = single_parameters(call.shape);
   const bool passes = call.shape.mode == Mode::concat;
   for (int m = 0; m < P::inputs; ++m) {
@@ -535,9 +559,9 @@ int run_backward(const BlockBackward& call, void* scratch, void* stream) {
     if (passes) a.passed[m] = call.gradients[m == 0 ? 0 : P::sets + 1];
   }
   for (int set = 0; set < P::sets; ++set) a.gradients[set] = call.gradients[set + (passes ? 1 : 0)];
-  a.of_gamma = static_cast<A*>(call.norm_weight_gradient);
-  a.of_beta = static_cast<A*>(call.norm_bias_gradient);
-  for (int n = 0; n < 4; ++n) a.of_parameters[n] = static_cast<A*>(call.gate_gradient[n]);
+  a.of_gamma = numbers<A>(call, call.norm_weight_gradient);
+  a.of_beta = numbers<A>(call, call.norm_bias_gradient);
+  for (int n = 0; n < 4; ++n) a.of_parameters[n] = numbers<A>(call, call.gate_gradient[n]);
   a.common.wide = lines_aligned<T>(a.inputs, call.shape) && lines_aligned<T>(a.gradients, call.shape) &&
                   lines_aligned<T>(a.passed, call.shape) && lines_aligned<T>(a.input_gradients, call.shape);
 
@@ -555,7 +579,7 @@ int64_t backward_scratch(const BlockShape& shape) {
   int64_t bytes = 0;
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t row = backward_row(shape, cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
+    const int64_t row = backward_row(shape, backward_cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
     bytes = counter_bytes(shape.samples) + shape.samples * row;
     return 0;
   });

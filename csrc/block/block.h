@@ -39,8 +39,10 @@ struct BlockShape {
   ParallelFor parallel;
 };
 
-// Parameters in the accumulation type (double for f64, else float), contiguous.
+// Parameters, contiguous, in the accumulation type (double for f64, else float) or, on a GPU, in the maps'
+// own.
 struct BlockParameters {
+  bool precise;             // in the accumulation type
   const void* norm_weight;  // (modalities, C)
   const void* norm_bias;
   const void* gate[4];  // in the order of gates.py
@@ -63,7 +65,7 @@ struct BlockBackward {
   FeatureMap gradients[6];  // data null: no gradient
   const void* statistics;
   FeatureMap input_gradients[2];
-  void* norm_weight_gradient;  // accumulation type
+  void* norm_weight_gradient;  // in the parameters' type
   void* norm_bias_gradient;
   void* gate_gradient[4];
   bool stream;

@@ -18,6 +18,7 @@ bool streams(const BlockShape& s, int maps, const Tensor& like) {
 
 struct Cpu {
   static constexpr const char* tensor = "a CPU tensor";
+  static constexpr bool converts = true;
   static constexpr ParallelFor parallel = pool;
 
   static bool serves(const Tensor& t) { return t.is_cpu(); }

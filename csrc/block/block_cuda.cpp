@@ -17,6 +17,7 @@ std::string described(const BlockShape& s) {
 
 struct Cuda {
   static constexpr const char* tensor = "a CUDA tensor";
+  static constexpr bool converts = false;
   static constexpr ParallelFor parallel = nullptr;
 
   static bool serves(const Tensor& t) { return is_cuda_tensor(t); }

@@ -61,7 +61,7 @@ struct Ready {
   BlockShape shape;
   BlockParameters parameters;
   Tensors inputs, kept;
-  ScalarType dtype, sums;
+  ScalarType dtype, sums, of_parameters;
   std::vector<int64_t> sizes;
 
   const void* keep(Tensor t) {
@@ -129,9 +129,11 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
   check(width > 0 && (kind != Gate::eca || width % 2 == 1), "gate_parameters of '", gate,
       "': got a width of ", width, ", expected at least 1, of 'eca' an odd one");
   const ScalarType given = norm_weight.scalar_type();
+  ready.of_parameters = Device::converts ? ready.sums : given;
+  ready.parameters.precise = ready.of_parameters == ready.sums;
   const auto keep = [&](const Tensor& p, const char* name, std::initializer_list<int64_t> sizes) {
     check_parameter<Device>(p, name, sizes, first, given);
-    return ready.keep(converted(p, ready.sums));
+    return ready.keep(converted(p, ready.of_parameters));
   };
   ready.kept.reserve(2 + expected);
   ready.parameters.norm_weight = keep(norm_weight, "norm_weight", {modalities(mode), C});
@@ -244,7 +246,7 @@ Gradients backward(Mode mode, const std::vector<std::optional<Tensor>>& gradient
   result.inputs = Device::maps(int(inputs.size()), ready.sizes, inputs[0], pixels, read);
   for (size_t j = 0; j < inputs.size(); ++j) call.input_gradients[j] = map_of(result.inputs[j], pixels);
   const auto like = [&](const Tensor& p) {
-    return Device::empty({p.sizes().begin(), p.sizes().end()}, ready.sums, p, false);
+    return Device::empty({p.sizes().begin(), p.sizes().end()}, ready.of_parameters, p, false);
   };
   result.norm_weight = like(norm_weight);
   result.norm_bias = like(norm_bias);
@@ -271,6 +273,7 @@ using Optional = std::optional<Tensor>;
 // Device is what the operations need of one:
 //
 //   tensor                          its tensors, in words; serves(t): whether t is one
+//   converts                        whether its kernels take parameters in the accumulation type alone
 //   threads(), parallel             the processor's threads, or none
 //   empty(sizes, dtype, like, channels_last)
 //   maps(count, sizes, like, channels_last, beside)   as many such, of `like`'s dtype; see make_maps

@@ -140,38 +140,49 @@ MRCN_INLINE void make_maps(const Plane<V>* p, const V* s, bool to_input, V* k, b
   }
 }
 
+// Sets and inputs are constants below: a GPU has no table `at` to look into, and where nvcc does not know the
+// place when it compiles, it makes a trap of it.
+
 // ∂s of every gate.
 template <class P, class V>
 MRCN_INLINE void make_gate_gradients(const Plane<V>* p, const V* sums, V* ds) {
-  const auto of = [&](int k, int j) { return gate_gradient<V>(p[j], {sums[P::S(k)], sums[P::T(k, j)]}); };
-  ds[0] = of(0, 0);
+  const auto of = [&](auto k, auto j) MRCN_BODY {
+    constexpr int S = P::S(k.v), T = P::T(k.v, j.v);
+    return gate_gradient<V>(p[j.v], {sums[S], sums[T]});
+  };
+  constexpr constant<0> first{}, visible{};
+  ds[0] = of(first, visible);
   if constexpr (P::inputs == 2) {
-    ds[1] = of(3, 1);
-    ds[2] = of(2, 0);
-    ds[3] = of(1, 1);
+    constexpr constant<1> infrared{};
+    ds[1] = of(constant<3>{}, infrared);
+    ds[2] = of(constant<2>{}, visible);
+    ds[3] = of(constant<1>{}, infrared);
   } else if constexpr (P::mode == Mode::snr) {
-    ds[0] -= of(1, 0);
+    ds[0] -= of(constant<1>{}, visible);
   }
 }
 
 // U = Σ H c and V = Σ H of every input.
 template <class P, class R>
 MRCN_INLINE void make_moments(const R* s, bool to_input, const R* sums, R* U, R* V) {
-  const auto add = [&](auto weight, int k, int j) {
-    U[j] += weight * sums[P::T(k, j)];
-    V[j] += weight * sums[P::S(k)];
+  const auto add = [&](auto weight, auto k, auto j) MRCN_BODY {
+    constexpr int S = P::S(k.v), T = P::T(k.v, j.v);
+    U[j.v] += weight * sums[T];
+    V[j.v] += weight * sums[S];
   };
+  constexpr constant<0> first{}, visible{};
   unroll<P::inputs>([&](auto j) MRCN_BODY { U[j.v] = V[j.v] = R{}; });
-  add(share_of_normalized(s[0], to_input), 0, 0);
+  add(share_of_normalized(s[0], to_input), first, visible);
   if constexpr (P::inputs == 2) {
-    add(share_of_normalized(s[1], to_input), 3, 1);
-    add(1, 1, 0);
-    add(1, 2, 1);
-    add(-s[2], 2, 0);
-    add(-s[3], 1, 1);
+    constexpr constant<1> infrared{};
+    add(share_of_normalized(s[1], to_input), constant<3>{}, infrared);
+    add(1, constant<1>{}, visible);
+    add(1, constant<2>{}, infrared);
+    add(-s[2], constant<2>{}, visible);
+    add(-s[3], constant<1>{}, infrared);
   } else if constexpr (P::mode == Mode::snr) {
-    add(s[0], 1, 0);
-    add(1, 2, 0);
+    add(s[0], constant<1>{}, visible);
+    add(1, constant<2>{}, visible);
   }
 }
 

@@ -97,6 +97,9 @@ class Step:
         self.model.plugs = nn.ModuleList([joined])
 
     def __call__(self) -> Tensor:
+        if "CUDA graphs" in self.plan.added:
+            # The stem runs twice a step: without this its second run would count as a new step's.
+            torch.compiler.cudagraph_mark_step_begin()
         with self._autocast():
             parts = self.loss(self.model(*self.images), self.labels)
         self.optimizer.zero_grad(set_to_none=True)
