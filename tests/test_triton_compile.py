@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mrcn_fast.backends.triton import block  # noqa: E402
+from mrcn_fast.backends.triton.launching import Arguments, Launcher  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -51,10 +52,13 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[L
     """What the launchers would have launched."""
     found: list[Launch] = []
 
-    def record(kernel: Any, _: int, __: Any, arguments: Any, constants: Any, warps: int) -> None:
-        found.append(Launch(kernel, (*arguments, constants), warps))
+    def record(launcher: Launcher, _: int, given: Arguments) -> None:
+        arguments = launcher.arrange(given.tensors, given.integers, given.numbers)
+        found.append(
+            Launch(launcher.kernel, (*arguments, *launcher.constants), launcher.options["num_warps"])
+        )
 
-    monkeypatch.setattr(block, "_launch", record)
+    monkeypatch.setattr(Launcher, "__call__", record)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     yield found
 

@@ -45,7 +45,7 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that every loop, mask and partial sum has several rounds."""
-    monkeypatch.setattr(block, "configure", lambda *_: block.Config(2, 4, 2, 4, 8, 4))
+    monkeypatch.setattr(block, "configure", lambda *_: block.Config(2, 4, 4, 2, 4, 4, 2, 2, 4, 8, 4))
     monkeypatch.setattr(block, "LAYER_CHANNELS", 2)
     monkeypatch.setattr(block, "LAYER_HIDDEN", 2)
     block.plan.cache_clear()

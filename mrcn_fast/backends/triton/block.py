@@ -17,7 +17,6 @@ restitution alone has to give the bits that the pair gives. The kernels wait for
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -29,6 +28,7 @@ from torch import Tensor
 from mrcn_fast.backends import shapes
 from mrcn_fast.backends.triton.block_backward import gradient_kernel, sums_kernel
 from mrcn_fast.backends.triton.block_forward import output_kernel, statistics_kernel
+from mrcn_fast.backends.triton.launching import Arguments, Launcher, on_device
 
 MODES = shapes.MODES
 
@@ -38,12 +38,17 @@ MODES = shapes.MODES
 class Config(NamedTuple):
     """Channels and pixels of a tile, and of what a program takes."""
 
-    channels: int  # a program of the first launches takes so many,
-    pixels: int  # in tiles of so many
-    tile_channels: int  # a program of the second launches,
-    tile_pixels: int
-    chunk: int  # over so many pixels
+    channels: int  # a program of the first launches takes so many:
+    pixels: int  # the statistics' in tiles of so many,
     warps: int
+    ahead: int  # of which so many are read before one is waited for;
+    sums_pixels: int  # the same of the sums', which read up to six maps
+    sums_warps: int
+    sums_ahead: int
+    tile_channels: int  # a program of the second launches takes so many,
+    tile_pixels: int  # in tiles of so many,
+    chunk: int  # over so many pixels
+    tile_warps: int
 
 
 # Blocks a sample: every program of a second launch adds up the shares of all of them.
@@ -53,27 +58,41 @@ LAYER_CHANNELS, LAYER_HIDDEN, LAYER_WEIGHTS = 64, 32, 1024
 
 
 def configure(channels: int, length: int, pixels: bool, element_size: int) -> Config:
-    """The configuration of a shape class: no measurement stands behind it yet.
+    """The configuration of a shape class, after timings on an H200 at 16x64x72x32 and 16x256x72x32.
 
-    It may not depend on the mode: the order of a sum is part of the result. A tile is 8 elements a thread
-    (the ten sums of the backward are carried by every lane), in float64 half as many; also where the second
-    launches would hold every coefficient of 8 channels a thread. Blocks of channels are as small as
-    `MOST_BLOCKS` allows, but where a pixel's channels are contiguous at least the 32 bytes that memory gives
-    at once.
+    The first launches wait for memory: where there are few programs, 8 warps took half the time of 4 (C = 64,
+    channels_last), and so they read ahead. In the second launches every program makes its gates first, at a
+    cost that grows with C²: at C = 256 it takes 576 pixels to make up for it, at C = 64 more programs of 64
+    are better. Blocks of channels are as small as `MOST_BLOCKS` allows, but where a pixel's channels are
+    contiguous 16, or 8 where there are few.
+
+    It may depend neither on the mode nor on the batch: the order of a sum is part of the result.
     """
-    tile = 512 if element_size == 8 else 1024
-    second = 512 if pixels and element_size == 2 else tile
-    least = 32 // element_size if pixels else 4
+    double, few = element_size == 8, channels <= 64
+    least = (4 if double else 8 if few else 16) if pixels else 4
     block = max(_power(-(-channels // MOST_BLOCKS)), min(least, _power(channels)))
     tile_channels = max(block, min(64, _power(channels))) if pixels else block
-    tile_pixels = max(1, second // tile_channels)
+    warps = 8 if double or pixels or block > 32 else 4
+    tile = 512 if double else 256 * warps
+    sums_warps = 8 if double or (pixels and channels <= 128) or block > 32 else 4
+    sums_tile = 512 if double else 1024
+    second = 512 if double or (few and pixels and element_size == 2) else 1024 if few else 2048
+    tile_warps = 8 if double or block > 32 or (element_size == 4 and not (few or pixels)) else 4
+    tile_pixels = max(1, min(_power(length), second // tile_channels))
+    enough = max(64, channels**2 // 128) if pixels else max(768, channels**2 // 32)
+    chunk = -(-length // max(1, length // enough))
     return Config(
         channels=block,
         pixels=max(1, min(_power(length), tile // block)),
+        warps=warps,
+        ahead=4,
+        sums_pixels=max(1, min(_power(length), sums_tile // block)),
+        sums_warps=sums_warps,
+        sums_ahead=2 if double or sums_warps == 4 else 4,
         tile_channels=tile_channels,
-        tile_pixels=min(_power(length), tile_pixels),
-        chunk=8 * tile_pixels,
-        warps=8 if element_size == 8 or block > 32 else 4,
+        tile_pixels=tile_pixels,
+        chunk=-(-chunk // tile_pixels) * tile_pixels,
+        tile_warps=tile_warps,
     )
 
 
@@ -95,6 +114,7 @@ class Constants:
     PIXELS: bool  # channels_last
     BC: int  # channels of a tile
     BL: int  # pixels of a tile
+    AHEAD: int  # tiles that a program of a first launch reads before it waits for any
     CHUNK: int  # pixels of a program
     PC: int  # channels of a program that makes the parameters' gradients
     EPS: float
@@ -145,18 +165,19 @@ GATES = ("se", "eca", "cbam-channel")
 
 
 class Plan(NamedTuple):
-    """What follows from shapes and settings: the kernels' constants, programs, lengths of rows."""
+    """What follows from shapes and settings: the kernels with their constants, programs, lengths of rows."""
 
-    statistics: Constants
-    first: Constants
-    second: Constants
-    second_programs: int  # that write pixels
-    parameter_programs: int  # a call
+    statistics: Launcher
+    output: Launcher
+    sums: Launcher
+    gradient: Launcher
+    blocks: int  # programs of a first launch a sample (and modality),
+    second_programs: int  # of a second launch that write pixels,
+    parameter_programs: int  # and of the backward's, a call
     chunks: int
     saved_row: int  # numbers a sample that the forward leaves to its backward,
     forward_row: int  # and scratch of each
     backward_row: int
-    warps: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -182,7 +203,8 @@ def plan(
         BLOCKS=blocks,
         PIXELS=pixels,
         BC=config.channels,
-        BL=config.pixels,
+        BL=config.sums_pixels,
+        AHEAD=_reads_ahead(config, mode, gate),
         CHUNK=config.chunk,
         PC=min(LAYER_CHANNELS, _power(channels)),
         EPS=0.0,
@@ -190,68 +212,106 @@ def plan(
     )
     # The same kernel for every mode of as many modalities.
     alike = "pair" if first.MODALITIES == 2 else "restitute"
-    statistics = replace(first, MODE=alike, TO_INPUT=False, EPS=eps)
-    second = replace(first, BC=config.tile_channels, BL=config.tile_pixels)
+    statistics = replace(first, MODE=alike, TO_INPUT=False, EPS=eps, BL=config.pixels, AHEAD=config.ahead)
+    second = replace(first, BC=config.tile_channels, BL=config.tile_pixels, AHEAD=1)
     chunks = -(-length // config.chunk)
     of_norm = first.MODALITIES * -(-channels // first.PC)
     of_gate = first.GATES * (1 if gate == "eca" else first.PARTS * -(-channels // first.PC))
     shares = 0 if gate == "eca" else blocks * first.GATES * hidden
     return Plan(
-        statistics,
-        first,
-        second,
+        _launcher(statistics_kernel, statistics, config.warps, lambda t, i, _: (*t[:7], *i)),
+        _launcher(output_kernel, second, config.tile_warps, lambda t, i, n: (*t, *i, *n)),
+        _launcher(sums_kernel, first, config.sums_warps, lambda t, i, n: (*t[:14], *i, n[0])),
+        _launcher(gradient_kernel, second, config.tile_warps, lambda t, i, n: (*t[:11], *t[14:], *i, *n)),
+        blocks,
         chunks * -(-channels // config.tile_channels),
         of_norm + of_gate,
         chunks,
         shapes.saved_row(mode, gate, hidden, channels),
         first.MODALITIES * channels + shares * first.BRANCHES,
         first.PLANES * channels + shares,
-        config.warps,
     )
+
+
+def _reads_ahead(config: Config, mode: str, gate: str) -> int:
+    """Tiles that the sums read at once, as many as registers allow: it decides no bit of the result."""
+    if gate == "cbam-channel":  # carries the extremes too
+        return min(2, config.sums_ahead)
+    return config.sums_ahead if MODES[mode].modalities == 2 else 2 * config.sums_ahead
 
 
 # --- launchers --------------------------------------------------------------------------------------------
 
 
-def _launch(
-    kernel: Any,
-    programs: int,
-    device: torch.device,
-    arguments: Sequence[Any],
-    constants: Constants,
-    warps: int,
-) -> None:
-    if device.type == "cuda" and device.index != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            kernel[(programs,)](*arguments, constants, num_warps=warps, enable_fp_fusion=False)
-    else:
-        kernel[(programs,)](*arguments, constants, num_warps=warps, enable_fp_fusion=False)
+def _launcher(kernel: Any, constants: Constants, warps: int, arrange: Callable[..., Any]) -> Launcher:
+    return Launcher(kernel, (constants,), arrange, num_warps=warps, enable_fp_fusion=False)
 
 
-NO_MAP = (None, 0, 0)
+class Layout(NamedTuple):
+    """What strides say of a feature map: found out once, not at every call."""
+
+    pixels: bool  # the kernels read a call whose first map it is as channels_last
+    readable: tuple[bool, bool]  # as NCHW, as channels_last
+    pitch: tuple[int, int]  # between planes, between pixels
+    dense: bool  # results beside it have its strides
 
 
-def _strided(x: Tensor | None, pixels: bool) -> tuple[Tensor | None, int, int]:
-    """``x`` as the kernels take it, with strides: the sample's, the plane's or (pixels) the pixel's."""
-    if x is None:
-        return NO_MAP
-    x = shapes.in_layout(x, pixels)
-    return x, x.stride(0), shapes.pixel_pitch(x) if pixels else x.stride(1)
-
-
-def _padded(values: Sequence[Any], number: int) -> tuple[Any, ...]:
-    return (*values, *[None] * (number - len(values)))
+@functools.lru_cache(maxsize=1024)
+def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+    x = torch.empty_strided(shape, strides, device="meta")
+    like = shapes.empties_like(x, shape[0], 1)[0]
+    return Layout(
+        shapes.reads_pixels(x),
+        (shapes.is_planes(x), shapes.is_pixels(x)),
+        (x.stride(1), shapes.pixel_pitch(x)),
+        strides == like.stride() == torch.empty_like(x).stride(),
+    )
 
 
 def _plan_for(
-    mode: str, first: Tensor, gate_parameters: Sequence[Tensor], gate: str, eps: float, to_input: bool
+    mode: str,
+    first: Tensor,
+    layout: Layout,
+    gate_parameters: Sequence[Tensor],
+    gate: str,
+    eps: float,
+    to_input: bool,
 ) -> Plan:
     if gate not in GATES:
         raise RuntimeError(f"gate: got {gate!r}, expected one of {', '.join(map(repr, GATES))}")
     _, channels, height, width = first.shape
-    pixels = shapes.reads_pixels(first)
     hidden = gate_parameters[0].shape[1]
-    return plan(mode, gate, to_input, eps, hidden, channels, height * width, pixels, first.dtype)
+    return plan(mode, gate, to_input, eps, hidden, channels, height * width, layout.pixels, first.dtype)
+
+
+def _in_layout(maps: Sequence[Tensor | None], pixels: bool) -> tuple[list[Tensor | None], list[int]]:
+    """Maps as the kernels take them, and two strides of each: the sample's, the plane's or the pixel's."""
+    readable: list[Tensor | None] = []
+    strides: list[int] = []
+    for x in maps:
+        if x is None:
+            strides += 0, 0
+        else:
+            given = x.stride()
+            layout = _layout(x.shape, given)
+            if not layout.readable[pixels]:
+                x = shapes.in_layout(x, pixels)
+                given = x.stride()
+                layout = _layout(x.shape, given)
+            strides += given[0], layout.pitch[pixels]
+        readable.append(x)
+    return readable, strides
+
+
+def _empties_like(x: Tensor, layout: Layout, batch: int, number: int) -> list[Tensor]:
+    if layout.dense and batch == x.shape[0]:
+        return [torch.empty_like(x) for _ in range(number)]
+    return shapes.empties_like(x, batch, number)
+
+
+def _contiguous(parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """A gate's parameters, contiguous, and None for those that it does not have."""
+    return [*[p.contiguous() for p in parameters], *[None] * (4 - len(parameters))]
 
 
 def _forward(
@@ -266,38 +326,29 @@ def _forward(
 ) -> tuple[Tensor, ...]:
     """The made sets (concat: all six in one tensor), then what the backward needs of each sample."""
     first = inputs[0]
-    p = _plan_for(mode, first, gate_parameters, gate, eps, to_input)
-    samples, channels, length = first.shape[0], first.shape[1], first.shape[2] * first.shape[3]
+    layout = _layout(first.shape, first.stride())
+    p = _plan_for(mode, first, layout, gate_parameters, gate, eps, to_input)
+    samples, channels, height, width = first.shape
     modalities, _, sets = MODES[mode]
     count, batch = (1, 6 * samples) if mode == "concat" else (sets, samples)
-    made = shapes.empties_like(first, batch, count)
+    made = _empties_like(first, layout, batch, count)
     precise = shapes.precise(first.dtype)
     statistics = first.new_empty((samples, p.saved_row), dtype=precise)
     if samples == 0:
         return (*made, statistics)
     scratch = first.new_empty((samples, p.forward_row), dtype=precise)
-    maps = [_strided(x, p.first.PIXELS) for x in inputs]
-    read = (*maps[0], *(maps[1] if modalities == 2 else NO_MAP))
+    maps, strides = _in_layout([*inputs, *[None] * (2 - modalities)], layout.pixels)
     norm = norm_weight.contiguous(), norm_bias.contiguous()
-    parameters = _padded([q.contiguous() for q in gate_parameters], 4)
-    rows = p.saved_row, p.forward_row
-    _launch(
-        statistics_kernel,
-        p.first.BLOCKS * modalities * samples,
+    first_weight, *parameters = _contiguous(gate_parameters)
+    given = Arguments(
         first.device,
-        (*read, *norm, parameters[0], statistics, scratch, channels, length, *rows),
-        p.statistics,
-        p.warps,
+        [*maps, *norm, first_weight, statistics, scratch, *parameters, *made, *[None] * (4 - count)],
+        (*strides, channels, height * width, p.saved_row, p.forward_row),
+        (samples, p.chunks),
     )
-    written = (*_padded(made, 4), samples, channels, length, p.chunks, *rows)
-    _launch(
-        output_kernel,
-        p.second_programs * samples,
-        first.device,
-        (*read, *norm, *parameters, statistics, scratch, *written),
-        p.second,
-        p.warps,
-    )
+    with on_device(first.device):
+        p.statistics(p.blocks * modalities * samples, given)
+        p.output(p.second_programs * samples, given)
     return (*made, statistics)
 
 
@@ -314,40 +365,30 @@ def _backward(
 ) -> tuple[Any, ...]:
     """Gradients of the inputs, norm_weight, norm_bias and (a list) the gate's parameters."""
     first = inputs[0]
-    p = _plan_for(mode, first, gate_parameters, gate, 0.0, to_input)
-    samples, channels, length = first.shape[0], first.shape[1], first.shape[2] * first.shape[3]
-    of_inputs = shapes.empties_like(first, samples, len(inputs))
+    layout = _layout(first.shape, first.stride())
+    p = _plan_for(mode, first, layout, gate_parameters, gate, 0.0, to_input)
+    samples, channels, height, width = first.shape
+    of_inputs = _empties_like(first, layout, samples, len(inputs))
     of_norm = [shapes.dense_like(q) for q in (norm_weight, norm_bias)]
     of_gate = [shapes.dense_like(q) for q in gate_parameters]
     scratch = first.new_empty((samples, p.backward_row), dtype=statistics.dtype)
-    maps = [_strided(x, p.first.PIXELS) for x in inputs]
-    given = [_strided(g, p.first.PIXELS) for g in gradients]
     if mode == "concat":  # one tensor holds every set's
-        given *= 4
-    maps += [NO_MAP] * (2 - len(maps))
-    given += [NO_MAP] * (4 - len(given))
+        gradients = [*gradients] * 4
+    absent = [None] * (2 - len(inputs))
+    maps, strides = _in_layout([*inputs, *absent, *gradients, *[None] * (4 - len(gradients))], layout.pixels)
     norm = norm_weight.contiguous(), norm_bias.contiguous()
-    parameters = _padded([q.contiguous() for q in gate_parameters], 4)
-    read = (*itertools.chain(*maps, *given), *norm)
-    rows = p.saved_row, p.backward_row
-    if samples > 0:
-        _launch(
-            sums_kernel,
-            p.first.BLOCKS * samples,
-            first.device,
-            (*read, *parameters, statistics, scratch, samples, channels, length, *rows),
-            p.first,
-            p.warps,
-        )
-    made = (*_padded(of_inputs, 2), *of_norm, *_padded(of_gate, 4))
-    _launch(
-        gradient_kernel,
-        p.parameter_programs + p.second_programs * samples,
+    first_weight, *parameters = _contiguous(gate_parameters)
+    made = [*of_inputs, *absent, *of_norm, *of_gate, *[None] * (4 - len(of_gate))]
+    given = Arguments(
         first.device,
-        (*read, parameters[0], statistics, scratch, *made, samples, channels, length, p.chunks, *rows),
-        p.second,
-        p.warps,
+        [*maps, *norm, first_weight, statistics, scratch, *parameters, *made],
+        (*strides, channels, height * width, p.saved_row, p.backward_row),
+        (samples, p.chunks),
     )
+    with on_device(first.device):
+        if samples > 0:
+            p.sums(p.blocks * samples, given)
+        p.gradient(p.parameter_programs + p.second_programs * samples, given)
     return (*of_inputs, *of_norm, of_gate)
 
 

@@ -77,41 +77,42 @@ def _leave_gradient(scratch, shares, weights, g, gradient, s, c, inside, C, K: t
 @triton.jit(do_not_specialize=["samples"])
 def sums_kernel(
     x0,
-    x0_sample,
-    x0_pitch,
     x1,
-    x1_sample,
-    x1_pitch,
     g0,
-    g0_sample,
-    g0_pitch,
     g1,
-    g1_sample,
-    g1_pitch,
     g2,
-    g2_sample,
-    g2_pitch,
     g3,
-    g3_sample,
-    g3_pitch,
     gamma,
     beta,
     p0,
+    statistics,
+    scratch,
     p1,
     p2,
     p3,
-    statistics,
-    scratch,
-    samples,
+    x0_sample,
+    x0_pitch,
+    x1_sample,
+    x1_pitch,
+    g0_sample,
+    g0_pitch,
+    g1_sample,
+    g1_pitch,
+    g2_sample,
+    g2_pitch,
+    g3_sample,
+    g3_pitch,
     C,
     L,
     saved_row,
     scratch_row,
+    samples,
     K: tl.constexpr,
 ):
     """All sums over the planes of one block of channels of one sample, and the gates' gradients from them."""
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
+    AHEAD: tl.constexpr = K.AHEAD
     program = tl.program_id(0)
     block = program % K.BLOCKS
     i = (program // K.BLOCKS).to(tl.int64)
@@ -146,36 +147,44 @@ def sums_kernel(
             sign1 = tl.where(1.0 - a1 >= 0.0, 1.0, -1.0).to(K.A)
             best1, count1 = tl.full((BC, BL), float("-inf"), K.A), zero
 
-    for first in range(0, L, BL):
-        px = first + tl.arange(0, BL)
-        here = inside[:, None] & (px < L)[None, :]
-        value0 = read_tile(x0, c, px, here, x0_pitch, True, K)
-        centered0 = value0 - mean0[:, None]
-        gradient0 = _gradient(g0, c, px, here, g0_pitch, zero, True, K)
-        S0 += gradient0
-        T0 += gradient0 * centered0
-        if K.MODE != "restitute":
-            gradient1 = _gradient(g1, c, px, here, g1_pitch, zero, True, K)
-            gradient2 = _gradient(g2, c, px, here, g2_pitch, zero, True, K)
-            S1 += gradient1
-            S2 += gradient2
-        if K.MODE == "snr":
-            T1 += gradient1 * centered0
-            T2 += gradient2 * centered0
-        if K.GATE == "cbam-channel":
-            best0, count0 = _count_extremes(value0 * sign0[:, None], here, best0, count0)
-        if K.MODALITIES == 2:
-            value1 = read_tile(x1, c, px, here, x1_pitch, True, K)
-            centered1 = value1 - mean1[:, None]
-            gradient3 = _gradient(g3, c, px, here, g3_pitch, zero, True, K)
-            S3 += gradient3
-            T3 += gradient3 * centered1
-            T10 += gradient1 * centered0
-            T1 += gradient1 * centered1
-            T2 += gradient2 * centered0
-            T21 += gradient2 * centered1
+    for first in range(0, L, BL * AHEAD):
+        tiles = ()  # type: tuple
+        for ahead in tl.static_range(AHEAD):  # every read is on its way before the first is waited for
+            px = first + ahead * BL + tl.arange(0, BL)
+            here = inside[:, None] & (px < L)[None, :]
+            value0 = read_tile(x0, c, px, here, x0_pitch, True, K)
+            gradient0 = _gradient(g0, c, px, here, g0_pitch, zero, True, K)
+            value1, gradient1, gradient2, gradient3 = zero, zero, zero, zero
+            if K.MODE != "restitute":
+                gradient1 = _gradient(g1, c, px, here, g1_pitch, zero, True, K)
+                gradient2 = _gradient(g2, c, px, here, g2_pitch, zero, True, K)
+            if K.MODALITIES == 2:
+                value1 = read_tile(x1, c, px, here, x1_pitch, True, K)
+                gradient3 = _gradient(g3, c, px, here, g3_pitch, zero, True, K)
+            tiles += ((here, value0, value1, gradient0, gradient1, gradient2, gradient3),)
+        for ahead in tl.static_range(AHEAD):
+            here, value0, value1, gradient0, gradient1, gradient2, gradient3 = tiles[ahead]
+            centered0 = value0 - mean0[:, None]
+            S0 += gradient0
+            T0 += gradient0 * centered0
+            if K.MODE != "restitute":
+                S1 += gradient1
+                S2 += gradient2
+            if K.MODE == "snr":
+                T1 += gradient1 * centered0
+                T2 += gradient2 * centered0
             if K.GATE == "cbam-channel":
-                best1, count1 = _count_extremes(value1 * sign1[:, None], here, best1, count1)
+                best0, count0 = _count_extremes(value0 * sign0[:, None], here, best0, count0)
+            if K.MODALITIES == 2:
+                centered1 = value1 - mean1[:, None]
+                S3 += gradient3
+                T3 += gradient3 * centered1
+                T10 += gradient1 * centered0
+                T1 += gradient1 * centered1
+                T2 += gradient2 * centered0
+                T21 += gradient2 * centered1
+                if K.GATE == "cbam-channel":
+                    best1, count1 = _count_extremes(value1 * sign1[:, None], here, best1, count1)
 
     s0 = gate_value(planes, shares, parameters, 0, c, inside, 0, C, False, K)
     sum0, moment0 = tl.sum(S0, axis=1), tl.sum(T0, axis=1)
@@ -484,23 +493,11 @@ def _input_gradients(
 @triton.jit(do_not_specialize=["samples", "chunks"])
 def gradient_kernel(
     x0,
-    x0_sample,
-    x0_pitch,
     x1,
-    x1_sample,
-    x1_pitch,
     g0,
-    g0_sample,
-    g0_pitch,
     g1,
-    g1_sample,
-    g1_pitch,
     g2,
-    g2_sample,
-    g2_pitch,
     g3,
-    g3_sample,
-    g3_pitch,
     gamma,
     beta,
     p0,
@@ -514,12 +511,24 @@ def gradient_kernel(
     d1,
     d2,
     d3,
-    samples,
+    x0_sample,
+    x0_pitch,
+    x1_sample,
+    x1_pitch,
+    g0_sample,
+    g0_pitch,
+    g1_sample,
+    g1_pitch,
+    g2_sample,
+    g2_pitch,
+    g3_sample,
+    g3_pitch,
     C,
     L,
-    chunks,
     saved_row,
     scratch_row,
+    samples,
+    chunks,
     K: tl.constexpr,
 ):
     """The parameters' gradients in the first programs, the inputs' in the rest.

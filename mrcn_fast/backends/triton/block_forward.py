@@ -34,6 +34,7 @@ def _moments(x, pitch, c, inside, L, K: tl.constexpr):
     """
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
+    AHEAD: tl.constexpr = K.AHEAD
     lane = tl.arange(0, BL)
     pivot = tl.load(places(x, c, tl.zeros((1,), tl.int32), pitch, K), mask=inside[:, None], other=0.0)
     pivot = pivot.to(K.A)
@@ -41,19 +42,23 @@ def _moments(x, pitch, c, inside, L, K: tl.constexpr):
     squares = tl.zeros((BC, BL), K.A)
     high = tl.full((BC, BL), float("-inf"), K.A)
     low = tl.full((BC, BL), float("inf"), K.A)
-    met = tl.full((1, 1), 0.0, K.A)
-    for first in range(0, L, BL):
-        px = first + lane
-        here = inside[:, None] & (px < L)[None, :]
-        pixel = read_tile(x, c, px, here, pitch, True, K)
-        met += 1.0
-        delta = (pixel - pivot) - mean
-        joined = mean + delta / met
-        squares += tl.where(here, delta * ((pixel - pivot) - joined), 0.0)
-        mean = tl.where(here, joined, mean)
-        if K.GATE == "cbam-channel":
-            high = tl.where(here & (pixel > high), pixel, high)
-            low = tl.where(here & (pixel < low), pixel, low)
+    met = tl.full((), 0.0, K.A)
+    for first in range(0, L, BL * AHEAD):
+        tiles = ()  # type: tuple
+        for ahead in tl.static_range(AHEAD):  # every read is on its way before the first is waited for
+            px = first + ahead * BL + lane
+            here = inside[:, None] & (px < L)[None, :]
+            tiles += ((here, read_tile(x, c, px, here, pitch, True, K)),)
+        for ahead in tl.static_range(AHEAD):
+            here, pixel = tiles[ahead]
+            met += 1.0
+            delta = (pixel - pivot) - mean
+            joined = mean + delta * (1.0 / met)
+            squares += tl.where(here, delta * ((pixel - pivot) - joined), 0.0)
+            mean = tl.where(here, joined, mean)
+            if K.GATE == "cbam-channel":
+                high = tl.where(here & (pixel > high), pixel, high)
+                low = tl.where(here & (pixel < low), pixel, low)
     count = ((L + BL - 1 - lane) // BL).to(K.A)[None, :]
     length = tl.cast(L, K.A)
     shift = tl.sum(mean * count, axis=1) / length
@@ -106,16 +111,16 @@ def _describe(x, pitch, gamma, beta, p0, statistics, scratch, block, m, C, L, K:
 @triton.jit
 def statistics_kernel(
     x0,
-    x0_sample,
-    x0_pitch,
     x1,
-    x1_sample,
-    x1_pitch,
     gamma,
     beta,
     p0,
     statistics,
     scratch,
+    x0_sample,
+    x0_pitch,
+    x1_sample,
+    x1_pitch,
     C,
     L,
     saved_row,
@@ -142,29 +147,29 @@ def statistics_kernel(
 @triton.jit(do_not_specialize=["samples", "chunks"])
 def output_kernel(
     x0,
-    x0_sample,
-    x0_pitch,
     x1,
-    x1_sample,
-    x1_pitch,
     gamma,
     beta,
     p0,
+    statistics,
+    scratch,
     p1,
     p2,
     p3,
-    statistics,
-    scratch,
     y0,
     y1,
     y2,
     y3,
-    samples,
+    x0_sample,
+    x0_pitch,
+    x1_sample,
+    x1_pitch,
     C,
     L,
-    chunks,
     saved_row,
     scratch_row,
+    samples,
+    chunks,
     K: tl.constexpr,
 ):
     """Every set of one block of channels of one sample, over K.CHUNK pixels, a program."""

@@ -11,7 +11,7 @@ protocol as a model).
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mrcn_fast.backends import shapes
+from mrcn_fast.backends.triton.launching import Arguments, Launcher, on_device
 
 # What a sample is. The forward leaves it behind the weights, and the backward of all but leaders is one load.
 LONELY = tl.constexpr(0)  # only one modality has its identity
@@ -546,13 +547,6 @@ def _kept_zero(device: torch.device, stream: torch.cuda.Stream) -> Tensor:
         return thread.submit(make).result()
 
 
-def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it ``device`` where it is another."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def six(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """A tensor for each set; a stack's six times."""
     return tuple(tensors) if len(tensors) == 6 else (tensors[0],) * 6
@@ -570,6 +564,21 @@ def constants(dtype: torch.dtype, samples: int, dimensions: int, warps: int) -> 
         "DIMENSIONS": min(columns, triton.next_power_of_2(max(1, dimensions))),
         "MEMBERS": MEMBERS,
     }
+
+
+@functools.cache
+def _launcher(
+    kernel: Any, arrange: Callable[..., tuple[Any, ...]], warps: int, flags: tuple[bool, ...], *sizes: Any
+) -> Launcher:
+    return Launcher(kernel, (*flags, *sizes), arrange, num_warps=warps, **OPTIONS)
+
+
+def _forward_arguments(t: Sequence[Any], i: tuple[int, ...], n: tuple[float, ...]) -> tuple[Any, ...]:
+    return (tuple(t[:6]), i[:6], *t[6:], *n, i[6])
+
+
+def _backward_arguments(t: Sequence[Any], i: tuple[int, ...], n: tuple[float, ...]) -> tuple[Any, ...]:
+    return (t[12], i[7], tuple(t[:6]), i[:6], tuple(t[6:12]), *t[13:], *n, i[6])
 
 
 def forward(
@@ -592,27 +601,19 @@ def forward(
     number, identities = labels.new_empty(()), torch.empty_like(labels)
     weights = first.new_empty(9 * visible + infrared, dtype=dtype)
     sets = six(readable)
+    chosen = constants(first.dtype, max(visible, infrared), dimensions, FORWARD_WARPS)
+    flags = (len(features) == 1,)
+    launch = _launcher(forward_kernel, _forward_arguments, FORWARD_WARPS, flags, *chosen.values())
     with on_device(first.device):
-        forward_kernel[(visible + infrared,)](
-            sets,
-            tuple(f.stride(0) for f in sets),
-            labels,
-            infrared_labels,
-            losses,
-            identities,
-            weights,
-            total,
-            number,
-            arrivals_counter(first.device),
-            margin,
-            visible,
-            infrared,
-            dimensions,
-            STACKED=len(features) == 1,
-            **constants(first.dtype, max(visible, infrared), dimensions, FORWARD_WARPS),
-            num_warps=FORWARD_WARPS,
-            **OPTIONS,
+        arrivals = arrivals_counter(first.device)
+        made = losses, identities, weights, total, number, arrivals
+        given = Arguments(
+            first.device,
+            [*sets, labels, infrared_labels, *made],
+            (*[f.stride(0) for f in sets], dimensions),
+            (margin, visible, infrared),
         )
+        launch(visible + infrared, given)
     return total, losses, identities, number, weights
 
 
@@ -632,25 +633,16 @@ def backward(
     stacked = first.new_empty((3 * (visible + infrared), dimensions))
     chosen = constants(first.dtype, max(visible, infrared), dimensions, BACKWARD_WARPS)
     sets = six(readable)
+    flags = len(features) == 1, detach_negative
+    launch = _launcher(backward_kernel, _backward_arguments, BACKWARD_WARPS, flags, *chosen.values())
+    given = Arguments(
+        first.device,
+        [*sets, *six([stacked]), gradient, labels, infrared_labels, weights],
+        (*[f.stride(0) for f in sets], dimensions, gradient.stride(0) if gradient.dim() else 0),
+        (visible, infrared),
+    )
     with on_device(first.device):
-        backward_kernel[((visible + infrared) * triton.cdiv(dimensions, chosen["DIMENSIONS"]),)](
-            gradient,
-            gradient.stride(0) if gradient.dim() else 0,
-            sets,
-            tuple(f.stride(0) for f in sets),
-            six([stacked]),
-            labels,
-            infrared_labels,
-            weights,
-            visible,
-            infrared,
-            dimensions,
-            STACKED=len(features) == 1,
-            DETACH=detach_negative,
-            **chosen,
-            num_warps=BACKWARD_WARPS,
-            **OPTIONS,
-        )
+        launch((visible + infrared) * triton.cdiv(dimensions, chosen["DIMENSIONS"]), given)
     return stacked
 
 

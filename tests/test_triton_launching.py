@@ -1,0 +1,130 @@
+"""What a launch remembers: when it goes straight to what was compiled before, with a stand-in for Triton."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton has no build for this machine")
+
+from mrcn_fast.backends.triton import launching
+from mrcn_fast.backends.triton.launching import Arguments, Launcher
+
+CPU = torch.device("cpu")
+INTEGERS = (512, 64, 16)
+# Room to begin at any address: a view of it is a multiple of 16 or not as the test likes.
+MEMORY = torch.zeros(256)
+
+
+class Compiled:
+    """What Triton compiled for one call."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, int, int]) -> Any:
+        return lambda *arguments: self.launches.append((grid, arguments))
+
+
+class Kernel:
+    """A kernel that compiles at every call."""
+
+    def __init__(self) -> None:
+        self.made: list[Compiled] = []
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def call(*arguments: Any, **options: Any) -> Compiled:
+            self.calls.append((grid, arguments, options))
+            self.made.append(Compiled())
+            return self.made[-1]
+
+        return call
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
+    monkeypatch.setattr(launching, "CompiledKernel", Compiled)
+    return Kernel()
+
+
+@pytest.fixture
+def launcher(kernel: Kernel) -> Launcher:
+    return Launcher(kernel, ("constants",), lambda t, i, n: (*t, *i, *n), num_warps=4)
+
+
+def aligned(offset: int = 0) -> Tensor:
+    """Sixteen numbers that begin ``offset`` numbers behind a multiple of 16 bytes."""
+    return MEMORY[-MEMORY.data_ptr() // 4 % 4 + offset :][:16]
+
+
+def given(*tensors: Tensor | None, integers: tuple[int, ...] = INTEGERS, samples: int = 3) -> Arguments:
+    return Arguments(CPU, tensors, integers, (samples, 5))
+
+
+def test_the_same_call_again_goes_straight_to_what_it_compiled(kernel: Kernel, launcher: Launcher) -> None:
+    x, y = aligned(), aligned(16)
+    launcher(7, given(x, None))
+    assert kernel.calls == [((7,), (x, None, *INTEGERS, 3, 5, "constants"), {"num_warps": 4})]
+    launcher(9, given(y, None, samples=4))
+    assert len(kernel.calls) == 1
+    assert kernel.made[0].launches == [((9, 1, 1), (y.data_ptr(), 0, *INTEGERS, 4, 5, "constants"))]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        given(aligned().view(torch.int32), aligned()),
+        given(aligned(), None),
+        given(aligned(), aligned(), integers=(512, 1, 16)),
+        given(aligned(), aligned(), integers=(512, 64, 2**31)),
+        Arguments(torch.device("cuda", 1), [aligned(), aligned()], INTEGERS, (3, 5)),
+    ],
+    ids=["dtype", "missing tensor", "integer", "long integer", "device"],
+)
+def test_another_call_is_compiled_by_itself(kernel: Kernel, launcher: Launcher, other: Arguments) -> None:
+    first = given(aligned(), aligned())
+    for call in (first, other, first, other):
+        launcher(1, call)
+    assert len(kernel.calls) == 2
+    assert [len(made.launches) for made in kernel.made] == [1, 1]
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [given(aligned(1), aligned()), given(aligned(), aligned(), samples=2**31)],
+    ids=["address", "number"],
+)
+def test_what_triton_may_compile_otherwise_goes_its_way(
+    kernel: Kernel, launcher: Launcher, odd: Arguments
+) -> None:
+    for _ in range(2):
+        launcher(1, given(aligned(), aligned()))
+        launcher(1, odd)
+    assert len(kernel.calls) == 3
+    assert [len(made.launches) for made in kernel.made] == [1, 0, 0]
+
+
+def test_on_amd_a_large_tensor_goes_tritons_way(
+    kernel: Kernel, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(launching, "FIRST_LONG", MEMORY.nbytes)
+    for _ in range(2):
+        launcher(1, given(aligned()))
+    assert len(kernel.calls) == 2
+    monkeypatch.setattr(launching, "FIRST_LONG", MEMORY.nbytes + 1)
+    for _ in range(2):
+        launcher(1, given(aligned()))
+    assert len(kernel.calls) == 3
+
+
+def test_nothing_is_remembered_where_nothing_was_compiled(launcher: Launcher) -> None:
+    """As in the interpreter, whose launches return nothing."""
+    launcher.kernel = {(1,): lambda *_, **__: None}
+    launcher(1, given(aligned()))
+    launcher(1, given(aligned()))
+    assert not launcher._compiled
