@@ -32,7 +32,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import mrcn_fast
-from mrcn_fast import MRCNFeatures, SNRFeatures, cqc_loss, mrcn_block, mrcn_restitution, snr_block
+from mrcn_fast import MRCNFeatures, SNRFeatures, cqc_loss, dispatch, mrcn_block, mrcn_restitution, snr_block
 from mrcn_fast.dispatch import run_reference
 from tests import extended
 
@@ -86,6 +86,13 @@ def backends(*names: str) -> pytest.MarkDecorator:
         return pytest.param(name, marks=pytest.mark.skipif(absent, reason=f"{name}: {status[name].reason}"))
 
     return pytest.mark.parametrize("backend", [parameter(name) for name in names])
+
+
+def operations(op: str, backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The forward and the backward of ``op`` as torch knows them, once their kernels are loaded."""
+    kernels = dispatch.KERNELS[backend]
+    assert kernels.serves(DEVICE, torch.float32) is None
+    return kernels.operation(f"{op}_forward"), kernels.operation(f"{op}_backward")
 
 
 def examples(number: int) -> settings:

@@ -168,6 +168,15 @@ def test_the_rivals_go_round_their_tensors(monkeypatch: pytest.MonkeyPatch) -> N
         assert not torch.equal(rounds[0][0][0], rounds[1][0][0])
 
 
+def test_every_fused_form_is_compared_on_its_own_first_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU there are two, and several sets of tensors that each goes round."""
+    monkeypatch.setattr(cases, "rotation", lambda device, size: 3)
+    monkeypatch.setattr(cases, "other_kernels", lambda device: ["reference"])
+    rivals = cases.map_rivals(Problem("block", "forward+backward", (1, 4, 3, 3)))
+    assert [name for name in rivals if name.startswith("fused")] == ["fused", "fused reference"]
+    benchmark.check(rivals)
+
+
 def test_a_hot_case_stays_at_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "rotation", lambda device, size: 3)
     fused = cases.map_rivals(Problem("block", "forward", (1, 4, 3, 3), hot=True))["fused"]

@@ -376,12 +376,6 @@ def test_an_input_changed_before_the_backward_is_noticed(mode: str, backend: str
         torch.autograd.backward(outputs, p.gradients)
 
 
-def operations(op: str, backend: str) -> tuple[Callable[..., Any], ...]:
-    """The forward and the backward of ``op`` as torch knows them."""
-    kernels = dispatch.KERNELS[backend]
-    return kernels.operation(f"{op}_forward"), kernels.operation(f"{op}_backward")
-
-
 def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
     """Arguments of the forward operation, those of the gate and flags for the backward, the operation."""
     case = p.case
@@ -404,9 +398,7 @@ def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
 def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: str) -> None:
     p = cases.problem(Case(mode, gate, restitute_to, layouts=(layout, layout), gradient_layout=layout))
     tensors, flags, op = op_arguments(p)
-    forward, backward = (
-        dispatch.KERNELS[backend].operation(f"{op}_{way}") for way in ("forward", "backward")
-    )
+    forward, backward = cases.operations(op, backend)
     arguments = (*tensors, gate, p.case.eps, *flags)
     torch.library.opcheck(forward, arguments)
     *_, statistics = forward(*arguments)
@@ -420,9 +412,7 @@ def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: 
 def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dtype, backend: str) -> None:
     p = cases.problem(Case(mode, "cbam-channel", dtype=dtype))
     tensors, flags, op = op_arguments(p)
-    forward, backward = (
-        dispatch.KERNELS[backend].operation(f"{op}_{way}") for way in ("forward", "backward")
-    )
+    forward, backward = cases.operations(op, backend)
     arguments = (*tensors, p.case.gate, p.case.eps, *flags)
     torch.library.opcheck(forward, arguments)
     *_, statistics = forward(*arguments)

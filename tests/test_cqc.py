@@ -236,8 +236,7 @@ def test_a_single_set_may_require_gradients(position: int, backend: str) -> None
 def test_opcheck(stacked: bool, layout: str, detach_negative: bool, dtype: torch.dtype, backend: str) -> None:
     p = cases.cqc_problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked, layout=layout))
     features = [f.detach() for f in p.features]
-    kernels = dispatch.KERNELS[backend]
-    forward, backward = kernels.operation("cqc_forward"), kernels.operation("cqc_backward")
+    forward, backward = cases.operations("cqc", backend)
     arguments = (features, p.labels, p.infrared_labels, 0.2, detach_negative)
     torch.library.opcheck(forward, arguments)
     total, losses, _, _, saved = forward(*arguments)

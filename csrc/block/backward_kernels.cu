@@ -71,11 +71,6 @@ struct BackwardScratch {
   }
 };
 
-template <class T>
-inline Cut backward_cut(const BlockShape& shape) {
-  return cut<T>(shape, most_blocks);
-}
-
 inline int64_t backward_row(const BlockShape& shape, int blocks) {
   const int b = branches(shape), m = modalities(shape.mode), g = gates(shape.mode);
   return ((b == 2 ? 6 : 4) * m + 2 * g) * shape.channels + (b + blocks) * g * hidden(shape);
@@ -114,15 +109,16 @@ MRCN_DEVICE void add_up(const BackwardArguments<T>& arguments, int64_t i, const 
     Line x_lines[2], g_lines[4];
     fetch_all<Reuse::soon>(a, arguments.inputs, i, share, at, filled, P::inputs, x_lines);
     fetch_all<Reuse::soon>(a, arguments.gradients, i, share, at, filled, P::sets, g_lines);
-    A x[P::inputs][width<T>], g[P::sets][width<T>];
-    unroll<P::inputs>([&](auto m) { widen<T>(x_lines[m.v], x[m.v]); });
-    unroll<P::sets>([&](auto set) { widen<T>(g_lines[set.v], g[set.v]); });
+    // Widened one at a time: all of six lines would not fit into registers.
+    T x[P::inputs][width<T>], g[P::sets][width<T>];
+    unroll<P::inputs>([&](auto m) { std::memcpy(x[m.v], &x_lines[m.v], sizeof(Line)); });
+    unroll<P::sets>([&](auto set) { std::memcpy(g[set.v], &g_lines[set.v], sizeof(Line)); });
     A line[P::sums]{};  // of a plane's pixels: one term of its sums
     unroll<width<T>>([&](auto j) {
       constexpr int own = pixels ? j.v : 0;
       A from[P::inputs], given[P::sets];
-      unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
-      unroll<P::sets>([&](auto set) { given[set.v] = g[set.v][j.v]; });
+      unroll<P::inputs>([&](auto m) { from[m.v] = get(&x[m.v][j.v]); });
+      unroll<P::sets>([&](auto set) { given[set.v] = get(&g[set.v][j.v]); });
       add_sums<P>(mean[own], from, given, pixels ? sums[own] : line);
       if (a.gate == Gate::cbam_channel && j.v < filled) {
         unroll<P::inputs>([&](auto m) { extremes[own][m.v].join({from[m.v] * sign[own][m.v], A(1)}); });
@@ -145,6 +141,7 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
     Extreme<A> extremes[K][P::inputs];
     unroll<K>([&](auto k) {
       unroll<P::inputs>([&](auto m) {
+        extremes[k.v][m.v] = {};  // nvcc 13.0 leaves zeros in all rows of such an array but the first
         if (share.c + k.v >= a.C) return;
         const Plane<A> plane = saved.plane(m.v, share.c + k.v);
         mean[k.v][m.v] = plane.mean;
@@ -219,16 +216,13 @@ MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, cons
   const BackwardScratch<P, A> scratch(a, i);
   const int64_t c0 = block * a.cut.channels;
   const int channels = int(least<int64_t>(a.cut.channels, a.C - c0));
-  over_sums<A>(
-      scratch.layer(),
-      [&](int64_t n, int k) {
-        const int g = int(n / a.R), row = int(n % a.R);
-        const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
-        A total(0);
-        for (int c = k; c < channels; c += sharers) total += weight[int64_t(c) * a.R] * shared.before[g][c];
-        return total;
-      },
-      [&](int64_t n, A total) { scratch.share(block, int(n / a.R))[n % a.R] = total; });
+  over_threads(scratch.layer(), [&](int64_t n) {
+    const int g = int(n / a.R), row = int(n % a.R);
+    const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
+    A total(0);
+    for (int c = 0; c < channels; ++c) total += weight[int64_t(c) * a.R] * shared.before[g][c];
+    scratch.share(block, g)[row] = total;
+  });
 }
 
 template <class P, class A>
@@ -250,7 +244,10 @@ MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& i
   const Common<A>& a = arguments.common;
   const int64_t i = item.sample, block = item.number, c0 = block * a.cut.channels;
   add_parts<T, P, pixels>(arguments, i, block, shared);
-  make_gates(Saved<P, A>(a, i), block, shared);
+  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
+    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
+    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
+  });
   __syncthreads();
   over_threads(a.cut.channels, [&](int64_t channel) {
     if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
@@ -265,14 +262,14 @@ MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& i
 
 // --- second items: gradients of the inputs ------------------------------------------------------------
 
-// The share k of ∂ of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through every gate that reads it.
+// ∂ of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through every gate that reads it.
 template <class P, class A>
-MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c, int k) {
+MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
   const Common<A>& a = scratch.a;
   A total(0);
   for (int g = m; g < P::gate_count; g += P::inputs) {
     if (a.gate == Gate::eca) {
-      for (int t = k; t < a.R; t += sharers) {
+      for (int t = 0; t < a.R; ++t) {
         const int64_t to = c - t + a.R / 2;
         if (to < 0 || to >= a.C) continue;
         total += a.parameters[0][g * a.R + t] * load_shared_by_blocks(scratch.before(g) + to);
@@ -280,9 +277,7 @@ MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int6
     } else {
       const Numbers<A> weight = a.parameters[0].from(int64_t(g) * a.R * a.C + c);
       const A* inner = scratch.inner(g, b);
-      for (int row = k; row < a.R; row += sharers) {
-        total += weight[row * a.C] * load_shared_by_blocks(inner + row);
-      }
+      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * load_shared_by_blocks(inner + row);
     }
   }
   return total;
@@ -327,17 +322,11 @@ MRCN_DEVICE void make_coefficients(
     const Common<A>& a, int64_t i, int64_t block, bool leaves, Shared& shared) {
   const BackwardScratch<P, A> scratch(a, i);
   const int64_t c0 = block * a.cut.channels;
-  const int channels = a.cut.channels;
-  over_sums<A>(
-      int64_t(P::inputs) * a.branches() * channels,
-      [&](int64_t n, int k) {
-        const int m = int(n / channels % P::inputs), b = int(n / channels / P::inputs);
-        const int64_t c = c0 + n % channels;
-        return c < a.C ? of_pooled(scratch, m, b, c, k) : A(0);
-      },
-      [&](int64_t n, A total) {
-        shared.of_pooled[n / channels % P::inputs][n / channels / P::inputs][n % channels] = total;
-      });
+  over_threads(int64_t(P::inputs) * a.branches() * a.cut.channels, [&](int64_t n) {
+    const int channel = int(n % a.cut.channels), m = int(n / a.cut.channels % P::inputs);
+    const int b = int(n / a.cut.channels / P::inputs);
+    if (c0 + channel < a.C) shared.of_pooled[m][b][channel] = of_pooled(scratch, m, b, c0 + channel);
+  });
   __syncthreads();
   over_threads(a.cut.channels, [&](int64_t channel) {
     if (c0 + channel < a.C) map_gradients<P>(a, i, c0 + channel, int(channel), leaves, shared);
@@ -402,18 +391,8 @@ MRCN_DEVICE A pooled(
 // to[n] = f(saved, scratch) added up over the samples in their order.
 template <class P, class A, class F>
 MRCN_DEVICE void add_samples(const Common<A>& a, const Numbers<A>& to, int64_t n, const F& f) {
-  constexpr int at_once = 4;  // whose numbers are asked for before the first are there
   A total(0);
-  for (int64_t first = 0; first < a.N; first += at_once) {
-    A found[at_once];
-    unroll<at_once>([&](auto k) {
-      const int64_t i = first + k.v;
-      found[k.v] = i < a.N ? f(Saved<P, A>(a, i), BackwardScratch<P, A>(a, i)) : A(0);
-    });
-    unroll<at_once>([&](auto k) {
-      if (first + k.v < a.N) total += found[k.v];
-    });
-  }
+  for (int64_t i = 0; i < a.N; ++i) total += f(Saved<P, A>(a, i), BackwardScratch<P, A>(a, i));
   to.set(n, total);
 }
 
@@ -548,9 +527,8 @@ int run_backward(const BlockBackward& call, void* scratch, void* stream) {
   constexpr int shared = sizeof(BackwardShared<T, P>);
   static_assert(shared <= most_shared);
   BackwardArguments<T> a{};
-  const Cut cut = backward_cut<T>(call.shape);
-  const int64_t row = backward_row(call.shape, cut.blocks);
-  a.common = common<T>(call, cut, 1, last_items(call.shape), row, call.statistics, scratch);
+  const int64_t row = backward_row(call.shape, cut<T>(call.shape).blocks);
+  a.common = common<T>(call, 1, last_items(call.shape), row, call.statistics, scratch);
   a.singles = single_parameters(call.shape);
   const bool passes = call.shape.mode == Mode::concat;
   for (int m = 0; m < P::inputs; ++m) {
@@ -579,7 +557,7 @@ int64_t backward_scratch(const BlockShape& shape) {
   int64_t bytes = 0;
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t row = backward_row(shape, backward_cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
+    const int64_t row = backward_row(shape, cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
     bytes = counter_bytes(shape.samples) + shape.samples * row;
     return 0;
   });

@@ -32,10 +32,7 @@ constexpr int seen = pixels ? width<T> : 1;
 constexpr int most_channels = 64;  // of an item
 constexpr int most_across = 8;     // lanes side by side over the channels of a pixel
 constexpr int most_blocks = 32;  // of channels, as far as the other limits allow: all are added up in the end
-// Every item has some 5 µs of barriers and of round trips to L2 besides its pixels: a second item is as large
-// as leaves enough of them for a batch of 16 to fill the device.
-constexpr int most_steps = 10;    // places that a thread of a second item takes
-constexpr int enough_items = 16;  // second ones a sample
+constexpr int steps_an_item = 4;  // places that a thread of a second item takes, about
 
 // Of the numbers that warps leave for the block to join.
 template <class T>
@@ -59,10 +56,9 @@ inline int power_of_two(int64_t n) {
   return power;
 }
 
-// Depends neither on the batch nor on the mode: a sample gives the same bits wherever it stands. `blocks` of
-// channels are the most of planes.
+// Depends neither on the batch nor on the mode: a sample gives the same bits wherever it stands.
 template <class T>
-inline Cut cut(const BlockShape& shape, int blocks) {
+inline Cut cut(const BlockShape& shape) {
   Cut c;
   int64_t abreast;  // threads of an item that take places side by side
   if (shape.pixels) {
@@ -75,20 +71,20 @@ inline Cut cut(const BlockShape& shape, int blocks) {
     abreast = block_threads / c.across;
   } else {
     c.across = 1;
-    const int64_t planes_a_warp = divided(shape.channels, int64_t(blocks) * block_warps);
+    const int64_t planes_a_warp = divided(shape.channels, int64_t(most_blocks) * block_warps);
     c.channels = block_warps * int(least<int64_t>(planes_a_warp, most_channels / block_warps));
     c.places = divided(shape.length, width<T>);
     abreast = warp_lanes;
   }
   c.blocks = int(divided(shape.channels, c.channels));
-  const int64_t steps = divided(c.places, abreast);
-  c.chunks = least(steps, most(divided(steps, most_steps), divided(enough_items, c.blocks)));
+  c.chunks = divided(c.places, steps_an_item * abreast);
   c.chunk = divided(divided(c.places, c.chunks), abreast) * abreast;
   c.chunks = divided(c.places, c.chunk);
   return c;
 }
 
-// A parameter, or its gradient: numbers of the accumulation type or of the maps'.
+// A parameter, or its gradient: numbers of the accumulation type or of the maps'. Read where they lie, for a
+// conversion of each before the launch takes longer than the launch.
 template <class A>
 struct Numbers {
   void* data;
@@ -172,8 +168,8 @@ inline Numbers<A> numbers(const Call& call, const void* data) {
 
 // `row` is of scratch; `last` tickets follow those of the samples.
 template <class T, class Call>
-inline Common<acc_t<T>> common(const Call& call, const Cut& cut, int firsts_a_block, int64_t last,
-    int64_t row, const void* saved, void* scratch) {
+inline Common<acc_t<T>> common(
+    const Call& call, int firsts_a_block, int64_t last, int64_t row, const void* saved, void* scratch) {
   using A = acc_t<T>;
   const BlockShape& s = call.shape;
   Common<A> c{};
@@ -183,7 +179,7 @@ inline Common<acc_t<T>> common(const Call& call, const Cut& cut, int firsts_a_bl
   c.R = int(s.hidden);
   c.gate = s.gate;
   c.to_input = s.to_input;
-  c.cut = cut;
+  c.cut = cut<T>(s);
   c.firsts = firsts_a_block * c.cut.blocks;
   c.seconds = int(c.cut.blocks * c.cut.chunks);
   c.tickets = c.N * (c.firsts + c.seconds) + last;
@@ -388,80 +384,39 @@ MRCN_DEVICE A sigmoid(A x) {
   return A(1) / (A(1) + std::exp(-x));
 }
 
+// s of gate g for channel c, from the hidden layers, or from its neighbours' pooled residuals (ECA).
+template <class P, class A>
+MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
+  const Common<A>& a = saved.a;
+  if (a.gate == Gate::eca) {
+    A x(0);
+    for (int t = 0; t < a.R; ++t) {
+      const int64_t from = c + t - a.R / 2;
+      if (from < 0 || from >= a.C) continue;
+      x += a.parameters[0][g * a.R + t] * pooled_residual(saved.plane(modality<P>(g), from));
+    }
+    return sigmoid(x);
+  }
+  const Numbers<A> weight = a.parameters[2].from((g * a.C + c) * a.R);
+  A x = A(a.branches()) * a.parameters[3][g * a.C + c];
+  for (int b = 0; b < a.branches(); ++b) {  // not W (h + h'): infinity times zero would be lost in the sum
+    const A* h = saved.hidden(g, b);
+    for (int j = 0; j < a.R; ++j) x += weight[j] * load_shared_by_blocks(h + j);
+  }
+  return sigmoid(x);
+}
+
 // f(n) for the numbers below `count`, spread over the block.
 template <class F>
 MRCN_DEVICE void over_threads(int64_t count, const F& f) {
   for (int64_t n = threadIdx.x; n < count; n += block_threads) f(n);
 }
 
-// Threads side by side that share a sum of a few dozen terms: alone a thread would wait for memory in turn.
-constexpr int sharers = least(8, warp_lanes);
-
-// done(n, sum) for the numbers below `count`, the sum that of part(n, k) for every k below `sharers`. All
-// threads of a block call it together.
-template <class A, class F, class G>
-MRCN_DEVICE void over_sums(int64_t count, const F& part, const G& done) {
-  const int64_t all = (count * sharers + warp_lanes - 1) / warp_lanes * warp_lanes;
-  for (int64_t at = threadIdx.x; at < all; at += block_threads) {
-    const int64_t n = at / sharers;
-    const int k = int(at % sharers);
-    A sum = n < count ? part(n, k) : A(0);
-    for (int mask = 1; mask < sharers; mask *= 2) sum += exchange(sum, mask);
-    if (k == 0 && n < count) done(n, sum);
-  }
-}
-
-// The share k of what gate g has for channel c before its sigmoid, from the hidden layers, or from its
-// neighbours' pooled residuals (ECA).
-template <class P, class A>
-MRCN_DEVICE A excited(const Saved<P, A>& saved, int g, int64_t c, int k) {
-  const Common<A>& a = saved.a;
-  A x(0);
-  if (a.gate == Gate::eca) {
-    for (int t = k; t < a.R; t += sharers) {
-      const int64_t from = c + t - a.R / 2;
-      if (from < 0 || from >= a.C) continue;
-      x += a.parameters[0][g * a.R + t] * pooled_residual(saved.plane(modality<P>(g), from));
-    }
-    return x;
-  }
-  const Numbers<A> weight = a.parameters[2].from((g * a.C + c) * a.R);
-  if (k == 0) x = A(a.branches()) * a.parameters[3][g * a.C + c];
-  for (int b = 0; b < a.branches(); ++b) {  // not W (h + h'): infinity times zero would be lost in the sum
-    const A* h = saved.hidden(g, b);
-    for (int j = k; j < a.R; j += sharers) x += weight[j] * load_shared_by_blocks(h + j);
-  }
-  return x;
-}
-
-// s of every gate for the channels of a block, into shared memory.
-template <class P, class A, class Shared>
-MRCN_DEVICE void make_gates(const Saved<P, A>& saved, int64_t block, Shared& shared) {
-  const int channels = saved.a.cut.channels;
-  const int64_t c0 = block * channels;
-  over_sums<A>(
-      P::gate_count * channels,
-      [&](int64_t n, int k) {
-        const int64_t c = c0 + n % channels;
-        return c < saved.a.C ? excited(saved, int(n / channels), c, k) : A(0);
-      },
-      [&](int64_t n, A x) { shared.s[n / channels][n % channels] = sigmoid(x); });
-}
-
 // The numbers that all blocks of channels left at p, p + stride, ..., in their order.
 template <class A>
 MRCN_DEVICE A add_shares(const A* p, int64_t blocks, int64_t stride) {
-  constexpr int at_once = 8;  // asked for before the first is there
   A total(0);
-  for (int64_t n = 0; n < blocks; n += at_once) {
-    A share[at_once];
-    unroll<at_once>([&](auto k) {
-      share[k.v] = n + k.v < blocks ? load_shared_by_blocks(p + (n + k.v) * stride) : A(0);
-    });
-    unroll<at_once>([&](auto k) {
-      if (n + k.v < blocks) total += share[k.v];
-    });
-  }
+  for (int64_t n = 0; n < blocks; ++n) total += load_shared_by_blocks(p + n * stride);
   return total;
 }
 

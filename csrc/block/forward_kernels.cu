@@ -50,6 +50,35 @@ struct Found {
   }
 };
 
+// One plane's line: as a group, whose own mean spares a division a pixel.
+template <class A, int n>
+MRCN_DEVICE void add_line(const A (&x)[n], A pivot, int filled, Found<A> (&found)[1]) {
+  A sum(0), squares(0);
+  unroll<n>([&](auto j) {
+    if (j.v < filled) sum += x[j.v] - pivot;
+  });
+  const A mean = sum / A(filled);
+  unroll<n>([&](auto j) {
+    if (j.v >= filled) return;
+    const A d = (x[j.v] - pivot) - mean;
+    squares += d * d;
+  });
+  found[0].moments.join({A(filled), mean, squares});
+}
+
+// One pixel's channels (Welford).
+template <class A, int n>
+MRCN_DEVICE void add_line(const A (&x)[n], const A (&pivot)[n], Found<A> (&found)[n]) {
+  const A count = found[0].moments.count + 1, part = A(1) / count;
+  unroll<n>([&](auto j) {
+    Moments<A>& m = found[j.v].moments;
+    const A d = x[j.v] - pivot[j.v], delta = d - m.mean;
+    m.mean += delta * part;
+    m.squares += delta * (d - m.mean);
+    m.count = count;
+  });
+}
+
 // --- memory -------------------------------------------------------------------------------------------
 
 template <class T, class P>
@@ -88,12 +117,6 @@ struct ForwardScratch {
   }
 };
 
-// A first item reads a modality of a sample only: of planes twice the channels that the backward's has.
-template <class T>
-inline Cut forward_cut(const BlockShape& shape) {
-  return cut<T>(shape, most_blocks / 2);
-}
-
 inline int64_t forward_row(const BlockShape& shape, int blocks) {
   return modalities(shape.mode) * shape.channels +
          blocks * gates(shape.mode) * branches(shape) * hidden(shape);
@@ -103,56 +126,36 @@ inline int64_t forward_row(const BlockShape& shape, int blocks) {
 
 constexpr int lines_under_way = 4;  // that a thread has asked for before it takes the first of them
 
-// Lines of one plane, or the channels of pixels, `filled` elements each, none past the end: as a group, whose
-// own mean spares the divisions that one value after the other would take.
-template <class T, bool pixels, class A>
-MRCN_DEVICE void add_lines(const Line (&lines)[lines_under_way], const int (&filled)[lines_under_way],
-    const A (&pivot)[seen<T, pixels>], bool extremes, Found<A> (&found)[seen<T, pixels>]) {
-  constexpr int K = seen<T, pixels>;
-  // f(channel, value) for every element.
-  const auto each = [&](const auto& f) {
-    unroll<lines_under_way>([&](auto u) {
-      if (filled[u.v] == 0) return;
-      A values[width<T>];
-      widen<T>(lines[u.v], values);
-      unroll<width<T>>([&](auto j) {
-        if (pixels || j.v < filled[u.v]) f(constant<(pixels ? j.v : 0)>{}, values[j.v]);
-      });
-    });
-  };
-  int number = 0;
-  unroll<lines_under_way>([&](auto u) { number += pixels ? int(filled[u.v] > 0) : filled[u.v]; });
-  const A count(number), total = found[0].moments.count + count, part = count / total;
-  A mean[K]{}, squares[K]{};
-  each([&](auto k, A x) { mean[k.v] += x - pivot[k.v]; });
-  unroll<K>([&](auto k) { mean[k.v] /= count; });
-  each([&](auto k, A x) {
-    const A d = (x - pivot[k.v]) - mean[k.v];
-    squares[k.v] += d * d;
-    if (extremes) found[k.v].extremes.join({x, x});
-  });
-  unroll<K>([&](auto k) {
-    Moments<A>& m = found[k.v].moments;
-    const A delta = mean[k.v] - m.mean;
-    m.mean += delta * part;
-    m.squares += squares[k.v] + delta * delta * (m.count * part);
-    m.count = total;
-  });
-}
-
 template <class T, bool pixels, class A>
 MRCN_DEVICE void find(const Common<A>& a, const FeatureMap& map, const T* x, const Share<T, pixels>& share,
     A (&pivot)[seen<T, pixels>], Found<A> (&found)[seen<T, pixels>]) {
   const int64_t places = a.cut.places;
+  const bool extremes = a.gate == Gate::cbam_channel;
   for (int64_t first = share.place; first < places; first += lines_under_way * share.step) {
     Line lines[lines_under_way];
-    int filled[lines_under_way];
     unroll<lines_under_way>([&](auto u) {
       const int64_t at = first + u.v * share.step;
-      filled[u.v] = at < places ? share.filled(a.C, a.L, at) : 0;
-      if (filled[u.v] > 0) lines[u.v] = fetch<Reuse::soon>(x + share.offset(map, at), filled[u.v], a.wide);
+      if (at < places) {
+        lines[u.v] = fetch<Reuse::soon>(x + share.offset(map, at), share.filled(a.C, a.L, at), a.wide);
+      }
     });
-    add_lines<T, pixels>(lines, filled, pivot, a.gate == Gate::cbam_channel, found);
+    unroll<lines_under_way>([&](auto u) {
+      const int64_t at = first + u.v * share.step;
+      if (at >= places) return;
+      A values[width<T>];
+      widen<T>(lines[u.v], values);
+      if constexpr (pixels) {
+        add_line(values, pivot, found);
+      } else {
+        add_line(values, pivot[0], share.filled(a.C, a.L, at), found);
+      }
+      if (extremes) {
+        unroll<width<T>>([&](auto j) {
+          if (pixels || j.v < share.filled(a.C, a.L, at))
+            found[pixels ? j.v : 0].extremes.join({values[j.v], values[j.v]});
+        });
+      }
+    });
   }
 }
 
@@ -210,22 +213,15 @@ MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int m, int64_t bloc
   const ForwardScratch<P, A> scratch(a, i);
   const int64_t c0 = block * a.cut.channels;
   const int channels = int(least<int64_t>(a.cut.channels, a.C - c0));
-  const int hidden = a.hidden(), branches = a.branches();
-  over_sums<A>(
-      int64_t(P::gate_count / P::inputs) * branches * hidden,
-      [&](int64_t n, int k) {
-        const int row = int(n % hidden), b = int(n / hidden % branches);
-        const int g = m + int(n / hidden / branches) * P::inputs;
-        const Numbers<A> weight = a.parameters[0].from((int64_t(g) * a.R + row) * a.C + c0);
-        A total(0);
-        for (int c = k; c < channels; c += sharers) total += weight[c] * shared.z[b][c];
-        return total;
-      },
-      [&](int64_t n, A total) {
-        const int row = int(n % hidden), b = int(n / hidden % branches);
-        const int g = m + int(n / hidden / branches) * P::inputs;
-        scratch.share(block, g, b)[row] = total;
-      });
+  over_threads(int64_t(P::gate_count / P::inputs) * a.hidden(), [&](int64_t n) {
+    const int g = m + int(n / a.R) * P::inputs, row = int(n % a.R);
+    const Numbers<A> weight = a.parameters[0].from((int64_t(g) * a.R + row) * a.C + c0);
+    for (int b = 0; b < a.branches(); ++b) {
+      A total(0);
+      for (int c = 0; c < channels; ++c) total += weight[c] * shared.z[b][c];
+      scratch.share(block, g, b)[row] = total;
+    }
+  });
 }
 
 template <class P, class A>
@@ -268,7 +264,10 @@ MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i, int64_t block,
   const Saved<P, A> saved(a, i);
   const ForwardScratch<P, A> scratch(a, i);
   const int64_t c0 = block * a.cut.channels;
-  make_gates(saved, block, shared);
+  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
+    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
+    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(saved, g, c0 + channel);
+  });
   __syncthreads();
   over_threads(a.cut.channels, [&](int64_t channel) {
     const int64_t c = c0 + channel;
@@ -288,36 +287,6 @@ MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i, int64_t block,
   __syncthreads();
 }
 
-// Places whose lines a thread has asked for before it takes the first. More elements than those of two lines
-// of floats spill.
-template <class T, bool pixels>
-constexpr int places_under_way = sizeof(T) == 4 && !pixels ? 2 : 1;
-
-// Every set at one place. k: a plane's coefficients; a pixel's channels have theirs in shared memory.
-template <class T, class P, bool pixels, class A, class Shared>
-MRCN_DEVICE void make_place(const ForwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
-    int64_t at, const Line (&lines)[P::inputs], A (&k)[P::forward_slots], const Shared& shared) {
-  const Common<A>& a = arguments.common;
-  const int filled = share.filled(a.C, a.L, at);
-  A x[P::inputs][width<T>], y[P::sets][width<T>];
-  unroll<P::inputs>([&](auto m) { widen<T>(lines[m.v], x[m.v]); });
-  unroll<width<T>>([&](auto j) {
-    A from[P::inputs], made[P::sets];
-    if (pixels) read_coefficients(shared, share.channel + j.v, k);
-    unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
-    make_sets<P>(k, from, made);
-    unroll<P::sets>([&](auto set) { y[set.v][j.v] = made[set.v]; });
-  });
-  unroll<P::sets>([&](auto set) {
-    const FeatureMap& map = arguments.made[set.v];
-    keep(sample_of<T>(map, i) + share.offset(map, at), narrow<T>(y[set.v]), filled, a.wide);
-  });
-  unroll<P::inputs>([&](auto m) {
-    const FeatureMap& map = arguments.passed[m.v];
-    if (map.data != nullptr) keep(sample_of<T>(map, i) + share.offset(map, at), lines[m.v], filled, a.wide);
-  });
-}
-
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
@@ -325,26 +294,35 @@ MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& i
   const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
   wait_for(a.arrivals(i), a.firsts + 1);
   make_coefficients<P>(a, i, block, shared);
-  constexpr int at_once = places_under_way<T, pixels>;
   const int64_t end = least((chunk + 1) * a.cut.chunk, a.cut.places);
   over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;
     A k[P::forward_slots];
     if (!pixels) read_coefficients(shared, share.channel, k);
-    for (int64_t first = chunk * a.cut.chunk + share.place; first < end; first += at_once * share.step) {
-      Line lines[at_once][P::inputs];
-      unroll<at_once>([&](auto u) {
-        const int64_t at = first + u.v * share.step;
-        if (at >= end) return;
-        unroll<P::inputs>([&](auto m) {
-          const FeatureMap& map = arguments.inputs[m.v];
-          const T* from = sample_of<const T>(map, i) + share.offset(map, at);
-          lines[u.v][m.v] = fetch<Reuse::never>(from, share.filled(a.C, a.L, at), a.wide);
-        });
+    for (int64_t at = chunk * a.cut.chunk + share.place; at < end; at += share.step) {
+      const int filled = share.filled(a.C, a.L, at);
+      Line lines[P::inputs];
+      unroll<P::inputs>([&](auto m) {
+        const FeatureMap& map = arguments.inputs[m.v];
+        lines[m.v] = fetch<Reuse::never>(sample_of<const T>(map, i) + share.offset(map, at), filled, a.wide);
       });
-      unroll<at_once>([&](auto u) {
-        const int64_t at = first + u.v * share.step;
-        if (at < end) make_place<T, P, pixels>(arguments, i, share, at, lines[u.v], k, shared);
+      A x[P::inputs][width<T>], y[P::sets][width<T>];
+      unroll<P::inputs>([&](auto m) { widen<T>(lines[m.v], x[m.v]); });
+      unroll<width<T>>([&](auto j) {
+        A from[P::inputs], made[P::sets];
+        if (pixels) read_coefficients(shared, share.channel + j.v, k);
+        unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
+        make_sets<P>(k, from, made);
+        unroll<P::sets>([&](auto set) { y[set.v][j.v] = made[set.v]; });
+      });
+      unroll<P::sets>([&](auto set) {
+        const FeatureMap& map = arguments.made[set.v];
+        keep(sample_of<T>(map, i) + share.offset(map, at), narrow<T>(y[set.v]), filled, a.wide);
+      });
+      unroll<P::inputs>([&](auto m) {
+        const FeatureMap& map = arguments.passed[m.v];
+        if (map.data != nullptr)
+          keep(sample_of<T>(map, i) + share.offset(map, at), lines[m.v], filled, a.wide);
       });
     }
   });
@@ -370,9 +348,8 @@ int run_forward(const BlockForward& call, void* scratch, void* stream) {
   constexpr int shared = sizeof(ForwardShared<T, P>);
   static_assert(shared <= most_shared);
   ForwardArguments<T> a{};
-  const Cut cut = forward_cut<T>(call.shape);
-  a.common =
-      common<T>(call, cut, P::inputs, 0, forward_row(call.shape, cut.blocks), call.statistics, scratch);
+  const int blocks = cut<T>(call.shape).blocks;
+  a.common = common<T>(call, P::inputs, 0, forward_row(call.shape, blocks), call.statistics, scratch);
   a.eps = acc_t<T>(call.eps);
   const bool passes = call.shape.mode == Mode::concat;
   for (int m = 0; m < P::inputs; ++m) {
@@ -403,7 +380,7 @@ int64_t forward_scratch(const BlockShape& shape) {
   int64_t bytes = 0;
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t row = forward_row(shape, forward_cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
+    const int64_t row = forward_row(shape, cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
     bytes = counter_bytes(shape.samples) + shape.samples * row;
     return 0;
   });

@@ -18,7 +18,7 @@ import torch
 from mrcn_fast.backends import native, shapes
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
-# Whose tensors it takes by itself: nobody's, as long as it has not been measured beside Triton's kernels.
+# Whose tensors it takes by itself: nobody's, as long as Triton's kernels take less of a GPU's time.
 DEVICES: tuple[str, ...] = ()
 CHECKS = True  # whether its operations refuse what block.py's checks do
 
@@ -85,7 +85,7 @@ def _describe() -> tuple[bool, str]:
     compiled = "" if ready else f" (sm_{capability}: compiled by the driver when they load)"
     return True, (
         f"CUDA C++ kernels for {_names(archs)} on {name}{compiled}; serves where it is asked for: Triton's "
-        "serve CUDA tensors by default, because this backend has not been measured on a GPU"
+        "serve CUDA tensors by default, and take less of the GPU's time, but more of the host's"
     )
 
 
