@@ -421,3 +421,15 @@ def test_no_kernel_spills(library: Path, setup: Any, record_property: Callable[[
         assert len(registers) == number, (name, arch)
         told = f"{name:15} sm_{arch:3}: {number} kernels, {min(registers)} to {max(registers)} registers"
         record_property("resources", told)
+
+
+def test_no_kernel_traps(library: Path) -> None:
+    """nvcc makes a trap of what it can't do on a GPU, such as a look into a host's table, without a word."""
+    triton = importlib.util.find_spec("triton")
+    folders = (triton and triton.submodule_search_locations) or ["."]
+    reader = Path(folders[0], "backends", "nvidia", "bin", "cuobjdump")
+    if not reader.is_file():
+        pytest.skip("cuobjdump, which reads the library, comes with Triton, and it is not installed")
+    ptx = subprocess.run([reader, "-ptx", library], stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert ptx.count(".entry ") == sum(KERNELS.values())
+    assert re.findall(r"^\s*trap;", ptx, re.MULTILINE) == []
