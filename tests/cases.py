@@ -88,7 +88,7 @@ def backends(*names: str) -> pytest.MarkDecorator:
     return pytest.mark.parametrize("backend", [parameter(name) for name in names])
 
 
-def operations(op: str, backend: str) -> tuple[Callable[..., Any], Callable[..., Any]]:
+def operations(op: str, backend: str) -> tuple[Any, Any]:
     """The forward and the backward of ``op`` as torch knows them, once their kernels are loaded."""
     kernels = dispatch.KERNELS[backend]
     assert kernels.serves(DEVICE, torch.float32) is None
