@@ -4,7 +4,7 @@ Run from the checkout with any Python that has torch for the GPU, Triton, and fo
 and numpy. It downloads nothing. Each part runs only after those before it have passed:
 
 - build: the C++ and CUDA libraries for this GPU, where there is nvcc and they are not there yet
-- tests: the correctness matrix, of both backends
+- tests: the correctness matrix, of both backends, in several processes where there is pytest-xdist
 - sanitizer: CUDA's compute-sanitizer over a choice of it, for the CUDA C++ backend
 - benchmark: both backends side by side
 """
@@ -98,6 +98,20 @@ def environment() -> dict[str, str]:
     return built | os.environ | {"PYTHONPATH": path, "MRCN_FAST_TEST_DEVICE": "cuda"}
 
 
+def side_by_side() -> list[str]:
+    """pytest's arguments for several processes, because most of the time Triton compiles on the processor.
+
+    One a processor, as far as the GPU has 4 GiB for each; none where there is no pytest-xdist.
+    """
+    import torch
+
+    if importlib.util.find_spec("xdist") is None:
+        return []
+    memory = torch.cuda.get_device_properties(0).total_memory
+    number = min(os.cpu_count() or 1, memory // (4 << 30))
+    return ["-n", str(number), "--dist", "loadgroup"] if number > 1 else []
+
+
 def commands(
     parts: Sequence[str], results: Path, tests: Sequence[str], bench: Sequence[str]
 ) -> list[list[str]]:
@@ -108,7 +122,7 @@ def commands(
     sanitized = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
     runs = {
         "build": [[python, "setup.py", "-q", "build_ext", "--inplace"]],
-        "tests": [[*pytest, *(tests or TESTS)]],
+        "tests": [[*pytest, *(tests or (*side_by_side(), *TESTS))]],
         "sanitizer": [[*sanitized, "--tool", tool, *pytest, *SANITIZED] for tool in SANITIZERS],
         "benchmark": [
             [python, "-m", "mrcn_fast.benchmark", "--device", "cuda", "--out", str(results), *bench]

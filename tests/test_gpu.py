@@ -274,6 +274,7 @@ def need(gigabytes: int) -> None:
         pytest.skip(f"needs {gigabytes} GiB of GPU memory, {free:.0f} are free")
 
 
+@pytest.mark.xdist_group("large")  # not at once: a GPU has the memory for one
 @pytest.mark.parametrize("name", of_backends("block"))
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 def test_block_of_more_than_2_31_elements(layout: torch.memory_format, name: str) -> None:
@@ -303,6 +304,7 @@ def test_block_of_more_than_2_31_elements(layout: torch.memory_format, name: str
             assert error < 2 * torch.finfo(dtype).eps
 
 
+@pytest.mark.xdist_group("large")  # not at once: a GPU has the memory for one
 @pytest.mark.parametrize("name", of_backends("cqc"))
 def test_cqc_of_more_than_2_31_elements(name: str) -> None:
     need(32)

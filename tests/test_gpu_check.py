@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -33,6 +33,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H200 (SXM)")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=13 << 30))
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
     for name in ("MRCN_FAST_CUDA", "MRCN_FAST_CUDA_ARCHS"):
         monkeypatch.delenv(name, raising=False)
     found(monkeypatch, triton=True, cuda=False)
@@ -101,6 +103,7 @@ def test_what_is_lacking(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> None
 
 
 PYTEST = [sys.executable, "-m", "pytest"]
+PROCESSES = ["-n", "3", "--dist", "loadgroup"]  # 13 GiB
 BENCHMARK = [sys.executable, "-m", "mrcn_fast.benchmark"]
 
 
@@ -112,7 +115,8 @@ def test_each_part_follows_one_that_passed(
     assert gpu_check.main(["--only", "cqc"]) == 0
     build, tests, *sanitized, bench = runs.taken()
     assert build == [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    assert tests == [*PYTEST, *gpu_check.TESTS] and all((ROOT / test).exists() for test in gpu_check.TESTS)
+    assert tests == [*PYTEST, *PROCESSES, *gpu_check.TESTS]
+    assert all((ROOT / test).exists() for test in gpu_check.TESTS)
     for tool, command in zip(gpu_check.SANITIZERS, sanitized, strict=True):
         assert command[2:] == [
             *("compute-sanitizer", "--error-exitcode", "1", "--tool", tool, *PYTEST, *gpu_check.SANITIZED)
@@ -128,6 +132,17 @@ def test_each_part_follows_one_that_passed(
     assert runs.taken() == [[*PYTEST, "-n", "8", "tests/test_gpu.py"]]
     assert gpu_check.main(["--part", "benchmark"]) == 1
     assert [command[:3] for command in runs.taken()] == [BENCHMARK]
+
+
+def test_without_xdist_or_memory_the_tests_run_in_one_process(
+    gpu_check: ModuleType, gpu: pytest.MonkeyPatch
+) -> None:
+    assert gpu_check.side_by_side() == PROCESSES
+    gpu.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=7 << 30))
+    assert gpu_check.side_by_side() == []
+    gpu.undo()
+    gpu.setattr(gpu_check.importlib.util, "find_spec", lambda name: None)
+    assert gpu_check.side_by_side() == []
 
 
 def test_what_can_be_neither_built_nor_sanitized_is_left_out_and_told(
