@@ -39,8 +39,8 @@ struct BlockShape {
   ParallelFor parallel;
 };
 
-// Parameters, contiguous, in the accumulation type (double for f64, else float) or, on a GPU, in the maps'
-// own.
+// Parameters, contiguous, in the accumulation type (double for f64, else float) or, on a GPU, in that of the
+// maps.
 struct BlockParameters {
   bool precise;             // in the accumulation type
   const void* norm_weight;  // (modalities, C)

@@ -38,8 +38,8 @@ ADDITIONS: Final = {
     "baseline": ("channels_last", "bf16", "compiled trunk", "CUDA graphs"),
 }
 # Of the first loss, relative, through fifty layers: bf16 rounds to 8 bits, and TF32, in which torch lets GPUs
-# convolve float32, to 11.
-TOLERANCES: Final = {"32": 1e-4, "tf32": 2.5e-3, "bf16": 2e-2}
+# convolve float32, to 11 (on an H200 the losses were 1e-2 and 2e-4 off).
+TOLERANCES: Final = {"32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
 # Training identities of SYSU-MM01: the classifier's size.
 _CLASSES: Final = 395
 _LEAST_ROUNDS: Final = 3
@@ -50,6 +50,12 @@ class Plan(NamedTuple):
 
     name: str
     added: frozenset[str]
+
+    def precision(self, device: str) -> str:
+        """What convolutions round to there: one of TOLERANCES."""
+        if "bf16" in self.added:
+            return "bf16"
+        return "32" if torch.device(device).type == "cpu" or not torch.backends.cudnn.allow_tf32 else "tf32"
 
 
 def plans(model: ModelName, device: str) -> list[Plan]:
@@ -123,14 +129,6 @@ class Step:
 
         return both
 
-    @property
-    def precision(self) -> str:
-        """What its convolutions round to, of TOLERANCES."""
-        if "bf16" in self.plan.added:
-            return "bf16"
-        on_gpu = torch.device(self.device).type == "cuda"
-        return "tf32" if on_gpu and torch.backends.cudnn.allow_tf32 else "32"
-
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             torch.device(self.device).type, torch.bfloat16, enabled="bf16" in self.plan.added
@@ -187,7 +185,7 @@ def _checked(steps: dict[str, Step]) -> dict[str, float]:
     for name, step in steps.items():
         losses[name] = float(step())
         errors[name] = abs(losses[name] - losses[HABIT]) / abs(losses[HABIT])
-        allowed = TOLERANCES[step.precision]
+        allowed = TOLERANCES[step.plan.precision(step.device)]
         if not errors[name] < allowed:
             raise RuntimeError(
                 f"{name}: the first loss is {losses[name]}, the habit's is {losses[HABIT]}: off by "

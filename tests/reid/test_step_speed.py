@@ -28,6 +28,15 @@ def test_one_thing_is_added_at_a_time() -> None:
     assert on_gpu[-1].name == "+ CUDA graphs"
 
 
+def test_a_plan_is_judged_by_what_it_rounds_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    habit, *_, last = plans("mrcn", "cuda")
+    assert {habit.precision("cpu"), last.precision("cpu")} == {"32", "bf16"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert {habit.precision("cuda"), last.precision("cuda")} == {"tf32", "bf16"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert habit.precision("cuda") == "32"
+
+
 def test_a_step_has_what_its_plan_says() -> None:
     config = TrainConfig(data="", model="mrcn", **SMALL)  # type: ignore[arg-type]
     habit = Step(config, Plan(HABIT, frozenset()), "cpu")
