@@ -165,6 +165,27 @@ MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, d
   }
 }
 
+template <class T>
+void rows_extremes(const T* x, int64_t rows, int64_t pitch, int64_t channels, ChannelMoments<acc_t<T>> out) {
+  using A = acc_t<T>;
+  over_lines<A, summed_vectors<A>>(
+      0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
+        constexpr int parts = parts_of<vectors>;
+        one_or_vector<A, vectors> high[parts], low[parts], v[parts];
+        fetch(x + c, count, high);
+        fetch(x + c, count, low);
+        for (int64_t row = 1; row < rows; ++row) {
+          fetch(x + row * pitch + c, count, v);
+          unroll<parts>([&](auto k) MRCN_BODY {
+            high[k.v] = v[k.v] > high[k.v] ? v[k.v] : high[k.v];
+            low[k.v] = v[k.v] < low[k.v] ? v[k.v] : low[k.v];
+          });
+        }
+        keep(out.maximum + c, count, high);
+        keep(out.minimum + c, count, low);
+      });
+}
+
 // `scratch` holds 3 · channels values; rows lie `pitch` elements apart.
 template <class T>
 void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t channels, acc_t<T>* scratch,
@@ -174,67 +195,46 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
   A* shift = scratch;
   A* deviation = scratch + channels;
   A* squares = scratch + 2 * channels;
-  const int64_t part = values_a_shift * shift_rows;
-  const NextRows<T> next(single_terms, pitch, pitch == channels);
-  if (extremes) {
-    for (int64_t c = 0; c < channels; ++c) out.maximum[c] = out.minimum[c] = get(x + c);
-  }
-  for (int64_t first = 0; first < rows; first += part) {
+  constexpr int64_t part = values_a_shift * shift_rows;
+  static_assert(part % single_terms == 0);
+  each_band<T, single_terms>(rows, pitch, channels, [&](const Band& b, const auto& next) MRCN_BODY {
+    const int64_t first = b.row / part * part, begin = b.row - first, end = begin + b.rows;
     const int64_t n = least(part, rows - first), shifted = exact_shift<A> ? n : least(n, shift_rows);
-    const T* top = x + first * pitch;
-    for (int64_t begin = 0; begin < n; begin += single_terms) {
-      const int64_t end = least(n, begin + single_terms);
-      over_lines<T>(0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
-        using V = one_or_vector<A, vectors>;
-        constexpr int parts = parts_of<vectors>;
-        V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
-        if (begin == 0) {
-          for (int64_t row = 0; row < shifted; ++row) {
-            fetch(top + row * pitch + c, count, v);
-            unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
-          }
-          unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
-        } else {
-          fetch(shift + c, count, mean);
-          fetch(deviation + c, count, e);
-          fetch(squares + c, count, q);
+    const T* top = x + first * pitch + b.channel;
+    over_lines<T>(0, b.width, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
+      using V = one_or_vector<A, vectors>;
+      constexpr int parts = parts_of<vectors>;
+      const int64_t c = b.channel + at;
+      V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
+      if (begin == 0) {
+        for (int64_t row = 0; row < shifted; ++row) {
+          fetch(top + row * pitch + at, count, v);
+          unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
         }
-        for (int64_t row = begin; row < end; ++row) {
-          fetch(top + row * pitch + c, count, v, next(c, row - begin));
-          unroll<parts>([&](auto k) MRCN_BODY {
-            const V d = v[k.v] - mean[k.v];
-            e[k.v] += d;
-            q[k.v] += d * d;
-          });
-        }
-        if (end < n) {
-          keep(shift + c, count, mean);
-          keep(deviation + c, count, e);
-          keep(squares + c, count, q);
-        } else {
-          join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
-        }
-      });
-    }
-    if (extremes) {
-      over_lines<A, summed_vectors<A>>(
-          0, channels, [&]<int vectors>(int64_t c, constant<vectors> count) MRCN_BODY {
-            constexpr int parts = parts_of<vectors>;
-            one_or_vector<A, vectors> high[parts], low[parts], v[parts];
-            fetch(out.maximum + c, count, high);
-            fetch(out.minimum + c, count, low);
-            for (int64_t row = 0; row < n; ++row) {
-              fetch(top + row * pitch + c, count, v);
-              unroll<parts>([&](auto k) MRCN_BODY {
-                high[k.v] = v[k.v] > high[k.v] ? v[k.v] : high[k.v];
-                low[k.v] = v[k.v] < low[k.v] ? v[k.v] : low[k.v];
-              });
-            }
-            keep(out.maximum + c, count, high);
-            keep(out.minimum + c, count, low);
-          });
-    }
-  }
+        unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
+      } else {
+        fetch(shift + c, count, mean);
+        fetch(deviation + c, count, e);
+        fetch(squares + c, count, q);
+      }
+      for (int64_t row = begin; row < end; ++row) {
+        fetch(top + row * pitch + at, count, v, next(at, row - begin));
+        unroll<parts>([&](auto k) MRCN_BODY {
+          const V d = v[k.v] - mean[k.v];
+          e[k.v] += d;
+          q[k.v] += d * d;
+        });
+      }
+      if (end < n) {
+        keep(shift + c, count, mean);
+        keep(deviation + c, count, e);
+        keep(squares + c, count, q);
+      } else {
+        join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
+      }
+    });
+  });
+  if (extremes) rows_extremes(x, rows, pitch, channels, out);
 }
 
 }  // namespace

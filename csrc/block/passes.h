@@ -490,51 +490,63 @@ class LineSums {
   V found_[parts][P::sums];
 };
 
-// A channel's sums over as many rows as one takes in its own type stay in registers, those of a line's
-// vectors in turn where not all fit.
+// Adds the sums of so many vectors of channels from c on over `count` rows: all at once, or those of a line's
+// vectors in turn where not all fit the registers. next(row): from what is read there to what is asked for.
+template <class P, class T, int vectors, class Near, class Next>
+MRCN_INLINE void sum_line(const acc_t<T>* mean, Rows x, Rows g, int64_t first, int64_t count,
+    int64_t channels, int64_t c, constant<vectors> n, Near& near, const Next& next, double* sums) {
+  constexpr int parts = parts_of<vectors>;
+  constexpr bool in_turn = parts > summed_vectors<T>;
+  // Of a line that comes near, what the first of its vectors has read already.
+  constexpr int64_t read = sizeof(T) == sizeof(acc_t<T>) ? vector_bytes : 0;
+  LineSums<P, T, vectors> line(mean, channels, c);
+  RowsAt<T, P::inputs, 1> in(x, first);
+  RowsAt<T, P::sets, 1> of(g, first);
+  const auto far = [&](int64_t row, const auto& add) MRCN_BODY {
+    add(in.of[0], of.of[0], c, next(row));
+    if constexpr (in_turn) {
+      near.template bring<0, P::inputs, read>(in.of[0], c, row);
+      near.template bring<P::inputs, P::sets, read>(of.of[0], c, row);
+    }
+    in.step(x);
+    of.step(g);
+  };
+  if constexpr (in_turn) {
+    line.template over<0>(count, OneOf<parts, 0>{}, far);
+    unroll<parts - 1>([&](auto before) MRCN_BODY {
+      constexpr int part = before.v + 1;
+      line.template over<part>(count, OneOf<parts, part>{}, [&](int64_t row, const auto& add) MRCN_BODY {
+        void *at[P::inputs], *of_sets[P::sets];
+        unroll<P::inputs>([&](auto k) MRCN_BODY { at[k.v] = near.at(row, k.v); });
+        unroll<P::sets>([&](auto k) MRCN_BODY { of_sets[k.v] = near.at(row, P::inputs + k.v); });
+        add(at, of_sets, 0, Nowhere{});
+      });
+    });
+  } else {
+    line.template over<0>(count, n, far);
+  }
+  line.add_to(sums + c, channels);
+}
+
+// A channel's sums over as many rows as one takes in its own type stay in registers.
 template <class P, class T>
 void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, double* sums) {
-  using A = acc_t<T>;
-  // In double all rows are read a line of each, too many to keep near or to ask for in another order.
-  constexpr bool few = terms<A> == single_terms;
-  // Of a line that comes near, what the first of its vectors has read already.
-  constexpr int64_t read = sizeof(T) == sizeof(A) ? vector_bytes : 0;
-  const NextRows<T> next(single_terms, x.pitch[0], few && x.pitch[0] == channels);
+  constexpr bool few = terms<acc_t<T>> == single_terms;
+  const int64_t pitch = x.pitch[0];
   LinesNear<T, P::inputs + P::sets> near;
-  for (int64_t first = 0; first < rows; first += terms<A>) {
-    const int64_t count = least(rows - first, terms<A>);
-    const auto over = [&]<int vectors>(int64_t c, constant<vectors> n) MRCN_BODY {
-      constexpr int parts = parts_of<vectors>;
-      constexpr bool in_turn = parts > summed_vectors<T>;
-      LineSums<P, T, vectors> line(mean, channels, c);
-      RowsAt<T, P::inputs, 1> in(x, first);
-      RowsAt<T, P::sets, 1> of(g, first);
-      const auto far = [&](int64_t row, const auto& add) MRCN_BODY {
-        add(in.of[0], of.of[0], c, next(c, row));
-        if constexpr (in_turn) {
-          near.template bring<0, P::inputs, read>(in.of[0], c, row);
-          near.template bring<P::inputs, P::sets, read>(of.of[0], c, row);
-        }
-        in.step(x);
-        of.step(g);
-      };
-      if constexpr (in_turn) {
-        line.template over<0>(count, OneOf<parts, 0>{}, far);
-        unroll<parts - 1>([&](auto before) MRCN_BODY {
-          constexpr int part = before.v + 1;
-          line.template over<part>(count, OneOf<parts, part>{}, [&](int64_t row, const auto& add) MRCN_BODY {
-            void *at[P::inputs], *of_sets[P::sets];
-            unroll<P::inputs>([&](auto k) MRCN_BODY { at[k.v] = near.at(row, k.v); });
-            unroll<P::sets>([&](auto k) MRCN_BODY { of_sets[k.v] = near.at(row, P::inputs + k.v); });
-            add(at, of_sets, 0, Nowhere{});
-          });
-        });
-      } else {
-        line.template over<0>(count, n, far);
-      }
-      line.add_to(sums + c, channels);
-    };
-    over_lines<T, few ? line_vectors<T> : summed_vectors<T>>(0, channels, over);
+  const auto sum = [&](const Band& b, const auto& next) MRCN_BODY {
+    over_lines<T, few ? line_vectors<T> : summed_vectors<T>>(0, b.width, [&](int64_t c, auto n) MRCN_BODY {
+      sum_line<P, T>(
+          mean, x, g, b.row, b.rows, channels, b.channel + c, n, near,
+          [&](int64_t row) MRCN_BODY { return next(c, row); }, sums);
+    });
+  };
+  if constexpr (few) {
+    each_band<T, single_terms>(rows, pitch, channels, sum);
+  } else {
+    // In double all rows are read a line of each, too many to keep near or to ask for in another order.
+    sum(Band{0, rows, 0, channels},
+        [&](int64_t, int64_t) MRCN_BODY { return single_terms * pitch * int64_t(sizeof(T)); });
   }
 }
 

@@ -102,27 +102,57 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
 // In place of a distance: nothing is asked for.
 struct Nowhere {};
 
-// Where `rows` rows of pixels are read a line of each after the other: from what is read, a line of channel c
-// in one of those rows, to what is asked for in the next ones. Dense rows are asked for in the order in which
-// memory has them: a processor's own prefetcher can follow that. Of rows beyond
-// `ordered_bytes` too much would be on its way at once.
-template <class T>
-class NextRows {
+// Rows and channels that are read a line of each row after the other.
+struct Band {
+  int64_t row, rows, channel, width;
+};
+
+// From what is read, a line of the band's channel c in one of its rows, to what is asked for in the next
+// band, which begins `step` elements further. Up to `ordered_bytes` of a row are asked for in the order in
+// which memory has them: a processor's own prefetcher can follow that. Of more, too much would be on its way
+// at once.
+template <class T, int64_t rows>
+class NextBand {
+  static constexpr int64_t ordered_bytes = 2 << 10;
+  static constexpr int64_t size = sizeof(T), line = line_vectors<T> * lanes<acc_t<T>> * size;
+
  public:
-  MRCN_INLINE NextRows(int64_t rows, int64_t pitch, bool dense) : all_(rows * pitch * size) {
-    if (!dense || pitch * size > ordered_bytes) return;
+  // Channels of a band where a row has more.
+  static constexpr int64_t most = ordered_bytes / size;
+
+  MRCN_INLINE NextBand(int64_t step, int64_t pitch, int64_t width) : all_(step * size) {
+    static_assert(ordered_bytes % (rows * line) == 0);
+    const bool dense = pitch == width && width < most;
+    if (!dense && width != most) return;
     a_channel_ = (rows - 1) * size;
     a_row_ = line - pitch * size;
+    a_full_row_ = dense ? 0 : (pitch - most) * size;
   }
   MRCN_INLINE int64_t operator()(int64_t c, int64_t row) const {
-    return all_ + c * a_channel_ + row * a_row_;
+    return all_ + c * a_channel_ + c / (most / rows) * a_full_row_ + row * a_row_;
   }
 
  private:
-  static constexpr int64_t ordered_bytes = 2 << 10;
-  static constexpr int64_t size = sizeof(T), line = line_vectors<T> * lanes<acc_t<T>> * size;
-  int64_t all_, a_channel_ = 0, a_row_ = 0;
+  int64_t all_, a_channel_ = 0, a_full_row_ = 0, a_row_ = 0;
 };
+
+// f(band, NextBand) for bands of `most_rows` rows, those below one another first.
+template <class T, int64_t most_rows, class F>
+MRCN_INLINE void each_band(int64_t rows, int64_t pitch, int64_t channels, const F& f) {
+  using Next = NextBand<T, most_rows>;
+  Band b;
+  for (b.channel = 0; b.channel < channels; b.channel += b.width) {
+    b.width = least(Next::most, channels - b.channel);
+    for (b.row = 0; b.row < rows; b.row += b.rows) {
+      b.rows = least(most_rows, rows - b.row);
+      const bool below = b.row + b.rows < rows, beside = b.channel + b.width < channels;
+      const int64_t step = below    ? most_rows * pitch
+                           : beside ? b.width - b.row * pitch
+                                    : (rows - b.row) * pitch - b.channel;
+      f(b, Next(step, pitch, b.width));
+    }
+  }
+}
 
 // The parts of values that stand in order, as so many vectors of T are read, and back.
 template <class T, class V, int parts>
