@@ -98,7 +98,7 @@ def operations(op: str, backend: str) -> tuple[Any, Any]:
 def examples(number: int) -> settings:
     """Hypothesis draws ``number`` cases; a failing one is told as it is: smaller ones break by luck.
 
-    An eighth of them where every thread of a kernel is one of the processor's.
+    An eighth of them where the processor runs a kernel's threads in turn.
     """
     number = -(-number // 8) if CUDA_ON_HOST else number
     return settings(max_examples=number, phases=(Phase.explicit, Phase.reuse, Phase.generate))

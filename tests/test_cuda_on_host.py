@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: its kernels on the processor's threads (tests/cuda_on_host).
+"""The CUDA backend without a GPU: its kernels on the processor (tests/cuda_on_host).
 
 The tests of the kernels themselves are those of every backend, in processes of their own that have the
 emulated one in the place of "cuda": as it is, and under the sanitizers, which see races between the kernels'
@@ -61,7 +61,7 @@ def test_the_emulator(sanitize: str) -> None:
     assert run.returncode == 0, run.stdout
 
 
-# A choice, for every thread of a kernel is one of the processor's here, and tests/cuda_on_host/launches.py
+# A choice, for the processor runs a kernel's threads in turn, and tests/cuda_on_host/launches.py
 # has every operation. All of them: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block.py
 RUNS = {
     "block": (

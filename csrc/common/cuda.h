@@ -2,8 +2,8 @@
 //
 // The .cu files use CUDA's words for threads and barriers (threadIdx.x, blockIdx.x, __syncthreads) and, from
 // here, what depends on the machine: the widths of warps and blocks, warp exchange, memory order, cache hints
-// and the launch. tests/cuda_on_host/cuda_on_host.h gives all of it on the processor's threads, so that the
-// same files run where no GPU is.
+// and the launch. tests/cuda_on_host/cuda_on_host.h gives all of it on the processor, so that the same
+// files run where no GPU is.
 #pragma once
 
 #include <cstdint>

@@ -1,16 +1,8 @@
 #include "cuda_on_host.h"
 
-#include <linux/futex.h>
-#include <pthread.h>
-#include <sched.h>
-#include <sys/syscall.h>
-#include <unistd.h>
+#include <ucontext.h>
 
 #include <algorithm>
-#include <chrono>
-#include <climits>
-#include <condition_variable>
-#include <cstdio>
 #include <cstdlib>
 #include <exception>
 #include <memory>
@@ -21,42 +13,18 @@
 #include <string>
 #include <vector>
 
-#if defined(__SANITIZE_THREAD__)
-extern "C" {
-void AnnotateIgnoreSyncBegin(const char* file, int line);
-void AnnotateIgnoreSyncEnd(const char* file, int line);
-void AnnotateIgnoreReadsBegin(const char* file, int line);
-void AnnotateIgnoreReadsEnd(const char* file, int line);
-void AnnotateIgnoreWritesBegin(const char* file, int line);
-void AnnotateIgnoreWritesEnd(const char* file, int line);
-}
+// This file itself is never instrumented (CMakeLists.txt): what it knows of a block's threads would order
+// more of them than a GPU does, and so hide races. It tells the sanitizers what they have to know.
+#if defined(SANITIZE_thread)
+#include <sanitizer/tsan_interface.h>
+#elif defined(SANITIZE_address)
+#include <sanitizer/common_interface_defs.h>
 #endif
 
 constinit thread_local cuda_on_host::Index threadIdx{}, blockIdx{}, gridDim{};
 
 namespace cuda_on_host {
 namespace {
-
-// While one lives, what its thread does is nothing to ThreadSanitizer. The locks in here order more of the
-// kernel's threads than a GPU would, and so would hide races.
-struct Unseen {
-  Unseen() {
-#if defined(__SANITIZE_THREAD__)
-    AnnotateIgnoreSyncBegin(__FILE__, __LINE__);
-    AnnotateIgnoreReadsBegin(__FILE__, __LINE__);
-    AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
-#endif
-  }
-  Unseen(const Unseen&) = delete;
-  Unseen& operator=(const Unseen&) = delete;
-  ~Unseen() {
-#if defined(__SANITIZE_THREAD__)
-    AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
-    AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
-    AnnotateIgnoreSyncEnd(__FILE__, __LINE__);
-#endif
-  }
-};
 
 // Unwinds a kernel's thread after a failure.
 struct Stopped {};
@@ -66,7 +34,6 @@ struct Settings {
   int resident = 4;
   unsigned seed = 0;
   long long l2_bytes = 1 << 20;
-  double patience = 20;
 };
 
 struct State {
@@ -91,44 +58,101 @@ int fail(std::string text) {
   return failed;
 }
 
-// --- one launch ---------------------------------------------------------------------------------------
+// --- one of a kernel's threads --------------------------------------------------------------------------
 
-struct Block;
+// What comes before a release comes before what follows an acquire of the same place.
+void release([[maybe_unused]] void* place) {
+#if defined(SANITIZE_thread)
+  __tsan_release(place);
+#endif
+}
+void acquire([[maybe_unused]] void* place) {
+#if defined(SANITIZE_thread)
+  __tsan_acquire(place);
+#endif
+}
 
-struct Launch {
-  const Settings settings;
-  const Kernel kernel;
-  const void* const arguments;
-  const int blocks, shared;
+// Runs on a stack of its own whenever it is resumed, until it yields. To ThreadSanitizer it is a thread, of
+// which nothing comes before what another does unless an atomic or a barrier says so.
+class Fiber {
+ public:
+  // When `run` has ended it yields once more, and is not to be resumed again.
+  Fiber(void (*run)(void*), void* with)
+      : run_(run), with_(with), stack_(std::make_unique_for_overwrite<char[]>(stack_bytes)) {
+    getcontext(&here_);
+    here_.uc_stack.ss_sp = stack_.get();
+    here_.uc_stack.ss_size = stack_bytes;
+    const auto self = reinterpret_cast<uintptr_t>(this);
+    makecontext(&here_, reinterpret_cast<void (*)()>(enter), 2, unsigned(self >> 32), unsigned(self));
+  }
+  Fiber(const Fiber&) = delete;
+  Fiber& operator=(const Fiber&) = delete;
+#if defined(SANITIZE_thread)
+  ~Fiber() { __tsan_destroy_fiber(thread_); }
+#endif
 
-  std::vector<std::unique_ptr<Block>> begun;
-  std::vector<pthread_t> threads;
+  void resume() {
+#if defined(SANITIZE_thread)
+    caller_ = __tsan_get_current_fiber();
+    __tsan_switch_to_fiber(thread_, __tsan_switch_to_fiber_no_sync);
+#elif defined(SANITIZE_address)
+    void* kept = nullptr;
+    __sanitizer_start_switch_fiber(&kept, stack_.get(), stack_bytes);
+#endif
+    swapcontext(&caller_here_, &here_);
+#if defined(SANITIZE_address)
+    __sanitizer_finish_switch_fiber(kept, nullptr, nullptr);
+#endif
+  }
 
-  std::mutex mutex;
-  std::condition_variable changed;
-  int running = 0;   // blocks
-  size_t ended = 0;  // threads
-  std::string error;
-  std::atomic<bool> stopped{false};
+  void yield() {
+#if defined(SANITIZE_thread)
+    __tsan_switch_to_fiber(caller_, __tsan_switch_to_fiber_no_sync);
+#elif defined(SANITIZE_address)
+    void* kept = nullptr;
+    __sanitizer_start_switch_fiber(&kept, caller_stack_, caller_bytes_);
+#endif
+    swapcontext(&here_, &caller_here_);
+#if defined(SANITIZE_address)
+    __sanitizer_finish_switch_fiber(kept, &caller_stack_, &caller_bytes_);
+#endif
+  }
 
-  Launch(const Settings& how, Kernel what, const void* with, int blocks, int shared)
-      : settings(how), kernel(what), arguments(with), blocks(blocks), shared(shared) {}
+ private:
+  static constexpr size_t stack_bytes = 64 << 10;  // of which 8 KB are used
 
-  int run();
-  void begin(int number);
-  void watch(int most_running);
-  void let_end();
-  std::string waiting() const;
+  static void enter(unsigned high, unsigned low) {
+    auto& self = *reinterpret_cast<Fiber*>(uintptr_t(high) << 32 | low);
+#if defined(SANITIZE_address)
+    __sanitizer_finish_switch_fiber(nullptr, &self.caller_stack_, &self.caller_bytes_);
+#endif
+    self.run_(self.with_);
+    self.yield();
+    std::abort();
+  }
 
-  void report(std::string text);
-  void thread_ended(Block& block);
+  void (*const run_)(void*);
+  void* const with_;
+  const std::unique_ptr<char[]> stack_;
+  ucontext_t here_{}, caller_here_{};
+#if defined(SANITIZE_thread)
+  void* const thread_ = __tsan_create_fiber(0);
+  void* caller_ = nullptr;
+#elif defined(SANITIZE_address)
+  const void* caller_stack_ = nullptr;
+  size_t caller_bytes_ = 0;
+#endif
 };
-
-// --- one block ----------------------------------------------------------------------------------------
 
 enum class At { running, block_barrier, warp_barrier, exchange, ballot, left };
 
+struct Block;
+
 struct Thread {
+  Block* block = nullptr;
+  std::unique_ptr<Fiber> fiber;
+  bool begun = false, ended = false;
+
   At at = At::running;
   Where where;
   int mask = 0;
@@ -136,29 +160,7 @@ struct Thread {
   uint64_t gets = 0;    // what it brought when all had come: it may have come to the next by now
   int barriers = 0;     // passed, of the block and of the warp
   int warp_barriers = 0;
-  std::atomic<Where> polled;
-};
-
-// Where the threads of a warp or of a block wait for one another.
-struct Meeting {
-  // That all came, or the launch failed. Not a condition variable: its mutex, which all that wake would take
-  // one after the other, puts them to sleep again.
-  std::atomic<int> times{0};
-  // What ThreadSanitizer sees of a barrier. Two in turn: a thread that is late to leave one barrier does not
-  // learn what another did before it came to the next.
-  std::atomic<int> clocks[2] = {};
-};
-
-// Of the size that was asked for, to the byte; and what has not been written is seen in results.
-struct SharedMemory {
-  char* const data;
-
-  explicit SharedMemory(int bytes) : data(static_cast<char*>(::operator new(bytes, std::align_val_t(16)))) {
-    std::memset(data, 0xff, bytes);
-  }
-  SharedMemory(const SharedMemory&) = delete;
-  SharedMemory& operator=(const SharedMemory&) = delete;
-  ~SharedMemory() { ::operator delete(data, std::align_val_t(16)); }
+  Where polled;
 };
 
 std::string place(Where where) { return std::string(where.file_name()) + ":" + std::to_string(where.line()); }
@@ -168,7 +170,6 @@ bool same_place(Where a, Where b) {
 }
 
 std::string describe(const Thread& thread) {
-  const Where polled = thread.polled.load(std::memory_order_relaxed);
   switch (thread.at) {
     case At::left:
       return "left the kernel";
@@ -183,7 +184,7 @@ std::string describe(const Thread& thread) {
     case At::running:
       break;
   }
-  return polled.line() == 0 ? "running" : "polling at " + place(polled);
+  return thread.polled.line() == 0 ? "running" : "polling at " + place(thread.polled);
 }
 
 // Whether what two threads of the block wait for, or that one of them has left, lets both go on.
@@ -194,135 +195,177 @@ bool agree(const Thread& a, const Thread& b, bool same_warp) {
   return a.at == b.at && (a.at == At::left || (same_place(a.where, b.where) && a.mask == b.mask));
 }
 
-struct Block {
-  // What a thread of the system is told.
-  struct Place {
-    Block* block;
-    int thread;
-  };
+// --- one launch ---------------------------------------------------------------------------------------
 
+struct Launch {
+  const Settings settings;
+  const Kernel kernel;
+  const void* const arguments;
+  const int blocks, shared;
+
+  std::mt19937 draws{settings.seed};
+  std::vector<std::unique_ptr<Block>> begun{};
+  int64_t progress = 0;
+  std::string error{};
+
+  int run();
+  std::vector<int> any_order(int count);
+  int running() const;
+  std::string waiting() const;
+  // The first failure counts, what follows it may be its effect.
+  void report(std::string text) {
+    if (error.empty()) error = std::move(text);
+  }
+};
+
+// --- one block ----------------------------------------------------------------------------------------
+
+// What ThreadSanitizer sees of a barrier. Two in turn: a thread that is late to leave one barrier does not
+// learn what another did before it came to the next.
+struct Clocks {
+  char places[2];
+};
+
+// Of the size that was asked for, to the byte; and what has not been written is seen in results.
+struct SharedMemory {
+  char* const data;
+
+  explicit SharedMemory(int bytes) : data(static_cast<char*>(::operator new(bytes, std::align_val_t(16)))) {
+    std::memset(data, 0xff, bytes);
+  }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+  ~SharedMemory() { ::operator delete(data, std::align_val_t(16)); }
+};
+
+struct Block {
   Launch& launch;
   const int number;
   const SharedMemory shared;
-  std::atomic<int64_t> progress{0};
-
-  std::mutex mutex;
+  const std::vector<int> order;  // of its threads, wherever several can go on
   Thread threads[block_threads];
-  Place places[block_threads];
-  Meeting warps[block_warps];
-  Meeting all;
-  int ended = 0;  // threads; with Launch::mutex
+  Clocks warps[block_warps];
+  Clocks all;
 
-  Block(Launch& owner, int which) : launch(owner), number(which), shared(owner.shared) {}
+  Block(Launch& owner, int which);
 
-  static void* begin(void* place);
-  void run(int self);
-  void leave(int self);
-
-  void meet(Meeting& meeting, int self, At at, Where where, int mask = 0, uint64_t brings = 0);
-  void pass(Meeting& meeting, int& times, int self, At at, Where where);
-  void arrive(int self, At at, Where where, int mask, uint64_t brings);
-
-  // And not std::atomic's wait, which yields before it sleeps: to another process, for milliseconds.
-  static void futex(Meeting& meeting, int operation, int value) {
-    syscall(SYS_futex, &meeting.times, operation, value, nullptr);
+  void resume(Thread& thread);
+  void go_on();
+  void unwind();
+  void run(Thread& me);
+  bool ended() const {
+    return std::all_of(std::begin(threads), std::end(threads), [](const Thread& t) { return t.ended; });
   }
-  static void wake(Meeting& meeting) {
-    meeting.times.fetch_add(1, std::memory_order_release);
-    futex(meeting, FUTEX_WAKE_PRIVATE, INT_MAX);
-  }
+
+  Thread& me() { return threads[threadIdx.x]; }
+  Thread* warp() { return threads + threadIdx.x / warp_lanes * warp_lanes; }
+  void yield();
+  void meet(Thread* first, int count, At at, Where where, int mask = 0, uint64_t brings = 0);
+  void pass(Clocks& clocks, int& times, Thread* first, int count, At at, Where where);
+  void arrive(At at, Where where, int mask, uint64_t brings);
 
   void stop_if_failed() const {
-    if (launch.stopped.load(std::memory_order_relaxed)) throw Stopped();
+    if (!launch.error.empty()) throw Stopped();
   }
-  void count_progress() { progress.fetch_add(1, std::memory_order_relaxed); }
   void report(const std::string& text) { launch.report("block " + std::to_string(number) + ": " + text); }
-  std::string waiting();
+  std::string waiting() const;
 };
 
 thread_local Block* my_block = nullptr;
 
-void Block::arrive(int self, At at, Where where, int mask, uint64_t brings) {
-  stop_if_failed();
-  Thread& me = threads[self];
-  me.at = at;
-  me.where = where;
-  me.mask = mask;
-  me.brings = brings;
-  for (int t = 0; t < block_threads; ++t) {
-    if (agree(me, threads[t], t / warp_lanes == self / warp_lanes)) continue;
-    report("thread " + std::to_string(self) + ": " + describe(me) + "; thread " + std::to_string(t) + ": " +
-           describe(threads[t]));
-    throw Stopped();
+Block::Block(Launch& owner, int which)
+    : launch(owner), number(which), shared(owner.shared), order(owner.any_order(block_threads)) {
+  for (Thread& thread : threads) {
+    thread.block = this;
+    thread.fiber = std::make_unique<Fiber>(
+        [](void* given) {
+          Thread& it = *static_cast<Thread*>(given);
+          it.block->run(it);
+        },
+        &thread);
   }
 }
 
-void Block::meet(Meeting& meeting, int self, At at, Where where, int mask, uint64_t brings) {
-  std::unique_lock lock(mutex);
-  arrive(self, at, where, mask, brings);
-  const bool whole = &meeting == &all;
-  Thread* const first = threads + (whole ? 0 : self / warp_lanes * warp_lanes);
-  Thread* const last = first + (whole ? block_threads : warp_lanes);
-  if (std::any_of(first, last, [&](const Thread& other) { return other.at != at; })) {
-    const int times = meeting.times.load(std::memory_order_relaxed);
-    lock.unlock();
-    while (meeting.times.load(std::memory_order_acquire) == times) futex(meeting, FUTEX_WAIT_PRIVATE, times);
-    return stop_if_failed();
-  }
-  for (Thread* thread = first; thread < last; ++thread) {
-    thread->at = At::running;
-    thread->gets = thread->brings;
-  }
-  count_progress();
-  lock.unlock();
-  wake(meeting);
-}
-
-// A meeting that orders memory, as ThreadSanitizer sees too.
-void Block::pass(Meeting& meeting, int& times, int self, At at, Where where) {
-  std::atomic<int>& clock = meeting.clocks[times++ % 2];
-  clock.fetch_add(1, std::memory_order_release);
-  {
-    const Unseen unseen;
-    meet(meeting, self, at, where);
-  }
-  clock.load(std::memory_order_acquire);
-}
-
-void Block::leave(int self) {
-  const Unseen unseen;
-  const std::lock_guard lock(mutex);
-  arrive(self, At::left, Where(), 0, 0);
-  count_progress();
-}
-
-void* Block::begin(void* given) {
-  const Place& place = *static_cast<const Place*>(given);
-  place.block->run(place.thread);
-  return nullptr;
-}
-
-void Block::run(int self) {
-  my_block = this;
-  threadIdx.x = unsigned(self);
-  blockIdx.x = unsigned(number);
-  gridDim.x = unsigned(launch.blocks);
-  const std::string name = "thread " + std::to_string(self);
+void Block::run(Thread& me) {
+  const std::string name = "thread " + std::to_string(&me - threads);
   try {
     launch.kernel(launch.arguments);
-    leave(self);
+    arrive(At::left, Where(), 0, 0);
+    ++launch.progress;
   } catch (const Stopped&) {
   } catch (const std::exception& thrown) {
     report(name + " threw: " + thrown.what());
   } catch (...) {
     report(name + " threw");
   }
-  launch.thread_ended(*this);
+  me.ended = true;
+  release(&launch);
+}
+
+void Block::resume(Thread& thread) {
+  my_block = this;
+  threadIdx.x = unsigned(&thread - threads);
+  blockIdx.x = unsigned(number);
+  thread.begun = true;
+  thread.fiber->resume();
+}
+
+// Each thread that can, until it waits, polls or may have ended another's wait.
+void Block::go_on() {
+  for (int t : order) {
+    if (threads[t].at == At::running && launch.error.empty()) resume(threads[t]);
+  }
+}
+
+// After a failure.
+void Block::unwind() {
+  for (Thread& thread : threads) {
+    if (thread.begun && !thread.ended) resume(thread);
+  }
+}
+
+void Block::yield() {
+  me().fiber->yield();
+  stop_if_failed();
+}
+
+void Block::arrive(At at, Where where, int mask, uint64_t brings) {
+  Thread& mine = me();
+  mine.at = at;
+  mine.where = where;
+  mine.mask = mask;
+  mine.brings = brings;
+  const int self = int(threadIdx.x);
+  for (int t = 0; t < block_threads; ++t) {
+    if (agree(mine, threads[t], t / warp_lanes == self / warp_lanes)) continue;
+    report("thread " + std::to_string(self) + ": " + describe(mine) + "; thread " + std::to_string(t) + ": " +
+           describe(threads[t]));
+    throw Stopped();
+  }
+}
+
+// Who comes last lets all go on.
+void Block::meet(Thread* first, int count, At at, Where where, int mask, uint64_t brings) {
+  arrive(at, where, mask, brings);
+  Thread* const last = first + count;
+  if (std::any_of(first, last, [&](const Thread& other) { return other.at != at; })) return yield();
+  for (Thread* thread = first; thread < last; ++thread) {
+    thread->at = At::running;
+    thread->gets = thread->brings;
+  }
+  ++launch.progress;
+}
+
+// A meeting that orders memory.
+void Block::pass(Clocks& clocks, int& times, Thread* first, int count, At at, Where where) {
+  char* const clock = clocks.places + times++ % 2;
+  release(clock);
+  meet(first, count, at, where);
+  acquire(clock);
 }
 
 // Threads in a row that do the same are told of together.
-std::string Block::waiting() {
-  const std::lock_guard lock(mutex);
+std::string Block::waiting() const {
   std::string text;
   for (int first = 0, last; first < block_threads; first = last + 1) {
     const std::string what = describe(threads[first]);
@@ -335,26 +378,18 @@ std::string Block::waiting() {
   return text;
 }
 
-// --- one launch: the block's threads ------------------------------------------------------------------
+// --- the thread that launches --------------------------------------------------------------------------
 
-// The first failure counts, what follows it may be its effect.
-void Launch::report(std::string text) {
-  const Unseen unseen;
-  const std::lock_guard lock(mutex);
-  if (error.empty()) error = std::move(text);
-  stopped.store(true, std::memory_order_relaxed);
-  changed.notify_all();
+std::vector<int> Launch::any_order(int count) {
+  std::vector<int> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  std::shuffle(order.begin(), order.end(), draws);
+  return order;
 }
 
-void Launch::thread_ended(Block& block) {
-  const Unseen unseen;
-  const std::lock_guard lock(mutex);
-  ++ended;
-  if (++block.ended == block_threads) --running;
-  if (block.ended == block_threads || stopped.load(std::memory_order_relaxed)) changed.notify_all();
+int Launch::running() const {
+  return int(std::count_if(begun.begin(), begun.end(), [](const auto& block) { return !block->ended(); }));
 }
-
-// --- one launch: the thread that launches --------------------------------------------------------------
 
 std::string Launch::waiting() const {
   std::string text =
@@ -363,149 +398,75 @@ std::string Launch::waiting() const {
   return text;
 }
 
-// Until no more than so many blocks run, or the launch has failed.
-void Launch::watch(int most_running) {
-  const Unseen unseen;
-  // Counted in looks and not by the clock: a process that was halted meanwhile has not been waiting.
-  constexpr int looks = 16;
-  const std::chrono::duration<double> between(settings.patience / looks);
+int Launch::run() {
+  // A thread may find several counters as it wants them, one a round, before it makes progress.
+  constexpr int most_quiet = 10000;
+  // Before there are fibers: with the first of its thread's variables the library's others come to be, and
+  // that comes before all that they do.
+  gridDim.x = unsigned(blocks);
+  const std::vector<int> order = any_order(blocks);
+  auto next = order.begin();
   int64_t before = -1;
   int quiet = 0;
-  std::unique_lock lock(mutex);
-  while (!changed.wait_for(lock, between, [&] { return running <= most_running || stopped.load(); })) {
-    lock.unlock();
-    int64_t progress = 0;
-    for (const auto& block : begun) progress += block->progress.load(std::memory_order_relaxed);
+  for (int now = 0; error.empty() && (now > 0 || next != order.end()); now = running()) {
+    for (; now < std::max(settings.resident, 1) && next != order.end(); ++now) {
+      begun.push_back(std::make_unique<Block>(*this, *next++));
+    }
+    for (const auto& block : begun) block->go_on();
     quiet = progress == before ? quiet + 1 : 0;
     before = progress;
-    if (quiet == looks) report("deadlock: " + waiting());
-    lock.lock();
+    if (quiet == most_quiet) report("deadlock: " + waiting());
   }
-}
-
-// New threads for each block: nothing that one has done comes before what another does.
-void Launch::begin(int number) {
-  begun.push_back(std::make_unique<Block>(*this, number));
-  {
-    const Unseen unseen;
-    const std::lock_guard lock(mutex);
-    ++running;
-  }
-  // With stacks so small that the system's library keeps them for the next block.
-  pthread_attr_t attributes;
-  pthread_attr_init(&attributes);
-  pthread_attr_setstacksize(&attributes, 512 << 10);
-  Block& block = *begun.back();
-  for (int t = 0; t < block_threads; ++t) {
-    block.places[t] = {&block, t};
-    pthread_t thread;
-    const int refused = pthread_create(&thread, &attributes, Block::begin, &block.places[t]);
-    if (refused != 0) {
-      report("the system gives no more threads: " + std::string(std::strerror(refused)));
-      break;
-    }
-    threads.push_back(thread);
-  }
-  pthread_attr_destroy(&attributes);
-}
-
-// A thread that neither waits nor polls can't be stopped: as it may write to the caller's memory at any time,
-// the process ends.
-void Launch::let_end() {
-  const Unseen unseen;
-  for (const auto& block : begun) {
-    const std::lock_guard lock(block->mutex);
-    Block::wake(block->all);
-    for (Meeting& warp : block->warps) Block::wake(warp);
-  }
-  std::unique_lock lock(mutex);
-  const std::chrono::duration<double> limit(std::max(settings.patience, 20.0));
-  if (changed.wait_for(lock, limit, [&] { return ended == threads.size(); })) return;
-  std::fprintf(stderr, "cuda_on_host: a kernel does not end after: %s\n", error.c_str());
-  std::abort();
-}
-
-// On one processor, where those that meet are woken for a third less. Sanitizers see more on all of them.
-struct OneProcessor {
-  cpu_set_t before;
-
-  OneProcessor() {
-    sched_getaffinity(0, sizeof before, &before);
-    cpu_set_t one;
-    CPU_ZERO(&one);
-    CPU_SET(sched_getcpu(), &one);
-    sched_setaffinity(0, sizeof one, &one);
-  }
-  OneProcessor(const OneProcessor&) = delete;
-  OneProcessor& operator=(const OneProcessor&) = delete;
-  ~OneProcessor() { sched_setaffinity(0, sizeof before, &before); }
-};
-
-int Launch::run() {
-#if !defined(__SANITIZE_THREAD__) && !defined(__SANITIZE_ADDRESS__)
-  const OneProcessor here;
-#endif
-  std::vector<int> order(blocks);
-  std::iota(order.begin(), order.end(), 0);
-  std::shuffle(order.begin(), order.end(), std::mt19937(settings.seed));
-  const int resident = std::max(settings.resident, 1);
-  for (int number : order) {
-    watch(resident - 1);
-    if (stopped.load()) break;
-    begin(number);
-  }
-  watch(0);
-  let_end();
-  for (const pthread_t thread : threads) pthread_join(thread, nullptr);
-  return stopped.load() ? fail(error) : 0;
+  for (const auto& block : begun) block->unwind();
+  acquire(this);
+  return error.empty() ? 0 : fail(error);
 }
 
 }  // namespace
 
-// --- a kernel's threads -------------------------------------------------------------------------------
+// --- what a kernel's threads call -----------------------------------------------------------------------
 
 char* shared_memory() { return my_block->shared.data; }
 
 void pass_block_barrier(Where where) {
-  const int self = int(threadIdx.x);
-  my_block->pass(my_block->all, my_block->threads[self].barriers, self, At::block_barrier, where);
+  Block& block = *my_block;
+  block.pass(block.all, block.me().barriers, block.threads, block_threads, At::block_barrier, where);
 }
 
 void pass_warp_barrier(Where where) {
-  const int self = int(threadIdx.x);
-  my_block->pass(my_block->warps[self / warp_lanes], my_block->threads[self].warp_barriers, self,
+  Block& block = *my_block;
+  block.pass(block.warps[threadIdx.x / warp_lanes], block.me().warp_barriers, block.warp(), warp_lanes,
       At::warp_barrier, where);
 }
 
 // CUDA promises no order of memory here.
 uint64_t exchange(uint64_t value, int mask, Where where) {
-  const Unseen unseen;
-  const int self = int(threadIdx.x);
+  Block& block = *my_block;
   if (mask < 0 || mask >= warp_lanes) {
-    my_block->report("exchange at " + place(where) + " with the mask " + std::to_string(mask));
+    block.report("exchange at " + place(where) + " with the mask " + std::to_string(mask));
     throw Stopped();
   }
-  my_block->meet(my_block->warps[self / warp_lanes], self, At::exchange, where, mask, value);
-  return my_block->threads[self ^ mask].gets;
+  block.meet(block.warp(), warp_lanes, At::exchange, where, mask, value);
+  return block.threads[int(threadIdx.x) ^ mask].gets;
 }
 
 uint32_t ballot(bool yes, Where where) {
-  const Unseen unseen;
-  const int self = int(threadIdx.x), warp = self / warp_lanes;
-  my_block->meet(my_block->warps[warp], self, At::ballot, where, 0, yes);
+  Block& block = *my_block;
+  block.meet(block.warp(), warp_lanes, At::ballot, where, 0, yes);
   uint32_t bits = 0;
-  for (int i = 0; i < warp_lanes; ++i) bits |= uint32_t(my_block->threads[warp * warp_lanes + i].gets) << i;
+  for (int i = 0; i < warp_lanes; ++i) bits |= uint32_t(block.warp()[i].gets) << i;
   return bits;
 }
 
+// Others go on first: their order here is one of those that a GPU has.
 void act(bool progress) {
-  my_block->stop_if_failed();
-  if (progress) my_block->count_progress();
+  my_block->yield();
+  my_block->launch.progress += progress;
 }
 
 void poll(Where where) {
-  my_block->stop_if_failed();
-  my_block->threads[threadIdx.x].polled.store(where, std::memory_order_relaxed);
+  my_block->me().polled = where;
+  my_block->yield();
 }
 
 // --- the host -----------------------------------------------------------------------------------------
@@ -561,10 +522,10 @@ const char* error_text(int error) {
 
 }  // namespace cuda_on_host
 
-void cuda_on_host_set(int blocks, int resident, unsigned seed, long long l2_bytes, double patience) {
+void cuda_on_host_set(int blocks, int resident, unsigned seed, long long l2_bytes) {
   auto& now = cuda_on_host::state();
   const std::lock_guard lock(now.mutex);
-  now.settings = {blocks, resident, seed, l2_bytes, patience};
+  now.settings = {blocks, resident, seed, l2_bytes};
 }
 
 void cuda_on_host_stub(int on) {

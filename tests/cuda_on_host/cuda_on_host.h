@@ -1,8 +1,10 @@
 // The library's .cu files on the processor: every name of csrc/common/cuda.h, and the words of CUDA that the
-// kernels use, over one thread of the system for each of the kernel's.
+// kernels use. A kernel's threads are fibers, each with a stack of its own, of the thread that launches: one
+// runs until it comes to a barrier, an exchange or a counter, then the next one, in an order that is drawn.
 //
-// So ThreadSanitizer sees the races between the kernel's threads and AddressSanitizer what runs over a
-// block's shared memory, and a wait that may never end on a GPU is an error of the launch here.
+// So what a barrier is missing for comes out wrong, ThreadSanitizer sees the races between the kernel's
+// threads and AddressSanitizer what runs over a block's shared memory, and a wait that may never end on a GPU
+// is an error of the launch here.
 #pragma once
 
 #include <atomic>
@@ -10,7 +12,6 @@
 #include <cstdint>
 #include <cstring>
 #include <source_location>
-#include <thread>
 #include <type_traits>
 
 #define MRCN_DEVICE inline
@@ -19,10 +20,9 @@
 // For a program that has the kernels linked in, or Python's ctypes.
 extern "C" {
 // `blocks` and `l2_bytes`: what a device says of itself. At most `resident` blocks of a launch run at the
-// same time, in an order drawn from `seed`. A launch in which nothing happens for `patience` seconds is a
-// deadlock.
+// same time; their order and that of their threads is drawn from `seed`.
 __attribute__((visibility("default"))) void cuda_on_host_set(
-    int blocks, int resident, unsigned seed, long long l2_bytes, double patience);
+    int blocks, int resident, unsigned seed, long long l2_bytes);
 // Launches and `clear` do nothing from now on, and succeed: what remains is the host's time of a call.
 __attribute__((visibility("default"))) void cuda_on_host_stub(int on);
 // The next launch does nothing and returns `error`.
@@ -35,7 +35,7 @@ namespace cuda_on_host {
 
 using Where = std::source_location;
 
-// Few, for each is a thread of the system; the kernels are written for any.
+// Few, for all of them take turns; the kernels are written for any.
 constexpr int warp_lanes = 4;
 constexpr int block_warps = 2;
 constexpr int block_threads = warp_lanes * block_warps;
@@ -123,10 +123,7 @@ inline void store_release(int* counter, int value) {
   cuda_on_host::act(true);
   std::atomic_ref(*counter).store(value, std::memory_order_release);
 }
-inline void pause() {
-  cuda_on_host::act(false);
-  std::this_thread::yield();
-}
+inline void pause() { cuda_on_host::act(false); }
 
 inline void lower(int* shared, int value) {
   const std::atomic_ref least(*shared);

@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 def emulator() -> Iterator[Any]:
     emulated = library.emulator()
     yield emulated
-    emulated.cuda_on_host_set(4, 2, 0, L2, 20.0)
+    emulated.cuda_on_host_set(4, 2, 0, L2)
     emulated.cuda_on_host_stub(0)
 
 
@@ -49,7 +49,7 @@ def loss(drawn: CQCCase) -> Callable[[], dict[str, Tensor]]:
     return lambda: cases.evaluate_cqc(p, BACKEND)
 
 
-# Small: a thread of the kernels is a thread of the system. Several samples, blocks of channels and chunks,
+# Small: a launch takes its threads in turn, in this one. Several samples, blocks of channels and chunks,
 # and lines that are full, half full and unaligned.
 PROBLEMS = {
     f"{mode} {gate} {layout}": block(
@@ -71,7 +71,7 @@ PROBLEMS = {
 def test_the_same_bits_in_any_order_and_crowd(name: str, emulator: Any) -> None:
     first = None
     for (blocks, resident), seed in itertools.product(CROWDS, range(3)):
-        emulator.cuda_on_host_set(blocks, resident, seed, L2, 5.0)
+        emulator.cuda_on_host_set(blocks, resident, seed, L2)
         results = PROBLEMS[name]()
         first = first or results
         assert not cases.different_bits(first, results), f"{blocks} blocks, {resident} resident, seed {seed}"
@@ -80,15 +80,15 @@ def test_the_same_bits_in_any_order_and_crowd(name: str, emulator: Any) -> None:
 @pytest.mark.parametrize("l2_bytes", [1, 1 << 12, 1 << 30])
 def test_the_same_bits_with_any_number_of_samples_ahead(l2_bytes: int, emulator: Any) -> None:
     run = block(case("pair", "se", shape=(6, 9, 4, 8)))
-    emulator.cuda_on_host_set(1, 1, 0, 1, 5.0)
+    emulator.cuda_on_host_set(1, 1, 0, 1)
     first = run()
-    emulator.cuda_on_host_set(9, 3, 1, l2_bytes, 5.0)
+    emulator.cuda_on_host_set(9, 3, 1, l2_bytes)
     assert not cases.different_bits(first, run())
 
 
 @pytest.mark.parametrize("name", [*PROBLEMS][::3])
 def test_sanitized(name: str, emulator: Any) -> None:
-    emulator.cuda_on_host_set(3, 2, 1, L2, 60.0)
+    emulator.cuda_on_host_set(3, 2, 1, L2)
     results = PROBLEMS[name]()
     assert all(result.isfinite().all() for result in results.values())
 

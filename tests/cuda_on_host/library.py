@@ -77,15 +77,13 @@ def load() -> None:
 def emulator() -> ctypes.CDLL:
     """The emulator's settings: tests/cuda_on_host/cuda_on_host.h says what they are."""
     library = ctypes.CDLL(str(build() / "libcuda_on_host.so"))
-    library.cuda_on_host_set.argtypes = (
-        *(ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_longlong, ctypes.c_double),
-    )
+    library.cuda_on_host_set.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_longlong)
     library.cuda_on_host_launches.restype = ctypes.c_longlong
     return library
 
 
 def status() -> tuple[bool, str]:
-    return True, "CUDA C++ kernels on the processor's threads"
+    return True, "CUDA C++ kernels on the processor"
 
 
 def serves(device_type: str, dtype: torch.dtype) -> str | None:
