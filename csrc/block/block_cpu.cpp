@@ -36,11 +36,11 @@ struct Cpu {
   }
   static void forward(BlockForward& call, const Tensor& like) {
     call.stream = streams(call.shape, sets_of(call.shape.mode), like);
-    kernels().block_forward(call);
+    kernels(call.shape.dtype).block_forward(call);
   }
   static void backward(BlockBackward& call, const Tensor& like) {
     call.stream = streams(call.shape, modalities(call.shape.mode), like);
-    kernels().block_backward(call);
+    kernels(call.shape.dtype).block_backward(call);
   }
 };
 

@@ -51,7 +51,10 @@ using acc_t = typename accumulate<T>::type;
 
 // f(T{}) for the dtype's element.
 template <class F>
-inline auto with_element(Dtype dtype, const F& f) {
+inline auto with_element([[maybe_unused]] Dtype dtype, const F& f) {
+#if defined(MRCN_BF16_ALONE)
+  return f(bf16{});
+#else
   switch (dtype) {
     case Dtype::f32:
       return f(float{});
@@ -63,6 +66,7 @@ inline auto with_element(Dtype dtype, const F& f) {
       break;
   }
   return f(f16{});
+#endif
 }
 
 // --- one element --------------------------------------------------------------------------------------

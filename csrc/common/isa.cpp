@@ -49,6 +49,13 @@ bool runs_here(const std::string& isa) {
   return true;
 }
 
+const Kernels& named(const std::string& isa) {
+  for (const Kernels& k : carried) {
+    if (isa == k.isa) return k;
+  }
+  throw std::logic_error("the library carries no " + isa);
+}
+
 const Kernels& choose() {
   if (const char* wanted = std::getenv("MRCN_FAST_ISA"); wanted != nullptr && *wanted != '\0') {
     std::string known;
@@ -71,6 +78,12 @@ const Kernels& choose() {
 const Kernels& kernels() {
   static const Kernels& chosen = choose();
   return chosen;
+}
+
+const Kernels& kernels(Dtype dtype) {
+  // CMakeLists.txt compiles it for bf16 alone.
+  static const Kernels& others = std::string(kernels().isa) == "avx512bf16" ? named("avx512") : kernels();
+  return dtype == Dtype::bf16 ? kernels() : others;
 }
 
 std::vector<std::string> carried_isas() {

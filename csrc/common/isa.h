@@ -19,6 +19,8 @@ struct Kernels {
 
 // The kernels of the best instruction set this processor has, or of MRCN_FAST_ISA; chosen once.
 const Kernels& kernels();
+// Those that take such elements: an instruction set that adds to another what concerns bf16 has them alone.
+const Kernels& kernels(Dtype dtype);
 
 // The instruction sets in the library, worst first.
 std::vector<std::string> carried_isas();

@@ -126,7 +126,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
   *number.mutable_data_ptr<int64_t>() = count;
   call.losses = losses.data_ptr();
   call.weights = weights.data_ptr();
-  kernels().cqc_forward(call);
+  kernels(call.features.dtype).cqc_forward(call);
   if (sums == ScalarType::Double) {
     add_up<double>(losses, count, total);
   } else {
@@ -165,7 +165,7 @@ Tensor cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor inf
     const int64_t first = set < 3 ? set * visible : 3 * visible + (set - 3) * infrared;
     call.feature_gradients[set] = static_cast<char*>(result.data_ptr()) + first * row;
   }
-  kernels().cqc_backward(call);
+  kernels(call.features.dtype).cqc_backward(call);
   return result;
 }
 
