@@ -76,7 +76,7 @@ RUNS = {
         "(test_gradcheck and se and normalized and contiguous) "
         "or (test_opcheck_of_every_dtype_and_missing_gradients and float32)",
     ),
-    "gates": ("tests/test_gates.py",),
+    "gates": ("tests/test_gates.py", "-k", "cuda"),
     "cqc": (
         "tests/test_cqc.py",
         "-k",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import functools
 import importlib.util
 import os
 import shutil
@@ -41,6 +42,7 @@ def _tool(name: str) -> str:
     return found
 
 
+@functools.cache
 def build(target: str = "cuda_on_host", sanitize: str = SANITIZE) -> Path:
     """The directory with ``target``, compiled where its sources are newer; processes wait for one another."""
     directory = ROOT / "build" / "-".join(filter(None, ["cuda-on-host", sanitize]))
