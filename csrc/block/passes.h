@@ -498,7 +498,7 @@ MRCN_INLINE void sum_line(const acc_t<T>* mean, Rows x, Rows g, int64_t first, i
   constexpr int parts = parts_of<vectors>;
   constexpr bool in_turn = parts > summed_vectors<T>;
   // Of a line that comes near, what the first of its vectors has read already.
-  constexpr int64_t read = sizeof(T) == sizeof(acc_t<T>) ? vector_bytes : 0;
+  [[maybe_unused]] constexpr int64_t read = sizeof(T) == sizeof(acc_t<T>) ? vector_bytes : 0;
   LineSums<P, T, vectors> line(mean, channels, c);
   RowsAt<T, P::inputs, 1> in(x, first);
   RowsAt<T, P::sets, 1> of(g, first);
