@@ -28,6 +28,11 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes minutes begins first: at the end, one process would wait for the other."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def choices_anew() -> Iterator[None]:
     """No test sees which backend another one had chosen, or been told of."""

@@ -20,6 +20,7 @@ from tests.cuda_on_host import library
 from tests.processes import run_pytest
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="the emulator is written for Linux"),
     pytest.mark.skipif(CUDA_ON_HOST, reason="starts the processes of which this is one"),
 ]

@@ -10,6 +10,7 @@ from tests.processes import INSTRUCTION_SETS, instruction_set, run_pytest
 OTHERS = [isa for isa in INSTRUCTION_SETS if isa != native.build_info().get("isa")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHERS)
 def test_accuracy_with_the_other_instruction_sets(isa: str) -> None:
     run_pytest(

@@ -165,6 +165,7 @@ MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, d
   }
 }
 
+// The largest and the smallest of every channel.
 template <class T>
 void rows_extremes(const T* x, int64_t rows, int64_t pitch, int64_t channels, ChannelMoments<acc_t<T>> out) {
   using A = acc_t<T>;

@@ -350,6 +350,7 @@ def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> No
     assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_bitwise_as_one_that_was_not(tiny_config: TrainConfig, tmp_path: Path) -> None:
     config = dataclasses.replace(tiny_config, epochs=4, batches=5)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
