@@ -52,14 +52,30 @@ def runtime(name: str) -> str:
     return path
 
 
+def run_toys(sanitize: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    program = library.build("test_cuda_on_host", sanitize) / "test_cuda_on_host"
+    return subprocess.run([program, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
 @pytest.mark.parametrize("sanitize", ["", *SANITIZERS])
 def test_the_emulator(sanitize: str) -> None:
     """Barriers, exchanges, counters, deadlocks that are told, threads that leave too early."""
-    directory = library.build("test_cuda_on_host", sanitize)
-    run = subprocess.run(
-        [directory / "test_cuda_on_host"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    run = run_toys(sanitize)
     assert run.returncode == 0, run.stdout
+
+
+@pytest.mark.parametrize(
+    ("fault", "sanitize", "told"),
+    [
+        ("barrier", "thread", "ThreadSanitizer: data race"),
+        ("order", "thread", "ThreadSanitizer: data race"),
+        ("bounds", "address", "AddressSanitizer: heap-buffer-overflow"),
+    ],
+)
+def test_a_sanitizer_sees_what_is_wrong(fault: str, sanitize: str, told: str) -> None:
+    """Else the kernels would pass under it whatever they did."""
+    run = run_toys(sanitize, fault)
+    assert run.returncode != 0 and told in run.stdout, run.stdout
 
 
 # A choice, for the processor runs a kernel's threads in turn, and tests/cuda_on_host/launches.py

@@ -495,6 +495,48 @@ void tell_time() {
   check(flag == times * blocks * block_threads, "all threads end");
 }
 
+// --- what a sanitizer has to see ------------------------------------------------------------------------
+
+template <int unused>
+MRCN_KERNEL(2)
+read_without_barrier(Chain a) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  shared[threadIdx.x] = 1;
+  a.sums[threadIdx.x] = shared[threadIdx.x ^ 1];
+}
+
+// What one block writes before a counter that orders nothing, another one reads.
+template <int unused>
+MRCN_KERNEL(2)
+read_without_order(Chain a) {
+  if (threadIdx.x > 0) return;
+  if (blockIdx.x == 0) {
+    a.sums[0] = 1;
+    add_relaxed(a.ticket, 1);
+  } else {
+    while (add_relaxed(a.ticket, 0) == 0) pause();
+    a.sums[1] = a.sums[0];
+  }
+}
+
+template <int unused>
+MRCN_KERNEL(2)
+write_past_shared_memory(Chain) {
+  reinterpret_cast<int*>(shared_memory())[block_threads] = 1;
+}
+
+int provoke(const std::string& fault) {
+  constexpr int bytes = block_threads * sizeof(int);
+  int ticket = 0, sums[block_threads] = {};
+  const Chain chain{&ticket, nullptr, sums};
+  set(2);
+  if (fault == "barrier") return launch<read_without_barrier<0>>(chain, 1, bytes, nullptr);
+  if (fault == "order") return launch<read_without_order<0>>(chain, 2, bytes, nullptr);
+  if (fault == "bounds") return launch<write_past_shared_memory<0>>(chain, 1, bytes, nullptr);
+  std::printf("no such fault: %s\n", fault.c_str());
+  return 2;
+}
+
 int test() {
   test_barriers();
   test_exchange();
@@ -514,4 +556,6 @@ int test() {
 }  // namespace
 }  // namespace mrcn::cuda
 
-int main() { return mrcn::cuda::test(); }
+int main(int count, char** arguments) {
+  return count > 1 ? mrcn::cuda::provoke(arguments[1]) : mrcn::cuda::test();
+}
