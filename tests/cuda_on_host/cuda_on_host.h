@@ -2,9 +2,9 @@
 // kernels use. A kernel's threads are fibers, each with a stack of its own, of the thread that launches: one
 // runs until it comes to a barrier, an exchange or a counter, then the next one, in an order that is drawn.
 //
-// So what a barrier is missing for comes out wrong, ThreadSanitizer sees the races between the kernel's
-// threads and AddressSanitizer what runs over a block's shared memory, and a wait that may never end on a GPU
-// is an error of the launch here.
+// So what a barrier is missing for comes out wrong in most orders, ThreadSanitizer sees the races between the
+// kernel's threads and AddressSanitizer what runs over a block's shared memory, and a wait that may never end
+// on a GPU is an error of the launch here.
 #pragma once
 
 #include <atomic>
