@@ -329,17 +329,18 @@ struct Coefficients {
   }
 };
 
-// Coefficients of a line that fit the registers stay there for some rows. Else they are read where they
-// stand, a row at a time: fewer rows at once are longer runs of memory.
-constexpr bool in_registers = vector_registers == 32;
-constexpr int row_block = in_registers ? 4 : 1;
+// Where the registers have room for a line's coefficients, sets are made of so many rows at once. Else, and
+// for gradients, coefficients are read where they stand, a row at a time: fewer rows at once are longer runs
+// of memory.
+constexpr int rows_of_sets = vector_registers == 32 ? 4 : 1;
 // Bytes of coefficients that the first-level cache keeps beside the maps.
 constexpr int64_t near_bytes = 16 << 10;
 
-// Rows of maps and the coefficients of their channels, n a channel; those of a line are put side by side once
-// for all rows.
-template <class T, int n>
+// Rows of maps, so many at once, and the coefficients of their channels, n a channel; those of a line are put
+// side by side once for all rows.
+template <class T, int n, int row_block>
 class RowsOfLines {
+  static constexpr bool in_registers = row_block > 1;
   static constexpr int vectors = line_vectors<T>;
   static constexpr int64_t line = vectors * lanes<acc_t<T>>;
   static constexpr int64_t near =
@@ -396,7 +397,7 @@ class RowsOfLines {
 template <class P, class T, bool stream>
 __attribute__((noinline)) void make_rows_as(
     const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
-  const RowsOfLines<T, P::forward_slots> lines(k, rows, channels);
+  const RowsOfLines<T, P::forward_slots, rows_of_sets> lines(k, rows, channels);
   const int64_t next = lines.distance(x.pitch[0]);
   lines.each([&]<int count>(int64_t row, constant<count>, int64_t first, int64_t end) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row);
@@ -553,7 +554,7 @@ void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channe
 template <class P, class T, bool stream, bool extremes>
 __attribute__((noinline)) void gradient_rows_as(
     const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
-  const RowsOfLines<T, extremes ? P::backward_slots : P::extreme(0)> lines(k, rows, channels);
+  const RowsOfLines<T, extremes ? P::backward_slots : P::extreme(0), 1> lines(k, rows, channels);
   const int64_t next = lines.distance(x.pitch[0]);
   lines.each([&]<int count>(int64_t row, constant<count>, int64_t first, int64_t end) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
