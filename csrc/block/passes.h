@@ -97,7 +97,7 @@ constexpr int64_t lines_in_turn = 8;
 // f(constant<from>, constant<to>, begin, end, head, distance) for the sets of a stretch of maps: all in one,
 // or each in turn, some lines at a time from `head` elements on.
 template <class P, class T, class F>
-MRCN_INLINE void each_turn(int64_t begin, int64_t end, int64_t head, int64_t distance, const F& f) {
+MRCN_INLINE void each_turn(int64_t begin, int64_t end, int64_t head, Last distance, const F& f) {
   if constexpr (sets_in_turn<P>) {
     constexpr int64_t turn = lines_in_turn * line_vectors<T> * lanes<acc_t<T>>;
     for (int64_t next; begin < end; begin = next, head = 0) {
@@ -127,9 +127,9 @@ MRCN_INLINE void sum_at(
   });
 }
 
-template <class P, class T, bool stream, bool extremes, class V, int vectors, class K>
+template <class P, class T, bool stream, bool extremes, class V, int vectors, class K, class Distance>
 MRCN_INLINE void gradient_at(
-    const K& k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<vectors> n, int64_t distance) {
+    const K& k, Pointers x, Pointers g, Pointers dx, int64_t at, constant<vectors> n, Distance distance) {
   constexpr int parts = parts_of<vectors>;
   V in[parts][P::inputs], out[parts][P::inputs];
   fetch_maps<T, P::inputs>(x, at, n, in, distance);
@@ -201,7 +201,7 @@ __attribute__((noinline)) void make_plane_as(
     const acc_t<T>* k, Pointers x, Pointers y, int64_t head, int64_t n) {
   using A = acc_t<T>;
   const Spread<A, P::forward_slots> spread(k);
-  each_turn<P, T>(0, n, head, ahead,
+  each_turn<P, T>(0, n, head, Last{ahead_of_last},
       [&]<int from, int to>(
           constant<from>, constant<to>, int64_t begin, int64_t end, int64_t before, auto distance) MRCN_BODY {
         over_lines<T>(before, end - begin, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
@@ -260,7 +260,7 @@ __attribute__((noinline)) void gradient_plane_as(
   over_lines<T>(head, n, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
     using V = one_or_vector<A, vectors>;
     gradient_at<P, T, stream, extremes, V>(
-        [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, g, dx, at, count, ahead);
+        [&](auto) MRCN_BODY { return spread.template get<V>(); }, x, g, dx, at, count, Last{ahead_of_last});
   });
 }
 
@@ -358,10 +358,10 @@ class RowsOfLines {
     for (int64_t i = 0; i < channels / line; ++i) ::new (lines_.data + i) Line(k, channels, i * line);
   }
 
-  // From a row to what is asked for.
-  MRCN_INLINE int64_t distance(int64_t pitch) const {
-    const int64_t bytes = width_ * int64_t(sizeof(T));
-    return most<int64_t>(2 * row_block, ahead / bytes) * pitch * int64_t(sizeof(T));
+  // From a row to what is asked for: some `bytes` further, at least so many rows.
+  MRCN_INLINE int64_t distance(int64_t pitch, int64_t bytes, int64_t rows) const {
+    constexpr int64_t size = sizeof(T);
+    return most(rows, bytes / (width_ * size)) * pitch * size;
   }
 
   // f(row, constant<rows at once>, first channel, where they end) for as many channels at a time as stay
@@ -398,7 +398,7 @@ template <class P, class T, bool stream>
 __attribute__((noinline)) void make_rows_as(
     const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels) {
   const RowsOfLines<T, P::forward_slots, rows_of_sets> lines(k, rows, channels);
-  const int64_t next = lines.distance(x.pitch[0]);
+  const Last next{lines.distance(x.pitch[0], ahead_of_last, rows_of_sets)};
   lines.each([&]<int count>(int64_t row, constant<count>, int64_t first, int64_t end) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row);
     const RowsAt<T, P::all, count> out(y, row);
@@ -555,7 +555,9 @@ template <class P, class T, bool stream, bool extremes>
 __attribute__((noinline)) void gradient_rows_as(
     const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
   const RowsOfLines<T, extremes ? P::backward_slots : P::extreme(0), 1> lines(k, rows, channels);
-  const int64_t next = lines.distance(x.pitch[0]);
+  // Not as what is read for the last time: of so many maps, mostly at the same place of a page, and their
+  // coefficients the first-level cache would lose some.
+  const int64_t next = lines.distance(x.pitch[0], ahead, 2);
   lines.each([&]<int count>(int64_t row, constant<count>, int64_t first, int64_t end) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
     const RowsAt<T, P::all, count> of(g, row);

@@ -99,8 +99,16 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
 }
 #endif
 
-// In place of a distance: nothing is asked for.
+// In place of a distance: nothing is asked for, or what is read for the last time.
 struct Nowhere {};
+struct Last {
+  int64_t bytes;
+};
+MRCN_INLINE void ask(const void*, Nowhere) {}
+MRCN_INLINE void ask(const void* p, int64_t bytes) { prefetch(static_cast<const char*>(p) + bytes); }
+MRCN_INLINE void ask(const void* p, Last distance) {
+  prefetch_last(static_cast<const char*>(p) + distance.bytes);
+}
 
 // Rows and channels that are read a line of each row after the other.
 struct Band {
@@ -214,9 +222,7 @@ MRCN_INLINE void read(const T* p, OneOf<vectors, part>, V (&out)[1]) {
 template <class T, class Count, class V, int parts, class Distance = Nowhere>
 MRCN_INLINE void fetch(const T* p, Count count, V (&out)[parts], [[maybe_unused]] Distance distance = {}) {
   static_assert(parts == parts_in<Count>);
-  if constexpr (!std::is_same_v<Count, constant<0>> && !std::is_same_v<Distance, Nowhere>) {
-    prefetch(reinterpret_cast<const char*>(p) + distance);
-  }
+  if constexpr (!std::is_same_v<Count, constant<0>>) ask(p, distance);
   read(p, count, out);
 }
 

@@ -348,9 +348,13 @@ MRCN_INLINE void add_scaled(A* y, A k, const A* x, int64_t n) {
 // several streams ask for ahead. Maps are read as short runs, plane by plane, and a processor's own
 // prefetcher starts anew at each page. An address outside any memory does no harm.
 MRCN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
+// The same for a line that is read for the last time, into the first-level cache alone: it drives nothing out
+// of the others.
+MRCN_INLINE void prefetch_last(const void* p) { __builtin_prefetch(p, 0, 0); }
 
-// Bytes between what is read and what is asked for.
-constexpr int64_t ahead = 4096;
+// Bytes between what is read and what is asked for; for the last time, so much as the first-level cache holds
+// of several maps.
+constexpr int64_t ahead = 4096, ahead_of_last = 2048;
 
 // Runs f(begin, end) over parts of [0, count) on the threads of torch's pool.
 template <class Pool, class F>
