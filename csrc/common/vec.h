@@ -187,9 +187,33 @@ MRCN_INLINE void stream_fence() {
 #endif
 }
 
+// Halves are added to halves, so that the order is the same whatever the vector's width allows.
+#if defined(__AVX2__)
+MRCN_INLINE float sum_of(__m256 v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+MRCN_INLINE double sum_of(__m256d v) {
+  const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(v), _mm256_extractf128_pd(v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+}
+#endif
+#if defined(__AVX512F__)
+template <int half>
+MRCN_INLINE __m256d half_of(__m512d v) {
+  return _mm512_maskz_extractf64x4_pd(0xf, v, half);
+}
+MRCN_INLINE float sum_of(__m512 v) {
+  return sum_of(_mm256_add_ps((__m256)half_of<0>((__m512d)v), (__m256)half_of<1>((__m512d)v)));
+}
+MRCN_INLINE double sum_of(__m512d v) { return sum_of(_mm256_add_pd(half_of<0>(v), half_of<1>(v))); }
+#endif
 template <class A>
 MRCN_INLINE A sum(vec<A> v) {
-  // Halves are added to halves, so that the order is the same whatever the vector's width allows.
+#if defined(__AVX2__)
+  return sum_of(v);
+#else
   A parts[lanes<A>];
   std::memcpy(parts, &v, sizeof(v));
 #pragma GCC unroll 8
@@ -198,6 +222,7 @@ MRCN_INLINE A sum(vec<A> v) {
     for (int i = 0; i < width; ++i) parts[i] += parts[i + width];
   }
   return parts[0];
+#endif
 }
 
 // As many values of A as a vector has doubles.
