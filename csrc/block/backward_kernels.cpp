@@ -22,12 +22,10 @@ class Backward : Call<P, A> {
   void run() {
     this->template each_group<Scratch>(P::inputs + this->all_, [&](const auto& group) {
       if (this->extremes_) find_extremes(group);
-      this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
+      this->each_channels(group, [&]<int wide>(int64_t i, int64_t c, constant<wide>) {
         using V = one_or_more<wide>;
-        for (int64_t i = group.first; i < group.last; ++i) {
-          for (int j = 0; j < P::inputs; ++j) {
-            this->template pool<V>(this->template plane<V>(statistics_, j, i, c), j, i, c);
-          }
+        for (int j = 0; j < P::inputs; ++j) {
+          this->template pool<V>(this->template plane<V>(statistics_, j, i, c), j, i, c);
         }
       });
       if (this->shape_.pixels) {
@@ -200,41 +198,37 @@ class Backward : Call<P, A> {
   }
 
   void gate_gradients(const Samples& group) const {
-    this->each_channels_gated(group, [&]<int wide>(int64_t c, constant<wide>) {
+    this->each_channels_gated(group, [&]<int wide>(int64_t i, int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
-      for (int64_t i = group.first; i < group.last; ++i) {
-        Plane<V> p[P::inputs];
-        V s[P::gate_count], found[P::sums], ds[P::gate_count];
-        gather(group, i, c, p, s, found);
-        make_gate_gradients<P>(p, found, ds);
-        for (int g = 0; g < P::gate_count; ++g) {
-          put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
-        }
+      Plane<V> p[P::inputs];
+      V s[P::gate_count], found[P::sums], ds[P::gate_count];
+      gather(group, i, c, p, s, found);
+      make_gate_gradients<P>(p, found, ds);
+      for (int g = 0; g < P::gate_count; ++g) {
+        put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
       }
     });
   }
 
   void coefficients(const Samples& group) const {
-    this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
+    this->each_channels(group, [&]<int wide>(int64_t i, int64_t c, constant<wide>) {
       using R = one_or_more<wide>;
-      for (int64_t i = group.first; i < group.last; ++i) {
-        Plane<R> p[P::inputs];
-        R s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
-        gather(group, i, c, p, s, found);
-        make_maps<P>(p, s, this->shape_.to_input, k, false);
-        make_moments<P>(s, this->shape_.to_input, found, U, V);
-        for (int j = 0; j < P::inputs; ++j) {
-          k[P::extreme(j)] = k[P::k3(j)] = R{};
-          if (this->extremes_) add_extreme(group, p[j], i, j, c, k, U[j], V[j]);
-          const R dz = doubles<R>(this->gates_.of_pooled(j, i) + c), length = R{} + double(this->L_);
-          const PlaneGradient<R> of = plane_gradient<R>(p[j], U[j], V[j], dz, length);
-          k[P::k1(j)] = of.k1;
-          k[P::k2(j)] = of.k2;
-          put_doubles(norm(j, i, 0) + c, of.gamma);
-          put_doubles(norm(j, i, 1) + c, of.beta);
-        }
-        this->put_coefficients(coefficient(group, i), c, k);
+      Plane<R> p[P::inputs];
+      R s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
+      gather(group, i, c, p, s, found);
+      make_maps<P>(p, s, this->shape_.to_input, k, false);
+      make_moments<P>(s, this->shape_.to_input, found, U, V);
+      for (int j = 0; j < P::inputs; ++j) {
+        k[P::extreme(j)] = k[P::k3(j)] = R{};
+        if (this->extremes_) add_extreme(group, p[j], i, j, c, k, U[j], V[j]);
+        const R dz = doubles<R>(this->gates_.of_pooled(j, i) + c), length = R{} + double(this->L_);
+        const PlaneGradient<R> of = plane_gradient<R>(p[j], U[j], V[j], dz, length);
+        k[P::k1(j)] = of.k1;
+        k[P::k2(j)] = of.k2;
+        put_doubles(norm(j, i, 0) + c, of.gamma);
+        put_doubles(norm(j, i, 1) + c, of.beta);
       }
+      this->put_coefficients(coefficient(group, i), c, k);
     });
   }
 

@@ -4,7 +4,7 @@
 // A group of samples at a time, so that the second read of its pixels comes from cache. Where there are
 // samples enough and the cache holds one a thread, each thread takes groups of its own and nobody waits
 // before the end; else the threads share every step of a group. Where the gates' weights, which every group
-// reads anew, are not small beside its pixels, groups are larger and the threads share them. Either way the
+// reads anew, are not small beside its maps, groups are larger and the threads share them. Either way the
 // work is cut into planes, or into chunks of rows whose size depends on the shape alone, and partial results
 // are joined in a fixed order: any number of threads gives the same bits.
 #pragma once
@@ -103,16 +103,14 @@ class Call {
   // many, is made once for the groups that follow one another.
   template <class Scratch, class F>
   void each_group(int maps, const F& f) const {
-    const int64_t threads = shape_.threads, sample_bytes = maps * C_ * L_ * element_size(shape_.dtype);
-    const int64_t weights = gates_.weight_bytes();
-    const int64_t fits = most(group_bytes, 4 * weights) / sample_bytes, rounds = (N_ + threads - 1) / threads;
+    const int64_t threads = shape_.threads, rounds = (N_ + threads - 1) / threads;
+    const int64_t sample_bytes = maps * C_ * L_ * element_size(shape_.dtype), fits = samples_of(sample_bytes);
     const bool busy = 4 * rounds * threads <= 5 * N_;  // at most a fifth of the threads' time idle
-    const bool own =
-        threads > 1 && busy && threads * sample_bytes <= cache_bytes && 4 * weights <= group_bytes;
-    const int64_t some = most<int64_t>(1, own ? fits / threads : fits);
-    const int64_t size = some < 4 ? some : some / 4 * 4;  // the gates do four at once
+    const bool own = threads > 1 && busy && threads * sample_bytes <= cache_bytes && light(group_bytes);
+    const int64_t most_samples = most<int64_t>(1, own ? fits / threads : fits);
     const auto groups = [&](ParallelFor pool, int64_t begin, int64_t end) {
-      const Scratch scratch(*this, least(size, end - begin));
+      const int64_t size = even_share(end - begin, most_samples);
+      const Scratch scratch(*this, size);
       for (int64_t first = begin; first < end; first += size) {
         f(Group<Scratch>{pool, first, least(first + size, end), scratch});
       }
@@ -120,6 +118,24 @@ class Call {
     if (!own) return groups(shape_.parallel, 0, N_);
     parallel(shape_.parallel, N_, thread_elements / (C_ * L_),
         [&](int64_t begin, int64_t end) { groups(serial, begin, end); });
+  }
+
+  // Whether a group that reads so many bytes of maps may read the gates' weights beside them.
+  bool light(int64_t bytes) const { return 4 * gates_.weight_bytes() <= bytes; }
+
+  // Samples of a group. Where the weights are heavy beside all that the cache holds, the maps are rather read
+  // from memory twice than the weights for a few samples at a time.
+  int64_t samples_of(int64_t sample_bytes) const {
+    constexpr int64_t many = 16;
+    if (!light(cache_bytes)) return many;
+    return (light(group_bytes) ? group_bytes : cache_bytes) / sample_bytes;
+  }
+
+  // The size of as few groups of `count` samples as may be, none much smaller than another.
+  static int64_t even_share(int64_t count, int64_t most_samples) {
+    const int64_t groups = most<int64_t>(1, (count + most_samples - 1) / most_samples);
+    const int64_t size = (count + groups - 1) / groups;
+    return size < 4 ? size : least((size + 3) / 4 * 4, count);  // the gates do four at once
   }
 
   // f(sample, channel) over planes, or f(sample, chunk of rows).
@@ -141,34 +157,40 @@ class Call {
     });
   }
 
-  // The same, as many channels at once as a vector has doubles: f(first channel, constant<1>), and
-  // f(channel, constant<0>) for the last ones, whatever the number of threads.
-  template <class F>
-  void each_channels(ParallelFor pool, int64_t samples, const F& f) const {
-    each_block(pool, samples, [&](int64_t c0, int64_t c1) { over_channels(c0, c1, f); });
+  // The same for each sample of the group and as many channels at once as a vector has doubles:
+  // f(sample, first channel, constant<1>), and f(sample, channel, constant<0>) for the last ones, whatever
+  // the number of threads.
+  template <class Samples, class F>
+  void each_channels(const Samples& group, const F& f) const {
+    each_block(group, [&](int64_t c0, int64_t c1) { over_channels(group, c0, c1, f); });
   }
 
-  // The same, each after its gates for the group's samples.
+  // The same, each after its gates.
   template <class Samples, class F>
   void each_channels_gated(const Samples& group, const F& f) const {
-    each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) {
+    each_block(group, [&](int64_t c0, int64_t c1) {
       gates_.excite(group.first, group.last, c0, c1);
-      over_channels(c0, c1, f);
+      over_channels(group, c0, c1, f);
     });
   }
 
   // f(first channel, last channel) over blocks of them.
-  template <class F>
-  void each_block(ParallelFor pool, int64_t samples, const F& f) const {
+  template <class Samples, class F>
+  void each_block(const Samples& group, const F& f) const {
     constexpr int64_t width = Gates<A>::block_channels;
-    parallel(pool, (C_ + width - 1) / width, 4096 / (width * most<int64_t>(1, samples)),
-        [&](int64_t begin, int64_t end) { f(begin * width, least(end * width, C_)); });
+    parallel(group.pool, (C_ + width - 1) / width, 4096 / (width * most<int64_t>(1, group.samples())),
+        [&](int64_t begin, int64_t end) {
+          for (int64_t c = begin * width; c < least(end * width, C_); c += width) f(c, least(c + width, C_));
+        });
   }
-  template <class F>
-  static MRCN_INLINE void over_channels(int64_t c, int64_t end, const F& f) {
+  template <class Samples, class F>
+  static MRCN_INLINE void over_channels(const Samples& group, int64_t c0, int64_t c1, const F& f) {
     constexpr int64_t W = lanes<double>;
-    for (; c + W <= end; c += W) f(c, constant<1>{});
-    for (; c < end; ++c) f(c, constant<0>{});
+    for (int64_t i = group.first; i < group.last; ++i) {
+      int64_t c = c0;
+      for (; c + W <= c1; c += W) f(i, c, constant<1>{});
+      for (; c < c1; ++c) f(i, c, constant<0>{});
+    }
   }
 
   MRCN_INLINE int64_t chunk_rows(int64_t chunk) const { return least(chunk_, L_ - chunk * chunk_); }

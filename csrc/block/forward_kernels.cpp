@@ -95,23 +95,20 @@ class Forward : Call<P, A> {
 
   // Planes' statistics, and what the gates see of them, from the moments of their parts.
   void join(const Samples& group) const {
-    this->each_channels(group.pool, group.samples(), [&]<int wide>(int64_t c, constant<wide>) {
+    this->each_channels(group, [&]<int wide>(int64_t i, int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
-      for (int64_t i = group.first; i < group.last; ++i) {
-        for (int j = 0; j < P::inputs; ++j) {
-          if (this->extremes_ && this->shape_.pixels)
-            join_extremes(group, j, i, c, sizeof(V) / sizeof(double));
-          MomentsOf<V> m;
-          for (int64_t part = 0; part < this->parts_; ++part) {
-            const ChannelMoments<A> of = partial(group, j, i, part);
-            m.join(double(this->part_pixels(part)), doubles<V>(of.mean + c), doubles<V>(of.squares + c));
-          }
-          A* s = statistics_ + this->at(j, i, c) * 2;
-          put_pairs(s, m.mean(), V(1 / root(m.squares / double(this->L_) + call_.eps)));
-          const Plane<V> p = this->template plane<V>(statistics_, j, i, c);
-          put_doubles(offset(group, j, i) + c, m.beyond(p.mean));
-          this->template pool<V>(p, j, i, c);
+      for (int j = 0; j < P::inputs; ++j) {
+        if (this->extremes_ && this->shape_.pixels) join_extremes(group, j, i, c, sizeof(V) / sizeof(double));
+        MomentsOf<V> m;
+        for (int64_t part = 0; part < this->parts_; ++part) {
+          const ChannelMoments<A> of = partial(group, j, i, part);
+          m.join(double(this->part_pixels(part)), doubles<V>(of.mean + c), doubles<V>(of.squares + c));
         }
+        A* s = statistics_ + this->at(j, i, c) * 2;
+        put_pairs(s, m.mean(), V(1 / root(m.squares / double(this->L_) + call_.eps)));
+        const Plane<V> p = this->template plane<V>(statistics_, j, i, c);
+        put_doubles(offset(group, j, i) + c, m.beyond(p.mean));
+        this->template pool<V>(p, j, i, c);
       }
     });
   }
@@ -129,18 +126,16 @@ class Forward : Call<P, A> {
   }
 
   void coefficients(const Samples& group) const {
-    this->each_channels_gated(group, [&]<int wide>(int64_t c, constant<wide>) {
+    this->each_channels_gated(group, [&]<int wide>(int64_t i, int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
-      for (int64_t i = group.first; i < group.last; ++i) {
-        Plane<V> p[P::inputs];
-        V s[P::gate_count], k[P::forward_slots];
-        for (int j = 0; j < P::inputs; ++j) {
-          p[j] = this->template plane<V>(statistics_, j, i, c, doubles<V>(offset(group, j, i) + c));
-        }
-        this->gate_values(i, c, s);
-        make_maps<P>(p, s, this->shape_.to_input, k, true);
-        this->put_coefficients(coefficient(group, i), c, k);
+      Plane<V> p[P::inputs];
+      V s[P::gate_count], k[P::forward_slots];
+      for (int j = 0; j < P::inputs; ++j) {
+        p[j] = this->template plane<V>(statistics_, j, i, c, doubles<V>(offset(group, j, i) + c));
       }
+      this->gate_values(i, c, s);
+      make_maps<P>(p, s, this->shape_.to_input, k, true);
+      this->put_coefficients(coefficient(group, i), c, k);
     });
   }
 

@@ -36,16 +36,17 @@ class Gates {
         branches_(shape.gate == Gate::cbam_channel ? 2 : 1),
         N_(shape.samples),
         C_(shape.channels),
+        pitch_(pitch_of(shape.channels)),
         R_(shape.hidden),
         blocks_((C_ + block_channels - 1) / block_channels) {
     for (int i = 0; i < 4; ++i) weights_[i] = static_cast<const A*>(parameters.gate[i]);
-    const int64_t pooled = int64_t(modalities(shape.mode)) * N_ * branches_ * C_;
+    const int64_t pooled = int64_t(modalities(shape.mode)) * N_ * branches_ * pitch_;
     const int64_t hidden = shape.gate == Gate::eca ? 0 : N_ * count_ * branches_ * R_;
     state.pooled.allocate(pooled);
     state.activation.allocate(hidden);
-    state.value.allocate(N_ * count_ * C_);
+    state.value.allocate(N_ * count_ * pitch_);
     if (backward) {
-      state.before.allocate(N_ * count_ * C_);
+      state.before.allocate(N_ * count_ * pitch_);
       state.inner.allocate(hidden);
       state.of_pooled.allocate(pooled);
     }
@@ -61,13 +62,13 @@ class Gates {
   static MRCN_INLINE int modality(int g) { return g % 2; }
 
   MRCN_INLINE A* pooled(int m, int64_t i, int branch = 0) const {
-    return state.pooled.data + ((m * N_ + i) * branches_ + branch) * C_;
+    return state.pooled.data + ((m * N_ + i) * branches_ + branch) * pitch_;
   }
   MRCN_INLINE A* of_pooled(int m, int64_t i, int branch = 0) const {
-    return state.of_pooled.data + ((m * N_ + i) * branches_ + branch) * C_;
+    return state.of_pooled.data + ((m * N_ + i) * branches_ + branch) * pitch_;
   }
-  MRCN_INLINE A* value(int64_t i, int g) const { return state.value.data + (i * count_ + g) * C_; }
-  MRCN_INLINE A* before(int64_t i, int g) const { return state.before.data + (i * count_ + g) * C_; }
+  MRCN_INLINE A* value(int64_t i, int g) const { return state.value.data + (i * count_ + g) * pitch_; }
+  MRCN_INLINE A* before(int64_t i, int g) const { return state.before.data + (i * count_ + g) * pitch_; }
 
   // Hidden layers of the samples [first, last): value = σ(...) is left to `excite`, some channels at a time.
   void squeeze(ParallelFor pool, int64_t first, int64_t last) const {
@@ -79,7 +80,7 @@ class Gates {
             const int g = int(unit / units);
             const int64_t j0 = unit % units * unit_rows, row = g * R_ + j0;
             for (int b = 0; b < branches_; ++b) {
-              const Matrix<const A> z = {pooled(modality(g), first, b), branches_ * C_};
+              const Matrix<const A> z = {pooled(modality(g), first, b), branches_ * pitch_};
               dot_products<A>({weights_[0] + row * C_, C_}, least(unit_rows, R_ - j0), z, samples, C_,
                   [&](int64_t j, int64_t i, A x) MRCN_BODY {
                     x += weights_[1][row + j];
@@ -101,11 +102,11 @@ class Gates {
   // From `before` of the samples [first, last) to `of_pooled`.
   void backward(ParallelFor pool, int64_t first, int64_t last) const {
     if (shape_.gate == Gate::eca) return backward_eca(pool, first, last);
-    const int64_t samples = last - first, units = row_units();
-    parallel(pool, count_ * units, grain(unit_rows * samples * C_), [&](int64_t begin, int64_t end) {
+    const int64_t samples = last - first, units = (R_ + unit_columns - 1) / unit_columns;
+    parallel(pool, count_ * units, grain(unit_columns * samples * C_), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
-        const int64_t j0 = unit % units * unit_rows;
-        backward_hidden(first, last, int(unit / units), j0, least(j0 + unit_rows, R_));
+        const int64_t j0 = unit % units * unit_columns;
+        backward_hidden(first, last, int(unit / units), j0, least(j0 + unit_columns, R_));
       }
     });
     parallel(pool, blocks_, grain(samples * count_ * R_ * block_channels), [&](int64_t begin, int64_t end) {
@@ -127,7 +128,7 @@ class Gates {
         const int g = int(unit / units);
         const int64_t j0 = unit % units * unit_rows, rows = least(unit_rows, R_ - j0), row = g * R_ + j0;
         const auto k = [&](int b) { return Factors<A>{inner(0, g, b) + j0, 1, count_ * branches_ * R_}; };
-        const auto z = [&](int b) { return Matrix<const A>{pooled(modality(g), 0, b), branches_ * C_}; };
+        const auto z = [&](int b) { return Matrix<const A>{pooled(modality(g), 0, b), branches_ * pitch_}; };
         outer_products(k, z, {gradient[0] + row * C_, C_}, rows, C_, gradient[1] + row);
       }
     });
@@ -136,7 +137,7 @@ class Gates {
           for (int64_t unit = begin; unit < end; ++unit) {
             const int g = int(unit / blocks_);
             const int64_t c0 = unit % blocks_ * block_channels, rows = least(block_channels, C_ - c0);
-            const auto k = [&](int) { return Factors<A>{before(0, g) + c0, 1, count_ * C_}; };
+            const auto k = [&](int) { return Factors<A>{before(0, g) + c0, 1, count_ * pitch_}; };
             const auto y = [&](int b) {
               return Matrix<const A>{activation(0, g, b), count_ * branches_ * R_};
             };
@@ -159,29 +160,29 @@ class Gates {
     return state.inner.data + ((i * count_ + g) * branches_ + b) * R_;
   }
 
-  // Rows of a matrix with R rows that are done together.
-  static constexpr int64_t unit_rows = 16;
+  // Rows of a matrix with R rows, or columns of one with R columns, that are done together.
+  static constexpr int64_t unit_rows = 16, unit_columns = 64;
   int64_t row_units() const { return (R_ + unit_rows - 1) / unit_rows; }
 
   void transpose_excitation() {
-    constexpr int64_t some = 16;  // channels whose rows stay in the first-level cache
     excitation_.allocate(count_ * blocks_ * R_ * block_channels);
     parallel(shape_.parallel, count_ * blocks_, grain(block_channels * R_), [&](int64_t begin, int64_t end) {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int g = int(unit / blocks_);
-        const int64_t block = unit % blocks_;
-        const A* from = weights_[2] + (g * C_ + block * block_channels) * R_;
-        A* to = excitation(g, block);
-        const int64_t channels = least(block_channels, C_ - block * block_channels);
-        for (int64_t c0 = 0; c0 < channels; c0 += some) {
-          for (int64_t j = 0; j < R_; ++j) {
-            for (int64_t c = c0; c < least(c0 + some, channels); ++c)
-              to[j * block_channels + c] = from[c * R_ + j];
-          }
-        }
+        const int64_t block = unit % blocks_, c0 = block * block_channels;
+        transpose<A>({weights_[2] + (g * C_ + c0) * R_, R_}, least(block_channels, C_ - c0), R_,
+            {excitation(g, block), block_channels});
       }
     });
   }
+
+  // A line more than C: the samples' arrays of 1024 channels would all begin at the same place of a page, and
+  // push one another out of the first-level cache.
+  static int64_t pitch_of(int64_t channels) {
+    constexpr int64_t line = line_bytes / sizeof(A);
+    return (channels + line - 1) / line * line + line;
+  }
+
   // The weights from every hidden number to the block's channels.
   MRCN_INLINE A* excitation(int g, int64_t block) const {
     return excitation_.data + (g * blocks_ + block) * R_ * block_channels;
@@ -197,8 +198,8 @@ class Gates {
       }
       for (int b = 0; b < branches_; ++b) {
         add_products<A>({activation(first, g, b), count_ * branches_ * R_, 1},
-            {excitation(g, c0 / block_channels), block_channels}, R_, {value(first, g) + c0, count_ * C_},
-            last - first, c1 - c0);
+            {excitation(g, c0 / block_channels), block_channels}, R_, {value(first, g) + c0, count_ * pitch_},
+            last - first, c1 - c0, false);
       }
     }
     for (int64_t i = first; i < last; ++i) {
@@ -214,14 +215,12 @@ class Gates {
   void outer_products(
       const K& k, const X& x, Matrix<A> weights, int64_t rows, int64_t columns, A* biases) const {
     for (int64_t row = 0; row < rows; ++row) {
-      A* weight = weights.at + row * weights.pitch;
-      for (int64_t column = 0; column < columns; ++column) weight[column] = A(0);
       biases[row] = A(0);
       for (int b = 0; b < branches_; ++b) {
         for (int64_t i = 0; i < N_; ++i) biases[row] += k(b)(row, i);
       }
     }
-    for (int b = 0; b < branches_; ++b) add_products<A>(k(b), x(b), N_, weights, rows, columns);
+    for (int b = 0; b < branches_; ++b) add_products<A>(k(b), x(b), N_, weights, rows, columns, b == 0);
   }
 
   void convolve(const A* weight, const A* z, int64_t c0, int64_t c1, A* to) const {
@@ -234,11 +233,8 @@ class Gates {
 
   // Hidden numbers [j0, j1).
   void backward_hidden(int64_t first, int64_t last, int g, int64_t j0, int64_t j1) const {
-    for (int64_t i = first; i < last; ++i) {
-      for (int64_t j = j0; j < j1; ++j) inner(i, g, 0)[j] = A(0);
-    }
-    add_products<A>({before(first, g), count_ * C_, 1}, {weights_[2] + g * C_ * R_ + j0, R_}, C_,
-        {inner(first, g, 0) + j0, count_ * branches_ * R_}, last - first, j1 - j0);
+    add_products<A>({before(first, g), count_ * pitch_, 1}, {weights_[2] + g * C_ * R_ + j0, R_}, C_,
+        {inner(first, g, 0) + j0, count_ * branches_ * R_}, last - first, j1 - j0, true);
     for (int64_t i = first; i < last; ++i) {
       // Both branches of CBAM share the weights and so the gradient before their own ReLU.
       for (int b = branches_ - 1; b >= 0; --b) {
@@ -252,18 +248,12 @@ class Gates {
 
   // Channels [c0, c1).
   void backward_pooled(int64_t first, int64_t last, int64_t c0, int64_t c1) const {
-    for (int m = 0; m < modalities(shape_.mode); ++m) {
-      for (int64_t i = first; i < last; ++i) {
-        for (int b = 0; b < branches_; ++b) {
-          for (int64_t c = c0; c < c1; ++c) of_pooled(m, i, b)[c] = A(0);
-        }
-      }
-    }
     for (int g = 0; g < count_; ++g) {
       for (int b = 0; b < branches_; ++b) {
         add_products<A>({inner(first, g, b), count_ * branches_ * R_, 1},
-            {weights_[0] + g * R_ * C_ + c0, C_}, R_, {of_pooled(modality(g), first, b) + c0, branches_ * C_},
-            last - first, c1 - c0);
+            {weights_[0] + g * R_ * C_ + c0, C_}, R_,
+            {of_pooled(modality(g), first, b) + c0, branches_ * pitch_}, last - first, c1 - c0,
+            g == modality(g));
       }
     }
   }
@@ -306,7 +296,9 @@ class Gates {
   const A* weights_[4];
   Buffer<A> excitation_;  // (gates, blocks, R, block_channels): the second layer's weights, transposed
   const int count_, branches_;
-  const int64_t N_, C_, R_;
+  const int64_t N_, C_;
+  const int64_t pitch_;  // from one array of channels to the next
+  const int64_t R_;
   const int64_t blocks_;  // of channels
 };
 
