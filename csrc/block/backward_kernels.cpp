@@ -119,8 +119,9 @@ class Backward : Call<P, A> {
       }
     });
     if (!this->shape_.pixels) return;
-    this->each_channel(group.pool, group.samples() * this->parts_, [&](int64_t c) {
-      for (int64_t i = group.first; i < group.last; ++i) {
+    this->each_channels(group, [&]<int wide>(int64_t i, int64_t c0, constant<wide>) {
+      constexpr int64_t channels = sizeof(one_or_more<wide>) / sizeof(double);
+      for (int64_t c = c0; c < c0 + channels; ++c) {
         for (int j = 0; j < P::inputs; ++j) {
           A* e = this->extreme_values(j, i, c);
           for (int64_t part = 0; part < this->parts_; ++part) {
@@ -176,15 +177,19 @@ class Backward : Call<P, A> {
         }
       }
     });
-    this->each_channel(group.pool, group.samples() * this->parts_, [&](int64_t c) {
-      for (int64_t i = group.first; i < group.last; ++i) {
-        for (int s = 0; s < P::sums; ++s) {
-          Total<double> total;
-          for (int64_t part = 0; part < this->parts_; ++part) total += sums(group, i, part)[s * C + c];
-          sums(group, i)[s * C + c] = total.get();
+    this->each_channels(group, [&]<int wide>(int64_t i, int64_t c, constant<wide>) {
+      using V = one_or_more<wide>;
+      for (int s = 0; s < P::sums; ++s) {
+        Total<V> total;
+        for (int64_t part = 0; part < this->parts_; ++part) {
+          total += doubles<V>(sums(group, i, part) + s * C + c);
         }
-        for (int64_t part = 1; part < this->parts_ && this->extremes_; ++part) {
-          for (int j = 0; j < P::inputs; ++j) counts(group, i, 0, j)[c] += counts(group, i, part, j)[c];
+        put_doubles(sums(group, i) + s * C + c, total.get());
+      }
+      for (int64_t part = 1; part < this->parts_ && this->extremes_; ++part) {
+        for (int j = 0; j < P::inputs; ++j) {
+          double* count = counts(group, i, 0, j) + c;
+          put_doubles(count, doubles<V>(count) + doubles<V>(counts(group, i, part, j) + c));
         }
       }
     });
@@ -265,16 +270,19 @@ class Backward : Call<P, A> {
   void norm_gradients() const {
     A* gamma = static_cast<A*>(call_.norm_weight_gradient);
     A* beta = static_cast<A*>(call_.norm_bias_gradient);
-    this->each_channel(this->shape_.parallel, this->N_, [&](int64_t c) {
-      for (int j = 0; j < P::inputs; ++j) {
-        double of_gamma = 0, of_beta = 0;
-        for (int64_t i = 0; i < this->N_; ++i) {
-          of_gamma += norm(j, i, 0)[c];
-          of_beta += norm(j, i, 1)[c];
+    this->each_block(this->shape_.parallel, this->N_, [&](int64_t c0, int64_t c1) {
+      this->over_vectors(c0, c1, [&]<int wide>(int64_t c, constant<wide>) {
+        using V = one_or_more<wide>;
+        for (int j = 0; j < P::inputs; ++j) {
+          V of_gamma{}, of_beta{};
+          for (int64_t i = 0; i < this->N_; ++i) {
+            of_gamma += doubles<V>(norm(j, i, 0) + c);
+            of_beta += doubles<V>(norm(j, i, 1) + c);
+          }
+          put_doubles(gamma + j * this->C_ + c, of_gamma);
+          put_doubles(beta + j * this->C_ + c, of_beta);
         }
-        gamma[j * this->C_ + c] = A(of_gamma);
-        beta[j * this->C_ + c] = A(of_beta);
-      }
+      });
     });
   }
 

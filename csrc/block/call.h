@@ -149,48 +149,43 @@ class Call {
     });
   }
 
-  // f(channel) with few operations for each of so many samples.
-  template <class F>
-  void each_channel(ParallelFor pool, int64_t samples, const F& f) const {
-    parallel(pool, C_, 4096 / most<int64_t>(1, samples), [&](int64_t begin, int64_t end) {
-      for (int64_t c = begin; c < end; ++c) f(c);
-    });
-  }
-
-  // The same for each sample of the group and as many channels at once as a vector has doubles:
+  // For each sample of the group and as many channels at once as a vector has doubles:
   // f(sample, first channel, constant<1>), and f(sample, channel, constant<0>) for the last ones, whatever
   // the number of threads.
   template <class Samples, class F>
   void each_channels(const Samples& group, const F& f) const {
-    each_block(group, [&](int64_t c0, int64_t c1) { over_channels(group, c0, c1, f); });
+    each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) { over_channels(group, c0, c1, f); });
   }
 
   // The same, each after its gates.
   template <class Samples, class F>
   void each_channels_gated(const Samples& group, const F& f) const {
-    each_block(group, [&](int64_t c0, int64_t c1) {
+    each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) {
       gates_.excite(group.first, group.last, c0, c1);
       over_channels(group, c0, c1, f);
     });
   }
 
   // f(first channel, last channel) over blocks of them.
-  template <class Samples, class F>
-  void each_block(const Samples& group, const F& f) const {
+  template <class F>
+  void each_block(ParallelFor pool, int64_t samples, const F& f) const {
     constexpr int64_t width = Gates<A>::block_channels;
-    parallel(group.pool, (C_ + width - 1) / width, 4096 / (width * most<int64_t>(1, group.samples())),
+    parallel(pool, (C_ + width - 1) / width, 4096 / (width * most<int64_t>(1, samples)),
         [&](int64_t begin, int64_t end) {
           for (int64_t c = begin * width; c < least(end * width, C_); c += width) f(c, least(c + width, C_));
         });
   }
   template <class Samples, class F>
   static MRCN_INLINE void over_channels(const Samples& group, int64_t c0, int64_t c1, const F& f) {
-    constexpr int64_t W = lanes<double>;
     for (int64_t i = group.first; i < group.last; ++i) {
-      int64_t c = c0;
-      for (; c + W <= c1; c += W) f(i, c, constant<1>{});
-      for (; c < c1; ++c) f(i, c, constant<0>{});
+      over_vectors(c0, c1, [&](int64_t c, auto wide) MRCN_BODY { f(i, c, wide); });
     }
+  }
+  template <class F>
+  static MRCN_INLINE void over_vectors(int64_t c, int64_t end, const F& f) {
+    constexpr int64_t W = lanes<double>;
+    for (; c + W <= end; c += W) f(c, constant<1>{});
+    for (; c < end; ++c) f(c, constant<0>{});
   }
 
   MRCN_INLINE int64_t chunk_rows(int64_t chunk) const { return least(chunk_, L_ - chunk * chunk_); }

@@ -268,7 +268,6 @@ MRCN_INLINE void put_doubles(T* p, V v) {
     store_doubles(p, v);
   }
 }
-// From an array (channels, 2).
 MRCN_INLINE double root(double x) { return __builtin_sqrt(x); }
 MRCN_INLINE vec<double> root(vec<double> x) {
 #if defined(__AVX512F__)
