@@ -38,10 +38,11 @@ class Gates {
         C_(shape.channels),
         pitch_(pitch_of(shape.channels)),
         R_(shape.hidden),
+        hidden_pitch_(pitch_of(shape.hidden)),
         blocks_((C_ + block_channels - 1) / block_channels) {
     for (int i = 0; i < 4; ++i) weights_[i] = static_cast<const A*>(parameters.gate[i]);
     const int64_t pooled = int64_t(modalities(shape.mode)) * N_ * branches_ * pitch_;
-    const int64_t hidden = shape.gate == Gate::eca ? 0 : N_ * count_ * branches_ * R_;
+    const int64_t hidden = shape.gate == Gate::eca ? 0 : N_ * count_ * branches_ * hidden_pitch_;
     state.pooled.allocate(pooled);
     state.activation.allocate(hidden);
     state.value.allocate(N_ * count_ * pitch_);
@@ -50,7 +51,6 @@ class Gates {
       state.inner.allocate(hidden);
       state.of_pooled.allocate(pooled);
     }
-    if (shape.gate != Gate::eca) transpose_excitation();
   }
 
   // What every group of samples reads once more.
@@ -80,13 +80,12 @@ class Gates {
             const int g = int(unit / units);
             const int64_t j0 = unit % units * unit_rows, row = g * R_ + j0;
             for (int b = 0; b < branches_; ++b) {
-              const Matrix<const A> z = {pooled(modality(g), first, b), branches_ * pitch_};
-              dot_products<A>({weights_[0] + row * C_, C_}, least(unit_rows, R_ - j0), z, samples, C_,
-                  [&](int64_t j, int64_t i, A x) MRCN_BODY {
-                    x += weights_[1][row + j];
-                    activation(first + i, g, b)[j0 + j] =
-                        x < A(0) ? A(0) : x;  // a NaN passes, as in torch.relu
-                  });
+              const int64_t rows = least(unit_rows, R_ - j0);
+              for (int64_t i = first; i < last; ++i) copy(activation(i, g, b) + j0, weights_[1] + row, rows);
+              add_dot_products<A>({weights_[0] + row * C_, C_}, rows,
+                  {pooled(modality(g), first, b), branches_ * pitch_}, samples, C_,
+                  {activation(first, g, b) + j0, count_ * branches_ * hidden_pitch_});
+              for (int64_t i = first; i < last; ++i) rectify(activation(i, g, b) + j0, rows);
             }
           }
         });
@@ -127,7 +126,9 @@ class Gates {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int g = int(unit / units);
         const int64_t j0 = unit % units * unit_rows, rows = least(unit_rows, R_ - j0), row = g * R_ + j0;
-        const auto k = [&](int b) { return Factors<A>{inner(0, g, b) + j0, 1, count_ * branches_ * R_}; };
+        const auto k = [&](int b) {
+          return Factors<A>{inner(0, g, b) + j0, 1, count_ * branches_ * hidden_pitch_};
+        };
         const auto z = [&](int b) { return Matrix<const A>{pooled(modality(g), 0, b), branches_ * pitch_}; };
         outer_products(k, z, {gradient[0] + row * C_, C_}, rows, C_, gradient[1] + row);
       }
@@ -139,7 +140,7 @@ class Gates {
             const int64_t c0 = unit % blocks_ * block_channels, rows = least(block_channels, C_ - c0);
             const auto k = [&](int) { return Factors<A>{before(0, g) + c0, 1, count_ * pitch_}; };
             const auto y = [&](int b) {
-              return Matrix<const A>{activation(0, g, b), count_ * branches_ * R_};
+              return Matrix<const A>{activation(0, g, b), count_ * branches_ * hidden_pitch_};
             };
             const int64_t row = g * C_ + c0;
             outer_products(k, y, {gradient[2] + row * R_, R_}, rows, R_, gradient[3] + row);
@@ -154,27 +155,15 @@ class Gates {
   static int64_t grain(int64_t work) { return most<int64_t>(1, 16384 / most<int64_t>(work, 1)); }
 
   MRCN_INLINE A* activation(int64_t i, int g, int b) const {
-    return state.activation.data + ((i * count_ + g) * branches_ + b) * R_;
+    return state.activation.data + ((i * count_ + g) * branches_ + b) * hidden_pitch_;
   }
   MRCN_INLINE A* inner(int64_t i, int g, int b) const {
-    return state.inner.data + ((i * count_ + g) * branches_ + b) * R_;
+    return state.inner.data + ((i * count_ + g) * branches_ + b) * hidden_pitch_;
   }
 
   // Rows of a matrix with R rows, or columns of one with R columns, that are done together.
   static constexpr int64_t unit_rows = 16, unit_columns = 64;
   int64_t row_units() const { return (R_ + unit_rows - 1) / unit_rows; }
-
-  void transpose_excitation() {
-    excitation_.allocate(count_ * blocks_ * R_ * block_channels);
-    parallel(shape_.parallel, count_ * blocks_, grain(block_channels * R_), [&](int64_t begin, int64_t end) {
-      for (int64_t unit = begin; unit < end; ++unit) {
-        const int g = int(unit / blocks_);
-        const int64_t block = unit % blocks_, c0 = block * block_channels;
-        transpose<A>({weights_[2] + (g * C_ + c0) * R_, R_}, least(block_channels, C_ - c0), R_,
-            {excitation(g, block), block_channels});
-      }
-    });
-  }
 
   // A line more than C: the samples' arrays of 1024 channels would all begin at the same place of a page, and
   // push one another out of the first-level cache.
@@ -183,23 +172,19 @@ class Gates {
     return (channels + line - 1) / line * line + line;
   }
 
-  // The weights from every hidden number to the block's channels.
-  MRCN_INLINE A* excitation(int g, int64_t block) const {
-    return excitation_.data + (g * blocks_ + block) * R_ * block_channels;
-  }
-
   void excite_block(int64_t first, int64_t last, int g, int64_t c0, int64_t c1) const {
     if (shape_.gate == Gate::eca) {
       for (int64_t i = first; i < last; ++i)
         convolve(weights_[0] + g * R_, pooled(modality(g), i), c0, c1, value(i, g));
     } else {
+      const int64_t row = g * C_ + c0;
       for (int64_t i = first; i < last; ++i) {
         for (int64_t c = c0; c < c1; ++c) value(i, g)[c] = A(branches_) * weights_[3][g * C_ + c];
       }
       for (int b = 0; b < branches_; ++b) {
-        add_products<A>({activation(first, g, b), count_ * branches_ * R_, 1},
-            {excitation(g, c0 / block_channels), block_channels}, R_, {value(first, g) + c0, count_ * pitch_},
-            last - first, c1 - c0, false);
+        add_dot_products<A>({weights_[2] + row * R_, R_}, c1 - c0,
+            {activation(first, g, b), count_ * branches_ * hidden_pitch_}, last - first, R_,
+            {value(first, g) + c0, count_ * pitch_});
       }
     }
     for (int64_t i = first; i < last; ++i) {
@@ -223,6 +208,14 @@ class Gates {
     for (int b = 0; b < branches_; ++b) add_products<A>(k(b), x(b), N_, weights, rows, columns, b == 0);
   }
 
+  static void copy(A* to, const A* from, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) to[n] = from[n];
+  }
+  // A NaN passes, as in torch.relu.
+  static void rectify(A* x, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) x[n] = x[n] < A(0) ? A(0) : x[n];
+  }
+
   void convolve(const A* weight, const A* z, int64_t c0, int64_t c1, A* to) const {
     for (int64_t c = c0; c < c1; ++c) to[c] = A(0);
     for (int64_t t = 0; t < R_; ++t) {
@@ -234,7 +227,7 @@ class Gates {
   // Hidden numbers [j0, j1).
   void backward_hidden(int64_t first, int64_t last, int g, int64_t j0, int64_t j1) const {
     add_products<A>({before(first, g), count_ * pitch_, 1}, {weights_[2] + g * C_ * R_ + j0, R_}, C_,
-        {inner(first, g, 0) + j0, count_ * branches_ * R_}, last - first, j1 - j0, true);
+        {inner(first, g, 0) + j0, count_ * branches_ * hidden_pitch_}, last - first, j1 - j0, true);
     for (int64_t i = first; i < last; ++i) {
       // Both branches of CBAM share the weights and so the gradient before their own ReLU.
       for (int b = branches_ - 1; b >= 0; --b) {
@@ -250,7 +243,7 @@ class Gates {
   void backward_pooled(int64_t first, int64_t last, int64_t c0, int64_t c1) const {
     for (int g = 0; g < count_; ++g) {
       for (int b = 0; b < branches_; ++b) {
-        add_products<A>({inner(first, g, b), count_ * branches_ * R_, 1},
+        add_products<A>({inner(first, g, b), count_ * branches_ * hidden_pitch_, 1},
             {weights_[0] + g * R_ * C_ + c0, C_}, R_,
             {of_pooled(modality(g), first, b) + c0, branches_ * pitch_}, last - first, c1 - c0,
             g == modality(g));
@@ -294,12 +287,12 @@ class Gates {
 
   const BlockShape& shape_;
   const A* weights_[4];
-  Buffer<A> excitation_;  // (gates, blocks, R, block_channels): the second layer's weights, transposed
   const int count_, branches_;
   const int64_t N_, C_;
   const int64_t pitch_;  // from one array of channels to the next
   const int64_t R_;
-  const int64_t blocks_;  // of channels
+  const int64_t hidden_pitch_;  // from one array of hidden numbers to the next
+  const int64_t blocks_;        // of channels
 };
 
 }  // namespace

@@ -28,52 +28,30 @@ struct Factors {
 template <class A, int half>
 MRCN_INLINE vec<A> interleave(vec<A> a, vec<A> b) {
   constexpr int W = lanes<A>;
+#if defined(__clang__)
+  // It has no __builtin_shuffle, and makes a shuffle of this.
+  vec<A> v{};
+  unroll<W>([&](auto i) MRCN_BODY { v[i.v] = (i.v % 2 == 0 ? a : b)[half * W / 2 + i.v / 2]; });
+  return v;
+#else
   typename vector_of<A>::mask from{};
-  unroll<W>([&](auto lane) MRCN_BODY { from[lane.v] = lane.v % 2 * W + half * W / 2 + lane.v / 2; });
+  unroll<W>([&](auto i) MRCN_BODY { from[i.v] = i.v % 2 * W + half * W / 2 + i.v / 2; });
   return __builtin_shuffle(a, b, from);
+#endif
 }
 
-// The square of a vector's width: to[column][row] = from[row][column].
-template <class A>
-MRCN_INLINE void transpose_square(Matrix<const A> from, Matrix<A> to) {
-  constexpr int W = lanes<A>, rounds = __builtin_ctz(W);
-  vec<A> rows[W], next[W];
-  unroll<W>([&](auto i) MRCN_BODY { rows[i.v] = load(from.at + i.v * from.pitch); });
-  const auto shuffle = [&](const vec<A>* a, vec<A>* b) MRCN_BODY {
-    unroll<W / 2>([&](auto i) MRCN_BODY {
-      b[2 * i.v] = interleave<A, 0>(a[i.v], a[i.v + W / 2]);
-      b[2 * i.v + 1] = interleave<A, 1>(a[i.v], a[i.v + W / 2]);
+// Each vector's sum in its lane, added up as `sum` does.
+template <class A, int count = lanes<A>>
+MRCN_INLINE vec<A> sums_of(const vec<A>* of) {
+  if constexpr (count == 1) {
+    return of[0];
+  } else {
+    vec<A> halves[count / 2];
+    unroll<count / 2>([&](auto i) MRCN_BODY {
+      const vec<A> a = of[i.v], b = of[i.v + count / 2];
+      halves[i.v] = interleave<A, 0>(a, b) + interleave<A, 1>(a, b);
     });
-  };
-  // Each round moves a row's number one bit on into the place's: as many as the width has.
-  unroll<rounds>([&](auto round) MRCN_BODY {
-    if constexpr (round.v % 2 == 0) {
-      shuffle(rows, next);
-    } else {
-      shuffle(next, rows);
-    }
-  });
-  const vec<A>* done = rounds % 2 == 0 ? rows : next;
-  unroll<W>([&](auto i) MRCN_BODY { store(to.at + i.v * to.pitch, done[i.v]); });
-}
-
-// to[column][row] = from[row][column]
-template <class A>
-void transpose(Matrix<const A> from, int64_t rows, int64_t columns, Matrix<A> to) {
-  constexpr int64_t W = lanes<A>;
-  for (int64_t row = 0; row < rows; row += W) {
-    for (int64_t column = 0; column < columns; column += W) {
-      const Matrix<const A> square = {from.at + row * from.pitch + column, from.pitch};
-      const Matrix<A> out = {to.at + column * to.pitch + row, to.pitch};
-      if (row + W <= rows && column + W <= columns) {
-        transpose_square<A>(square, out);
-      } else {
-        for (int64_t c = 0; c < least(W, columns - column); ++c) {
-          for (int64_t r = 0; r < least(W, rows - row); ++r)
-            out.at[c * out.pitch + r] = square.at[r * square.pitch + c];
-        }
-      }
-    }
+    return sums_of<A, count / 2>(halves);
   }
 }
 
@@ -146,43 +124,60 @@ void add_products(Factors<A> k, Matrix<const A> x, int64_t terms, Matrix<A> out,
   } while (t < terms);
 }
 
-template <int rows, int columns, class A, class F>
-MRCN_INLINE void dot_block(
-    Matrix<const A> a, Matrix<const A> b, int64_t n, int64_t row, int64_t column, const F& f) {
-  const auto left = [&](int r) { return a.at + (row + r) * a.pitch; };
-  const auto right = [&](int c) { return b.at + (column + c) * b.pitch; };
-  vec<A> sums[rows][columns] = {};
+template <int rows, int columns, class A>
+MRCN_INLINE void dot_block(Matrix<const A> a, Matrix<const A> b, int64_t n, Matrix<A> out) {
+  constexpr int count = rows * columns;
+  vec<A> sums[count] = {};
   int64_t i = 0;
   for (; i + lanes<A> <= n; i += lanes<A>) {
     vec<A> v[columns];
-    unroll<columns>([&](auto c) MRCN_BODY { v[c.v] = load(right(c.v) + i); });
+    unroll<columns>([&](auto c) MRCN_BODY { v[c.v] = load(b.at + c.v * b.pitch + i); });
     unroll<rows>([&](auto r) MRCN_BODY {
-      const vec<A> w = load(left(r.v) + i);
-      unroll<columns>([&](auto c) MRCN_BODY { sums[r.v][c.v] += w * v[c.v]; });
+      const vec<A> w = load(a.at + r.v * a.pitch + i);
+      unroll<columns>([&](auto c) MRCN_BODY { sums[c.v * rows + r.v] += w * v[c.v]; });
     });
   }
-  for (int r = 0; r < rows; ++r) {
+  A totals[count] = {};
+  if constexpr (count == lanes<A>) {
+    if (i > 0) store(totals, sums_of<A>(sums));
+  } else {
+    for (int k = 0; k < count; ++k) totals[k] = sum<A>(sums[k]);
+  }
+  for (; i < n; ++i) {
     for (int c = 0; c < columns; ++c) {
-      A total = sum<A>(sums[r][c]);
-      for (int64_t k = i; k < n; ++k) total += left(r)[k] * right(c)[k];
-      f(row + r, column + c, total);
+      for (int r = 0; r < rows; ++r) totals[c * rows + r] += a.at[r * a.pitch + i] * b.at[c * b.pitch + i];
     }
+  }
+  for (int c = 0; c < columns; ++c) {
+    for (int r = 0; r < rows; ++r) out.at[c * out.pitch + r] += totals[c * rows + r];
   }
 }
 
-// f(row, column, Σ_i a[row][i] b[column][i])
-template <class A, class F>
-MRCN_INLINE void dot_products(
-    Matrix<const A> a, int64_t rows, Matrix<const A> b, int64_t columns, int64_t n, const F& f) {
+template <int rows, class A>
+__attribute__((noinline)) void dot_rows(
+    Matrix<const A> a, Matrix<const A> b, int64_t columns, int64_t n, Matrix<A> out) {
+  constexpr int half = rows / 2;
+  int64_t column = 0;
+  const auto right = [&] { return Matrix<const A>{b.at + column * b.pitch, b.pitch}; };
+  const auto to = [&](int row) { return Matrix<A>{out.at + column * out.pitch + row, out.pitch}; };
+  for (; half > 0 && column + 2 <= columns; column += 2) {
+    dot_block<half, 2, A>(a, right(), n, to(0));
+    dot_block<half, 2, A>({a.at + half * a.pitch, a.pitch}, right(), n, to(half));
+  }
+  for (; column < columns; ++column) dot_block<rows, 1, A>(a, right(), n, to(0));
+}
+
+// out[column][row] += Σ_i a[row][i] b[column][i]
+template <class A>
+void add_dot_products(
+    Matrix<const A> a, int64_t rows, Matrix<const A> b, int64_t columns, int64_t n, Matrix<A> out) {
   int64_t row = 0;
-  for (; row + 4 <= rows; row += 4) {
-    int64_t column = 0;
-    for (; column + 2 <= columns; column += 2) dot_block<4, 2>(a, b, n, row, column, f);
-    for (; column < columns; ++column) dot_block<4, 1>(a, b, n, row, column, f);
-  }
-  for (; row < rows; ++row) {
-    for (int64_t column = 0; column < columns; ++column) dot_block<1, 1>(a, b, n, row, column, f);
-  }
+  const auto add = [&]<int count>(constant<count>) {
+    for (; row + count <= rows; row += count)
+      dot_rows<count, A>({a.at + row * a.pitch, a.pitch}, b, columns, n, {out.at + row, out.pitch});
+  };
+  add(constant<lanes<A>>{});
+  add(constant<1>{});
 }
 
 }  // namespace
