@@ -50,9 +50,10 @@ class Backward : Call<P, A> {
     Buffer<A> extremes;      // (samples, parts, inputs, 2, C)
     Buffer<A> coefficients;  // (samples, slots, C)
 
-    Scratch(const Base& call, int64_t samples) : coefficients(samples * P::backward_slots * call.channels()) {
+    Scratch(const Base& call, int64_t samples)
+        : coefficients(samples * P::backward_slots * call.array_pitch()) {
       const int64_t parts = call.parts() * samples * call.channels();
-      sums.allocate(parts * P::sums);
+      sums.allocate(call.parts() * samples * call.array_pitch() * P::sums);
       if (!call.seeks_extremes()) return;
       counts.allocate(parts * P::inputs);
       extremes.allocate(parts * P::inputs * 2);
@@ -62,7 +63,7 @@ class Backward : Call<P, A> {
 
   // Of a sample's part: its chunk of rows, or part 0 for whole planes.
   MRCN_INLINE double* sums(const Samples& group, int64_t i, int64_t part = 0) const {
-    return group.scratch.sums.data + ((i - group.first) * this->parts_ + part) * P::sums * this->C_;
+    return group.scratch.sums.data + ((i - group.first) * this->parts_ + part) * P::sums * this->array_pitch_;
   }
   // How often the extreme of a plane occurs in the part.
   MRCN_INLINE double* counts(const Samples& group, int64_t i, int64_t part, int j) const {
@@ -74,7 +75,7 @@ class Backward : Call<P, A> {
            (((i - group.first) * this->parts_ + part) * P::inputs + j) * 2 * this->C_;
   }
   MRCN_INLINE A* coefficient(const Samples& group, int64_t i) const {
-    return group.scratch.coefficients.data + (i - group.first) * P::backward_slots * this->C_;
+    return group.scratch.coefficients.data + (i - group.first) * P::backward_slots * this->array_pitch_;
   }
   MRCN_INLINE double* norm(int j, int64_t i, int which) const {
     return norm_.data + ((j * this->N_ + i) * 2 + which) * this->C_;
@@ -144,7 +145,7 @@ class Backward : Call<P, A> {
       this->units_of(gradients_ + this->made_, P::sets, i, c, g, unused);
       for (int j = 0; j < P::inputs; ++j) mean[j] = statistics_[this->at(j, i, c) * 2];
       this->passes_.sum_plane(mean, x, g, this->L_, found);
-      for (int s = 0; s < P::sums; ++s) sums(group, i)[s * this->C_ + c] = found[s];
+      for (int s = 0; s < P::sums; ++s) sums(group, i)[s * this->array_pitch_ + c] = found[s];
       if (this->extremes_) {
         for (int j = 0; j < P::inputs; ++j) {
           counts(group, i, 0, j)[c] = this->passes_.plane_count(x[j], this->L_, extreme_of(j, i, c));
@@ -199,7 +200,7 @@ class Backward : Call<P, A> {
   MRCN_INLINE void gather(const Samples& group, int64_t i, int64_t c, Plane<V>* p, V* s, V* found) const {
     for (int j = 0; j < P::inputs; ++j) p[j] = this->template plane<V>(statistics_, j, i, c);
     this->gate_values(i, c, s);
-    for (int n = 0; n < P::sums; ++n) found[n] = doubles<V>(sums(group, i) + n * this->C_ + c);
+    for (int n = 0; n < P::sums; ++n) found[n] = doubles<V>(sums(group, i) + n * this->array_pitch_ + c);
   }
 
   void gate_gradients(const Samples& group) const {
@@ -261,7 +262,7 @@ class Backward : Call<P, A> {
       } else {
         A k[P::backward_slots];
         const A* given = coefficient(group, i) + unit;
-        for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = given[slot * this->C_];
+        for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = given[slot * this->array_pitch_];
         this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->extremes_);
       }
     });

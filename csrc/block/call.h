@@ -76,6 +76,7 @@ class Call {
   // What scratch memory is measured by.
   int64_t channels() const { return C_; }
   int64_t parts() const { return parts_; }
+  int64_t array_pitch() const { return array_pitch_; }
   bool seeks_extremes() const { return extremes_; }
 
  protected:
@@ -88,6 +89,7 @@ class Call {
         N_(shape.samples),
         C_(shape.channels),
         L_(shape.length),
+        array_pitch_(shape.pixels ? C_ : Gates<A>::pitch_of(C_)),
         extremes_(shape.gate == Gate::cbam_channel),
         chunk_(most<int64_t>(256, (L_ + 63) / 64)),
         chunks_((L_ + chunk_ - 1) / chunk_),
@@ -241,7 +243,7 @@ class Call {
   MRCN_INLINE void put_coefficients(A* of_sample, int64_t c, const V (&k)[n]) const {
     const V nan = V{} + __builtin_nan("");
     for (int slot = 0; slot < n; ++slot) {
-      put_doubles(of_sample + slot * C_ + c, k[slot] == k[slot] ? k[slot] : nan);
+      put_doubles(of_sample + slot * array_pitch_ + c, k[slot] == k[slot] ? k[slot] : nan);
     }
   }
 
@@ -252,6 +254,9 @@ class Call {
   const int all_;   // sets, with those handed through
   const int made_;  // the first that is made
   const int64_t N_, C_, L_;
+  // From a coefficient's or a sum's array of channels to the next one's. Of planes one element of each is
+  // read or written at once.
+  const int64_t array_pitch_;
   const bool extremes_;           // the gate asks for the maximum of M
   const int64_t chunk_, chunks_;  // rows of pixels a unit, and how many units a sample
   const int64_t parts_;           // that the sums over a plane are joined of

@@ -40,7 +40,7 @@ class Forward : Call<P, A> {
 
     Scratch(const Base& call, int64_t samples)
         : offsets(samples * P::inputs * call.channels()),
-          coefficients(samples * P::forward_slots * call.channels()) {
+          coefficients(samples * P::forward_slots * call.array_pitch()) {
       const int64_t parts = samples * P::inputs * call.parts() * call.channels() * 2;
       moments.allocate(parts);
       if (call.seeks_extremes()) extremes.allocate(parts);
@@ -49,7 +49,7 @@ class Forward : Call<P, A> {
   using Samples = Group<Scratch>;
 
   MRCN_INLINE A* coefficient(const Samples& group, int64_t i) const {
-    return group.scratch.coefficients.data + (i - group.first) * P::forward_slots * this->C_;
+    return group.scratch.coefficients.data + (i - group.first) * P::forward_slots * this->array_pitch_;
   }
   MRCN_INLINE double* offset(const Samples& group, int j, int64_t i) const {
     return group.scratch.offsets.data + ((i - group.first) * P::inputs + j) * this->C_;
@@ -151,7 +151,7 @@ class Forward : Call<P, A> {
       } else {
         A k[P::forward_slots];
         const A* given = coefficient(group, i) + unit;
-        for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = given[slot * this->C_];
+        for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = given[slot * this->array_pitch_];
         this->passes_.make_plane(k, x, y, this->L_, call_.stream);
       }
     });

@@ -70,6 +70,13 @@ class Gates {
   MRCN_INLINE A* value(int64_t i, int g) const { return state.value.data + (i * count_ + g) * pitch_; }
   MRCN_INLINE A* before(int64_t i, int g) const { return state.before.data + (i * count_ + g) * pitch_; }
 
+  // A line more than C: the samples' arrays of 1024 channels would all begin at the same place of a page, and
+  // push one another out of the first-level cache.
+  static int64_t pitch_of(int64_t channels) {
+    constexpr int64_t line = line_bytes / sizeof(A);
+    return (channels + line - 1) / line * line + line;
+  }
+
   // Hidden layers of the samples [first, last): value = σ(...) is left to `excite`, some channels at a time.
   void squeeze(ParallelFor pool, int64_t first, int64_t last) const {
     if (shape_.gate == Gate::eca) return;
@@ -164,13 +171,6 @@ class Gates {
   // Rows of a matrix with R rows, or columns of one with R columns, that are done together.
   static constexpr int64_t unit_rows = 16, unit_columns = 64;
   int64_t row_units() const { return (R_ + unit_rows - 1) / unit_rows; }
-
-  // A line more than C: the samples' arrays of 1024 channels would all begin at the same place of a page, and
-  // push one another out of the first-level cache.
-  static int64_t pitch_of(int64_t channels) {
-    constexpr int64_t line = line_bytes / sizeof(A);
-    return (channels + line - 1) / line * line + line;
-  }
 
   void excite_block(int64_t first, int64_t last, int g, int64_t c0, int64_t c1) const {
     if (shape_.gate == Gate::eca) {
