@@ -113,14 +113,16 @@ def test_pairs(backend: str) -> None:
         block(torch.ones(SHAPE), torch.ones(SHAPE, device="meta"))
 
 
+# With the reduction 1, the gates' weights are so large that samples share their reading.
 @both_backends
-def test_an_empty_batch_gives_empty_sets(backend: str) -> None:
+@pytest.mark.parametrize(("channels", "reduction"), [(4, 16), (512, 1)])
+def test_an_empty_batch_gives_empty_sets(channels: int, reduction: int, backend: str) -> None:
     """No sample is no mistake: a rank of a distributed run may have none."""
-    block = MRCNBlock(4, backend=backend)
-    empty = torch.ones(0, 4, 3, 3, requires_grad=True)
-    assert block(empty, empty.detach(), concat=True).shape == (0, 4, 3, 3)
+    block = MRCNBlock(channels, reduction=reduction, backend=backend)
+    empty = torch.ones(0, channels, 3, 3, requires_grad=True)
+    assert block(empty, empty.detach(), concat=True).shape == (0, channels, 3, 3)
     features = block(empty, empty.detach())
-    assert all(f.shape == (0, 4, 3, 3) for f in features)
+    assert all(f.shape == (0, channels, 3, 3) for f in features)
     features.visible_restituted.sum().backward()
     assert all(p.grad is None or not p.grad.any() for p in block.parameters())
 

@@ -154,6 +154,8 @@ def test_wide_kernels_and_hidden_layers(backend: str) -> None:
         cases.Case(gate="eca", shape=(2, 3, 3, 4), hidden=5),
         cases.Case(gate="se", shape=(2, 3, 3, 4), hidden=19),
         cases.Case(gate="cbam-channel", shape=(2, 40, 2, 2), hidden=37),
+        cases.Case(gate="se", shape=(5, 66, 2, 3), hidden=21),
+        cases.Case(gate="se", shape=(5, 66, 2, 3), hidden=21, dtype=torch.float64),
     ):
         cases.check_accuracy(case, backend)
 

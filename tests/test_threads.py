@@ -72,3 +72,24 @@ def test_a_sample_doesnt_depend_on_its_batch(mode: str, backend: str) -> None:
         alone = cases.call(case, [x[i : i + 1] for x in p.inputs], p.parameters, backend)
         for whole, one in zip(together, alone, strict=True):
             assert cases.same_bits(whole[i::4] if mode == "concat" else whole[i : i + 1], one)
+
+
+# The weights of both layers are 0.3 and 8 MB: samples share their reading, and in the second case 19 of them
+# don't fit one group.
+@cases.backends("cpu")
+@pytest.mark.parametrize("hidden", [21, 512])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_samples_that_share_the_gates_weights(layout: str, hidden: int, backend: str) -> None:
+    case = Case(shape=(19, 512, 3, 2), layouts=(layout, layout), gradient_layout=layout, hidden=hidden)
+    p = cases.problem(case)
+    torch.set_num_threads(1)
+    first = cases.evaluate(p, backend)
+    for threads in THREADS:
+        torch.set_num_threads(threads)
+        different = cases.different_bits(first, cases.evaluate(p, backend))
+        assert not different, f"{case} with {threads} threads: {', '.join(different)}"
+    together = cases.call(case, p.inputs, p.parameters, backend)
+    for i in (0, 9, 10, 18):
+        alone = cases.call(case, [x[i : i + 1] for x in p.inputs], p.parameters, backend)
+        for whole, one in zip(together, alone, strict=True):
+            assert cases.same_bits(whole[i : i + 1], one)
