@@ -133,11 +133,13 @@ class Call {
     return (light(group_bytes) ? group_bytes : cache_bytes) / sample_bytes;
   }
 
-  // The size of as few groups of `count` samples as may be, none much smaller than another.
+  // The size of as few groups of `count` samples as may be, none much smaller than another and none larger
+  // than `most_samples`; fours, which the gates do at once, where it can be.
   static int64_t even_share(int64_t count, int64_t most_samples) {
-    const int64_t groups = most<int64_t>(1, (count + most_samples - 1) / most_samples);
-    const int64_t size = (count + groups - 1) / groups;
-    return size < 4 ? size : least((size + 3) / 4 * 4, count);  // the gates do four at once
+    const int64_t fours = most_samples < 4 ? most_samples : most_samples / 4 * 4;
+    const int64_t groups = most<int64_t>(1, (count + fours - 1) / fours),
+                  size = (count + groups - 1) / groups;
+    return size < 4 ? size : least((size + 3) / 4 * 4, count);
   }
 
   // f(sample, channel) over planes, or f(sample, chunk of rows).
@@ -254,8 +256,8 @@ class Call {
   const int all_;   // sets, with those handed through
   const int made_;  // the first that is made
   const int64_t N_, C_, L_;
-  // From a coefficient's or a sum's array of channels to the next one's. Of planes one element of each is
-  // read or written at once.
+  // From a coefficient's or a sum's array of channels to the next one's: C for rows of pixels, as passes.h
+  // has them; of planes one element of each is read or written at once, so they are a line more apart.
   const int64_t array_pitch_;
   const bool extremes_;           // the gate asks for the maximum of M
   const int64_t chunk_, chunks_;  // rows of pixels a unit, and how many units a sample

@@ -14,6 +14,7 @@ namespace mrcn::MRCN_ISA {
 namespace {
 
 // The pooled residuals of every sample and, for the backward, what the weights' gradients need of each.
+// Arrays of C channels, or of R hidden numbers, lie `Gates::pitch_of` them apart.
 template <class A>
 struct GateState {
   Buffer<A> pooled;      // (modalities, N, branches, C): GAP(M), (CBAM) GMP(M)
@@ -70,11 +71,11 @@ class Gates {
   MRCN_INLINE A* value(int64_t i, int g) const { return state.value.data + (i * count_ + g) * pitch_; }
   MRCN_INLINE A* before(int64_t i, int g) const { return state.before.data + (i * count_ + g) * pitch_; }
 
-  // A line more than C: the samples' arrays of 1024 channels would all begin at the same place of a page, and
-  // push one another out of the first-level cache.
-  static int64_t pitch_of(int64_t channels) {
+  // From one array of so many elements to the next, a line more than they take: arrays of 1024 channels would
+  // all begin at the same place of a page, and push one another out of the first-level cache.
+  static int64_t pitch_of(int64_t count) {
     constexpr int64_t line = line_bytes / sizeof(A);
-    return (channels + line - 1) / line * line + line;
+    return (count + line - 1) / line * line + line;
   }
 
   // Hidden layers of the samples [first, last): value = σ(...) is left to `excite`, some channels at a time.

@@ -156,13 +156,15 @@ MRCN_INLINE void dot_block(Matrix<const A> a, Matrix<const A> b, int64_t n, Matr
 template <int rows, class A>
 __attribute__((noinline)) void dot_rows(
     Matrix<const A> a, Matrix<const A> b, int64_t columns, int64_t n, Matrix<A> out) {
-  constexpr int half = rows / 2;
   int64_t column = 0;
   const auto right = [&] { return Matrix<const A>{b.at + column * b.pitch, b.pitch}; };
   const auto to = [&](int row) { return Matrix<A>{out.at + column * out.pitch + row, out.pitch}; };
-  for (; half > 0 && column + 2 <= columns; column += 2) {
-    dot_block<half, 2, A>(a, right(), n, to(0));
-    dot_block<half, 2, A>({a.at + half * a.pitch, a.pitch}, right(), n, to(half));
+  if constexpr (rows > 1) {
+    constexpr int half = rows / 2;
+    for (; column + 2 <= columns; column += 2) {
+      dot_block<half, 2, A>(a, right(), n, to(0));
+      dot_block<half, 2, A>({a.at + half * a.pitch, a.pitch}, right(), n, to(half));
+    }
   }
   for (; column < columns; ++column) dot_block<rows, 1, A>(a, right(), n, to(0));
 }
