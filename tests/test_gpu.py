@@ -247,8 +247,8 @@ def launches(call: Callable[[], Any]) -> Counter[str]:
 
 @pytest.mark.parametrize("name", WORKS)
 def test_launches(name: str) -> None:
-    """One a direction, for the block in Triton at most two, and nothing else on the GPU."""
-    most = 2 if name.startswith("triton block") else 1
+    """One a direction, for the block in Triton at most three, and nothing else on the GPU."""
+    most = 3 if name.startswith("triton block") else 1
     work = make(name)
     forward = launches(work.forward)
     outputs = work.forward()

@@ -42,10 +42,18 @@ def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cases, "DRAWS", 6)
 
 
-@pytest.fixture
-def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+@pytest.fixture(params=["whole planes", "parts"])
+def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that every loop, mask and partial sum has several rounds."""
-    monkeypatch.setattr(block, "configure", lambda *_: block.Config(2, 4, 4, 2, 4, 4, 2, 2, 4, 8, 4))
+
+    def configure(channels: int, length: int, *_: Any) -> block.Config:
+        whole = request.param == "whole planes"
+        first = block.Tile(2, length if whole else 12, 4, 4, 2)
+        between = block.Tile(2 if whole else block._power(channels), 0, 0, 4)
+        last = block.Tile(2, 12, 4, 4, 2)
+        return block.Config(first, between, last, first, between, last)
+
+    monkeypatch.setattr(block, "configure", configure)
     monkeypatch.setattr(block, "LAYER_CHANNELS", 2)
     monkeypatch.setattr(block, "LAYER_HIDDEN", 2)
     block.plan.cache_clear()

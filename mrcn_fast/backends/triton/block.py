@@ -1,24 +1,29 @@
-"""The block's operations in Triton: two launches forward, two backward.
+"""The block's operations in Triton: three launches forward, three backward.
 
 The formulas are those of csrc/block/algebra.h, whose letters are used here. Forward, `statistics_kernel`
 reads every plane once and `output_kernel` writes every set; backward, `sums_kernel` and `gradient_kernel`.
-Between the launches of a pair stand only O(N·C) numbers. The gates' first layer needs every channel of a
-sample: each program of a first launch leaves its own channels' share of it, and who needs the whole adds
-the shares in the order of the blocks. So no program waits for another, nothing is added atomically, and the
-results are the same bits on every run.
+Between the two stands a small launch, `gates_kernel` or `coefficients_kernel`: it makes of O(N·C) sums what
+the last one multiplies and adds, once a sample, so that a program of the last one has nothing to do before
+its first pixel and may be small.
+
+A gate's first layer needs every channel of a sample. Where a program of the first launch has read whole
+planes, it leaves its channels' share of that layer, and who needs the whole adds the shares in the order of
+the blocks. Where the pixels of a plane are shared out too, one program of the small launch joins the parts of
+all channels. So no program waits for another, nothing is added atomically, and the results are the same bits
+on every run.
 
 What the forward gives its backward is one row a sample (`shapes.saved_row`): mean and 1/σ of every plane,
 and the gates' hidden layers.
 
 Floating-point contraction is off at every launch: what to fuse would be chosen a kernel at a time, and
-restitution alone has to give the bits that the pair gives. The kernels wait for memory, not for multiplying.
+restitution alone has to give the bits that the pair gives. Where it saves time it is written down (`fma`).
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -26,74 +31,112 @@ import triton.language as tl
 from torch import Tensor
 
 from mrcn_fast.backends import shapes
-from mrcn_fast.backends.triton.block_backward import gradient_kernel, sums_kernel
-from mrcn_fast.backends.triton.block_forward import output_kernel, statistics_kernel
+from mrcn_fast.backends.triton.block_backward import (
+    coefficients_kernel,
+    gradient_kernel,
+    sums_kernel,
+)
+from mrcn_fast.backends.triton.block_forward import gates_kernel, output_kernel, statistics_kernel
 from mrcn_fast.backends.triton.launching import Arguments, Launcher, on_device
 
 MODES = shapes.MODES
+STREAM_STATISTICS = True
+STREAM_SUMS = True
 
 # --- how the work is cut ----------------------------------------------------------------------------------
 
 
-class Config(NamedTuple):
-    """Channels and pixels of a tile, and of what a program takes."""
+class Tile(NamedTuple):
+    """What a program takes: so many channels by `span` pixels, in tiles of `pixels`."""
 
-    channels: int  # a program of the first launches takes so many:
-    pixels: int  # the statistics' in tiles of so many,
+    channels: int
+    span: int
+    pixels: int
     warps: int
-    ahead: int  # of which so many are read before one is waited for;
-    sums_pixels: int  # the same of the sums', which read up to six maps
-    sums_warps: int
-    sums_ahead: int
-    tile_channels: int  # a program of the second launches takes so many,
-    tile_pixels: int  # in tiles of so many,
-    chunk: int  # over so many pixels
-    tile_warps: int
+    ahead: int = 1  # tiles that are read before one is waited for
 
 
-# Blocks a sample: every program of a second launch adds up the shares of all of them.
-MOST_BLOCKS = 32
-# The most channels, hidden numbers and weights of a tile of the gates' layers.
-LAYER_CHANNELS, LAYER_HIDDEN, LAYER_WEIGHTS = 64, 32, 1024
+class Config(NamedTuple):
+    """The launches, forward and backward. Those between work on channels alone."""
+
+    statistics: Tile
+    gates: Tile
+    output: Tile
+    sums: Tile
+    coefficients: Tile
+    gradient: Tile
+
+
+# Up to so many channels one program joins the parts of a sample's planes.
+MOST_JOINED = 256
+# Blocks of channels a sample, whose shares are added up, and parts of a plane, which are joined.
+MOST_BLOCKS, MOST_PARTS = 64, 64
+# The most channels and hidden numbers of a tile of the gates' layers, and its weights a warp.
+LAYER_CHANNELS, LAYER_HIDDEN, LAYER_WEIGHTS = 32, 32, 512
 
 
 def configure(channels: int, length: int, pixels: bool, element_size: int) -> Config:
-    """The configuration of a shape class, after timings on an H200 at 16x64x72x32 and 16x256x72x32.
-
-    The first launches wait for memory: where there are few programs, 8 warps took half the time of 4 (C = 64,
-    channels_last), and so they read ahead. In the second launches every program makes its gates first, at a
-    cost that grows with C²: at C = 256 it takes 576 pixels to make up for it, at C = 64 more programs of 64
-    are better. Blocks of channels are as small as `MOST_BLOCKS` allows, but where a pixel's channels are
-    contiguous 16, or 8 where there are few.
+    """The configuration of a shape class.
 
     It may depend neither on the mode nor on the batch: the order of a sum is part of the result.
     """
-    double, few = element_size == 8, channels <= 64
-    least = (4 if double else 8 if few else 16) if pixels else 4
-    block = max(_power(-(-channels // MOST_BLOCKS)), min(least, _power(channels)))
-    tile_channels = max(block, min(64, _power(channels))) if pixels else block
-    warps = 8 if double or pixels or block > 32 else 4
-    tile = 512 if double else 256 * warps
-    sums_warps = 8 if double or (pixels and channels <= 128) or block > 32 else 4
-    sums_tile = 512 if double else 1024
-    second = 512 if double or (few and pixels and element_size == 2) else 1024 if few else 2048
-    tile_warps = 8 if double or block > 32 or (element_size == 4 and not (few or pixels)) else 4
-    tile_pixels = max(1, min(_power(length), second // tile_channels))
-    enough = max(64, channels**2 // 128) if pixels else max(768, channels**2 // 32)
-    chunk = -(-length // max(1, length // enough))
+    few, joins = channels <= 64, channels <= MOST_JOINED
+    line = 16 // element_size  # elements that a thread reads at once
+    least = max(_power(-(-channels // MOST_BLOCKS)), 64 if channels > 1024 else 1)
+    if pixels:
+        # The 128 bytes of a cache line, half of them where more programs are needed.
+        block = min(max(least, 8 * line if joins else 4 * line), _power(channels))
+        wide = min(64, _power(channels))
+        span = _span(length, 128 if few else 576 * 64 // block) if joins else length
+        statistics = Tile(block, span, max(1, 128 * line // block), 4, 4)
+        sums = Tile(block, span, max(1, 64 * line // block), 4, 2 if STREAM_SUMS else 4)
+        output = Tile(wide, 128, max(1, 512 // wide), 4, 4 if line == 8 else 2)
+        gradient = Tile(wide, 128, max(1, 512 // wide), 4, 2)
+    else:
+        span = _span(length, 4096) if joins else length
+        block = min(max(least, 8 if few or line == 4 else 16), _power(channels))
+        warps = 8 if few or line != 4 else 4
+        statistics = Tile(block, span, _fitting(span, 256 * warps // block), warps, 4)
+        block = min(max(least, 4 if few else 16), _power(channels))
+        warps = 8 if line == 2 else 4
+        sums = Tile(
+            block, span, _fitting(span, (512 if line == 2 else 1024) // block), warps, 1 if STREAM_SUMS else 2
+        )
+        tile = 256 * min(4, line)
+        last = _fitting(length, tile // 2)
+        planes = min(_power(channels), max(1, tile // last))
+        output = Tile(planes, _share(length, 1024), last, 4, 2)
+        last = _fitting(length, tile // 4)
+        planes = min(_power(channels), max(1, tile // last))
+        gradient = Tile(planes, _share(length, 1024), last, 4)
+    whole = Tile(_power(channels), 0, 0, 8)
+    group = Tile(min(64, _power(channels)), 0, 0, 4)
     return Config(
-        channels=block,
-        pixels=max(1, min(_power(length), tile // block)),
-        warps=warps,
-        ahead=4,
-        sums_pixels=max(1, min(_power(length), sums_tile // block)),
-        sums_warps=sums_warps,
-        sums_ahead=2 if double or sums_warps == 4 else 4,
-        tile_channels=tile_channels,
-        tile_pixels=tile_pixels,
-        chunk=-(-chunk // tile_pixels) * tile_pixels,
-        tile_warps=tile_warps,
+        statistics,
+        whole if statistics.span < length else group,
+        output,
+        sums,
+        whole if sums.span < length else group,
+        gradient,
     )
+
+
+def _span(length: int, at_least: int) -> int:
+    """Pixels of each of at most `MOST_PARTS` parts."""
+    return min(length, max(at_least, -(-length // MOST_PARTS)))
+
+
+def _share(length: int, most: int) -> int:
+    """The length in equal shares of at most so many."""
+    return -(-length // -(-length // most))
+
+
+def _fitting(length: int, most: int) -> int:
+    """The largest power of two up to `most` whose multiples cover the length with little beyond it."""
+    fitting = max(1, most)
+    while fitting > 16 and -(-length // fitting) * fitting > 1.125 * length:
+        fitting //= 2
+    return fitting
 
 
 def _power(n: int) -> int:
@@ -110,14 +153,18 @@ class Constants:
     TO_INPUT: bool
     R: int  # width of the gates' hidden layer (SE, CBAM) or of their kernel (ECA)
     RB: int  # of which a tile holds so many
-    BLOCKS: int  # of channels, in the first launch
+    BLOCKS: int  # of channels, whose shares of the hidden layers are added up
+    PARTS: int  # of the pixels, in the first launch
+    PART: int  # pixels of a part
     PIXELS: bool  # channels_last
     BC: int  # channels of a tile
     BL: int  # pixels of a tile
-    AHEAD: int  # tiles that a program of a first launch reads before it waits for any
-    CHUNK: int  # pixels of a program
+    AHEAD: int  # tiles that a program reads before it waits for any
+    CHUNK: int  # pixels of a program of the last launch
     PC: int  # channels of a program that makes the parameters' gradients
+    BESIDE: int  # samples that it reads before it waits for any
     EPS: float
+    STREAM: bool  # a first launch reads a round's tiles before it waits for those of the round before
     A: tl.dtype  # what is computed in
 
     @property
@@ -133,6 +180,10 @@ class Constants:
         return MODES[self.MODE].gates
 
     @property
+    def SETS(self) -> int:
+        return MODES[self.MODE].sets
+
+    @property
     def BRANCHES(self) -> int:
         return 2 if self.GATE == "cbam-channel" else 1
 
@@ -141,9 +192,34 @@ class Constants:
         return 1 if self.MODE == "concat" else 0
 
     @property
-    def PARTS(self) -> int:
+    def HIDDEN(self) -> int:
+        """Width of a gate's hidden layer, if it has one."""
+        return 0 if self.GATE == "eca" else self.R
+
+    @property
+    def LAYER_PARTS(self) -> int:
         """Programs that share the gradients of a gate's layers."""
         return 1 if self.GATE == "eca" else -(-self.R // self.RB)
+
+    @property
+    def MOMENTS(self) -> int:
+        """Numbers of a part of a plane."""
+        return 2 * self.BRANCHES
+
+    @property
+    def OUTPUT_SLOTS(self) -> int:
+        """Planes of the output's table."""
+        return 3 * self.MODALITIES + 2 * self.SETS
+
+    @property
+    def SUMS(self) -> int:
+        """Numbers of a part of a plane in the backward."""
+        return (2 if self.MODE == "restitute" else 6) + 2 * (self.BRANCHES - 1)
+
+    @property
+    def GRADIENT_SLOTS(self) -> int:
+        """Planes of the gradients' table."""
+        return 6 * self.MODALITIES + self.SETS + 2 * self.MODALITIES * (self.BRANCHES - 1)
 
     @property
     def BEFORE(self) -> int:
@@ -168,16 +244,29 @@ class Plan(NamedTuple):
     """What follows from shapes and settings: the kernels with their constants, programs, lengths of rows."""
 
     statistics: Launcher
+    gates: Launcher
     output: Launcher
     sums: Launcher
+    coefficients: Launcher
     gradient: Launcher
-    blocks: int  # programs of a first launch a sample (and modality),
-    second_programs: int  # of a second launch that write pixels,
-    parameter_programs: int  # and of the backward's, a call
-    chunks: int
+    programs: Programs
+    output_chunks: int
+    gradient_chunks: int
     saved_row: int  # numbers a sample that the forward leaves to its backward,
     forward_row: int  # and scratch of each
     backward_row: int
+
+
+class Programs(NamedTuple):
+    """Of a sample; those that make the parameters' gradients of a call."""
+
+    statistics: int
+    gates: int
+    output: int
+    sums: int
+    coefficients: int
+    gradient: int
+    parameters: int
 
 
 @functools.lru_cache(maxsize=1024)
@@ -193,51 +282,118 @@ def plan(
     dtype: torch.dtype,
 ) -> Plan:
     config = configure(channels, length, pixels, dtype.itemsize)
-    blocks = -(-channels // config.channels)
-    first = Constants(
-        MODE=mode,
-        GATE=gate,
-        TO_INPUT=to_input,
-        R=hidden,
-        RB=min(LAYER_HIDDEN, _power(hidden), max(1, LAYER_WEIGHTS // config.channels)),
-        BLOCKS=blocks,
-        PIXELS=pixels,
-        BC=config.channels,
-        BL=config.sums_pixels,
-        AHEAD=_reads_ahead(config, mode, gate),
-        CHUNK=config.chunk,
-        PC=min(LAYER_CHANNELS, _power(channels)),
-        EPS=0.0,
-        A=tl.float64 if dtype == torch.float64 else tl.float32,
-    )
+
+    def hidden_tile(most: int) -> int:
+        return max(1, min(LAYER_HIDDEN, _power(hidden), most))
+
+    def constants(tile: Tile, first: Tile, **others: Any) -> Constants:
+        """Of a launch of this tile, whose direction begins with the launch of `first`."""
+        parts = -(-length // first.span)
+        given = {
+            "MODE": mode,
+            "GATE": gate,
+            "TO_INPUT": to_input,
+            "R": hidden,
+            "RB": hidden_tile(LAYER_WEIGHTS * tile.warps // tile.channels),
+            "BLOCKS": 1 if parts > 1 else -(-channels // first.channels),
+            "PARTS": parts,
+            "PART": first.span,
+            "PIXELS": pixels,
+            "BC": tile.channels,
+            "BL": tile.pixels,
+            "AHEAD": tile.ahead,
+            "CHUNK": tile.span,
+            "PC": min(LAYER_CHANNELS, _power(channels)),
+            "BESIDE": 4,
+            "EPS": 0.0,
+            "STREAM": STREAM_STATISTICS if first is config.statistics else STREAM_SUMS,
+            "A": tl.float64 if dtype == torch.float64 else tl.float32,
+        }
+        return Constants(**(given | others))
+
+    modalities = MODES[mode].modalities
     # The same kernel for every mode of as many modalities.
-    alike = "pair" if first.MODALITIES == 2 else "restitute"
-    statistics = replace(first, MODE=alike, TO_INPUT=False, EPS=eps, BL=config.pixels, AHEAD=config.ahead)
-    second = replace(first, BC=config.tile_channels, BL=config.tile_pixels, AHEAD=1)
-    chunks = -(-length // config.chunk)
-    of_norm = first.MODALITIES * -(-channels // first.PC)
-    of_gate = first.GATES * (1 if gate == "eca" else first.PARTS * -(-channels // first.PC))
-    shares = 0 if gate == "eca" else blocks * first.GATES * hidden
-    return Plan(
-        _launcher(statistics_kernel, statistics, config.warps, lambda t, i, _: (*t[:7], *i)),
-        _launcher(output_kernel, second, config.tile_warps, lambda t, i, n: (*t, *i, *n)),
-        _launcher(sums_kernel, first, config.sums_warps, lambda t, i, n: (*t[:14], *i, n[0])),
-        _launcher(gradient_kernel, second, config.tile_warps, lambda t, i, n: (*t[:11], *t[14:], *i, *n)),
-        blocks,
-        chunks * -(-channels // config.tile_channels),
+    alike = "pair" if modalities == 2 else "restitute"
+    common = {"MODE": alike, "TO_INPUT": False}
+    statistics = constants(
+        config.statistics,
+        config.statistics,
+        EPS=eps,
+        AHEAD=_reads_ahead(config.statistics, gate),
+        **common,
+    )
+    gates = constants(config.gates, config.statistics, EPS=eps)
+    output = constants(config.output, config.statistics)
+    sums = constants(config.sums, config.sums, AHEAD=_reads_ahead(config.sums, gate))
+    coefficients = constants(config.coefficients, config.sums)
+    gradient = constants(
+        config.gradient,
+        config.sums,
+        BESIDE=_beside(dtype),
+        RB=hidden_tile(LAYER_WEIGHTS // 4 * config.gradient.warps // LAYER_CHANNELS),
+    )
+    of_norm = modalities * -(-channels // gradient.PC)
+    of_gate = gradient.GATES * (1 if gate == "eca" else gradient.LAYER_PARTS * -(-channels // gradient.PC))
+
+    def blocks(tile: Tile) -> int:
+        return -(-channels // tile.channels)
+
+    output_chunks, gradient_chunks = (-(-length // tile.span) for tile in (config.output, config.gradient))
+    programs = Programs(
+        modalities * blocks(config.statistics) * statistics.PARTS,
+        modalities * blocks(config.gates),
+        blocks(config.output) * output_chunks,
+        blocks(config.sums) * sums.PARTS,
+        modalities * blocks(config.coefficients),
+        blocks(config.gradient) * gradient_chunks,
         of_norm + of_gate,
-        chunks,
+    )
+    return Plan(
+        _launcher(statistics_kernel, statistics, config.statistics.warps, lambda t, i, _: (*t[:7], *i)),
+        _launcher(gates_kernel, gates, config.gates.warps, lambda t, i, _: (*t[2:10], *i[4:])),
+        _launcher(output_kernel, output, config.output.warps, _output_arguments),
+        _launcher(sums_kernel, sums, config.sums.warps, lambda t, i, n: (*t[:14], *i, n[0])),
+        _launcher(
+            coefficients_kernel, coefficients, config.coefficients.warps, lambda t, i, _: (*t[6:14], *i[12:])
+        ),
+        _launcher(
+            gradient_kernel, gradient, config.gradient.warps, lambda t, i, n: (*t[:11], *t[14:], *i, *n)
+        ),
+        programs,
+        output_chunks,
+        gradient_chunks,
         shapes.saved_row(mode, gate, hidden, channels),
-        first.MODALITIES * channels + shares * first.BRANCHES,
-        first.PLANES * channels + shares,
+        _forward_row(gates, channels),
+        _backward_row(coefficients, channels),
     )
 
 
-def _reads_ahead(config: Config, mode: str, gate: str) -> int:
-    """Tiles that the sums read at once, as many as registers allow: it decides no bit of the result."""
-    if gate == "cbam-channel":  # carries the extremes too
-        return min(2, config.sums_ahead)
-    return config.sums_ahead if MODES[mode].modalities == 2 else 2 * config.sums_ahead
+def _output_arguments(t: Sequence[Any], i: tuple[int, ...], n: tuple[float, ...]) -> tuple[Any, ...]:
+    return (*t[:2], t[6], *t[10:], *i[:6], i[7], *n)
+
+
+def _forward_row(k: Constants, channels: int) -> int:
+    """Numbers of a sample's scratch: see block_forward.py."""
+    shares = k.BLOCKS * k.GATES * k.BRANCHES * k.HIDDEN
+    parts = k.PARTS * k.MODALITIES * k.MOMENTS if k.PARTS > 1 else 0
+    return (k.OUTPUT_SLOTS + k.MODALITIES + parts) * channels + shares
+
+
+def _backward_row(k: Constants, channels: int) -> int:
+    """Numbers of a sample's scratch: see block_backward.py."""
+    hidden = (k.BLOCKS + k.BRANCHES) * k.GATES * k.HIDDEN
+    parts = k.PARTS * k.MODALITIES * k.SUMS if k.PARTS > 1 else 0
+    return (k.GRADIENT_SLOTS + k.PLANES + parts) * channels + hidden
+
+
+def _beside(dtype: torch.dtype) -> int:
+    """Samples at once, as many as registers allow: it decides no bit of the result."""
+    return 1 if dtype == torch.float64 else 4
+
+
+def _reads_ahead(tile: Tile, gate: str) -> int:
+    """Tiles that a first launch reads at once, as registers allow: it decides no bit of the result."""
+    return max(1, tile.ahead // 2) if gate == "cbam-channel" else tile.ahead  # which carries extremes too
 
 
 # --- launchers --------------------------------------------------------------------------------------------
@@ -344,11 +500,12 @@ def _forward(
         first.device,
         [*maps, *norm, first_weight, statistics, scratch, *parameters, *made, *[None] * (4 - count)],
         (*strides, channels, height * width, p.saved_row, p.forward_row),
-        (samples, p.chunks),
+        (samples, p.output_chunks),
     )
     with on_device(first.device):
-        p.statistics(p.blocks * modalities * samples, given)
-        p.output(p.second_programs * samples, given)
+        p.statistics(p.programs.statistics * samples, given)
+        p.gates(p.programs.gates * samples, given)
+        p.output(p.programs.output * samples, given)
     return (*made, statistics)
 
 
@@ -383,12 +540,13 @@ def _backward(
         first.device,
         [*maps, *norm, first_weight, statistics, scratch, *parameters, *made],
         (*strides, channels, height * width, p.saved_row, p.backward_row),
-        (samples, p.chunks),
+        (samples, p.gradient_chunks),
     )
     with on_device(first.device):
         if samples > 0:
-            p.sums(p.blocks * samples, given)
-        p.gradient(p.parameter_programs + p.second_programs * samples, given)
+            p.sums(p.programs.sums * samples, given)
+            p.coefficients(p.programs.coefficients * samples, given)
+        p.gradient(p.programs.parameters + p.programs.gradient * samples, given)
     return (*of_inputs, *of_norm, of_gate)
 
 

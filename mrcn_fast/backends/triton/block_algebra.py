@@ -43,6 +43,30 @@ def matrix(start, rows, columns, pitch, row_inside, column_inside, K: tl.constex
 
 
 @triton.jit
+def fma(a, b, c):
+    """a b + c, rounded once, whatever a compiler would have made of it."""
+    return tl.fma(a, b, c)
+
+
+@triton.jit
+def keep(table, k, value, c, inside, C):
+    """Slot k of a sample's table, a number for each channel."""
+    tl.store(table + k * C + c, value, mask=inside)
+
+
+@triton.jit
+def column(table, k, c, inside, C, K: tl.constexpr):
+    """Slot k of the table, for tiles of these channels."""
+    return vector(table, k * C + c, inside, K)[:, None]
+
+
+@triton.jit
+def part_length(part, L, K: tl.constexpr):
+    """Pixels of a part of the first launch."""
+    return tl.maximum(tl.minimum(L - part * K.PART, K.PART), 0)
+
+
+@triton.jit
 def add_shares(shares, r, pitch, K: tl.constexpr):
     """What the channel blocks left at `shares`, `pitch` apart, added in one order: [hidden]."""
     block = tl.arange(0, triton.next_power_of_2(K.BLOCKS))

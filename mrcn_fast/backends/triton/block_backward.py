@@ -1,4 +1,4 @@
-"""The block's backward in Triton: `sums_kernel`, then `gradient_kernel`."""
+"""The block's backward in Triton: `sums_kernel`, `coefficients_kernel`, then `gradient_kernel`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,13 @@ import triton.language as tl
 
 from mrcn_fast.backends.triton.block_algebra import (
     add_shares,
+    column,
     extreme_residual,
+    fma,
     gate_gradient,
+    keep,
     matrix,
+    part_length,
     plane,
     pooled_residual,
     read_tile,
@@ -18,14 +22,18 @@ from mrcn_fast.backends.triton.block_algebra import (
     vector,
     write_tile,
 )
-from mrcn_fast.backends.triton.block_gates import gate_value
+from mrcn_fast.backends.triton.block_gates import gate_value, layers
+
+# A sample's row of scratch:
+#
+#   the gradients' table                     K.GRADIENT_SLOTS planes of C numbers, see `coefficients_kernel`
+#   gradients before the ReLUs               (gates, branches, R)
+#   U, V of each modality | s of each gate | ∂ before the sigmoid of each gate | (CBAM) extreme pixel of each
+#   modality | (CBAM) how often it occurs    planes of C numbers, K.PLANES in all
+#   shares of the hidden layers' gradients   (blocks, gates, R)
+#   sums of each part of the pixels          (parts, modalities, K.SUMS, C), if there are several
 
 # --- sums -------------------------------------------------------------------------------------------------
-#
-# A sample's row of scratch holds planes of C numbers, then the shares of the hidden layers' gradients:
-#
-#   U, V of each modality | s of each gate | ∂ before the sigmoid of each gate | (CBAM) extreme pixel of each
-#   modality | (CBAM) how often it occurs | shares (blocks, gates, R)
 
 
 @triton.jit
@@ -53,25 +61,161 @@ def _count_extremes(value, here, best, count):
 
 
 @triton.jit
-def _keep_extremes(extremes, counts, best, count, sign, inside):
+def _extreme(best, count):
     """The extreme of a plane from those of its lanes, and in how many pixels it stands."""
     extreme = tl.max(best, axis=1)
-    total = tl.sum(tl.where(best == extreme[:, None], count, 0.0), axis=1)
-    tl.store(extremes, extreme * sign, mask=inside)
-    tl.store(counts, total, mask=inside)
+    return extreme, tl.sum(tl.where(best == extreme[:, None], count, 0.0), axis=1)
 
 
 @triton.jit
-def _leave_gradient(scratch, shares, weights, g, gradient, s, c, inside, C, K: tl.constexpr):
-    """Keep s of gate g, the gradient before its sigmoid, and these channels' part of its hidden layer's."""
-    before = tl.where(inside, gradient * s * (1.0 - s), 0.0)
-    tl.store(scratch + (2 * K.MODALITIES + g) * C + c, s, mask=inside)
-    tl.store(scratch + (K.BEFORE + g) * C + c, before, mask=inside)
+def _planes_kept(scratch, C, K: tl.constexpr):
+    """Where U and V, the gates and their gradients stand."""
+    return scratch + K.GRADIENT_SLOTS * C + K.GATES * K.BRANCHES * K.HIDDEN
+
+
+@triton.jit
+def _slope(planes, m, c, inside, C, K: tl.constexpr):
+    """1 or -1: M has its maximum at the largest value of ±x, whichever way it slopes."""
+    _, _, a, _ = plane(planes, m, c, inside, C, K)
+    return tl.where(1.0 - a >= 0.0, 1.0, -1.0).to(K.A)
+
+
+@triton.jit
+def _of_gates(sums, planes, parameters, m, c, inside, C, K: tl.constexpr):
+    """U and V of whole planes of modality m; s of its gates, one or two, and the gradients before them.
+
+    `sums`, of a gradient and of the gradient by the centered input: of F₊; (pair) of the set that M went to,
+    of the set that F̃ went to; (SNR) of F₋ and of F̃; (CBAM) last the extreme of ±x and how often it occurs.
+    """
+    mean, _, a, beta = plane(planes, m, c, inside, C, K)
+    # A gate comes from the hidden layer that the forward has kept, so no shares are read.
+    s = gate_value(planes, planes[0], parameters, m, c, inside, 0, C, False, K)
+    ds = gate_gradient(mean, a, beta, sums[0], sums[1])
+    U = share_of_normalized(s, K.TO_INPUT) * sums[1]
+    V = share_of_normalized(s, K.TO_INPUT) * sums[0]
+    if K.MODE == "snr":
+        ds -= gate_gradient(mean, a, beta, sums[2], sums[3])
+        U += s * sums[3] + sums[5]
+        V += s * sums[2] + sums[4]
+    before = tl.where(inside, ds * s * (1.0 - s), 0.0)
+    more_s, more_before = s, before
+    if K.MODALITIES == 2:
+        more_s = gate_value(planes, planes[0], parameters, m + 2, c, inside, 0, C, False, K)
+        ds = gate_gradient(mean, a, beta, sums[2], sums[3])
+        U += sums[5] - more_s * sums[3]
+        V += sums[4] - more_s * sums[2]
+        more_before = tl.where(inside, ds * more_s * (1.0 - more_s), 0.0)
+    return U, V, s, before, more_s, more_before
+
+
+@triton.jit
+def _keep_gates(kept, of_gates, m, c, inside, C, K: tl.constexpr):
+    """The gates and the gradients before their sigmoids."""
+    _, _, s, before, more_s, more_before = of_gates
+    keep(kept, 2 * K.MODALITIES + m, s, c, inside, C)
+    keep(kept, K.BEFORE + m, before, c, inside, C)
+    if K.MODALITIES == 2:
+        keep(kept, 2 * K.MODALITIES + m + 2, more_s, c, inside, C)
+        keep(kept, K.BEFORE + m + 2, more_before, c, inside, C)
+
+
+@triton.jit
+def _keep_extremes(kept, sums, planes, m, c, inside, C, K: tl.constexpr):
+    PLAIN: tl.constexpr = K.SUMS - 2
+    extreme = sums[PLAIN] * _slope(planes, m, c, inside, C, K)
+    keep(kept, K.EXTREME + m, extreme, c, inside, C)
+    keep(kept, K.EXTREME + K.MODALITIES + m, sums[PLAIN + 1], c, inside, C)
+    return extreme, sums[PLAIN + 1]
+
+
+@triton.jit
+def _leave_shares(shares, weights, g, before, c, inside, C, K: tl.constexpr):
+    """These channels' part of the gradient of gate g's hidden layer."""
+    for first in range(0, K.R, K.RB):
+        r = first + tl.arange(0, K.RB)
+        weight = matrix(weights, g * C + c, r, K.R, inside, r < K.R, K)
+        tl.store(shares + g * K.R + r, tl.sum(weight * before[:, None], axis=0), mask=r < K.R)
+
+
+@triton.jit
+def _finish(sums, planes, scratch, parameters, block, m, c, inside, C, K: tl.constexpr):
+    """Keep what follows from the sums over whole planes, and leave what the hidden layers get from them."""
+    kept = _planes_kept(scratch, C, K)
+    of_gates = _of_gates(sums, planes, parameters, m, c, inside, C, K)
+    keep(kept, 2 * m, of_gates[0], c, inside, C)
+    keep(kept, 2 * m + 1, of_gates[1], c, inside, C)
+    _keep_gates(kept, of_gates, m, c, inside, C, K)
+    if K.GATE == "cbam-channel":
+        _keep_extremes(kept, sums, planes, m, c, inside, C, K)
     if K.GATE != "eca":
-        for first in range(0, K.R, K.RB):
-            r = first + tl.arange(0, K.RB)
-            weight = matrix(weights, g * C + c, r, K.R, inside, r < K.R, K)
-            tl.store(shares + g * K.R + r, tl.sum(weight * before[:, None], axis=0), mask=r < K.R)
+        shares = kept + K.PLANES * C + block * (K.GATES * K.R)
+        _leave_shares(shares, parameters[2], m, of_gates[3], c, inside, C, K)
+        if K.MODALITIES == 2:
+            _leave_shares(shares, parameters[2], m + 2, of_gates[5], c, inside, C, K)
+
+
+@triton.jit
+def _parts_of(scratch, m, C, K: tl.constexpr):
+    """Where the sums of modality m's parts begin, and what lies between two parts."""
+    start = _planes_kept(scratch, C, K) + K.PLANES * C + K.BLOCKS * (K.GATES * K.HIDDEN)
+    return start + m * K.SUMS * C, K.MODALITIES * K.SUMS * C
+
+
+@triton.jit
+def _leave(sums, planes, scratch, parameters, block, part, m, c, inside, C, K: tl.constexpr):
+    SUMS: tl.constexpr = K.SUMS
+    if K.PARTS == 1:
+        _finish(sums, planes, scratch, parameters, block, m, c, inside, C, K)
+    else:
+        parts, pitch = _parts_of(scratch, m, C, K)
+        for k in tl.static_range(SUMS):
+            keep(parts + part * pitch, k, sums[k], c, inside, C)
+
+
+@triton.jit
+def _join_parts(scratch, m, c, inside, C, K: tl.constexpr):
+    """The sums over whole planes from those of their parts, in the order of the parts."""
+    PLAIN: tl.constexpr = K.SUMS - 2 * (K.BRANCHES - 1)
+    SUMS: tl.constexpr = K.SUMS
+    parts, pitch = _parts_of(scratch, m, C, K)
+    part = tl.arange(0, triton.next_power_of_2(K.PARTS))
+    each = ()  # type: tuple
+    for k in tl.static_range(SUMS):  # every read is on its way before the first is waited for
+        each += (matrix(parts + k * C, part, c, pitch, part < K.PARTS, inside, K),)
+    sums = ()  # type: tuple
+    for k in tl.static_range(PLAIN):
+        sums += (tl.sum(each[k], axis=0),)
+    if K.GATE == "cbam-channel":
+        highest = tl.where((part < K.PARTS)[:, None], each[PLAIN], float("-inf"))
+        extreme = tl.max(highest, axis=0)
+        count = tl.sum(tl.where(highest == extreme[None, :], each[PLAIN + 1], 0.0), axis=0)
+        sums += (extreme, count)
+    return sums
+
+
+@triton.jit
+def _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, first, end, K: tl.constexpr):
+    """The tiles of a round: every read is on its way before the first is waited for."""
+    x0_pitch, x1_pitch, g0_pitch, g1_pitch, g2_pitch, g3_pitch = pitches
+    BC: tl.constexpr = K.BC
+    BL: tl.constexpr = K.BL
+    AHEAD: tl.constexpr = K.AHEAD
+    zero = tl.zeros((BC, BL), K.A)
+    tiles = ()  # type: tuple
+    for ahead in tl.static_range(AHEAD):
+        px = first + ahead * BL + tl.arange(0, BL)
+        here = inside[:, None] & (px < end)[None, :]
+        value0 = read_tile(x0, c, px, here, x0_pitch, True, K)
+        gradient0 = _gradient(g0, c, px, here, g0_pitch, zero, True, K)
+        value1, gradient1, gradient2, gradient3 = zero, zero, zero, zero
+        if K.MODE != "restitute":
+            gradient1 = _gradient(g1, c, px, here, g1_pitch, zero, True, K)
+            gradient2 = _gradient(g2, c, px, here, g2_pitch, zero, True, K)
+        if K.MODALITIES == 2:
+            value1 = read_tile(x1, c, px, here, x1_pitch, True, K)
+            gradient3 = _gradient(g3, c, px, here, g3_pitch, zero, True, K)
+        tiles += ((value0, value1, gradient0, gradient1, gradient2, gradient3),)
+    return tiles
 
 
 @triton.jit(do_not_specialize=["samples"])
@@ -109,19 +253,19 @@ def sums_kernel(
     samples,
     K: tl.constexpr,
 ):
-    """All sums over the planes of one block of channels of one sample, and the gates' gradients from them."""
+    """All sums over the planes of one block of channels of one sample, over one part of their pixels."""
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
     AHEAD: tl.constexpr = K.AHEAD
     program = tl.program_id(0)
-    block = program % K.BLOCKS
-    i = (program // K.BLOCKS).to(tl.int64)
-    statistics += i * saved_row
+    blocks = tl.cdiv(C, BC)
+    block = program % blocks
+    part = program // blocks % K.PARTS
+    i = (program // (blocks * K.PARTS)).to(tl.int64)
     scratch += i * scratch_row
-    shares = scratch + K.PLANES * C + block * (K.GATES * K.R)
     c = block * BC + tl.arange(0, BC)
     inside = c < C
-    planes, parameters = (statistics, gamma, beta), (p0, p1, p2, p3)
+    planes, parameters = (statistics + i * saved_row, gamma, beta), (p0, p1, p2, p3)
 
     x0 += i * x0_sample
     g0 = _sample_of(g0, i, samples, g0_sample, K.CONCAT)
@@ -129,193 +273,239 @@ def sums_kernel(
     g2 = _sample_of(g2, i, samples, g2_sample, 3 * K.CONCAT)
     g3 = _sample_of(g3, i, samples, g3_sample, 4 * K.CONCAT)
 
-    mean0, _, a0, beta0 = plane(planes, 0, c, inside, C, K)
+    mean0, _, _, _ = plane(planes, 0, c, inside, C, K)
     zero = tl.zeros((BC, BL), K.A)
     S0, T0 = zero, zero
     if K.MODALITIES == 2:
         x1 += i * x1_sample
-        mean1, _, a1, beta1 = plane(planes, 1, c, inside, C, K)
+        mean1, _, _, _ = plane(planes, 1, c, inside, C, K)
         T10, T21 = zero, zero
     if K.MODE != "restitute":
         S1, S2, T1, T2 = zero, zero, zero, zero
     if K.MODALITIES == 2:
         S3, T3 = zero, zero
-    if K.GATE == "cbam-channel":  # M has its maximum at the largest value of ±x, whichever way it slopes
-        sign0 = tl.where(1.0 - a0 >= 0.0, 1.0, -1.0).to(K.A)
+    if K.GATE == "cbam-channel":
+        sign0 = _slope(planes, 0, c, inside, C, K)
         best0, count0 = tl.full((BC, BL), float("-inf"), K.A), zero
         if K.MODALITIES == 2:
-            sign1 = tl.where(1.0 - a1 >= 0.0, 1.0, -1.0).to(K.A)
+            sign1 = _slope(planes, 1, c, inside, C, K)
             best1, count1 = tl.full((BC, BL), float("-inf"), K.A), zero
 
-    for first in range(0, L, BL * AHEAD):
-        tiles = ()  # type: tuple
-        for ahead in tl.static_range(AHEAD):  # every read is on its way before the first is waited for
-            px = first + ahead * BL + tl.arange(0, BL)
-            here = inside[:, None] & (px < L)[None, :]
-            value0 = read_tile(x0, c, px, here, x0_pitch, True, K)
-            gradient0 = _gradient(g0, c, px, here, g0_pitch, zero, True, K)
-            value1, gradient1, gradient2, gradient3 = zero, zero, zero, zero
-            if K.MODE != "restitute":
-                gradient1 = _gradient(g1, c, px, here, g1_pitch, zero, True, K)
-                gradient2 = _gradient(g2, c, px, here, g2_pitch, zero, True, K)
-            if K.MODALITIES == 2:
-                value1 = read_tile(x1, c, px, here, x1_pitch, True, K)
-                gradient3 = _gradient(g3, c, px, here, g3_pitch, zero, True, K)
-            tiles += ((here, value0, value1, gradient0, gradient1, gradient2, gradient3),)
+    end = part * K.PART + part_length(part, L, K)
+    pitches = (x0_pitch, x1_pitch, g0_pitch, g1_pitch, g2_pitch, g3_pitch)
+    tiles = _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, part * K.PART, end, K)
+    for first in range(part * K.PART, end, BL * AHEAD):
+        if K.STREAM:
+            coming = _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, first + BL * AHEAD, end, K)
         for ahead in tl.static_range(AHEAD):
-            here, value0, value1, gradient0, gradient1, gradient2, gradient3 = tiles[ahead]
+            value0, value1, gradient0, gradient1, gradient2, gradient3 = tiles[ahead]
             centered0 = value0 - mean0[:, None]
             S0 += gradient0
-            T0 += gradient0 * centered0
+            T0 = fma(gradient0, centered0, T0)
             if K.MODE != "restitute":
                 S1 += gradient1
                 S2 += gradient2
             if K.MODE == "snr":
-                T1 += gradient1 * centered0
-                T2 += gradient2 * centered0
+                T1 = fma(gradient1, centered0, T1)
+                T2 = fma(gradient2, centered0, T2)
             if K.GATE == "cbam-channel":
+                here = inside[:, None] & (first + ahead * BL + tl.arange(0, BL) < end)[None, :]
                 best0, count0 = _count_extremes(value0 * sign0[:, None], here, best0, count0)
             if K.MODALITIES == 2:
                 centered1 = value1 - mean1[:, None]
                 S3 += gradient3
-                T3 += gradient3 * centered1
-                T10 += gradient1 * centered0
-                T1 += gradient1 * centered1
-                T2 += gradient2 * centered0
-                T21 += gradient2 * centered1
+                T3 = fma(gradient3, centered1, T3)
+                T10 = fma(gradient1, centered0, T10)
+                T1 = fma(gradient1, centered1, T1)
+                T2 = fma(gradient2, centered0, T2)
+                T21 = fma(gradient2, centered1, T21)
                 if K.GATE == "cbam-channel":
                     best1, count1 = _count_extremes(value1 * sign1[:, None], here, best1, count1)
+        if not K.STREAM:
+            coming = _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, first + BL * AHEAD, end, K)
+        tiles = coming
 
-    s0 = gate_value(planes, shares, parameters, 0, c, inside, 0, C, False, K)
-    sum0, moment0 = tl.sum(S0, axis=1), tl.sum(T0, axis=1)
-    ds0 = gate_gradient(mean0, a0, beta0, sum0, moment0)
-    U0 = share_of_normalized(s0, K.TO_INPUT) * moment0
-    V0 = share_of_normalized(s0, K.TO_INPUT) * sum0
+    sums = (tl.sum(S0, axis=1), tl.sum(T0, axis=1))  # type: tuple
     if K.MODE != "restitute":
-        sum1, moment1 = tl.sum(S1, axis=1), tl.sum(T1, axis=1)
-        sum2, moment2 = tl.sum(S2, axis=1), tl.sum(T2, axis=1)
+        sum1, moment1, sum2, moment2 = (
+            tl.sum(S1, axis=1),
+            tl.sum(T1, axis=1),
+            tl.sum(S2, axis=1),
+            tl.sum(T2, axis=1),
+        )
     if K.MODE == "snr":
-        ds0 -= gate_gradient(mean0, a0, beta0, sum1, moment1)
-        U0 += s0 * moment1 + moment2
-        V0 += s0 * sum1 + sum2
+        sums += (sum1, moment1, sum2, moment2)
     if K.MODALITIES == 2:
-        s1 = gate_value(planes, shares, parameters, 1, c, inside, 0, C, False, K)
-        s2 = gate_value(planes, shares, parameters, 2, c, inside, 0, C, False, K)
-        s3 = gate_value(planes, shares, parameters, 3, c, inside, 0, C, False, K)
-        sum3, moment3 = tl.sum(S3, axis=1), tl.sum(T3, axis=1)
-        U0 += tl.sum(T10, axis=1) - s2 * moment2
-        V0 += sum1 - s2 * sum2
-        U1 = share_of_normalized(s1, K.TO_INPUT) * moment3 + tl.sum(T21, axis=1) - s3 * moment1
-        V1 = share_of_normalized(s1, K.TO_INPUT) * sum3 + sum2 - s3 * sum1
-        tl.store(scratch + 2 * C + c, U1, mask=inside)
-        tl.store(scratch + 3 * C + c, V1, mask=inside)
-        ds1 = gate_gradient(mean1, a1, beta1, sum3, moment3)
-        ds2 = gate_gradient(mean0, a0, beta0, sum2, moment2)
-        ds3 = gate_gradient(mean1, a1, beta1, sum1, moment1)
-        _leave_gradient(scratch, shares, p2, 1, ds1, s1, c, inside, C, K)
-        _leave_gradient(scratch, shares, p2, 2, ds2, s2, c, inside, C, K)
-        _leave_gradient(scratch, shares, p2, 3, ds3, s3, c, inside, C, K)
-    tl.store(scratch + c, U0, mask=inside)
-    tl.store(scratch + C + c, V0, mask=inside)
-    _leave_gradient(scratch, shares, p2, 0, ds0, s0, c, inside, C, K)
+        sums += (sum2, moment2, sum1, tl.sum(T10, axis=1))
     if K.GATE == "cbam-channel":
-        extremes, counts = scratch + K.EXTREME * C + c, scratch + (K.EXTREME + K.MODALITIES) * C + c
-        _keep_extremes(extremes, counts, best0, count0, sign0, inside)
+        sums += _extreme(best0, count0)
+    _leave(sums, planes, scratch, parameters, block, part, 0, c, inside, C, K)
+    if K.MODALITIES == 2:
+        sums = (tl.sum(S3, axis=1), tl.sum(T3, axis=1), sum1, moment1, sum2, tl.sum(T21, axis=1))
+        if K.GATE == "cbam-channel":
+            sums += _extreme(best1, count1)
+        _leave(sums, planes, scratch, parameters, block, part, 1, c, inside, C, K)
+
+
+# --- coefficients -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _keep_inner(row, inners, g, b, r, gradient, K: tl.constexpr):
+    """Gradient before the ReLU of gate g's hidden layer in branch b; both branches share what comes to it."""
+    at = (g * K.BRANCHES + b) * K.R
+    inner = tl.where(vector(row + at, r, r < K.R, K) <= 0.0, 0.0, gradient)
+    tl.store(inners + at + r, inner, mask=r < K.R)  # every block of channels has the same
+    return inner
+
+
+@triton.jit
+def _of_pooled(row, inners, shares, weights, g, c, inside, C, K: tl.constexpr):
+    """∂ of GAP(M) and of GMP(M) through gate g, from the shares of its hidden layer's gradient."""
+    dz, dz_extreme = tl.zeros(c.shape, K.A), tl.zeros(c.shape, K.A)
+    for first in range(0, K.R, K.RB):
+        r = first + tl.arange(0, K.RB)
+        gradient = add_shares(shares + g * K.R, r, K.GATES * K.R, K)
+        weight = matrix(weights, g * K.R + r, c, C, r < K.R, inside, K)
+        dz += tl.sum(weight * _keep_inner(row, inners, g, 0, r, gradient, K)[:, None], axis=0)
+        if K.BRANCHES == 2:
+            inner = _keep_inner(row, inners, g, 1, r, gradient, K)
+            dz_extreme += tl.sum(weight * inner[:, None], axis=0)
+    return dz, dz_extreme
+
+
+@triton.jit
+def _of_neighbours(kept, weights, g, c, inside, C, K: tl.constexpr):
+    """∂ of GAP(M) through ECA's gate g."""
+    dz = tl.zeros(c.shape, K.A)
+    for t in range(K.R):
+        to = c - t + K.R // 2
+        reached = inside & (to >= 0) & (to < C)
+        before = vector(kept + (K.BEFORE + g) * C, to, reached, K)
+        dz += tl.where(reached, tl.load(weights + g * K.R + t).to(K.A) * before, 0.0)
+    return dz
+
+
+@triton.jit
+def _add_pooled(dz, dz_extreme, layer, before, row, inners, g, r, K: tl.constexpr):
+    weight, _, more_weight = layer
+    gradient = tl.sum(more_weight * before[:, None], axis=0)
+    dz += tl.sum(weight * _keep_inner(row, inners, g, 0, r, gradient, K)[:, None], axis=0)
+    if K.BRANCHES == 2:
+        inner = _keep_inner(row, inners, g, 1, r, gradient, K)
+        dz_extreme += tl.sum(weight * inner[:, None], axis=0)
+    return dz, dz_extreme
+
+
+@triton.jit
+def _of_all_channels(of_gates, row, inners, parameters, m, c, inside, C, K: tl.constexpr):
+    """∂ of GAP(M) and of GMP(M) of modality m in a program that has the gates' gradients of all channels."""
+    R: tl.constexpr = K.R
+    RB: tl.constexpr = K.RB
+    _, _, _, before, _, more_before = of_gates
+    dz, dz_extreme = tl.zeros(c.shape, K.A), tl.zeros(c.shape, K.A)
+    for first in tl.static_range(0, R, RB):
+        r = first + tl.arange(0, RB)
+        layer = layers(parameters, m, r, c, inside, C, K)
+        more_layer = layer
+        if K.MODALITIES == 2:  # read before the first gate's sums are waited for
+            more_layer = layers(parameters, m + 2, r, c, inside, C, K)
+        dz, dz_extreme = _add_pooled(dz, dz_extreme, layer, before, row, inners, m, r, K)
         if K.MODALITIES == 2:
-            _keep_extremes(extremes + C, counts + C, best1, count1, sign1, inside)
+            dz, dz_extreme = _add_pooled(dz, dz_extreme, more_layer, more_before, row, inners, m + 2, r, K)
+    return dz, dz_extreme
+
+
+@triton.jit
+def coefficients_kernel(
+    gamma, beta, p0, statistics, scratch, p1, p2, p3, C, L, saved_row, scratch_row, K: tl.constexpr
+):
+    """The gradients' table for one block of channels of one sample and modality: all where parts are joined.
+
+    Six slots a modality: mean, k1, k2, a, the sample's part of ∂γ and of ∂β. Then one a set, what multiplies
+    its gradient on the way back through a gate. For CBAM the extreme of each modality and what it adds there.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(C, K.BC)
+    m = program // blocks % K.MODALITIES
+    i = (program // (blocks * K.MODALITIES)).to(tl.int64)
+    scratch += i * scratch_row
+    planes, parameters = (statistics + i * saved_row, gamma, beta), (p0, p1, p2, p3)
+    row = planes[0] + 2 * K.MODALITIES * C
+    inners, kept = scratch + K.GRADIENT_SLOTS * C, _planes_kept(scratch, C, K)
+    other = m + K.GATES - K.MODALITIES
+    c = program % blocks * K.BC + tl.arange(0, K.BC)
+    inside = c < C
+    if K.PARTS > 1:
+        sums = _join_parts(scratch, m, c, inside, C, K)
+        of_gates = _of_gates(sums, planes, parameters, m, c, inside, C, K)
+        U, V, s, _, more_s, _ = of_gates
+        _keep_gates(kept, of_gates, m, c, inside, C, K)
+        if K.GATE == "cbam-channel":
+            extreme, count = _keep_extremes(kept, sums, planes, m, c, inside, C, K)
+    else:
+        U, V = vector(kept + 2 * m * C, c, inside, K), vector(kept + (2 * m + 1) * C, c, inside, K)
+        gates = kept + 2 * K.MODALITIES * C
+        s, more_s = vector(gates + m * C, c, inside, K), vector(gates + other * C, c, inside, K)
+        if K.GATE == "cbam-channel":
+            extreme = vector(kept + (K.EXTREME + m) * C, c, inside, K)
+            count = vector(kept + (K.EXTREME + K.MODALITIES + m) * C, c, inside, K)
+    if K.GATE == "eca":
+        if K.PARTS > 1:
+            tl.debug_barrier()  # the neighbours' gradients are what other threads have kept
+        dz = _of_neighbours(kept, p0, m, c, inside, C, K)
+        if K.MODALITIES == 2:
+            dz += _of_neighbours(kept, p0, other, c, inside, C, K)
+    else:
+        if K.PARTS > 1:
+            dz, dz_extreme = _of_all_channels(of_gates, row, inners, parameters, m, c, inside, C, K)
+        else:
+            shares = kept + K.PLANES * C
+            dz, dz_extreme = _of_pooled(row, inners, shares, p0, m, c, inside, C, K)
+            if K.MODALITIES == 2:
+                more_dz, more_dz_extreme = _of_pooled(row, inners, shares, p0, other, c, inside, C, K)
+                dz += more_dz
+                dz_extreme += more_dz_extreme
+
+    mean, r, a, _ = plane(planes, m, c, inside, C, K)
+    if K.GATE == "cbam-channel":
+        U -= (extreme - mean) * dz_extreme
+        V -= dz_extreme
+        first = K.GRADIENT_SLOTS - 2 * K.MODALITIES + 2 * m
+        keep(scratch, first, extreme, c, inside, C)
+        keep(scratch, first + 1, (1.0 - a) * dz_extreme / count, c, inside, C)
+    length = tl.cast(L, K.A)
+    keep(scratch, 6 * m, mean, c, inside, C)
+    keep(scratch, 6 * m + 1, (dz - a * V) / length, c, inside, C)
+    keep(scratch, 6 * m + 2, -a * r * r * U / length, c, inside, C)
+    keep(scratch, 6 * m + 3, a, c, inside, C)
+    keep(scratch, 6 * m + 4, r * U + 0.0 * dz, c, inside, C)
+    keep(scratch, 6 * m + 5, V - dz, c, inside, C)
+    scales = scratch + 6 * K.MODALITIES * C
+    keep(scales, 3 * m, restitution_scale(s, a, K.TO_INPUT), c, inside, C)
+    if K.MODE == "snr":
+        keep(scales, 1, restitution_scale(1.0 - s, a, False), c, inside, C)
+    if K.MODALITIES == 2:
+        keep(scales, 2 - m, more_s * (1.0 - a), c, inside, C)
 
 
 # --- gradients --------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _inner(row, shares, g, b, r, K: tl.constexpr):
-    """Gradient before the ReLU of gate g's hidden layer in branch b; both branches share what comes to it."""
-    hidden = vector(row + (g * K.BRANCHES + b) * K.R, r, r < K.R, K)
-    return tl.where(hidden <= 0.0, 0.0, add_shares(shares + g * K.R, r, K.GATES * K.R, K))
-
-
-@triton.jit
-def _of_pooled(row, scratch, weights, m, b: tl.constexpr, c, inside, C, K: tl.constexpr):
-    """∂z: gradient of GAP(M) of modality m (b = 0) or of GMP(M) (b = 1), through every gate that reads it."""
-    GATES: tl.constexpr = K.GATES
-    MODALITIES: tl.constexpr = K.MODALITIES
-    hidden, shares = row + 2 * MODALITIES * C, scratch + K.PLANES * C
-    dz = tl.zeros(c.shape, K.A)
-    for k in tl.static_range(GATES // MODALITIES):
-        g = m + k * MODALITIES
-        if K.GATE == "eca":
-            for t in range(K.R):
-                to = c - t + K.R // 2
-                reached = inside & (to >= 0) & (to < C)
-                before = vector(scratch + (K.BEFORE + g) * C, to, reached, K)
-                dz += tl.where(reached, tl.load(weights + g * K.R + t).to(K.A) * before, 0.0)
-        else:
-            for first in range(0, K.R, K.RB):
-                r = first + tl.arange(0, K.RB)
-                inner = _inner(hidden, shares, g, b, r, K)
-                weight = matrix(weights, g * K.R + r, c, C, r < K.R, inside, K)
-                dz += tl.sum(weight * inner[:, None], axis=0)
-    return dz
-
-
-@triton.jit
-def _plane_gradient(planes, scratch, weights, m, c, inside, C, L, K: tl.constexpr):
-    """k1, k2 of ∂x, (CBAM) the extreme pixel and what is added there, and the sample's part of ∂γ and ∂β."""
-    mean, r, a, _ = plane(planes, m, c, inside, C, K)
-    U = vector(scratch + 2 * m * C, c, inside, K)
-    V = vector(scratch + (2 * m + 1) * C, c, inside, K)
-    dz = _of_pooled(planes[0], scratch, weights, m, 0, c, inside, C, K)
-    extreme, k3 = mean, mean
-    if K.GATE == "cbam-channel":
-        extreme = vector(scratch + (K.EXTREME + m) * C, c, inside, K)
-        count = vector(scratch + (K.EXTREME + K.MODALITIES + m) * C, c, inside, K)
-        of = _of_pooled(planes[0], scratch, weights, m, 1, c, inside, C, K)
-        U -= (extreme - mean) * of
-        V -= of
-        k3 = (1.0 - a) * of / count
-    length = tl.cast(L, K.A)
-    return (dz - a * V) / length, -a * r * r * U / length, extreme, k3, r * U + 0.0 * dz, V - dz
-
-
-@triton.jit
-def _norm_gradients(
-    statistics,
-    scratch,
-    gamma,
-    beta,
-    weights,
-    dgamma,
-    dbeta,
-    m,
-    block,
-    samples,
-    C,
-    L,
-    saved_row,
-    scratch_row,
-    K: tl.constexpr,
-):
+def _norm_gradients(scratch, dgamma, dbeta, m, block, samples, C, scratch_row, K: tl.constexpr):
     """∂γ and ∂β of a block of channels of modality m, over the samples in their order."""
+    BESIDE: tl.constexpr = K.BESIDE
     PC: tl.constexpr = K.PC
     c = block * PC + tl.arange(0, PC)
     inside = c < C
     of_gamma, of_beta = tl.zeros((PC,), K.A), tl.zeros((PC,), K.A)
-    for n in range(0, samples):
-        i = tl.cast(n, tl.int64)
-        _, _, _, _, more_gamma, more_beta = _plane_gradient(
-            (statistics + i * saved_row, gamma, beta),
-            scratch + i * scratch_row,
-            weights,
-            m,
-            c,
-            inside,
-            C,
-            L,
-            K,
-        )
-        of_gamma += more_gamma
-        of_beta += more_beta
+    for first in range(0, samples, K.BESIDE):
+        for n in tl.static_range(BESIDE):  # their reads wait for nothing
+            table = scratch + tl.cast(first + n, tl.int64) * scratch_row
+            live = c < tl.where(first + n < samples, C, 0)
+            of_gamma += vector(table + (6 * m + 4) * C, c, live, K)
+            of_beta += vector(table + (6 * m + 5) * C, c, live, K)
     at = m * C + c
     tl.store(dgamma + at, of_gamma.to(dgamma.dtype.element_ty), mask=inside)
     tl.store(dbeta + at, of_beta.to(dbeta.dtype.element_ty), mask=inside)
@@ -336,7 +526,8 @@ def _convolution_gradient(
                 c = first + tl.arange(0, PC)
                 source = c + t - K.R // 2
                 inside = (c < C) & (source >= 0) & (source < C)
-                before = vector(scratch + i * scratch_row + (K.BEFORE + g) * C, c, inside, K)
+                kept = _planes_kept(scratch + i * scratch_row, C, K)
+                before = vector(kept + (K.BEFORE + g) * C, c, inside, K)
                 mean, _, a, shift = plane((statistics + i * saved_row, gamma, beta), m, source, inside, C, K)
                 total += tl.where(inside, before * pooled_residual(mean, a, shift), 0.0)
         tl.store(dweight + g * K.R + t, tl.sum(total, axis=0).to(dweight.dtype.element_ty))
@@ -362,6 +553,7 @@ def _layer_gradients(
     K: tl.constexpr,
 ):
     """∂ of both layers of gate g: a block of channels by K.RB hidden numbers, over the samples."""
+    BESIDE: tl.constexpr = K.BESIDE
     PC: tl.constexpr = K.PC
     BRANCHES: tl.constexpr = K.BRANCHES
     RB: tl.constexpr = K.RB
@@ -371,23 +563,27 @@ def _layer_gradients(
     inside, known = c < C, r < K.R
     of_weight, of_more_weight = tl.zeros((PC, RB), K.A), tl.zeros((PC, RB), K.A)
     of_bias, of_more_bias = tl.zeros((RB,), K.A), tl.zeros((PC,), K.A)
-    for n in range(0, samples):
-        i = tl.cast(n, tl.int64)
-        saved, left = statistics + i * saved_row, scratch + i * scratch_row
-        row, shares = saved + 2 * K.MODALITIES * C, left + K.PLANES * C
-        before = vector(left + (K.BEFORE + g) * C, c, inside, K)
-        of_more_bias += BRANCHES * before
-        mean, _, a, shift = plane((saved, gamma, beta), m, c, inside, C, K)
-        for b in tl.static_range(BRANCHES):
-            if b == 0:
-                z = pooled_residual(mean, a, shift)
-            else:
-                z = extreme_residual(mean, a, shift, vector(left + (K.EXTREME + m) * C, c, inside, K))
-            hidden = vector(row + (g * BRANCHES + b) * K.R, r, known, K)
-            inner = _inner(row, shares, g, b, r, K)
-            of_bias += inner
-            of_weight += z[:, None] * inner[None, :]
-            of_more_weight += before[:, None] * hidden[None, :]
+    for start in range(0, samples, K.BESIDE):
+        for n in tl.static_range(BESIDE):  # their reads wait for nothing
+            here = start + n < samples
+            live, live_hidden = c < tl.where(here, C, 0), r < tl.where(here, K.R, 0)
+            i = tl.cast(tl.minimum(start + n, samples - 1), tl.int64)
+            saved, left = statistics + i * saved_row, scratch + i * scratch_row
+            kept = _planes_kept(left, C, K)
+            before = vector(kept + (K.BEFORE + g) * C, c, live, K)
+            of_more_bias += BRANCHES * before
+            mean, _, a, shift = plane((saved, gamma, beta), m, c, inside, C, K)
+            for b in tl.static_range(BRANCHES):
+                if b == 0:
+                    z = pooled_residual(mean, a, shift)
+                else:
+                    z = extreme_residual(mean, a, shift, vector(kept + (K.EXTREME + m) * C, c, inside, K))
+                at = (g * BRANCHES + b) * K.R
+                hidden = vector(saved + 2 * K.MODALITIES * C + at, r, known, K)
+                inner = vector(left + K.GRADIENT_SLOTS * C + at, r, live_hidden, K)
+                of_bias += inner
+                of_weight += tl.where(live[:, None], z[:, None] * inner[None, :], 0.0)
+                of_more_weight += tl.where(live[:, None], before[:, None] * hidden[None, :], 0.0)
     both = inside[:, None] & known[None, :]
     at = g * K.R + r
     tl.store(d0 + at[None, :] * C + c[:, None], of_weight.to(d0.dtype.element_ty), mask=both)
@@ -405,9 +601,7 @@ def _input_gradients(
     set1,
     set2,
     set3,
-    planes,
-    scratch,
-    weights,
+    table,
     dx0,
     dx1,
     i,
@@ -430,9 +624,10 @@ def _input_gradients(
     g3, g3_sample, g3_pitch = set3
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
+    AHEAD: tl.constexpr = K.AHEAD
+    M: tl.constexpr = K.MODALITIES
     c = block * BC + tl.arange(0, BC)
     inside = c < C
-    gates = scratch + 2 * K.MODALITIES * C
     if K.MODE == "concat":
         first_set = _sample_of(g0, i, samples, g0_sample, 0)
         last_set = _sample_of(g0, i, samples, g0_sample, 5)
@@ -443,51 +638,72 @@ def _input_gradients(
 
     x0 += i * x0_sample
     dx0 += i * C * L
-    mean0, _, a0, _ = plane(planes, 0, c, inside, C, K)
-    s0 = vector(gates, c, inside, K)
-    scale0 = restitution_scale(s0, a0, K.TO_INPUT)
-    k10, k20, extreme0, k30, _, _ = _plane_gradient(planes, scratch, weights, 0, c, inside, C, L, K)
-    if K.MODE == "snr":
-        scale1 = restitution_scale(1.0 - s0, a0, False)
-    if K.MODALITIES == 2:
+    mean0 = column(table, 0, c, inside, C, K)
+    k10 = column(table, 1, c, inside, C, K)
+    k20 = column(table, 2, c, inside, C, K)
+    scale0 = column(table, 6 * M, c, inside, C, K)
+    if K.MODE != "restitute":
+        a0 = column(table, 3, c, inside, C, K)
+        scale1 = column(table, 6 * M + 1, c, inside, C, K)
+    if M == 2:
         x1 += i * x1_sample
         dx1 += i * C * L
-        mean1, _, a1, _ = plane(planes, 1, c, inside, C, K)
-        scale3 = restitution_scale(vector(gates + C, c, inside, K), a1, K.TO_INPUT)
-        scale2 = vector(gates + 2 * C, c, inside, K) * (1.0 - a0)
-        scale1 = vector(gates + 3 * C, c, inside, K) * (1.0 - a1)
-        k11, k21, extreme1, k31, _, _ = _plane_gradient(planes, scratch, weights, 1, c, inside, C, L, K)
+        mean1 = column(table, 6, c, inside, C, K)
+        k11 = column(table, 7, c, inside, C, K)
+        k21 = column(table, 8, c, inside, C, K)
+        a1 = column(table, 9, c, inside, C, K)
+        scale2 = column(table, 6 * M + 2, c, inside, C, K)
+        scale3 = column(table, 6 * M + 3, c, inside, C, K)
+    if K.GATE == "cbam-channel":
+        extreme0 = column(table, K.GRADIENT_SLOTS - 2 * M, c, inside, C, K)
+        k30 = column(table, K.GRADIENT_SLOTS - 2 * M + 1, c, inside, C, K)
+        if M == 2:
+            extreme1 = column(table, K.GRADIENT_SLOTS - 2, c, inside, C, K)
+            k31 = column(table, K.GRADIENT_SLOTS - 1, c, inside, C, K)
     pitch = C if K.PIXELS else L
 
-    like = tl.zeros((BC, BL), K.A)
-    for first in range(chunk * K.CHUNK, min(chunk * K.CHUNK + K.CHUNK, L), BL):
-        px = first + tl.arange(0, BL)
-        here = inside[:, None] & (px < L)[None, :]
-        value0 = read_tile(x0, c, px, here, x0_pitch, False, K)
-        gradient0 = _gradient(g0, c, px, here, g0_pitch, like, False, K)
-        of0 = k10[:, None] + k20[:, None] * (value0 - mean0[:, None]) + scale0[:, None] * gradient0
-        if K.MODE != "restitute":
-            gradient1 = _gradient(g1, c, px, here, g1_pitch, like, False, K)
-            gradient2 = _gradient(g2, c, px, here, g2_pitch, like, False, K)
-        if K.MODE == "snr":
-            of0 += scale1[:, None] * gradient1 + a0[:, None] * gradient2
-        if K.MODALITIES == 2:
-            of0 += a0[:, None] * gradient1 + scale2[:, None] * gradient2
-        if K.MODE == "concat":
-            of0 += _gradient(first_set, c, px, here, g0_pitch, like, False, K)
-        if K.GATE == "cbam-channel":
-            of0 = tl.where(value0 == extreme0[:, None], of0 + k30[:, None], of0)
-        write_tile(dx0, c, px, here, pitch, of0, K)
-        if K.MODALITIES == 2:
-            value1 = read_tile(x1, c, px, here, x1_pitch, False, K)
-            gradient3 = _gradient(g3, c, px, here, g3_pitch, like, False, K)
-            of1 = k11[:, None] + k21[:, None] * (value1 - mean1[:, None]) + scale1[:, None] * gradient1
-            of1 += a1[:, None] * gradient2 + scale3[:, None] * gradient3
+    zero = tl.zeros((BC, BL), K.A)
+    end = min(chunk * K.CHUNK + K.CHUNK, L)
+    for first in range(chunk * K.CHUNK, end, BL * AHEAD):
+        tiles = ()  # type: tuple
+        for ahead in tl.static_range(AHEAD):  # every read is on its way before the first is waited for
+            px = first + ahead * BL + tl.arange(0, BL)
+            here = inside[:, None] & (px < end)[None, :]
+            value0 = read_tile(x0, c, px, here, x0_pitch, False, K)
+            gradient0 = _gradient(g0, c, px, here, g0_pitch, zero, False, K)
+            value1, gradient1, gradient2, gradient3, beside0, beside1 = zero, zero, zero, zero, zero, zero
+            if K.MODE != "restitute":
+                gradient1 = _gradient(g1, c, px, here, g1_pitch, zero, False, K)
+                gradient2 = _gradient(g2, c, px, here, g2_pitch, zero, False, K)
+            if M == 2:
+                value1 = read_tile(x1, c, px, here, x1_pitch, False, K)
+                gradient3 = _gradient(g3, c, px, here, g3_pitch, zero, False, K)
             if K.MODE == "concat":
-                of1 += _gradient(last_set, c, px, here, g0_pitch, like, False, K)
+                beside0 = _gradient(first_set, c, px, here, g0_pitch, zero, False, K)
+                beside1 = _gradient(last_set, c, px, here, g0_pitch, zero, False, K)
+            gradients = (gradient0, gradient1, gradient2, gradient3, beside0, beside1)
+            tiles += ((px, here, value0, value1, gradients),)
+        for ahead in tl.static_range(AHEAD):
+            px, here, value0, value1, gradients = tiles[ahead]
+            gradient0, gradient1, gradient2, gradient3, beside0, beside1 = gradients
+            of0 = fma(scale0, gradient0, fma(k20, value0 - mean0, k10))
+            if K.MODE == "snr":
+                of0 = fma(a0, gradient2, fma(scale1, gradient1, of0))
+            if M == 2:
+                of0 = fma(scale2, gradient2, fma(a0, gradient1, of0))
+            if K.MODE == "concat":
+                of0 += beside0
             if K.GATE == "cbam-channel":
-                of1 = tl.where(value1 == extreme1[:, None], of1 + k31[:, None], of1)
-            write_tile(dx1, c, px, here, pitch, of1, K)
+                of0 = tl.where(value0 == extreme0, of0 + k30, of0)
+            write_tile(dx0, c, px, here, pitch, of0, K)
+            if M == 2:
+                of1 = fma(scale1, gradient1, fma(k21, value1 - mean1, k11))
+                of1 = fma(scale3, gradient3, fma(a1, gradient2, of1))
+                if K.MODE == "concat":
+                    of1 += beside1
+                if K.GATE == "cbam-channel":
+                    of1 = tl.where(value1 == extreme1, of1 + k31, of1)
+                write_tile(dx1, c, px, here, pitch, of1, K)
 
 
 @triton.jit(do_not_specialize=["samples", "chunks"])
@@ -539,25 +755,10 @@ def gradient_kernel(
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.PC)
     norms = K.MODALITIES * blocks
-    gates = K.GATES if K.GATE == "eca" else K.GATES * K.PARTS * blocks
+    gates = K.GATES if K.GATE == "eca" else K.GATES * K.LAYER_PARTS * blocks
     if program < norms:
-        _norm_gradients(
-            statistics,
-            scratch,
-            gamma,
-            beta,
-            p0,
-            dgamma,
-            dbeta,
-            program // blocks,
-            program % blocks,
-            samples,
-            C,
-            L,
-            saved_row,
-            scratch_row,
-            K,
-        )
+        m, block = program // blocks, program % blocks
+        _norm_gradients(scratch, dgamma, dbeta, m, block, samples, C, scratch_row, K)
     elif program < norms + gates:
         k = program - norms
         if K.GATE == "eca":
@@ -574,9 +775,9 @@ def gradient_kernel(
                 d1,
                 d2,
                 d3,
-                k // (K.PARTS * blocks),
+                k // (K.LAYER_PARTS * blocks),
                 k % blocks,
-                k // blocks % K.PARTS * K.RB,
+                k // blocks % K.LAYER_PARTS * K.RB,
                 samples,
                 C,
                 saved_row,
@@ -585,8 +786,9 @@ def gradient_kernel(
             )
     else:
         k = program - norms - gates
+        across = tl.cdiv(C, K.BC)
         # The last sample first: it is what the sums left in the cache.
-        i = (samples - 1 - k // (chunks * tl.cdiv(C, K.BC))).to(tl.int64)
+        i = (samples - 1 - k // (chunks * across)).to(tl.int64)
         _input_gradients(
             (x0, x0_sample, x0_pitch),
             (x1, x1_sample, x1_pitch),
@@ -594,14 +796,12 @@ def gradient_kernel(
             (g1, g1_sample, g1_pitch),
             (g2, g2_sample, g2_pitch),
             (g3, g3_sample, g3_pitch),
-            (statistics + i * saved_row, gamma, beta),
             scratch + i * scratch_row,
-            p0,
             dx0,
             dx1,
             i,
-            k // chunks % tl.cdiv(C, K.BC),
-            k % chunks,
+            k % across if K.PIXELS else k // chunks % across,  # neighbours in memory side by side
+            k // across % chunks if K.PIXELS else k % chunks,
             samples,
             C,
             L,

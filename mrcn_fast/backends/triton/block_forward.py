@@ -1,4 +1,4 @@
-"""The block's forward in Triton: `statistics_kernel`, then `output_kernel`."""
+"""The block's forward in Triton: `statistics_kernel`, `gates_kernel`, then `output_kernel`."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ import triton
 import triton.language as tl
 
 from mrcn_fast.backends.triton.block_algebra import (
+    column,
     correction,
     distilled,
     extreme_residual,
+    fma,
     inverse_deviation,
+    keep,
     matrix,
+    part_length,
     places,
     plane,
     pooled_residual,
@@ -19,56 +23,102 @@ from mrcn_fast.backends.triton.block_algebra import (
     vector,
     write_tile,
 )
-from mrcn_fast.backends.triton.block_gates import gate_value
+from mrcn_fast.backends.triton.block_gates import gate_value, whole_gates
+
+# A sample's row of scratch:
+#
+#   what rounding left of each mean       until the parts are joined, the plane's first pixel
+#   shares of the hidden layers           (blocks, gates, branches, R)
+#   moments of each part of the pixels    (parts, modalities, K.MOMENTS, C), if there are several
+#   the output's table                    K.OUTPUT_SLOTS planes of C numbers, see `gates_kernel`
 
 # --- statistics -------------------------------------------------------------------------------------------
 
 
 @triton.jit
-def _moments(x, pitch, c, inside, L, K: tl.constexpr):
-    """Mean, what rounding left of it, Σ (x - mean)², and (CBAM) maximum and minimum of planes.
+def _read_round(x, pitch, c, inside, first, end, K: tl.constexpr):
+    """The tiles of a round: every read is on its way before the first is waited for."""
+    BL: tl.constexpr = K.BL
+    AHEAD: tl.constexpr = K.AHEAD
+    tiles = ()  # type: tuple
+    for ahead in tl.static_range(AHEAD):
+        px = first + ahead * BL + tl.arange(0, BL)
+        here = inside[:, None] & (px < end)[None, :]
+        tiles += (read_tile(x, c, px, here, pitch, True, K),)
+    return tiles
 
-    Every lane of a tile is a chunk of its own in Chan's combination: it carries the mean and the squared
-    deviations of the pixels it met (Welford), and all are joined at the end. Both are taken of x less
-    the plane's first pixel, so that the mean keeps its digits on a plane far from zero.
+
+@triton.jit
+def _join_round(moments, tiles, pivot, met, more, left, K: tl.constexpr):
+    """The moments of lanes that have met so many pixels, joined with those of a round of so many more.
+
+    `left`: pixels until the end, where the round reaches beyond it; None where it doesn't.
+    """
+    mean, squares, high, low = moments
+    BL: tl.constexpr = K.BL
+    AHEAD: tl.constexpr = K.AHEAD
+    total = tl.zeros(mean.shape, K.A)
+    for ahead in tl.static_range(AHEAD):
+        value = tiles[ahead] - pivot
+        if left is not None:
+            value = tl.where((ahead * BL + tl.arange(0, BL) < left)[None, :], value, 0.0)
+        total += value
+    near = total / tl.maximum(more, 1.0)
+    for ahead in tl.static_range(AHEAD):
+        off = (tiles[ahead] - pivot) - near
+        higher, lower = tiles[ahead] > high, tiles[ahead] < low
+        if left is not None:
+            here = (ahead * BL + tl.arange(0, BL) < left)[None, :]
+            off = tl.where(here, off, 0.0)
+            higher, lower = here & higher, here & lower
+        squares = fma(off, off, squares)
+        if K.GATE == "cbam-channel":
+            high, low = tl.where(higher, tiles[ahead], high), tl.where(lower, tiles[ahead], low)
+    off = near - mean
+    share = more / tl.maximum(met + more, 1.0)
+    squares = fma(off * off, met * share, squares)
+    return fma(off, share, mean), squares, high, low
+
+
+@triton.jit
+def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
+    """First pixel of planes; of the pixels from begin to end: mean less it, Σ (x - mean)², (CBAM) extremes.
+
+    Every lane of a tile is a chunk of its own in Chan's combination. It carries the mean and the squared
+    deviations of the pixels it met: those of a round have theirs from two passes over registers, and are
+    joined to those before. In the end the lanes are joined. All is taken of x less the plane's first pixel,
+    so that the mean keeps its digits on a plane far from zero.
     """
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
     AHEAD: tl.constexpr = K.AHEAD
     lane = tl.arange(0, BL)
+    tiles = _read_round(x, pitch, c, inside, begin, end, K)
     pivot = tl.load(places(x, c, tl.zeros((1,), tl.int32), pitch, K), mask=inside[:, None], other=0.0)
     pivot = pivot.to(K.A)
-    mean = tl.zeros((BC, BL), K.A)
-    squares = tl.zeros((BC, BL), K.A)
-    high = tl.full((BC, BL), float("-inf"), K.A)
-    low = tl.full((BC, BL), float("inf"), K.A)
-    met = tl.full((), 0.0, K.A)
-    for first in range(0, L, BL * AHEAD):
-        tiles = ()  # type: tuple
-        for ahead in tl.static_range(AHEAD):  # every read is on its way before the first is waited for
-            px = first + ahead * BL + lane
-            here = inside[:, None] & (px < L)[None, :]
-            tiles += ((here, read_tile(x, c, px, here, pitch, True, K)),)
-        for ahead in tl.static_range(AHEAD):
-            here, pixel = tiles[ahead]
-            met += 1.0
-            delta = (pixel - pivot) - mean
-            joined = mean + delta * (1.0 / met)
-            squares += tl.where(here, delta * ((pixel - pivot) - joined), 0.0)
-            mean = tl.where(here, joined, mean)
-            if K.GATE == "cbam-channel":
-                high = tl.where(here & (pixel > high), pixel, high)
-                low = tl.where(here & (pixel < low), pixel, low)
-    count = ((L + BL - 1 - lane) // BL).to(K.A)[None, :]
-    length = tl.cast(L, K.A)
-    shift = tl.sum(mean * count, axis=1) / length
+    zero = tl.zeros((BC, BL), K.A)
+    moments = (zero, zero, tl.full((BC, BL), float("-inf"), K.A), tl.full((BC, BL), float("inf"), K.A))
+    rounds = (end - begin) // (BL * AHEAD)
+    for n in range(0, rounds):
+        first = begin + (n + 1) * (BL * AHEAD)
+        if K.STREAM:
+            coming = _read_round(x, pitch, c, inside, first, end, K)
+        met, more = tl.cast(n * AHEAD, K.A), tl.cast(AHEAD, K.A)
+        moments = _join_round(moments, tiles, pivot, met, more, None, K)
+        if not K.STREAM:
+            coming = _read_round(x, pitch, c, inside, first, end, K)
+        tiles = coming
+    left = (end - begin) - rounds * (BL * AHEAD)
+    more = tl.minimum((left + BL - 1 - lane) // BL, AHEAD).to(K.A)[None, :]
+    met = tl.cast(rounds * AHEAD, K.A)
+    if left > 0:
+        moments = _join_round(moments, tiles, pivot, met, more, left, K)
+    mean, squares, high, low = moments
+    met += more
+    shift = tl.sum(mean * met, axis=1) / tl.cast(end - begin, K.A)
     off = mean - shift[:, None]
-    squares = tl.sum(squares + count * off * off, axis=1)
-    pivot = tl.sum(pivot, axis=1)
-    rounded = pivot + shift
-    kept = rounded - pivot
-    offset = (pivot - (rounded - kept)) + (shift - kept)  # exactly what the addition lost
-    return rounded, offset, squares, tl.max(high, axis=1), tl.min(low, axis=1)
+    squares = tl.sum(squares + met * off * off, axis=1)
+    return tl.sum(pivot, axis=1), shift, squares, tl.max(high, axis=1), tl.min(low, axis=1)
 
 
 @triton.jit
@@ -84,28 +134,98 @@ def _leave_shares(shares, weights, g, z, branch, c, inside, C, K: tl.constexpr):
 
 
 @triton.jit
-def _describe(x, pitch, gamma, beta, p0, statistics, scratch, block, m, C, L, K: tl.constexpr):
-    """Statistics of a block of planes of modality m, and what its gates' hidden layers get from them."""
-    GATES: tl.constexpr = K.GATES
-    MODALITIES: tl.constexpr = K.MODALITIES
-    c = block * K.BC + tl.arange(0, K.BC)
-    inside = c < C
-    mean, offset, squares, high, low = _moments(x, pitch, c, inside, L, K)
+def _keep_planes(moments, planes, scratch, m, c, inside, C, L, K: tl.constexpr):
+    """Keep what whole planes of modality m are: (mean, what its rounding lost, a, β, GAP(M), GMP(M))."""
+    statistics, gamma, beta = planes
+    pivot, shift, squares, high, low = moments
+    mean = pivot + shift
+    kept = mean - pivot
+    offset = (pivot - (mean - kept)) + (shift - kept)  # exactly what the addition lost
     r = inverse_deviation(squares / tl.cast(L, K.A), K)
     tl.store(statistics + 2 * m * C + c, mean, mask=inside)
     tl.store(statistics + (2 * m + 1) * C + c, r, mask=inside)
     tl.store(scratch + m * C + c, offset, mask=inside)
+    a = vector(gamma, m * C + c, inside, K) * r
+    b = vector(beta, m * C + c, inside, K)
+    z = pooled_residual(mean, a, b)
+    extreme_z = z
+    if K.BRANCHES == 2:
+        extreme_z = extreme_residual(mean, a, b, tl.where(1.0 - a >= 0.0, high, low))
+    return mean, offset, a, b, z, extreme_z
+
+
+@triton.jit
+def _describe(moments, planes, scratch, p0, block, m, c, inside, C, L, K: tl.constexpr):
+    """Keep what whole planes of modality m are, and leave what their gates' hidden layers get from them."""
+    GATES: tl.constexpr = K.GATES
+    MODALITIES: tl.constexpr = K.MODALITIES
+    _, _, _, _, z, extreme_z = _keep_planes(moments, planes, scratch, m, c, inside, C, L, K)
     if K.GATE != "eca":
-        a = vector(gamma, m * C + c, inside, K) * r
-        shift = vector(beta, m * C + c, inside, K)
         shares = scratch + MODALITIES * C + block * (GATES * K.BRANCHES * K.R)
         for k in tl.static_range(GATES // MODALITIES):
             g = m + k * MODALITIES
-            z = pooled_residual(mean, a, shift)
             _leave_shares(shares, p0, g, z, 0, c, inside, C, K)
             if K.BRANCHES == 2:
-                z = extreme_residual(mean, a, shift, tl.where(1.0 - a >= 0.0, high, low))
-                _leave_shares(shares, p0, g, z, 1, c, inside, C, K)
+                _leave_shares(shares, p0, g, extreme_z, 1, c, inside, C, K)
+
+
+@triton.jit
+def _parts_of(scratch, m, C, K: tl.constexpr):
+    """Where the moments of modality m's parts begin, and what lies between two parts."""
+    start = K.MODALITIES * C + K.BLOCKS * (K.GATES * K.BRANCHES * K.HIDDEN)
+    return scratch + start + m * K.MOMENTS * C, K.MODALITIES * K.MOMENTS * C
+
+
+@triton.jit
+def _table_of(scratch, C, K: tl.constexpr):
+    parts, pitch = _parts_of(scratch, 0, C, K)
+    return parts + (K.PARTS if K.PARTS > 1 else 0) * pitch
+
+
+@triton.jit
+def _leave_part(moments, scratch, part, m, c, inside, C, K: tl.constexpr):
+    pivot, shift, squares, high, low = moments
+    parts, pitch = _parts_of(scratch, m, C, K)
+    parts += part * pitch + c
+    tl.store(parts, shift, mask=inside)
+    tl.store(parts + C, squares, mask=inside)
+    if K.GATE == "cbam-channel":
+        tl.store(parts + 2 * C, high, mask=inside)
+        tl.store(parts + 3 * C, low, mask=inside)
+    tl.store(scratch + m * C + c, pivot, mask=c < tl.where(part == 0, C, 0))
+
+
+@triton.jit
+def _join_parts(scratch, m, c, inside, C, L, K: tl.constexpr):
+    """The moments of whole planes from those of their parts, in the order of the parts."""
+    parts, pitch = _parts_of(scratch, m, C, K)
+    part = tl.arange(0, triton.next_power_of_2(K.PARTS))
+    count = part_length(part, L, K).to(K.A)[:, None]
+    shifts = matrix(parts, part, c, pitch, part < K.PARTS, inside, K)
+    squares = matrix(parts + C, part, c, pitch, part < K.PARTS, inside, K)
+    shift = tl.sum(shifts * count, axis=0) / tl.cast(L, K.A)
+    off = shifts - shift[None, :]
+    squares = tl.sum(squares + count * off * off, axis=0)
+    high, low = shift, shift
+    if K.GATE == "cbam-channel":
+        live = (part < K.PARTS)[:, None]
+        highs = matrix(parts + 2 * C, part, c, pitch, part < K.PARTS, inside, K)
+        lows = matrix(parts + 3 * C, part, c, pitch, part < K.PARTS, inside, K)
+        high = tl.max(tl.where(live, highs, float("-inf")), axis=0)
+        low = tl.min(tl.where(live, lows, float("inf")), axis=0)
+    return vector(scratch, m * C + c, inside, K), shift, squares, high, low
+
+
+@triton.jit
+def _read_planes(x, pitch, planes, scratch, p0, block, part, m, C, L, K: tl.constexpr):
+    c = block * K.BC + tl.arange(0, K.BC)
+    inside = c < C
+    begin = part * K.PART
+    moments = _moments(x, pitch, c, inside, begin, begin + part_length(part, L, K), K)
+    if K.PARTS == 1:
+        _describe(moments, planes, scratch, p0, block, m, c, inside, C, L, K)
+    else:
+        _leave_part(moments, scratch, part, m, c, inside, C, K)
 
 
 @triton.jit
@@ -127,35 +247,98 @@ def statistics_kernel(
     scratch_row,
     K: tl.constexpr,
 ):
-    """One block of channels of one sample and modality a program."""
+    """One block of channels of one sample and modality, and one part of its pixels, a program."""
     program = tl.program_id(0)
-    block = program % K.BLOCKS
-    m = program // K.BLOCKS % K.MODALITIES
-    i = (program // (K.BLOCKS * K.MODALITIES)).to(tl.int64)
-    statistics += i * saved_row
+    blocks = tl.cdiv(C, K.BC)
+    block = program % blocks
+    part = program // blocks % K.PARTS
+    m = program // (blocks * K.PARTS) % K.MODALITIES
+    i = (program // (blocks * K.PARTS * K.MODALITIES)).to(tl.int64)
     scratch += i * scratch_row
+    planes = (statistics + i * saved_row, gamma, beta)
     # A call for each modality: choosing a pointer would lose what is known of its alignment.
     if K.MODALITIES == 1 or m == 0:
-        _describe(x0 + i * x0_sample, x0_pitch, gamma, beta, p0, statistics, scratch, block, 0, C, L, K)
+        _read_planes(x0 + i * x0_sample, x0_pitch, planes, scratch, p0, block, part, 0, C, L, K)
     else:
-        _describe(x1 + i * x1_sample, x1_pitch, gamma, beta, p0, statistics, scratch, block, 1, C, L, K)
+        _read_planes(x1 + i * x1_sample, x1_pitch, planes, scratch, p0, block, part, 1, C, L, K)
+
+
+# --- gates ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _keep_set(table, k, scale, shift, c, inside, C, K: tl.constexpr):
+    keep(table, 3 * K.MODALITIES + 2 * k, scale, c, inside, C)
+    keep(table, 3 * K.MODALITIES + 2 * k + 1, shift, c, inside, C)
+
+
+@triton.jit
+def gates_kernel(
+    gamma, beta, p0, statistics, scratch, p1, p2, p3, C, L, saved_row, scratch_row, K: tl.constexpr
+):
+    """The output's table for one block of channels of one sample and modality: all where parts are joined.
+
+    Three slots a modality, its mean and F̃'s scale and shift, then two a set: scale and shift of what comes
+    to it through a gate.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(C, K.BC)
+    block = program % blocks
+    m = program // blocks % K.MODALITIES
+    i = (program // (blocks * K.MODALITIES)).to(tl.int64)
+    statistics += i * saved_row
+    scratch += i * scratch_row
+    planes, parameters = (statistics, gamma, beta), (p0, p1, p2, p3)
+    table = _table_of(scratch, C, K)
+    shares = scratch + K.MODALITIES * C
+    c = block * K.BC + tl.arange(0, K.BC)
+    inside = c < C
+    if K.PARTS > 1:
+        moments = _join_parts(scratch, m, c, inside, C, L, K)
+        mean, offset, a, b, z, extreme_z = _keep_planes(moments, planes, scratch, m, c, inside, C, L, K)
+    else:
+        mean, _, a, b = plane(planes, m, c, inside, C, K)
+        offset = vector(scratch, m * C + c, inside, K)
+    other = m + K.GATES - K.MODALITIES
+    if K.PARTS > 1 and K.GATE != "eca":
+        row = statistics + 2 * K.MODALITIES * C
+        s, more_s = whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K)
+    else:
+        if K.PARTS > 1:
+            tl.debug_barrier()  # ECA reads the neighbours' statistics, which other threads have kept
+        s = gate_value(planes, shares, parameters, m, c, inside, block, C, True, K)
+        more_s = s
+        if K.MODALITIES == 2:
+            more_s = gate_value(planes, shares, parameters, other, c, inside, block, C, True, K)
+
+    keep(table, 3 * m, mean, c, inside, C)
+    keep(table, 3 * m + 1, a, c, inside, C)
+    keep(table, 3 * m + 2, b - correction(a, offset), c, inside, C)
+    scale, shift = restituted(s, mean, offset, a, b, K.TO_INPUT)
+    _keep_set(table, 3 * m, scale, shift, c, inside, C, K)
+    if K.MODE == "snr":
+        scale, shift = restituted(1.0 - s, mean, offset, a, b, False)
+        _keep_set(table, 1, scale, shift, c, inside, C, K)
+    if K.MODALITIES == 2:  # to the other modality's compensated set
+        scale, shift = distilled(more_s, mean, offset, a, b)
+        _keep_set(table, 2 - m, scale, shift, c, inside, C, K)
 
 
 # --- output -----------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _of_set(table, k, c, inside, C, K: tl.constexpr):
+    """Scale and shift of set k."""
+    first = 3 * K.MODALITIES + 2 * k
+    return column(table, first, c, inside, C, K), column(table, first + 1, c, inside, C, K)
 
 
 @triton.jit(do_not_specialize=["samples", "chunks"])
 def output_kernel(
     x0,
     x1,
-    gamma,
-    beta,
-    p0,
-    statistics,
     scratch,
-    p1,
-    p2,
-    p3,
     y0,
     y1,
     y2,
@@ -166,44 +349,35 @@ def output_kernel(
     x1_pitch,
     C,
     L,
-    saved_row,
     scratch_row,
     samples,
     chunks,
     K: tl.constexpr,
 ):
     """Every set of one block of channels of one sample, over K.CHUNK pixels, a program."""
+    AHEAD: tl.constexpr = K.AHEAD
     program = tl.program_id(0)
-    chunk = program % chunks
-    block = program // chunks % tl.cdiv(C, K.BC)
+    blocks = tl.cdiv(C, K.BC)
+    block = program % blocks if K.PIXELS else program // chunks % blocks  # neighbours in memory side by side
+    chunk = program // blocks % chunks if K.PIXELS else program % chunks
     # The last sample first: its planes are what the statistics left in the cache.
-    i = (samples - 1 - program // (chunks * tl.cdiv(C, K.BC))).to(tl.int64)
-    statistics += i * saved_row
-    scratch += i * scratch_row
-    planes, parameters = (statistics, gamma, beta), (p0, p1, p2, p3)
-    shares = scratch + K.MODALITIES * C
+    i = (samples - 1 - program // (chunks * blocks)).to(tl.int64)
+    table = _table_of(scratch + i * scratch_row, C, K)
     c = block * K.BC + tl.arange(0, K.BC)
     inside = c < C
-    rank = block + chunk  # the first of a sample's programs keeps its hidden layers for the backward
 
-    mean0, _, a0, beta0 = plane(planes, 0, c, inside, C, K)
-    off0 = vector(scratch, c, inside, K)
-    s0 = gate_value(planes, shares, parameters, 0, c, inside, rank, C, True, K)
-    scale0, shift0 = restituted(s0, mean0, off0, a0, beta0, K.TO_INPUT)
+    mean0 = column(table, 0, c, inside, C, K)
+    scale0, shift0 = _of_set(table, 0, c, inside, C, K)
+    if K.MODE != "restitute":
+        a0, b0 = column(table, 1, c, inside, C, K), column(table, 2, c, inside, C, K)
+        scale1, shift1 = _of_set(table, 1, c, inside, C, K)
     if K.MODALITIES == 2:
-        mean1, _, a1, beta1 = plane(planes, 1, c, inside, C, K)
-        off1 = vector(scratch, C + c, inside, K)
-        s1 = gate_value(planes, shares, parameters, 1, c, inside, rank, C, True, K)
-        s2 = gate_value(planes, shares, parameters, 2, c, inside, rank, C, True, K)
-        s3 = gate_value(planes, shares, parameters, 3, c, inside, rank, C, True, K)
-        scale3, shift3 = restituted(s1, mean1, off1, a1, beta1, K.TO_INPUT)
-        scale1, shift1 = distilled(s3, mean1, off1, a1, beta1)
-        scale2, shift2 = distilled(s2, mean0, off0, a0, beta0)
-        shift1 += beta0 - correction(a0, off0)
-        shift2 += beta1 - correction(a1, off1)
-    if K.MODE == "snr":
-        scale1, shift1 = restituted(1.0 - s0, mean0, off0, a0, beta0, False)
-        shift2 = beta0 - correction(a0, off0)
+        mean1 = column(table, 3, c, inside, C, K)
+        a1, b1 = column(table, 4, c, inside, C, K), column(table, 5, c, inside, C, K)
+        scale2, shift2 = _of_set(table, 2, c, inside, C, K)
+        scale3, shift3 = _of_set(table, 3, c, inside, C, K)
+        shift1 += b0
+        shift2 += b1
 
     x0 += i * x0_sample
     if K.MODALITIES == 2:
@@ -225,24 +399,31 @@ def output_kernel(
         y3 += i * volume
     y_pitch = C if K.PIXELS else L
 
-    for first in range(chunk * K.CHUNK, min(chunk * K.CHUNK + K.CHUNK, L), K.BL):
-        px = first + tl.arange(0, K.BL)
-        here = inside[:, None] & (px < L)[None, :]
-        pixel0 = read_tile(x0, c, px, here, x0_pitch, False, K)
-        centered0 = pixel0 - mean0[:, None]
-        restituted0 = shift0[:, None] + scale0[:, None] * centered0
-        write_tile(y0, c, px, here, y_pitch, restituted0, K)
-        if K.MODE == "snr":
-            write_tile(y1, c, px, here, y_pitch, shift1[:, None] + scale1[:, None] * centered0, K)
-            write_tile(y2, c, px, here, y_pitch, shift2[:, None] + a0[:, None] * centered0, K)
-        if K.MODALITIES == 2:
-            pixel1 = read_tile(x1, c, px, here, x1_pitch, False, K)
-            centered1 = pixel1 - mean1[:, None]
-            compensated0 = shift1[:, None] + a0[:, None] * centered0 + scale1[:, None] * centered1
-            compensated1 = shift2[:, None] + a1[:, None] * centered1 + scale2[:, None] * centered0
-            write_tile(y1, c, px, here, y_pitch, compensated0, K)
-            write_tile(y2, c, px, here, y_pitch, compensated1, K)
-            write_tile(y3, c, px, here, y_pitch, shift3[:, None] + scale3[:, None] * centered1, K)
-        if K.MODE == "concat":
-            write_tile(first_set, c, px, here, y_pitch, pixel0, K)
-            write_tile(last_set, c, px, here, y_pitch, pixel1, K)
+    end = min(chunk * K.CHUNK + K.CHUNK, L)
+    for first in range(chunk * K.CHUNK, end, K.BL * AHEAD):
+        tiles = ()  # type: tuple
+        for ahead in tl.static_range(AHEAD):
+            px = first + ahead * K.BL + tl.arange(0, K.BL)
+            here = inside[:, None] & (px < end)[None, :]
+            pixel0 = read_tile(x0, c, px, here, x0_pitch, False, K)
+            pixel1 = pixel0
+            if K.MODALITIES == 2:
+                pixel1 = read_tile(x1, c, px, here, x1_pitch, False, K)
+            tiles += ((px, here, pixel0, pixel1),)
+        for ahead in tl.static_range(AHEAD):
+            px, here, pixel0, pixel1 = tiles[ahead]
+            centered0 = pixel0 - mean0
+            write_tile(y0, c, px, here, y_pitch, fma(scale0, centered0, shift0), K)
+            if K.MODE == "snr":
+                write_tile(y1, c, px, here, y_pitch, fma(scale1, centered0, shift1), K)
+                write_tile(y2, c, px, here, y_pitch, fma(a0, centered0, b0), K)
+            if K.MODALITIES == 2:
+                centered1 = pixel1 - mean1
+                compensated = fma(scale1, centered1, fma(a0, centered0, shift1))
+                write_tile(y1, c, px, here, y_pitch, compensated, K)
+                compensated = fma(scale2, centered0, fma(a1, centered1, shift2))
+                write_tile(y2, c, px, here, y_pitch, compensated, K)
+                write_tile(y3, c, px, here, y_pitch, fma(scale3, centered1, shift3), K)
+            if K.MODE == "concat":
+                write_tile(first_set, c, px, here, y_pitch, pixel0, K)
+                write_tile(last_set, c, px, here, y_pitch, pixel1, K)

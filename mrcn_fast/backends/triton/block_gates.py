@@ -47,6 +47,51 @@ def excite(row, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr
 
 
 @triton.jit
+def layers(parameters, g, r, c, inside, C, K: tl.constexpr):
+    """Both layers of gate g for the hidden numbers r: weights [r, c], biases [r], weights [c, r]."""
+    weights, biases, more_weights, _ = parameters
+    return (
+        matrix(weights, g * K.R + r, c, C, r < K.R, inside, K),
+        vector(biases, g * K.R + r, r < K.R, K),
+        matrix(more_weights, g * C + c, r, K.R, inside, r < K.R, K),
+    )
+
+
+@triton.jit
+def _add_layers(x, layer, z, row, g, b: tl.constexpr, r, K: tl.constexpr):
+    weight, bias, more_weight = layer
+    before = tl.sum(weight * z[None, :], axis=1) + bias
+    hidden = tl.where(before < 0.0, 0.0, before)
+    tl.store(row + (g * K.BRANCHES + b) * K.R + r, hidden, mask=r < K.R)
+    return x + tl.sum(more_weight * hidden[None, :], axis=1)
+
+
+@triton.jit
+def whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K: tl.constexpr):
+    """s of modality m's gates, one or two, in a program that has the pooled residuals of all channels."""
+    R: tl.constexpr = K.R
+    RB: tl.constexpr = K.RB
+    z, extreme_z = tl.where(inside, z, 0.0), tl.where(inside, extreme_z, 0.0)
+    other = m + K.GATES - K.MODALITIES
+    x0 = K.BRANCHES * vector(parameters[3], m * C + c, inside, K)
+    x1 = K.BRANCHES * vector(parameters[3], other * C + c, inside, K)
+    for first in tl.static_range(0, R, RB):
+        r = first + tl.arange(0, RB)
+        layer0 = layers(parameters, m, r, c, inside, C, K)
+        layer1 = layer0
+        if K.MODALITIES == 2:  # read before the first gate's sums are waited for
+            layer1 = layers(parameters, other, r, c, inside, C, K)
+        x0 = _add_layers(x0, layer0, z, row, m, 0, r, K)
+        if K.BRANCHES == 2:
+            x0 = _add_layers(x0, layer0, extreme_z, row, m, 1, r, K)
+        if K.MODALITIES == 2:
+            x1 = _add_layers(x1, layer1, z, row, other, 0, r, K)
+            if K.BRANCHES == 2:
+                x1 = _add_layers(x1, layer1, extreme_z, row, other, 1, r, K)
+    return 1.0 / (1.0 + tl.exp(-x0)), 1.0 / (1.0 + tl.exp(-x1))
+
+
+@triton.jit
 def convolve(planes, weight, g, m, c, C, K: tl.constexpr):
     """ECA before the sigmoid: the neighbouring channels' pooled residuals, from their statistics."""
     x = tl.zeros(c.shape, K.A)
