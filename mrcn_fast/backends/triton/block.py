@@ -40,8 +40,6 @@ from mrcn_fast.backends.triton.block_forward import gates_kernel, output_kernel,
 from mrcn_fast.backends.triton.launching import Arguments, Launcher, on_device
 
 MODES = shapes.MODES
-STREAM_STATISTICS = True
-STREAM_SUMS = True
 
 # --- how the work is cut ----------------------------------------------------------------------------------
 
@@ -89,7 +87,7 @@ def configure(channels: int, length: int, pixels: bool, element_size: int) -> Co
         wide = min(64, _power(channels))
         span = _span(length, 128 if few else 576 * 64 // block) if joins else length
         statistics = Tile(block, span, max(1, 128 * line // block), 4, 4)
-        sums = Tile(block, span, max(1, 64 * line // block), 4, 2 if STREAM_SUMS else 4)
+        sums = Tile(block, span, max(1, 64 * line // block), 4, 4)
         output = Tile(wide, 128, max(1, 512 // wide), 4, 4 if line == 8 else 2)
         gradient = Tile(wide, 128, max(1, 512 // wide), 4, 2)
     else:
@@ -99,9 +97,7 @@ def configure(channels: int, length: int, pixels: bool, element_size: int) -> Co
         statistics = Tile(block, span, _fitting(span, 256 * warps // block), warps, 4)
         block = min(max(least, 4 if few else 16), _power(channels))
         warps = 8 if line == 2 else 4
-        sums = Tile(
-            block, span, _fitting(span, (512 if line == 2 else 1024) // block), warps, 1 if STREAM_SUMS else 2
-        )
+        sums = Tile(block, span, _fitting(span, (512 if line == 2 else 1024) // block), warps, 2)
         tile = 256 * min(4, line)
         last = _fitting(length, tile // 2)
         planes = min(_power(channels), max(1, tile // last))
@@ -164,7 +160,6 @@ class Constants:
     PC: int  # channels of a program that makes the parameters' gradients
     BESIDE: int  # samples that it reads before it waits for any
     EPS: float
-    STREAM: bool  # a first launch reads a round's tiles before it waits for those of the round before
     A: tl.dtype  # what is computed in
 
     @property
@@ -306,7 +301,6 @@ def plan(
             "PC": min(LAYER_CHANNELS, _power(channels)),
             "BESIDE": 4,
             "EPS": 0.0,
-            "STREAM": STREAM_STATISTICS if first is config.statistics else STREAM_SUMS,
             "A": tl.float64 if dtype == torch.float64 else tl.float32,
         }
         return Constants(**(given | others))

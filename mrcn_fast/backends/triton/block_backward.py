@@ -193,31 +193,6 @@ def _join_parts(scratch, m, c, inside, C, K: tl.constexpr):
     return sums
 
 
-@triton.jit
-def _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, first, end, K: tl.constexpr):
-    """The tiles of a round: every read is on its way before the first is waited for."""
-    x0_pitch, x1_pitch, g0_pitch, g1_pitch, g2_pitch, g3_pitch = pitches
-    BC: tl.constexpr = K.BC
-    BL: tl.constexpr = K.BL
-    AHEAD: tl.constexpr = K.AHEAD
-    zero = tl.zeros((BC, BL), K.A)
-    tiles = ()  # type: tuple
-    for ahead in tl.static_range(AHEAD):
-        px = first + ahead * BL + tl.arange(0, BL)
-        here = inside[:, None] & (px < end)[None, :]
-        value0 = read_tile(x0, c, px, here, x0_pitch, True, K)
-        gradient0 = _gradient(g0, c, px, here, g0_pitch, zero, True, K)
-        value1, gradient1, gradient2, gradient3 = zero, zero, zero, zero
-        if K.MODE != "restitute":
-            gradient1 = _gradient(g1, c, px, here, g1_pitch, zero, True, K)
-            gradient2 = _gradient(g2, c, px, here, g2_pitch, zero, True, K)
-        if K.MODALITIES == 2:
-            value1 = read_tile(x1, c, px, here, x1_pitch, True, K)
-            gradient3 = _gradient(g3, c, px, here, g3_pitch, zero, True, K)
-        tiles += ((value0, value1, gradient0, gradient1, gradient2, gradient3),)
-    return tiles
-
-
 @triton.jit(do_not_specialize=["samples"])
 def sums_kernel(
     x0,
@@ -292,13 +267,23 @@ def sums_kernel(
             best1, count1 = tl.full((BC, BL), float("-inf"), K.A), zero
 
     end = part * K.PART + part_length(part, L, K)
-    pitches = (x0_pitch, x1_pitch, g0_pitch, g1_pitch, g2_pitch, g3_pitch)
-    tiles = _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, part * K.PART, end, K)
     for first in range(part * K.PART, end, BL * AHEAD):
-        if K.STREAM:
-            coming = _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, first + BL * AHEAD, end, K)
+        tiles = ()  # type: tuple
+        for ahead in tl.static_range(AHEAD):  # every read is on its way before the first is waited for
+            px = first + ahead * BL + tl.arange(0, BL)
+            here = inside[:, None] & (px < end)[None, :]
+            value0 = read_tile(x0, c, px, here, x0_pitch, True, K)
+            gradient0 = _gradient(g0, c, px, here, g0_pitch, zero, True, K)
+            value1, gradient1, gradient2, gradient3 = zero, zero, zero, zero
+            if K.MODE != "restitute":
+                gradient1 = _gradient(g1, c, px, here, g1_pitch, zero, True, K)
+                gradient2 = _gradient(g2, c, px, here, g2_pitch, zero, True, K)
+            if K.MODALITIES == 2:
+                value1 = read_tile(x1, c, px, here, x1_pitch, True, K)
+                gradient3 = _gradient(g3, c, px, here, g3_pitch, zero, True, K)
+            tiles += ((here, value0, value1, gradient0, gradient1, gradient2, gradient3),)
         for ahead in tl.static_range(AHEAD):
-            value0, value1, gradient0, gradient1, gradient2, gradient3 = tiles[ahead]
+            here, value0, value1, gradient0, gradient1, gradient2, gradient3 = tiles[ahead]
             centered0 = value0 - mean0[:, None]
             S0 += gradient0
             T0 = fma(gradient0, centered0, T0)
@@ -309,7 +294,6 @@ def sums_kernel(
                 T1 = fma(gradient1, centered0, T1)
                 T2 = fma(gradient2, centered0, T2)
             if K.GATE == "cbam-channel":
-                here = inside[:, None] & (first + ahead * BL + tl.arange(0, BL) < end)[None, :]
                 best0, count0 = _count_extremes(value0 * sign0[:, None], here, best0, count0)
             if K.MODALITIES == 2:
                 centered1 = value1 - mean1[:, None]
@@ -321,9 +305,6 @@ def sums_kernel(
                 T21 = fma(gradient2, centered1, T21)
                 if K.GATE == "cbam-channel":
                     best1, count1 = _count_extremes(value1 * sign1[:, None], here, best1, count1)
-        if not K.STREAM:
-            coming = _read_round(x0, x1, g0, g1, g2, g3, pitches, c, inside, first + BL * AHEAD, end, K)
-        tiles = coming
 
     sums = (tl.sum(S0, axis=1), tl.sum(T0, axis=1))  # type: tuple
     if K.MODE != "restitute":

@@ -93,25 +93,20 @@ def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
     BL: tl.constexpr = K.BL
     AHEAD: tl.constexpr = K.AHEAD
     lane = tl.arange(0, BL)
-    tiles = _read_round(x, pitch, c, inside, begin, end, K)
     pivot = tl.load(places(x, c, tl.zeros((1,), tl.int32), pitch, K), mask=inside[:, None], other=0.0)
     pivot = pivot.to(K.A)
     zero = tl.zeros((BC, BL), K.A)
     moments = (zero, zero, tl.full((BC, BL), float("-inf"), K.A), tl.full((BC, BL), float("inf"), K.A))
     rounds = (end - begin) // (BL * AHEAD)
     for n in range(0, rounds):
-        first = begin + (n + 1) * (BL * AHEAD)
-        if K.STREAM:
-            coming = _read_round(x, pitch, c, inside, first, end, K)
+        tiles = _read_round(x, pitch, c, inside, begin + n * (BL * AHEAD), end, K)
         met, more = tl.cast(n * AHEAD, K.A), tl.cast(AHEAD, K.A)
         moments = _join_round(moments, tiles, pivot, met, more, None, K)
-        if not K.STREAM:
-            coming = _read_round(x, pitch, c, inside, first, end, K)
-        tiles = coming
     left = (end - begin) - rounds * (BL * AHEAD)
     more = tl.minimum((left + BL - 1 - lane) // BL, AHEAD).to(K.A)[None, :]
     met = tl.cast(rounds * AHEAD, K.A)
     if left > 0:
+        tiles = _read_round(x, pitch, c, inside, end - left, end, K)
         moments = _join_round(moments, tiles, pivot, met, more, left, K)
     mean, squares, high, low = moments
     met += more
