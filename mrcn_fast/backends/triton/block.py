@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -235,6 +235,40 @@ class Constants:
 GATES = ("se", "eca", "cbam-channel")
 
 
+class Call(NamedTuple):
+    """What a plan depends on."""
+
+    mode: str
+    gate: str
+    to_input: bool
+    eps: float
+    hidden: int
+    channels: int
+    length: int
+    pixels: bool
+    dtype: torch.dtype
+
+    def blocks(self, of: int) -> int:
+        """Blocks of so many channels."""
+        return -(-self.channels // of)
+
+    def parts(self, of: int) -> int:
+        """Parts of so many pixels."""
+        return -(-self.length // of)
+
+
+class Programs(NamedTuple):
+    """Of a sample; those that make the parameters' gradients of a call."""
+
+    statistics: int
+    gates: int
+    output: int
+    sums: int
+    coefficients: int
+    gradient: int
+    parameters: int
+
+
 class Plan(NamedTuple):
     """What follows from shapes and settings: the kernels with their constants, programs, lengths of rows."""
 
@@ -252,118 +286,95 @@ class Plan(NamedTuple):
     backward_row: int
 
 
-class Programs(NamedTuple):
-    """Of a sample; those that make the parameters' gradients of a call."""
-
-    statistics: int
-    gates: int
-    output: int
-    sums: int
-    coefficients: int
-    gradient: int
-    parameters: int
-
-
 @functools.lru_cache(maxsize=1024)
-def plan(
-    mode: str,
-    gate: str,
-    to_input: bool,
-    eps: float,
-    hidden: int,
-    channels: int,
-    length: int,
-    pixels: bool,
-    dtype: torch.dtype,
-) -> Plan:
-    config = configure(channels, length, pixels, dtype.itemsize)
-
-    def hidden_tile(most: int) -> int:
-        return max(1, min(LAYER_HIDDEN, _power(hidden), most))
-
-    def constants(tile: Tile, first: Tile, **others: Any) -> Constants:
-        """Of a launch of this tile, whose direction begins with the launch of `first`."""
-        parts = -(-length // first.span)
-        given = {
-            "MODE": mode,
-            "GATE": gate,
-            "TO_INPUT": to_input,
-            "R": hidden,
-            "RB": hidden_tile(LAYER_WEIGHTS * tile.warps // tile.channels),
-            "BLOCKS": 1 if parts > 1 else -(-channels // first.channels),
-            "PARTS": parts,
-            "PART": first.span,
-            "PIXELS": pixels,
-            "BC": tile.channels,
-            "BL": tile.pixels,
-            "AHEAD": tile.ahead,
-            "CHUNK": tile.span,
-            "PC": min(LAYER_CHANNELS, _power(channels)),
-            "BESIDE": 4,
-            "EPS": 0.0,
-            "A": tl.float64 if dtype == torch.float64 else tl.float32,
-        }
-        return Constants(**(given | others))
-
-    modalities = MODES[mode].modalities
-    # The same kernel for every mode of as many modalities.
-    alike = "pair" if modalities == 2 else "restitute"
-    common = {"MODE": alike, "TO_INPUT": False}
-    statistics = constants(
-        config.statistics,
-        config.statistics,
-        EPS=eps,
-        AHEAD=_reads_ahead(config.statistics, gate),
-        **common,
+def plan(call: Call) -> Plan:
+    config = configure(call.channels, call.length, call.pixels, call.dtype.itemsize)
+    statistics = replace(
+        _constants(call, config.statistics, config.statistics),
+        # The same kernel for every mode of as many modalities.
+        MODE="pair" if MODES[call.mode].modalities == 2 else "restitute",
+        TO_INPUT=False,
+        AHEAD=_reads_ahead(config.statistics, call.gate),
     )
-    gates = constants(config.gates, config.statistics, EPS=eps)
-    output = constants(config.output, config.statistics)
-    sums = constants(config.sums, config.sums, AHEAD=_reads_ahead(config.sums, gate))
-    coefficients = constants(config.coefficients, config.sums)
-    gradient = constants(
-        config.gradient,
-        config.sums,
-        BESIDE=_beside(dtype),
-        RB=hidden_tile(LAYER_WEIGHTS // 4 * config.gradient.warps // LAYER_CHANNELS),
-    )
-    of_norm = modalities * -(-channels // gradient.PC)
-    of_gate = gradient.GATES * (1 if gate == "eca" else gradient.LAYER_PARTS * -(-channels // gradient.PC))
-
-    def blocks(tile: Tile) -> int:
-        return -(-channels // tile.channels)
-
-    output_chunks, gradient_chunks = (-(-length // tile.span) for tile in (config.output, config.gradient))
-    programs = Programs(
-        modalities * blocks(config.statistics) * statistics.PARTS,
-        modalities * blocks(config.gates),
-        blocks(config.output) * output_chunks,
-        blocks(config.sums) * sums.PARTS,
-        modalities * blocks(config.coefficients),
-        blocks(config.gradient) * gradient_chunks,
-        of_norm + of_gate,
+    gates = _constants(call, config.gates, config.statistics)
+    output = _constants(call, config.output, config.statistics)
+    sums = replace(_constants(call, config.sums, config.sums), AHEAD=_reads_ahead(config.sums, call.gate))
+    coefficients = _constants(call, config.coefficients, config.sums)
+    gradient = replace(
+        _constants(call, config.gradient, config.sums),
+        RB=_hidden_tile(call, LAYER_WEIGHTS // 4 * config.gradient.warps // LAYER_CHANNELS),
     )
     return Plan(
-        _launcher(statistics_kernel, statistics, config.statistics.warps, lambda t, i, _: (*t[:7], *i)),
-        _launcher(gates_kernel, gates, config.gates.warps, lambda t, i, _: (*t[2:10], *i[4:])),
-        _launcher(output_kernel, output, config.output.warps, _output_arguments),
-        _launcher(sums_kernel, sums, config.sums.warps, lambda t, i, n: (*t[:14], *i, n[0])),
+        _launcher(statistics_kernel, statistics, config.statistics, lambda t, i, _: (*t[:7], *i)),
+        _launcher(gates_kernel, gates, config.gates, lambda t, i, _: (*t[2:10], *i[4:])),
         _launcher(
-            coefficients_kernel, coefficients, config.coefficients.warps, lambda t, i, _: (*t[6:14], *i[12:])
+            output_kernel, output, config.output, lambda t, i, n: (*t[:2], t[6], *t[10:], *i[:6], i[7], *n)
         ),
+        _launcher(sums_kernel, sums, config.sums, lambda t, i, n: (*t[:14], *i, n[0])),
         _launcher(
-            gradient_kernel, gradient, config.gradient.warps, lambda t, i, n: (*t[:11], *t[14:], *i, *n)
+            coefficients_kernel, coefficients, config.coefficients, lambda t, i, _: (*t[6:14], *i[12:])
         ),
-        programs,
-        output_chunks,
-        gradient_chunks,
-        shapes.saved_row(mode, gate, hidden, channels),
-        _forward_row(gates, channels),
-        _backward_row(coefficients, channels),
+        _launcher(gradient_kernel, gradient, config.gradient, lambda t, i, n: (*t[:11], *t[14:], *i, *n)),
+        _programs(call, config, gradient),
+        call.parts(config.output.span),
+        call.parts(config.gradient.span),
+        shapes.saved_row(call.mode, call.gate, call.hidden, call.channels),
+        _forward_row(gates, call.channels),
+        _backward_row(coefficients, call.channels),
     )
 
 
-def _output_arguments(t: Sequence[Any], i: tuple[int, ...], n: tuple[float, ...]) -> tuple[Any, ...]:
-    return (*t[:2], t[6], *t[10:], *i[:6], i[7], *n)
+def _constants(call: Call, tile: Tile, first: Tile) -> Constants:
+    """Of a launch with this tile, whose direction begins with a launch with the tile `first`."""
+    parts = call.parts(first.span)
+    double = call.dtype == torch.float64
+    return Constants(
+        MODE=call.mode,
+        GATE=call.gate,
+        TO_INPUT=call.to_input,
+        R=call.hidden,
+        RB=_hidden_tile(call, LAYER_WEIGHTS * tile.warps // tile.channels),
+        BLOCKS=1 if parts > 1 else call.blocks(first.channels),
+        PARTS=parts,
+        PART=first.span,
+        PIXELS=call.pixels,
+        BC=tile.channels,
+        BL=tile.pixels,
+        AHEAD=tile.ahead,
+        CHUNK=tile.span,
+        PC=min(LAYER_CHANNELS, _power(call.channels)),
+        BESIDE=1 if double else 4,
+        EPS=call.eps,
+        A=tl.float64 if double else tl.float32,
+    )
+
+
+def _hidden_tile(call: Call, most: int) -> int:
+    return max(1, min(LAYER_HIDDEN, _power(call.hidden), most))
+
+
+def _reads_ahead(tile: Tile, gate: str) -> int:
+    """Tiles that a first launch reads at once, as many as registers allow beside what CBAM carries on."""
+    return max(1, tile.ahead // 2) if gate == "cbam-channel" else tile.ahead
+
+
+def _programs(call: Call, config: Config, gradient: Constants) -> Programs:
+    modalities = MODES[call.mode].modalities
+    layers = call.blocks(gradient.PC)
+    of_gate = 1 if call.gate == "eca" else gradient.LAYER_PARTS * layers
+
+    def over_pixels(tile: Tile) -> int:
+        return call.blocks(tile.channels) * call.parts(tile.span)
+
+    return Programs(
+        modalities * over_pixels(config.statistics),
+        modalities * call.blocks(config.gates.channels),
+        over_pixels(config.output),
+        over_pixels(config.sums),
+        modalities * call.blocks(config.coefficients.channels),
+        over_pixels(config.gradient),
+        modalities * layers + gradient.GATES * of_gate,
+    )
 
 
 def _forward_row(k: Constants, channels: int) -> int:
@@ -380,21 +391,11 @@ def _backward_row(k: Constants, channels: int) -> int:
     return (k.GRADIENT_SLOTS + k.PLANES + parts) * channels + hidden
 
 
-def _beside(dtype: torch.dtype) -> int:
-    """Samples at once, as many as registers allow: it decides no bit of the result."""
-    return 1 if dtype == torch.float64 else 4
-
-
-def _reads_ahead(tile: Tile, gate: str) -> int:
-    """Tiles that a first launch reads at once, as registers allow: it decides no bit of the result."""
-    return max(1, tile.ahead // 2) if gate == "cbam-channel" else tile.ahead  # which carries extremes too
-
-
 # --- launchers --------------------------------------------------------------------------------------------
 
 
-def _launcher(kernel: Any, constants: Constants, warps: int, arrange: Callable[..., Any]) -> Launcher:
-    return Launcher(kernel, (constants,), arrange, num_warps=warps, enable_fp_fusion=False)
+def _launcher(kernel: Any, constants: Constants, tile: Tile, arrange: Callable[..., Any]) -> Launcher:
+    return Launcher(kernel, (constants,), arrange, num_warps=tile.warps, enable_fp_fusion=False)
 
 
 class Layout(NamedTuple):
@@ -431,7 +432,8 @@ def _plan_for(
         raise RuntimeError(f"gate: got {gate!r}, expected one of {', '.join(map(repr, GATES))}")
     _, channels, height, width = first.shape
     hidden = gate_parameters[0].shape[1]
-    return plan(mode, gate, to_input, eps, hidden, channels, height * width, layout.pixels, first.dtype)
+    length = height * width
+    return plan(Call(mode, gate, to_input, eps, hidden, channels, length, layout.pixels, first.dtype))
 
 
 def _in_layout(maps: Sequence[Tensor | None], pixels: bool) -> tuple[list[Tensor | None], list[int]]:

@@ -381,11 +381,10 @@ def _add_pooled(dz, dz_extreme, layer, before, row, inners, g, r, K: tl.constexp
 @triton.jit
 def _of_all_channels(of_gates, row, inners, parameters, m, c, inside, C, K: tl.constexpr):
     """∂ of GAP(M) and of GMP(M) of modality m in a program that has the gates' gradients of all channels."""
-    R: tl.constexpr = K.R
     RB: tl.constexpr = K.RB
     _, _, _, before, _, more_before = of_gates
     dz, dz_extreme = tl.zeros(c.shape, K.A), tl.zeros(c.shape, K.A)
-    for first in tl.static_range(0, R, RB):
+    for first in range(0, K.R, RB):
         r = first + tl.arange(0, RB)
         layer = layers(parameters, m, r, c, inside, C, K)
         more_layer = layer

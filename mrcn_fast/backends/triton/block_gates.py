@@ -69,13 +69,12 @@ def _add_layers(x, layer, z, row, g, b: tl.constexpr, r, K: tl.constexpr):
 @triton.jit
 def whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K: tl.constexpr):
     """s of modality m's gates, one or two, in a program that has the pooled residuals of all channels."""
-    R: tl.constexpr = K.R
     RB: tl.constexpr = K.RB
     z, extreme_z = tl.where(inside, z, 0.0), tl.where(inside, extreme_z, 0.0)
     other = m + K.GATES - K.MODALITIES
     x0 = K.BRANCHES * vector(parameters[3], m * C + c, inside, K)
     x1 = K.BRANCHES * vector(parameters[3], other * C + c, inside, K)
-    for first in tl.static_range(0, R, RB):
+    for first in range(0, K.R, RB):
         r = first + tl.arange(0, RB)
         layer0 = layers(parameters, m, r, c, inside, C, K)
         layer1 = layer0
