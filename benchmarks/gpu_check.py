@@ -99,17 +99,19 @@ def environment() -> dict[str, str]:
 
 
 def side_by_side() -> list[str]:
-    """pytest's arguments for several processes, because most of the time Triton compiles on the processor.
-
-    One a processor, as far as the GPU has 4 GiB for each; none where there is no pytest-xdist.
-    """
-    import torch
-
+    """pytest's arguments for several processes; none where there is no pytest-xdist."""
     if importlib.util.find_spec("xdist") is None:
         return []
-    memory = torch.cuda.get_device_properties(0).total_memory
-    number = min(os.cpu_count() or 1, memory // (4 << 30))
+    number = processes(4 << 30)
     return ["-n", str(number), "--dist", "loadgroup"] if number > 1 else []
+
+
+def processes(memory: int) -> int:
+    """As many as there are processors, for they compile most of the time, and so many bytes of the GPU."""
+    import torch
+
+    there = torch.cuda.get_device_properties(0).total_memory
+    return max(1, min(os.cpu_count() or 1, there // memory))
 
 
 def commands(
@@ -173,7 +175,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"gpu-check: without {part}: {reason}", flush=True)
     parts = [part for part in parts if not left_out.get(part)]
     results = results_file(torch.cuda.get_device_name())
-    bench = ["--only", options.only, "--seconds", options.seconds]
+    bench = ["--only", options.only, "--seconds", options.seconds, "--workers", str(processes(8 << 30))]
     for command in commands(parts, results, options.tests, bench):
         print(f"gpu-check: {' '.join(command)}", flush=True)
         if subprocess.run(command, cwd=ROOT, env=environment(), check=False).returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +14,17 @@ import pytest
 import torch
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark import EXACT, Case, Cost, Timing, cases, command, results, timing
+from mrcn_fast.benchmark import (
+    EXACT,
+    Case,
+    Cost,
+    Timing,
+    cases,
+    command,
+    results,
+    side_by_side,
+    timing,
+)
 from mrcn_fast.benchmark.cases import AUTOTUNED, OPERATIONS, Problem
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
@@ -383,6 +394,41 @@ class FakeEvent:
 
     def elapsed_time(self, later: FakeEvent) -> float:
         return 1e3 * (later.at - self.at)
+
+
+def test_cases_prepared_side_by_side_are_timed_in_their_order(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second is wrong: it is told, and the others have their results."""
+    chosen = [sums("first"), sums("wrong", off=1.0), sums("gone"), sums("last")]
+    monkeypatch.setattr(cases, "cases", lambda *_: chosen)
+    file = tmp_path / "x.jsonl"
+    status = command.main(["--workers", "3", "--seconds", "0.01", "--out", str(file)])
+    told = capsys.readouterr()
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [line["case"] for line in lines] == ["first", "last"]
+    assert all(line["ms"].keys() == {"fused", "eager"} and line["commit"] for line in lines)
+    assert status == 1
+    assert "wrong: RuntimeError: the fused result is off by" in told.err
+    assert "gone: the process that prepared it has ended" in told.err
+
+
+def sums(name: str, off: float = 0.0) -> Case:
+    return Case(name, partial(_sums, name, off), {})
+
+
+def _sums(name: str, off: float) -> dict[str, Callable[[], Any]]:
+    """Here, because another process makes it."""
+    if name == "gone":
+        os._exit(1)
+    x = torch.ones(8)
+    return {"fused": lambda: (x + off,), "eager": lambda: (x,)}
+
+
+def test_cases_are_dealt_by_what_they_take_to_compile() -> None:
+    chosen = [sums("forward"), sums("forward+backward"), sums("forward"), sums("forward")]
+    assert side_by_side.dealt(chosen, 2) == [[1], [0, 2, 3]]
+    assert side_by_side.dealt(chosen, 9) == [[1], [0], [2], [3]]
 
 
 def test_every_round_has_an_order_of_its_own() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -55,6 +55,14 @@ def parser() -> argparse.ArgumentParser:
         default="warm",
         help="outputs on memory used before (warm, default) or on pages new to the process (fresh)",
     )
+    options.add_argument(
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="check and compile the cases in N processes side by side, then time them one by one; their "
+        "tensors stay that long (default 1: each is prepared and timed in turn)",
+    )
     options.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     options.add_argument("--list", action="store_true", help="print the cases' names and stop")
     files = options.add_argument_group("of files of results; nothing is measured")
@@ -72,7 +80,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0; 1 where a goal was missed; 2 where nothing could be measured or read."""
+    """0; 1 where a goal was missed or a case failed; 2 where nothing could be measured or read."""
     options = parser().parse_args(argv)
     try:
         if options.table or options.compare or options.report:
@@ -91,6 +99,9 @@ def main(argv: list[str] | None = None) -> int:
             "see --list",
             file=sys.stderr,
         )
+        return 2
+    if options.workers < 1:
+        print(f"--workers: got {options.workers}, expected at least 1", file=sys.stderr)
         return 2
     if reason := unmeasurable(options.device):
         print(f"nothing to measure: {reason}", file=sys.stderr)
@@ -119,14 +130,26 @@ def _measure(chosen: Sequence[Case], options: argparse.Namespace) -> int:
         where["pages"] = options.pages if PAGES[options.pages]() else "unknown"
     print(f"{results.described(where)}, {where['kernels']}")
     print("median of interleaved rounds; ratios are the rival's time over the fused one's\n")
-    any_missed = False
-    for case in chosen:
-        result = measured(case, options.seconds, options.pages)
+    all_well = True
+    for result in _results(chosen, options):
+        if isinstance(result, str):
+            print(result, file=sys.stderr, flush=True)
+            all_well = False
+            continue
         results.print_row(result)
-        any_missed = any_missed or bool(result["missed"])
+        all_well = all_well and not result["missed"]
         if options.out:
             results.write(options.out, where | result)
-    return 1 if any_missed else 0
+    return 0 if all_well else 1
+
+
+def _results(chosen: Sequence[Case], options: argparse.Namespace) -> Iterator[results.Line | str]:
+    """Of each case, or in words why there is none."""
+    if options.workers == 1:
+        return (measured(case, options.seconds, options.pages) for case in chosen)
+    from mrcn_fast.benchmark import side_by_side  # which imports this module
+
+    return side_by_side.measured(chosen, options.seconds, options.pages, options.workers)
 
 
 def unmeasurable(device: str) -> str | None:
@@ -145,11 +168,22 @@ def unmeasurable(device: str) -> str | None:
 def measured(case: Case, seconds: float, pages: str = "warm") -> results.Line:
     """The result of a case, its fused form checked first."""
     torch._dynamo.reset()
+    return timed(case, *prepared(case), seconds, pages)
+
+
+def prepared(case: Case) -> tuple[Rivals, dict[str, str]]:
+    """What is timed of a case, checked and compiled, and which rivals don't compile."""
     rivals = case.rivals()
     check(rivals, TOLERANCES[case.dtype])
     rivals.pop(EXACT, None)
     refused = uncompilable(rivals)
-    rivals = {name: rival for name, rival in rivals.items() if name not in refused}
+    return {name: rival for name, rival in rivals.items() if name not in refused}, refused
+
+
+def timed(
+    case: Case, rivals: Rivals, refused: dict[str, str], seconds: float, pages: str = "warm"
+) -> results.Line:
+    """The result of a case that is prepared."""
     if case.device == "cpu":
         PAGES[pages]()
         timings = measure(rivals, seconds)

@@ -1,0 +1,93 @@
+"""The GPU's time of every kernel of a case, cache cold: where a call's time is, beside what a copy takes.
+
+    python benchmarks/kernel_times.py --only "forward 16x256x72x32 channels_last bf16" [--rival "fused cuda"]
+
+The cases are those of `mrcn-fast bench --device cuda`, checked first as there; medians over calls that go
+round the case's sets of tensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from mrcn_fast.benchmark import cases, command, timing
+
+
+class Kernel(NamedTuple):
+    name: str
+    start: float  # microseconds
+    time: float
+
+
+def kernels(run: Callable[[], Any], calls: int) -> list[Kernel]:
+    """What the GPU has to do for so many calls, in the order in which it did."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(calls):
+            run()
+        torch.cuda.synchronize()
+    on_gpu = (e for e in profile.events() if e.device_type == torch.profiler.DeviceType.CUDA)
+    found = [Kernel(e.name, e.time_range.start, e.time_range.elapsed_us()) for e in on_gpu]
+    return sorted(found, key=lambda kernel: kernel.start)
+
+
+def medians(found: Sequence[Kernel], calls: int) -> list[tuple[str, float]]:
+    """The time of each kernel of a call: by its place, or, where calls differ, by its name as a mean."""
+    size, rest = divmod(len(found), calls)
+    places = [found[k::size] for k in range(size)] if size and not rest else []
+    if places and all(len({kernel.name for kernel in place}) == 1 for place in places):
+        return [(place[0].name, statistics.median(kernel.time for kernel in place)) for place in places]
+    names = dict.fromkeys(kernel.name for kernel in found)
+    return [(name, sum(kernel.time for kernel in found if kernel.name == name) / calls) for name in names]
+
+
+def told(name: str, times: Sequence[tuple[str, float]], floor: float | None) -> list[str]:
+    """Lines of text; microseconds."""
+    total = sum(time for _, time in times)
+    head = f"{name}: {total:.1f} us" + (f", {total / floor:.2f} floors of {floor:.1f} us" if floor else "")
+    return [head, *(f"  {time:8.1f}  {kernel[:100]}" for kernel, time in times)]
+
+
+def parser() -> argparse.ArgumentParser:
+    options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--suite", default="table", choices=cases.SUITES)
+    options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
+    options.add_argument(
+        "--rival", default="fused", help='which form (default: fused; "fused cuda", "eager")'
+    )
+    options.add_argument("--calls", type=int, default=30)
+    return options
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = parser().parse_args(argv)
+    if reason := command.unmeasurable("cuda"):
+        print(f"kernel_times: {reason}", file=sys.stderr)
+        return 2
+    for case in cases.cases(options.suite, "cuda"):
+        if options.only not in case.name:
+            continue
+        rivals = case.rivals()
+        if options.rival not in rivals:
+            print(f"{case.name}: --rival: got {options.rival!r}, expected one of {', '.join(rivals)}")
+            continue
+        timing.check(rivals, timing.TOLERANCES[case.dtype])
+        times = medians(kernels(rivals[options.rival], options.calls), options.calls)
+        floor = None
+        if "floor" in rivals:
+            floor = sum(time for _, time in medians(kernels(rivals["floor"], options.calls), options.calls))
+        print("\n".join(told(case.name, times, floor)), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

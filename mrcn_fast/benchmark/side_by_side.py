@@ -1,0 +1,107 @@
+"""Cases prepared in several processes at once, then timed one after the other.
+
+Most of a GPU's benchmark is Inductor compiling the rivals on the processor, autotuning above all. Here every
+process prepares its share of the cases and keeps them; when all have done so and the machine is quiet, the
+cases are timed in their order, each where it was prepared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from mrcn_fast.benchmark import command
+from mrcn_fast.benchmark.results import Line
+from mrcn_fast.benchmark.timing import Case
+
+Shares = list[list[int]]
+
+
+def measured(cases: Sequence[Case], seconds: float, pages: str, workers: int) -> Iterator[Line | str]:
+    """The result of every case in their order; for one that failed, what happened."""
+    shares = dealt(cases, workers)
+    context = multiprocessing.get_context("spawn")
+    connections: list[Connection] = []
+    owners: dict[int, Connection] = {}
+    processes = []
+    try:
+        for share in shares:
+            here, there = context.Pipe()
+            work = ([cases[k] for k in share], seconds, pages, there)
+            processes.append(context.Process(target=_serve, args=work, daemon=True))
+            processes[-1].start()
+            there.close()  # so that a process that ends is noticed
+            connections.append(here)
+            owners |= dict.fromkeys(share, here)
+        for connection in connections:
+            with contextlib.suppress(EOFError):  # it has ended: whoever asks it will be told
+                connection.recv()
+        for k in range(len(cases)):
+            share = shares[connections.index(owners[k])]
+            yield _asked(owners[k], share.index(k), cases[k])
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def dealt(cases: Sequence[Case], workers: int) -> Shares:
+    """Which cases each process prepares: about as many rivals to compile for each, a backward like two."""
+    shares: Shares = [[] for _ in range(max(1, min(workers, len(cases))))]
+    loads = [0] * len(shares)
+    for k in sorted(range(len(cases)), key=lambda k: -_cost(cases[k])):
+        least = loads.index(min(loads))
+        shares[least].append(k)
+        loads[least] += _cost(cases[k])
+    return shares
+
+
+def _cost(case: Case) -> int:
+    return 3 if "backward" in case.name else 1
+
+
+def _asked(connection: Connection, number: int, case: Case) -> Line | str:
+    try:
+        connection.send(number)
+        answer: Line | str = connection.recv()
+    except (EOFError, OSError):
+        return f"{case.name}: the process that prepared it has ended"
+    return answer
+
+
+def _serve(cases: Sequence[Case], seconds: float, pages: str, connection: Connection) -> None:
+    """Prepare the cases, say so, and then time those that are asked for."""
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are processes enough
+    # Every case compiles the same functions, with others inside: each counts as a recompilation.
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
+    prepared = [_tried(command.prepared, case) for case in cases]
+    connection.send("ready")
+    while True:
+        try:
+            number = connection.recv()
+        except EOFError:
+            return
+        case, rivals = cases[number], prepared[number]
+        if isinstance(rivals, str):
+            connection.send(rivals)
+        else:
+            connection.send(_tried(command.timed, case, *rivals, seconds, pages))
+            prepared[number] = f"{case.name}: timed before"  # its tensors are free for the next
+
+
+def _tried(function: Any, case: Case, *arguments: Any) -> Any:
+    """What the function gives, or in words why it failed."""
+    try:
+        result = function(case, *arguments)
+        if torch.device(case.device).type == "cuda":
+            torch.cuda.empty_cache()  # what the allocator keeps is the other processes' too
+        return result
+    except Exception as error:
+        traceback.print_exc()
+        return f"{case.name}: {type(error).__name__}: {error}"
