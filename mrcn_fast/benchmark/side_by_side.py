@@ -29,7 +29,7 @@ def measured(cases: Sequence[Case], seconds: float, pages: str, workers: int) ->
     shares = dealt(cases, workers)
     context = multiprocessing.get_context("spawn")
     connections: list[Connection] = []
-    owners: dict[int, Connection] = {}
+    owners: dict[int, tuple[Connection, int]] = {}  # of each case, and its number there
     processes = []
     try:
         for share in shares:
@@ -39,20 +39,22 @@ def measured(cases: Sequence[Case], seconds: float, pages: str, workers: int) ->
             processes[-1].start()
             there.close()  # so that a process that ends is noticed
             connections.append(here)
-            owners |= dict.fromkeys(share, here)
+            owners |= {k: (here, number) for number, k in enumerate(share)}
         for connection in connections:
             with contextlib.suppress(EOFError):  # it has ended: whoever asks it will be told
                 connection.recv()
-        for k in range(len(cases)):
-            share = shares[connections.index(owners[k])]
-            yield _asked(owners[k], share.index(k), cases[k])
+        for k, case in enumerate(cases):
+            yield _asked(*owners[k], case)
     finally:
+        for connection in connections:
+            connection.close()  # a process that waits for work ends
         for process in processes:
+            process.join(5)
             process.terminate()
 
 
 def dealt(cases: Sequence[Case], workers: int) -> Shares:
-    """Which cases each process prepares: about as many rivals to compile for each, a backward like two."""
+    """Which cases each process prepares: about as much to compile for each, where a backward is like two."""
     shares: Shares = [[] for _ in range(max(1, min(workers, len(cases))))]
     loads = [0] * len(shares)
     for k in sorted(range(len(cases)), key=lambda k: -_cost(cases[k])):
@@ -63,7 +65,7 @@ def dealt(cases: Sequence[Case], workers: int) -> Shares:
 
 
 def _cost(case: Case) -> int:
-    return 3 if "backward" in case.name else 1
+    return 2 if "backward" in case.name else 1
 
 
 def _asked(connection: Connection, number: int, case: Case) -> Line | str:
