@@ -1,4 +1,4 @@
-"""Channel gates in Triton, forward: csrc/block/gates.h for a few channels of one sample."""
+"""Channel gates in Triton, forward: csrc/block/gates.h for a few channels of one sample, or for all."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ def layers(parameters, g, r, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _add_layers(x, layer, z, row, g, b: tl.constexpr, r, K: tl.constexpr):
+    """x with what comes to it by these hidden numbers of branch b, which are kept in the row."""
     weight, bias, more_weight = layer
     before = tl.sum(weight * z[None, :], axis=1) + bias
     hidden = tl.where(before < 0.0, 0.0, before)
