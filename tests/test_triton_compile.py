@@ -194,3 +194,11 @@ def test_other_operations_spill_nothing(
     run(mode, gate, shape, dtype, channels_last=False)
     case = f"{mode} {gate} {TYPES[dtype]} {'x'.join(map(str, shape))}"
     check(launches, TARGETS[target], tmp_path, case, record_property)
+
+
+@pytest.mark.slow
+def test_joining_the_most_parts_spills_nothing(
+    launches: list[Launch], tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    run("pair", "cbam-channel", (1, 256, 288, 128), torch.bfloat16, channels_last=True)
+    check(launches, TARGETS["sm_90"], tmp_path, "pair cbam-channel bf16 1x256x288x128", record_property)

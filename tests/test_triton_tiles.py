@@ -35,7 +35,7 @@ def test_whoever_adds_up_a_sample_has_all_of_it(pixels: bool, element_size: int)
             assert power_of_two(between.channels), told
             if first.span < length:  # one program joins the parts of every channel
                 assert channels <= between.channels, told
-                assert -(-length // first.span) <= block.MOST_PARTS, told
+                assert -(-length // first.span) * between.channels <= block.MOST_PARTS, told
             else:  # each block's share of a hidden layer is added up
                 assert -(-channels // first.channels) <= block.MOST_BLOCKS, told
 

@@ -67,8 +67,9 @@ class Config(NamedTuple):
 
 # Up to so many channels one program joins the parts of a sample's planes.
 MOST_JOINED = 256
-# Blocks of channels a sample, whose shares are added up, and parts of a plane, which are joined.
-MOST_BLOCKS, MOST_PARTS = 64, 64
+# Blocks of channels a sample, whose shares are added up; parts of its planes, which are joined, as numbers
+# of one kind: up to eight of them stand in the registers of a program.
+MOST_BLOCKS, MOST_PARTS = 64, 4096
 # The most channels and hidden numbers of a tile of the gates' layers, and its weights a warp.
 LAYER_CHANNELS, LAYER_HIDDEN, LAYER_WEIGHTS = 32, 32, 512
 
@@ -85,13 +86,13 @@ def configure(channels: int, length: int, pixels: bool, element_size: int) -> Co
         # The 128 bytes of a cache line, half of them where more programs are needed.
         block = min(max(least, 8 * line if joins else 4 * line), _power(channels))
         wide = min(64, _power(channels))
-        span = _span(length, 128 if few else 576 * 64 // block) if joins else length
+        span = _span(length, 128 if few else 576 * 64 // block, channels) if joins else length
         statistics = Tile(block, span, max(1, 128 * line // block), 4, 4)
         sums = Tile(block, span, max(1, 64 * line // block), 4, 4)
         output = Tile(wide, 128, max(1, 512 // wide), 4, 4 if line == 8 else 2)
         gradient = Tile(wide, 128, max(1, 512 // wide), 4, 2)
     else:
-        span = _span(length, 4096) if joins else length
+        span = _span(length, 4096, channels) if joins else length
         block = min(max(least, 8 if few or line == 4 else 16), _power(channels))
         warps = 8 if few or line != 4 else 4
         statistics = Tile(block, span, _fitting(span, 256 * warps // block), warps, 4)
@@ -117,9 +118,9 @@ def configure(channels: int, length: int, pixels: bool, element_size: int) -> Co
     )
 
 
-def _span(length: int, at_least: int) -> int:
-    """Pixels of each of at most `MOST_PARTS` parts."""
-    return min(length, max(at_least, -(-length // MOST_PARTS)))
+def _span(length: int, at_least: int, channels: int) -> int:
+    """Pixels of a part, of which there are as many as `MOST_PARTS` allows."""
+    return min(length, max(at_least, -(-length // (MOST_PARTS // _power(channels)))))
 
 
 def _share(length: int, most: int) -> int:
