@@ -341,6 +341,16 @@ def _keep_inner(row, inners, g, b, r, gradient, K: tl.constexpr):
 
 
 @triton.jit
+def _add_pooled(dz, dz_extreme, weight, gradient, row, inners, g, r, K: tl.constexpr):
+    """dz and dz_extreme with what comes to them through these hidden numbers of gate g."""
+    dz += tl.sum(weight * _keep_inner(row, inners, g, 0, r, gradient, K)[:, None], axis=0)
+    if K.BRANCHES == 2:
+        inner = _keep_inner(row, inners, g, 1, r, gradient, K)
+        dz_extreme += tl.sum(weight * inner[:, None], axis=0)
+    return dz, dz_extreme
+
+
+@triton.jit
 def _of_pooled(row, inners, shares, weights, g, c, inside, C, K: tl.constexpr):
     """∂ of GAP(M) and of GMP(M) through gate g, from the shares of its hidden layer's gradient."""
     dz, dz_extreme = tl.zeros(c.shape, K.A), tl.zeros(c.shape, K.A)
@@ -348,10 +358,7 @@ def _of_pooled(row, inners, shares, weights, g, c, inside, C, K: tl.constexpr):
         r = first + tl.arange(0, K.RB)
         gradient = add_shares(shares + g * K.R, r, K.GATES * K.R, K)
         weight = matrix(weights, g * K.R + r, c, C, r < K.R, inside, K)
-        dz += tl.sum(weight * _keep_inner(row, inners, g, 0, r, gradient, K)[:, None], axis=0)
-        if K.BRANCHES == 2:
-            inner = _keep_inner(row, inners, g, 1, r, gradient, K)
-            dz_extreme += tl.sum(weight * inner[:, None], axis=0)
+        dz, dz_extreme = _add_pooled(dz, dz_extreme, weight, gradient, row, inners, g, r, K)
     return dz, dz_extreme
 
 
@@ -368,31 +375,22 @@ def _of_neighbours(kept, weights, g, c, inside, C, K: tl.constexpr):
 
 
 @triton.jit
-def _add_pooled(dz, dz_extreme, layer, before, row, inners, g, r, K: tl.constexpr):
-    weight, _, more_weight = layer
-    gradient = tl.sum(more_weight * before[:, None], axis=0)
-    dz += tl.sum(weight * _keep_inner(row, inners, g, 0, r, gradient, K)[:, None], axis=0)
-    if K.BRANCHES == 2:
-        inner = _keep_inner(row, inners, g, 1, r, gradient, K)
-        dz_extreme += tl.sum(weight * inner[:, None], axis=0)
-    return dz, dz_extreme
-
-
-@triton.jit
 def _of_all_channels(of_gates, row, inners, parameters, m, c, inside, C, K: tl.constexpr):
     """∂ of GAP(M) and of GMP(M) of modality m in a program that has the gates' gradients of all channels."""
     RB: tl.constexpr = K.RB
-    _, _, _, before, _, more_before = of_gates
+    before, more_before = of_gates[3], of_gates[5]
     dz, dz_extreme = tl.zeros(c.shape, K.A), tl.zeros(c.shape, K.A)
     for first in range(0, K.R, RB):
         r = first + tl.arange(0, RB)
-        layer = layers(parameters, m, r, c, inside, C, K)
-        more_layer = layer
+        weight, _, second = layers(parameters, m, r, c, inside, C, K)
+        more_weight, more_second = weight, second
         if K.MODALITIES == 2:  # read before the first gate's sums are waited for
-            more_layer = layers(parameters, m + 2, r, c, inside, C, K)
-        dz, dz_extreme = _add_pooled(dz, dz_extreme, layer, before, row, inners, m, r, K)
+            more_weight, _, more_second = layers(parameters, m + 2, r, c, inside, C, K)
+        gradient = tl.sum(second * before[:, None], axis=0)
+        dz, dz_extreme = _add_pooled(dz, dz_extreme, weight, gradient, row, inners, m, r, K)
         if K.MODALITIES == 2:
-            dz, dz_extreme = _add_pooled(dz, dz_extreme, more_layer, more_before, row, inners, m + 2, r, K)
+            gradient = tl.sum(more_second * more_before[:, None], axis=0)
+            dz, dz_extreme = _add_pooled(dz, dz_extreme, more_weight, gradient, row, inners, m + 2, r, K)
     return dz, dz_extreme
 
 
