@@ -8,7 +8,6 @@ threads and what runs over their memory.
 from __future__ import annotations
 
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,13 +114,3 @@ def test_launches() -> None:
 @pytest.mark.parametrize("sanitize", SANITIZERS)
 def test_sanitized(sanitize: str) -> None:
     run_tests("tests/cuda_on_host/launches.py", "-k", "sanitized", sanitize=sanitize)
-
-
-def test_host_time() -> None:
-    """benchmarks/host_time.py prints each of its forms; how fast a machine is here is no test's business."""
-    run = subprocess.run(
-        [sys.executable, str(library.ROOT / "benchmarks" / "host_time.py")], capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    lines = run.stdout.splitlines()
-    assert len(lines) == 6 and all(re.fullmatch(r".{30} +\d+\.\d us \(.*\)", line) for line in lines), lines

@@ -1,7 +1,11 @@
-"""What a launch remembers: when it goes straight to what was compiled before, with a stand-in for Triton."""
+"""What a launch remembers: when it goes straight to what was compiled before.
+
+With a stand-in for Triton, and with Triton itself on a driver that runs nothing (tests/idle_cuda).
+"""
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,6 +16,7 @@ pytest.importorskip("triton", reason="Triton has no build for this machine")
 
 from mrcn_fast.backends.triton import launching
 from mrcn_fast.backends.triton.launching import Arguments, Launcher
+from tests.processes import run_pytest
 
 CPU = torch.device("cpu")
 INTEGERS = (512, 64, 16)
@@ -128,3 +133,10 @@ def test_nothing_is_remembered_where_nothing_was_compiled(launcher: Launcher) ->
     launcher(1, given(aligned()))
     launcher(1, given(aligned()))
     assert not launcher._compiled
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the driver is written for Linux")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here is a GPU, and a driver that runs everything")
+def test_launches_of_triton_itself() -> None:
+    run_pytest("tests/idle_cuda/launches.py", environment={"TRITON_INTERPRET": "0"})
