@@ -73,9 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     if reason := command.unmeasurable("cuda"):
         print(f"kernel_times: {reason}", file=sys.stderr)
         return 2
-    for case in cases.cases(options.suite, "cuda"):
-        if options.only not in case.name:
-            continue
+    chosen = [case for case in cases.cases(options.suite, "cuda") if options.only in case.name]
+    if not chosen:
+        print(f"--only: got {options.only!r}, which no case's name contains", file=sys.stderr)
+        return 2
+    for case in chosen:
         rivals = case.rivals()
         if options.rival not in rivals:
             print(f"{case.name}: --rival: got {options.rival!r}, expected one of {', '.join(rivals)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -214,6 +215,88 @@ def test_a_wrong_result_is_not_timed() -> None:
         command.measured(case, 0.0)
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda first, last: (first, last * float("nan")),
+        lambda first, last: (first, last / 0.0),
+        lambda first, last: (first, last[:, :1]),
+    ],
+    ids=["nan", "infinite", "another shape"],
+)
+def test_a_last_result_that_is_no_result(spoil: Callable[..., Any]) -> None:
+    results = torch.ones(2), torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match="off by inf"):
+        benchmark.check({"fused": lambda: spoil(*results), "eager": lambda: results})
+
+
+def test_a_second_call_that_is_wrong() -> None:
+    """Triton's launches go another way from the second call on."""
+    calls = iter([right(), wrong()])
+    with pytest.raises(RuntimeError, match="at the second call"):
+        benchmark.check({"fused": lambda: next(calls), "eager": right})
+
+
+MISTAKES: dict[str, Callable[[Any], object]] = {
+    "gates without weights": lambda block: [torch.nn.init.zeros_(p) for p in block.gate.parameters()],
+    "gates of other places": lambda block: [p.copy_(p.roll(1, 0)) for p in block.gate.parameters()],
+    "no norm weight": lambda block: torch.nn.init.ones_(block.norm_weight),
+    "no norm bias": lambda block: torch.nn.init.zeros_(block.norm_bias),
+}
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_what_the_cases_tell_apart(mistake: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their parameters and maps are such that a block that mistakes one of them is not timed."""
+
+    def call(block: Any, *maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        if block.backend != "reference":
+            block = copy.deepcopy(block)
+            MISTAKES[mistake](block)
+        return tuple(block(*maps)[1:5])
+
+    monkeypatch.setitem(OPERATIONS, "block", OPERATIONS["block"]._replace(call=call))
+    rivals = cases.map_rivals(Problem("block", "forward", (2, 32, 9, 8), "nchw", dtype))
+    with pytest.raises(RuntimeError, match="the fused result is off by"):
+        benchmark.check(rivals, timing.TOLERANCES[cases.DTYPES[dtype]])
+
+
+def test_a_wrong_case_is_told_and_the_next_one_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = [sums("first"), sums("wrong", off=1.0), sums("last")]
+    monkeypatch.setattr(cases, "cases", lambda *_: chosen)
+    file = tmp_path / "x.jsonl"
+    assert command.main(["--seconds", "0", "--out", str(file)]) == 1
+    assert [json.loads(line)["case"] for line in file.read_text().splitlines()] == ["first", "last"]
+    assert "wrong: RuntimeError: the fused result is off by" in capsys.readouterr().err
+
+
+def test_the_fused_form_is_the_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MRCN_FAST_BACKEND", "reference")
+    assert command.main(["--only", "16x64x72x32"]) == 2
+    assert "MRCN_FAST_BACKEND is 'reference'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--device", "nothing"], "got 'nothing', expected cpu, cuda or cuda:N"),
+        (["--table", "a", "--compare", "b", "c"], "not allowed with"),
+        (["--only", "16x64", "--out", "/dev/null/x"], "--out: "),
+    ],
+)
+def test_what_can_be_put_right(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        status = command.main(words)
+    except SystemExit as error:
+        status = int(str(error.code))
+    assert status == 2 and told in capsys.readouterr().err
+
+
 def test_a_rival_that_does_not_compile_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     def backend(*_: object) -> None:
         raise ValueError("64 v.s. 1024")
@@ -320,7 +403,25 @@ def test_what_moved_between_two_files(tmp_path: Path, capsys: pytest.CaptureFixt
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("content", [None, "nothing of ours\n", '{"case": "a"}\n'])
+def test_machines_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And of each the newest result, whatever the order in the file."""
+    file = tmp_path / "x.jsonl"
+    cpu = {"cpu": "A", "threads": 2, "torch": "2.13", "pages": "warm"}
+    old, new = (cpu | {"kernels": f"C++ kernels, {isa} of ..."} for isa in ("avx2", "avx512bf16"))
+    for where, day, ratio in ((new, 3, 2.0), (old, 1, 3.0), (new, 2, 4.0)):
+        benchmark.write(file, where | {"date": f"2026-11-0{day}T00"} | result({}, eager=ratio))
+    benchmark.write(file, new | {"date": "2026-11-05T00"} | result({}) | {"case": "another"})
+    assert command.main(["--table", str(file)]) == 0
+    told = capsys.readouterr().out
+    first, second = told.split("A, avx2, ")
+    assert first.startswith("A, avx512, 2 threads, torch 2.13, warm pages; 2026-11-03 to 2026-11-05\n")
+    assert "| a case | 1000.00 ms | 2.0 ×" in first and "| another |" in first
+    assert second.startswith("2 threads, torch 2.13, warm pages; 2026-11-01\n") and "3.0 ×" in second
+
+
+@pytest.mark.parametrize(
+    "content", [None, "", "nothing of ours\n", '{"case": "a"}\n', '{"case": "step", "ms": {"habit": [1]}}\n']
+)
 def test_a_file_that_holds_no_results(
     content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -443,9 +544,13 @@ def test_every_round_has_an_order_of_its_own() -> None:
     assert before == {"b", "c", "d"}
 
 
+@pytest.mark.parametrize("hot", [False, True])
 @pytest.mark.parametrize("waits", [False, True])
-def test_measuring_on_a_gpu(waits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rival once a round; a pause before what does not wait by itself, longer than its host takes."""
+def test_measuring_on_a_gpu(waits: bool, hot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rival once a round; a pause before what does not wait by itself, longer than its host takes.
+
+    Before the call something else fills the cache, or the same call.
+    """
     log: list[str] = []
     fakes: dict[str, Callable[..., Any]] = {
         "Event": FakeEvent,
@@ -458,20 +563,23 @@ def test_measuring_on_a_gpu(waits: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(timing, "pause_rate", lambda: 1e9)
+    monkeypatch.setattr(timing, "cache_filler", lambda: lambda: log.append("fill"))
 
     def eager() -> None:
         time.sleep(2e-3)
         log.append("eager")
 
     rivals: dict[str, Callable[[], Any]] = {"fused": lambda: log.append("fused"), "eager": eager}
-    timings, costs = timing.measure_gpu(rivals, 0.0, waits, least=3)
-    rounds = log[-12:] if not waits else log[-6:]
-    kinds = [entry.split()[0] for entry in rounds]
+    timings, costs = timing.measure_gpu(rivals, 0.0, waits, hot, least=3)
+    entries = 2 if waits else 3  # of a call: the pause, what is in the cache, the call
+    calls = [log[k : k + entries] for k in range(len(log) - 6 * entries, len(log), entries)]
+    kinds = [entry[-1] for entry in calls]
+    assert [entry[-2] for entry in calls] == (kinds if hot else ["fill"] * 6)
     if not waits:
-        assert kinds[::2] == ["pause"] * 6
-        kinds = kinds[1::2]
-        pauses = {kind: int(entry.split()[1]) for kind, entry in zip(kinds, rounds[::2], strict=True)}
-        assert pauses["fused"] >= 1e5 and pauses["eager"] >= 1e9 * 4e-3
+        pauses = {
+            kind: int(entry[0].removeprefix("pause ")) for kind, entry in zip(kinds, calls, strict=True)
+        }
+        assert pauses["fused"] >= 1e5 and pauses["eager"] >= (2 if hot else 1) * 1e9 * 4e-3
     assert [sorted(kinds[k : k + 2]) for k in (0, 2, 4)] == [["eager", "fused"]] * 3
     assert timings["eager"].median > 1.9e-3 > timings["fused"].median
     assert costs["eager"].host > 1.9e3 and costs["eager"].peak == 250

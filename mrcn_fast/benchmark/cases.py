@@ -169,6 +169,7 @@ def map_rivals(problem: Problem, plain_forms: bool = True) -> Rivals:
     channels = problem.shape[1]
     torch.manual_seed(0)
     module = operation.make(channels, device=device, dtype=dtype)
+    draw_parameters(module)
     plain = operation.make(channels, device=device, dtype=dtype, backend="reference")
     plain.load_state_dict(module.state_dict())
     sets = _sets(problem)
@@ -190,9 +191,22 @@ def map_rivals(problem: Problem, plain_forms: bool = True) -> Rivals:
             rivals[f"compile{suffix}"] = run(compiled(literal, mode), plain)
             rivals[f"compile collapsed{suffix}"] = run(compiled(collapsed, mode), plain)
     if dtype != torch.float32 or not plain_forms:
-        rivals[EXACT] = partial(_exact, problem, plain, sets[0])
+        given = itertools.cycle(sets)
+        rivals[EXACT] = lambda: _exact(problem, plain, next(given))
     volumes = operation.volumes(problem.way)
-    return rivals | {"floor": copy_of(volumes * math.prod(problem.shape), device, dtype)}
+    floor = copy_of(volumes * math.prod(problem.shape), device, dtype, hot=problem.hot)
+    return rivals | {"floor": floor}
+
+
+def draw_parameters(module: nn.Module) -> None:
+    """Numbers of their own for every parameter: one that is left out or mistaken for another shows.
+
+    With the module's first ones M is nearly zero and the gates are nearly one half, whatever is in them.
+    """
+    for name, parameter in module.named_parameters():
+        mean = 1.0 if name.endswith("norm_weight") else 0.0
+        fan_in = parameter.shape[-1] if parameter.dim() > 2 else 4  # a layer's weights, else std 0.5
+        nn.init.normal_(parameter, mean, fan_in**-0.5)
 
 
 def other_kernels(device: str) -> list[str]:
@@ -216,6 +230,7 @@ def _sets(problem: Problem) -> list[_Set]:
     def tensor(count: int = 1) -> Tensor:
         shape = (count * problem.shape[0], *problem.shape[1:])
         made = torch.randn(shape, device=problem.device, dtype=dtype)
+        made += torch.randn((*shape[:2], 1, 1), device=problem.device, dtype=dtype)  # planes have means
         return made.contiguous(memory_format=LAYOUTS[problem.layout])
 
     def one() -> _Set:
@@ -226,7 +241,8 @@ def _sets(problem: Problem) -> list[_Set]:
             return _Set(maps, (tensor(operation.outputs),))
         return _Set(maps, tuple(tensor() for _ in range(operation.outputs)))
 
-    number = 1 if problem.hot else rotation(problem.device, 6 * problem.volume_bytes)
+    moved = operation.volumes(problem.way) * problem.volume_bytes
+    number = 1 if problem.hot else rotation(problem.device, moved)
     return [one() for _ in range(number)]
 
 
@@ -304,7 +320,9 @@ def _exact_part(problem: Problem, wide: nn.Module, given: _Set) -> tuple[Tensor,
 _COPIED_AT_ONCE: Final = 256e6
 
 
-def copy_of(elements: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Callable[[], Any]:
+def copy_of(
+    elements: int, device: str = "cpu", dtype: torch.dtype = torch.float32, hot: bool = False
+) -> Callable[[], Any]:
     """The floor: a copy that reads and writes so many elements in all."""
     half = elements // 2
     part = min(half, int(_COPIED_AT_ONCE) // dtype.itemsize)
@@ -313,7 +331,7 @@ def copy_of(elements: int, device: str = "cpu", dtype: torch.dtype = torch.float
         source = torch.randn(part, device=device, dtype=dtype)
         return torch.empty_like(source), source
 
-    number = rotation(device, 2 * half * dtype.itemsize) if part == half else 1
+    number = rotation(device, 2 * half * dtype.itemsize) if part == half and not hot else 1
     pairs = itertools.cycle([pair() for _ in range(number)])
 
     def copy() -> Tensor:
@@ -327,7 +345,7 @@ def copy_of(elements: int, device: str = "cpu", dtype: torch.dtype = torch.float
 
 
 def rotation(device: str, set_bytes: int) -> int:
-    """How many sets of tensors the rivals go round: on a GPU, together four times what its cache holds."""
+    """How many sets of tensors a form goes round: on a GPU, together four times what its cache holds."""
     if device == "cpu":
         return 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
@@ -357,8 +375,10 @@ def cqc_rivals(
 
         return both
 
+    given = itertools.cycle(sets)
+
     def exact() -> Any:
-        features = [f.detach().float().requires_grad_() for f in sets[0]]
+        features = [f.detach().float().requires_grad_() for f in next(given)]
         losses, _ = reference.cqc_loss(features, labels, labels)
         return torch.autograd.grad(losses.sum(), features)
 
@@ -428,6 +448,7 @@ def _map_case(problem: Problem, suite: str) -> Case:
         goals(problem),
         problem.device,
         DTYPES[problem.dtype],
+        hot=problem.hot,
         facts=problem.facts,
     )
 

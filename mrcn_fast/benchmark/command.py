@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 
-from mrcn_fast import backends
+from mrcn_fast import backends, dispatch
 from mrcn_fast.benchmark import cases, results
 from mrcn_fast.benchmark.timing import (
     EXACT,
@@ -39,7 +41,11 @@ def parser() -> argparse.ArgumentParser:
         "--suite", default="table", choices=cases.SUITES, help="table (default), stages or sweep"
     )
     options.add_argument(
-        "--device", default="cpu", metavar="DEVICE", help="cpu (default), or cuda, with cases of its own"
+        "--device",
+        type=_device,
+        default="cpu",
+        metavar="DEVICE",
+        help="cpu (default), or cuda, with cases of its own",
     )
     options.add_argument(
         "--dtype",
@@ -65,7 +71,8 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     options.add_argument("--list", action="store_true", help="print the cases' names and stop")
-    files = options.add_argument_group("of files of results; nothing is measured")
+    group = options.add_argument_group("of files of results; nothing is measured")
+    files = group.add_mutually_exclusive_group()
     files.add_argument("--table", type=Path, metavar="FILE", help="print the newest results as Markdown")
     files.add_argument(
         "--compare", type=Path, nargs=2, metavar=("A", "B"), help="say which cases moved from A to B"
@@ -73,10 +80,20 @@ def parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--report", type=Path, nargs="+", metavar="FILE", help="draw them: PNG charts, and a page of HTML"
     )
-    files.add_argument(
+    group.add_argument(
         "--to", type=Path, default=Path("runs/bench"), metavar="DIR", help="the report's folder (runs/bench)"
     )
     return options
+
+
+def _device(text: str) -> str:
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
+    return "cpu" if device.type == "cpu" else text
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -88,15 +105,16 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, ImportError) as error:
         print(f"mrcn-fast bench: {error}", file=sys.stderr)
         return 2
-    known = cases.cases(options.suite, options.device, options.dtype or tuple(cases.DTYPES))
+    dtypes = options.dtype or tuple(cases.DTYPES)
+    known = cases.cases(options.suite, options.device, dtypes)
     chosen = [case for case in known if options.only in case.name]
     if options.list:
         print("\n".join(case.name for case in chosen))
         return 0
     if not chosen:
         print(
-            f"--only: got {options.only!r}, which no case's name in the suite {options.suite} contains; "
-            "see --list",
+            f"--only: got {options.only!r}, which no case's name in the suite {options.suite} contains "
+            f"({', '.join(dtypes)}); see --list",
             file=sys.stderr,
         )
         return 2
@@ -106,6 +124,12 @@ def main(argv: list[str] | None = None) -> int:
     if reason := unmeasurable(options.device):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2
+    if options.out:
+        try:  # to add to the file, before anything is measured for it
+            results.write(options.out)
+        except OSError as error:
+            print(f"--out: {error}", file=sys.stderr)
+            return 2
     return _measure(chosen, options)
 
 
@@ -146,14 +170,33 @@ def _measure(chosen: Sequence[Case], options: argparse.Namespace) -> int:
 def _results(chosen: Sequence[Case], options: argparse.Namespace) -> Iterator[results.Line | str]:
     """Of each case, or in words why there is none."""
     if options.workers == 1:
-        return (measured(case, options.seconds, options.pages) for case in chosen)
+        return (tried(measured, case, options.seconds, options.pages) for case in chosen)
     from mrcn_fast.benchmark import side_by_side  # which imports this module
 
     return side_by_side.measured(chosen, options.seconds, options.pages, options.workers)
 
 
+def tried(function: Callable[..., Any], case: Case, *arguments: Any) -> Any:
+    """What the function gives, or in words why it failed."""
+    try:
+        result = function(case, *arguments)
+        if torch.device(case.device).type == "cuda":
+            torch.cuda.empty_cache()  # what the allocator keeps is the other processes' too
+        return result
+    except Exception as error:
+        traceback.print_exc()
+        return f"{case.name}: {type(error).__name__}: {error}"
+
+
 def unmeasurable(device: str) -> str | None:
     """Why nothing can be measured on ``device``; None where something can."""
+    wanted = os.environ.get(dispatch.ENVIRONMENT_VARIABLE) or "auto"
+    serving = "cpu" if torch.device(device).type == "cpu" else "triton"
+    if wanted not in ("auto", serving):
+        return (
+            f"{dispatch.ENVIRONMENT_VARIABLE} is {wanted!r}, so that what is timed as the fused form would "
+            f"not be {serving!r}; unset it"
+        )
     if torch.device(device).type == "cpu":
         status = backends()["cpu"]
     elif not torch.cuda.is_available():
@@ -191,7 +234,7 @@ def timed(
         known = {name: peak for name, peak in peaks.items() if peak is not None}
         return results.row(case, timings, peaks=known, refused=refused)
     with torch.cuda.device(case.device):
-        timings, costs = measure_gpu(rivals, seconds, case.waits)
+        timings, costs = measure_gpu(rivals, seconds, case.waits, case.hot)
     return results.row(case, timings, costs, refused=refused)
 
 

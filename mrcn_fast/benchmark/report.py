@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from mrcn_fast.benchmark.cases import AUTOTUNED
-from mrcn_fast.benchmark.results import Line, described, markdown, newest
+from mrcn_fast.benchmark.results import Line, faster, markdown, newest
 
 try:
     import matplotlib
@@ -76,11 +75,7 @@ def write_report(files: Sequence[Path], folder: Path) -> list[Path]:
 
 def groups(files: Sequence[Path]) -> list[Group]:
     """The newest result of every case, by the machine it was measured on."""
-    found: dict[str, list[Line]] = {}
-    for file in files:
-        for line in newest(file).values():
-            found.setdefault(described(line), []).append(line)
-    return [Group(title, lines) for title, lines in found.items()]
+    return [Group(title, list(lines.values())) for title, lines in newest(*files).items()]
 
 
 # --- charts -------------------------------------------------------------------------------------------
@@ -147,18 +142,15 @@ CHARTS: Final[dict[str, Callable[[Group], Figure | None]]] = {
 
 def _ratios(line: Line) -> dict[str, float]:
     """How many fused times a rival takes; of its two compilations the faster one."""
-    ratios: dict[str, float] = line["ratios"]
-    return {
-        name: min(ratios[name], ratios.get(name + AUTOTUNED, ratios[name]))
-        for name in FORMS
-        if name in ratios
-    }
+    ratios = {name: faster(line["ratios"], name) for name in FORMS}
+    return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
 
 def _points(
     axes: matplotlib.axes.Axes, lines: list[Line], name: str, label: str, color: str, style: str = "-"
 ) -> None:
-    points = sorted((line["volume_bytes"], line["ms"][name]) for line in lines if name in line["ms"])
+    times = [(line["volume_bytes"], faster(line["ms"], name)) for line in lines]
+    points = sorted((size, ms) for size, ms in times if ms is not None)
     if not points:
         return
     sizes, medians = [size for size, _ in points], [ms[1] for _, ms in points]

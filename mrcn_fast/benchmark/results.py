@@ -6,8 +6,9 @@ import datetime
 import importlib.metadata
 import json
 import platform
+import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,13 @@ def machine(device: str = "cpu") -> Line:
 
 
 def _commit() -> str:
+    """HEAD, "-dirty" where a tracked file differs from it; result files do whenever they are added to."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    differ = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
     try:
-        here = Path(__file__).parent
-        words = ["git", "-C", str(here), "describe", "--always", "--dirty"]
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        words = [*git, "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
+        return commit + "-dirty" * (subprocess.run(differ, capture_output=True).returncode != 0)
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 
@@ -100,13 +104,14 @@ def _missed(name: str, goal: float, result: Line) -> bool:
         return "host_us" not in result or result["host_us"]["fused"] > goal
     if name == "memory":
         return "peak_bytes" in result and result["peak_bytes"]["fused"] > goal * result["result_bytes"]
-    least = _least_ratio(ratios, name)
-    return least is not None and least < goal
+    fastest = faster(ratios, name)
+    return fastest is not None and bool(fastest < goal)
 
 
-def _least_ratio(ratios: dict[str, float], name: str) -> float | None:
-    """A rival's, of its two compilations the faster one's; None where it has none."""
-    return min((ratios[form] for form in (name, name + AUTOTUNED) if form in ratios), default=None)
+def faster(times: dict[str, Any], name: str) -> Any:
+    """A rival's ratio or quantiles, of its two compilations the faster one's; None where it has none."""
+    found = [times[form] for form in (name, name + AUTOTUNED) if form in times]
+    return min(found, key=lambda time: time[1] if isinstance(time, list) else time, default=None)
 
 
 def print_row(result: Line) -> None:
@@ -126,37 +131,59 @@ def print_row(result: Line) -> None:
 
 
 def described(where: Line) -> str:
-    """The machine of a result line, in a line."""
+    """The machine of a result line, in a line.
+
+    The instruction set is part of it, without its extensions: processors of different generations may call
+    themselves alike.
+    """
     if "gpu" in where:
         return f"{where['gpu']}, torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}"
-    return f"{where['cpu']}, {where['threads']} threads, torch {where['torch']}, {where['pages']} pages"
+    isa = re.match(r"C\+\+ kernels, (avx512|\w+)", where.get("kernels", ""))
+    cpu = where["cpu"] + (f", {isa[1]}" if isa else "")
+    return f"{cpu}, {where['threads']} threads, torch {where['torch']}, {where['pages']} pages"
 
 
-def write(file: Path, line: Line) -> None:
-    """Append a result; a file of results is only added to."""
+def write(file: Path, *lines: Line) -> None:
+    """Append results; a file of results is only added to."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a", encoding="utf-8") as out:
-        out.write(json.dumps(line) + "\n")
+        out.writelines(json.dumps(line) + "\n" for line in lines)
 
 
-def newest(file: Path) -> dict[str, Line]:
-    """The newest result of every case in ``file``, by its name.
+def newest(*files: Path) -> dict[str, dict[str, Line]]:
+    """The newest result of every case, by the machine that `described` names and the case's name.
 
-    Raises ValueError, naming the file, for one that is missing or no file of results.
+    Raises ValueError, naming the file, for one that is missing or holds no results of cases.
     """
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        return {line["case"]: line for line in lines if "fused" in line["ms"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected result lines, as --out writes them; found: {error!r}") from error
+    found: dict[str, dict[str, Line]] = {}
+    for file in files:
+        try:
+            read = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            lines = [(described(line), line["case"], line) for line in read if "fused" in line["ms"]]
+            if not lines:
+                raise ValueError("none")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{file}: expected result lines, as --out writes them; found: {error!r}"
+            ) from error
+        for place, case, line in lines:
+            known = found.setdefault(place, {})
+            if case not in known or known[case]["date"] <= line["date"]:
+                known[case] = line
+    return found
 
 
 def print_table(file: Path) -> None:
-    """The newest result of every case in ``file`` as a Markdown table, under its machine's name."""
-    found = newest(file)
-    last = next(reversed(found.values()))
-    print(f"{described(last)}; {last['date']}\n")
-    print("\n".join(markdown(found.values())))
+    """The newest result of every case in ``file`` as Markdown, a table under each machine's name."""
+    for place, found in newest(file).items():
+        print(f"{place}; {days(list(found.values()))}\n")
+        print("\n".join(markdown(found.values())) + "\n")
+
+
+def days(lines: Sequence[Line]) -> str:
+    """When they were measured, from the first day to the last."""
+    first, last = (choose(line["date"][:10] for line in lines) for choose in (min, max))
+    return first if first == last else f"{first} to {last}"
 
 
 def markdown(found: Iterable[Line]) -> list[str]:
@@ -168,8 +195,8 @@ def markdown(found: Iterable[Line]) -> list[str]:
     for result in found:
         case = result["case"]
         of_maps = ("eager", "instance_norm", "compile", "compile collapsed")
-        names = ("loop", None, "vectorized", None) if "cqc" in case else of_maps
-        ratios = [None if name is None else _least_ratio(result["ratios"], name) for name in names]
+        names = ("loop", None, "vectorized", None) if "loop" in result["ratios"] else of_maps
+        ratios = [None if name is None else faster(result["ratios"], name) for name in names]
         fused = result["ms"]["fused"][1]
         cells = [
             f"{fused:.2f} ms" if fused >= 0.1 else f"{1e3 * fused:.0f} µs",
@@ -184,9 +211,10 @@ def compare(before: Path, after: Path) -> list[str]:
     """Lines that say which cases moved from one file to the other by more than their spread.
 
     A case has moved where the 20th to 80th percentiles of its fused times don't overlap. Where the floor
-    moved likewise, it was the machine, or that too. Raises ValueError for a file that holds no results.
+    moved too, it was the machine, or that as well. Of several machines' results of a case the newest one
+    counts. Raises ValueError for a file that holds no results.
     """
-    old, new = newest(before), newest(after)
+    old, new = (_newest_of_any_machine(file) for file in (before, after))
     told = []
     for file, own, other in ((before, old, new), (after, new, old)):
         if missing := [case for case in other if case not in own]:
@@ -196,6 +224,11 @@ def compare(before: Path, after: Path) -> list[str]:
     if len(places) > 1:
         told.append(f"measured in different places: {'; '.join(sorted(places))}")
     return told + [_moved(old[case], new[case]) for case in shared]
+
+
+def _newest_of_any_machine(file: Path) -> dict[str, Line]:
+    lines = [line for found in newest(file).values() for line in found.values()]
+    return {line["case"]: line for line in sorted(lines, key=lambda line: str(line["date"]))}
 
 
 def _moved(old: Line, new: Line) -> str:

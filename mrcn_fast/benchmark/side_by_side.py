@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import traceback
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
-from typing import Any
 
 import torch
 
@@ -82,7 +80,7 @@ def _serve(cases: Sequence[Case], seconds: float, pages: str, connection: Connec
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # there are processes enough
     # Every case compiles the same functions, with others inside: each counts as a recompilation.
     torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1 << 20
-    prepared = [_tried(command.prepared, case) for case in cases]
+    prepared = [command.tried(command.prepared, case) for case in cases]
     connection.send("ready")
     while True:
         try:
@@ -93,17 +91,5 @@ def _serve(cases: Sequence[Case], seconds: float, pages: str, connection: Connec
         if isinstance(rivals, str):
             connection.send(rivals)
         else:
-            connection.send(_tried(command.timed, case, *rivals, seconds, pages))
+            connection.send(command.tried(command.timed, case, *rivals, seconds, pages))
             prepared[number] = f"{case.name}: timed before"  # its tensors are free for the next
-
-
-def _tried(function: Any, case: Case, *arguments: Any) -> Any:
-    """What the function gives, or in words why it failed."""
-    try:
-        result = function(case, *arguments)
-        if torch.device(case.device).type == "cuda":
-            torch.cuda.empty_cache()  # what the allocator keeps is the other processes' too
-        return result
-    except Exception as error:
-        traceback.print_exc()
-        return f"{case.name}: {type(error).__name__}: {error}"
