@@ -176,7 +176,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--only: got {options.only!r}, which no case's name contains; see --list", file=sys.stderr)
         return 2
     # numpy sorts; the pages are as the allocator gives them, as a user has them.
-    where = benchmark.machine() | {"numpy": np.__version__, "pages": "fresh"}
+    where = benchmark.machine() | {"numpy": np.__version__, "pages": "the allocator's"}
     print(f"{benchmark.described(where)}, numpy {where['numpy']}")
     print("median of interleaved rounds; ratios are the loop's time over the scorer's\n")
     any_missed = False

@@ -5,7 +5,8 @@ images that are on the device already; loading has `bench --loader`. The habit: 
 MRCN's block in plain PyTorch, its six sets joined by torch.cat, a loop over identities in the loss.
 
 Steps take turns. Before, each one's first loss is compared with the habit's, from the same weights and
-images.
+images, and the sizes of its gradients: not their directions, for through fifty layers of a trunk that has
+learned nothing, bf16's point elsewhere altogether.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ ADDITIONS: Final = {
 # Of the first loss, relative, through fifty layers: bf16 rounds to 8 bits, and TF32, in which torch lets GPUs
 # convolve float32, to 11 (on an H200 the losses were 1e-2 and 2e-4 off).
 TOLERANCES: Final = {"32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
+# Of the gradients' lengths, of trunk, blocks and heads each (bf16's were up to 0.1 off).
+GRADIENTS: Final = 0.3
 # Training identities of SYSU-MM01: the classifier's size.
 _CLASSES: Final = 395
 _LEAST_ROUNDS: Final = 3
@@ -122,10 +125,14 @@ class Step:
         maps = [x.detach().requires_grad_() for x in maps]
         (plug,) = self.model.blocks
 
-        def both() -> Any:
+        def forward() -> Tensor:
             with self._autocast():
-                made = plug.first(*maps).maps
-            return torch.autograd.grad(made, (*maps, *plug.parameters()), torch.ones_like(made))
+                return plug.first(*maps).maps
+
+        gradient = torch.randn_like(forward())
+
+        def both() -> Any:
+            return torch.autograd.grad(forward(), (*maps, *plug.parameters()), gradient)
 
         return both
 
@@ -151,11 +158,11 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
     times the habit's images a second, are of the medians; "peak_bytes" is what a step takes besides weights;
     "block_share" is the time of the block's forward and backward alone over the step's.
 
-    Raises RuntimeError where a plan's first loss is not the habit's.
+    Raises RuntimeError where a plan's first loss or its gradients are not the habit's.
     """
     torch._dynamo.reset()
     steps = {plan.name: Step(config, plan, device) for plan in plans(config.model, device)}
-    errors = _checked(steps)
+    errors, off = _checked(steps)
     timings = _timed(steps, seconds, device)
     images = 2 * config.identities * config.images
     medians = {name: timing.median for name, timing in timings.items()}
@@ -170,6 +177,7 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
         "depth": config.depth,
         "pages": "as the allocator gives them",
         "first_loss_error": errors,
+        "gradient_size_error": off,
         "ms": {name: [round(1e3 * s, 2) for s in timing] for name, timing in timings.items()},
         "images_per_second": {name: round(images / median, 2) for name, median in medians.items()},
         "ratios": {name: round(medians[HABIT] / median, 3) for name, median in medians.items()},
@@ -178,10 +186,15 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
     }
 
 
-def _checked(steps: dict[str, Step]) -> dict[str, float]:
-    """The relative errors of the first losses; RuntimeError at the first that is more than rounding."""
+def _checked(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, float]]:
+    """The relative errors of the first losses, and the largest of the gradients' lengths.
+
+    RuntimeError at the first that is more than rounding.
+    """
     losses: dict[str, float] = {}
+    sizes: dict[str, dict[str, float]] = {}
     errors: dict[str, float] = {}
+    off: dict[str, float] = {}
     for name, step in steps.items():
         losses[name] = float(step())
         errors[name] = abs(losses[name] - losses[HABIT]) / abs(losses[HABIT])
@@ -191,7 +204,30 @@ def _checked(steps: dict[str, Step]) -> dict[str, float]:
                 f"{name}: the first loss is {losses[name]}, the habit's is {losses[HABIT]}: off by "
                 f"{errors[name]:.1e}, expected under {allowed:.0e}"
             )
+        sizes[name] = _gradient_sizes(step.model)
+        apart = {part: abs(size / sizes[HABIT][part] - 1) for part, size in sizes[name].items()}
+        part = max(apart, key=lambda part: apart[part])
+        off[name] = apart[part]
+        if not off[name] < GRADIENTS:
+            raise RuntimeError(
+                f"{name}: the gradient of the {part} is {sizes[name][part]:.3g} long, the habit's is "
+                f"{sizes[HABIT][part]:.3g}: off by {off[name]:.1e}, expected under {GRADIENTS:.0e}"
+            )
+    return _rounded(errors), _rounded(off)
+
+
+def _rounded(errors: dict[str, float]) -> dict[str, float]:
     return {name: round(error, 7) for name, error in errors.items()}
+
+
+def _gradient_sizes(model: ReIDModel) -> dict[str, float]:
+    """The length of the gradient that a step has left, of each of the model's parts that has one."""
+    sizes = {}
+    for part, module in model.named_children():
+        found = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
+        if found:
+            sizes[part] = float(torch.cat(found).norm())
+    return sizes
 
 
 def _timed(steps: dict[str, Step], seconds: float, device: str) -> dict[str, benchmark.Timing]:
@@ -254,6 +290,18 @@ def print_steps(result: dict[str, Any]) -> None:
     print()
 
 
+def _newest(file: Path) -> list[dict[str, Any]]:
+    """The newest result of each model; ValueError, naming the file, where there is none."""
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found = {line["case"]: line for line in lines if HABIT in line["ms"]}
+        if not found:
+            raise ValueError("none")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected lines as --step --out writes them; found: {error!r}") from error
+    return list(found.values())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """`mrcn-fast bench --step`: measure, and print a table a model."""
     parser = argparse.ArgumentParser(prog="mrcn-fast bench --step", description="time whole training steps")
@@ -273,8 +321,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print FILE's results")
     options = parser.parse_args(argv)
     if options.table:
-        lines = [json.loads(line) for line in options.table.read_text(encoding="utf-8").splitlines()]
-        for result in {line["case"]: line for line in lines}.values():
+        try:
+            found = _newest(options.table)
+        except ValueError as error:
+            print(f"mrcn-fast bench --step: {error}", file=sys.stderr)
+            return 2
+        for result in found:
             print_steps(result)
         return 0
     if reason := unmeasurable(options.device):

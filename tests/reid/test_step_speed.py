@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from mrcn_fast import cli
+from mrcn_fast.autograd import BlockFunction
 from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.reid import step_speed
 from mrcn_fast.reid.config import TrainConfig
@@ -84,6 +86,26 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MRCNPlug, "first", halved)
     with pytest.raises(RuntimeError, match=r"\+ concat: the first loss is .*, the habit's is"):
         step_speed.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
+
+
+def test_a_step_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    backward = BlockFunction.backward
+
+    def nothing(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        found = backward(ctx, *gradients)
+        return tuple(None if g is None else torch.zeros_like(g) for g in found)
+
+    monkeypatch.setattr(BlockFunction, "backward", staticmethod(nothing))
+    with pytest.raises(RuntimeError, match=r"\+ fused block: the gradient of the plugs is 0 long"):
+        step_speed.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", ["", "nothing of ours\n", '{"case": "a", "ms": {"fused": [1, 1, 1]}}\n'])
+def test_a_file_without_steps(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(content)
+    assert cli.main(["bench", "--step", "--table", str(file)]) == 2
+    assert f"{file}: expected lines as --step --out writes them" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
