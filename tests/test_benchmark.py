@@ -334,6 +334,18 @@ def test_the_peak_is_what_the_system_counts() -> None:
     assert 47e6 < peak < 56e6
 
 
+def test_what_autograd_keeps() -> None:
+    """The statistics alone of the block, four bytes a number; of eager six maps."""
+    n, c = 2, 32
+    rivals = cases.map_rivals(Problem("block", "forward+backward", (n, c, 9, 8)))
+    # Of each plane the mean, what rounding left of it, and 1/σ; the hidden layers of four gates.
+    assert 0 < timing.saved_bytes(rivals["fused"]) <= 4 * n * (2 * 3 * c + 4 * 2)
+    assert timing.saved_bytes(rivals["eager"]) > 6 * 4 * n * c * 72
+    x = torch.ones(5, requires_grad=True)
+    assert timing.saved_bytes(lambda: torch.autograd.grad((x * x).sum(), x)) == 0
+    assert timing.saved_bytes(lambda: torch.autograd.grad(x.exp().sum(), x)) == 20
+
+
 # --- results ------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from mrcn_fast.benchmark.timing import (
     measure,
     measure_gpu,
     peak_bytes,
+    saved_bytes,
 )
 
 PAGES: Final = {"warm": keep_pages_warm, "fresh": keep_pages_fresh}
@@ -227,15 +228,18 @@ def timed(
     case: Case, rivals: Rivals, refused: dict[str, str], seconds: float, pages: str = "warm"
 ) -> results.Line:
     """The result of a case that is prepared."""
+    forms = {name: call for name, call in rivals.items() if name != "floor"}
+    both = case.facts.get("way") == "forward+backward"
+    saved = {name: saved_bytes(call) for name, call in forms.items()} if both else {}
     if case.device == "cpu":
         PAGES[pages]()
         timings = measure(rivals, seconds)
-        peaks = {name: peak_bytes(call) for name, call in rivals.items() if name != "floor"}
+        peaks = {name: peak_bytes(call) for name, call in forms.items()}
         known = {name: peak for name, peak in peaks.items() if peak is not None}
-        return results.row(case, timings, peaks=known, refused=refused)
+        return results.row(case, timings, peaks=known, saved=saved, refused=refused)
     with torch.cuda.device(case.device):
         timings, costs = measure_gpu(rivals, seconds, case.waits, case.hot)
-    return results.row(case, timings, costs, refused=refused)
+    return results.row(case, timings, costs, saved=saved, refused=refused)
 
 
 def uncompilable(rivals: Rivals) -> dict[str, str]:

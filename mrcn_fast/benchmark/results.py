@@ -68,11 +68,13 @@ def row(
     timings: dict[str, Timing],
     costs: dict[str, Cost] | None = None,
     peaks: dict[str, int] | None = None,
+    saved: dict[str, int] | None = None,
     refused: dict[str, str] | None = None,
 ) -> Line:
     """One result: milliseconds of every rival, ratios to the fused time, and which goals hold.
 
-    costs: on a GPU; peaks: bytes of the process's memory, on a CPU; refused: rivals that don't compile.
+    costs: on a GPU; peaks: bytes of the process's memory, on a CPU; saved: bytes that autograd keeps for the
+    backward; refused: rivals that don't compile.
     """
     fused = timings["fused"].median
     ratios = {name: t.median / fused for name, t in timings.items() if name not in ("fused", "floor")}
@@ -90,6 +92,8 @@ def row(
         peaks = {name: cost.peak for name, cost in costs.items()}
     if peaks:
         result["peak_bytes"] = peaks
+    if saved:
+        result["saved_bytes"] = saved
     if refused:
         result["refused"] = refused
     return result | {"missed": [name for name, goal in case.goals.items() if _missed(name, goal, result)]}
@@ -125,6 +129,8 @@ def print_row(result: Line) -> None:
         cells.append(f"{ratios['floors']:.2f} floors of {ms['floor'][1]:.2f} ms")
     if "peak_bytes" in result and "result_bytes" in result:
         cells.append(f"memory {result['peak_bytes']['fused'] / result['result_bytes']:.3f} of the results'")
+    if "saved_bytes" in result:
+        cells.append(f"kept for the backward {result['saved_bytes']['fused'] / 1e6:.2f} MB")
     cells += [f"{name} does not compile: {error}" for name, error in result.get("refused", {}).items()]
     cells.append(f"below the goal: {', '.join(result['missed'])}" if result["missed"] else "goals met")
     print("  ".join(cells), flush=True)

@@ -185,6 +185,29 @@ def peak_bytes(call: Callable[[], Any], times: int = 3) -> int | None:
         prctl(_NO_HUGE_PAGES, before, 0, 0, 0)
 
 
+def saved_bytes(call: Callable[[], Any]) -> int:
+    """Bytes that autograd keeps from the forward to the backward of a call that does both.
+
+    In tensors of its own: memory of leaves that require gradients, such as inputs and parameters, is there
+    anyway.
+    """
+    kept: dict[int, int] = {}
+    given: set[int] = set()
+    alive: list[Tensor] = []  # so that no address is given again
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        if tensor.is_leaf and tensor.requires_grad:
+            given.add(storage.data_ptr())
+        alive.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        call()
+    return sum(size for address, size in kept.items() if address not in given)
+
+
 def _grown(call: Callable[[], Any], clear: Path, status: Path, trim: Callable[[int], object]) -> int:
     gc.collect()
     trim(0)  # pages that the allocator keeps would be taken without growing
