@@ -8,8 +8,8 @@ namespace mrcn {
 template <class Library>
 void define_operations(Library& library) {
   // Blocks. norm_weight, norm_bias: (modalities, C); gate_parameters: those of mrcn_fast/gates.py; the last
-  // result of a forward is the statistics (modalities, N, C, 2) that its backward takes. A gradient may
-  // be missing.
+  // result of a forward is what its backward takes of it, in a shape of the kernels' own. A gradient may be
+  // missing.
   library.def(
       "block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, Tensor[] "
       "gate_parameters, "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import dispatch, reference
+from mrcn_fast.backends import shapes
 
 
 class Mode(NamedTuple):
@@ -77,9 +78,12 @@ class BlockFunction(torch.autograd.Function):
 
             def again(*tensors: Tensor) -> tuple[Tensor, ...]:
                 inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
-                return dispatch.run_reference(
-                    mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
+                # The half dtypes in float32, as the kernels have them.
+                precise = [x.to(shapes.precise(x.dtype)) for x in inputs]
+                made = dispatch.run_reference(
+                    mode, precise, norm_weight, norm_bias, parameters, gate, eps, restitute_to
                 )
+                return tuple(x.to(inputs[0].dtype) for x in made)
 
             return (None,) * 5 + differentiable(again, gradients, tensors)
         flags = (restitute_to == "input",) if restitutes else ()
@@ -167,7 +171,7 @@ class CQCFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
 
             def again(*features: Tensor) -> tuple[Tensor, Tensor]:
-                precise = [f if f.dtype == torch.float64 else f.float() for f in features]
+                precise = [f.to(shapes.precise(f.dtype)) for f in features]
                 losses, _ = reference.cqc_loss(
                     unstack(precise, labels, infrared_labels),
                     labels,

@@ -7,9 +7,11 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from mrcn_fast import dispatch
 from mrcn_fast.autograd import MODES, BlockFunction, distinct, run_block, split
+from mrcn_fast.backends import shapes
 from mrcn_fast.gates import GATES, make_gate, parameter
 
 Modality = Literal["visible", "infrared"]
@@ -207,7 +209,9 @@ def _serve(
         return dispatch.run_reference(
             mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
         )
-    if not torch.is_grad_enabled():  # inference: what a Function costs can be saved
+    # Inference: what a Function costs can be saved, but where it has forward-mode derivatives to refuse.
+    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
+    if not (torch.is_grad_enabled() or forward_mode):
         return run_block(mode, backend, gate, eps, restitute_to, *tensors)[:-1]
     return BlockFunction.apply(mode, backend, gate, eps, restitute_to, *distinct(*tensors))
 
@@ -417,9 +421,10 @@ def _check_features(name: str, x: Tensor) -> None:
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor (N, C, H, W)")
     if x.dim() != 4:
         raise ValueError(f"{name}: got {x.dim()} dimensions {tuple(x.shape)}, expected four, (N, C, H, W)")
-    if not x.dtype.is_floating_point:
+    if x.dtype not in shapes.DTYPES:
         raise TypeError(
-            f"{name}: got dtype {x.dtype}, expected a floating-point dtype; convert with .float()"
+            f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16; "
+            "convert with .float()"
         )
     if x.shape[2] * x.shape[3] < 2:
         raise ValueError(
@@ -482,7 +487,7 @@ def _check_parameters(
             raise ValueError(f"parameters: got device {p.device}, expected the features' {device}")
         if p.dtype != own or own not in (dtype, torch.float32):
             raise TypeError(
-                f"parameters: got dtype {p.dtype}, expected one dtype for all, the features' "
+                f"parameters: got dtypes {own} and {p.dtype}, expected one dtype for all, the features' "
                 f"{dtype} or torch.float32; convert the block with .to(dtype)"
             )
     if dtype == torch.float64 and own != torch.float64:
@@ -498,9 +503,10 @@ def _gate_shapes(
     width = first.shape[1] if isinstance(first, Tensor) and first.dim() > 1 else 0
     shapes = GATES[gate].shapes(channels, width).values()
     if len(gate_parameters) != len(shapes) or not all(isinstance(p, Tensor) for p in gate_parameters):
-        raise ValueError(
-            f"gate_parameters of {gate!r}: got {len(gate_parameters)}, expected {len(shapes)} tensors"
-        )
+        kinds = ", ".join(type(p).__name__ for p in gate_parameters)
+        raise ValueError(f"gate_parameters of {gate!r}: got ({kinds}), expected {len(shapes)} tensors")
+    if width < 1:
+        raise ValueError(f"gate_parameters of {gate!r}: got a width of {width}, expected at least 1")
     if gate == "eca" and width % 2 == 0:
         raise ValueError(f"gate_parameters of 'eca': got a kernel of {width}, expected an odd one")
     return [(gates, *shape) for shape in shapes]

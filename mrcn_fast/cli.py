@@ -67,7 +67,8 @@ def _is_users(error: Exception) -> bool:
     """Whether the caller can put it right: arguments, files, missing packages; not a defect of ours."""
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
         return True
-    return type(error).__name__ == "TrainingError"  # by name: its module needs the packages of [reid]
+    # By name: the modules need torch, or the packages of [reid].
+    return type(error).__name__ in ("BackendError", "TrainingError")
 
 
 def _message(error: Exception) -> str:

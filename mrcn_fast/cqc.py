@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from mrcn_fast import dispatch, reference
 from mrcn_fast.autograd import CQCFunction, distinct, unstack
+from mrcn_fast.backends import shapes
 
 REDUCTIONS = ("sum", "mean", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -30,7 +31,7 @@ def cqc_loss(
         features: `MRCNFeatures` of six pooled sets in the order v, v+, v-, n-, n+, n: the first three
             (B_v, D), the last three (B_n, D); or all of them stacked, (3 B_v + 3 B_n, D). float32, float64,
             bfloat16 or float16; the two half dtypes are computed in float32 and give a float32 loss.
-        labels: (B_v,) integer identities of the visible samples, in any order.
+        labels: (B_v,) integer identities of the visible samples, in any order; below 2^63 - 1.
         infrared_labels: (B_n,) of the infrared ones; ``labels`` where left out.
         margin: α.
         reduction: "sum" over identities (the paper), "mean" over them, or "none".
@@ -43,7 +44,8 @@ def cqc_loss(
     Raises:
         TypeError: not six tensors or one, or a dtype that does not fit.
         ValueError: a shape, label count, device or name that does not fit, or no identity in both modalities
-            (inside `torch.compile` that is a RuntimeError).
+            (inside `torch.compile` that is a RuntimeError; on a GPU, which is not waited for, the sum is 0
+            and the mean NaN).
         RuntimeError: the backend asked for can't serve the call.
 
     Equivalent to:
@@ -75,18 +77,18 @@ def _losses(
     """Losses an identity, the identities (their number unless ``each``), the sum of the losses."""
     backend = dispatch.choose(requested, features[0].device.type, features[0].dtype)
     if backend == "reference":
-        precise = torch.float64 if features[0].dtype == torch.float64 else torch.float32
-        sets = [f.to(precise) for f in unstack(features, labels, infrared_labels)]
+        sets = [f.to(shapes.precise(f.dtype)) for f in unstack(features, labels, infrared_labels)]
         _check_count(
-            torch.tensor(reference.shared_identities(labels, infrared_labels).shape[0]),
+            torch.tensor(reference.shared_identities(labels, infrared_labels).shape[0], device="cpu"),
             labels,
             infrared_labels,
         )
-        with torch.autocast(features[0].device.type, enabled=False):
+        with dispatch.without_autocast(features[0].device.type):
             losses, present = reference.cqc_loss(
                 sets, labels, infrared_labels, margin=margin, detach_negative=detach_negative
             )
-        return losses, present if each else torch.tensor(present.shape[0]), losses.sum()
+        count = torch.tensor(present.shape[0], device="cpu")
+        return losses, present if each else count, losses.sum()
     total, losses, identities, count = CQCFunction.apply(
         backend, margin, detach_negative, *distinct(labels, infrared_labels, *features)
     )
@@ -95,6 +97,8 @@ def _losses(
         return losses, count, total
     identities, slots = identities.sort()  # those of slots left over are the largest
     number = int(count)
+    if not torch.compiler.is_compiling():
+        _check_count(torch.tensor(number, device="cpu"), labels, infrared_labels)
     return losses[slots[:number]], identities[:number], total
 
 
@@ -179,8 +183,11 @@ def _check_features(
                 f"features: got {shape[0]} rows for {visible} visible and {infrared} infrared labels, "
                 f"expected {expected}"
             )
-        if f.dtype != dtype or not dtype.is_floating_point:
-            raise TypeError(f"features: got dtypes {dtype} and {f.dtype}, expected one floating-point dtype")
+        if f.dtype != dtype or dtype not in shapes.DTYPES:
+            raise TypeError(
+                f"features: got dtypes {dtype} and {f.dtype}, expected one of float32, float64, bfloat16 and "
+                "float16"
+            )
         if f.device != device:
             raise ValueError(f"features: got devices {device} and {f.device}, expected one")
     for name, other in (("labels", labels), ("infrared_labels", infrared_labels)):

@@ -7,12 +7,13 @@ reference where no kernel can serve, and gives the reasons.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,10 @@ logger = logging.getLogger("mrcn_fast")
 ENVIRONMENT_VARIABLE = "MRCN_FAST_BACKEND"
 KERNELS: dict[str, ModuleType] = {"cpu": native, "triton": triton, "cuda": cuda}
 NAMES = (*KERNELS, "reference")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for can't serve the call; the message says why."""
 
 
 class BackendStatus(NamedTuple):
@@ -73,7 +78,7 @@ def _choose(requested: str, device_type: str, dtype: torch.dtype, gate: str | No
             known = ", ".join(map(repr, (*NAMES, "auto")))
             raise ValueError(f"backend: got {requested!r}, expected one of {known}")
         if reason := unserved(requested, device_type, dtype, gate):
-            raise RuntimeError(
+            raise BackendError(
                 f"backend {requested!r} can't serve this call: {reason}. "
                 "Leave backend and MRCN_FAST_BACKEND unset to fall back by itself."
             )
@@ -97,6 +102,13 @@ def _tell(reason: str) -> None:
 choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """No autocast inside; the meta device knows none."""
+    if device_type == "meta":
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)
+
+
 def run_reference(
     mode: str,
     inputs: Sequence[Tensor],
@@ -111,7 +123,7 @@ def run_reference(
     dtype = inputs[0].dtype
     norm_weight, norm_bias = norm_weight.to(dtype), norm_bias.to(dtype)
     parameters = [p.to(dtype) for p in gate_parameters]
-    with torch.autocast(inputs[0].device.type, enabled=False):
+    with without_autocast(inputs[0].device.type):
         if len(inputs) == 2:
             visible, infrared = inputs
             sets = reference.mrcn_block(

@@ -313,6 +313,36 @@ def test_first_gradients_are_the_same_with_create_graph(mode: str, backend: str)
 
 
 @cases.backends(*KERNEL_BACKENDS)
+def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
+    """In float32 as without: the sums over planes are beyond float16, and its parameters are float32."""
+    case = Case("concat", shape=(16, 4, 72, 32), dtype=torch.float16, parameter_dtype=torch.float32)
+    p = cases.problem(case)
+    leaves, gradients = (*p.inputs, *p.parameters), [g + 2 for g in p.gradients]
+    outputs = cases.call(case, p.inputs, p.parameters, backend)
+    plain = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
+    graphed = torch.autograd.grad(outputs, leaves, gradients, create_graph=True)
+    assert max(float(g.abs().max()) for g in plain[2:]) > torch.finfo(torch.float16).max
+    for a, b in zip(plain, graphed, strict=True):
+        torch.testing.assert_close(a, b.detach(), rtol=1e-3, atol=1e-3 * float(a.abs().max()))
+
+
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("gradients", [True, False])
+def test_forward_mode_is_refused(gradients: bool, backend: str) -> None:
+    """A tangent that is lost would be a derivative of zero."""
+    block = mrcn(backend, 3)
+    x, tangent = random(2, 2, 3, 4, 3, dtype=torch.float32).unbind()
+    with torch.set_grad_enabled(gradients):
+        for call in (lambda x: block(x, x, concat=True), lambda x: block.restitute(x, "visible")):
+            with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+                torch.func.jvp(call, (x,), (tangent,))
+            with torch.autograd.forward_ad.dual_level():
+                dual = torch.autograd.forward_ad.make_dual(x, tangent)
+                with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
+                    call(dual)
+
+
+@cases.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", ["pair", "snr"])
 def test_any_outputs_may_be_left_out_of_the_loss(mode: str, backend: str) -> None:
     p = cases.problem(Case(mode, dtype=torch.float64))

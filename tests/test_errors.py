@@ -60,7 +60,12 @@ BAD_MAPS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "integers": (
         torch.ones(SHAPE, dtype=torch.int64),
         TypeError,
-        ("got dtype torch.int64", "expected a floating-point dtype", ".float()"),
+        ("got dtype torch.int64", "expected float32, float64, bfloat16 or float16", ".float()"),
+    ),
+    "eight bits": (
+        torch.ones(SHAPE).to(torch.float8_e4m3fn),
+        TypeError,
+        ("got dtype torch.float8_e4m3fn", "expected float32, float64, bfloat16 or float16"),
     ),
     "complex": (
         torch.ones(SHAPE, dtype=torch.complex64),
@@ -153,17 +158,21 @@ def test_parameters_that_dont_fit(backend: str) -> None:
         wrong[position] = torch.ones(shape)
         with refuses(ValueError, "gate_parameters of 'se'", f"got shape {shape}", f"expected {expected}"):
             run(wrong)
-    with refuses(ValueError, "gate_parameters of 'se'", "got 3", "expected 4"):
+    with refuses(ValueError, "gate_parameters of 'se'", "got (Tensor, Tensor, Tensor)", "expected 4 tensors"):
         run(parameters()[:-1])
-    with refuses(ValueError, "gate_parameters of 'eca'", "got 4", "expected 1"):
+    with refuses(ValueError, "gate_parameters of 'se'", "got (Tensor, Tensor, Tensor, NoneType)"):
+        run([*parameters()[:-1], None])  # type: ignore[list-item]
+    with refuses(ValueError, "gate_parameters of 'eca'", "got (Tensor, ", "expected 1 tensor"):
         run(parameters(), gate="eca")
+    with refuses(ValueError, "gate_parameters of 'se'", "got a width of 0", "expected at least 1"):
+        run([*parameters()[:2], *[torch.ones(s) for s in ((4, 0, 4), (4, 0), (4, 4, 0), (4, 4))]])
     with refuses(ValueError, "gate_parameters of 'eca'", "got a kernel of 2", "expected an odd"):
         run([*parameters()[:2], torch.ones(4, 2)], gate="eca")
-    with refuses(TypeError, "parameters: got dtype torch.float64", "expected", "torch.float32", ".to(dtype)"):
+    with refuses(TypeError, "got dtypes torch.float64 and torch.float64", "torch.float32", ".to(dtype)"):
         run(parameters(dtype=torch.float64))
     with refuses(TypeError, "got dtype torch.float32 for float64 features", ".double()"):
         run(parameters(), x.double())
-    with refuses(TypeError, "parameters: got dtype torch.bfloat16", "expected one dtype for all"):
+    with refuses(TypeError, "got dtypes torch.float32 and torch.bfloat16", "expected one dtype for all"):
         run([*parameters()[:5], torch.ones(4, 4, dtype=torch.bfloat16)], x.bfloat16())
     with refuses(ValueError, "parameters: got device meta", "expected the features' cpu"):
         run(parameters(device="meta"))
@@ -243,7 +252,7 @@ BAD_LOSSES: dict[str, tuple[Any, Any, Any, type[Exception], tuple[str, ...]]] = 
         LABELS,
         None,
         TypeError,
-        ("features: got dtypes torch.int64", "expected one floating-point dtype"),
+        ("features: got dtypes torch.int64", "expected one of float32, float64, bfloat16 and float16"),
     ),
     "two dtypes": (
         [*six()[:5], torch.ones(4, 3, dtype=torch.float64)],
@@ -330,6 +339,23 @@ def test_losses(kind: str, reduction: str, backend: str) -> None:
         cqc_loss(features, labels, infrared_labels, reduction=reduction, backend=backend)
     with refuses(error, *told):
         CQCLoss(reduction=reduction, backend=backend)(features, labels, infrared_labels)
+
+
+def test_the_plain_loss_stays_where_its_features_are() -> None:
+    """Whatever device new tensors are made on."""
+    features = six()
+    with torch.device("meta"):
+        loss = cqc_loss(features, LABELS, reduction="mean", backend="reference")
+        assert isinstance(loss, Tensor) and loss.device.type == "cpu"
+        with refuses(ValueError, "got no identity that is in both"):
+            cqc_loss(features, LABELS, LABELS + 7, backend="reference")
+
+
+def test_maps_that_have_only_a_shape() -> None:
+    block = MRCNBlock(4, device="meta")
+    x = torch.ones(SHAPE, device="meta")
+    assert block(x, x, concat=True).shape == (12, 4, 3, 3)
+    assert block.restitute(x, "visible").device.type == "meta"
 
 
 def test_an_unknown_reduction() -> None:

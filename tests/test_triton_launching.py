@@ -5,6 +5,8 @@ With a stand-in for Triton, and with Triton itself on a driver that runs nothing
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
 from typing import Any
 
@@ -133,6 +135,31 @@ def test_nothing_is_remembered_where_nothing_was_compiled(launcher: Launcher) ->
     launcher(1, given(aligned()))
     launcher(1, given(aligned()))
     assert not launcher._compiled
+
+
+FIRST_CALLS = """
+import threading, torch
+from mrcn_fast import dispatch
+together, errors = threading.Barrier(8), []
+
+def first_call():
+    together.wait()
+    try:
+        assert dispatch.KERNELS["triton"].serves("cpu", torch.float32) is None
+    except Exception as error:
+        errors.append(error)
+
+threads = [threading.Thread(target=first_call) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+assert not errors, errors
+"""
+
+
+def test_first_calls_from_several_threads() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    run = subprocess.run([sys.executable, "-c", FIRST_CALLS], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 @pytest.mark.slow

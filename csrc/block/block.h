@@ -1,4 +1,4 @@
-// The block operations as plain pointers and sizes: what block_cpu.cpp hands to the kernels.
+// The block operations as plain pointers and sizes: what block_ops.h hands to the kernels.
 #pragma once
 
 #include <cstdint>
@@ -54,7 +54,7 @@ struct BlockForward {
   double eps;
   FeatureMap inputs[2];
   FeatureMap outputs[6];
-  void* statistics;  // (modalities, N, C, 2), accumulation type: mean, 1/σ
+  void* statistics;  // accumulation type. CPU: (modalities, N, C, 2), mean and 1/σ; CUDA: (N, saved_row)
   bool stream;       // outputs beyond the cache: stores that don't read what they overwrite
 };
 

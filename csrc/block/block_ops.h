@@ -16,7 +16,7 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// --- layouts: the same rules as `_is_planes` and `_is_pixels` in backends/native.py ----------------------------
+// --- layouts: the same rules as `is_planes` and `is_pixels` in backends/shapes.py ------------------------------
 
 inline bool is_planes(const Tensor& x) {
   const int64_t height = x.size(2), width = x.size(3);

@@ -232,6 +232,14 @@ MRCN_DEVICE Item item_of(const Common<A>& a, int64_t ticket) {
   return {Phase::last, 0, ticket - a.ahead * a.seconds};
 }
 
+// The blocks of a launch: as many as there is room for, if there is a ticket for each. None, which is no
+// launch and told as one that failed, where an int does not count the tickets.
+template <class A>
+inline int blocks_of(const Common<A>& c, const Device& device) {
+  const int64_t asked_for = c.tickets + device.blocks;  // a block asks for one more than it gets
+  return asked_for < int64_t(1) << 31 ? int(least<int64_t>(c.tickets, device.blocks)) : 0;
+}
+
 // f(item) for every ticket that the block gets, until there are no more. The next one is asked for while an
 // item is done. It may lie idle that long: what anybody waits for are lower tickets, and the lowest that is
 // not done is never an idle one.

@@ -365,7 +365,7 @@ int run_forward(const BlockForward& call, void* scratch, void* stream) {
   if (int error = device_of<kernel>(shared, &device); error != 0) return error;
   a.common.ahead = samples_ahead<T>(a.common, device, P::inputs);
   if (int error = clear(scratch, counter_bytes(call.shape.samples), stream); error != 0) return error;
-  return launch<kernel>(a, int(least<int64_t>(a.common.tickets, device.blocks)), shared, stream);
+  return launch<kernel>(a, blocks_of(a.common, device), shared, stream);
 }
 
 }  // namespace

@@ -61,13 +61,7 @@ MRCN_DEVICE int load_acquire(const int* counter) {
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
   return value;
 }
-MRCN_DEVICE void store_release(int* counter, int value) {
-  asm volatile("st.release.gpu.global.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-}
 MRCN_DEVICE void pause() { __nanosleep(64); }
-
-// Integers of shared memory.
-MRCN_DEVICE void lower(int* shared, int value) { atomicMin(shared, value); }
 
 // What another block wrote during this launch: from L2, the first cache that all blocks share.
 template <class V>

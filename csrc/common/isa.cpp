@@ -26,10 +26,16 @@ constexpr Kernels carried[] = {MRCN_ISAS};
 #undef X
 
 #if defined(__x86_64__)
-// CPUID leaf 7, subleaf 1, EAX bit 5: not every compiler that can say so in __builtin_cpu_supports.
+// What not every compiler knows by name in __builtin_cpu_supports (clang before 18 no f16c).
+// CPUID leaf 7, subleaf 1, EAX bit 5.
 bool has_avx512bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1) != 0;
+}
+// Leaf 1, ECX bit 29.
+bool has_f16c() {
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid(1, &eax, &ebx, &ecx, &edx) != 0 && (ecx >> 29 & 1) != 0;
 }
 #endif
 
@@ -37,13 +43,11 @@ bool runs_here(const std::string& isa) {
 #if defined(__x86_64__)
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+                      __builtin_cpu_supports("fma") && has_f16c();
   if (isa == "avx512") return avx512;
   // Carried only by a library whose compiler knows the name.
   if (isa == "avx512bf16") return avx512 && has_avx512bf16();
-  if (isa == "avx2") {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  }
+  if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
   (void)isa;
   return true;

@@ -1,7 +1,8 @@
 // Vectors of the instruction set a file is compiled for, with loads and stores from every dtype.
 //
-// Everything lives in the namespace MRCN_ISA, and nothing from the C++ library that could be emitted as a
-// shared function is used: a function compiled with AVX-512 must never be linked into the baseline's code.
+// Everything lives in the namespace MRCN_ISA, and nothing from the C++ library is used that could be emitted
+// as a shared function where it is optimized: one compiled with AVX-512 must never be linked into the
+// baseline's code.
 #pragma once
 
 #include <cstdint>

@@ -119,18 +119,7 @@ inline int load_acquire(const int* counter, cuda_on_host::Where where = cuda_on_
   cuda_on_host::poll(where);
   return std::atomic_ref(const_cast<int&>(*counter)).load(std::memory_order_acquire);
 }
-inline void store_release(int* counter, int value) {
-  cuda_on_host::act(true);
-  std::atomic_ref(*counter).store(value, std::memory_order_release);
-}
 inline void pause() { cuda_on_host::act(false); }
-
-inline void lower(int* shared, int value) {
-  const std::atomic_ref least(*shared);
-  int now = least.load(std::memory_order_relaxed);
-  while (value < now && !least.compare_exchange_weak(now, value, std::memory_order_relaxed)) {
-  }
-}
 
 template <class V>
 inline V load_shared_by_blocks(const V* p) {

@@ -129,6 +129,16 @@ def test_an_unknown_backend_is_refused(
     assert "reference" in told
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and Triton serves it")
+def test_a_backend_that_cant_serve_is_told(
+    tmp_path: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MRCN_FAST_BACKEND", "triton")
+    size = ("--depth=18", "--height=32", "--width=16", "--identities=2", "--images=2", "--workers=0")
+    told = refused(capsys, "train", "--data", tiny_tree, "--out", tmp_path, *size)
+    assert "backend 'triton' can't serve this call" in told
+
+
 def test_unreadable_images_are_named_without_a_traceback(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

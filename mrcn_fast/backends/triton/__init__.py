@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Callable
 from importlib import metadata
 from typing import Any
@@ -29,6 +30,7 @@ CHECKS = False  # whether its operations refuse what block.py's checks do
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 
 _libraries: list[torch.library.Library] = []  # an operation lives as long as its library
+_registering = threading.Lock()  # the first calls may come from several threads
 
 
 def status() -> tuple[bool, str]:
@@ -83,8 +85,7 @@ def serves(device_type: str, dtype: torch.dtype) -> str | None:
         )
     if dtype not in shapes.DTYPES:
         return f"it serves {', '.join(map(str, shapes.DTYPES))}, got {dtype}"
-    if not _libraries:  # here, because torch.compile traces `operation` but not what chooses a backend
-        _register()
+    _register()  # here, because torch.compile traces `operation` but not what chooses a backend
     return None
 
 
@@ -94,12 +95,15 @@ def operation(name: str) -> Callable[..., Any]:
 
 
 def _register() -> None:
-    library = torch.library.Library(NAMESPACE, "DEF")
-    key = "CPU" if INTERPRETED else "CUDA"
-    for module_name in KERNEL_MODULES:
-        module = importlib.import_module(f"{__name__}.{module_name}")
-        for name, schema in module.SCHEMAS.items():
-            library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-            library.impl(name, module.IMPLEMENTATIONS[name], key)
-            torch.library.register_fake(f"{NAMESPACE}::{name}", module.FAKES[name], lib=library)
-    _libraries.append(library)
+    with _registering:
+        if _libraries:
+            return
+        library = torch.library.Library(NAMESPACE, "DEF")
+        key = "CPU" if INTERPRETED else "CUDA"
+        for module_name in KERNEL_MODULES:
+            module = importlib.import_module(f"{__name__}.{module_name}")
+            for name, schema in module.SCHEMAS.items():
+                library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+                library.impl(name, module.IMPLEMENTATIONS[name], key)
+                torch.library.register_fake(f"{NAMESPACE}::{name}", module.FAKES[name], lib=library)
+        _libraries.append(library)

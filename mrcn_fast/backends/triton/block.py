@@ -558,7 +558,7 @@ _PAIR_GRADIENTS = (
 )
 _SNR_GRADIENTS = "Tensor? restituted, Tensor? contaminated, Tensor? normalized"
 
-# Those of csrc/registration.cpp, but for the shape of the statistics.
+# Those of csrc/schemas.h.
 SCHEMAS = {
     "block_forward": f"({_PAIR}, {_FORWARD}, {_FLAG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "block_backward": f"({_PAIR_GRADIENTS}, {_PAIR}, {_BACKWARD}, {_FLAG}) "

@@ -648,7 +648,7 @@ def backward(
 
 # --- for torch ------------------------------------------------------------------------------------------
 
-# As csrc/registration.cpp has them.
+# As csrc/schemas.h has them.
 SCHEMAS: dict[str, str] = {
     "cqc_forward": "(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, "
     "bool detach_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
