@@ -247,9 +247,14 @@ def _bench(argv: list[str]) -> int:
         "--scorer": "mrcn_fast.reid.scoring_speed",
         "--loader": "mrcn_fast.reid.loading_speed",
     }
-    chosen = [subject for subject in subjects if subject in argv]
-    module = importlib.import_module(subjects[chosen[0]] if chosen else "mrcn_fast.benchmark.command")
-    status: int = module.main([word for word in argv if word not in chosen[:1]])
+    words = [word.partition("=") for word in argv]
+    place = next((k for k, (name, _, _) in enumerate(words) if name in subjects), None)
+    if place is None:
+        module, rest = "mrcn_fast.benchmark.command", argv
+    else:  # --loader=DATA is --loader DATA
+        module, value = subjects[words[place][0]], words[place][2]
+        rest = [*argv[:place], *([value] if value else []), *argv[place + 1 :]]
+    status: int = importlib.import_module(module).main(rest)
     return status
 
 
