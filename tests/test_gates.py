@@ -306,7 +306,7 @@ def test_whole_cbam_is_one_graph() -> None:
 @pytest.mark.parametrize(
     ("shapes", "told"),
     [
-        ([(1, 2, 4), (1, 2), (1, 4, 2), (1, 4)], "got 4, expected 5 tensors"),
+        ([(1, 2, 4), (1, 2), (1, 4, 2), (1, 4)], "got (Tensor, Tensor, Tensor, Tensor), expected 5 tensors"),
         (
             [(1, 2, 4), (1, 2), (1, 4, 2), (1, 4), (1, 2, 5, 5)],
             "got shape (1, 2, 5, 5), expected (1, 2, 7, 7)",
