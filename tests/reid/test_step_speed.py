@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,25 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         step_speed.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
 
 
-def test_a_step_with_wrong_gradients_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (torch.zeros_like, "plugs is 0 long"),
+        (lambda g: None if g.dim() < 4 else g, "plugs is 0 long"),
+        (lambda g: g * float("nan"), "trunk is nan long"),
+    ],
+    ids=["zeros", "none", "nan"],
+)
+def test_a_step_with_wrong_gradients_is_not_timed(
+    wrong: Callable[[torch.Tensor], Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     backward = BlockFunction.backward
 
-    def nothing(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
-        found = backward(ctx, *gradients)
-        return tuple(None if g is None else torch.zeros_like(g) for g in found)
+    def spoiled(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        return tuple(None if g is None else wrong(g) for g in backward(ctx, *gradients))
 
-    monkeypatch.setattr(BlockFunction, "backward", staticmethod(nothing))
-    with pytest.raises(RuntimeError, match=r"\+ fused block: the gradient of the plugs is 0 long"):
+    monkeypatch.setattr(BlockFunction, "backward", staticmethod(spoiled))
+    with pytest.raises(RuntimeError, match=rf"\+ fused block: the gradient of the {told}"):
         step_speed.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
 
 
