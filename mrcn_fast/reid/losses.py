@@ -159,8 +159,9 @@ class ReIDLoss(nn.Module):
         # All sets as one pool, as the first author's later code (DEEN) does, and not a loss a set: only a
         # pool that holds both modalities mines the cross-modality positives and negatives that retrieval will
         # meet.
-        triplet = torch.stack([self.triplet(part, everywhere) for part in pooled]).mean()
-        cqc = causality = identity.new_zeros(())
+        triplet = cqc = causality = identity.new_zeros(())
+        if self.triplet_weight:
+            triplet = torch.stack([self.triplet(part, everywhere) for part in pooled]).mean()
         if sets > 2 and self.cqc_weight:
             cqc = torch.stack([self._cqc(part, labels, sets) for part in pooled]).mean()
         if styles and self.causality_weight:

@@ -119,3 +119,15 @@ def test_an_image_whose_pixels_are_cut_is_unreadable(tmp_path: Path) -> None:
     assert readable([sample(path)]) == ([], [sample(path)])
     with pytest.raises(DatasetError, match=r"cut.jpg: expected a readable image .*found: .*[Tt]runcated"):
         PersonImages([sample(path)], SIZE)[0]
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
+def test_more_than_8_bits_are_refused(mode: str, dtype: type, tmp_path: Path) -> None:
+    """They would come out white."""
+    path = tmp_path / "deep.tiff"
+    Image.fromarray(np.full((61, 33), 3000, dtype)).save(path)
+    with Image.open(path) as file:
+        assert file.mode == mode
+    with pytest.raises(DatasetError, match=rf"^\S+deep.tiff: expected 8 bits a channel; found .* mode {mode}"):
+        PersonImages([sample(path)], SIZE)[0]
+    assert readable([sample(path)]) == ([], [sample(path)])

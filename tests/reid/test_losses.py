@@ -141,6 +141,18 @@ def test_without_a_weight_no_cqc_is_computed(sets: int, monkeypatch: pytest.Monk
     assert parts.total.item() == pytest.approx((parts.identity + parts.triplet).item(), rel=1e-5)
 
 
+def test_without_a_weight_no_triplet_is_mined(monkeypatch: pytest.MonkeyPatch) -> None:
+    loss = ReIDLoss(triplet_weight=0)
+
+    def fail(*_: object) -> Tensor:
+        raise AssertionError("the triplet loss was computed")
+
+    monkeypatch.setattr(loss.triplet, "forward", fail)
+    parts = loss(random_output(2, 1), THREE_PEOPLE)
+    assert parts.triplet.item() == 0
+    assert parts.total.item() == pytest.approx(parts.identity.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("sets", [2, 4, 6])
 def test_losses_are_the_means_over_parts(sets: int) -> None:
     output = random_output(sets, 3)

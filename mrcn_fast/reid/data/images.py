@@ -33,7 +33,8 @@ class PersonImages(Dataset[torch.Tensor]):
 
     `images[i]` is a uint8 (3, height, width) tensor; `filter` is one of FILTERS. Augmentation and
     normalisation act later, on whole batches (`Augmentation`, `normalize`). Raises ValueError for a size or
-    filter that there is not, DatasetError naming the file where an image cannot be read.
+    filter that there is not, DatasetError naming the file where an image cannot be read or has more than 8
+    bits a channel.
     """
 
     def __init__(
@@ -116,7 +117,15 @@ def _opened(sample: Sample, use: Callable[[Image.Image], Result]) -> Result:
     """What `use` makes of the sample's image; DatasetError naming the file where it can't be decoded."""
     try:
         with Image.open(sample.path) as image:
+            # Pillow cuts such values off at 255, and nothing says which of them is white.
+            if image.mode.startswith(("I", "F")):
+                raise DatasetError(
+                    f"{sample.path}: expected 8 bits a channel; found Pillow's mode {image.mode}. Scale the "
+                    "data set's images to 8 bits first"
+                )
             return use(image)
+    except DatasetError:
+        raise
     except _DAMAGED as error:
         raise DatasetError(
             f"{sample.path}: expected a readable image of identity {sample.identity}, camera "
