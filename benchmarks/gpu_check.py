@@ -24,6 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "cqc", "block", "gates", "compile"))
+# That a training step waits for nothing; where the packages of [reid] are.
+TRAINING_TESTS = ("tests/reid/test_transfers.py",)
 TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
 PARTS = ("build", "tests", "sanitizer", "benchmark")
 BUILD_PACKAGES = ("pybind11", "setuptools", "ninja")
@@ -98,6 +100,10 @@ def environment() -> dict[str, str]:
     return built | os.environ | {"PYTHONPATH": path, "MRCN_FAST_TEST_DEVICE": "cuda"}
 
 
+def chosen_tests() -> tuple[str, ...]:
+    return TESTS if importlib.util.find_spec("lightning_fabric") is None else TESTS + TRAINING_TESTS
+
+
 def side_by_side() -> list[str]:
     """pytest's arguments for several processes; none where there is no pytest-xdist."""
     if importlib.util.find_spec("xdist") is None:
@@ -124,7 +130,7 @@ def commands(
     sanitized = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
     runs = {
         "build": [[python, "setup.py", "-q", "build_ext", "--inplace"]],
-        "tests": [[*pytest, *(tests or (*side_by_side(), *TESTS))]],
+        "tests": [[*pytest, *(tests or (*side_by_side(), *chosen_tests()))]],
         "sanitizer": [[*sanitized, "--tool", tool, *pytest, *SANITIZED] for tool in SANITIZERS],
         "benchmark": [
             [python, "-m", "mrcn_fast.benchmark", "--device", "cuda", "--out", str(results), *bench]

@@ -107,6 +107,12 @@ PROCESSES = ["-n", "3", "--dist", "loadgroup"]  # 13 GiB
 BENCHMARK = [sys.executable, "-m", "mrcn_fast.benchmark"]
 
 
+def test_a_training_step_is_tested_where_it_can_be(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> None:
+    for found, chosen in ((None, gpu_check.TESTS), ("it", gpu_check.TESTS + gpu_check.TRAINING_TESTS)):
+        gpu.setattr(gpu_check.importlib.util, "find_spec", lambda name, found=found: found)
+        assert gpu_check.chosen_tests() == chosen
+
+
 def test_each_part_follows_one_that_passed(
     gpu_check: ModuleType, runs: Runs, gpu: pytest.MonkeyPatch
 ) -> None:
@@ -115,8 +121,8 @@ def test_each_part_follows_one_that_passed(
     assert gpu_check.main(["--only", "cqc"]) == 0
     build, tests, *sanitized, bench = runs.taken()
     assert build == [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-    assert tests == [*PYTEST, *PROCESSES, *gpu_check.TESTS]
-    assert all((ROOT / test).exists() for test in gpu_check.TESTS)
+    assert tests == [*PYTEST, *PROCESSES, *gpu_check.chosen_tests()]
+    assert all((ROOT / test).exists() for test in gpu_check.TESTS + gpu_check.TRAINING_TESTS)
     for tool, command in zip(gpu_check.SANITIZERS, sanitized, strict=True):
         assert command[2:] == [
             *("compute-sanitizer", "--error-exitcode", "1", "--tool", tool, *PYTEST, *gpu_check.SANITIZED)

@@ -58,7 +58,8 @@ def extract(
         workers=workers,
         pin_memory=device.type == "cuda",
     )
-    features = torch.empty(len(samples), model.feature_size)
+    # On the device till the end: to bring each batch's to the host would wait for it.
+    features = torch.empty(len(samples), model.feature_size, device=device)
     training = model.training
     model.eval()
     try:
@@ -71,4 +72,4 @@ def extract(
                 advance(len(batch))
     finally:
         model.train(training)
-    return features
+    return features.cpu()

@@ -17,6 +17,7 @@ from mrcn_fast.dispatch import unserved
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
+    RESULT_NAMES,
     Checkpoint,
     check_config,
     check_data,
@@ -27,6 +28,7 @@ from mrcn_fast.reid.checkpoint import (
     random_state,
     restore_random_state,
     save_checkpoint,
+    weights_fingerprint,
 )
 from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
 from mrcn_fast.reid.console import progress_bars
@@ -34,6 +36,7 @@ from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.metrics import METRICS_NAME, CollapseWatch, Journal, StepResult, embedding_spread
 from mrcn_fast.reid.model import ReIDModel, use_layout
+from mrcn_fast.reid.transfers import Readings, to_device
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +68,7 @@ class Trainer:
         _check_backend(config, self.fabric.device.type)
         if config.weights is not None:
             self.model.trunk.load_imagenet(config.weights)
+        self.weights = weights_fingerprint(config.weights)
         self.layout = use_layout(self.model, config.channels_last)
         self.optimizer = make_optimizer(self.model, config)
         # The wrapped pair brings device and precision; the plain one keeps the names for checkpoints.
@@ -98,7 +102,7 @@ class Trainer:
 
         Raises TrainingError, before the weights are touched, when the loss isn't finite.
         """
-        labels = batch.labels.to(self.fabric.device)
+        labels = to_device(batch.labels, self.fabric.device)
         self._model.train()
         output = self._model(
             self.prepared(batch.visible, "visible"), self.prepared(batch.infrared, "infrared")
@@ -108,11 +112,13 @@ class Trainer:
             right = output.logits.argmax(2) == labels.repeat(self.model.sets)
             measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
             # One transfer from the device a step, for the check below and the journal alike.
-            result = StepResult(*torch.stack(measured).tolist())
-        if not result.finite:
-            raise TrainingError(self._not_finite(batch, result))
+            readings = Readings(torch.stack(measured))
         self._optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(parts.total)
+        # Asked for when the backward is on its way: a GPU that waited for the host's answer would stand idle.
+        result = StepResult(*readings.values())
+        if not result.finite:
+            raise TrainingError(self._not_finite(batch, result))
         self._optimizer.step()
         return result
 
@@ -143,9 +149,7 @@ class Trainer:
         else:
             if resume:
                 log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
-            # The old run goes as a whole: its checkpoint beside this one's metrics would belong to neither.
-            self.checkpoint_path.unlink(missing_ok=True)
-            self.journal.clear()
+            self._clear()
         self._introduce()
         bars = progress_bars() if progress is None else progress
         if progress is None:
@@ -161,6 +165,13 @@ class Trainer:
             if progress is None:
                 bars.stop()
         return self.checkpoint_path
+
+    def _clear(self) -> None:
+        """Remove an old run as a whole: its checkpoint or scores beside this one's metrics would mislead."""
+        self.checkpoint_path.unlink(missing_ok=True)
+        for result in self.out.glob(RESULT_NAMES):
+            result.unlink()
+        self.journal.clear()
 
     def _introduce(self) -> None:
         config = self.config
@@ -225,6 +236,7 @@ class Trainer:
         checkpoint = Checkpoint(
             config=self.config,
             data=self.data,
+            weights=self.weights,
             model=state,
             optimizer=self.optimizer.state_dict(),
             scaler=self.fabric.strategy.precision.state_dict(),

@@ -16,7 +16,7 @@ from mrcn_fast import cli
 from mrcn_fast.cli import main
 
 REID_PACKAGES = (
-    "PIL", "jsonargparse", "kornia", "lightning_fabric", "matplotlib", "numpy", "pytorch_metric_learning",
+    "PIL", "jsonargparse", "lightning_fabric", "matplotlib", "numpy",
     "rich", "safetensors", "scipy", "sklearn", "yaml",
 )  # fmt: skip
 

@@ -45,6 +45,26 @@ def test_triplet_of_equal_points_has_finite_gradients() -> None:
     assert torch.isfinite(points.grad).all()
 
 
+@pytest.mark.parametrize("soft_margin", [False, True])
+def test_batch_hard_triplet_anchor_by_anchor(soft_margin: bool) -> None:
+    """With anchors that have no positive, and all of them without a negative."""
+    features = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    loss = BatchHardTriplet(0.3, soft_margin)
+    for labels in (torch.tensor([0, 1, 0, 2, 1, 3, 0, 1, 4]), torch.zeros(9, dtype=torch.int64)):
+        hinges = []
+        for anchor in range(9):
+            away = (features - features[anchor]).norm(dim=1)
+            positives = [away[i] for i in range(9) if labels[i] == labels[anchor] and i != anchor]
+            negatives = [away[i] for i in range(9) if labels[i] != labels[anchor]]
+            if positives and negatives:
+                apart = max(positives) - min(negatives)
+                hinges.append(F.softplus(apart) if soft_margin else F.relu(0.3 + apart))
+        expected = torch.stack(hinges).mean() if hinges else 0 * features.sum()
+        got = loss(features, labels)
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(x, features)[0] for x in (got, expected)))
+
+
 def one_part(pooled: Tensor, logits: Tensor) -> TrainingOutput:
     return TrainingOutput(pooled[None], logits[None])
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from mrcn_fast.reid.transfers import to_device
+
 # ImageNet's channel statistics, on the 0..1 scale: what the pretrained trunk was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -25,9 +27,9 @@ def normalize(images: Tensor) -> Tensor:
     Raises ValueError for another dtype or shape.
     """
     _check_images(images)
-    mean = torch.tensor(IMAGENET_MEAN, device=images.device).view(3, 1, 1) * 255
-    scale = 1 / (torch.tensor(IMAGENET_STD, device=images.device).view(3, 1, 1) * 255)
-    return images.float().sub_(mean).mul_(scale)
+    scale = 255 * torch.tensor((IMAGENET_MEAN, IMAGENET_STD))[..., None, None]
+    mean, deviation = to_device(scale, images.device)
+    return images.float().sub_(mean).mul_(1 / deviation)
 
 
 class Augmentation(nn.Module):
@@ -83,7 +85,7 @@ class Augmentation(nn.Module):
             channels = self._channels(torch.rand(count, 2, generator=generator))
             images = torch.cat((images, _grey(images)), dim=1)
         augmented = normalize(self._crop_and_flip(images, crop, channels))
-        return augmented.masked_fill_(self._erased(erasing).to(images.device), 0.0)
+        return augmented.masked_fill_(to_device(self._erased(erasing), images.device), 0.0)
 
     def extra_repr(self) -> str:
         return (
@@ -107,9 +109,9 @@ class Augmentation(nn.Module):
         # One index a dimension, broadcast to (B, 3, H, W).
         return padded[
             torch.arange(len(draws), device=images.device).view(-1, 1, 1, 1),
-            channels.to(images.device)[:, :, None, None],
-            rows.to(images.device)[:, None, :, None],
-            columns.to(images.device)[:, None, None, :],
+            to_device(channels, images.device)[:, :, None, None],
+            to_device(rows, images.device)[:, None, :, None],
+            to_device(columns, images.device)[:, None, None, :],
         ]
 
     def _erased(self, draws: Tensor) -> Tensor:
@@ -133,7 +135,7 @@ class Augmentation(nn.Module):
 
 def _grey(images: Tensor) -> Tensor:
     """Grey values, uint8 (B, 3, H, W) -> uint8 (B, 1, H, W)."""
-    weights = torch.tensor(_GREY, dtype=torch.int32, device=images.device).view(3, 1, 1)
+    weights = to_device(torch.tensor(_GREY, dtype=torch.int32), images.device).view(3, 1, 1)
     return (((images * weights).sum(1, keepdim=True, dtype=torch.int32) + 0x8000) >> 16).to(torch.uint8)
 
 
