@@ -15,6 +15,7 @@ import argparse
 import json
 import sys
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -75,6 +76,34 @@ class JoinedPlug(MRCNPlug):
         return Plugged(torch.cat(self(visible, infrared)))
 
 
+class Captured:
+    """`work` as one CUDA graph: a call replays it, and returns what `work` had returned, computed anew.
+
+    Nothing in `work` may wait for the GPU. `peak_bytes`: what it takes at most, which the graph then keeps.
+    """
+
+    # Triton, Inductor and cuDNN are then through with compiling and choosing.
+    WARM_UPS: Final = 3
+
+    def __init__(self, work: Callable[[], Tensor]) -> None:
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):
+            for _ in range(self.WARM_UPS):
+                work()
+        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._result = work()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before
+
+    def __call__(self) -> Tensor:
+        self._graph.replay()
+        return self._result
+
+
 class Step:
     """A training step by a plan: `step()` takes it and returns the loss. All start from the same weights."""
 
@@ -89,15 +118,15 @@ class Step:
                 self._join_by_cat(config)
         self.layout = use_layout(self.model, "channels_last" in added)
         if "compiled trunk" in added:
-            mode = "reduce-overhead" if "CUDA graphs" in added else None
             for part in self.model.trunk.children():
-                part.compile(dynamic=False, mode=mode)
+                part.compile(dynamic=False)
         self.optimizer = make_optimizer(self.model, config)
         self.loss = ReIDLoss(**config.loss_arguments())
         if "fused CQC" not in added:
             self.loss.register_module("cqc", LoopedCQC())
         self.images, self.labels = _batch(config, device, self.layout)
         self.model.train()
+        self.graph: Captured | None = None
 
     def _join_by_cat(self, config: TrainConfig) -> None:
         (plug,) = self.model.blocks
@@ -106,15 +135,19 @@ class Step:
         self.model.plugs = nn.ModuleList([joined])
 
     def __call__(self) -> Tensor:
-        if "CUDA graphs" in self.plan.added:
-            # The stem runs twice a step: without this its second run would count as a new step's.
-            torch.compiler.cudagraph_mark_step_begin()
-        with self._autocast():
-            parts = self.loss(self.model(*self.images), self.labels)
-        self.optimizer.zero_grad(set_to_none=True)
-        parts.total.backward()
+        if "CUDA graphs" in self.plan.added and self.graph is None:
+            self.graph = Captured(self._gradients)
+        loss = self.graph() if self.graph else self._gradients()
         self.optimizer.step()
-        return parts.total.detach()
+        return loss
+
+    def _gradients(self) -> Tensor:
+        """Forward, losses and backward; the loss."""
+        self.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            total = self.loss(self.model(*self.images), self.labels).total
+        total.backward()
+        return total.detach()
 
     def block(self) -> Callable[[], Any] | None:
         """The block's forward and backward alone, on maps as this step has them; None without a block."""
@@ -156,13 +189,16 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
 
     "ms" has [20th percentile, median, 80th percentile] by plan; "images_per_second" and "ratios", how many
     times the habit's images a second, are of the medians; "peak_bytes" is what a step takes besides weights;
-    "block_share" is the time of the block's forward and backward alone over the step's.
+    "block_share" is the time of the block's forward and backward alone over the step's. "failed" says why
+    there is none of a plan, where nothing compiles, say.
 
     Raises RuntimeError where a plan's first loss or its gradients are not the habit's.
     """
     torch._dynamo.reset()
     steps = {plan.name: Step(config, plan, device) for plan in plans(config.model, device)}
-    errors, off = _checked(steps)
+    losses, failed = _first_losses(steps)
+    steps = {name: steps[name] for name in losses}
+    errors, off = _checked(steps, losses)
     timings = _timed(steps, seconds, device)
     images = 2 * config.identities * config.images
     medians = {name: timing.median for name, timing in timings.items()}
@@ -183,20 +219,34 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
         "ratios": {name: round(medians[HABIT] / median, 3) for name, median in medians.items()},
         "peak_bytes": {name: _peak(step, device) for name, step in steps.items()},
         "block_share": {name: round(share, 4) for name, share in shares.items()},
+        "failed": failed,
     }
 
 
-def _checked(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, float]]:
+def _first_losses(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, str]]:
+    """The loss of each first step, and of those that could not be taken the reason. The habit's must be."""
+    losses: dict[str, float] = {}
+    failed: dict[str, str] = {}
+    for name, step in steps.items():
+        try:
+            losses[name] = float(step())
+        except Exception as error:
+            if name == HABIT:
+                raise
+            traceback.print_exc()
+            failed[name] = f"{type(error).__name__}: {error}"
+    return losses, failed
+
+
+def _checked(steps: dict[str, Step], losses: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
     """The relative errors of the first losses, and the largest of the gradients' lengths.
 
     RuntimeError at the first that is more than rounding.
     """
-    losses: dict[str, float] = {}
     sizes: dict[str, dict[str, float]] = {}
     errors: dict[str, float] = {}
     off: dict[str, float] = {}
     for name, step in steps.items():
-        losses[name] = float(step())
         errors[name] = abs(losses[name] - losses[HABIT]) / abs(losses[HABIT])
         allowed = TOLERANCES[step.plan.precision(step.device)]
         if not errors[name] < allowed:
@@ -288,6 +338,8 @@ def print_steps(result: dict[str, Any]) -> None:
             "–" if share is None else f"{100 * share:.1f} %",
         )
         print(f"| {' | '.join(cells)} |")
+    for name, reason in result.get("failed", {}).items():
+        print(f"\n{name} failed: {reason}")
     print()
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.reid import step_speed
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.plugs import MRCNPlug, Plugged
-from mrcn_fast.reid.step_speed import ADDITIONS, HABIT, JoinedPlug, Plan, Step, plans
+from mrcn_fast.reid.step_speed import ADDITIONS, HABIT, Captured, JoinedPlug, Plan, Step, plans
 
 SMALL = {"depth": 18, "identities": 2, "images": 2, "height": 32, "width": 16}
 
@@ -109,6 +110,70 @@ def test_a_step_with_wrong_gradients_is_not_timed(
     monkeypatch.setattr(BlockFunction, "backward", staticmethod(spoiled))
     with pytest.raises(RuntimeError, match=rf"\+ fused block: the gradient of the {told}"):
         step_speed.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
+
+
+def test_a_graph_is_captured_when_everything_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that notes what it is told."""
+    told: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            told.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            told.append("replay")
+
+    @contextlib.contextmanager
+    def entered(what: Stream | Graph) -> Iterator[None]:
+        told.append(f"in {type(what).__name__}")
+        yield
+        told.append(f"out of {type(what).__name__}")
+
+    gpu = {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": entered,
+        "CUDAGraph": Graph,
+        "graph": entered,
+    }
+    memory = {
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 5,
+        "max_memory_allocated": lambda: 7,
+    }
+    for name, fake in (gpu | memory).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    results = iter(map(torch.tensor, range(9)))
+
+    def work() -> torch.Tensor:
+        told.append("work")
+        return next(results)
+
+    captured = Captured(work)
+    warm = ["wait", "in Stream", "work", "work", "work", "out of Stream", "wait"]
+    assert told == [*warm, "in Graph", "work", "out of Graph"]
+    told.clear()
+    assert captured().item() == captured().item() == 3 and captured.peak_bytes == 2
+    assert told == ["replay", "replay"]
+
+
+def test_a_step_that_fails_is_named_and_the_others_are_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(step_speed, "ADDITIONS", {"mrcn": ("fused block", "compiled trunk")})
+
+    def no_compiler(*_: object, **__: object) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "forward", no_compiler))
+    words = [f"--{name}={value}" for name, value in SMALL.items()]
+    file = tmp_path / "steps.jsonl"
+    assert cli.main(["bench", "--step", "--model=mrcn", *words, "--seconds=0", f"--out={file}"]) == 0
+    line = json.loads(file.read_text())
+    assert list(line["ms"]) == [HABIT, "+ fused block"]
+    assert line["failed"] == {"+ compiled trunk": "OSError: no compiler"}
+    assert "+ compiled trunk failed: OSError: no compiler" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "nothing of ours\n", '{"case": "a", "ms": {"fused": [1, 1, 1]}}\n'])
