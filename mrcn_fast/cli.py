@@ -186,7 +186,8 @@ def _table(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="mrcn-fast table",
         description=COMMANDS["table"].help,
-        epilog="All other flags are those of `mrcn-fast train` and override the recipes' values.",
+        epilog="All other flags are those of `mrcn-fast train`, but for --dataset and --split, and override "
+        "the recipes' values.",
         allow_abbrev=False,
     )
     parser.add_argument("table", choices=table_names(), help="of the paper")

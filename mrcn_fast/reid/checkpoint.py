@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -14,11 +14,13 @@ import torch
 from torch import nn
 
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
-from mrcn_fast.reid.data.samples import PersonDataset, TrainingSet
+from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
 from mrcn_fast.reid.model import ReIDModel
 
-FORMAT = 2
+FORMAT = 3
 CHECKPOINT_NAME = "checkpoint.pth"
+# The results of scoring, beside it.
+RESULT_NAMES = "test-*.json"
 
 
 class CheckpointError(ValueError):
@@ -42,16 +44,35 @@ class DataIdentity(NamedTuple):
 
 
 def data_identity(dataset: PersonDataset, training: TrainingSet) -> DataIdentity:
-    """The identity of a training set: SHA-256 over each file's place below the root, size and person.
+    """The identity of a training set."""
+    counts = (len(training.visible), len(training.infrared))
+    digest = fingerprint(dataset.root, (*training.visible, *training.infrared))
+    return DataIdentity(dataset.name, dataset.split, digest, tuple(training.identities), counts)
+
+
+def fingerprint(root: Path, samples: Iterable[Sample]) -> str:
+    """SHA-256 over each image's place below the data set's root, size and person, in their order.
 
     Sizes stand for the contents: reading every image would take minutes on the real data.
     """
     digest = hashlib.sha256()
-    for sample in (*training.visible, *training.infrared):
-        place = Path(sample.path).relative_to(dataset.root).as_posix()
-        digest.update(f"{place}\t{os.path.getsize(sample.path)}\t{sample.identity}\n".encode())
-    counts = (len(training.visible), len(training.infrared))
-    return DataIdentity(dataset.name, dataset.split, digest.hexdigest(), tuple(training.identities), counts)
+    for sample in samples:
+        place = Path(sample.path).relative_to(root).as_posix()
+        digest.update(f"{place}\t{_size(sample.path)}\t{sample.identity}\n".encode())
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except FileNotFoundError:
+        # A link to nowhere is an unreadable image: whoever reads it refuses it or leaves it out.
+        return None
+
+
+def weights_fingerprint(path: str | Path | None) -> str | None:
+    """SHA-256 of a file of initial weights; none for random ones. Raises OSError where it can't be read."""
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class Checkpoint(NamedTuple):
@@ -59,6 +80,7 @@ class Checkpoint(NamedTuple):
 
     config: TrainConfig
     data: DataIdentity
+    weights: str | None  # `weights_fingerprint` of what the run began from
     model: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]  # of the precision plugin: the gradient scaler's state in 16-mixed
@@ -165,18 +187,31 @@ def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) ->
 
 
 def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -> None:
-    """Refuse to go on with a run under other values than it began with: CheckpointError naming them."""
+    """Refuse to go on with a run under other values than it began with.
+
+    The initial weights are the same wherever their file lies. Raises CheckpointError naming the values, and
+    OSError where the weights can't be read.
+    """
     began, now = checkpoint.config.as_dict(), given.as_dict()
     differing = [
         f"{name}: expected {began[name]!r} (checkpoint), found {now[name]!r} (given)"
         for name in began
         if name not in FREE_ON_RESUME and began[name] != now[name]
     ]
+    weights = weights_fingerprint(given.weights)
+    if checkpoint.weights != weights:
+        expected = _told_weights(checkpoint.config.weights, checkpoint.weights)
+        found = _told_weights(given.weights, weights)
+        differing.append(f"weights: expected {expected} (checkpoint), found {found} (given)")
     if differing:
         raise CheckpointError(
             f"{path}: can't go on with this run under other values than it began with:\n  "
             + "\n  ".join(differing)
         )
+
+
+def _told_weights(path: str | None, digest: str | None) -> str:
+    return "random ones" if digest is None else f"{path!r} with fingerprint {digest[:12]}"
 
 
 def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -> None:

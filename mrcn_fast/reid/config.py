@@ -188,6 +188,7 @@ class TrainConfig:
 
 
 # What may differ when a run goes on: where things are and how far or how fast it runs, not what it computes.
+# Data and weights lie anywhere, but must be those it began with: the checkpoint holds their fingerprints.
 FREE_ON_RESUME = frozenset(
     (
         "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers",

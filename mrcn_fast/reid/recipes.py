@@ -5,6 +5,7 @@ A recipe holds what it differs in from the one it `extends`; its values are fiel
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path
@@ -57,7 +58,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     """The values of a recipe, by the name of one that comes with the library or the path of a .yaml file.
 
     What it extends (a name, or a path beside it) is merged in. Raises ConfigError for an unknown name, a file
-    that is no mapping, and keys that are no fields of TrainConfig.
+    that is no mapping, keys that are no fields of TrainConfig, and a recipe that extends itself.
     """
     values = _merged(name, Path())
     if unknown := sorted(set(values) - {field.name for field in fields(TrainConfig)}):
@@ -85,13 +86,18 @@ def _names(folder: Any) -> list[str]:
     return sorted(name.removesuffix(".yaml") for name in names)
 
 
-def _merged(name: str, beside: Path) -> dict[str, Any]:
+def _merged(name: str, beside: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
+    """A recipe's values over those it extends; `extending` holds the files that led here."""
     own = _FOLDER / f"{name}.yaml"
     path: Any = own if own.is_file() else beside / name
     if not path.is_file() or path.suffix != ".yaml":
         raise ConfigError(
             f"got recipe {name!r}, expected the path of a .yaml file or one of {', '.join(recipe_names())}"
         )
+    # By its real path: ../a/b.yaml would be a new name each time.
+    chain = (*extending, os.path.realpath(str(path)))
+    if chain[-1] in extending:
+        raise ConfigError(f"a recipe must not extend itself; found {' -> '.join(chain)}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
@@ -99,5 +105,5 @@ def _merged(name: str, beside: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected values of TrainConfig by name; found {type(values).__name__}")
     base = values.pop(_EXTENDS, None)
-    inherited = {} if base is None else _merged(base, beside if path is own else path.parent)
+    inherited = {} if base is None else _merged(base, beside if path is own else path.parent, chain)
     return inherited | values

@@ -5,9 +5,11 @@ from __future__ import annotations
 import inspect
 import re
 import statistics
+import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -26,6 +28,7 @@ from mrcn_fast.reid.checkpoint import (
     build_model,
     check_data,
     data_identity,
+    fingerprint,
     load_checkpoint,
     write_json,
 )
@@ -174,7 +177,7 @@ def score_checkpoint(
 
     Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
     `other_data`, the data set isn't the one trained on, DatasetError and ValueError for what the data set
-    can't give.
+    can't give, OSError, before anything is computed, where the checkpoint's folder can't be written to.
     """
     trained = open_trained(
         checkpoint,
@@ -189,6 +192,7 @@ def score_checkpoint(
     searches = searches_of(
         trained.dataset, {name: value for name, value in options.items() if value is not None}
     )
+    _check_writable(trained.path.parent)
     samples = _by_modality(searches)
     unreadable: set[Path] = set()
     if skip_unreadable:
@@ -206,7 +210,11 @@ def score_checkpoint(
                 images, modality, batch_size=batch_size, workers=workers, images=source, progress=bars
             )
             tables[modality] = _FeatureTable(images, features)
-    scored = {search.name: _score_search(_without(search, unreadable), tables, rerank) for search in searches}
+    scored = {
+        search.name: {"fingerprint": search_fingerprint(trained.dataset, search)}
+        | _score_search(_without(search, unreadable), tables, rerank)
+        for search in searches
+    }
     result = {
         "dataset": trained.dataset.name,
         "split": trained.dataset.split,
@@ -233,6 +241,11 @@ def result_name(searches: Sequence[Search], rerank: bool = False) -> str:
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-") + ".json"
 
 
+def search_fingerprint(dataset: PersonDataset, search: Search) -> str:
+    """Of which images a search's scores are: `fingerprint` of the query and of each trial's gallery."""
+    return fingerprint(dataset.root, chain(search.query, *search.galleries))
+
+
 def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:
     """The searches of a data set's protocol. ValueError for an option that its protocol hasn't."""
     known = inspect.signature(dataset.searches).parameters
@@ -242,6 +255,19 @@ def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]
             + (f"it has {', '.join(known)}" if known else "nothing in it is to be chosen")
         )
     return dataset.searches(**options)
+
+
+def _check_writable(folder: Path) -> None:
+    """Refuse a folder that takes no results before they are computed. Raises OSError naming it."""
+    try:
+        # Only trying is sure: permissions say nothing about a disk that is mounted read-only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise OSError(
+            f"{folder}: expected a folder that takes the scores beside the checkpoint, found one that can't "
+            f"be written to ({error.strerror}). Copy the checkpoint to a folder of your own"
+        ) from error
 
 
 def _cached(

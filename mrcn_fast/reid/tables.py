@@ -13,12 +13,28 @@ from typing import Any, NamedTuple
 from rich.progress import Progress
 
 from mrcn_fast.benchmark import machine
-from mrcn_fast.reid.checkpoint import CHECKPOINT_NAME, check_config, load_checkpoint, write_json
+from mrcn_fast.reid.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    CheckpointError,
+    check_config,
+    check_data,
+    data_identity,
+    load_checkpoint,
+    write_json,
+)
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
+from mrcn_fast.reid.data.samples import PersonDataset, Search
 from mrcn_fast.reid.data.synthetic import is_synthetic
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
-from mrcn_fast.reid.scoring import HEADLINE, result_name, score_checkpoint, searches_of
+from mrcn_fast.reid.scoring import (
+    HEADLINE,
+    result_name,
+    score_checkpoint,
+    search_fingerprint,
+    searches_of,
+)
 from mrcn_fast.reid.training import Trainer
 
 log = logging.getLogger(__name__)
@@ -54,17 +70,19 @@ def run_table(
     """Make a table of the paper from the trees under `data`; returns and writes `out`/table-`name`.json.
 
     Each row trains its recipe (RegDB: once for each of the first `splits` splits) under `out`/recipe, unless
-    a finished run with the same values is there; one that was interrupted goes on. Rows of several tables
-    share their runs. `options` are the protocol's (mode, shots, draw, trials), where a data set has them.
-    `overlay` is a recipe laid over each row's; `configure` makes its TrainConfig. Columns whose data set is
-    not among the trees stay empty.
+    a finished run of the same data and values is there; one that was interrupted goes on. Rows of several
+    tables share their runs, and scores beside a run are taken over where they are of the same images.
+    `options` are the protocol's (mode, shots, draw, trials), where a data set has them. `overlay` is a recipe
+    laid over each row's; `configure` makes its TrainConfig. Columns whose data set is not among the trees
+    stay empty.
 
     Where the paper draws curves, so does `out`/table-`name`.png.
 
     The result counts the runs that were trained in this call, and the seconds it took.
 
-    Raises ConfigError for an unknown table and for trees of which none is of its data sets, CheckpointError
-    for a run in the way that has other values.
+    Raises ConfigError for an unknown table, for trees of which none is of its data sets, and where
+    `configure` sets a run's data set, data, out or split; CheckpointError for a run in the way that is of
+    another data set, of other initial weights or of other values.
     """
     spec = load_table(name)
     trees = _trees(spec, data)
@@ -214,30 +232,36 @@ def _runs(
     runs = []
     for split in range(1, splits + 1) if several else (1,):
         folder = out / (f"{recipe}-split-{split}" if several else recipe)
-        config = configure(values | {"data": str(tree), "out": str(folder), "split": split})
+        own = {"dataset": dataset, "data": str(tree), "out": str(folder), "split": split}
+        config = configure(values | own)
+        _check_own(config, own)
         runs.append(Run(recipe, config))
     return runs
+
+
+def _check_own(config: TrainConfig, own: Mapping[str, Any]) -> None:
+    """Refuse flags for what a table sets itself: it would count a run for another than it is."""
+    for name, value in own.items():
+        if getattr(config, name) != value:
+            raise ConfigError(
+                f"got {name}={getattr(config, name)}, expected {value}: a table sets {', '.join(own)} of its "
+                f"runs itself. Leave --{name} out; --splits N takes the first N splits of RegDB"
+            )
 
 
 def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
     """The scores of a run, and whether it was "trained" for them; both done where that is missing."""
     config = run.config
     begun = time.perf_counter()
-    checkpoint, trained = _trained(config, progress)
     dataset = open_dataset(config.dataset, config.data, split=config.split)
+    checkpoint, trained = _trained(config, dataset, progress)
     if config.dataset == "sysu-mm01":
         options = {"mode": "both"} | options
     elif config.dataset == "regdb":
         options = {}
     searches = searches_of(dataset, options)
-    state = load_checkpoint(checkpoint)
     kept = _kept(checkpoint.with_name(result_name(searches)))
-    trials = {search.name: len(search.galleries) for search in searches}
-    if (
-        kept is not None
-        and (kept["step"], kept["config"]) == (state.step, state.config.as_dict())
-        and {name: search["trials"] for name, search in kept["searches"].items()} == trials
-    ):
+    if kept is not None and _fits(kept, load_checkpoint(checkpoint), _scored(dataset, searches)):
         return kept | {"trained": trained}
     result = score_checkpoint(
         checkpoint,
@@ -254,15 +278,50 @@ def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dic
     return result | {"trained": trained}
 
 
-def _trained(config: TrainConfig, progress: Progress | None) -> tuple[Path, bool]:
+def _trained(config: TrainConfig, dataset: PersonDataset, progress: Progress | None) -> tuple[Path, bool]:
     """The checkpoint of a finished run, and whether it had to be begun or gone on with."""
     path = Path(config.out) / CHECKPOINT_NAME
     if path.exists():
         state = load_checkpoint(path)
-        check_config(path, state, config)
+        _check_run(path, state, config, dataset)
         if state.epoch >= config.epochs or (config.steps is not None and state.step >= config.steps):
             return path, False
     return Trainer(config).fit(resume=path.exists(), progress=progress), True
+
+
+def _check_run(path: Path, state: Checkpoint, config: TrainConfig, dataset: PersonDataset) -> None:
+    """Refuse a run in the way that isn't the table's, finished or not."""
+    try:
+        check_data(path, state, data_identity(dataset, dataset.training()))
+        check_config(path, state, config)
+        _check_length(path, state, config)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{error}\nFor a table of new runs give another folder (--out), or delete {path.parent}"
+        ) from error
+
+
+def _check_length(path: Path, state: Checkpoint, config: TrainConfig) -> None:
+    """A shorter run goes on to where it should end; a longer one can't go back."""
+    for name, reached, end in (("epochs", state.epoch, config.epochs), ("steps", state.step, config.steps)):
+        if end is not None and reached > end:
+            raise CheckpointError(f"{path}: expected a run of {end} {name}, found one of {reached}")
+
+
+def _scored(dataset: PersonDataset, searches: Iterable[Search]) -> dict[str, tuple[int, str]]:
+    """What a result must be of: each search's trials and images."""
+    return {search.name: (len(search.galleries), search_fingerprint(dataset, search)) for search in searches}
+
+
+def _fits(kept: Mapping[str, Any], state: Checkpoint, scored: Mapping[str, tuple[int, str]]) -> bool:
+    """Whether a result is of this checkpoint and these images, none left out but where the run allows it."""
+    found = {name: (search["trials"], search.get("fingerprint")) for name, search in kept["searches"].items()}
+    return (
+        (kept["step"], kept["config"]) == (state.step, state.config.as_dict())
+        and kept["trained_on"]["fingerprint"] == state.data.fingerprint
+        and found == scored
+        and (state.config.skip_unreadable or not kept["unreadable"])
+    )
 
 
 def _kept(path: Path) -> dict[str, Any] | None:

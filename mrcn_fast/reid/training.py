@@ -133,7 +133,8 @@ class Trainer:
 
         `resume` goes on from the checkpoint in `out`, exactly: on the CPU the weights end bitwise as if the
         run had never stopped; a run that was stopped before its first checkpoint begins anew. Without
-        `resume`, an `out` that holds a checkpoint is refused unless `overwrite`.
+        `resume`, an `out` that holds a checkpoint is refused unless `overwrite`, which removes that run with
+        its scores.
 
         Raises TrainingError and CheckpointError. Ctrl-C leaves the last checkpoint whole, says where it is,
         and passes on.
@@ -167,7 +168,7 @@ class Trainer:
         return self.checkpoint_path
 
     def _clear(self) -> None:
-        """Remove an old run as a whole: its checkpoint or scores beside this one's metrics would mislead."""
+        """Remove an old run as a whole: its checkpoint or scores beside this one's metrics would be wrong."""
         self.checkpoint_path.unlink(missing_ok=True)
         for result in self.out.glob(RESULT_NAMES):
             result.unlink()

@@ -10,10 +10,12 @@ import pytest
 
 pytest.importorskip("lightning_fabric", reason="the re-identification tests need the packages of [reid]")
 
+import torch
 from rich.progress import Progress
 
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import write_llcm, write_regdb, write_sysu
+from mrcn_fast.reid.resnet import Trunk
 from mrcn_fast.reid.training import Trainer
 
 # The smallest run that still has every part: ResNet-18 on 32 x 16 pixels, 2 identities x 2 images.
@@ -42,6 +44,16 @@ def tiny_llcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """LLCM's tree: four training and three test identities, an image a camera."""
     root = tmp_path_factory.mktemp("data") / "llcm"
     return write_llcm(root, identities=7, test_identities=3, images_per_camera=1, image_size=(32, 16))
+
+
+@pytest.fixture(scope="session")
+def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Weights of a ResNet-18 in torchvision's format."""
+    path = tmp_path_factory.mktemp("weights") / "resnet18.pth"
+    trunk = Trunk(18).state_dict()
+    own = {name: tensor for name, tensor in trunk.items() if not name.startswith("infrared.")}
+    torch.save({name.removeprefix("visible."): tensor for name, tensor in own.items()}, path)
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -251,6 +251,9 @@ def test_a_table_from_the_command_line(
     assert capsys.readouterr().out == told
     assert "unrecognized" in refused(capsys, "table", "4", "--data", tiny_regdb, "--out", out, "--colour=red")
     assert "invalid choice: '5'" in refused(capsys, "table", "5", "--data", tiny_regdb)
+    other = ("--data", tiny_regdb, "--out", tmp_path / "other", "--splits=1", "--split=2")
+    told = refused(capsys, "table", "4", *other, *flags)
+    assert "got split=2, expected 1" in told and "--splits N" in told
 
 
 def test_figures_from_the_command_line(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -125,6 +126,16 @@ def test_unfit_recipes_are_refused(tmp_path: Path, content: str | None, told: st
         path.write_text(content)
     with pytest.raises(ConfigError, match=told):
         load_recipe(str(path))
+
+
+@pytest.mark.parametrize("names", [["own"], ["own", "base"], ["own", "base", "root"]])
+def test_a_recipe_that_extends_itself_is_refused(tmp_path: Path, names: list[str]) -> None:
+    # Through the folder's own name the path to a file grows each time.
+    for name, base in zip(names, [*names[1:], names[0]], strict=True):
+        (tmp_path / f"{name}.yaml").write_text(f"extends: ../{tmp_path.name}/{base}.yaml\n")
+    chain = " -> ".join(str(tmp_path / f"{name}.yaml") for name in [*names, names[0]])
+    with pytest.raises(ConfigError, match=f"must not extend itself; found {re.escape(chain)}$"):
+        load_recipe(str(tmp_path / "own.yaml"))
 
 
 def test_unknown_tables_are_refused() -> None:

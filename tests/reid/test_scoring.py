@@ -18,7 +18,7 @@ from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, RegDB, Sample, write_sysu
 from mrcn_fast.reid.data.samples import Search
 from mrcn_fast.reid.extraction import extract
-from mrcn_fast.reid.scoring import describe, open_trained, score_checkpoint, searches_of
+from mrcn_fast.reid.scoring import Trained, describe, open_trained, score_checkpoint, searches_of
 from mrcn_fast.reid.training import Trainer
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "progress": Progress(disable=True)}
@@ -177,6 +177,29 @@ def test_options_that_a_protocol_has_not_are_refused(regdb_run: Path, tiny_regdb
         searches_of(SYSUMM01.__new__(SYSUMM01), {"split": 1})
     with pytest.raises(ValueError, match="nothing in it is to be chosen"):
         searches_of(RegDB.__new__(RegDB), {"mode": "all"})
+
+
+def test_a_folder_that_takes_no_scores_is_refused_before_any_are_made(
+    finished: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def computed(*arguments: Any, **more: Any) -> None:
+        pytest.fail("features were computed first")
+
+    monkeypatch.setattr(Trained, "features", computed)
+    # Not even root can write there.
+    with finished.open("rb") as file, pytest.raises(OSError, match=r"/dev/fd: .*can't be written to"):
+        score_checkpoint(f"/dev/fd/{file.fileno()}", tiny_tree, **QUIET)
+
+
+def test_a_link_to_nowhere_is_an_unreadable_image(own: Path, tmp_path: Path) -> None:
+    tree = write_sysu(
+        tmp_path / "tree", identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16)
+    )
+    path = SYSUMM01(tree).query()[0].path
+    path.unlink()
+    path.symlink_to("nowhere.jpg")
+    result = score_checkpoint(own, tree, trials=1, skip_unreadable=True, **QUIET)
+    assert result["unreadable"] == [str(path)]
 
 
 def test_unreadable_images_are_named_or_counted(

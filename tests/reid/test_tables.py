@@ -14,13 +14,14 @@ from rich.progress import Progress
 from mrcn_fast.reid import tables
 from mrcn_fast.reid.checkpoint import CheckpointError, load_checkpoint
 from mrcn_fast.reid.config import ConfigError, TrainConfig
+from mrcn_fast.reid.data import write_sysu
 from mrcn_fast.reid.recipes import load_recipe
 from mrcn_fast.reid.scoring import score_checkpoint
 from mrcn_fast.reid.tables import markdown, run_table
 from mrcn_fast.reid.training import Trainer
 from tests.reid.conftest import TINY
 
-OPTIONS = {"trials": 2, "shots": 1, "draw": "random"}
+OPTIONS: dict[str, Any] = {"trials": 2, "shots": 1, "draw": "random"}
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +39,33 @@ def made(
     """Table 4 on both trees with both splits of RegDB, and the folder it was made in."""
     out = tmp_path_factory.mktemp("tables")
     return out, run("4", [tiny_regdb, tiny_tree], out, overlay)
+
+
+@pytest.fixture(scope="module")
+def other_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same people and file names as in `tiny_tree`, other pictures."""
+    root = tmp_path_factory.mktemp("other") / "sysu"
+    return write_sysu(root, identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16), seed=1)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+    """The folders of the runs that are trained, and of those that are scored, as it happens."""
+    trained: list[str] = []
+    scored: list[str] = []
+
+    class Watched(Trainer):
+        def fit(self, **arguments: Any) -> Path:
+            trained.append(Path(self.config.out).name)
+            return super().fit(**arguments)
+
+    def watched_score(checkpoint: Path, *rest: Any, **arguments: Any) -> dict[str, Any]:
+        scored.append(checkpoint.parent.name)
+        return score_checkpoint(checkpoint, *rest, **arguments)
+
+    monkeypatch.setattr(tables, "Trainer", Watched)
+    monkeypatch.setattr(tables, "score_checkpoint", watched_score)
+    return trained, scored
 
 
 def run(name: str, data: list[Path], out: Path, overlay: str, **more: Any) -> dict[str, Any]:
@@ -86,22 +114,10 @@ def test_only_what_is_missing_is_run(
     made: tuple[Path, dict[str, Any]],
     overlay: str,
     tiny_tree: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    watched: tuple[list[str], list[str]],
 ) -> None:
     out, table = made
-    trained, scored = [], []
-
-    class Watched(Trainer):
-        def fit(self, **arguments: Any) -> Path:
-            trained.append(Path(self.config.out).name)
-            return super().fit(**arguments)
-
-    def watched(checkpoint: Path, *rest: Any, **arguments: Any) -> dict[str, Any]:
-        scored.append(checkpoint.parent.name)
-        return score_checkpoint(checkpoint, *rest, **arguments)
-
-    monkeypatch.setattr(tables, "Trainer", Watched)
-    monkeypatch.setattr(tables, "score_checkpoint", watched)
+    trained, scored = watched
     again = run("4", [tiny_tree], out, overlay)
     assert (trained, scored, again["trained"]) == ([], [], 0)
     assert [row["ours"]["sysu"] for row in again["rows"]] == [row["ours"]["sysu"] for row in table["rows"]]
@@ -127,6 +143,63 @@ def test_an_interrupted_row_goes_on(overlay: str, tiny_regdb: Path, tmp_path: Pa
     lines = (tmp_path / "regdb-mrcn-split-1" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert load_checkpoint(tmp_path / "regdb-mrcn-split-1").step == 2
+    # What has gone on for longer is another run.
+    with pytest.raises(CheckpointError, match=r"expected a run of 1 steps, found one of 2(.|\n)*--out"):
+        run("4", [tiny_regdb], tmp_path, overlay, splits=1, configure=lambda v: longer(v | {"steps": 1}))
+
+
+def test_scores_are_taken_over_from_a_moved_tree_alone(
+    made: tuple[Path, dict[str, Any]],
+    overlay: str,
+    tiny_tree: Path,
+    other_tree: Path,
+    tmp_path: Path,
+    watched: tuple[list[str], list[str]],
+) -> None:
+    out, _ = made
+    trained, scored = watched
+    ours = [row["ours"]["sysu"] for row in run("4", [tiny_tree], out, overlay)["rows"]]
+    del scored[:]
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_tree)
+    run("4", [moved], out, overlay)
+    assert (trained, scored) == ([], [])
+    # The same file name: images of another tree.
+    checkpoint = out / "sysu-mm01-mrcn"
+    of_other = score_checkpoint(
+        checkpoint, other_tree, other_data=True, mode="both", progress=Progress(disable=True), **OPTIONS
+    )
+    assert of_other["searches"]["all-search"]["mean"] != ours[2]
+    again = run("4", [tiny_tree], out, overlay)
+    assert (trained, scored) == ([], ["sysu-mm01-mrcn"])
+    assert [row["ours"]["sysu"] for row in again["rows"]] == ours
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"unreadable": ["cam1/0001/0001.jpg"]},
+        {"step": 2},
+        {"config": {}},
+        {"trained_on": {"fingerprint": "another"}},
+    ],
+    ids=lambda other: next(iter(other)),
+)
+def test_scores_of_another_state_are_not_taken_over(
+    made: tuple[Path, dict[str, Any]],
+    overlay: str,
+    tiny_tree: Path,
+    watched: tuple[list[str], list[str]],
+    other: dict[str, Any],
+) -> None:
+    out, _ = made
+    trained, scored = watched
+    run("4", [tiny_tree], out, overlay)
+    del scored[:]
+    (path,) = (out / "sysu-mm01-snr").glob("test-*.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | other))
+    run("4", [tiny_tree], out, overlay)
+    assert (trained, scored) == ([], ["sysu-mm01-snr"])
 
 
 def test_a_run_of_other_values_in_the_way_is_refused(
@@ -135,6 +208,36 @@ def test_a_run_of_other_values_in_the_way_is_refused(
     out, _ = made
     with pytest.raises(CheckpointError, match=r"under other values(.|\n)*lr: expected 0.02"):
         run("4", [tiny_tree], out, overlay, configure=lambda values: TrainConfig(**(values | {"lr": 0.5})))
+
+
+def test_a_run_of_another_tree_in_the_way_is_refused(
+    made: tuple[Path, dict[str, Any]], overlay: str, other_tree: Path
+) -> None:
+    out, _ = made
+    with pytest.raises(CheckpointError, match="belongs to another data set") as error:
+        run("4", [other_tree], out, overlay)
+    assert f"give another folder (--out), or delete {out / 'sysu-mm01-baseline'}" in str(error.value)
+
+
+def test_a_run_of_other_weights_in_the_way_is_refused(
+    made: tuple[Path, dict[str, Any]], overlay: str, tiny_tree: Path, resnet18: Path
+) -> None:
+    out, _ = made
+    with pytest.raises(CheckpointError, match=r"weights: expected random ones .*resnet18\.pth") as error:
+        run("4", [tiny_tree], out, overlay, configure=lambda v: TrainConfig(**v, weights=str(resnet18)))
+    assert f"give another folder (--out), or delete {out / 'sysu-mm01-baseline'}" in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "value"), [("split", 2), ("dataset", "llcm")])
+def test_what_a_table_sets_itself_is_refused(
+    overlay: str, tiny_regdb: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    def configure(values: dict[str, Any]) -> TrainConfig:
+        return TrainConfig(**(values | {name: value}))
+
+    with pytest.raises(ConfigError, match=rf"got {name}={value}, expected .*Leave --{name} out"):
+        run("4", [tiny_regdb], tmp_path, overlay, configure=configure)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_curves_are_drawn(overlay: str, tiny_tree: Path, tmp_path: Path) -> None:

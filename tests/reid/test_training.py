@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,6 +168,14 @@ def test_a_second_run_does_not_replace_the_first(tiny_config: TrainConfig) -> No
     assert str(path) in str(error.value)
     assert path.read_bytes() == before
     assert train(config, overwrite=True).step_count == 1
+
+
+def test_the_old_runs_scores_go_with_it(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, steps=1)
+    path = train(config).checkpoint_path
+    score_checkpoint(path, config.data, trials=1, accelerator="cpu", progress=quiet())
+    train(dataclasses.replace(config, lr=0.5), overwrite=True)
+    assert sorted(file.name for file in path.parent.iterdir()) == [CHECKPOINT_NAME, "metrics.jsonl"]
 
 
 def test_a_run_trains_only_what_should_train(tiny_config: TrainConfig) -> None:
@@ -463,6 +472,20 @@ def test_other_values_are_refused_on_resume(finished: Path) -> None:
     assert "lr: expected 0.02 (checkpoint), found 0.5 (given)" in message
     assert "workers" not in message
     assert "epochs" not in message
+
+
+def test_a_run_goes_on_from_its_own_weights_alone(
+    tiny_config: TrainConfig, resnet18: Path, tmp_path: Path
+) -> None:
+    moved, other = shutil.copy(resnet18, tmp_path / "moved.pth"), tmp_path / "other.pth"
+    torch.save(torch.load(resnet18) | {"conv1.weight": torch.ones(64, 3, 7, 7)}, other)
+    config = dataclasses.replace(tiny_config, weights=str(resnet18), steps=1)
+    path = train(config).checkpoint_path
+    checkpoint = load_checkpoint(path)
+    for weights, told in ((None, "random ones"), (str(other), r"other\.pth")):
+        with pytest.raises(CheckpointError, match=rf"weights: expected '.*resnet18\.pth.* found .*{told}"):
+            check_config(path, checkpoint, dataclasses.replace(config, weights=weights))
+    assert train(dataclasses.replace(config, weights=str(moved), steps=2), resume=True).step_count == 2
 
 
 def identity_of(tree: Path) -> DataIdentity:
