@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "common/isa.h"
+#include "common/tensors.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(mrcn_fast, library) { mrcn::define_operations(library); }
@@ -18,4 +19,5 @@ PYBIND11_MODULE(_C, module) {
     info["compiler"] = __VERSION__;
     return info;
   });
+  module.def("release_memory", &mrcn::release_memory);
 }

@@ -1,6 +1,7 @@
 """MRCN's modality restitution and compensation block and its CQC loss as fused kernels."""
 
 from mrcn_fast import reference
+from mrcn_fast.backends.native import release_memory
 from mrcn_fast.block import (
     MRCNBlock,
     MRCNFeatures,
@@ -26,5 +27,6 @@ __all__ = [
     "mrcn_block",
     "mrcn_restitution",
     "reference",
+    "release_memory",
     "snr_block",
 ]

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <mutex>
 
 #include "common/tensors.h"
 
@@ -27,6 +28,62 @@ void ask_for_huge_pages(void* data, int64_t bytes) {
 #endif
 }
 
+// What large tensors leave when they are freed, for the next ones: the system zeroes each page that it gives,
+// which takes longer than the block. Tensors and what lies here are never more together than the tensors were
+// at once.
+class Reserve {
+ public:
+  Tensor take(int64_t bytes, const Tensor& like) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    // The newest first: more of it may be in a cache.
+    const auto fits = std::find_if(free_.rbegin(), free_.rend(),
+        [bytes](const Tensor& t) { return t.numel() >= bytes && t.numel() <= bytes + bytes / 8; });
+    if (fits != free_.rend()) {
+      const Tensor found = *fits;
+      free_.erase(std::next(fits).base());
+      return count(found);
+    }
+    while (!free_.empty() && used_ + bytes + lying() > most_) free_.erase(free_.begin());
+    const Tensor made = torch::stable::empty({bytes}, ScalarType::Byte, std::nullopt, like.device());
+    ask_for_huge_pages(made.mutable_data_ptr(), bytes);
+    return count(made);
+  }
+
+  void give_back(const Tensor& memory) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    used_ -= memory.numel();
+    free_.push_back(memory);
+  }
+
+  void release() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    free_.clear();
+    most_ = used_;
+  }
+
+ private:
+  const Tensor& count(const Tensor& taken) {
+    used_ += taken.numel();
+    most_ = std::max(most_, used_);
+    return taken;
+  }
+
+  int64_t lying() const {
+    int64_t bytes = 0;
+    for (const Tensor& t : free_) bytes += t.numel();
+    return bytes;
+  }
+
+  std::mutex mutex_;
+  std::vector<Tensor> free_;  // the oldest first
+  int64_t used_ = 0, most_ = 0;
+};
+
+Reserve& reserve() {
+  static Reserve& it = *new Reserve;  // tensors are freed even when a process ends
+  return it;
+}
+
 // The line of a page that lies furthest from those of `taken`, to either side.
 int64_t furthest_line(const std::vector<const void*>& taken) {
   constexpr int64_t lines = page / line;
@@ -42,23 +99,23 @@ int64_t furthest_line(const std::vector<const void*>& taken) {
   return best;
 }
 
-// A tensor in the memory of another one, which lives as long: torch's own begin where its allocator wants. As
-// a view of that one it would begin `storage_offset` elements into it, where compiled code expects none. Its
-// storage can't be resized.
+// A tensor that begins at a line of a page, in memory of the reserve. As a view of that one it would begin
+// `storage_offset` elements into it, where compiled code expects none. Its storage can't be resized.
 Tensor make_at_line(int64_t at, const std::vector<int64_t>& sizes, const Tensor& like, bool channels_last) {
   const int64_t C = sizes[1], H = sizes[2], W = sizes[3];
   const std::vector<int64_t> strides = channels_last ? std::vector<int64_t>{H * W * C, 1, W * C, C}
                                                      : std::vector<int64_t>{C * H * W, H * W, W, 1};
   const int64_t bytes = sizes[0] * C * H * W * int64_t(like.element_size());
-  const Tensor memory = torch::stable::empty({bytes + page}, ScalarType::Byte, std::nullopt, like.device());
+  const Tensor memory = reserve().take(bytes + page, like);
   char* data = static_cast<char*>(memory.mutable_data_ptr());
   data += (at * line + page - int64_t(reinterpret_cast<uintptr_t>(data) % page)) % page;
-  ask_for_huge_pages(data, bytes);
-  return torch::stable::from_blob(
-      data, sizes, strides, like.device(), like.scalar_type(), [memory](void*) {});
+  return torch::stable::from_blob(data, sizes, strides, like.device(), like.scalar_type(),
+      [memory](void*) { reserve().give_back(memory); });
 }
 
 }  // namespace
+
+void release_memory() { reserve().release(); }
 
 Tensor make_output(
     const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last) {

@@ -57,9 +57,12 @@ Tensor make_output(
     const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
 
 // As many of them, of `like`'s dtype, for maps that are written while those at `beside` are read: large ones
-// lie apart from these and from one another in their pages.
+// lie apart from these and from one another in their pages, and take the memory of some that were freed.
 std::vector<Tensor> make_maps(int count, const std::vector<int64_t>& sizes, const Tensor& like,
     bool channels_last, std::vector<const void*> beside);
+
+// Gives back to the system what freed maps have left for the next ones.
+void release_memory();
 
 inline void pool(int64_t count, int64_t grain, RangeFunction function, void* context) {
   torch::stable::parallel_for(

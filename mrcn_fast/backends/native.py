@@ -47,6 +47,17 @@ def build_info() -> dict[str, Any]:
         return {}
 
 
+def release_memory() -> None:
+    """Give back to the system what freed CPU outputs have left for the next ones (csrc/common/memory.cpp).
+
+    Outputs of 2 MiB and more take the memory of earlier ones, because to get new pages from the system costs
+    more than the block does. What is kept and all outputs that live are together never more than outputs took
+    at once.
+    """
+    if _library is not None:
+        _library.release_memory()
+
+
 @functools.cache
 def _describe() -> str:
     info = _library.build_info()
