@@ -60,8 +60,8 @@ def parser() -> argparse.ArgumentParser:
         "--pages",
         choices=PAGES,
         default="warm",
-        help="the C library keeps all memory for the next tensors (warm, default), or large ones get new pages "
-        "each time (fresh), but for the fused outputs, whose memory mrcn_fast keeps",
+        help="the C library keeps all memory for the next tensors (warm, default), or large ones get new "
+        "pages each time (fresh), but for the fused outputs, whose memory mrcn_fast keeps",
     )
     options.add_argument(
         "--workers",
