@@ -1,4 +1,4 @@
-"""`mrcn-fast demo`: synthetic data, both models trained alike and scored, and what the block costs."""
+"""`mrcn-fast demo`: synthetic data, baseline and MRCN trained alike and scored, and what the block costs."""
 
 from __future__ import annotations
 
@@ -8,30 +8,47 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 import torch
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch.nn import functional as F
 
+from mrcn_fast.block import MODALITIES
 from mrcn_fast.dispatch import choose
 from mrcn_fast.reid.batches import Batch
 from mrcn_fast.reid.checkpoint import write_json
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
-from mrcn_fast.reid.model import ModelName
+from mrcn_fast.reid.extraction import extract
+from mrcn_fast.reid.figures import all_test_images
 from mrcn_fast.reid.scoring import HEADLINE, score_checkpoint, score_trial
 from mrcn_fast.reid.training import Trainer
 
 COLUMNS = {"rank1": "Rank-1", "rank10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
-TITLES: dict[ModelName, str] = {"baseline": "two-stream baseline", "mrcn": "MRCN"}
+
+
+class Contender(NamedTuple):
+    """A row of the table that is trained: its title, and what alone of the configuration is its own."""
+
+    title: str
+    values: dict[str, Any]
+
+
+CONTENDERS: Final = {
+    "baseline": Contender("two-stream baseline", {"model": "baseline"}),
+    # The block's part apart from the loss's.
+    "mrcn-without-cqc": Contender("MRCN without CQC", {"model": "mrcn", "cqc_weight": 0.0}),
+    "mrcn": Contender("MRCN", {"model": "mrcn"}),
+}
 
 
 @dataclasses.dataclass
 class DemoConfig:
-    """The demo's size: what two cores train from random weights in two minutes. Both models get the same."""
+    """The demo's size: what two cores train in four minutes. All contenders get the same."""
 
     out: str = "runs/demo"
     """Folder for everything the demo writes."""
@@ -47,14 +64,18 @@ class DemoConfig:
     """Image height in pixels."""
     width: int = 24
     """Image width in pixels."""
+    pretraining_identities: int = 120
+    """Other people, in visible light alone, whom the ResNet is pretrained on."""
+    pretraining_steps: int = 300
+    """Training steps of the pretraining."""
     steps: int = 130
-    """Training steps of each model."""
+    """Training steps of each contender."""
     trials: int = 10
     """Gallery draws that the scores are averaged over."""
     rounds: int = 7
     """Rounds of the interleaved time measurement."""
     seed: int = 0
-    """Seed of data, weights and batches."""
+    """Seed of data, weights and batches. The people of the pretraining are those of the seed after it."""
     accelerator: str = "auto"
     """Where to compute, as lightning-fabric names it."""
 
@@ -62,31 +83,37 @@ class DemoConfig:
 def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Run the demo, print its table, and return the results as results.json holds them.
 
-    Writes under `config.out`: data/ (SYSU-MM01's tree), baseline/ and mrcn/ (checkpoint, metrics, scores),
-    losses.png, results.json. An earlier demo there is replaced. Raises DatasetError when `out`/data holds
-    anything but a synthetic tree.
+    Writes under `config.out`: data/ (SYSU-MM01's tree), pretraining/ (a tree, checkpoint, weights.pth), a
+    folder for each of `CONTENDERS` (checkpoint, metrics, scores), losses.png, results.json. An earlier demo
+    there is replaced. Raises DatasetError when `out`/data or `out`/pretraining/data holds anything but a
+    synthetic tree.
     """
     out = Path(config.out)
     seconds: dict[str, float] = {}
+    trainers: dict[str, Trainer] = {}
+    distances: dict[str, dict[str, float]] = {}
     with progress_bars() as bars:
         with _timed(seconds, "data"):
             tree = _write_data(config, out / "data", bars)
-        trainers: dict[ModelName, Trainer] = {}
-        scores: dict[str, dict[str, float]] = {"chance": _chance(tree, config)}
-        for model in TITLES:
-            trainers[model] = trainer = Trainer(train_config(config, model, tree))
-            with _timed(seconds, f"training {model}"):
+        with _timed(seconds, "pretraining"):
+            weights = _pretrained(config, bars)
+        scores = {"chance": _chance(tree, config)}
+        for name in CONTENDERS:
+            trainers[name] = trainer = Trainer(train_config(config, name, tree, weights))
+            with _timed(seconds, f"training {name}"):
                 checkpoint = trainer.fit(overwrite=True, progress=bars)
-            with _timed(seconds, f"scoring {model}"):
+            with _timed(seconds, f"scoring {name}"):
                 result = score_checkpoint(
                     checkpoint, tree, trials=config.trials, accelerator=config.accelerator, progress=bars
                 )
-            scores[model] = result["searches"][result["headline"]]["mean"]
+                distances[name] = _distances(trainer, tree)
+            scores[name] = result["searches"][result["headline"]]["mean"]
         with _timed(seconds, "measuring"):
             times = measure(trainers, config.rounds, bars)
     _plot(trainers, out / "losses.png")
     results = {
         "scores": scores,
+        "distances": distances,
         "milliseconds": times,
         "block_share": {
             name: times[f"block {name}"] / times[f"mrcn {name}"] for name in ("automatic", "reference")
@@ -98,17 +125,28 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     write_json(out / "results.json", results)
     # Where nobody watches, a log keeps the table in one piece.
     Console(width=None if sys.stdout.isatty() else 110).print(_table(results))
-    print(f"Everything is in {out}: data/, baseline/, mrcn/, losses.png, results.json")
+    print(f"Everything is in {out}: data/, pretraining/, {'/, '.join(CONTENDERS)}/, losses.png, results.json")
     return results
 
 
-def train_config(config: DemoConfig, model: ModelName, tree: Path) -> TrainConfig:
-    """The training configuration of one of the two models; they differ in `model` and `out` alone."""
-    batches = max(1, config.steps // 10)
+def train_config(config: DemoConfig, name: str, tree: Path, weights: Path) -> TrainConfig:
+    """The training configuration of one of `CONTENDERS`; they differ in `out` and its own values alone."""
+    scaled = _scaled(config, tree, Path(config.out) / name, config.steps)
+    return dataclasses.replace(scaled, weights=str(weights), **CONTENDERS[name].values)
+
+
+def pretraining_config(config: DemoConfig, tree: Path, folder: Path) -> TrainConfig:
+    """The pretraining's configuration: ImageNet's task, classification alone, by the plain network."""
+    scaled = _scaled(config, tree, folder, config.pretraining_steps)
+    return dataclasses.replace(scaled, model="baseline", triplet_weight=0.0)
+
+
+def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfig:
+    """The paper's recipe at the demo's size."""
+    batches = max(1, steps // 10)
     return TrainConfig(
         data=str(tree),
-        out=str(Path(config.out) / model),
-        model=model,
+        out=str(out),
         depth=18,
         height=config.height,
         width=config.width,
@@ -117,22 +155,22 @@ def train_config(config: DemoConfig, model: ModelName, tree: Path) -> TrainConfi
         images=2,
         padding=3,
         batches=batches,
-        epochs=-(-config.steps // batches),
-        steps=config.steps,
-        # The paper's schedule in ten epochs, at a rate for random weights: the trunk learns as fast as the
-        # head.
+        epochs=-(-steps // batches),
+        steps=steps,
+        # The paper's schedule in ten epochs. The trunk learns as fast as the head: it comes from a short
+        # pretraining or none.
         warmup_epochs=1,
         milestones=(7, 9),
         lr=0.03,
         warmup_lr=0.003,
         trunk_lr=1.0,
-        # On a random trunk the sum over eight identities outweighs the other losses tenfold and drives the
-        # two modalities apart before anything is learned; the mean, the authors' later habit, does not.
+        # The authors' later habit. In so short a training the paper's sum outweighs the other losses and
+        # drives the modalities so far apart that next to nobody is found; the mean does so less.
         cqc_reduction="mean",
         seed=config.seed,
         accelerator=config.accelerator,
         workers=0,
-        log_every=max(1, config.steps // 60),
+        log_every=max(1, steps // 60),
     )
 
 
@@ -149,20 +187,51 @@ class _timed:
         self.into[self.name] = round(time.perf_counter() - self.begun, 2)
 
 
-def _write_data(config: DemoConfig, root: Path, bars: Progress) -> Path:
+def _write_data(config: DemoConfig, root: Path, bars: Progress, **differing: Any) -> Path:
     task = bars.add_task("images", total=None, status="")
+    parameters: dict[str, Any] = {
+        "identities": config.identities,
+        "test_identities": config.test_identities,
+        "images_per_camera": config.images_per_camera,
+        "image_size": (config.height, config.width),
+        "seed": config.seed,
+        "modality_gap": config.modality_gap,
+        "pose_spread": 0.4,
+        "camera_style": 0.4,
+    }
     return write_sysu(
         root,
-        identities=config.identities,
-        test_identities=config.test_identities,
-        images_per_camera=config.images_per_camera,
-        image_size=(config.height, config.width),
-        seed=config.seed,
-        modality_gap=config.modality_gap,
-        pose_spread=0.4,
-        camera_style=0.4,
+        **(parameters | differing),
         progress=lambda done, total: bars.update(task, completed=done, total=total),
     )
+
+
+def _pretrained(config: DemoConfig, bars: Progress) -> Path:
+    """Weights in the place of ImageNet's, which the paper starts from: a file in torchvision's format.
+
+    Without a modality gap infrared cameras see colour too: as on ImageNet, no infrared image is met. Unlike
+    there, the pictures are of people, so that a short training is enough.
+    """
+    folder = Path(config.out) / "pretraining"
+    tree = _write_data(
+        config,
+        folder / "data",
+        bars,
+        identities=config.pretraining_identities,
+        test_identities=1,
+        images_per_camera=2,
+        seed=config.seed + 1,
+        modality_gap=0.0,
+    )
+    trainer = Trainer(pretraining_config(config, tree, folder))
+    trainer.fit(overwrite=True, progress=bars)
+    state = trainer.model.trunk.state_dict()
+    path = folder / "weights.pth"
+    # torchvision's ResNet has one stem.
+    torch.save(
+        {k.removeprefix("visible."): v for k, v in state.items() if not k.startswith("infrared.")}, path
+    )
+    return path
 
 
 def _chance(tree: Path, config: DemoConfig) -> dict[str, float]:
@@ -176,7 +245,27 @@ def _chance(tree: Path, config: DemoConfig) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in rows) for name in HEADLINE}
 
 
-def measure(trainers: dict[ModelName, Trainer], rounds: int, bars: Progress) -> dict[str, float]:
+def _distances(trainer: Trainer, tree: Path) -> dict[str, float]:
+    """Mean distances of unit features of the test people: what tells whether modalities or people lie apart.
+
+    "one person": from a person's visible to their infrared images; "two people": between visible images of
+    different people.
+    """
+    images = all_test_images(SYSUMM01(tree))
+    visible, infrared = (
+        F.normalize(extract(trainer.model, images[modality], modality, trainer.config))
+        for modality in MODALITIES
+    )
+    people, sought = (
+        torch.tensor([s.identity for s in images[modality]])[:, None] for modality in MODALITIES
+    )
+    return {
+        "one person": torch.cdist(visible, infrared)[people == sought.T].mean().item(),
+        "two people": torch.cdist(visible, visible)[people != people.T].mean().item(),
+    }
+
+
+def measure(trainers: dict[str, Trainer], rounds: int, bars: Progress) -> dict[str, float]:
     """Milliseconds, medians of interleaved rounds: a step of each model; the block's forward + backward.
 
     Keys: "baseline", "mrcn automatic", "mrcn reference", "block automatic", "block reference". The block runs
@@ -235,9 +324,9 @@ def _table(results: dict[str, Any]) -> Table:
     data, times = results["config"], results["milliseconds"]
     table = Table(
         title=f"Synthetic data, modality gap {data['modality_gap']}; SYSU-MM01's all-search, single-shot, "
-        f"random draw, {data['trials']} trials;\nResNet-18 at {data['height']} x {data['width']} from random "
-        f"weights, {data['steps']} steps",
-        caption="the block's share of a training step: its forward and backward alone / the step",
+        f"random draw, {data['trials']} trials;\nResNet-18 at {data['height']} x {data['width']}, "
+        f"{data['pretraining_steps']} steps on other people in visible light, then {data['steps']}",
+        caption=caption(results),
     )
     table.add_column("")
     fused = f"share, {results['backend']}" if results["backend"] != "reference" else "share, fused"
@@ -246,18 +335,32 @@ def _table(results: dict[str, Any]) -> Table:
     shares = results["block_share"]
     automatic = f"{100 * shares['automatic']:.1f} %" if results["backend"] != "reference" else "not built"
     cells = {
-        "chance": ("", "", ""),
-        "baseline": (f"{times['baseline']:.0f}", "", ""),
+        "baseline": (f"{times['baseline']:.0f}",),
         "mrcn": (f"{times['mrcn automatic']:.0f}", automatic, f"{100 * shares['reference']:.1f} %"),
     }
-    titles = {str(model): title for model, title in TITLES.items()}
     for row, scores in results["scores"].items():
-        table.add_row(titles.get(row, row), *(f"{100 * scores[name]:.1f}" for name in COLUMNS), *cells[row])
+        title = CONTENDERS[row].title if row in CONTENDERS else row
+        table.add_row(title, *(f"{100 * scores[name]:.1f}" for name in COLUMNS), *cells.get(row, ()))
     return table
 
 
-def _plot(trainers: dict[ModelName, Trainer], path: Path) -> None:
-    """The losses of both models over the steps, one panel a term."""
+def caption(results: dict[str, Any]) -> str:
+    """What the shares are and, where the CQC loss cost MRCN its lead, what it did in this run."""
+    told = "the block's share of a training step: its forward and backward alone / the step"
+    scores, distances = results["scores"], results["distances"]
+    if scores["mrcn"]["rank1"] >= scores["mrcn-without-cqc"]["rank1"]:
+        return told
+    with_cqc, without = (distances[name] for name in ("mrcn", "mrcn-without-cqc"))
+    return (
+        f"{told}\nAfter {results['config']['steps']} steps the CQC loss costs more than it gives: a person's "
+        f"visible and infrared images are {with_cqc['one person']:.2f} apart,\nvisible ones of two people "
+        f"{with_cqc['two people']:.2f}; without it {without['one person']:.2f} and "
+        f"{without['two people']:.2f} (mean distances of unit features)"
+    )
+
+
+def _plot(trainers: dict[str, Trainer], path: Path) -> None:
+    """The losses of all contenders over the steps, one panel a term."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -271,11 +374,12 @@ def _plot(trainers: dict[ModelName, Trainer], path: Path) -> None:
     }
     figure, panels = pyplot.subplots(1, len(terms), figsize=(4 * len(terms), 3.2), layout="constrained")
     for panel, (term, title) in zip(panels, terms.items(), strict=True):
-        for model, trainer in trainers.items():
-            if term == "cqc" and model == "baseline":
-                continue
+        for name, trainer in trainers.items():
             lines = trainer.journal.lines
-            panel.plot([line["step"] for line in lines], [line[term] for line in lines], label=TITLES[model])
+            values = [line[term] for line in lines]
+            # A loss that a contender is not trained with is 0 throughout.
+            if any(values):
+                panel.plot([line["step"] for line in lines], values, label=CONTENDERS[name].title)
         panel.set(title=title, xlabel="step", ylim=(0, None))
         panel.legend()
     figure.savefig(path, dpi=120)

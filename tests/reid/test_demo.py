@@ -1,4 +1,4 @@
-"""The demo, small: it leaves what it promises, and trains both models alike."""
+"""The demo, small: it leaves what it promises, and trains all contenders alike from one pretraining."""
 
 from __future__ import annotations
 
@@ -7,9 +7,19 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from mrcn_fast.reid.checkpoint import load_checkpoint
-from mrcn_fast.reid.demo import DemoConfig, run_demo, train_config
+from mrcn_fast.reid.checkpoint import load_checkpoint, weights_fingerprint
+from mrcn_fast.reid.demo import (
+    CONTENDERS,
+    DemoConfig,
+    caption,
+    pretraining_config,
+    run_demo,
+    train_config,
+)
+
+ROWS = ["baseline", "mrcn-without-cqc", "mrcn"]
 
 
 @pytest.fixture(scope="module")
@@ -22,6 +32,8 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
         images_per_camera=1,
         height=32,
         width=16,
+        pretraining_identities=10,
+        pretraining_steps=2,
         steps=3,
         trials=2,
         rounds=1,
@@ -33,30 +45,61 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
 
 def test_everything_goes_under_one_folder(demo: DemoConfig) -> None:
     out = Path(demo.out)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "baseline",
-        "data",
-        "losses.png",
-        "mrcn",
-        "results.json",
-    ]
+    assert {path.name for path in out.iterdir()} == {
+        *("data", "pretraining", "losses.png", "results.json"),
+        *ROWS,
+    }
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
-    for model in ("baseline", "mrcn"):
-        names = {path.name for path in (out / model).iterdir()}
+    for name in ROWS:
+        names = {path.name for path in (out / name).iterdir()}
         assert names == {"checkpoint.pth", "metrics.jsonl", "test-all-search-single-shot-random-draw.json"}
 
 
-def test_both_models_are_trained_alike(demo: DemoConfig) -> None:
-    baseline, mrcn = (load_checkpoint(Path(demo.out) / model) for model in ("baseline", "mrcn"))
-    assert baseline.step == mrcn.step == 3
-    assert baseline.data == mrcn.data
-    same = dataclasses.replace(mrcn.config, model="baseline", out=baseline.config.out)
-    assert same == baseline.config
+def test_contenders_are_trained_alike(demo: DemoConfig) -> None:
+    assert list(CONTENDERS) == ROWS
+    runs = [load_checkpoint(Path(demo.out) / name) for name in ROWS]
+    assert [(run.config.model, run.config.cqc_weight) for run in runs] == [
+        ("baseline", 1.2),
+        ("mrcn", 0.0),
+        ("mrcn", 1.2),
+    ]
+    first = runs[0]
+    for run in runs:
+        assert run.step == 3
+        assert run.data == first.data
+        # Their own values put back: nothing else differs.
+        alike = dataclasses.replace(run.config, model="baseline", cqc_weight=1.2, out=first.config.out)
+        assert alike == first.config
+
+
+def test_contenders_begin_from_one_pretraining(demo: DemoConfig) -> None:
+    folder = Path(demo.out) / "pretraining"
+    pretraining = load_checkpoint(folder)
+    assert pretraining.step == 2
+    weights = torch.load(folder / "weights.pth", weights_only=True)
+    for name, theirs in (("conv1.weight", "visible.conv1.weight"), ("layer4.1.bn2.bias",) * 2):
+        assert torch.equal(weights[name], pretraining.model[f"trunk.{theirs}"])
+    for name in ROWS:
+        assert load_checkpoint(Path(demo.out) / name).weights == weights_fingerprint(folder / "weights.pth")
+
+
+def test_the_pretraining_sees_other_people_in_visible_light(demo: DemoConfig) -> None:
+    trees = [Path(demo.out) / "data", Path(demo.out) / "pretraining" / "data"]
+    ours, theirs = (json.loads((tree / "synthetic.json").read_text()) for tree in trees)
+    assert theirs["modality_gap"] == 0 < ours["modality_gap"]
+    assert theirs["seed"] != ours["seed"]
+    config = pretraining_config(demo, trees[1], trees[1].parent)
+    assert (config.model, config.triplet_weight, config.weights) == ("baseline", 0, None)
 
 
 def test_results_hold_scores_times_and_shares(demo: DemoConfig) -> None:
     results = json.loads((Path(demo.out) / "results.json").read_text())
-    assert list(results["scores"]) == ["chance", "baseline", "mrcn"]
+    assert list(results["scores"]) == ["chance", *ROWS]
+    assert list(results["distances"]) == ROWS
+    for distances in results["distances"].values():
+        # Unit features after a ReLU and a BNNeck: anything from equal to opposite.
+        assert set(distances) == {"one person", "two people"}
+        assert all(0 < value < 2 for value in distances.values())
     for scores in results["scores"].values():
         assert all(0 < scores[name] <= 1 for name in ("rank1", "rank10", "mAP", "mINP"))
     times = results["milliseconds"]
@@ -76,7 +119,7 @@ def test_results_hold_scores_times_and_shares(demo: DemoConfig) -> None:
 
 def test_the_steps_are_those_asked_for(tmp_path: Path) -> None:
     for steps in (1, 7, 120, 125):
-        config = train_config(DemoConfig(steps=steps), "mrcn", tmp_path)
+        config = train_config(DemoConfig(steps=steps), "mrcn", tmp_path, tmp_path / "weights.pth")
         assert config.batches is not None
         assert config.epochs * config.batches >= steps == config.steps
 
@@ -84,6 +127,26 @@ def test_the_steps_are_those_asked_for(tmp_path: Path) -> None:
 def test_a_second_demo_replaces_the_first(demo: DemoConfig, capsys: pytest.CaptureFixture[str]) -> None:
     run_demo(dataclasses.replace(demo, steps=1, trials=1))
     told = capsys.readouterr().out
-    for part in ("Rank-1", "Rank-10", "mAP", "mINP", "ms a step", "two-stream baseline", "MRCN", "chance"):
+    for part in ("Rank-1", "Rank-10", "mAP", "mINP", "ms a step", "chance"):
         assert part in told
+    for title in ("two-stream baseline", "MRCN without CQC", "MRCN"):
+        assert any(line.split("│")[1].strip() == title for line in told.splitlines() if "│" in line)
     assert load_checkpoint(Path(demo.out) / "mrcn").step == 1
+
+
+def test_where_the_cqc_loss_costs_more_than_it_gives_the_table_says_so() -> None:
+    distances = {
+        "mrcn": {"one person": 1.24, "two people": 1.14},
+        "mrcn-without-cqc": {"one person": 0.84, "two people": 1.38},
+    }
+
+    def told(with_cqc: float) -> str:
+        scores = {"mrcn": {"rank1": with_cqc}, "mrcn-without-cqc": {"rank1": 0.8}}
+        return caption({"scores": scores, "distances": distances, "config": {"steps": 130}})
+
+    assert "CQC" not in told(0.8)
+    sentence = " ".join(told(0.79).split())
+    assert (
+        "infrared images are 1.24 apart, visible ones of two people 1.14; without it 0.84 and 1.38"
+        in sentence
+    )
