@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from matplotlib.figure import Figure  # not pyplot, which would choose the caller's backend
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
@@ -48,7 +49,7 @@ CONTENDERS: Final = {
 
 @dataclasses.dataclass
 class DemoConfig:
-    """The demo's size: what two cores train in four minutes. All contenders get the same."""
+    """The demo's size: what two cores train in three minutes. All contenders get the same."""
 
     out: str = "runs/demo"
     """Folder for everything the demo writes."""
@@ -110,7 +111,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
             scores[name] = result["searches"][result["headline"]]["mean"]
         with _timed(seconds, "measuring"):
             times = measure(trainers, config.rounds, bars)
-    _plot(trainers, out / "losses.png")
+    losses = draw_losses({name: trainer.journal.lines for name, trainer in trainers.items()})
+    losses.savefig(out / "losses.png", dpi=120)
     results = {
         "scores": scores,
         "distances": distances,
@@ -345,7 +347,7 @@ def _table(results: dict[str, Any]) -> Table:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What the shares are and, where the CQC loss cost MRCN its lead, what it did in this run."""
+    """What the shares are and, where the CQC loss cost more than it gave, what it did in this run."""
     told = "the block's share of a training step: its forward and backward alone / the step"
     scores, distances = results["scores"], results["distances"]
     if scores["mrcn"]["rank1"] >= scores["mrcn-without-cqc"]["rank1"]:
@@ -353,34 +355,27 @@ def caption(results: dict[str, Any]) -> str:
     with_cqc, without = (distances[name] for name in ("mrcn", "mrcn-without-cqc"))
     return (
         f"{told}\nAfter {results['config']['steps']} steps the CQC loss costs more than it gives: a person's "
-        f"visible and infrared images are {with_cqc['one person']:.2f} apart,\nvisible ones of two people "
-        f"{with_cqc['two people']:.2f}; without it {without['one person']:.2f} and "
-        f"{without['two people']:.2f} (mean distances of unit features)"
+        f"visible images are\n{with_cqc['one person']:.2f} from their infrared ones and "
+        f"{with_cqc['two people']:.2f} from other people's visible ones;\nwithout it "
+        f"{without['one person']:.2f} and {without['two people']:.2f} (mean distances of unit features)"
     )
 
 
-def _plot(trainers: dict[str, Trainer], path: Path) -> None:
-    """The losses of all contenders over the steps, one panel a term."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+def draw_losses(journals: dict[str, list[dict[str, float]]]) -> Figure:
+    """The losses of all contenders over the steps, one panel a term; from the lines of their journals."""
     terms = {
         "identity": "identity loss",
         "triplet": "triplet loss",
         "cqc": "CQC loss",
         "accuracy": "accuracy",
     }
-    figure, panels = pyplot.subplots(1, len(terms), figsize=(4 * len(terms), 3.2), layout="constrained")
-    for panel, (term, title) in zip(panels, terms.items(), strict=True):
-        for name, trainer in trainers.items():
-            lines = trainer.journal.lines
-            values = [line[term] for line in lines]
+    figure = Figure(figsize=(4 * len(terms), 3.2), layout="constrained")
+    for panel, (term, title) in zip(figure.subplots(1, len(terms)), terms.items(), strict=True):
+        for index, (name, lines) in enumerate(journals.items()):
+            steps, values = [line["step"] for line in lines], [line[term] for line in lines]
             # A loss that a contender is not trained with is 0 throughout.
             if any(values):
-                panel.plot([line["step"] for line in lines], values, label=CONTENDERS[name].title)
+                panel.plot(steps, values, color=f"C{index}", label=CONTENDERS[name].title)
         panel.set(title=title, xlabel="step", ylim=(0, None))
         panel.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    return figure

@@ -14,6 +14,7 @@ from mrcn_fast.reid.demo import (
     CONTENDERS,
     DemoConfig,
     caption,
+    draw_losses,
     pretraining_config,
     run_demo,
     train_config,
@@ -117,6 +118,21 @@ def test_results_hold_scores_times_and_shares(demo: DemoConfig) -> None:
     assert results["scores"]["chance"]["rank1"] == pytest.approx(0.25, abs=0.25)
 
 
+def test_the_losses_show_each_contender_in_the_terms_it_is_trained_with() -> None:
+    def line(step: int, cqc: float) -> dict[str, float]:
+        return {"step": step, "identity": 2.0, "triplet": 1.0, "cqc": cqc, "accuracy": 0.5}
+
+    figure = draw_losses({name: [line(1, name == "mrcn"), line(2, 0.0)] for name in ROWS})
+    shown = {panel.get_title(): {c.get_label(): c.get_color() for c in panel.lines} for panel in figure.axes}
+    everyone = {"two-stream baseline": "C0", "MRCN without CQC": "C1", "MRCN": "C2"}
+    assert shown == {
+        "identity loss": everyone,
+        "triplet loss": everyone,
+        "CQC loss": {"MRCN": "C2"},
+        "accuracy": everyone,
+    }
+
+
 def test_the_steps_are_those_asked_for(tmp_path: Path) -> None:
     for steps in (1, 7, 120, 125):
         config = train_config(DemoConfig(steps=steps), "mrcn", tmp_path, tmp_path / "weights.pth")
@@ -146,7 +162,5 @@ def test_where_the_cqc_loss_costs_more_than_it_gives_the_table_says_so() -> None
 
     assert "CQC" not in told(0.8)
     sentence = " ".join(told(0.79).split())
-    assert (
-        "infrared images are 1.24 apart, visible ones of two people 1.14; without it 0.84 and 1.38"
-        in sentence
-    )
+    assert "images are 1.24 from their infrared ones and 1.14 from other people's visible ones" in sentence
+    assert "without it 0.84 and 1.38" in sentence
