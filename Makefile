@@ -118,6 +118,6 @@ format:  ## rewrite the sources in the project's format
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" -i
 
 clean:  ## remove what builds left (not VENV, not runs/)
-	rm -rf build dist *.egg-info mrcn_fast/_C.* mrcn_fast/_cuda.so mrcn_fast/_native_build.json
+	rm -rf build dist *.egg-info mrcn_fast/_C.* mrcn_fast/_storage.so mrcn_fast/_cuda.so mrcn_fast/_native_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find mrcn_fast tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

@@ -35,6 +35,8 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 EXTENSION = "mrcn_fast._C"
+# Loaded beside the torch that it was compiled for alone; without it large outputs get new pages each time.
+STORAGE_LIBRARY = Path("mrcn_fast", "_storage.so")
 CUDA_LIBRARY = Path("mrcn_fast", "_cuda.so")
 RECORD = Path("mrcn_fast", "_native_build.json")
 LOG_LINES = 60
@@ -379,8 +381,8 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         directory = Path(self.build_lib)
-        outputs = [directory / RECORD, directory / self.get_ext_filename(EXTENSION), directory / CUDA_LIBRARY]
-        return [str(path) for path in outputs if path.is_file()]
+        names = [RECORD, self.get_ext_filename(EXTENSION), STORAGE_LIBRARY, CUDA_LIBRARY]
+        return [str(directory / name) for name in names if (directory / name).is_file()]
 
     def get_output_mapping(self) -> dict[str, str]:
         return {}

@@ -6,7 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "common/isa.h"
-#include "common/tensors.h"
+#include "common/output_memory.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(mrcn_fast, library) { mrcn::define_operations(library); }
@@ -19,5 +19,10 @@ PYBIND11_MODULE(_C, module) {
     info["compiler"] = __VERSION__;
     return info;
   });
+  module.def("connect_storage", &mrcn::connect_storage);
   module.def("release_memory", &mrcn::release_memory);
+  module.def("memory_in_use", [] {
+    const mrcn::MemoryInUse in_use = mrcn::memory_in_use();
+    return std::pair(in_use.live, in_use.kept);
+  });
 }

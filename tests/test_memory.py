@@ -1,9 +1,12 @@
-"""The memory of freed CPU outputs: whom it serves next, and how much of it is kept."""
+"""Memory of CPU calls: that of freed outputs is used again, none is left behind, storages are torch's own."""
 
 from __future__ import annotations
 
+import io
+import math
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -11,6 +14,9 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import MRCNBlock, release_memory
+from mrcn_fast.backends import native
+from mrcn_fast.backends.native import memory_in_use
+from mrcn_fast.benchmark.timing import bytes_in_use, growth
 from tests import cases
 from tests.processes import ROOT
 
@@ -101,3 +107,182 @@ def test_no_more_is_kept_than_was_in_use_at_once(backend: str) -> None:
     )
     # Four maps of 12 MB, without the four of 8 before them; pages beside them may come and go.
     assert 46 < float(run.stdout) < 54
+
+
+# --- nothing is left behind -------------------------------------------------------------------------------
+
+counts_bytes = pytest.mark.skipif(bytes_in_use() is None, reason="no mallinfo2: glibc 2.33 or newer has it")
+
+
+def left_behind(call: Callable[[], object], calls: int) -> float:
+    """Bytes that stay in use after a call; the least of six measurements: torch's tables grow too."""
+    least = math.inf
+    for _ in range(6):
+        found = growth(call, calls, before=100)
+        assert found is not None
+        least = min(least, found.in_use)
+        if least < 1:
+            break
+    return least
+
+
+@counts_bytes
+@cases.backends("cpu")
+@pytest.mark.parametrize("gradients", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "spatially sliced"])
+@pytest.mark.parametrize("mode", cases.MODES)
+def test_a_block_call_leaves_no_byte(mode: str, layout: str, gradients: bool, backend: str) -> None:
+    p = cases.problem(cases.Case(mode, shape=(2, 16, 6, 5), layouts=(layout, layout)))
+
+    def call() -> None:
+        with torch.set_grad_enabled(gradients):
+            outputs = cases.call(p.case, p.inputs, p.parameters, backend)
+            if gradients:
+                torch.autograd.grad(outputs, (*p.inputs, *p.parameters), p.gradients)
+
+    assert left_behind(call, 300) < 1
+
+
+@counts_bytes
+@cases.backends("cpu")
+@pytest.mark.parametrize("stacked", [True, False])
+def test_a_loss_call_leaves_no_byte(stacked: bool, backend: str) -> None:
+    p = cases.cqc_problem(cases.CQCCase((4, 4), (4, 4), 16, torch.float32, stacked))
+    assert left_behind(lambda: cases.evaluate_cqc(p, backend), 300) < 1
+
+
+# Resident MB after so many calls, of maps whose shapes change and of maps with one shape.
+RESIDENT = """
+import sys, torch, mrcn_fast
+from mrcn_fast import MRCNBlock
+from mrcn_fast.benchmark.timing import _resident
+from pathlib import Path
+
+torch.set_num_threads(1)
+changing, gradients, release, calls = (int(word) for word in sys.argv[1:])
+block, marks = MRCNBlock(32), []
+for k in range(calls):
+    rows = 48 + (7 * k % 24 if changing else 24)
+    visible, infrared = (torch.randn(1).expand(4, 32, rows, 96).clone() for _ in range(2))
+    with torch.set_grad_enabled(bool(gradients)):
+        made = block(visible.requires_grad_(bool(gradients)), infrared)
+        if gradients:
+            made.visible_compensated.sum().backward()
+    if release:
+        mrcn_fast.release_memory()
+    if k % (calls // 4) == calls // 4 - 1:
+        marks.append(_resident(Path("/proc/self/status"), "VmRSS") / 2**20)
+print(*marks)
+"""
+
+
+@cases.backends("cpu")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("release", [0, 1], ids=["kept", "released"])
+@pytest.mark.parametrize("gradients", [0, 1], ids=["inference", "training"])
+@pytest.mark.parametrize("changing", [0, 1], ids=["one shape", "changing shapes"])
+def test_resident_memory_is_flat(changing: int, gradients: int, release: int, backend: str) -> None:
+    words = [sys.executable, "-c", RESIDENT, *map(str, (changing, gradients, release, 400))]
+    run = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    first, *later = map(float, run.stdout.split())
+    assert max(later) < 1.1 * first
+
+
+@cases.backends("cpu")
+def test_a_release_gives_back_all_that_is_kept(backend: str, block: MRCNBlock) -> None:
+    release_memory()
+    assert memory_in_use()[1] == 0
+    kept = block(*pair(SHAPE, 0))
+    block(*pair(SHAPE, 10))
+    live, lying = memory_in_use()
+    four = 4 * 4 * 64 * 64 * 32 * 4
+    assert four <= live <= four + 4 * 2 * PAGE and four <= lying <= four + 4 * 2 * PAGE
+    release_memory()
+    assert memory_in_use() == (live, 0)
+    del kept
+    assert memory_in_use() == (0, live)
+
+
+# --- storages are torch's own -----------------------------------------------------------------------------
+
+
+@cases.backends("cpu")
+def test_the_library_makes_storages_here(backend: str) -> None:
+    """Without it large outputs would be slow, and no other test would fail."""
+    assert native.build_info()["memory"].startswith("that of freed outputs")
+
+
+@cases.backends("cpu")
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_large_outputs_can_be_resized(backend: str, layout: torch.memory_format, block: MRCNBlock) -> None:
+    """FSDP1 and some checkpointing wrappers free a storage so, and fill it again later."""
+    release_memory()
+    made = block(*(x.contiguous(memory_format=layout) for x in pair(SHAPE, 0))).visible_restituted
+    before, storage = made.clone(), made.untyped_storage()
+    size = storage.size()
+    assert storage.resizable() and size == made.numel() * 4 and made.storage_offset() == 0
+    live, _ = memory_in_use()
+    storage.resize_(0)
+    assert storage.size() == 0 and memory_in_use()[0] < live
+    storage.resize_(size)
+    made.copy_(before)
+    assert torch.equal(made, before)
+    storage.resize_(2 * size)  # keeps what is there
+    assert torch.equal(made, before)
+
+
+@cases.backends("cpu")
+def test_large_outputs_are_saved_shared_and_viewed(backend: str, block: MRCNBlock) -> None:
+    made = block(*pair(SHAPE, 0)).infrared_restituted
+    file = io.BytesIO()
+    torch.save(made[1:3, ::2], file)
+    file.seek(0)
+    assert torch.equal(torch.load(file, weights_only=True), made[1:3, ::2])
+    before = made.clone()
+    made.share_memory_()
+    assert torch.equal(made, before)
+    with torch.inference_mode():
+        assert block(*pair(SHAPE, 0)).infrared_restituted.is_inference()
+
+
+@cases.backends("cpu")
+@pytest.mark.slow
+def test_a_torch_that_it_was_not_compiled_for_works_without_it(backend: str) -> None:
+    code = """
+import torch
+torch.__version__ = "0.0.0"
+from mrcn_fast import MRCNBlock
+from mrcn_fast.backends import native
+block = MRCNBlock(64)
+x = torch.randn(2, 4, 64, 64, 32)
+made = block(*x)
+assert made.visible_restituted.untyped_storage().resizable() and native.memory_in_use() == (0, 0)
+print(native.build_info()["memory"])
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert "compiled for torch" in run.stdout and "0.0.0" in run.stdout
+
+
+# --- too much ---------------------------------------------------------------------------------------------
+
+
+@cases.backends("cpu")
+@pytest.mark.parametrize("rows", [2**42, 2**42 + 1, 2**43 - 1])
+def test_a_view_of_any_size_is_refused(rows: int, backend: str) -> None:
+    """Its bytes pass what 64 bits count, or no machine has them."""
+    block = MRCNBlock(1, backend=backend).requires_grad_(False)
+    view = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**20, rows)
+    with pytest.raises(RuntimeError, match=r"more bytes than 64 bits count; use smaller maps"):
+        block.restitute(view, "visible")
+    assert block.restitute(torch.randn(1, 1, 2, 2), "visible").isfinite().all()
+
+
+@cases.backends("cpu")
+@pytest.mark.parametrize("shape", [(2**40, 1, 2, 2), (1, 1, 2**20, 2**22)])
+def test_an_allocation_that_fails_says_how_much_it_wanted(shape: tuple[int, ...], backend: str) -> None:
+    block = MRCNBlock(1, backend=backend).requires_grad_(False)
+    with pytest.raises(RuntimeError, match=r"can't allocate \d{13,} bytes; use a smaller batch"):
+        block.restitute(torch.zeros(1, 1, 1, 1).expand(shape), "visible")
+    assert block.restitute(torch.randn(1, 1, 2, 2), "visible").isfinite().all()

@@ -1,6 +1,7 @@
 // The block's operations on CPU tensors.
 #include "block/block_ops.h"
 #include "common/isa.h"
+#include "common/output_memory.h"
 
 namespace mrcn {
 namespace {

@@ -89,7 +89,7 @@ MRCN_INLINE void make_at(
 }
 
 // Sets that share a tensor mostly lie at the same place of a page, where lines that are written in pieces
-// hinder each other (common/memory.cpp): so many lines of a set are written before the next set's.
+// hinder each other (common/output_memory.cpp): so many lines of a set are written before the next set's.
 template <class P>
 constexpr bool sets_in_turn = P::passes && vector_bytes < line_bytes;
 constexpr int64_t lines_in_turn = 8;

@@ -3,7 +3,8 @@
 
 #include <cstdint>
 #include <cstdlib>
-#include <new>
+
+#include "common/no_memory.h"
 
 namespace mrcn::MRCN_ISA {
 namespace {
@@ -22,7 +23,7 @@ struct Buffer {
     if (count <= 0) return;
     const size_t bytes = (size_t(count) * sizeof(T) + 63) / 64 * 64;
     data = static_cast<T*>(std::aligned_alloc(64, bytes));
-    if (data == nullptr) throw std::bad_alloc();
+    if (data == nullptr) no_memory(int64_t(bytes));
   }
 };
 

@@ -4,6 +4,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <exception>
+#include <mutex>
 #include <sstream>
 #include <stdexcept>
 #include <vector>
@@ -51,22 +53,31 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
   return torch::stable::contiguous(known ? t : torch::stable::to(t, dtype));
 }
 
-// torch.Tensor with uninitialized memory; large ones ask the kernel for huge pages, because the first touch
-// of small ones costs more than the block does (csrc/common/memory.cpp).
-Tensor make_output(
-    const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last);
+// Refuses a result whose bytes 64 bits can't count: views may be expanded to any size.
+inline void check_countable(const std::vector<int64_t>& sizes, int64_t element_size) {
+  int64_t bytes = element_size;
+  bool countable = true;
+  for (const int64_t size : sizes) countable &= !__builtin_mul_overflow(bytes, size > 1 ? size : 1, &bytes);
+  std::ostringstream shape;
+  for (size_t d = 0; d < sizes.size() && !countable; ++d) shape << (d > 0 ? ", " : "") << sizes[d];
+  check(countable, "features: a result of (", shape.str(), ") has more bytes than 64 bits count; ",
+      "use smaller maps or fewer samples");
+}
 
-// As many of them, of `like`'s dtype, for maps that are written while those at `beside` are read: large ones
-// lie apart from these and from one another in their pages, and take the memory of some that were freed.
-std::vector<Tensor> make_maps(int count, const std::vector<int64_t>& sizes, const Tensor& like,
-    bool channels_last, std::vector<const void*> beside);
-
-// Gives back to the system what freed maps have left for the next ones.
-void release_memory();
-
+// Calls the function on torch's threads. What it throws in one of them is thrown here: torch would only say
+// that a call failed, and print the rest.
 inline void pool(int64_t count, int64_t grain, RangeFunction function, void* context) {
-  torch::stable::parallel_for(
-      0, count, grain, [=](int64_t begin, int64_t end) { function(begin, end, context); });
+  std::exception_ptr failure;
+  std::mutex failing;
+  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+    try {
+      function(begin, end, context);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(failing);
+      failure = std::current_exception();
+    }
+  });
+  if (failure) std::rethrow_exception(failure);
 }
 
 }  // namespace mrcn

@@ -8,7 +8,7 @@
 #include <tuple>
 
 #include "common/isa.h"
-#include "common/tensors.h"
+#include "common/output_memory.h"
 
 namespace mrcn {
 namespace {

@@ -20,6 +20,7 @@ from mrcn_fast.benchmark.timing import (
     Case,
     Rivals,
     check,
+    growth,
     keep_pages_fresh,
     keep_pages_warm,
     measure,
@@ -237,7 +238,8 @@ def timed(
         timings = measure(rivals, seconds)
         peaks = {name: peak_bytes(call) for name, call in forms.items()}
         known = {name: peak for name, peak in peaks.items() if peak is not None}
-        return results.row(case, timings, peaks=known, saved=saved, refused=refused)
+        grown = growth(forms["fused"])
+        return results.row(case, timings, peaks=known, saved=saved, refused=refused, grown=grown)
     with torch.cuda.device(case.device):
         timings, costs = measure_gpu(rivals, seconds, case.waits, case.hot)
     return results.row(case, timings, costs, saved=saved, refused=refused)

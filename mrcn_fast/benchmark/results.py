@@ -16,7 +16,7 @@ import torch
 
 from mrcn_fast import backends
 from mrcn_fast.benchmark.cases import AUTOTUNED
-from mrcn_fast.benchmark.timing import Case, Cost, Timing
+from mrcn_fast.benchmark.timing import Case, Cost, Growth, Timing
 
 Line = dict[str, Any]
 
@@ -70,11 +70,12 @@ def row(
     peaks: dict[str, int] | None = None,
     saved: dict[str, int] | None = None,
     refused: dict[str, str] | None = None,
+    grown: Growth | None = None,
 ) -> Line:
     """One result: milliseconds of every rival, ratios to the fused time, and which goals hold.
 
     costs: on a GPU; peaks: bytes of the process's memory, on a CPU; saved: bytes that autograd keeps for the
-    backward; refused: rivals that don't compile.
+    backward; refused: rivals that don't compile; grown: what repeated fused calls leave behind.
     """
     fused = timings["fused"].median
     ratios = {name: t.median / fused for name, t in timings.items() if name not in ("fused", "floor")}
@@ -94,6 +95,8 @@ def row(
         result["peak_bytes"] = peaks
     if saved:
         result["saved_bytes"] = saved
+    if grown:
+        result["grown_bytes"] = {"in_use_a_call": round(grown.in_use, 2), "resident": grown.resident}
     if refused:
         result["refused"] = refused
     return result | {"missed": [name for name, goal in case.goals.items() if _missed(name, goal, result)]}
@@ -131,6 +134,8 @@ def print_row(result: Line) -> None:
         cells.append(f"memory {result['peak_bytes']['fused'] / result['result_bytes']:.3f} of the results'")
     if "saved_bytes" in result:
         cells.append(f"kept for the backward {result['saved_bytes']['fused'] / 1e6:.2f} MB")
+    if result.get("grown_bytes", {}).get("in_use_a_call", 0) >= 1:
+        cells.append(f"LEAKS {result['grown_bytes']['in_use_a_call']} bytes a call")
     cells += [f"{name} does not compile: {error}" for name, error in result.get("refused", {}).items()]
     cells.append(f"below the goal: {', '.join(result['missed'])}" if result["missed"] else "goals met")
     print("  ".join(cells), flush=True)

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import release_memory
+from mrcn_fast.backends.native import memory_in_use
 
 Rivals = dict[str, Callable[[], Any]]
 
@@ -188,6 +189,55 @@ def peak_bytes(call: Callable[[], Any], times: int = 3) -> int | None:
         return min(_grown(call, clear, status, trim) for _ in range(times))
     finally:
         prctl(_NO_HUGE_PAGES, before, 0, 0, 0)
+
+
+class Growth(NamedTuple):
+    """What calls leave behind when their results are gone: bytes in use a call, and resident bytes in all."""
+
+    in_use: float
+    resident: int
+
+
+def growth(call: Callable[[], Any], calls: int = 100, before: int = 10) -> Growth | None:
+    """By how much repeated calls make the process larger; None where the system doesn't say (no glibc 2.33).
+
+    The first calls fill what is kept for the next ones, and are not counted.
+    """
+    in_use, status = bytes_in_use(), Path("/proc/self/status")
+    if in_use is None or not status.exists():
+        return None
+    for _ in range(before):
+        call()
+    gc.collect()
+    used, resident = bytes_in_use(), _resident(status, "VmRSS")
+    for _ in range(calls):
+        call()
+    gc.collect()
+    now = bytes_in_use()
+    assert used is not None and now is not None
+    return Growth((now - used) / calls, _resident(status, "VmRSS") - resident)
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's struct mallinfo2."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            *("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks"),
+            *("fordblks", "keepcost"),
+        )
+    ]
+
+
+def bytes_in_use() -> int | None:
+    """Bytes that the C library has given out and that mrcn_fast holds; None without glibc 2.33 or newer."""
+    mallinfo = getattr(ctypes.CDLL(None), "mallinfo2", None) if platform.system() == "Linux" else None
+    if mallinfo is None:
+        return None
+    mallinfo.restype = _MallocInfo
+    info = mallinfo()
+    return int(info.uordblks) + int(info.hblkhd) + sum(memory_in_use())
 
 
 def saved_bytes(call: Callable[[], Any]) -> int:
