@@ -3,6 +3,7 @@
 from mrcn_fast import reference
 from mrcn_fast.backends.native import release_memory
 from mrcn_fast.block import (
+    MRCNAttention,
     MRCNBlock,
     MRCNFeatures,
     SNRBlock,
@@ -18,6 +19,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CQCLoss",
+    "MRCNAttention",
     "MRCNBlock",
     "MRCNFeatures",
     "SNRBlock",

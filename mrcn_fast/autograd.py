@@ -1,8 +1,12 @@
 """The autograd Functions around the kernels.
 
-One Function serves the four block operations (`MODES`), since all of them save the same: their inputs, which
-the layer before keeps anyway, and what their backend's forward gives last: statistics, O(N·C). Nothing the
-size of a feature map that the block made itself is kept. The second derivative goes through the reference.
+One Function serves all block operations (mrcn_fast/operations.py), since all of them save the same: their
+inputs, which the layer before keeps anyway, and what their backend's forward gives last: statistics, O(N·C).
+Nothing of a feature map's size that the block made itself is kept. The second derivative goes through the
+reference.
+
+`torch.func`'s transforms (vmap, grad, vjp, jacrev) need a Function with ``setup_context``, whose call takes
+torch longer. So each Function has a second form for them alone, ``Transformed...``.
 """
 
 from __future__ import annotations
@@ -13,85 +17,113 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mrcn_fast import dispatch, reference
+from mrcn_fast import dispatch, internals, plain, reference
 from mrcn_fast.backends import shapes
-
-
-class Mode(NamedTuple):
-    """A block operation: its ops are ``<op>_forward`` and ``<op>_backward``."""
-
-    op: str
-    inputs: int  # feature maps it takes: a pair or one
-    restitutes: bool  # knows restitute_to
-
-
-MODES = {
-    "pair": Mode("block", 2, True),
-    "concat": Mode("block_concat", 2, True),
-    "restitute": Mode("restitute", 1, True),
-    "snr": Mode("snr", 1, False),
-}
-
+from mrcn_fast.gates import FUSED
+from mrcn_fast.operations import OPERATIONS
 
 # The identity of a slot of the loss that none was left for.
 NOBODY = torch.iinfo(torch.int64).max
 
 
-def run_block(
-    mode: str, backend: str, gate: str, eps: float, restitute_to: str, *tensors: Tensor
-) -> tuple[Tensor, ...]:
-    """The feature sets that the operation makes, then the statistics for its backward."""
-    op, count, restitutes = MODES[mode]
-    inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
-    flags = (restitute_to == "input",) if restitutes else ()
-    kernel = dispatch.KERNELS[backend].operation(f"{op}_forward")
-    made: tuple[Tensor, ...] = kernel(*inputs, norm_weight, norm_bias, list(parameters), gate, eps, *flags)
+class BlockSettings(NamedTuple):
+    """What a block operation takes besides tensors."""
+
+    mode: str
+    backend: str
+    gate: str
+    eps: float
+    restitute_to: str
+
+    def flags(self) -> tuple[bool, ...]:
+        """The operation's last argument, where it has one."""
+        return (self.restitute_to == "input",) if OPERATIONS[self.mode].restitutes else ()
+
+    def kernel(self, direction: str) -> Callable[..., Any]:
+        """The operation ``<op>_forward`` or ``<op>_backward``."""
+        name = f"{OPERATIONS[self.mode].op}_{direction}"
+        return dispatch.KERNELS[self.backend].operation(name)
+
+    def split(
+        self, tensors: Sequence[Tensor]
+    ) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor], list[Tensor]]:
+        """The tensors of a call: inputs, instance-norm parameters, gate parameters."""
+        count = len(OPERATIONS[self.mode].inputs)
+        return tensors[:count], (tensors[count], tensors[count + 1]), list(tensors[count + 2 :])
+
+
+def run_block(settings: BlockSettings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The feature sets that the operation makes, then what it saves for its backward."""
+    inputs, norm, gate_parameters = settings.split(tensors)
+    made: tuple[Tensor, ...] = settings.kernel("forward")(
+        *inputs, *norm, gate_parameters, FUSED.index(settings.gate), settings.eps, *settings.flags()
+    )
     return made
 
 
+def run_block_reference(settings: BlockSettings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The feature sets through the reference, computed as precisely as the kernels do."""
+    inputs, norm, gate_parameters = settings.split(tensors)
+    return plain.run_precisely(
+        settings.mode, inputs, *norm, gate_parameters, settings.gate, settings.eps, settings.restitute_to
+    )
+
+
 class BlockFunction(torch.autograd.Function):
-    """(inputs, norm_weight, norm_bias, *gate_parameters) -> the feature sets that the operation makes."""
+    """(settings, inputs, norm_weight, norm_bias, *gate_parameters) -> the feature sets that are made."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        mode: str,
-        backend: str,
-        gate: str,
-        eps: float,
-        restitute_to: str,
-        *tensors: Tensor,
-    ) -> tuple[Tensor, ...]:
-        *sets, statistics = run_block(mode, backend, gate, eps, restitute_to, *tensors)
+    def forward(ctx: Any, settings: BlockSettings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *sets, statistics = run_block(settings, tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(statistics, *tensors)
-        ctx.settings = (mode, backend, gate, eps, restitute_to)
+        ctx.settings = settings
         return tuple(sets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        mode, backend, gate, eps, restitute_to = ctx.settings
+        settings: BlockSettings = ctx.settings
         statistics, *tensors = ctx.saved_tensors
-        op, count, restitutes = MODES[mode]
-        inputs, (norm_weight, norm_bias), parameters = split(tuple(tensors), count)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if needs_reference(gradients):
 
             def again(*tensors: Tensor) -> tuple[Tensor, ...]:
-                inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
-                # The half dtypes in float32, as the kernels have them.
-                precise = [x.to(shapes.precise(x.dtype)) for x in inputs]
-                made = dispatch.run_reference(
-                    mode, precise, norm_weight, norm_bias, parameters, gate, eps, restitute_to
-                )
-                return tuple(x.to(inputs[0].dtype) for x in made)
+                return run_block_reference(settings, tensors)
 
-            return (None,) * 5 + differentiable(again, gradients, tensors)
-        flags = (restitute_to == "input",) if restitutes else ()
-        kernel = dispatch.KERNELS[backend].operation(f"{op}_backward")
-        *of_tensors, of_gate = kernel(
-            *gradients, *inputs, statistics, norm_weight, norm_bias, list(parameters), gate, *flags
-        )
-        return (None,) * 5 + (*of_tensors, *of_gate)
+            return None, *differentiable(again, gradients, tensors)
+        inputs, norm, gate_parameters = settings.split(tensors)
+        found = settings.kernel("backward")(
+            *gradients, *inputs, statistics, *norm, gate_parameters, FUSED.index(settings.gate),
+            *settings.flags(),
+        )  # fmt: skip
+        # What no set with a gradient was made of has none, as in eager PyTorch: not zeros, by which an
+        # optimizer would decay a weight.
+        used, by_gate = OPERATIONS[settings.mode].used_by(tuple(g is not None for g in gradients))
+        wanted = (*used, any(used), any(used), *[by_gate] * len(gate_parameters))
+        return None, *(g if has else None for g, has in zip(found, wanted, strict=False))
+
+
+class TransformedBlockFunction(torch.autograd.Function):
+    """`BlockFunction` for `torch.func`'s transforms. What is saved for the backward is a result too."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(settings: BlockSettings, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return run_block(settings, tensors)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.mark_non_differentiable(output[-1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[1:])
+        ctx.settings = inputs[0]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        def again(*tensors: Tensor) -> tuple[Tensor, ...]:
+            return run_block_reference(ctx.settings, tensors)
+
+        return None, *vector_jacobian_product(again, gradients[:-1], ctx.saved_tensors)
 
 
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -103,11 +135,15 @@ def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
     )
 
 
-def split(
-    tensors: tuple[Tensor, ...], count: int
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Inputs, instance-norm parameters, gate parameters."""
-    return tensors[:count], tensors[count : count + 2], tensors[count + 2 :]
+def needs_reference(gradients: tuple[Tensor | None, ...]) -> bool:
+    """Whether a backward has to be made of torch's operations.
+
+    With ``create_graph=True`` it is differentiated itself, and with ``is_grads_batched=True`` its gradients
+    hold several.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or internals.has_batched(gradients)
 
 
 def differentiable(
@@ -120,22 +156,69 @@ def differentiable(
     Views stand in for the tensors: one may be computed from another, and only the direct gradient is
     asked for.
     """
-    views = [t.view_as(t) for t in tensors]
-    outputs = function(*views)
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        views = [t.view_as(t) for t in tensors]
+        outputs = function(*views)
     wanted = [v for v in views if v.requires_grad]
     given = [(o, g) for o, g in zip(outputs, gradients, strict=True) if g is not None and o.requires_grad]
     if not wanted or not given:
         return (None,) * len(tensors)
     found = iter(
         torch.autograd.grad(
-            [o for o, _ in given], wanted, [g for _, g in given], create_graph=True, allow_unused=True
+            [o for o, _ in given], wanted, [g for _, g in given], create_graph=create_graph, allow_unused=True
         )
     )
     return tuple(next(found) if v.requires_grad else None for v in views)
 
 
+def vector_jacobian_product(
+    function: Callable[..., tuple[Tensor, ...]],
+    gradients: Sequence[Tensor | None],
+    tensors: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """The gradients of ``function(*tensors)``, under transforms that may be nested."""
+    outputs, product, *_ = torch.func.vjp(function, *tensors)
+    given = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True))
+    found: tuple[Tensor, ...] = product(given)
+    return found
+
+
+class CQCSettings(NamedTuple):
+    """What the loss takes besides tensors."""
+
+    backend: str
+    margin: float
+    detach_negative: bool
+
+
+def run_cqc(
+    settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, features: Sequence[Tensor]
+) -> tuple[Tensor, ...]:
+    """Total (), losses (B_v,), identities (B_v,), count (), and what is saved for the backward."""
+    kernel = dispatch.KERNELS[settings.backend].operation("cqc_forward")
+    made: tuple[Tensor, ...] = kernel(
+        features, labels, infrared_labels, settings.margin, settings.detach_negative
+    )
+    return made
+
+
+def run_cqc_reference(
+    settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, features: Sequence[Tensor]
+) -> Tensor:
+    """The loss of each identity in ascending order, (I,), through the reference."""
+    losses, _ = reference.cqc_loss(
+        unstack([f.to(shapes.precise(f.dtype)) for f in features], labels, infrared_labels),
+        labels,
+        infrared_labels,
+        margin=settings.margin,
+        detach_negative=settings.detach_negative,
+    )
+    return losses
+
+
 class CQCFunction(torch.autograd.Function):
-    """(labels, infrared_labels, *features) -> total (), losses (B_v,), identities (B_v,), count ().
+    """(settings, labels, infrared_labels, *features) -> total (), losses (B_v,), identities (B_v,), count ().
 
     ``features`` is the six sets or all of them stacked. Losses and identities stand in slots, one for each
     visible sample, in an order of the backend's own; slots left over have loss 0 and the identity `NOBODY`.
@@ -143,55 +226,39 @@ class CQCFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        backend: str,
-        margin: float,
-        detach_negative: bool,
-        labels: Tensor,
-        infrared_labels: Tensor,
-        *features: Tensor,
+        ctx: Any, settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, *features: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        kernel = dispatch.KERNELS[backend].operation("cqc_forward")
-        total, losses, identities, count, saved = kernel(
-            features, labels, infrared_labels, margin, detach_negative
-        )
+        total, losses, identities, count, saved = run_cqc(settings, labels, infrared_labels, features)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(identities, count)
         ctx.save_for_backward(labels, infrared_labels, identities, saved, *features)
-        ctx.settings = (backend, margin, detach_negative)
+        ctx.settings = settings
         return total, losses, identities, count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        backend, margin, detach_negative = ctx.settings
+        settings: CQCSettings = ctx.settings
         labels, infrared_labels, identities, saved, *features = ctx.saved_tensors
         of_total, of_losses = gradients[:2]
         if of_total is None and of_losses is None:
-            return (None,) * (5 + len(features))
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return (None,) * (3 + len(features))
+        if needs_reference(gradients):
 
             def again(*features: Tensor) -> tuple[Tensor, Tensor]:
-                precise = [f.to(shapes.precise(f.dtype)) for f in features]
-                losses, _ = reference.cqc_loss(
-                    unstack(precise, labels, infrared_labels),
-                    labels,
-                    infrared_labels,
-                    margin=margin,
-                    detach_negative=detach_negative,
-                )
+                losses = run_cqc_reference(settings, labels, infrared_labels, features)
                 return losses.sum(), losses
 
             # The reference has the identities in ascending order, and no slots left over.
             slots = identities.argsort()[: int((identities != NOBODY).sum())]
             of_identities = None if of_losses is None else of_losses[slots]
-            return (None,) * 5 + differentiable(again, (of_total, of_identities), features)
+            return (None,) * 3 + differentiable(again, (of_total, of_identities), features)
         gradient = of_losses if of_total is None else of_total
         if of_total is not None and of_losses is not None:
             gradient = of_total + of_losses
-        kernel = dispatch.KERNELS[backend].operation("cqc_backward")
-        stacked = kernel(gradient, features, labels, infrared_labels, saved, detach_negative)
+        kernel = dispatch.KERNELS[settings.backend].operation("cqc_backward")
+        stacked = kernel(gradient, features, labels, infrared_labels, saved, settings.detach_negative)
         sets = unstack([stacked], labels, infrared_labels) if len(features) == 6 else (stacked,)
-        return (None,) * 5 + tuple(sets)
+        return (None,) * 3 + tuple(sets)
 
 
 def unstack(features: Any, labels: Tensor, infrared_labels: Tensor) -> list[Tensor]:

@@ -7,16 +7,33 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
+from torch.overrides import handle_torch_function, has_torch_function
 
-from mrcn_fast import dispatch
-from mrcn_fast.autograd import MODES, BlockFunction, distinct, run_block, split
-from mrcn_fast.backends import shapes
-from mrcn_fast.gates import GATES, make_gate, parameter
+from mrcn_fast import dispatch, internals, plain, reference
+from mrcn_fast.autograd import (
+    BlockFunction,
+    BlockSettings,
+    TransformedBlockFunction,
+    distinct,
+    run_block,
+)
+from mrcn_fast.checks import (
+    RESTITUTE_TO,
+    check_choice,
+    check_eps,
+    check_maps,
+    check_pair,
+    check_parameters,
+    check_settings,
+    positive_integer,
+)
+from mrcn_fast.gates import make_gate, parameter
+from mrcn_fast.operations import OPERATIONS
 
 Modality = Literal["visible", "infrared"]
 MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
-RESTITUTE_TO = ("normalized", "input")
+Role = Literal["restitution", "compensation"]
+ROLES: tuple[Role, ...] = ("restitution", "compensation")
 
 
 class MRCNFeatures(NamedTuple):
@@ -28,6 +45,15 @@ class MRCNFeatures(NamedTuple):
     infrared_compensated: Tensor
     infrared_restituted: Tensor
     infrared: Tensor
+
+
+class MRCNAttention(NamedTuple):
+    """The gates' attention A(M) of a pair; each (N, C), of the whole CBAM (N, C, H, W)."""
+
+    visible_restitution: Tensor  # A_v1
+    infrared_restitution: Tensor  # A_n1
+    visible_compensation: Tensor  # A_v2, which multiplies M_v in the infrared compensated features
+    infrared_compensation: Tensor  # A_n2
 
 
 class SNRFeatures(NamedTuple):
@@ -126,11 +152,17 @@ def mrcn_block(
         ``MRCNFeatures(*mrcn_fast.reference.mrcn_block(visible, infrared, norm_weight, norm_bias,
         gate_parameters))``, and ``torch.cat`` of it with ``concat``.
     """
+    if _stand_ins(visible, infrared):
+        made: MRCNFeatures | Tensor = handle_torch_function(
+            mrcn_block, (visible, infrared), visible, infrared, norm_weight, norm_bias, gate_parameters,
+            gate=gate, eps=eps, restitute_to=restitute_to, concat=concat, backend=backend,
+        )  # fmt: skip
+        return made
     tensors = (visible, infrared, norm_weight, norm_bias, *gate_parameters)
     if concat:
         return _run("concat", backend, gate, eps, restitute_to, tensors)[0]
-    made = _run("pair", backend, gate, eps, restitute_to, tensors)
-    return MRCNFeatures._make((visible, *made, infrared))
+    sets = _run("pair", backend, gate, eps, restitute_to, tensors)
+    return MRCNFeatures._make((visible, *sets, infrared))
 
 
 def mrcn_restitution(
@@ -152,6 +184,12 @@ def mrcn_restitution(
     Equivalent to:
         ``reference.restitution(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
     """
+    if _stand_ins(features):
+        made: Tensor = handle_torch_function(
+            mrcn_restitution, (features,), features, norm_weight, norm_bias, gate_parameters,
+            gate=gate, eps=eps, restitute_to=restitute_to, backend=backend,
+        )  # fmt: skip
+        return made
     tensors = (features, norm_weight, norm_bias, *gate_parameters)
     return _run("restitute", backend, gate, eps, restitute_to, tensors)[0]
 
@@ -173,8 +211,40 @@ def snr_block(
     Equivalent to:
         ``reference.snr_block(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
     """
+    if _stand_ins(features):
+        made: SNRFeatures = handle_torch_function(
+            snr_block, (features,), features, norm_weight, norm_bias, gate_parameters,
+            gate=gate, eps=eps, backend=backend,
+        )  # fmt: skip
+        return made
     tensors = (features, norm_weight, norm_bias, *gate_parameters)
     return SNRFeatures._make(_run("snr", backend, gate, eps, "normalized", tensors))
+
+
+def _fault(settings: BlockSettings, tensors: tuple[Tensor, ...]) -> TypeError | ValueError | None:
+    """What does not fit, if anything."""
+    try:
+        _check(settings, tensors)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+def _check(settings: BlockSettings, tensors: tuple[Tensor, ...]) -> None:
+    """Raises TypeError or ValueError for what does not fit, and says what would."""
+    inputs, (norm_weight, norm_bias), parameters = settings.split(tensors)
+    operation = OPERATIONS[settings.mode]
+    if len(inputs) == 2:
+        check_pair(*inputs)
+    else:
+        check_maps("features", inputs[0])
+    counts = (len(operation.inputs), len(operation.gates))
+    check_parameters(inputs[0], norm_weight, norm_bias, parameters, settings.gate, *counts)
+
+
+def _stand_ins(*features: object) -> bool:
+    """Whether something that stands for a tensor is among them, such as a Proxy of torch.fx."""
+    return not all(isinstance(x, Tensor) for x in features) and has_torch_function(features)
 
 
 def _run(
@@ -185,35 +255,37 @@ def _run(
     Kernels that refuse what does not fit see the tensors unchecked: `_check` costs as much as a launch, and
     is left to say in the caller's terms what a call was refused for.
     """
+    check_settings(gate, eps, restitute_to)
+    settings = BlockSettings(mode, "", gate, float(eps), restitute_to)
     if torch.compiler.is_compiling():
-        _check(mode, gate, restitute_to, tensors)
-        return _serve(mode, requested, gate, eps, restitute_to, tensors)
+        _check(settings, tensors)
+        return _serve(requested, settings, tensors)
     try:
-        return _serve(mode, requested, gate, eps, restitute_to, tensors)
+        return _serve(requested, settings, tensors)
     except Exception:
-        if fault := _fault(mode, gate, restitute_to, tensors):
+        if fault := _fault(settings, tensors):
             raise fault from None
         raise
 
 
-def _serve(
-    mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    backend = dispatch.choose(requested, tensors[0].device.type, tensors[0].dtype, gate)
-    refuses = backend != "reference" and dispatch.KERNELS[backend].CHECKS
+def _serve(requested: str | None, settings: BlockSettings, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    first = tensors[0]
+    backend = dispatch.choose(requested, first.device.type, first.dtype, settings.gate)
     # A subclass may be a fake one, which has only a shape: no kernel sees it.
-    if not (refuses and type(tensors[0]) is Tensor and restitute_to in RESTITUTE_TO):
-        _check(mode, gate, restitute_to, tensors)
-    if backend == "reference":
-        inputs, (norm_weight, norm_bias), parameters = split(tensors, MODES[mode].inputs)
-        return dispatch.run_reference(
-            mode, inputs, norm_weight, norm_bias, parameters, gate, eps, restitute_to
+    if backend == "reference" or not (dispatch.KERNELS[backend].CHECKS and type(first) is Tensor):
+        _check(settings, tensors)
+    compiling = torch.compiler.is_compiling()
+    if backend == "reference" or (not compiling and internals.needs_plain_operations()):
+        inputs, norm, parameters = settings.split(tensors)
+        return plain.run_reference(
+            settings.mode, inputs, *norm, parameters, settings.gate, settings.eps, settings.restitute_to
         )
-    # Inference: what a Function costs can be saved, but where it has forward-mode derivatives to refuse.
-    forward_mode = not torch.compiler.is_compiling() and forward_ad._current_level >= 0
-    if not (torch.is_grad_enabled() or forward_mode):
-        return run_block(mode, backend, gate, eps, restitute_to, *tensors)[:-1]
-    return BlockFunction.apply(mode, backend, gate, eps, restitute_to, *distinct(*tensors))
+    settings = settings._replace(backend=backend)
+    if not compiling and internals.under_transform():
+        return TransformedBlockFunction.apply(settings, *tensors)[:-1]
+    if not torch.is_grad_enabled():  # the Function's own time can be saved
+        return run_block(settings, tensors)[:-1]
+    return BlockFunction.apply(settings, *distinct(*tensors))
 
 
 class _Block(nn.Module):
@@ -232,13 +304,11 @@ class _Block(nn.Module):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__()
-        for name, value in (("channels", channels), ("reduction", reduction)):
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
-        if not eps > 0:
-            raise ValueError(f"eps: got {eps!r}, expected a number above 0")
+        channels = positive_integer("channels", channels)
+        reduction = positive_integer("reduction", reduction)
+        check_eps(eps)
         if backend is not None:
-            _check_choice("backend", backend, (*dispatch.NAMES, "auto"))
+            check_choice("backend", backend, (*dispatch.NAMES, "auto"))
         self.channels, self.reduction, self.eps, self.gate_kind, self.backend = (
             channels,
             reduction,
@@ -255,6 +325,18 @@ class _Block(nn.Module):
         nn.init.ones_(self.norm_weight)
         nn.init.zeros_(self.norm_bias)
         self.gate.reset_parameters()
+
+    def no_weight_decay(self) -> set[str]:
+        """The names of the parameters that are usually left out of weight decay: γ, β and the gates' biases.
+
+        timm's convention. The parameters are stacked, so that rules such as ``p.ndim <= 1`` don't find them.
+        """
+        return {"norm_weight", "norm_bias", *(f"gate.{name}" for name in self.gate.no_weight_decay())}
+
+    def _residual(self, features: Tensor, modality: int) -> Tensor:
+        """M of a modality (eq. 3)."""
+        norm = parameter(self, "norm_weight")[modality], parameter(self, "norm_bias")[modality]
+        return reference.residual(features, reference.instance_norm(features, *norm, self.eps))
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, gate={self.gate_kind!r}, backend={self.backend!r}"
@@ -293,7 +375,7 @@ class MRCNBlock(_Block):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(channels, 2, 4, reduction, eps, gate, backend, device, dtype)
-        _check_choice("restitute_to", restitute_to, RESTITUTE_TO)
+        check_choice("restitute_to", restitute_to, RESTITUTE_TO)
         self.restitute_to = restitute_to
 
     @overload
@@ -303,7 +385,13 @@ class MRCNBlock(_Block):
     def forward(self, visible: Tensor, infrared: Tensor, concat: Literal[True]) -> Tensor: ...
 
     def forward(self, visible: Tensor, infrared: Tensor, concat: bool = False) -> MRCNFeatures | Tensor:
-        """The six feature sets of a pair, (N, C, H, W) each or one (6N, C, H, W); see `mrcn_block`."""
+        """The six feature sets of a pair, (N, C, H, W) each or one (6N, C, H, W); see `mrcn_block`.
+
+        A hook that is registered on ``self.gate`` is called with each gate's residual and attention. They are
+        computed beside the block for it, in plain PyTorch, and what it returns is not used.
+        """
+        if self.gate.has_hooks():
+            self.attention(visible, infrared)
         return mrcn_block(
             visible,
             infrared,
@@ -322,9 +410,11 @@ class MRCNBlock(_Block):
 
         ``modality`` is "visible" or "infrared"; ValueError for any other.
         """
-        _check_choice("modality", modality, MODALITIES)
+        check_choice("modality", modality, MODALITIES)
         index = MODALITIES.index(modality)
         own = slice(index, index + 1)
+        if self.gate.has_hooks():
+            self.gate(self._residual(features, index), index)
         return mrcn_restitution(
             features,
             self.norm_weight[own],
@@ -335,6 +425,42 @@ class MRCNBlock(_Block):
             restitute_to=self.restitute_to,
             backend=self.backend,
         )
+
+    def attention(self, visible: Tensor, infrared: Tensor) -> MRCNAttention:
+        """The attention of the four gates on a pair of feature maps, for inspection or a loss of its own.
+
+        It is computed in plain PyTorch and is differentiable. Arguments as in `forward`.
+
+        Example:
+            >>> block, maps = MRCNBlock(64), torch.randn(2, 3, 64, 6, 4)
+            >>> block.attention(*maps).visible_restitution.shape
+            torch.Size([3, 64])
+        """
+        check_pair(visible, infrared)
+        residuals = self._residual(visible, 0), self._residual(infrared, 1)
+        return MRCNAttention._make(self.gate(residuals[k % 2], k) for k in range(4))
+
+    def gate_parameters(self, modality: Modality, role: Role) -> dict[str, Tensor]:
+        """The parameters of one of the four gates by name, as views of the stacked ones.
+
+        Args:
+            modality: whose residual the gate sees, "visible" or "infrared".
+            role: "restitution" (A_1, eq. 4) or "compensation" (A_2, eq. 6).
+
+        Example:
+            >>> MRCNBlock(64).gate_parameters("visible", "restitution")["fc1_weight"].shape
+            torch.Size([4, 64])
+        """
+        check_choice("modality", modality, MODALITIES)
+        check_choice("role", role, ROLES)
+        index = 2 * ROLES.index(role) + MODALITIES.index(modality)
+        return self.gate.one(index)
+
+    def norm_parameters(self, modality: Modality) -> tuple[Tensor, Tensor]:
+        """γ and β of one modality's instance normalization, (C,) each, as views of the stacked ones."""
+        check_choice("modality", modality, MODALITIES)
+        index = MODALITIES.index(modality)
+        return parameter(self, "norm_weight")[index], parameter(self, "norm_bias")[index]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, restitute_to={self.restitute_to!r}"
@@ -360,7 +486,9 @@ class SNRBlock(_Block):
         super().__init__(channels, 1, 1, reduction, eps, gate, backend, device, dtype)
 
     def forward(self, features: Tensor) -> SNRFeatures:
-        """F̃ + sM, F̃ + (1 - s)M and F̃ of a batch (N, C, H, W); see `snr_block`."""
+        """F̃ + sM, F̃ + (1 - s)M and F̃ of a batch (N, C, H, W); see `snr_block`, and `MRCNBlock` on hooks."""
+        if self.gate.has_hooks():
+            self.attention(features)
         return snr_block(
             features,
             parameter(self, "norm_weight"),
@@ -376,6 +504,8 @@ class SNRBlock(_Block):
 
         It reads and writes one map where `forward` reads one and writes three.
         """
+        if self.gate.has_hooks():
+            self.attention(features)
         return mrcn_restitution(
             features,
             parameter(self, "norm_weight"),
@@ -386,127 +516,8 @@ class SNRBlock(_Block):
             backend=self.backend,
         )
 
-
-def _check_choice(name: str, got: object, known: tuple[str, ...]) -> None:
-    if got not in known:
-        raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(map(repr, known))}")
-
-
-def _fault(
-    mode: str, gate: str, restitute_to: str, tensors: tuple[Tensor, ...]
-) -> TypeError | ValueError | None:
-    """What does not fit, if anything."""
-    try:
-        _check(mode, gate, restitute_to, tensors)
-    except (TypeError, ValueError) as error:
-        return error
-    return None
-
-
-def _check(mode: str, gate: str, restitute_to: str, tensors: tuple[Tensor, ...]) -> None:
-    """Raises TypeError or ValueError for what does not fit, and says what would."""
-    count = MODES[mode].inputs
-    inputs, (norm_weight, norm_bias), parameters = split(tensors, count)
-    if count == 2:
-        _check_pair(*inputs)
-        _check_parameters(inputs[0], norm_weight, norm_bias, parameters, gate, 2, 4)
-    else:
-        _check_features("features", inputs[0])
-        _check_parameters(inputs[0], norm_weight, norm_bias, parameters, gate, 1, 1)
-    _check_choice("restitute_to", restitute_to, RESTITUTE_TO)
-
-
-def _check_features(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor (N, C, H, W)")
-    if x.dim() != 4:
-        raise ValueError(f"{name}: got {x.dim()} dimensions {tuple(x.shape)}, expected four, (N, C, H, W)")
-    if x.dtype not in shapes.DTYPES:
-        raise TypeError(
-            f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16; "
-            "convert with .float()"
-        )
-    if x.shape[2] * x.shape[3] < 2:
-        raise ValueError(
-            f"{name}: got planes of {x.shape[2]} x {x.shape[3]}, expected at least 2 elements: "
-            "the variance of a single one says nothing; normalize before pooling to 1 x 1"
-        )
-    if x.shape[1] < 1:
-        raise ValueError(f"{name}: got no channels in {tuple(x.shape)}, expected C >= 1")
-
-
-def _check_pair(visible: Tensor, infrared: Tensor) -> None:
-    _check_features("visible", visible)
-    _check_features("infrared", infrared)
-    if visible.shape != infrared.shape:
-        raise ValueError(
-            f"visible and infrared: got shapes {tuple(visible.shape)} and {tuple(infrared.shape)}, expected "
-            "equal ones: sample i of one is mixed with sample i of the other (eq. 7). For one modality alone "
-            "use restitute(features, modality)"
-        )
-    if visible.dtype != infrared.dtype:
-        raise TypeError(
-            f"visible and infrared: got dtypes {visible.dtype} and {infrared.dtype}, expected one dtype"
-        )
-    if visible.device != infrared.device:
-        raise ValueError(
-            f"visible and infrared: got devices {visible.device} and {infrared.device}, expected one device"
-        )
-
-
-def _check_parameters(
-    features: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    gate_parameters: Sequence[Tensor],
-    gate: str,
-    modalities: int,
-    gates: int,
-) -> None:
-    _check_choice("gate", gate, tuple(GATES))
-    channels = features.shape[1]
-    for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
-        if not isinstance(p, Tensor):
-            raise TypeError(f"{name}: got {type(p).__name__}, expected a tensor ({modalities}, {channels})")
-        if p.shape != (modalities, channels):
-            raise ValueError(
-                f"{name}: got shape {tuple(p.shape)}, expected ({modalities}, {channels}) for features of "
-                f"{channels} channels"
-            )
-    for p, expected in zip(
-        gate_parameters, _gate_shapes(gate, gates, channels, gate_parameters), strict=True
-    ):
-        if p.shape != expected:
-            raise ValueError(
-                f"gate_parameters of {gate!r}: got shape {tuple(p.shape)}, expected {expected} for features "
-                f"of {channels} channels"
-            )
-    device, dtype, own = features.device, features.dtype, norm_weight.dtype
-    for p in (norm_weight, norm_bias, *gate_parameters):
-        if p.device != device:
-            raise ValueError(f"parameters: got device {p.device}, expected the features' {device}")
-        if p.dtype != own or own not in (dtype, torch.float32):
-            raise TypeError(
-                f"parameters: got dtypes {own} and {p.dtype}, expected one dtype for all, the features' "
-                f"{dtype} or torch.float32; convert the block with .to(dtype)"
-            )
-    if dtype == torch.float64 and own != torch.float64:
-        raise TypeError(
-            "parameters: got dtype torch.float32 for float64 features; convert the block with .double()"
-        )
-
-
-def _gate_shapes(
-    gate: str, gates: int, channels: int, gate_parameters: Sequence[Tensor]
-) -> list[tuple[int, ...]]:
-    first = gate_parameters[0] if len(gate_parameters) else None
-    width = first.shape[1] if isinstance(first, Tensor) and first.dim() > 1 else 0
-    shapes = GATES[gate].shapes(channels, width).values()
-    if len(gate_parameters) != len(shapes) or not all(isinstance(p, Tensor) for p in gate_parameters):
-        kinds = ", ".join(type(p).__name__ for p in gate_parameters)
-        raise ValueError(f"gate_parameters of {gate!r}: got ({kinds}), expected {len(shapes)} tensors")
-    if width < 1:
-        raise ValueError(f"gate_parameters of {gate!r}: got a width of {width}, expected at least 1")
-    if gate == "eca" and width % 2 == 0:
-        raise ValueError(f"gate_parameters of 'eca': got a kernel of {width}, expected an odd one")
-    return [(gates, *shape) for shape in shapes]
+    def attention(self, features: Tensor) -> Tensor:
+        """The gate's attention s on feature maps, (N, C), in plain PyTorch; differentiable."""
+        check_maps("features", features)
+        attention: Tensor = self.gate(self._residual(features, 0))
+        return attention

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
 
-from mrcn_fast import dispatch, reference
-from mrcn_fast.autograd import CQCFunction, distinct, unstack
+from mrcn_fast import dispatch, internals, plain, reference
+from mrcn_fast.autograd import NOBODY, CQCFunction, CQCSettings, distinct, unstack
 from mrcn_fast.backends import shapes
-
-REDUCTIONS = ("sum", "mean", "none")
-LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+from mrcn_fast.checks import (
+    check_features,
+    check_labels,
+    check_margin,
+    check_reduction,
+)
 
 
 def cqc_loss(
@@ -52,54 +57,92 @@ def cqc_loss(
         ``losses, identities = mrcn_fast.reference.cqc_loss(features, labels, infrared_labels)``, then
         ``losses.sum()``.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
-    labels = _check_labels("labels", labels)
-    infrared_labels = labels if infrared_labels is None else _check_labels("infrared_labels", infrared_labels)
-    tensors = _check_features(features, labels, infrared_labels)
-    losses, identities, total = _losses(
-        tensors, labels, infrared_labels, float(margin), detach_negative, backend, reduction == "none"
-    )
+    check_reduction(reduction)
+    check_margin(margin)
+    if has_torch_function((labels,)) and not isinstance(labels, Tensor):  # such as torch.fx's Proxy
+        made: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
+            cqc_loss, (labels,), features, labels, infrared_labels, margin=margin, reduction=reduction,
+            detach_negative=detach_negative, backend=backend,
+        )  # fmt: skip
+        return made
+    labels = check_labels("labels", labels)
+    infrared_labels = labels if infrared_labels is None else check_labels("infrared_labels", infrared_labels)
+    tensors = check_features(features, labels, infrared_labels)
+    settings = CQCSettings("", float(margin), bool(detach_negative))
+    slots = _slots(backend, settings, labels, infrared_labels, tensors)
+    _check_count(slots.number, labels, infrared_labels)
     if reduction == "none":
-        return losses, identities
-    return total if reduction == "sum" else total / identities
+        return _each(slots, labels, infrared_labels)
+    return slots.total if reduction == "sum" else slots.total / slots.number
 
 
-def _losses(
-    features: tuple[Tensor, ...],
+class _Slots(NamedTuple):
+    """The loss as the kernels give it: a slot for each visible sample, of which ``number`` are used.
+
+    The others have loss 0 and the identity `NOBODY`.
+    """
+
+    total: Tensor  # ()
+    losses: Tensor  # (B_v,)
+    identities: Tensor  # (B_v,)
+    number: Tensor  # ()
+
+
+def _slots(
+    requested: str | None,
+    settings: CQCSettings,
     labels: Tensor,
     infrared_labels: Tensor,
-    margin: float,
-    detach_negative: bool,
-    requested: str | None,
-    each: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Losses an identity, the identities (their number unless ``each``), the sum of the losses."""
-    backend = dispatch.choose(requested, features[0].device.type, features[0].dtype)
-    if backend == "reference":
+    features: tuple[Tensor, ...],
+) -> _Slots:
+    first = features[0]
+    backend = dispatch.choose(requested, first.device.type, first.dtype)
+    compiling = torch.compiler.is_compiling()
+    needs_plain = not compiling and (internals.under_transform() or internals.needs_plain_operations())
+    if backend != "reference" and not needs_plain:
+        settings = settings._replace(backend=backend)
+        return _Slots(*CQCFunction.apply(settings, *distinct(labels, infrared_labels, *features)))
+    with plain.without_autocast(first.device.type):
+        # The literal form loops over the identities that it finds in the labels.
+        literal = not (needs_plain or compiling) and type(labels) is Tensor and labels.device.type != "meta"
+        form = _literal_slots if literal else _slots_by_sample
         sets = [f.to(shapes.precise(f.dtype)) for f in unstack(features, labels, infrared_labels)]
-        _check_count(
-            torch.tensor(reference.shared_identities(labels, infrared_labels).shape[0], device="cpu"),
-            labels,
-            infrared_labels,
-        )
-        with dispatch.without_autocast(features[0].device.type):
-            losses, present = reference.cqc_loss(
-                sets, labels, infrared_labels, margin=margin, detach_negative=detach_negative
-            )
-        count = torch.tensor(present.shape[0], device="cpu")
-        return losses, present if each else count, losses.sum()
-    total, losses, identities, count = CQCFunction.apply(
-        backend, margin, detach_negative, *distinct(labels, infrared_labels, *features)
+        return form(settings, labels, infrared_labels, sets)
+
+
+def _literal_slots(
+    settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, sets: list[Tensor]
+) -> _Slots:
+    if reference.shared_identities(labels, infrared_labels).shape[0] == 0:
+        raise ValueError(_nobody_shared(labels, infrared_labels))
+    losses, identities = reference.cqc_loss(
+        sets, labels, infrared_labels, margin=settings.margin, detach_negative=settings.detach_negative
     )
-    _check_count(count, labels, infrared_labels)
-    if not each:
-        return losses, count, total
-    identities, slots = identities.sort()  # those of slots left over are the largest
-    number = int(count)
-    if not torch.compiler.is_compiling():
-        _check_count(torch.tensor(number, device="cpu"), labels, infrared_labels)
-    return losses[slots[:number]], identities[:number], total
+    return _Slots(losses.sum(), losses, identities, torch.tensor(losses.shape[0], device="cpu"))
+
+
+def _slots_by_sample(
+    settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, sets: list[Tensor]
+) -> _Slots:
+    losses, counts = reference.cqc_loss_by_sample(
+        sets, labels, infrared_labels, margin=settings.margin, detach_negative=settings.detach_negative
+    )
+    identities = torch.where(counts, labels, torch.full_like(labels, NOBODY))
+    return _Slots(losses.sum(), losses, identities, counts.sum())
+
+
+def _each(slots: _Slots, labels: Tensor, infrared_labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss of each identity and the identities, ascending: their number is read from the device."""
+    if slots.number.device.type == "meta":
+        raise ValueError(
+            "reduction: got 'none' with tensors on the meta device, expected 'sum' or 'mean': how many "
+            "identities there are depends on the labels' values"
+        )
+    identities, order = slots.identities.sort()  # the slots left over are the last
+    number = int(slots.number)
+    if not torch.compiler.is_compiling() and number == 0:
+        raise ValueError(_nobody_shared(labels, infrared_labels))
+    return slots.losses[order[:number]], identities[:number]
 
 
 class CQCLoss(nn.Module):
@@ -120,10 +163,8 @@ class CQCLoss(nn.Module):
         backend: str | None = None,
     ) -> None:
         super().__init__()
-        if reduction not in REDUCTIONS:
-            raise ValueError(
-                f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, REDUCTIONS))}"
-            )
+        check_reduction(reduction)
+        check_margin(margin)
         self.margin, self.reduction, self.detach_negative, self.backend = (
             margin,
             reduction,
@@ -149,62 +190,25 @@ class CQCLoss(nn.Module):
         return f"margin={self.margin}, reduction={self.reduction!r}, detach_negative={self.detach_negative}"
 
 
-def _check_labels(name: str, labels: Tensor) -> Tensor:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"{name}: got {type(labels).__name__}, expected an integer tensor (B,)")
-    if labels.dtype not in LABEL_DTYPES:
-        raise TypeError(f"{name}: got dtype {labels.dtype}, expected integers; convert with .long()")
-    if labels.dim() != 1 or labels.shape[0] == 0:
-        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected (B,) with B >= 1")
-    return labels.long()
+_NOBODY_SHARED = (
+    "labels and infrared_labels: got no identity that is in both, expected at least one; "
+    "sample the two modalities with the same identities"
+)
 
 
-def _check_features(
-    features: Sequence[Tensor] | Tensor, labels: Tensor, infrared_labels: Tensor
-) -> tuple[Tensor, ...]:
-    tensors = (features,) if isinstance(features, Tensor) else tuple(features)
-    if len(tensors) not in (1, 6) or not all(isinstance(f, Tensor) for f in tensors):
-        raise TypeError(
-            f"features: got {len(tensors)} of {', '.join(sorted({type(f).__name__ for f in tensors}))}, "
-            "expected six tensors v, v+, v-, n-, n+, n or one that stacks them"
-        )
-    visible, infrared = labels.shape[0], infrared_labels.shape[0]
-    rows = [3 * visible + 3 * infrared] if len(tensors) == 1 else [visible] * 3 + [infrared] * 3
-    first = tensors[0]
-    dimensions, dtype, device = first.shape[-1:], first.dtype, first.device
-    for f, expected in zip(tensors, rows, strict=True):
-        shape = f.shape
-        if len(shape) != 2 or shape[1:] != dimensions:
-            raise ValueError(
-                f"features: got shape {tuple(shape)}, expected (B, D), one D for all; pool the maps first"
-            )
-        if shape[0] != expected:
-            raise ValueError(
-                f"features: got {shape[0]} rows for {visible} visible and {infrared} infrared labels, "
-                f"expected {expected}"
-            )
-        if f.dtype != dtype or dtype not in shapes.DTYPES:
-            raise TypeError(
-                f"features: got dtypes {dtype} and {f.dtype}, expected one of float32, float64, bfloat16 and "
-                "float16"
-            )
-        if f.device != device:
-            raise ValueError(f"features: got devices {device} and {f.device}, expected one")
-    for name, other in (("labels", labels), ("infrared_labels", infrared_labels)):
-        if other.device != device:
-            raise ValueError(f"{name}: got device {other.device}, expected the features' {device}")
-    return tensors
+def _nobody_shared(labels: Tensor, infrared_labels: Tensor) -> str:
+    return f"{_NOBODY_SHARED} (visible {_some(labels)}, infrared {_some(infrared_labels)})"
 
 
 def _check_count(count: Tensor, labels: Tensor, infrared_labels: Tensor) -> None:
-    message = (
-        "labels and infrared_labels: got no identity that is in both, expected at least one; "
-        "sample the two modalities with the same identities"
-    )
+    """Refuses a batch without a shared identity, where the number can be looked at without waiting for it."""
     if torch.compiler.is_compiling():
-        torch._assert_async(count > 0, message)
-    elif count.device.type == "cpu" and int(count) == 0:
-        raise ValueError(f"{message} (visible {_some(labels)}, infrared {_some(infrared_labels)})")
+        torch._assert_async(count > 0, _NOBODY_SHARED)
+        return
+    # A fake tensor, or one inside a transform, has no value to look at.
+    has_value = type(count) is Tensor and not internals.under_transform()
+    if has_value and count.device.type == "cpu" and int(count) == 0:
+        raise ValueError(_nobody_shared(labels, infrared_labels))
 
 
 def _some(labels: Tensor, limit: int = 8) -> str:

@@ -7,18 +7,15 @@ reference where no kernel can serve, and gives the reasons.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import logging
 import os
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
-from mrcn_fast import reference
+from mrcn_fast import internals
 from mrcn_fast.backends import cuda, native, triton
 from mrcn_fast.gates import GATES
 
@@ -60,6 +57,7 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str:
     return unserved(name, device_type, dtype) or "it serves such tensors only where it is asked for"
 
 
+@internals.assume_constant  # a traced call is decided once, when it is traced
 def choose(requested: str | None, device_type: str, dtype: torch.dtype, gate: str | None = None) -> str:
     """The name of the backend that serves a call; ``gate`` is the block's, None for the loss.
 
@@ -95,49 +93,3 @@ def _choose(requested: str, device_type: str, dtype: torch.dtype, gate: str | No
 @functools.cache  # once a reason, whatever dtypes and gates it holds for
 def _tell(reason: str) -> None:
     logger.info("using the reference backend (%s)", reason)
-
-
-# What `torch.compiler.assume_constant_result` sets, without the two seconds of importing torch._dynamo:
-# a traced call is decided once, when it is traced.
-choose._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def without_autocast(device_type: str) -> contextlib.AbstractContextManager[Any]:
-    """No autocast inside; the meta device knows none."""
-    if device_type == "meta":
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)
-
-
-def run_reference(
-    mode: str,
-    inputs: Sequence[Tensor],
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    gate_parameters: Sequence[Tensor],
-    gate: str,
-    eps: float,
-    restitute_to: str,
-) -> tuple[Tensor, ...]:
-    """The block operation ``mode`` through `reference`, in its inputs' dtype, autocast or not."""
-    dtype = inputs[0].dtype
-    norm_weight, norm_bias = norm_weight.to(dtype), norm_bias.to(dtype)
-    parameters = [p.to(dtype) for p in gate_parameters]
-    with without_autocast(inputs[0].device.type):
-        if len(inputs) == 2:
-            visible, infrared = inputs
-            sets = reference.mrcn_block(
-                visible,
-                infrared,
-                norm_weight,
-                norm_bias,
-                parameters,
-                gate=gate,
-                eps=eps,
-                restitute_to=restitute_to,
-            )
-            return (torch.cat(sets),) if mode == "concat" else sets[1:5]
-        own = (inputs[0], norm_weight[0], norm_bias[0], [p[0] for p in parameters])
-        if mode == "snr":
-            return reference.snr_block(*own, gate=gate, eps=eps)
-        return (reference.restitution(*own, gate=gate, eps=eps, restitute_to=restitute_to),)

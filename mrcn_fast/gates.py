@@ -1,9 +1,9 @@
 """Gates A, which say how much of the residual M (N, C, H, W) is distilled, by channel or by place too.
 
-A gate here is only its parameters and its initialization. The computation stands in `reference.GATES`
-(plain PyTorch) and in csrc/block/gates.h (kernels): both read the parameters in the
-order of `parameter_list`.
-Every parameter has a leading dimension, one slice an independent gate.
+A gate here is its parameters and their initialization. The computation stands in `reference.GATES` (plain
+PyTorch) and in csrc/block/gates.h (kernels): both read the parameters in the order of `parameter_list`.
+Every parameter has a leading dimension, one slice an independent gate. A block calls no gate as a module,
+unless a hook is registered on it; `Gate.forward` serves those who want to see the attention.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+
+from mrcn_fast import reference
 
 
 def parameter(module: nn.Module, name: str) -> Tensor:
@@ -25,11 +27,13 @@ class Gate(nn.Module):
     """Parameters of ``count`` independent gates over ``channels`` channels; what they are, `shapes` says.
 
     ``unfused`` is None for a gate that the kernels fuse: one that is a function of plane statistics. For any
-    other it says why they can't, to a user.
+    other it says why they can't, to a user. ``hidden_layers`` are those that a GPU's forward saves, each of
+    the gate's width.
     """
 
     kind: ClassVar[str]
     unfused: ClassVar[str | None] = None
+    hidden_layers: ClassVar[int] = 0
 
     def __init__(
         self,
@@ -65,8 +69,34 @@ class Gate(nn.Module):
         """
         return [parameter(self, name) for name in self._names]
 
+    def forward(self, residual: Tensor, index: int = 0) -> Tensor:
+        """The attention A(M) of one of the gates, in plain PyTorch; differentiable.
+
+        Args:
+            residual: M, (N, C, H, W).
+            index: which of the ``count`` gates; MRCN's are A_v1, A_n1, A_v2, A_n2.
+
+        Returns:
+            (N, C) with values in (0, 1); of the whole CBAM (N, C, H, W).
+        """
+        return reference.GATES[self.kind](residual, [p[index] for p in self.parameter_list()])
+
+    def one(self, index: int) -> dict[str, Tensor]:
+        """The parameters of one of the gates by name, as views without the leading dimension."""
+        return {name: parameter(self, name)[index] for name in self._names}
+
+    def has_hooks(self) -> bool:
+        """Whether calling the module would call somebody's hook."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
+
     def reset_parameters(self) -> None:
         raise NotImplementedError
+
+    @classmethod
+    def no_weight_decay(cls) -> frozenset[str]:
+        """The parameters that optimizers usually leave out of weight decay: biases, which are vectors."""
+        known = cls.shapes(2, 1).items()
+        return frozenset(name for name, shape in known if name.endswith("_bias") and len(shape) == 1)
 
 
 class SEGate(Gate):
@@ -77,6 +107,7 @@ class SEGate(Gate):
     """
 
     kind = "se"
+    hidden_layers = 1
     fc1_weight: nn.Parameter
     fc1_bias: nn.Parameter
     fc2_weight: nn.Parameter
@@ -104,9 +135,16 @@ class SEGate(Gate):
 
 
 class CBAMChannelGate(SEGate):
-    """Channel part of CBAM (Woo et al. 2018): σ(mlp(GAP(M)) + mlp(GMP(M))); parameters as in `SEGate`."""
+    """Channel part of CBAM (Woo et al. 2018): σ(mlp(GAP(M)) + mlp(GMP(M))); parameters as in `SEGate`.
+
+    The gradient of the maximum is shared evenly by the pixels that have it, as `torch.amax` shares it. The
+    kernels look for it in the input, of which M is an affine map: pixels share it where their inputs are
+    equal. Plain PyTorch looks in M as it was rounded. Where a plane varies by less than the rounding of M,
+    such as values of 1e-28 beside β = 0.5, it finds more pixels equal, and shares the same sum among them.
+    """
 
     kind = "cbam-channel"
+    hidden_layers = 2
 
 
 class CBAMGate(CBAMChannelGate):
@@ -161,6 +199,10 @@ class ECAGate(Gate):
 
 
 GATES: dict[str, type[Gate]] = {gate.kind: gate for gate in (SEGate, ECAGate, CBAMChannelGate, CBAMGate)}
+# The gates that kernels fuse. An operation takes a gate by its place here: `Gate` in csrc/block/block.h.
+FUSED = tuple(kind for kind, gate in GATES.items() if gate.unfused is None)
+# Gradients of gate parameters that a backward gives; of a gate with fewer parameters the last are empty.
+MOST_PARAMETERS = 4
 
 
 def make_gate(
@@ -173,6 +215,6 @@ def make_gate(
     dtype: torch.dtype | None = None,
 ) -> Gate:
     """The gate module called ``kind``; ValueError lists the known ones."""
-    if kind not in GATES:
+    if kind not in tuple(GATES):  # a tuple takes what can't be hashed, a dict does not
         raise ValueError(f"gate: got {kind!r}, expected one of {', '.join(map(repr, GATES))}")
     return GATES[kind](channels, count, reduction=reduction, device=device, dtype=dtype)

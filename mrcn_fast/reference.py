@@ -55,11 +55,14 @@ def se_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
 def eca_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
     """Efficient channel attention (Wang et al. 2020): σ(conv1d over the channels of GAP(M)).
 
-    ``parameters`` is one weight (K,), K odd; the channels are padded with zeros.
+    ``parameters`` is one weight (K,), K odd. The channels are padded with K // 2 zeros on each side, which
+    are multiplied like any number: a weight that is NaN or infinite makes all of them NaN. (`F.conv1d` leaves
+    the padding out or not, by dtype, size and device.)
     """
     (weight,) = parameters
-    pooled = residual.mean(dim=(2, 3))
-    return torch.sigmoid(F.conv1d(pooled[:, None], weight[None, None], padding=weight.shape[0] // 2)[:, 0])
+    half = weight.shape[0] // 2
+    padded = F.pad(residual.mean(dim=(2, 3)), (half, half))
+    return torch.sigmoid(padded.unfold(1, weight.shape[0], 1) @ weight)
 
 
 def cbam_channel_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
@@ -257,6 +260,56 @@ def cqc_loss(
     c_v, c_v_restituted, c_v_compensated, c_n_compensated, c_n_restituted, c_n = (
         centers(f, of, identities) for f, of in zip(features, set_labels, strict=True)
     )
+    made = (c_v_restituted, c_n_restituted, c_v_compensated, c_n_compensated)
+    return cqc_of_centers(c_v, c_n, made, margin, detach_negative), identities
+
+
+def cqc_of_centers(
+    c_v: Tensor,
+    c_n: Tensor,
+    made: tuple[Tensor, Tensor, Tensor, Tensor],
+    margin: float,
+    detach_negative: bool = False,
+) -> Tensor:
+    """L_CQC = L_MRM + L_MCM (eq. 10) of each identity, (I,).
+
+    ``made`` are the centers of v+, n+, v- and n-.
+    """
+    c_v_restituted, c_n_restituted, c_v_compensated, c_n_compensated = made
     restitution_loss = cqc_half(c_v, c_n, c_v_restituted, c_n_restituted, margin, detach_negative)
     compensation_loss = cqc_half(c_v, c_n, c_v_compensated, c_n_compensated, margin, detach_negative)
-    return restitution_loss + compensation_loss, identities
+    return restitution_loss + compensation_loss
+
+
+def cqc_loss_by_sample(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    infrared_labels: Tensor,
+    *,
+    margin: float = 0.2,
+    detach_negative: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`cqc_loss` with shapes that depend on no value, for tracing, transforms and tensors without data.
+
+    Returns a loss for each visible sample, (B_v,), and whether it counts, (B_v,): that of an identity stands
+    at its first visible sample; all others are 0.
+    """
+    same, across = labels[:, None] == labels, infrared_labels[:, None] == labels
+    place = torch.arange(labels.shape[0], device=labels.device)
+    first = same.long().argmax(dim=1)  # argmax gives the first of equal values
+    counts = (first == place) & across.any(dim=0)
+    # Infrared samples of identities that no visible sample has go to a place of their own, behind the others.
+    infrared_first = torch.where(across.any(dim=1), across.long().argmax(dim=1), labels.shape[0])
+
+    def centers(set_features: Tensor, at: Tensor) -> Tensor:
+        zeros = set_features.new_zeros(labels.shape[0] + 1, set_features.shape[1])
+        ones = torch.ones_like(at, dtype=set_features.dtype)
+        members = ones.new_zeros(labels.shape[0] + 1).index_add(0, at, ones)
+        return (zeros.index_add(0, at, set_features) / members.clamp(min=1)[:, None])[:-1]
+
+    c_v, c_v_restituted, c_v_compensated, c_n_compensated, c_n_restituted, c_n = (
+        centers(f, at) for f, at in zip(features, [first] * 3 + [infrared_first] * 3, strict=True)
+    )
+    made = (c_v_restituted, c_n_restituted, c_v_compensated, c_n_compensated)
+    losses = cqc_of_centers(c_v, c_n, made, margin, detach_negative)
+    return torch.where(counts, losses, torch.zeros_like(losses)), counts

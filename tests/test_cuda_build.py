@@ -22,7 +22,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrcn_fast import dispatch
-from mrcn_fast.backends import cuda, native, shapes
+from mrcn_fast.backends import cuda, native
+from mrcn_fast.gates import FUSED
+from mrcn_fast.operations import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = [
@@ -293,17 +295,18 @@ def test_build_info(asked_anew: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("gate", ["se", "eca", "cbam-channel"])
-@pytest.mark.parametrize("mode", list(shapes.MODES))
+@pytest.mark.parametrize("mode", list(OPERATIONS))
 def test_a_forward_saves_what_its_device_wants(mode: str, gate: str) -> None:
     """Traced tensors are on a GPU that need not be there."""
-    fake = native.fakes()[{"pair": "block", "concat": "block_concat"}.get(mode, mode) + "_forward"]
-    modalities, gates, _ = shapes.MODES[mode]
+    operation = OPERATIONS[mode]
+    fake = native.fakes()[f"{operation.op}_forward"]
+    modalities, gates = len(operation.inputs), len(operation.gates)
 
     def saved(device: str) -> torch.Size:
         with FakeTensorMode():
             x, norm = torch.empty(3, 8, 2, 2, device=device), torch.empty(modalities, 8, device=device)
             parameter = torch.empty(gates, 5, 8, device=device)
-            return fake(*[x] * modalities, norm, norm, [parameter], gate, 1e-5)[-1].shape
+            return fake(*[x] * modalities, norm, norm, [parameter], FUSED.index(gate), 1e-5)[-1].shape
 
     hidden = {"se": 1, "eca": 0, "cbam-channel": 2}[gate] * gates * 5
     assert saved("cpu") == (modalities, 3, 8, 2)

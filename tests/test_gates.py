@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mrcn_fast import MRCNBlock, SNRBlock, dispatch, mrcn_restitution
+from mrcn_fast import MRCNBlock, SNRBlock, dispatch, mrcn_restitution, reference
 from mrcn_fast.gates import GATES, CBAMGate, ECAGate, SEGate, make_gate
 from tests import cases
 from tests.cases import DEVICE, KERNEL_BACKENDS, random
@@ -185,6 +185,36 @@ def test_cbams_gradient_at_tied_maxima(mode: str, layout: str, backend: str) -> 
             torch.testing.assert_close(result, truth[name], rtol=1e-11, atol=1e-11)
 
 
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("constant", [True, False])
+def test_cbams_gradient_below_the_rounding_of_the_residual(constant: bool, layout: str, backend: str) -> None:
+    """Planes of 1e-28 beside β: eager PyTorch finds the maximum of M in all pixels, the kernels where it is.
+
+    What a plane's pixels get together is the same, and so is all else.
+    """
+    p = cases.problem(cases.Case("restitute", "cbam-channel", shape=(2, 5, 4, 3), layouts=(layout, layout)))
+    (x,) = p.inputs
+    x.detach().copy_(torch.full_like(x, 1e-28) if constant else 1e-28 * x.detach())
+    results, eager = cases.evaluate(p, backend), cases.evaluate_reference(p, torch.float32)
+    got, want = results.pop("grad features"), eager.pop("grad features")
+    for name, result in results.items():
+        scale = float(eager[name].abs().max())
+        torch.testing.assert_close(result, eager[name], rtol=1e-4, atol=1e-5 * scale + 1e-20)
+    if constant:
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+        return
+    torch.testing.assert_close(
+        got.sum(dim=(2, 3)), want.sum(dim=(2, 3)), rtol=1e-4, atol=1e-4 * float(want.abs().max())
+    )
+    # M slopes against the input here (γ/σ is some 300): its maximum is where the input has its minimum or
+    # maximum, and no other pixel differs from eager's gradient by more than its even share.
+    share = (got - want).flatten(2)
+    lowest, highest = x.flatten(2).argmin(dim=2), x.flatten(2).argmax(dim=2)
+    at = share.abs().argmax(dim=2)
+    assert bool(((at == lowest) | (at == highest)).all())
+
+
 @cases.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("kind", cases.GATES)
 def test_snrs_restitution_alone_is_bitwise_the_first_of_three(kind: str, backend: str) -> None:
@@ -340,3 +370,100 @@ def test_logits_far_out_and_not_finite(backend: str, dtype: torch.dtype) -> None
     tolerance = 2e-6 if dtype == torch.float32 else 4e-15
     for made, expected in zip(block(*maps), plain(*maps), strict=True):
         torch.testing.assert_close(made, expected, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+# --- parameters and attention as tools see them -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", list(GATES))
+def test_what_is_left_out_of_weight_decay(kind: str) -> None:
+    block = MRCNBlock(16, gate=kind)
+    names = dict(block.named_parameters())
+    left_out = block.no_weight_decay()
+    assert left_out <= set(names)
+    # As in modules of their own: γ, β and biases are vectors; of all else only ECA's kernel is one.
+    vectors = {name for name, p in names.items() if p[0].dim() <= 1}
+    assert vectors - left_out == ({"gate.weight"} if kind == "eca" else set())
+
+
+@pytest.mark.parametrize("kind", list(GATES))
+def test_each_gates_parameters_by_modality_and_role(kind: str) -> None:
+    block = MRCNBlock(8, gate=kind)
+    order = [("visible", "restitution"), ("infrared", "restitution")]
+    order += [("visible", "compensation"), ("infrared", "compensation")]
+    for index, (modality, role) in enumerate(order):
+        found = block.gate_parameters(modality, role)  # type: ignore[arg-type]
+        for name, p in found.items():
+            stacked = getattr(block.gate, name)
+            assert p.data_ptr() == stacked[index].data_ptr() and torch.equal(p, stacked[index])
+    with torch.no_grad():
+        block.norm_parameters("infrared")[0].fill_(3)
+    assert block.norm_weight[:, 0].tolist() == [1, 3]
+    with pytest.raises(ValueError, match="role: got 'both', expected one of 'restitution', 'compensation'"):
+        block.gate_parameters("visible", "both")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", list(GATES))
+def test_the_attention_is_what_the_block_uses(kind: str) -> None:
+    """F₊ = F̃ + M A₁(M), F₋ = F̃ + A₂(M) M of the other modality, with M = F - F̃ (eq. 3 to 7)."""
+    torch.manual_seed(0)
+    block = MRCNBlock(6, gate=kind, reduction=1, dtype=torch.float64)
+    visible, infrared = random(2, 3, 6, 9, 8).cpu().unbind()
+    made, found = block(visible, infrared), block.attention(visible, infrared)
+    shape = (3, 6, 9, 8) if kind == "cbam" else (3, 6)
+    assert all(a.shape == shape for a in found)
+    v_restitution, n_restitution, v_compensation, n_compensation = (
+        a if a.dim() == 4 else a[:, :, None, None] for a in found
+    )
+    norms = [
+        reference.instance_norm(x, *block.norm_parameters(m))
+        for x, m in ((visible, "visible"), (infrared, "infrared"))
+    ]
+    residuals = visible - norms[0], infrared - norms[1]
+    for got, want in (
+        (made.visible_restituted, norms[0] + residuals[0] * v_restitution),
+        (made.infrared_restituted, norms[1] + residuals[1] * n_restitution),
+        (made.visible_compensated, norms[0] + residuals[1] * n_compensation),
+        (made.infrared_compensated, norms[1] + residuals[0] * v_compensation),
+    ):
+        torch.testing.assert_close(got, want)
+    snr = SNRBlock(6, gate=kind, dtype=torch.float64)
+    s = snr.attention(visible)
+    assert s.shape == shape
+    (gradient,) = torch.autograd.grad(found.visible_restitution.sum(), block.norm_bias)
+    assert bool(gradient[0].any()) and not bool(gradient[1].any())
+
+
+def test_hooks_on_a_gate_fire() -> None:
+    block, calls = MRCNBlock(6), []
+    features = random(2, 3, 6, 4, 3, dtype=torch.float32).cpu()
+    before = block(*features)
+    handle = block.gate.register_forward_hook(
+        lambda module, inputs, output: calls.append((inputs[1], output))
+    )
+    hooked = block(*features)
+    assert [index for index, _ in calls] == [0, 1, 2, 3]
+    seen = [attention for _, attention in calls]
+    assert all(torch.equal(a, b) for a, b in zip(seen, block.attention(*features), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, hooked, strict=True))
+    calls.clear()
+    block.restitute(features[0], "infrared")
+    assert [index for index, _ in calls] == [1]
+    handle.remove()
+    calls.clear()
+    block(*features)
+    assert calls == []
+    snr = SNRBlock(6)
+    snr.gate.register_forward_pre_hook(lambda module, inputs: calls.append(len(inputs)))
+    snr(features[0])
+    snr.restitute(features[0])
+    assert len(calls) == 2
+
+
+@cases.backends("reference", *KERNEL_BACKENDS)
+def test_a_gate_without_a_gradient_has_none(backend: str) -> None:
+    """Zeros would let weight decay and momentum move it."""
+    snr = SNRBlock(6, backend=backend, device=DEVICE)
+    snr(random(2, 6, 4, 3, dtype=torch.float32)).normalized.sum().backward()
+    assert all(p.grad is None for p in snr.gate.parameters())
+    assert snr.norm_weight.grad is not None and snr.norm_bias.grad is not None

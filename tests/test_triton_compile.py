@@ -24,6 +24,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mrcn_fast.backends.triton import block  # noqa: E402
 from mrcn_fast.backends.triton.launching import Arguments, Launcher  # noqa: E402
+from mrcn_fast.gates import FUSED  # noqa: E402
+from mrcn_fast.operations import OPERATIONS  # noqa: E402
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -67,7 +69,8 @@ def run(
     mode: str, gate: str, shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool
 ) -> None:
     """Forward and backward of meta tensors; parameters in float32 as under autocast."""
-    modalities, gates, _ = block.MODES[mode]
+    operation = OPERATIONS[mode]
+    modalities, gates = len(operation.inputs), len(operation.gates)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     channels, hidden = shape[1], max(1, shape[1] // 16)
@@ -80,8 +83,8 @@ def run(
     layers = [(hidden, channels), (hidden,), (channels, hidden), (channels,)]
     parameters = [empty(gates, 5)] if gate == "eca" else [empty(gates, *size) for size in layers]
     inputs = [x] * modalities
-    *made, statistics = block._forward(mode, inputs, norm, norm, parameters, gate, 1e-5)
-    block._backward(mode, made, inputs, statistics, norm, norm, parameters, gate)
+    *made, statistics = block._forward(mode, inputs, norm, norm, parameters, FUSED.index(gate), 1e-5)
+    block._backward(mode, made, inputs, statistics, norm, norm, parameters, FUSED.index(gate))
 
 
 def source(launch: Launch) -> Any:

@@ -8,7 +8,10 @@
 
 namespace mrcn {
 
+// In the order of FUSED in mrcn_fast/gates.py: operations take a gate by its number.
 enum class Gate { se, eca, cbam_channel };
+
+constexpr int most_gate_parameters = 4, most_sets = 6;
 
 // Which feature sets an operation makes (in this order) from which inputs.
 enum class Mode {
@@ -45,7 +48,7 @@ struct BlockParameters {
   bool precise;             // in the accumulation type
   const void* norm_weight;  // (modalities, C)
   const void* norm_bias;
-  const void* gate[4];  // in the order of gates.py
+  const void* gate[most_gate_parameters];  // in the order of gates.py
 };
 
 struct BlockForward {
@@ -53,7 +56,7 @@ struct BlockForward {
   BlockParameters parameters;
   double eps;
   FeatureMap inputs[2];
-  FeatureMap outputs[6];
+  FeatureMap outputs[most_sets];
   void* statistics;  // accumulation type. CPU: (modalities, N, C, 2), mean and 1/σ; CUDA: (N, saved_row)
   bool stream;       // outputs beyond the cache: stores that don't read what they overwrite
 };
@@ -62,12 +65,12 @@ struct BlockBackward {
   BlockShape shape;
   BlockParameters parameters;
   FeatureMap inputs[2];
-  FeatureMap gradients[6];  // data null: no gradient
+  FeatureMap gradients[most_sets];  // data null: no gradient
   const void* statistics;
   FeatureMap input_gradients[2];
   void* norm_weight_gradient;  // in the parameters' type
   void* norm_bias_gradient;
-  void* gate_gradient[4];
+  void* gate_gradient[most_gate_parameters];
   bool stream;
 };
 

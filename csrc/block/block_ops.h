@@ -5,8 +5,8 @@
 
 #include <initializer_list>
 #include <optional>
-#include <string>
 #include <tuple>
+#include <utility>
 
 #include "block/block.h"
 #include "common/tensors.h"
@@ -49,11 +49,10 @@ inline FeatureMap map_of(const Tensor& x, bool pixels, int64_t first_sample = 0)
 
 // --- arguments ------------------------------------------------------------------------------------------
 
-inline Gate gate_of(const std::string& name) {
-  if (name == "se") return Gate::se;
-  if (name == "eca") return Gate::eca;
-  check(name == "cbam-channel", "gate: got '", name, "', expected one of 'se', 'eca', 'cbam-channel'");
-  return Gate::cbam_channel;
+inline Gate gate_of(int64_t number) {
+  check(number >= 0 && number <= int64_t(Gate::cbam_channel), "gate: got ", number,
+      ", expected 0 ('se'), 1 ('eca') or 2 ('cbam-channel')");
+  return Gate(number);
 }
 
 // A call's inputs, made ready; the tensors here own what the kernels' pointers point to.
@@ -86,6 +85,7 @@ void check_features(const Tensors& inputs) {
     }
   }
   check(first.size(1) >= 1, "features: got no channels, expected at least 1");
+  check_countable({first.size(0), first.size(1), first.size(2), first.size(3), most_sets}, sizeof(double));
   const int64_t length = first.size(2) * first.size(3);
   check(length >= 2, "features: got planes of ", length, " element(s), expected at least 2");
 }
@@ -108,7 +108,7 @@ void check_parameter(const Tensor& p, const char* name, std::initializer_list<in
 
 template <class Device>
 Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias,
-    const Tensors& gate_parameters, const std::string& gate, bool to_input) {
+    const Tensors& gate_parameters, int64_t gate, bool to_input) {
   check_features<Device>(inputs);
   const Tensor& first = inputs[0];
   Ready ready;
@@ -116,18 +116,18 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
   ready.dtype = first.scalar_type();
   ready.sums = precise(dtype);
   ready.sizes = {first.size(0), first.size(1), first.size(2), first.size(3)};
-  const int64_t N = first.size(0), C = first.size(1), L = first.size(2) * first.size(3);
+  const int64_t N = first.size(0), C = first.size(1), H = first.size(2), W = first.size(3), L = H * W;
   const bool pixels = !is_planes(first) && is_pixels(first);
   for (const Tensor& x : inputs) ready.inputs.push_back(in_layout(x, pixels));
 
   const Gate kind = gate_of(gate);
   const size_t expected = kind == Gate::eca ? 1 : 4;
   const int64_t count = gates(mode);
-  check(gate_parameters.size() == expected, "gate_parameters of '", gate, "': got ", gate_parameters.size(),
-      " tensors, expected ", expected);
+  check(gate_parameters.size() == expected, "gate_parameters of gate ", gate, ": got ",
+      gate_parameters.size(), " tensors, expected ", expected);
   const int64_t width = gate_parameters[0].dim() > 1 ? gate_parameters[0].size(1) : 0;
-  check(width > 0 && (kind != Gate::eca || width % 2 == 1), "gate_parameters of '", gate,
-      "': got a width of ", width, ", expected at least 1, of 'eca' an odd one");
+  check(width > 0 && (kind != Gate::eca || width % 2 == 1), "gate_parameters of gate ", gate,
+      ": got a width of ", width, ", expected at least 1, of 'eca' an odd one");
   const ScalarType given = norm_weight.scalar_type();
   ready.of_parameters = Device::converts ? ready.sums : given;
   ready.parameters.precise = ready.of_parameters == ready.sums;
@@ -163,7 +163,7 @@ constexpr int sets_of(Mode mode) {
 // The made sets, each a tensor or (concat) six in one, and then what the backward takes.
 template <class Device>
 Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias,
-    const Tensors& gate_parameters, const std::string& gate, double eps, bool to_input) {
+    const Tensors& gate_parameters, int64_t gate, double eps, bool to_input) {
   const Ready ready =
       make_ready<Device>(mode, inputs, norm_weight, norm_bias, gate_parameters, gate, to_input);
   const int64_t N = ready.shape.samples;
@@ -194,16 +194,12 @@ Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, con
 
 // --- backward -------------------------------------------------------------------------------------------
 
-struct Gradients {
-  Tensors inputs;
-  Tensor norm_weight, norm_bias;
-  Tensors gate;
-};
-
+// Gradients of the inputs, of norm_weight and norm_bias, and of four gate parameters, of which those that the
+// gate does not have are empty.
 template <class Device>
-Gradients backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients, const Tensors& inputs,
+Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients, const Tensors& inputs,
     const Tensor& statistics, const Tensor& norm_weight, const Tensor& norm_bias,
-    const Tensors& gate_parameters, const std::string& gate, bool to_input) {
+    const Tensors& gate_parameters, int64_t gate, bool to_input) {
   const Ready ready =
       make_ready<Device>(mode, inputs, norm_weight, norm_bias, gate_parameters, gate, to_input);
   const int64_t N = ready.shape.samples, C = ready.shape.channels;
@@ -242,33 +238,41 @@ Gradients backward(Mode mode, const std::vector<std::optional<Tensor>>& gradient
   for (const FeatureMap& g : call.gradients) {
     if (g.data != nullptr) read.push_back(g.data);
   }
-  Gradients result;
-  result.inputs = Device::maps(int(inputs.size()), ready.sizes, inputs[0], pixels, read);
-  for (size_t j = 0; j < inputs.size(); ++j) call.input_gradients[j] = map_of(result.inputs[j], pixels);
-  const auto like = [&](const Tensor& p) {
-    return Device::empty({p.sizes().begin(), p.sizes().end()}, ready.of_parameters, p, false);
+  Tensors results = Device::maps(int(inputs.size()), ready.sizes, inputs[0], pixels, read);
+  for (size_t j = 0; j < inputs.size(); ++j) call.input_gradients[j] = map_of(results[j], pixels);
+  const auto add_like = [&](const Tensor& p) {
+    results.push_back(
+        Device::empty({p.sizes().begin(), p.sizes().end()}, ready.of_parameters, inputs[0], false));
+    return results.back().data_ptr();
   };
-  result.norm_weight = like(norm_weight);
-  result.norm_bias = like(norm_bias);
-  call.norm_weight_gradient = result.norm_weight.data_ptr();
-  call.norm_bias_gradient = result.norm_bias.data_ptr();
-  for (size_t i = 0; i < gate_parameters.size(); ++i) {
-    result.gate.push_back(like(gate_parameters[i]));
-    call.gate_gradient[i] = result.gate[i].data_ptr();
-  }
+  call.norm_weight_gradient = add_like(norm_weight);
+  call.norm_bias_gradient = add_like(norm_bias);
+  for (size_t i = 0; i < gate_parameters.size(); ++i) call.gate_gradient[i] = add_like(gate_parameters[i]);
   Device::backward(call, inputs[0]);
 
-  result.norm_weight = converted(result.norm_weight, norm_weight.scalar_type());
-  result.norm_bias = converted(result.norm_bias, norm_bias.scalar_type());
-  for (size_t i = 0; i < gate_parameters.size(); ++i) {
-    result.gate[i] = converted(result.gate[i], gate_parameters[i].scalar_type());
+  for (size_t k = inputs.size(); k < results.size(); ++k) {
+    results[k] = converted(results[k], norm_weight.scalar_type());
   }
-  return result;
+  while (results.size() < inputs.size() + 2 + most_gate_parameters) {
+    results.push_back(Device::empty({0}, norm_weight.scalar_type(), inputs[0], false));
+  }
+  return results;
 }
 
 // --- operations -----------------------------------------------------------------------------------------
 
 using Optional = std::optional<Tensor>;
+
+// The results of an operation, as torch takes them.
+template <size_t... i>
+auto tuple_of(const Tensors& t, std::index_sequence<i...>) {
+  return std::make_tuple(t[i]...);
+}
+template <size_t n>
+auto results_of(const Tensors& t) {
+  return tuple_of(t, std::make_index_sequence<n>{});
+}
+constexpr size_t parameter_gradients = 2 + most_gate_parameters;
 
 // Device is what the operations need of one:
 //
@@ -281,67 +285,56 @@ using Optional = std::optional<Tensor>;
 //   forward(call, like), backward(call, like)
 template <class Device>
 struct Operations {
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> block_forward(Tensor visible, Tensor infrared,
-      Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps,
+  static auto block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
+    return results_of<5>(forward<Device>(
+        Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
+  }
+
+  static auto block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
+    return results_of<2>(forward<Device>(
+        Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
+  }
+
+  static auto restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
+    return results_of<2>(forward<Device>(
+        Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
+  }
+
+  static auto snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters,
+      int64_t gate, double eps) {
+    return results_of<4>(
+        forward<Device>(Mode::snr, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false));
+  }
+
+  static auto block_backward(Optional visible_restituted, Optional visible_compensated,
+      Optional infrared_compensated, Optional infrared_restituted, Tensor visible, Tensor infrared,
+      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate,
       bool to_input) {
-    Tensors r = mrcn::forward<Device>(
-        Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
-    return {r[0], r[1], r[2], r[3], r[4]};
-  }
-
-  static std::tuple<Tensor, Tensor> block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight,
-      Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps, bool to_input) {
-    Tensors r = mrcn::forward<Device>(
-        Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
-    return {r[0], r[1]};
-  }
-
-  static std::tuple<Tensor, Tensor> restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, std::string gate, double eps, bool to_input) {
-    Tensors r = mrcn::forward<Device>(
-        Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input);
-    return {r[0], r[1]};
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor, Tensor> snr_forward(Tensor features, Tensor norm_weight,
-      Tensor norm_bias, Tensors gate_parameters, std::string gate, double eps) {
-    Tensors r = mrcn::forward<Device>(
-        Mode::snr, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false);
-    return {r[0], r[1], r[2], r[3]};
-  }
-
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_backward(Optional visible_restituted,
-      Optional visible_compensated, Optional infrared_compensated, Optional infrared_restituted,
-      Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, std::string gate, bool to_input) {
-    Gradients g = mrcn::backward<Device>(Mode::pair,
+    return results_of<2 + parameter_gradients>(backward<Device>(Mode::pair,
         {visible_restituted, visible_compensated, infrared_compensated, infrared_restituted},
-        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input);
-    return {g.inputs[0], g.inputs[1], g.norm_weight, g.norm_bias, g.gate};
+        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensor, Tensors> block_concat_backward(Optional features,
-      Tensor visible, Tensor infrared, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, std::string gate, bool to_input) {
-    Gradients g = mrcn::backward<Device>(Mode::concat, {features}, {visible, infrared}, statistics,
-        norm_weight, norm_bias, gate_parameters, gate, to_input);
-    return {g.inputs[0], g.inputs[1], g.norm_weight, g.norm_bias, g.gate};
+  static auto block_concat_backward(Optional features, Tensor visible, Tensor infrared, Tensor statistics,
+      Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
+    return results_of<2 + parameter_gradients>(backward<Device>(Mode::concat, {features}, {visible, infrared},
+        statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensors> restitute_backward(Optional restituted, Tensor features,
-      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, std::string gate,
-      bool to_input) {
-    Gradients g = mrcn::backward<Device>(Mode::restitute, {restituted}, {features}, statistics, norm_weight,
-        norm_bias, gate_parameters, gate, to_input);
-    return {g.inputs[0], g.norm_weight, g.norm_bias, g.gate};
+  static auto restitute_backward(Optional restituted, Tensor features, Tensor statistics, Tensor norm_weight,
+      Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
+    return results_of<1 + parameter_gradients>(backward<Device>(Mode::restitute, {restituted}, {features},
+        statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
   }
 
-  static std::tuple<Tensor, Tensor, Tensor, Tensors> snr_backward(Optional restituted, Optional contaminated,
-      Optional normalized, Tensor features, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, std::string gate) {
-    Gradients g = mrcn::backward<Device>(Mode::snr, {restituted, contaminated, normalized}, {features},
-        statistics, norm_weight, norm_bias, gate_parameters, gate, false);
-    return {g.inputs[0], g.norm_weight, g.norm_bias, g.gate};
+  static auto snr_backward(Optional restituted, Optional contaminated, Optional normalized, Tensor features,
+      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate) {
+    return results_of<1 + parameter_gradients>(
+        backward<Device>(Mode::snr, {restituted, contaminated, normalized}, {features}, statistics,
+            norm_weight, norm_bias, gate_parameters, gate, false));
   }
 
   template <class Library>

@@ -249,8 +249,6 @@ class Call {
     }
   }
 
-  static constexpr int most_sets = 6;
-
   const BlockShape& shape_;
   const Passes<A> passes_;
   const int all_;   // sets, with those handed through

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrcn_fast.backends import shapes
+from mrcn_fast.backends import batching, decompositions, shapes
+from mrcn_fast.operations import OPERATIONS
 
 # Written by setup.py: {"built": bool, "reason": str, "log": str, "cuda": {the same of the CUDA part, ...}}.
 BUILD_RECORD = Path(__file__).parents[1] / "_native_build.json"
@@ -34,6 +35,17 @@ except ImportError as error:
     _failure = str(error)
 
 
+# What makes ordinary storages of kept memory (csrc/common/storage.cpp); _no_storage: why it can't be used.
+STORAGE_LIBRARY = Path(__file__).parents[1] / "_storage.so"
+_no_storage = (
+    _failure
+    if _library is None
+    else _library.connect_storage(str(STORAGE_LIBRARY), torch.__version__)
+    if STORAGE_LIBRARY.is_file()
+    else "the library was built without it"
+)
+
+
 def loaded() -> bool:
     """Whether the operations are there, with or without kernels that can run."""
     return _library is not None
@@ -41,21 +53,31 @@ def loaded() -> bool:
 
 def build_info() -> dict[str, Any]:
     """What the compiled library is: compiler, instruction set in use and all; empty if it can't run."""
+    if _library is None:
+        return {}
+    memory = "that of freed outputs serves the next ones"
+    if _no_storage:
+        memory = f"new for each output, because the library _storage can't be used: {_no_storage}"
     try:
-        return dict(_library.build_info()) if _library is not None else {}
+        return dict(_library.build_info()) | {"memory": memory}
     except RuntimeError:  # see `status`
         return {}
 
 
 def release_memory() -> None:
-    """Give back to the system what freed CPU outputs have left for the next ones (csrc/common/memory.cpp).
+    """Give back to the system the memory that freed CPU outputs have left for the next ones.
 
     Outputs of 2 MiB and more take the memory of earlier ones, because to get new pages from the system costs
     more than the block does. What is kept and all outputs that live are together never more than outputs took
-    at once.
+    at once; `memory_in_use` says how much that is.
     """
     if _library is not None:
         _library.release_memory()
+
+
+def memory_in_use() -> tuple[int, int]:
+    """Bytes of large CPU outputs that live, and bytes that are kept for the next ones."""
+    return _library.memory_in_use() if _library is not None else (0, 0)
 
 
 @functools.cache
@@ -105,7 +127,7 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
 
     def statistics(mode: str) -> Callable[..., Tensor]:
         """Mean and 1/σ of every plane; from CUDA's kernels a row a sample, with the gates' hidden layers."""
-        modalities, rows = shapes.MODES[mode].modalities, shapes.saved_rows(mode)
+        modalities, rows = len(OPERATIONS[mode].inputs), shapes.saved_rows(mode)
 
         def empty(*arguments: Any) -> Tensor:
             first: Tensor = arguments[0]
@@ -119,15 +141,8 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
         slots = labels.shape[0]
         return (9 * slots + infrared_labels.shape[0],) if on_gpu(labels) else (slots, 8)
 
-    return {
-        "block_forward": shapes.forward_fake(4, 1, statistics("pair")),
-        "block_concat_forward": shapes.forward_fake(1, 6, statistics("concat")),
-        "restitute_forward": shapes.forward_fake(1, 1, statistics("restitute")),
-        "snr_forward": shapes.forward_fake(3, 1, statistics("snr")),
-        "block_backward": shapes.backward_fake(4, 2),
-        "block_concat_backward": shapes.backward_fake(1, 2),
-        "restitute_backward": shapes.backward_fake(1, 1),
-        "snr_backward": shapes.backward_fake(3, 1),
+    found = shapes.block_fakes(statistics)
+    return found | {
         "cqc_forward": shapes.cqc_forward_fake(cqc_saved),
         "cqc_backward": shapes.cqc_backward_fake,
     }
@@ -136,3 +151,5 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
 if _library is not None:
     for _name, _fake in fakes().items():
         torch.library.register_fake(f"mrcn_fast::{_name}")(_fake)
+    batching.register("mrcn_fast", operation)
+    decompositions.register(operation)

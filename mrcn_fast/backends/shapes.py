@@ -3,23 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mrcn_fast.gates import FUSED, GATES, MOST_PARAMETERS
+from mrcn_fast.operations import OPERATIONS, Operation
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-class Mode(NamedTuple):
-    """The modalities, gates and made sets of a block operation."""
-
-    modalities: int
-    gates: int
-    sets: int
-
-
-MODES = {"pair": Mode(2, 4, 4), "concat": Mode(2, 4, 4), "restitute": Mode(1, 1, 1), "snr": Mode(1, 1, 3)}
 
 
 def precise(dtype: torch.dtype) -> torch.dtype:
@@ -77,30 +69,31 @@ def saved_row(mode: str, gate: str, hidden: int, channels: int) -> int:
 
     Mean and 1/σ of every plane, and the gates' hidden layers.
     """
-    modalities, gates, _ = MODES[mode]
-    layers = 0 if gate == "eca" else gates * (2 if gate == "cbam-channel" else 1)
-    return 2 * modalities * channels + layers * hidden
+    operation = OPERATIONS[mode]
+    layers = len(operation.gates) * GATES[gate].hidden_layers
+    return 2 * len(operation.inputs) * channels + layers * hidden
 
 
 def saved_rows(mode: str) -> Callable[..., Tensor]:
     """What a forward on a GPU saves, from its arguments: a row a sample."""
-    count = MODES[mode].modalities
+    count = len(OPERATIONS[mode].inputs)
 
     def empty(*arguments: Any) -> Tensor:
         first, gate_parameters, gate = arguments[0], arguments[count + 2], arguments[count + 3]
-        row = saved_row(mode, gate, gate_parameters[0].shape[1], first.shape[1])
+        row = saved_row(mode, FUSED[gate], gate_parameters[0].shape[1], first.shape[1])
         return first.new_empty((first.shape[0], row), dtype=precise(first.dtype))
 
     return empty
 
 
-def forward_fake(sets: int, batches: int, saved: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
-    """Shapes of a forward giving ``sets`` tensors of ``batches`` times the samples, then what it saves."""
+def forward_fake(operation: Operation, saved: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
+    """Shapes of an operation's forward: its results, then what it saves."""
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         first = arguments[0]
         _check_devices(arguments)
-        return (*empties_like(first, batches * first.shape[0], sets), saved(*arguments))
+        made = empties_like(first, operation.batches * first.shape[0], operation.results)
+        return (*made, saved(*arguments))
 
     return fake
 
@@ -114,17 +107,32 @@ def _check_devices(arguments: Sequence[Any]) -> None:
                 raise RuntimeError(f"got tensors on {device} and {t.device}, expected one device")
 
 
-def backward_fake(gradients: int, count: int) -> Callable[..., tuple[Any, ...]]:
-    """Shapes of the backward that takes so many gradients and then ``count`` inputs."""
+def backward_fake(operation: Operation) -> Callable[..., tuple[Tensor, ...]]:
+    """Shapes of an operation's backward: the gradients of its inputs and parameters."""
+    first, count = operation.results, len(operation.inputs)
 
-    def fake(*arguments: Any) -> tuple[Any, ...]:
-        inputs = arguments[gradients : gradients + count]
-        norm_weight, norm_bias, gate_parameters = arguments[gradients + count + 1 :][:3]
-        parameters = (dense_like(p) for p in (norm_weight, norm_bias))
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        inputs = arguments[first : first + count]
+        norm_weight, norm_bias, gate_parameters = arguments[first + count + 1 :][:3]
         of_inputs = empties_like(inputs[0], inputs[0].shape[0], count)
-        return (*of_inputs, *parameters, [dense_like(p) for p in gate_parameters])
+        of_parameters = (dense_like(p) for p in (norm_weight, norm_bias, *gate_parameters))
+        return (*of_inputs, *of_parameters, *no_gradients(norm_weight, gate_parameters))
 
     return fake
+
+
+def block_fakes(saved: Callable[[str], Callable[..., Tensor]]) -> dict[str, Callable[..., Any]]:
+    """The shapes of every block operation; ``saved(mode)`` gives what its forward saves."""
+    fakes: dict[str, Callable[..., Any]] = {}
+    for mode, operation in OPERATIONS.items():
+        fakes[f"{operation.op}_forward"] = forward_fake(operation, saved(mode))
+        fakes[f"{operation.op}_backward"] = backward_fake(operation)
+    return fakes
+
+
+def no_gradients(norm_weight: Tensor, gate_parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The empty tensors of a backward for gate parameters that the gate does not have."""
+    return [norm_weight.new_empty(0) for _ in range(MOST_PARAMETERS - len(gate_parameters))]
 
 
 def cqc_forward_fake(saved: Callable[..., tuple[int, ...]]) -> Callable[..., tuple[Tensor, ...]]:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrcn_fast import SNRFeatures
-from mrcn_fast.block import RESTITUTE_TO, Modality
+from mrcn_fast.block import Modality
+from mrcn_fast.checks import RESTITUTE_TO
 from mrcn_fast.dispatch import NAMES
 from mrcn_fast.gates import GATES
 from mrcn_fast.reid.heads import POOLS, Head, PartPool, PoolName
@@ -159,7 +160,8 @@ class ReIDModel(nn.Module):
         maps, reached = self.trunk.stem(images, modality), 0
         for index, (stage, plug) in enumerate(zip(self.stages, self.blocks, strict=True)):
             maps = self.trunk.layers(maps, reached + 1, stage)
-            maps = plug.at_test(maps.chunk(len(self.test_sets) if index else 1), modality)
+            sets = maps.unflatten(0, (len(self.test_sets) if index else 1, -1)).unbind()
+            maps = plug.at_test(sets, modality)
             reached = stage
         pooled = self.pool(self.trunk.layers(maps, reached + 1, 4))
         features = torch.stack([cast(Head, h).neck(part) for h, part in zip(self.heads, pooled, strict=True)])

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from mrcn_fast.backends import shapes
+from mrcn_fast.backends import batching, shapes
 
 NAMESPACE = "mrcn_fast_triton"
 KERNEL_MODULES = ("block", "cqc")
@@ -106,4 +106,5 @@ def _register() -> None:
                 library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
                 library.impl(name, module.IMPLEMENTATIONS[name], key)
                 torch.library.register_fake(f"{NAMESPACE}::{name}", module.FAKES[name], lib=library)
+        batching.register(NAMESPACE, operation, library)
         _libraries.append(library)

@@ -38,8 +38,8 @@ from mrcn_fast.backends.triton.block_backward import (
 )
 from mrcn_fast.backends.triton.block_forward import gates_kernel, output_kernel, statistics_kernel
 from mrcn_fast.backends.triton.launching import Arguments, Launcher, on_device
-
-MODES = shapes.MODES
+from mrcn_fast.gates import FUSED, MOST_PARAMETERS
+from mrcn_fast.operations import OPERATIONS
 
 # --- how the work is cut ----------------------------------------------------------------------------------
 
@@ -161,6 +161,7 @@ class Constants:
     PC: int  # channels of a program that makes the parameters' gradients
     BESIDE: int  # samples that it reads before it waits for any
     EPS: float
+    GIVEN: tuple[bool, ...]  # which results of the forward have a gradient
     A: tl.dtype  # what is computed in
 
     @property
@@ -169,15 +170,28 @@ class Constants:
 
     @property
     def MODALITIES(self) -> int:
-        return MODES[self.MODE].modalities
+        return len(OPERATIONS[self.MODE].inputs)
 
     @property
     def GATES(self) -> int:
-        return MODES[self.MODE].gates
+        return len(OPERATIONS[self.MODE].gates)
 
     @property
     def SETS(self) -> int:
-        return MODES[self.MODE].sets
+        return len(OPERATIONS[self.MODE].sets)
+
+    @property
+    def USED_INPUTS(self) -> int:
+        """Bits of the inputs that a set with a gradient was made of."""
+        used, _ = OPERATIONS[self.MODE].used_by(self.GIVEN)
+        return sum(1 << j for j, is_used in enumerate(used) if is_used)
+
+    @property
+    def USED_GATES(self) -> int:
+        """Bits of the gates that a set with a gradient was made by."""
+        operation = OPERATIONS[self.MODE]
+        made = {s.gate for s in operation.given_sets(self.GIVEN)} - {None}
+        return sum(1 << gate for gate in made if gate is not None)
 
     @property
     def BRANCHES(self) -> int:
@@ -233,9 +247,6 @@ class Constants:
         return self.EXTREME + (2 * self.MODALITIES if self.BRANCHES == 2 else 0)
 
 
-GATES = ("se", "eca", "cbam-channel")
-
-
 class Call(NamedTuple):
     """What a plan depends on."""
 
@@ -248,6 +259,7 @@ class Call(NamedTuple):
     length: int
     pixels: bool
     dtype: torch.dtype
+    given: tuple[bool, ...]  # which results of the forward have a gradient
 
     def blocks(self, of: int) -> int:
         """Blocks of so many channels."""
@@ -293,7 +305,7 @@ def plan(call: Call) -> Plan:
     statistics = replace(
         _constants(call, config.statistics, config.statistics),
         # The same kernel for every mode of as many modalities.
-        MODE="pair" if MODES[call.mode].modalities == 2 else "restitute",
+        MODE="pair" if len(OPERATIONS[call.mode].inputs) == 2 else "restitute",
         TO_INPUT=False,
         AHEAD=_reads_ahead(config.statistics, call.gate),
     )
@@ -346,6 +358,7 @@ def _constants(call: Call, tile: Tile, first: Tile) -> Constants:
         PC=min(LAYER_CHANNELS, _power(call.channels)),
         BESIDE=1 if double else 4,
         EPS=call.eps,
+        GIVEN=call.given,
         A=tl.float64 if double else tl.float32,
     )
 
@@ -360,7 +373,7 @@ def _reads_ahead(tile: Tile, gate: str) -> int:
 
 
 def _programs(call: Call, config: Config, gradient: Constants) -> Programs:
-    modalities = MODES[call.mode].modalities
+    modalities = len(OPERATIONS[call.mode].inputs)
     layers = call.blocks(gradient.PC)
     of_gate = 1 if call.gate == "eca" else gradient.LAYER_PARTS * layers
 
@@ -425,16 +438,16 @@ def _plan_for(
     first: Tensor,
     layout: Layout,
     gate_parameters: Sequence[Tensor],
-    gate: str,
+    gate: int,
     eps: float,
     to_input: bool,
+    given: tuple[bool, ...],
 ) -> Plan:
-    if gate not in GATES:
-        raise RuntimeError(f"gate: got {gate!r}, expected one of {', '.join(map(repr, GATES))}")
     _, channels, height, width = first.shape
     hidden = gate_parameters[0].shape[1]
     length = height * width
-    return plan(Call(mode, gate, to_input, eps, hidden, channels, length, layout.pixels, first.dtype))
+    settings = (mode, FUSED[gate], to_input, eps)
+    return plan(Call(*settings, hidden, channels, length, layout.pixels, first.dtype, given))
 
 
 def _in_layout(maps: Sequence[Tensor | None], pixels: bool) -> tuple[list[Tensor | None], list[int]]:
@@ -473,29 +486,28 @@ def _forward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     gate_parameters: Sequence[Tensor],
-    gate: str,
+    gate: int,
     eps: float,
     to_input: bool = False,
 ) -> tuple[Tensor, ...]:
     """The made sets (concat: all six in one tensor), then what the backward needs of each sample."""
     first = inputs[0]
     layout = _layout(first.shape, first.stride())
-    p = _plan_for(mode, first, layout, gate_parameters, gate, eps, to_input)
+    p = _plan_for(mode, first, layout, gate_parameters, gate, eps, to_input, OPERATIONS[mode].all_given())
     samples, channels, height, width = first.shape
-    modalities, _, sets = MODES[mode]
-    count, batch = (1, 6 * samples) if mode == "concat" else (sets, samples)
-    made = _empties_like(first, layout, batch, count)
+    operation = OPERATIONS[mode]
+    made = _empties_like(first, layout, operation.batches * samples, operation.results)
     precise = shapes.precise(first.dtype)
     statistics = first.new_empty((samples, p.saved_row), dtype=precise)
     if samples == 0:
         return (*made, statistics)
     scratch = first.new_empty((samples, p.forward_row), dtype=precise)
-    maps, strides = _in_layout([*inputs, *[None] * (2 - modalities)], layout.pixels)
+    maps, strides = _in_layout([*inputs, *[None] * (2 - len(inputs))], layout.pixels)
     norm = norm_weight.contiguous(), norm_bias.contiguous()
     first_weight, *parameters = _contiguous(gate_parameters)
     given = Arguments(
         first.device,
-        [*maps, *norm, first_weight, statistics, scratch, *parameters, *made, *[None] * (4 - count)],
+        [*maps, *norm, first_weight, statistics, scratch, *parameters, *made, *[None] * (4 - len(made))],
         (*strides, channels, height * width, p.saved_row, p.forward_row),
         (samples, p.output_chunks),
     )
@@ -514,13 +526,14 @@ def _backward(
     norm_weight: Tensor,
     norm_bias: Tensor,
     gate_parameters: Sequence[Tensor],
-    gate: str,
+    gate: int,
     to_input: bool = False,
 ) -> tuple[Any, ...]:
-    """Gradients of the inputs, norm_weight, norm_bias and (a list) the gate's parameters."""
+    """Gradients of the inputs, norm_weight, norm_bias and the gate's parameters."""
     first = inputs[0]
     layout = _layout(first.shape, first.stride())
-    p = _plan_for(mode, first, layout, gate_parameters, gate, 0.0, to_input)
+    present = tuple(g is not None for g in gradients)
+    p = _plan_for(mode, first, layout, gate_parameters, gate, 0.0, to_input, present)
     samples, channels, height, width = first.shape
     of_inputs = _empties_like(first, layout, samples, len(inputs))
     of_norm = [shapes.dense_like(q) for q in (norm_weight, norm_bias)]
@@ -544,13 +557,13 @@ def _backward(
             p.sums(p.programs.sums * samples, given)
             p.coefficients(p.programs.coefficients * samples, given)
         p.gradient(p.programs.parameters + p.programs.gradient * samples, given)
-    return (*of_inputs, *of_norm, of_gate)
+    return (*of_inputs, *of_norm, *of_gate, *shapes.no_gradients(norm_weight, gate_parameters))
 
 
 # --- operations -------------------------------------------------------------------------------------------
 
-_FORWARD = "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate, float eps"
-_BACKWARD = "Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, str gate"
+_FORWARD = "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate, float eps"
+_BACKWARD = "Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate"
 _PAIR, _FLAG = "Tensor visible, Tensor infrared", "bool to_input"
 _PAIR_GRADIENTS = (
     "Tensor? visible_restituted, Tensor? visible_compensated, Tensor? infrared_compensated, "
@@ -558,24 +571,26 @@ _PAIR_GRADIENTS = (
 )
 _SNR_GRADIENTS = "Tensor? restituted, Tensor? contaminated, Tensor? normalized"
 
+_PARAMETERS = ", ".join(["Tensor"] * (2 + MOST_PARAMETERS))
+
 # Those of csrc/schemas.h.
 SCHEMAS = {
     "block_forward": f"({_PAIR}, {_FORWARD}, {_FLAG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "block_backward": f"({_PAIR_GRADIENTS}, {_PAIR}, {_BACKWARD}, {_FLAG}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    f"-> (Tensor, Tensor, {_PARAMETERS})",
     "block_concat_forward": f"({_PAIR}, {_FORWARD}, {_FLAG}) -> (Tensor, Tensor)",
     "block_concat_backward": f"(Tensor? features, {_PAIR}, {_BACKWARD}, {_FLAG}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    f"-> (Tensor, Tensor, {_PARAMETERS})",
     "restitute_forward": f"(Tensor features, {_FORWARD}, {_FLAG}) -> (Tensor, Tensor)",
     "restitute_backward": f"(Tensor? restituted, Tensor features, {_BACKWARD}, {_FLAG}) "
-    "-> (Tensor, Tensor, Tensor, Tensor[])",
+    f"-> (Tensor, {_PARAMETERS})",
     "snr_forward": f"(Tensor features, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "snr_backward": f"({_SNR_GRADIENTS}, Tensor features, {_BACKWARD}) -> (Tensor, Tensor, Tensor, Tensor[])",
+    "snr_backward": f"({_SNR_GRADIENTS}, Tensor features, {_BACKWARD}) -> (Tensor, {_PARAMETERS})",
 }
 
 
 def _forward_of(mode: str) -> Callable[..., Any]:
-    count = MODES[mode].modalities
+    count = len(OPERATIONS[mode].inputs)
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
         return _forward(mode, arguments[:count], *arguments[count:])
@@ -584,22 +599,18 @@ def _forward_of(mode: str) -> Callable[..., Any]:
 
 
 def _backward_of(mode: str) -> Callable[..., Any]:
-    modalities, _, sets = MODES[mode]
-    count = 1 if mode == "concat" else sets
+    operation = OPERATIONS[mode]
+    given, count = operation.results, len(operation.inputs)
 
     def run(*arguments: Any) -> tuple[Any, ...]:
-        inputs = arguments[count : count + modalities]
-        return _backward(mode, arguments[:count], inputs, *arguments[count + modalities :])
+        inputs = arguments[given : given + count]
+        return _backward(mode, arguments[:given], inputs, *arguments[given + count :])
 
     return run
 
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
-FAKES: dict[str, Callable[..., Any]] = {}
-for _mode, _op in (("pair", "block"), ("concat", "block_concat"), ("restitute", "restitute"), ("snr", "snr")):
-    _modalities, _, _sets = MODES[_mode]
-    _count, _batches = (1, 6) if _mode == "concat" else (_sets, 1)
-    IMPLEMENTATIONS[f"{_op}_forward"] = _forward_of(_mode)
-    IMPLEMENTATIONS[f"{_op}_backward"] = _backward_of(_mode)
-    FAKES[f"{_op}_forward"] = shapes.forward_fake(_count, _batches, shapes.saved_rows(_mode))
-    FAKES[f"{_op}_backward"] = shapes.backward_fake(_count, _modalities)
+for _mode, _operation in OPERATIONS.items():
+    IMPLEMENTATIONS[f"{_operation.op}_forward"] = _forward_of(_mode)
+    IMPLEMENTATIONS[f"{_operation.op}_backward"] = _backward_of(_mode)
+FAKES = shapes.block_fakes(shapes.saved_rows)

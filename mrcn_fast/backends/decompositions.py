@@ -1,0 +1,49 @@
+"""The block's forwards in standard operators, for exporters that know no operation of ours, such as ONNX's.
+
+`torch.export` keeps our operations. `ExportedProgram.run_decompositions` takes them apart where the table
+that it is given has these functions, as the table of `torch.onnx.export` has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import register_decomposition
+
+from mrcn_fast import plain
+from mrcn_fast.gates import FUSED
+from mrcn_fast.operations import OPERATIONS
+
+
+def register(operation: Callable[[str], Callable[..., Any]]) -> None:
+    """Registers the decompositions; ``operation(name)`` gives each operation."""
+    for mode, block in OPERATIONS.items():
+        register_decomposition(operation(f"{block.op}_forward"))(_plain(mode))
+
+
+def _plain(mode: str) -> Callable[..., tuple[Tensor, ...]]:
+    count = len(OPERATIONS[mode].inputs)
+
+    def forward(*arguments: Any) -> tuple[Tensor, ...]:
+        inputs, (norm_weight, norm_bias, gate_parameters) = arguments[:count], arguments[count : count + 3]
+        gate, eps, *to_input = arguments[count + 3 :]
+        made = plain.run_precisely(
+            mode, inputs, norm_weight, norm_bias, gate_parameters, FUSED[gate], eps,
+            "input" if to_input == [True] else "normalized",
+        )  # fmt: skip
+        return (*made, _statistics(inputs, eps))
+
+    return forward
+
+
+def _statistics(inputs: tuple[Tensor, ...], eps: float) -> Tensor:
+    """Mean and 1/σ of every plane, (modalities, N, C, 2), as the CPU's forward saves them."""
+    found = []
+    for x in inputs:
+        precise = x if x.dtype == torch.float64 else x.float()
+        variance, mean = torch.var_mean(precise, dim=(2, 3), correction=0)
+        found.append(torch.stack((mean, torch.rsqrt(variance + eps)), dim=-1))
+    return torch.stack(found)

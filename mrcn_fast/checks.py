@@ -1,0 +1,198 @@
+"""What a call is refused for, in the caller's terms: what was given, what was expected, what to do.
+
+The kernels check again what they must not get wrong, in C++ (csrc/block/block_ops.h), at a fraction of the
+time. A call that they refuse is checked here for its message.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+from mrcn_fast.backends import shapes
+from mrcn_fast.gates import GATES
+
+RESTITUTE_TO = ("normalized", "input")
+REDUCTIONS = ("sum", "mean", "none")
+LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_choice(name: str, got: object, known: tuple[str, ...]) -> None:
+    if got not in known:
+        raise ValueError(f"{name}: got {got!r}, expected one of {', '.join(map(repr, known))}")
+
+
+def positive_integer(name: str, value: object) -> int:
+    """The value as an int: NumPy's integers are taken too."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
+    return int(value)
+
+
+def check_eps(eps: object) -> None:
+    known = type(eps) is float or (isinstance(eps, Real) and not isinstance(eps, bool))
+    if not known or not 0 < eps < math.inf:  # type: ignore[operator]
+        raise ValueError(f"eps: got {eps!r}, expected a number above 0")
+
+
+def check_settings(gate: object, eps: object, restitute_to: object) -> None:
+    check_choice("gate", gate, tuple(GATES))
+    check_eps(eps)
+    check_choice("restitute_to", restitute_to, RESTITUTE_TO)
+
+
+def check_maps(name: str, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor (N, C, H, W)")
+    if x.dim() != 4:
+        raise ValueError(f"{name}: got {x.dim()} dimensions {tuple(x.shape)}, expected four, (N, C, H, W)")
+    if x.dtype not in shapes.DTYPES:
+        raise TypeError(
+            f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16; "
+            "convert with .float()"
+        )
+    if x.shape[2] * x.shape[3] < 2:
+        raise ValueError(
+            f"{name}: got planes of {x.shape[2]} x {x.shape[3]}, expected at least 2 elements: "
+            "the variance of a single one says nothing; normalize before pooling to 1 x 1"
+        )
+    if x.shape[1] < 1:
+        raise ValueError(f"{name}: got no channels in {tuple(x.shape)}, expected C >= 1")
+
+
+def check_pair(visible: Tensor, infrared: Tensor) -> None:
+    check_maps("visible", visible)
+    check_maps("infrared", infrared)
+    if visible.shape != infrared.shape:
+        raise ValueError(
+            f"visible and infrared: got shapes {tuple(visible.shape)} and {tuple(infrared.shape)}, expected "
+            "equal ones: sample i of one is mixed with sample i of the other (eq. 7). For one modality alone "
+            "use restitute(features, modality)"
+        )
+    if visible.dtype != infrared.dtype:
+        raise TypeError(
+            f"visible and infrared: got dtypes {visible.dtype} and {infrared.dtype}, expected one dtype"
+        )
+    if visible.device != infrared.device:
+        raise ValueError(
+            f"visible and infrared: got devices {visible.device} and {infrared.device}, expected one device"
+        )
+
+
+def check_parameters(
+    features: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    gate_parameters: Sequence[Tensor],
+    gate: str,
+    modalities: int,
+    gates: int,
+) -> None:
+    channels = features.shape[1]
+    for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        if not isinstance(p, Tensor):
+            raise TypeError(f"{name}: got {type(p).__name__}, expected a tensor ({modalities}, {channels})")
+        if p.shape != (modalities, channels):
+            raise ValueError(
+                f"{name}: got shape {tuple(p.shape)}, expected ({modalities}, {channels}) for features of "
+                f"{channels} channels"
+            )
+    for p, expected in zip(
+        gate_parameters, _gate_shapes(gate, gates, channels, gate_parameters), strict=True
+    ):
+        if p.shape != expected:
+            raise ValueError(
+                f"gate_parameters of {gate!r}: got shape {tuple(p.shape)}, expected {expected} for features "
+                f"of {channels} channels"
+            )
+    device, dtype, own = features.device, features.dtype, norm_weight.dtype
+    for p in (norm_weight, norm_bias, *gate_parameters):
+        if p.device != device:
+            raise ValueError(f"parameters: got device {p.device}, expected the features' {device}")
+        if p.dtype != own or own not in (dtype, torch.float32):
+            raise TypeError(
+                f"parameters: got dtypes {own} and {p.dtype}, expected one dtype for all, the features' "
+                f"{dtype} or torch.float32; convert the block with .to(dtype)"
+            )
+    if dtype == torch.float64 and own != torch.float64:
+        raise TypeError(
+            "parameters: got dtype torch.float32 for float64 features; convert the block with .double()"
+        )
+
+
+def _gate_shapes(
+    gate: str, gates: int, channels: int, gate_parameters: Sequence[Tensor]
+) -> list[tuple[int, ...]]:
+    first = gate_parameters[0] if len(gate_parameters) else None
+    width = first.shape[1] if isinstance(first, Tensor) and first.dim() > 1 else 0
+    shapes = GATES[gate].shapes(channels, width).values()
+    if len(gate_parameters) != len(shapes) or not all(isinstance(p, Tensor) for p in gate_parameters):
+        kinds = ", ".join(type(p).__name__ for p in gate_parameters)
+        raise ValueError(f"gate_parameters of {gate!r}: got ({kinds}), expected {len(shapes)} tensors")
+    if width < 1:
+        raise ValueError(f"gate_parameters of {gate!r}: got a width of {width}, expected at least 1")
+    if gate == "eca" and width % 2 == 0:
+        raise ValueError(f"gate_parameters of 'eca': got a kernel of {width}, expected an odd one")
+    return [(gates, *shape) for shape in shapes]
+
+
+def check_reduction(reduction: object) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction: got {reduction!r}, expected one of {', '.join(map(repr, REDUCTIONS))}")
+
+
+def check_margin(margin: object) -> None:
+    known = type(margin) is float or (isinstance(margin, Real) and not isinstance(margin, bool))
+    if not known or not math.isfinite(margin):  # type: ignore[arg-type]
+        raise ValueError(f"margin: got {margin!r}, expected a finite number")
+
+
+def check_labels(name: str, labels: Tensor) -> Tensor:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"{name}: got {type(labels).__name__}, expected an integer tensor (B,)")
+    if labels.dtype not in LABEL_DTYPES:
+        raise TypeError(f"{name}: got dtype {labels.dtype}, expected integers; convert with .long()")
+    if labels.dim() != 1 or labels.shape[0] == 0:
+        raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected (B,) with B >= 1")
+    return labels.long()
+
+
+def check_features(
+    features: Sequence[Tensor] | Tensor, labels: Tensor, infrared_labels: Tensor
+) -> tuple[Tensor, ...]:
+    tensors = (features,) if isinstance(features, Tensor) else tuple(features)
+    if len(tensors) not in (1, 6) or not all(isinstance(f, Tensor) for f in tensors):
+        raise TypeError(
+            f"features: got {len(tensors)} of {', '.join(sorted({type(f).__name__ for f in tensors}))}, "
+            "expected six tensors v, v+, v-, n-, n+, n or one that stacks them"
+        )
+    visible, infrared = labels.shape[0], infrared_labels.shape[0]
+    rows = [3 * visible + 3 * infrared] if len(tensors) == 1 else [visible] * 3 + [infrared] * 3
+    first = tensors[0]
+    dimensions, dtype, device = first.shape[-1:], first.dtype, first.device
+    for f, expected in zip(tensors, rows, strict=True):
+        shape = f.shape
+        if len(shape) != 2 or shape[1:] != dimensions:
+            raise ValueError(
+                f"features: got shape {tuple(shape)}, expected (B, D), one D for all; pool the maps first"
+            )
+        if shape[0] != expected:
+            raise ValueError(
+                f"features: got {shape[0]} rows for {visible} visible and {infrared} infrared labels, "
+                f"expected {expected}"
+            )
+        if f.dtype != dtype or dtype not in shapes.DTYPES:
+            raise TypeError(
+                f"features: got dtypes {dtype} and {f.dtype}, expected one of float32, float64, bfloat16 and "
+                "float16"
+            )
+        if f.device != device:
+            raise ValueError(f"features: got devices {device} and {f.device}, expected one")
+    for name, other in (("labels", labels), ("infrared_labels", infrared_labels)):
+        if other.device != device:
+            raise ValueError(f"{name}: got device {other.device}, expected the features' {device}")
+    return tensors

@@ -1,0 +1,60 @@
+"""Every private part of torch that the library uses, each with what happens where it is gone.
+
+A torch that renames one of them may make the library slower or leave a special case to torch's own message;
+it must not break the library. Seen to be there: torch 2.11 to 2.13.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def under_transform() -> bool:
+    """Whether one of `torch.func`'s transforms (vmap, grad, vjp, ...) is active.
+
+    Without torch's answer: False. The transforms then refuse our Functions in torch's words.
+    """
+    active = getattr(torch._C, "_are_functorch_transforms_active", None)
+    return bool(active()) if active is not None else False
+
+
+def has_batched(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether a tensor holds several, as `torch.autograd.grad` with ``is_grads_batched`` passes them.
+
+    Without torch's answer: False. Our operations then refuse such tensors in torch's words.
+    """
+    is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
+    return is_batched is not None and any(t is not None and is_batched(t) for t in tensors)
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed.
+
+    Without torch's answer: False. Tensors with a tangent are then refused in torch's words.
+    """
+    return int(getattr(forward_ad, "_current_level", -1)) >= 0
+
+
+def needs_plain_operations() -> bool:
+    """Whether tangents are computed or torch.jit records.
+
+    Both know the derivatives of torch's operations alone.
+    """
+    return in_forward_mode() or torch._C._get_tracing_state() is not None
+
+
+def assume_constant(function: _F) -> _F:
+    """Let torch.compile call the function once, while it traces, and take the result as a constant.
+
+    It does what `torch.compiler.assume_constant_result` does, without the two seconds of importing
+    torch._dynamo. Where the mark is of no effect, torch.compile traces through the function.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
