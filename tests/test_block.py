@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, dispatch, reference
+from mrcn_fast.gates import FUSED
 from tests import cases
 from tests.cases import (
     DEVICE,
@@ -327,22 +328,6 @@ def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
 
 
 @cases.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("gradients", [True, False])
-def test_forward_mode_is_refused(gradients: bool, backend: str) -> None:
-    """A tangent that is lost would be a derivative of zero."""
-    block = mrcn(backend, 3)
-    x, tangent = random(2, 2, 3, 4, 3, dtype=torch.float32).unbind()
-    with torch.set_grad_enabled(gradients):
-        for call in (lambda x: block(x, x, concat=True), lambda x: block.restitute(x, "visible")):
-            with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
-                torch.func.jvp(call, (x,), (tangent,))
-            with torch.autograd.forward_ad.dual_level():
-                dual = torch.autograd.forward_ad.make_dual(x, tangent)
-                with pytest.raises((NotImplementedError, RuntimeError), match=r"jvp|forward"):
-                    call(dual)
-
-
-@cases.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", ["pair", "snr"])
 def test_any_outputs_may_be_left_out_of_the_loss(mode: str, backend: str) -> None:
     p = cases.problem(Case(mode, dtype=torch.float64))
@@ -429,11 +414,13 @@ def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: 
     p = cases.problem(Case(mode, gate, restitute_to, layouts=(layout, layout), gradient_layout=layout))
     tensors, flags, op = op_arguments(p)
     forward, backward = cases.operations(op, backend)
-    arguments = (*tensors, gate, p.case.eps, *flags)
+    arguments = (*tensors, FUSED.index(gate), p.case.eps, *flags)
     torch.library.opcheck(forward, arguments)
     *_, statistics = forward(*arguments)
     inputs, parameters = tensors[: len(p.inputs)], tensors[len(p.inputs) :]
-    torch.library.opcheck(backward, (*p.gradients, *inputs, statistics, *parameters, gate, *flags))
+    torch.library.opcheck(
+        backward, (*p.gradients, *inputs, statistics, *parameters, FUSED.index(gate), *flags)
+    )
 
 
 @cases.backends(*KERNEL_BACKENDS)
@@ -443,7 +430,7 @@ def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dt
     p = cases.problem(Case(mode, "cbam-channel", dtype=dtype))
     tensors, flags, op = op_arguments(p)
     forward, backward = cases.operations(op, backend)
-    arguments = (*tensors, p.case.gate, p.case.eps, *flags)
+    arguments = (*tensors, FUSED.index(p.case.gate), p.case.eps, *flags)
     torch.library.opcheck(forward, arguments)
     *_, statistics = forward(*arguments)
     inputs, parameters = tensors[: len(p.inputs)], tensors[len(p.inputs) :]
@@ -452,7 +439,7 @@ def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dt
         gradients[1] = None
     torch.library.opcheck(
         backward,
-        (*gradients, *inputs, statistics, *parameters, p.case.gate, *flags),
+        (*gradients, *inputs, statistics, *parameters, FUSED.index(p.case.gate), *flags),
     )
 
 
@@ -582,7 +569,7 @@ def test_the_rule_looks_twice_before_it_fails() -> None:
 
     def run(*ratios: float) -> None:
         drawn = iter(ratios)
-        cases.judge(Case(), "none", lambda case: {"loss": cases.Verdict(next(drawn), "loss")})
+        cases.judge(Case(), "none", lambda case: {"loss": cases.Verdict(next(drawn), "loss", 0.0, 0.0, 0.0)})
 
     rest = [0.5] * cases.DRAWS
     run(0.9)
@@ -686,6 +673,21 @@ def test_nothing_is_left_over_from_freed_memory(mode: str, layout: str, backend:
         for _ in range(5):
             cases.poison_memory(p)
             assert cases.different_bits(clean, cases.evaluate(p, backend)) == []
+
+
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("values", [*cases.NETWORK_VALUES, "large mean", "constant planes"])
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("mode", MODES)
+def test_accuracy_of_what_networks_make_in_every_layout(
+    mode: str, layout: str, values: str, backend: str
+) -> None:
+    """Rectified and pooled maps are unlike normal numbers: sums do not cancel, and many pixels are equal."""
+    gate, shape = ("se", (2, 16, 18, 9)) if mode in ("pair", "snr") else ("cbam-channel", (1, 24, 16, 20))
+    case = Case(
+        mode, gate, shape=shape, layouts=(layout, layout), gradient_layout=layout, values=values, hidden=4
+    )
+    cases.check_distribution(case, backend, draws=20 if cases.CUDA_ON_HOST else 60)
 
 
 # --- values that are not finite, planes without variance --------------------------------------------------

@@ -14,8 +14,10 @@ class Backward : Call<P, A> {
       : Base(call.shape, call.parameters, call.inputs, passes, true),
         call_(call),
         statistics_(static_cast<const A*>(call.statistics)),
-        norm_(P::inputs * this->N_ * this->C_ * 2) {
+        norm_(P::inputs * this->N_ * this->C_ * 2),
+        given_([&](int set) { return call.gradients[this->made_ + set].data != nullptr; }) {
     for (int k = 0; k < this->all_; ++k) gradients_[k] = call.gradients[k];
+    this->gates_.use_only(given_.gates);
     read_missing_as_zero();
   }
 
@@ -138,8 +140,8 @@ class Backward : Call<P, A> {
   void plane_sums(const Samples& group) const {
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t c) {
       A mean[P::inputs];
-      void *x[P::inputs], *g[Base::most_sets];
-      int64_t unused[Base::most_sets];
+      void *x[P::inputs], *g[most_sets];
+      int64_t unused[most_sets];
       double found[P::sums];
       this->units_of(this->inputs_, P::inputs, i, c, x, unused);
       this->units_of(gradients_ + this->made_, P::sets, i, c, g, unused);
@@ -158,8 +160,8 @@ class Backward : Call<P, A> {
     const int64_t C = this->C_;
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t chunk) {
       Buffer<A> mean(P::inputs * C);
-      void *x[P::inputs], *g[Base::most_sets];
-      int64_t x_pitch[P::inputs], g_pitch[Base::most_sets];
+      void *x[P::inputs], *g[most_sets];
+      int64_t x_pitch[P::inputs], g_pitch[most_sets];
       this->units_of(this->inputs_, P::inputs, i, chunk, x, x_pitch);
       this->units_of(gradients_ + this->made_, P::sets, i, chunk, g, g_pitch);
       for (int j = 0; j < P::inputs; ++j) {
@@ -201,6 +203,22 @@ class Backward : Call<P, A> {
     for (int j = 0; j < P::inputs; ++j) p[j] = this->template plane<V>(statistics_, j, i, c);
     this->gate_values(i, c, s);
     for (int n = 0; n < P::sums; ++n) found[n] = doubles<V>(sums(group, i) + n * this->array_pitch_ + c);
+    leave_out_missing(found, s);
+  }
+
+  // Sums of gradients that were not given are none, and the gates that only such sets have make nothing.
+  template <class V>
+  MRCN_INLINE void leave_out_missing(V* found, V* s) const {
+    unroll<P::sets>([&](auto set) MRCN_BODY {
+      if (given_.sets[set.v]) return;
+      found[P::S(set.v)] = V{};
+      unroll<P::inputs>([&](auto j) MRCN_BODY {
+        if constexpr (P::at[set.v][j.v]) found[P::T(set.v, j.v)] = V{};
+      });
+    });
+    for (int g = 0; g < P::gate_count; ++g) {
+      if (!given_.gates[g]) s[g] = V{};
+    }
   }
 
   void gate_gradients(const Samples& group) const {
@@ -211,7 +229,7 @@ class Backward : Call<P, A> {
       gather(group, i, c, p, s, found);
       make_gate_gradients<P>(p, found, ds);
       for (int g = 0; g < P::gate_count; ++g) {
-        put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
+        if (given_.gates[g]) put_doubles(this->gates_.before(i, g) + c, ds[g] * s[g] * (1 - s[g]));
       }
     });
   }
@@ -223,9 +241,21 @@ class Backward : Call<P, A> {
       R s[P::gate_count], found[P::sums], U[P::inputs], V[P::inputs], k[P::backward_slots];
       gather(group, i, c, p, s, found);
       make_maps<P>(p, s, this->shape_.to_input, k, false);
+      unroll<P::sets>([&](auto set) MRCN_BODY {
+        if (given_.sets[set.v]) return;
+        unroll<P::inputs>([&](auto j) MRCN_BODY {
+          if constexpr (P::at[set.v][j.v]) k[P::scale(set.v, j.v)] = R{};
+        });
+      });
       make_moments<P>(s, this->shape_.to_input, found, U, V);
       for (int j = 0; j < P::inputs; ++j) {
         k[P::extreme(j)] = k[P::k3(j)] = R{};
+        if (!given_.inputs[j]) {
+          k[P::k1(j)] = k[P::k2(j)] = R{};
+          put_doubles(norm(j, i, 0) + c, R{});
+          put_doubles(norm(j, i, 1) + c, R{});
+          continue;
+        }
         if (this->extremes_) add_extreme(group, p[j], i, j, c, k, U[j], V[j]);
         const R dz = doubles<R>(this->gates_.of_pooled(j, i) + c), length = R{} + double(this->L_);
         const PlaneGradient<R> of = plane_gradient<R>(p[j], U[j], V[j], dz, length);
@@ -251,8 +281,8 @@ class Backward : Call<P, A> {
 
   void make(const Samples& group) const {
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
-      void *x[P::inputs], *g[Base::most_sets], *dx[P::inputs];
-      int64_t x_pitch[P::inputs], g_pitch[Base::most_sets], dx_pitch[P::inputs];
+      void *x[P::inputs], *g[most_sets], *dx[P::inputs];
+      int64_t x_pitch[P::inputs], g_pitch[most_sets], dx_pitch[P::inputs];
       this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
       this->units_of(gradients_, this->all_, i, unit, g, g_pitch);
       this->units_of(call_.input_gradients, P::inputs, i, unit, dx, dx_pitch);
@@ -290,8 +320,9 @@ class Backward : Call<P, A> {
   const BlockBackward& call_;
   const A* statistics_;
   Buffer<double> norm_;  // (inputs, N, 2, C): gradients of γ and β
+  const Given<P> given_;
   Buffer<char> zeros_;
-  FeatureMap gradients_[Base::most_sets];
+  FeatureMap gradients_[most_sets];
 };
 
 template <Mode mode, Mode shared = mode>

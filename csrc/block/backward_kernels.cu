@@ -176,6 +176,8 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
   });
 }
 
+MRCN_DEVICE bool has(unsigned bits, int number) { return (bits >> number & 1u) != 0; }
+
 // Keeps what the second items need of a plane, and puts the gradients before the sigmoids into shared memory.
 template <class P, bool pixels, class A, class Shared>
 MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channel, Shared& shared) {
@@ -188,6 +190,17 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
   unroll<P::gate_count>([&](auto g) { s[g.v] = shared.s[g.v][channel]; });
   unroll<P::sums>([&](auto n) {
     for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.channels + channel];
+  });
+  // Of a gradient that was not given not even a NaN may show, nor of a gate that only such sets have.
+  unroll<P::sets>([&](auto set) {
+    if (has(a.given_sets, set.v)) return;
+    sums[P::S(set.v)] = A(0);
+    unroll<P::inputs>([&](auto m) {
+      if constexpr (P::at[set.v][m.v]) sums[P::T(set.v, m.v)] = A(0);
+    });
+  });
+  unroll<P::gate_count>([&](auto g) {
+    if (!has(a.given_gates, g.v)) s[g.v] = A(0);
   });
   make_gate_gradients<P>(planes, sums, ds);
   make_moments<P>(s, a.to_input, sums, U, V);
@@ -203,7 +216,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
     scratch.count(m.v)[c] = extreme.count;
   });
   unroll<P::gate_count>([&](auto g) {
-    const A before = ds[g.v] * s[g.v] * (1 - s[g.v]);
+    const A before = has(a.given_gates, g.v) ? ds[g.v] * s[g.v] * (1 - s[g.v]) : A(0);
     scratch.s(g.v)[c] = s[g.v];
     scratch.before(g.v)[c] = before;
     shared.before[g.v][channel] = before;
@@ -220,7 +233,8 @@ MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, cons
     const int g = int(n / a.R), row = int(n % a.R);
     const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
     A total(0);
-    for (int c = 0; c < channels; ++c) total += weight[int64_t(c) * a.R] * shared.before[g][c];
+    for (int c = 0; c < channels && has(a.given_gates, g); ++c)
+      total += weight[int64_t(c) * a.R] * shared.before[g][c];
     scratch.share(block, g)[row] = total;
   });
 }
@@ -268,6 +282,7 @@ MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int6
   const Common<A>& a = scratch.a;
   A total(0);
   for (int g = m; g < P::gate_count; g += P::inputs) {
+    if (!has(a.given_gates, g)) continue;
     if (a.gate == Gate::eca) {
       for (int t = 0; t < a.R; ++t) {
         const int64_t to = c - t + a.R / 2;
@@ -294,7 +309,14 @@ MRCN_DEVICE void map_gradients(
   unroll<P::inputs>([&](auto m) { planes[m.v] = saved.plane(m.v, c); });
   unroll<P::gate_count>([&](auto g) { s[g.v] = load_shared_by_blocks(scratch.s(g.v) + c); });
   make_maps<P>(planes, s, a.to_input, k, false);
+  unroll<P::sets>([&](auto set) {
+    if (has(a.given_sets, set.v)) return;
+    unroll<P::inputs>([&](auto m) {
+      if constexpr (P::at[set.v][m.v]) k[P::scale(set.v, m.v)] = A(0);
+    });
+  });
   unroll<P::inputs>([&](auto m) {
+    const bool used = has(a.given_inputs, m.v);
     const Plane<A>& plane = planes[m.v];
     A U = load_shared_by_blocks(scratch.U(m.v) + c), V = load_shared_by_blocks(scratch.V(m.v) + c);
     if (a.gate ==
@@ -307,11 +329,11 @@ MRCN_DEVICE void map_gradients(
       k[P::k3(m.v)] = (1 - plane.a) * of / load_shared_by_blocks(scratch.count(m.v) + c);
     }
     const PlaneGradient<A> of = plane_gradient(plane, U, V, shared.of_pooled[m.v][0][channel], A(a.L));
-    k[P::k1(m.v)] = of.k1;
-    k[P::k2(m.v)] = of.k2;
+    k[P::k1(m.v)] = used ? of.k1 : A(0);
+    k[P::k2(m.v)] = used ? of.k2 : A(0);
     if (leaves) {
-      scratch.norm(m.v, 0)[c] = of.gamma;
-      scratch.norm(m.v, 1)[c] = of.beta;
+      scratch.norm(m.v, 0)[c] = used ? of.gamma : A(0);
+      scratch.norm(m.v, 1)[c] = used ? of.beta : A(0);
     }
   });
   unroll<P::backward_slots>([&](auto slot) { shared.k[slot.v][channel] = k[slot.v]; });
@@ -388,11 +410,11 @@ MRCN_DEVICE A pooled(
   return residual_at(plane, load_shared_by_blocks(scratch.extreme(m) + c));
 }
 
-// to[n] = f(saved, scratch) added up over the samples in their order.
+// to[n] = f(saved, scratch) added up over the samples in their order, or 0 where no gradient came there.
 template <class P, class A, class F>
-MRCN_DEVICE void add_samples(const Common<A>& a, const Numbers<A>& to, int64_t n, const F& f) {
+MRCN_DEVICE void add_samples(const Common<A>& a, bool used, const Numbers<A>& to, int64_t n, const F& f) {
   A total(0);
-  for (int64_t i = 0; i < a.N; ++i) total += f(Saved<P, A>(a, i), BackwardScratch<P, A>(a, i));
+  for (int64_t i = 0; i < a.N && used; ++i) total += f(Saved<P, A>(a, i), BackwardScratch<P, A>(a, i));
   to.set(n, total);
 }
 
@@ -406,7 +428,7 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   if (n < 2 * norms) {
     const int which = n < norms ? 0 : 1, m = int(n % norms / a.C);
     const Numbers<A>& to = which == 0 ? arguments.of_gamma : arguments.of_beta;
-    add_samples<P>(a, to, n % norms, [&](const Saved<P, A>&, const Scratch& scratch) {
+    add_samples<P>(a, true, to, n % norms, [&](const Saved<P, A>&, const Scratch& scratch) {
       return load_shared_by_blocks(scratch.norm(m, which) + n % a.C);
     });
     return;
@@ -415,32 +437,36 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   if (n < weights) {
     const int64_t c = n % a.C;
     const int row = int(n / a.C % a.R), g = int(n / a.C / a.R);
-    add_samples<P>(a, arguments.of_parameters[0], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
-      A total(0);
-      for (int b = 0; b < a.branches(); ++b) {
-        total +=
-            load_shared_by_blocks(scratch.inner(g, b) + row) * pooled(saved, scratch, modality<P>(g), b, c);
-      }
-      return total;
-    });
+    const bool used = has(a.given_gates, g);
+    add_samples<P>(
+        a, used, arguments.of_parameters[0], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
+          A total(0);
+          for (int b = 0; b < a.branches(); ++b) {
+            total += load_shared_by_blocks(scratch.inner(g, b) + row) *
+                     pooled(saved, scratch, modality<P>(g), b, c);
+          }
+          return total;
+        });
     return;
   }
   n -= weights;
   if (n < weights) {
     const int row = int(n % a.R), g = int(n / a.R / a.C);
     const int64_t c = n / a.R % a.C;
-    add_samples<P>(a, arguments.of_parameters[2], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
-      const A before = load_shared_by_blocks(scratch.before(g) + c);
-      A total(0);
-      for (int b = 0; b < a.branches(); ++b) total += before * saved.hidden(g, b)[row];
-      return total;
-    });
+    const bool used = has(a.given_gates, g);
+    add_samples<P>(
+        a, used, arguments.of_parameters[2], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
+          const A before = load_shared_by_blocks(scratch.before(g) + c);
+          A total(0);
+          for (int b = 0; b < a.branches(); ++b) total += before * saved.hidden(g, b)[row];
+          return total;
+        });
     return;
   }
   n -= weights;
   if (n < P::gate_count * a.R) {
     const int row = int(n % a.R), g = int(n / a.R);
-    add_samples<P>(a, arguments.of_parameters[1], n, [&](const Saved<P, A>&, const Scratch& scratch) {
+    add_samples<P>(a, true, arguments.of_parameters[1], n, [&](const Saved<P, A>&, const Scratch& scratch) {
       A total(0);
       for (int b = 0; b < a.branches(); ++b) total += load_shared_by_blocks(scratch.inner(g, b) + row);
       return total;
@@ -450,7 +476,7 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   n -= P::gate_count * a.R;
   const int64_t c = n % a.C;
   const int g = int(n / a.C);
-  add_samples<P>(a, arguments.of_parameters[3], n, [&](const Saved<P, A>&, const Scratch& scratch) {
+  add_samples<P>(a, true, arguments.of_parameters[3], n, [&](const Saved<P, A>&, const Scratch& scratch) {
     return A(a.branches()) * load_shared_by_blocks(scratch.before(g) + c);
   });
 }
@@ -465,10 +491,12 @@ MRCN_DEVICE void eca_gradient(const BackwardArguments<T>& arguments, int64_t n) 
   A total(0);
   for (int64_t at = lane; at < a.N * a.C; at += warp_lanes) {
     const int64_t i = at / a.C, c = at % a.C;
-    if (c + shift < 0 || c + shift >= a.C) continue;
+    if (!has(a.given_gates, g)) break;
     const BackwardScratch<P, A> scratch(a, i);
-    total += load_shared_by_blocks(scratch.before(g) + c) *
-             pooled_residual(Saved<P, A>(a, i).plane(modality<P>(g), c + shift));
+    // The padding's zeros too: a gradient that is not finite makes NaN of them.
+    const bool inside = c + shift >= 0 && c + shift < a.C;
+    const A z = inside ? pooled_residual(Saved<P, A>(a, i).plane(modality<P>(g), c + shift)) : A(0);
+    total += load_shared_by_blocks(scratch.before(g) + c) * z;
   }
   for (int mask = 1; mask < warp_lanes; mask *= 2) total += exchange(total, mask);
   if (lane == 0) arguments.of_parameters[0].set(n, total);
@@ -537,6 +565,10 @@ int run_backward(const BlockBackward& call, void* scratch, void* stream) {
     if (passes) a.passed[m] = call.gradients[m == 0 ? 0 : P::sets + 1];
   }
   for (int set = 0; set < P::sets; ++set) a.gradients[set] = call.gradients[set + (passes ? 1 : 0)];
+  const Given<P> given([&](int set) { return a.gradients[set].data != nullptr; });
+  for (int set = 0; set < P::sets; ++set) a.common.given_sets |= unsigned(given.sets[set]) << set;
+  for (int g = 0; g < P::gate_count; ++g) a.common.given_gates |= unsigned(given.gates[g]) << g;
+  for (int m = 0; m < P::inputs; ++m) a.common.given_inputs |= unsigned(given.inputs[m]) << m;
   a.of_gamma = numbers<A>(call, call.norm_weight_gradient);
   a.of_beta = numbers<A>(call, call.norm_bias_gradient);
   for (int n = 0; n < 4; ++n) a.of_parameters[n] = numbers<A>(call, call.gate_gradient[n]);

@@ -134,6 +134,8 @@ struct Common {
   A* saved;    // rows of saved_row numbers
   A* scratch;  // rows of scratch_row numbers
   int64_t saved_row, scratch_row;
+  // Bits of the made sets that have a gradient, and of the gates and inputs that they were made of.
+  unsigned given_sets, given_gates, given_inputs;
   int* counters;  // the ticket, second items that have left what the parameters' gradients need, and a sample
                   // each
 
@@ -400,8 +402,10 @@ MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
     A x(0);
     for (int t = 0; t < a.R; ++t) {
       const int64_t from = c + t - a.R / 2;
-      if (from < 0 || from >= a.C) continue;
-      x += a.parameters[0][g * a.R + t] * pooled_residual(saved.plane(modality<P>(g), from));
+      // The padding's zeros too: a weight that is not finite makes NaN of them.
+      const bool inside = from >= 0 && from < a.C;
+      const A z = inside ? pooled_residual(saved.plane(modality<P>(g), from)) : A(0);
+      x += a.parameters[0][g * a.R + t] * z;
     }
     return sigmoid(x);
   }

@@ -141,8 +141,8 @@ class Forward : Call<P, A> {
 
   void make(const Samples& group) const {
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
-      void *x[P::inputs], *y[Base::most_sets];
-      int64_t x_pitch[P::inputs], y_pitch[Base::most_sets];
+      void *x[P::inputs], *y[most_sets];
+      int64_t x_pitch[P::inputs], y_pitch[most_sets];
       this->units_of(this->inputs_, P::inputs, i, unit, x, x_pitch);
       this->units_of(call_.outputs, this->all_, i, unit, y, y_pitch);
       if (this->shape_.pixels) {

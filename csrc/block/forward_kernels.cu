@@ -18,7 +18,8 @@ struct Moments {
     if (other.count == 0) return;
     const A total = count + other.count, delta = other.mean - mean, part = other.count / total;
     mean += delta * part;
-    squares += other.squares + delta * delta * (count * part);
+    // In this order: the square alone may be infinite, and with no values yet it is to be multiplied by 0.
+    squares += other.squares + delta * (delta * (count * part));
     count = total;
   }
 };

@@ -54,6 +54,11 @@ class Gates {
     }
   }
 
+  // The gates that a gradient came through, all unless said otherwise: the others get zeros.
+  void use_only(const bool* used) {
+    for (int g = 0; g < count_; ++g) used_[g] = used[g];
+  }
+
   // What every group of samples reads once more.
   int64_t weight_bytes() const {
     return shape_.gate == Gate::eca ? 0 : 2 * count_ * R_ * C_ * int64_t(sizeof(A));
@@ -134,6 +139,11 @@ class Gates {
       for (int64_t unit = begin; unit < end; ++unit) {
         const int g = int(unit / units);
         const int64_t j0 = unit % units * unit_rows, rows = least(unit_rows, R_ - j0), row = g * R_ + j0;
+        if (!used_[g]) {
+          clear(gradient[0] + row * C_, rows * C_);
+          clear(gradient[1] + row, rows);
+          continue;
+        }
         const auto k = [&](int b) {
           return Factors<A>{inner(0, g, b) + j0, 1, count_ * branches_ * hidden_pitch_};
         };
@@ -146,11 +156,16 @@ class Gates {
           for (int64_t unit = begin; unit < end; ++unit) {
             const int g = int(unit / blocks_);
             const int64_t c0 = unit % blocks_ * block_channels, rows = least(block_channels, C_ - c0);
+            const int64_t row = g * C_ + c0;
+            if (!used_[g]) {
+              clear(gradient[2] + row * R_, rows * R_);
+              clear(gradient[3] + row, rows);
+              continue;
+            }
             const auto k = [&](int) { return Factors<A>{before(0, g) + c0, 1, count_ * pitch_}; };
             const auto y = [&](int b) {
               return Matrix<const A>{activation(0, g, b), count_ * branches_ * hidden_pitch_};
             };
-            const int64_t row = g * C_ + c0;
             outer_products(k, y, {gradient[2] + row * R_, R_}, rows, R_, gradient[3] + row);
           }
         });
@@ -209,6 +224,9 @@ class Gates {
     for (int b = 0; b < branches_; ++b) add_products<A>(k(b), x(b), N_, weights, rows, columns, b == 0);
   }
 
+  static void clear(A* to, int64_t count) {
+    for (int64_t n = 0; n < count; ++n) to[n] = A(0);
+  }
   static void copy(A* to, const A* from, int64_t count) {
     for (int64_t n = 0; n < count; ++n) to[n] = from[n];
   }
@@ -222,11 +240,16 @@ class Gates {
     for (int64_t t = 0; t < R_; ++t) {
       const int64_t shift = t - R_ / 2, begin = most(c0, -shift), end = least(c1, C_ - shift);
       if (begin < end) add_scaled(to + begin, weight[t], z + begin + shift, end - begin);
+      // The padding's zeros, which a weight that is not finite makes NaN.
+      const A nothing = weight[t] * A(0);
+      for (int64_t c = c0; c < least(begin, c1); ++c) to[c] += nothing;
+      for (int64_t c = most(end, c0); c < c1; ++c) to[c] += nothing;
     }
   }
 
   // Hidden numbers [j0, j1).
   void backward_hidden(int64_t first, int64_t last, int g, int64_t j0, int64_t j1) const {
+    if (!used_[g]) return;
     add_products<A>({before(first, g), count_ * pitch_, 1}, {weights_[2] + g * C_ * R_ + j0, R_}, C_,
         {inner(first, g, 0) + j0, count_ * branches_ * hidden_pitch_}, last - first, j1 - j0, true);
     for (int64_t i = first; i < last; ++i) {
@@ -244,6 +267,11 @@ class Gates {
   void backward_pooled(int64_t first, int64_t last, int64_t c0, int64_t c1) const {
     for (int g = 0; g < count_; ++g) {
       for (int b = 0; b < branches_; ++b) {
+        if (!used_[g]) {
+          if (g != modality(g)) continue;
+          for (int64_t i = first; i < last; ++i) clear(of_pooled(g, i, b) + c0, c1 - c0);
+          continue;
+        }
         add_products<A>({inner(first, g, b), count_ * branches_ * hidden_pitch_, 1},
             {weights_[0] + g * R_ * C_ + c0, C_}, R_,
             {of_pooled(modality(g), first, b) + c0, branches_ * pitch_}, last - first, c1 - c0,
@@ -260,6 +288,7 @@ class Gates {
           for (int64_t c = 0; c < C_; ++c) {
             A total(0);
             for (int g = m; g < count_; g += M) {
+              if (!used_[g]) continue;
               for (int64_t t = 0; t < R_; ++t) {
                 const int64_t to = c - t + R_ / 2;
                 if (to >= 0 && to < C_) total += weights_[0][g * R_ + t] * before(i, g)[to];
@@ -278,8 +307,12 @@ class Gates {
         const int64_t shift = t - R_ / 2;
         const int64_t c0 = most<int64_t>(0, -shift), c1 = least(C_, C_ - shift);
         A total(0);
-        for (int64_t i = 0; i < N_ && c0 < c1; ++i) {
-          total += dot(before(i, g) + c0, pooled(modality(g), i) + c0 + shift, c1 - c0);
+        for (int64_t i = 0; i < N_ && used_[g]; ++i) {
+          const A* gradient = before(i, g);
+          if (c0 < c1) total += dot(gradient + c0, pooled(modality(g), i) + c0 + shift, c1 - c0);
+          // The padding's zeros, which a gradient that is not finite makes NaN.
+          for (int64_t c = 0; c < least(c0, C_); ++c) total += gradient[c] * A(0);
+          for (int64_t c = most<int64_t>(c1, 0); c < C_; ++c) total += gradient[c] * A(0);
         }
         gradient[g * R_ + t] = total;
       }
@@ -294,6 +327,7 @@ class Gates {
   const int64_t R_;
   const int64_t hidden_pitch_;  // from one array of hidden numbers to the next
   const int64_t blocks_;        // of channels
+  bool used_[4] = {true, true, true, true};
 };
 
 }  // namespace

@@ -1,9 +1,9 @@
-// Mean and squared deviations of planes, in one pass.
+// Mean and squared deviations of planes, from one reading of memory.
 //
-// Deviations are from a shift, the mean of a part's first k values; parts are joined in double precision
-// (Chan et al.). E[x²] - E[x]² would lose everything on a plane far from zero. From the shift at most a
-// factor n / k is lost, whatever the values are: with k of n values at the shift, the variance is at least k
-// / n (shift - mean)². Parts are 64 k long, and on values in no special order nothing is lost.
+// Deviations are from the mean of few values that are read again while they are in the first-level cache:
+// E[x²] - E[x]² would lose everything on a plane far from zero, and deviations from some first values lose
+// where those are not like the rest, as they seldom are on a map after a ReLU. What is so made of parts of a
+// plane is joined (Chan et al.), long sums of parts in double precision.
 #pragma once
 
 #include "common/buffer.h"
@@ -43,50 +43,46 @@ struct Extremes {
   A maximum, minimum;
 };
 
-constexpr int64_t values_a_shift = 64;  // n / k
-constexpr int64_t shift_rows = 4;       // k, of rows of pixels
-
-// In double the shift is the mean of all of a part, which then has to be in the first-level cache: there sums
-// are no more exact than values, and the eager form's are that exact.
-template <class A>
-constexpr bool exact_shift = sizeof(A) == sizeof(double);
-
+// The moments of as many values as the first-level cache holds, which are read twice.
 template <class T>
 MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   using A = acc_t<T>;
-  constexpr int W = lanes<A>;
-  const int64_t seen = exact_shift<A> ? n : least<int64_t>(n, 4 * W);
+  constexpr int W = lanes<A>, line = line_vectors<T>;
+  // Sums don't ask for the order of their terms, but each has its place.
+  const auto each_line = [&](const auto& step) MRCN_BODY {
+    int64_t i = 0;
+    for (; i + 4 * W <= n; i += 4 * W) {
+      unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
+    }
+    for (; i + W <= n; i += W) step(i, 0, constant<1>{});
+    return i;
+  };
+
   vec<A> s[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * W <= seen; i += 4 * W) {
-    unroll<4>([&](auto u) MRCN_BODY { s[u.v] += load(x + i + u.v * W); });
-  }
+  int64_t rest = each_line([&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
+    vec<A> v[vectors];
+    fetch(x + at, count, v, ahead);
+    unroll<vectors>([&](auto part) MRCN_BODY { s[place + part.v] += v[part.v]; });
+  });
   A total = sum<A>((s[0] + s[1]) + (s[2] + s[3]));
-  for (; i < seen; ++i) total += get(x + i);
-  const A shift = total / A(seen);
+  for (; rest < n; ++rest) total += get(x + rest);
+  const A shift = total / A(n);
 
   vec<A> e[4] = {}, q[4] = {};
   const vec<A> shifts = all<A>(shift);
-  // Sums don't ask for the order of their terms, but each has its place.
-  const auto step = [&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
+  rest = each_line([&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
     vec<A> v[vectors];
-    fetch(x + at, count, v, ahead);
+    fetch(x + at, count, v);
     unroll<vectors>([&](auto part) MRCN_BODY {
       const vec<A> d = v[part.v] - shifts;
       e[place + part.v] += d;
       q[place + part.v] += d * d;
     });
-  };
-  constexpr int line = line_vectors<T>;
-  i = 0;
-  for (; i + 4 * W <= n; i += 4 * W) {
-    unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
-  }
-  for (; i + W <= n; i += W) step(i, 0, constant<1>{});
+  });
   A deviation = sum<A>((e[0] + e[1]) + (e[2] + e[3]));
   A squares = sum<A>((q[0] + q[1]) + (q[2] + q[3]));
-  for (; i < n; ++i) {
-    const A d = get(x + i) - shift;
+  for (; rest < n; ++rest) {
+    const A d = get(x + rest) - shift;
     deviation += d;
     squares += d * d;
   }
@@ -118,7 +114,7 @@ MRCN_INLINE void part_extremes(const T* x, int64_t n, Extremes<acc_t<T>>& extrem
 // Moments of one contiguous plane, and its extremes where asked for.
 template <class T>
 Moments plane_moments(const void* plane, int64_t n, Extremes<acc_t<T>>* extremes) {
-  constexpr int64_t part = exact_shift<acc_t<T>> ? 4096 : values_a_shift * 4 * lanes<acc_t<T>>;
+  constexpr int64_t part = 4096;
   const T* x = static_cast<const T*>(plane);
   Moments moments;
   if (extremes != nullptr) *extremes = {get(x), get(x)};
@@ -139,27 +135,30 @@ struct ChannelMoments {
 };
 
 // Rows that a channel's sums stay in registers for: as many values as a sum takes in its own type before it
-// is added to one in double. PyTorch's sums are as exact.
+// is added to another. PyTorch's sums are as exact.
 constexpr int64_t single_terms = 16;
-// The moments of n more rows, whose deviations from `shift` are summed up, join those of the `before` first.
+// Rows whose moments are joined in the pixels' own accumulation type, before those are joined in double.
+constexpr int64_t joined_rows = 256;
+
+// The moments of n more rows, of the mean `shift` + `offset` and with `squares` = Σ (x - mean)², join those
+// of the `before` first.
 template <class T, int vectors, class V, int parts>
 MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, double before, double n,
-    V (&shift)[parts], V (&deviation)[parts], V (&squares)[parts]) {
+    V (&shift)[parts], V (&offset)[parts], V (&squares)[parts]) {
   using A = acc_t<T>;
   to_order<T>(shift);
-  to_order<T>(deviation);
+  to_order<T>(offset);
   to_order<T>(squares);
   constexpr int64_t count = parts * (vectors > 0 ? lanes<A> : 1), W = vectors > 0 ? lanes<double> : 1;
   using R = std::conditional_t<(vectors > 0), vec<double>, double>;
   A values[3][count];
   std::memcpy(values[0], shift, sizeof(shift));
-  std::memcpy(values[1], deviation, sizeof(shift));
+  std::memcpy(values[1], offset, sizeof(shift));
   std::memcpy(values[2], squares, sizeof(shift));
   for (int64_t k = 0; k < count; k += W) {
-    const R sum = doubles<R>(values[1] + k), off = sum / n;
     MomentsOf<R> m;
     if (before > 0) m = {before, doubles<R>(out.mean + c + k), R{}, doubles<R>(out.squares + c + k)};
-    m.join(n, doubles<R>(values[0] + k) + off, doubles<R>(values[2] + k) - off * sum);
+    m.join(n, doubles<R>(values[0] + k) + doubles<R>(values[1] + k), doubles<R>(values[2] + k));
     put_doubles(out.mean + c + k, m.mean());
     put_doubles(out.squares + c + k, m.squares);
   }
@@ -194,44 +193,58 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
   using A = acc_t<T>;
   const T* x = static_cast<const T*>(first_row);
   A* shift = scratch;
-  A* deviation = scratch + channels;
+  A* offset = scratch + channels;
   A* squares = scratch + 2 * channels;
-  constexpr int64_t part = values_a_shift * shift_rows;
-  static_assert(part % single_terms == 0);
+  static_assert(joined_rows % single_terms == 0);
   each_band<T, single_terms>(rows, pitch, channels, [&](const Band& b, const auto& next) MRCN_BODY {
-    const int64_t first = b.row / part * part, begin = b.row - first, end = begin + b.rows;
-    const int64_t n = least(part, rows - first), shifted = exact_shift<A> ? n : least(n, shift_rows);
-    const T* top = x + first * pitch + b.channel;
+    // The band has rows begin to end of the n that are joined here.
+    const int64_t first = b.row / joined_rows * joined_rows, begin = b.row - first, end = begin + b.rows;
+    const int64_t n = least(joined_rows, rows - first);
+    const A share = A(1) / A(b.rows), share_of_all = A(b.rows) / A(end),
+            weight = A(begin) * A(b.rows) / A(end);
+    const T* top = x + b.row * pitch + b.channel;
     over_lines<T>(0, b.width, [&]<int vectors>(int64_t at, constant<vectors> count) MRCN_BODY {
       using V = one_or_vector<A, vectors>;
       constexpr int parts = parts_of<vectors>;
       const int64_t c = b.channel + at;
-      V mean[parts] = {}, e[parts] = {}, q[parts] = {}, v[parts];
-      if (begin == 0) {
-        for (int64_t row = 0; row < shifted; ++row) {
-          fetch(top + row * pitch + at, count, v);
-          unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v]; });
-        }
-        unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = mean[k.v] / A(shifted); });
-      } else {
-        fetch(shift + c, count, mean);
-        fetch(deviation + c, count, e);
-        fetch(squares + c, count, q);
+      V base[parts] = {}, mean[parts] = {}, off[parts] = {}, q[parts] = {}, v[parts];
+      if (begin > 0) fetch(shift + c, count, base);
+      for (int64_t row = 0; row < b.rows; ++row) {
+        fetch(top + row * pitch + at, count, v, next(at, row));
+        unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] += v[k.v] - base[k.v]; });
       }
-      for (int64_t row = begin; row < end; ++row) {
-        fetch(top + row * pitch + at, count, v, next(at, row - begin));
+      unroll<parts>([&](auto k) MRCN_BODY { mean[k.v] = base[k.v] + mean[k.v] * share; });
+      for (int64_t row = 0; row < b.rows; ++row) {
+        fetch(top + row * pitch + at, count, v);
         unroll<parts>([&](auto k) MRCN_BODY {
           const V d = v[k.v] - mean[k.v];
-          e[k.v] += d;
+          off[k.v] += d;
           q[k.v] += d * d;
         });
       }
+      unroll<parts>([&](auto k) MRCN_BODY {
+        const V less = q[k.v] - off[k.v] * (off[k.v] * share);
+        q[k.v] = less == less ? less : q[k.v];  // squares beyond all numbers are infinite, not NaN
+        off[k.v] *= share;
+      });
+      if (begin == 0) {
+        unroll<parts>([&](auto k) MRCN_BODY { base[k.v] = mean[k.v]; });
+      } else {
+        V off_before[parts], q_before[parts];
+        fetch(offset + c, count, off_before);
+        fetch(squares + c, count, q_before);
+        unroll<parts>([&](auto k) MRCN_BODY {
+          const V apart = (mean[k.v] - base[k.v]) + off[k.v] - off_before[k.v];
+          off[k.v] = off_before[k.v] + apart * share_of_all;
+          q[k.v] += q_before[k.v] + apart * apart * weight;
+        });
+      }
       if (end < n) {
-        keep(shift + c, count, mean);
-        keep(deviation + c, count, e);
+        keep(shift + c, count, base);
+        keep(offset + c, count, off);
         keep(squares + c, count, q);
       } else {
-        join_channels<T, vectors>(out, c, double(first), double(n), mean, e, q);
+        join_channels<T, vectors>(out, c, double(first), double(n), base, off, q);
       }
     });
   });

@@ -8,13 +8,15 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// The made sets in the order of Mode, without those handed through.
+// The made sets in the order of Mode, without those handed through: at[set][input] says what a set is made
+// of, gate_of[set] by which gate, -1 by none.
 template <Mode mode>
 struct Uses;
 template <>
 struct Uses<Mode::pair> {
   static constexpr int inputs = 2, sets = 4;
   static constexpr bool at[4][2] = {{true, false}, {true, true}, {true, true}, {false, true}};
+  static constexpr int gate_of[4] = {0, 3, 2, 1};
 };
 template <>
 struct Uses<Mode::concat> : Uses<Mode::pair> {};
@@ -22,11 +24,13 @@ template <>
 struct Uses<Mode::restitute> {
   static constexpr int inputs = 1, sets = 1;
   static constexpr bool at[1][1] = {{true}};
+  static constexpr int gate_of[1] = {0};
 };
 template <>
 struct Uses<Mode::snr> {
   static constexpr int inputs = 1, sets = 3;
   static constexpr bool at[3][1] = {{true}, {true}, {true}};
+  static constexpr int gate_of[3] = {0, 0, -1};
 };
 
 template <Mode mode_>
@@ -65,6 +69,24 @@ struct Pattern : Uses<mode_> {
   static constexpr int S(int k) { return k; }
   static constexpr int T(int k, int j) { return U::sets + rank(k, j); }
   static constexpr int sums = U::sets + maps;
+};
+
+// The made sets that have a gradient, and the gates and inputs that any of them was made of. What only the
+// others were made of gets no share of a gradient: not even the NaN that a zero times a NaN would be.
+template <class P>
+struct Given {
+  bool sets[P::sets] = {}, gates[P::gate_count] = {}, inputs[P::inputs] = {};
+
+  // has(set): whether the set has a gradient. On the host, for a GPU has no tables to look into.
+  template <class F>
+  explicit Given(const F& has) {
+    for (int s = 0; s < P::sets; ++s) {
+      sets[s] = has(s);
+      if (!sets[s]) continue;
+      if (P::gate_of[s] >= 0) gates[P::gate_of[s]] = true;
+      for (int j = 0; j < P::inputs; ++j) inputs[j] = inputs[j] || P::at[s][j];
+    }
+  }
 };
 
 // --- one pixel, or a vector of them -------------------------------------------------------------------

@@ -17,7 +17,8 @@ import mrcn_fast
 from mrcn_fast import MRCNBlock, dispatch
 from mrcn_fast.backends import triton as backend
 from mrcn_fast.backends.triton import block
-from tests import cases
+from mrcn_fast.gates import FUSED
+from tests import cases, test_nonfinite
 from tests.cases import GATES, MODES, RESTITUTE_TO, Case
 
 OPERATIONS = [
@@ -121,6 +122,23 @@ def test_accuracy_where_the_mean_is_large(layout: str, tiny: None) -> None:
     truth = cases.evaluate_reference(cases.problem(drawn), torch.float64)
     # F̃ by itself, which has lost the mean of 1000: E[x²] - E[x]² would leave it no digit.
     torch.testing.assert_close(results["normalized"].double(), truth["normalized"], rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow", "ignore:divide by zero")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("mode", MODES)
+def test_values_that_are_not_finite(mode: str, gate: str, layout: str, tiny: None) -> None:
+    for seed in range(2):
+        drawn = test_nonfinite.draw(seed, mode, gate, torch.float32, layout, [SMALL])
+        assert test_nonfinite.differences(*drawn, "triton") == []
+
+
+@pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("value", [1e37, torch.finfo(torch.float32).max], ids=str)
+def test_large_values_stay_finite(value: float, layout: str) -> None:
+    test_nonfinite.assert_large_values_stay_finite("cbam-channel", layout, value, "triton")
 
 
 @pytest.mark.parametrize("values", ["zero planes", "constant planes"])
@@ -283,7 +301,7 @@ def test_opcheck(mode: str, gate: str) -> None:
     norm_weight, norm_bias, *gate_parameters = (q.detach() for q in p.parameters)
     inputs = [x.detach() for x in p.inputs]
     flags = [] if mode == "snr" else [False]
-    parameters = (norm_weight, norm_bias, gate_parameters, gate)
+    parameters = (norm_weight, norm_bias, gate_parameters, FUSED.index(gate))
     forward, backward = (operation(f"{OPS[mode]}_{way}") for way in ("forward", "backward"))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(forward, (*inputs, *parameters, 1e-5, *flags), test_utils=tests)

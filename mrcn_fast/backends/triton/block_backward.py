@@ -52,6 +52,18 @@ def _gradient(start, c, px, here, pitch, like, KEEP: tl.constexpr, K: tl.constex
 
 
 @triton.jit
+def _add_product(start, a, b, total):
+    """total + a b where the gradient at `start` was given, else total: zero times a NaN would be a NaN."""
+    return total if start is None else fma(a, b, total)
+
+
+@triton.jit
+def _has(mask: tl.constexpr, number):
+    """Whether a bit of the mask is set; `number` may be known only when the kernel runs."""
+    return ((tl.full((), mask, tl.int32) >> number) & 1) != 0
+
+
+@triton.jit
 def _count_extremes(value, here, best, count):
     """A lane's extreme so far and how often it occurred."""
     value = tl.where(here, value, float("-inf"))
@@ -88,8 +100,10 @@ def _of_gates(sums, planes, parameters, m, c, inside, C, K: tl.constexpr):
     of the set that F̃ went to; (SNR) of F₋ and of F̃; (CBAM) last the extreme of ±x and how often it occurs.
     """
     mean, _, a, beta = plane(planes, m, c, inside, C, K)
-    # A gate comes from the hidden layer that the forward has kept, so no shares are read.
-    s = gate_value(planes, planes[0], parameters, m, c, inside, 0, C, False, K)
+    # A gate comes from the hidden layer that the forward has kept, so no shares are read. Of one that no set
+    # with a gradient has, not even a NaN may show.
+    used = _has(K.USED_GATES, m)
+    s = tl.where(used, gate_value(planes, planes[0], parameters, m, c, inside, 0, C, False, K), 0.0)
     ds = gate_gradient(mean, a, beta, sums[0], sums[1])
     U = share_of_normalized(s, K.TO_INPUT) * sums[1]
     V = share_of_normalized(s, K.TO_INPUT) * sums[0]
@@ -97,14 +111,16 @@ def _of_gates(sums, planes, parameters, m, c, inside, C, K: tl.constexpr):
         ds -= gate_gradient(mean, a, beta, sums[2], sums[3])
         U += s * sums[3] + sums[5]
         V += s * sums[2] + sums[4]
-    before = tl.where(inside, ds * s * (1.0 - s), 0.0)
+    before = tl.where(inside & used, ds * s * (1.0 - s), 0.0)
     more_s, more_before = s, before
     if K.MODALITIES == 2:
+        used = _has(K.USED_GATES, m + 2)
         more_s = gate_value(planes, planes[0], parameters, m + 2, c, inside, 0, C, False, K)
+        more_s = tl.where(used, more_s, 0.0)
         ds = gate_gradient(mean, a, beta, sums[2], sums[3])
         U += sums[5] - more_s * sums[3]
         V += sums[4] - more_s * sums[2]
-        more_before = tl.where(inside, ds * more_s * (1.0 - more_s), 0.0)
+        more_before = tl.where(inside & used, ds * more_s * (1.0 - more_s), 0.0)
     return U, V, s, before, more_s, more_before
 
 
@@ -134,7 +150,8 @@ def _leave_shares(shares, weights, g, before, c, inside, C, K: tl.constexpr):
     for first in range(0, K.R, K.RB):
         r = first + tl.arange(0, K.RB)
         weight = matrix(weights, g * C + c, r, K.R, inside, r < K.R, K)
-        tl.store(shares + g * K.R + r, tl.sum(weight * before[:, None], axis=0), mask=r < K.R)
+        share = tl.sum(tl.where(_has(K.USED_GATES, g), weight * before[:, None], 0.0), axis=0)
+        tl.store(shares + g * K.R + r, share, mask=r < K.R)
 
 
 @triton.jit
@@ -286,23 +303,23 @@ def sums_kernel(
             here, value0, value1, gradient0, gradient1, gradient2, gradient3 = tiles[ahead]
             centered0 = value0 - mean0[:, None]
             S0 += gradient0
-            T0 = fma(gradient0, centered0, T0)
+            T0 = _add_product(g0, gradient0, centered0, T0)
             if K.MODE != "restitute":
                 S1 += gradient1
                 S2 += gradient2
             if K.MODE == "snr":
-                T1 = fma(gradient1, centered0, T1)
-                T2 = fma(gradient2, centered0, T2)
+                T1 = _add_product(g1, gradient1, centered0, T1)
+                T2 = _add_product(g2, gradient2, centered0, T2)
             if K.GATE == "cbam-channel":
                 best0, count0 = _count_extremes(value0 * sign0[:, None], here, best0, count0)
             if K.MODALITIES == 2:
                 centered1 = value1 - mean1[:, None]
                 S3 += gradient3
-                T3 = fma(gradient3, centered1, T3)
-                T10 = fma(gradient1, centered0, T10)
-                T1 = fma(gradient1, centered1, T1)
-                T2 = fma(gradient2, centered0, T2)
-                T21 = fma(gradient2, centered1, T21)
+                T3 = _add_product(g3, gradient3, centered1, T3)
+                T10 = _add_product(g1, gradient1, centered0, T10)
+                T1 = _add_product(g1, gradient1, centered1, T1)
+                T2 = _add_product(g2, gradient2, centered0, T2)
+                T21 = _add_product(g2, gradient2, centered1, T21)
                 if K.GATE == "cbam-channel":
                     best1, count1 = _count_extremes(value1 * sign1[:, None], here, best1, count1)
 
@@ -343,6 +360,7 @@ def _keep_inner(row, inners, g, b, r, gradient, K: tl.constexpr):
 @triton.jit
 def _add_pooled(dz, dz_extreme, weight, gradient, row, inners, g, r, K: tl.constexpr):
     """dz and dz_extreme with what comes to them through these hidden numbers of gate g."""
+    weight = tl.where(_has(K.USED_GATES, g), weight, 0.0)
     dz += tl.sum(weight * _keep_inner(row, inners, g, 0, r, gradient, K)[:, None], axis=0)
     if K.BRANCHES == 2:
         inner = _keep_inner(row, inners, g, 1, r, gradient, K)
@@ -368,7 +386,7 @@ def _of_neighbours(kept, weights, g, c, inside, C, K: tl.constexpr):
     dz = tl.zeros(c.shape, K.A)
     for t in range(K.R):
         to = c - t + K.R // 2
-        reached = inside & (to >= 0) & (to < C)
+        reached = inside & (to >= 0) & (to < tl.where(_has(K.USED_GATES, g), C, 0))
         before = vector(kept + (K.BEFORE + g) * C, to, reached, K)
         dz += tl.where(reached, tl.load(weights + g * K.R + t).to(K.A) * before, 0.0)
     return dz
@@ -386,10 +404,11 @@ def _of_all_channels(of_gates, row, inners, parameters, m, c, inside, C, K: tl.c
         more_weight, more_second = weight, second
         if K.MODALITIES == 2:  # read before the first gate's sums are waited for
             more_weight, _, more_second = layers(parameters, m + 2, r, c, inside, C, K)
-        gradient = tl.sum(second * before[:, None], axis=0)
+        gradient = tl.sum(tl.where(_has(K.USED_GATES, m), second * before[:, None], 0.0), axis=0)
         dz, dz_extreme = _add_pooled(dz, dz_extreme, weight, gradient, row, inners, m, r, K)
         if K.MODALITIES == 2:
-            gradient = tl.sum(more_second * more_before[:, None], axis=0)
+            used = _has(K.USED_GATES, m + 2)
+            gradient = tl.sum(tl.where(used, more_second * more_before[:, None], 0.0), axis=0)
             dz, dz_extreme = _add_pooled(dz, dz_extreme, more_weight, gradient, row, inners, m + 2, r, K)
     return dz, dz_extreme
 
@@ -454,11 +473,12 @@ def coefficients_kernel(
         keep(scratch, first + 1, (1.0 - a) * dz_extreme / count, c, inside, C)
     length = tl.cast(L, K.A)
     keep(scratch, 6 * m, mean, c, inside, C)
-    keep(scratch, 6 * m + 1, (dz - a * V) / length, c, inside, C)
-    keep(scratch, 6 * m + 2, -a * r * r * U / length, c, inside, C)
+    used = _has(K.USED_INPUTS, m)
+    keep(scratch, 6 * m + 1, tl.where(used, (dz - a * V) / length, 0.0), c, inside, C)
+    keep(scratch, 6 * m + 2, tl.where(used, -a * r * r * U / length, 0.0), c, inside, C)
     keep(scratch, 6 * m + 3, a, c, inside, C)
-    keep(scratch, 6 * m + 4, r * U + 0.0 * dz, c, inside, C)
-    keep(scratch, 6 * m + 5, V - dz, c, inside, C)
+    keep(scratch, 6 * m + 4, tl.where(used, r * U + 0.0 * dz, 0.0), c, inside, C)
+    keep(scratch, 6 * m + 5, tl.where(used, V - dz, 0.0), c, inside, C)
     scales = scratch + 6 * K.MODALITIES * C
     keep(scales, 3 * m, restitution_scale(s, a, K.TO_INPUT), c, inside, C)
     if K.MODE == "snr":
@@ -503,11 +523,12 @@ def _convolution_gradient(
             for first in range(0, C, PC):
                 c = first + tl.arange(0, PC)
                 source = c + t - K.R // 2
-                inside = (c < C) & (source >= 0) & (source < C)
+                inside = (source >= 0) & (source < C)  # elsewhere are the padding's zeros
                 kept = _planes_kept(scratch + i * scratch_row, C, K)
-                before = vector(kept + (K.BEFORE + g) * C, c, inside, K)
+                before = vector(kept + (K.BEFORE + g) * C, c, c < C, K)
                 mean, _, a, shift = plane((statistics + i * saved_row, gamma, beta), m, source, inside, C, K)
-                total += tl.where(inside, before * pooled_residual(mean, a, shift), 0.0)
+                z = tl.where(inside, pooled_residual(mean, a, shift), 0.0)
+                total += tl.where((c < C) & _has(K.USED_GATES, g), before * z, 0.0)
         tl.store(dweight + g * K.R + t, tl.sum(total, axis=0).to(dweight.dtype.element_ty))
 
 
@@ -544,6 +565,7 @@ def _layer_gradients(
     for start in range(0, samples, K.BESIDE):
         for n in tl.static_range(BESIDE):  # their reads wait for nothing
             here = start + n < samples
+            here &= _has(K.USED_GATES, g)
             live, live_hidden = c < tl.where(here, C, 0), r < tl.where(here, K.R, 0)
             i = tl.cast(tl.minimum(start + n, samples - 1), tl.int64)
             saved, left = statistics + i * saved_row, scratch + i * scratch_row
@@ -664,19 +686,22 @@ def _input_gradients(
         for ahead in tl.static_range(AHEAD):
             px, here, value0, value1, gradients = tiles[ahead]
             gradient0, gradient1, gradient2, gradient3, beside0, beside1 = gradients
-            of0 = fma(scale0, gradient0, fma(k20, value0 - mean0, k10))
+            of0 = _add_product(g0, scale0, gradient0, fma(k20, value0 - mean0, k10))
             if K.MODE == "snr":
-                of0 = fma(a0, gradient2, fma(scale1, gradient1, of0))
+                of0 = _add_product(g1, scale1, gradient1, of0)
+                of0 = _add_product(g2, a0, gradient2, of0)
             if M == 2:
-                of0 = fma(scale2, gradient2, fma(a0, gradient1, of0))
+                of0 = _add_product(g1, a0, gradient1, of0)
+                of0 = _add_product(g2, scale2, gradient2, of0)
             if K.MODE == "concat":
                 of0 += beside0
             if K.GATE == "cbam-channel":
                 of0 = tl.where(value0 == extreme0, of0 + k30, of0)
             write_tile(dx0, c, px, here, pitch, of0, K)
             if M == 2:
-                of1 = fma(scale1, gradient1, fma(k21, value1 - mean1, k11))
-                of1 = fma(scale3, gradient3, fma(a1, gradient2, of1))
+                of1 = _add_product(g1, scale1, gradient1, fma(k21, value1 - mean1, k11))
+                of1 = _add_product(g2, a1, gradient2, of1)
+                of1 = _add_product(g3, scale3, gradient3, of1)
                 if K.MODE == "concat":
                     of1 += beside1
                 if K.GATE == "cbam-channel":

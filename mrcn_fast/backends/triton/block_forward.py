@@ -76,7 +76,8 @@ def _join_round(moments, tiles, pivot, met, more, left, K: tl.constexpr):
             high, low = tl.where(higher, tiles[ahead], high), tl.where(lower, tiles[ahead], low)
     off = near - mean
     share = more / tl.maximum(met + more, 1.0)
-    squares = fma(off * off, met * share, squares)
+    # In this order: the square alone may be infinite, and with no values yet it is to be multiplied by 0.
+    squares = fma(off, off * (met * share), squares)
     return fma(off, share, mean), squares, high, low
 
 
@@ -110,7 +111,8 @@ def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
         moments = _join_round(moments, tiles, pivot, met, more, left, K)
     mean, squares, high, low = moments
     met += more
-    shift = tl.sum(mean * met, axis=1) / tl.cast(end - begin, K.A)
+    # Shares before the sum, which could else be infinite where the mean is not.
+    shift = tl.sum(mean * (met / tl.cast(end - begin, K.A)), axis=1)
     off = mean - shift[:, None]
     squares = tl.sum(squares + met * off * off, axis=1)
     return tl.sum(pivot, axis=1), shift, squares, tl.max(high, axis=1), tl.min(low, axis=1)
@@ -198,7 +200,7 @@ def _join_parts(scratch, m, c, inside, C, L, K: tl.constexpr):
     count = part_length(part, L, K).to(K.A)[:, None]
     shifts = matrix(parts, part, c, pitch, part < K.PARTS, inside, K)
     squares = matrix(parts + C, part, c, pitch, part < K.PARTS, inside, K)
-    shift = tl.sum(shifts * count, axis=0) / tl.cast(L, K.A)
+    shift = tl.sum(shifts * (count / tl.cast(L, K.A)), axis=0)
     off = shifts - shift[None, :]
     squares = tl.sum(squares + count * off * off, axis=0)
     high, low = shift, shift

@@ -99,8 +99,9 @@ def convolve(planes, weight, g, m, c, C, K: tl.constexpr):
         neighbour = c + t - K.R // 2
         inside = (neighbour >= 0) & (neighbour < C)
         mean, _, a, shift = plane(planes, m, neighbour, inside, C, K)
-        z = pooled_residual(mean, a, shift)
-        x += tl.where(inside, tl.load(weight + g * K.R + t).to(K.A) * z, 0.0)
+        # The padding's zeros too: a weight that is not finite makes NaN of them.
+        z = tl.where(inside, pooled_residual(mean, a, shift), 0.0)
+        x += tl.load(weight + g * K.R + t).to(K.A) * z
     return x
 
 
