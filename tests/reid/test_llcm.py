@@ -139,7 +139,7 @@ def test_unseen_identities_are_named(root: Path, caplog: pytest.LogCaptureFixtur
     with caplog.at_level(logging.WARNING):
         search = LLCM(root).searches(trials=1)[0]
     assert {s.identity for s in search.query} == {3, 12}
-    assert "1 test identities without images in test_nir: 705" in caplog.text
+    assert "1 test identities without infrared images: 705" in caplog.text
 
 
 def test_missing_trees(root: Path, tmp_path: Path) -> None:
@@ -188,5 +188,82 @@ def test_swapped_modalities_and_test_images_are_refused(root: Path) -> None:
 def test_a_camera_without_test_images_is_refused(root: Path) -> None:
     for identity in TEST:
         shutil.rmtree(root / "test_nir" / "cam4" / f"{identity:04d}")
-    with pytest.raises(DatasetError, match=r"cam4: expected .jpg images of the identities that idx/test_id"):
+    with pytest.raises(DatasetError, match=r"cam4: expected images of the identities that idx/test_id"):
         LLCM(root).searches()
+
+
+def test_a_label_is_one_person(root: Path) -> None:
+    """The infrared list's labels are one off: each row of a batch would be two people."""
+    path = root / "idx" / "train_nir.txt"
+    lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
+    path.write_text("".join(f"{place} {(int(label) + 1) % 3}\n" for place, label in lines))
+    with pytest.raises(
+        DatasetError,
+        match=r"train_nir.txt, line 1: expected one person for a label, .*; found label 1 for folder "
+        r"nir/0001, but label 1 for folder vis/0002 in .*train_vis.txt, line 3",
+    ):
+        LLCM(root)
+
+
+def test_people_of_training_and_test_are_apart(root: Path) -> None:
+    (root / "idx" / "test_id.txt").write_text("12,3,2,705,44")
+    with pytest.raises(
+        DatasetError, match=r"test_id.txt: expected test people apart .*; found 2 in both: 2, 44"
+    ):
+        LLCM(root)
+
+
+def test_unknown_identities_are_refused_at_once(root: Path) -> None:
+    path = root / "idx" / "test_id.txt"
+    path.write_text(path.read_text().strip() + ",500")
+    with pytest.raises(DatasetError, match=r"test_id.txt: expected identities .*; found 1 of 4 .*: 500\."):
+        LLCM(root)
+    # A folder alone is not enough.
+    (root / "test_nir" / "cam1" / "0500").mkdir()
+    with pytest.raises(DatasetError, match=r"test_id.txt: expected identities .*; found 1 of 4 .*: 500\."):
+        LLCM(root).searches()
+
+
+def test_images_of_every_format_are_read_and_others_named(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = [[s.path.stem for s in search.query] for search in LLCM(root).searches(trials=1)]
+    for suffix, folder in ((".PNG", "test_vis/cam3/0003"), (".jpeg", "test_nir/cam2/0012")):
+        for path in (root / folder).iterdir():
+            path.rename(path.with_suffix(suffix))
+    (root / "test_vis" / "cam1" / "0003" / "Thumbs.db").unlink()
+    (root / "test_vis" / "cam1" / "@eaDir").rmdir()
+    for folder in ("test_nir/cam3/0003", "test_vis/cam10", "test_vis/cam1/0003b"):
+        (root / folder).mkdir(parents=True)
+    (root / "test_vis" / "cam1" / "0003" / "notes.txt").touch()
+    caplog.clear()
+    with caplog.at_level(logging.WARNING):
+        data = LLCM(root)
+        searches = data.searches(trials=1)
+    assert [[s.path.stem for s in search.query] for search in searches] == expected
+    assert [message.rpartition(": ")[2] for message in caplog.messages] == [
+        "test_vis/cam10, test_vis/cam1/0003b, test_nir/cam3",
+        "test_vis/cam1/0003/notes.txt",
+    ]
+
+
+def test_files_that_differ_in_their_suffix_are_one_picture(root: Path) -> None:
+    folder = root / "test_nir" / "cam1" / "0003"
+    name = names("nir", 3, 1)[0]
+    (folder / name.replace(".jpg", ".bmp")).touch()
+    with pytest.raises(DatasetError, match=r"cam1/0003/\S+: expected one image of a name; found"):
+        LLCM(root).searches()
+
+
+def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        data = LLCM(root)
+        data.training()
+        sizes = [(len(search.query), len(search.galleries[0])) for search in data.searches(trials=3)]
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+        f"llcm at {root}: training images: 6 visible and 6 infrared ones of 3 identities",
+        f"llcm at {root}, infrared-to-visible: {sizes[0][0]} queries of 3 identities, galleries: 3 of "
+        f"{sizes[0][1]} images",
+        f"llcm at {root}, visible-to-infrared: {sizes[1][0]} queries of 3 identities, galleries: 3 of "
+        f"{sizes[1][1]} images",
+    ]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 import shutil
 from pathlib import Path
 
@@ -83,7 +85,7 @@ def test_published_counts(tmp_path: Path) -> None:
 
 
 def test_each_split_has_its_lists(root: Path) -> None:
-    write(root, "test_visible_3.txt", line("visible", 112, 2, 0))
+    write(root, "test_visible_3.txt", line("visible", 112, 2, 1))
     assert [len(RegDB(root, split=split).searches()[0].query) for split in (1, 3)] == [4, 1]
     with pytest.raises(DatasetError, match=r"train_visible_2.txt: expected the list of split 2.*splits 1, 3"):
         RegDB(root, split=2)
@@ -184,5 +186,137 @@ def test_training_images_in_the_test_are_refused(root: Path) -> None:
     write(root, "test_thermal_1.txt", test, train[0].replace(" 0\n", " 2\n"))
     with pytest.raises(
         DatasetError, match=r"idx: expected training images of split 1 .*found 1 in both: .*285"
+    ):
+        RegDB(root)
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_label_is_one_person(root: Path, part: str) -> None:
+    """Two people under a label, across the modalities or in one, would be trained and scored as one."""
+    path = root / "idx" / f"{part}_thermal_1.txt"
+    text = path.read_text()
+    # As of another split: labels 0 and 1 are exchanged.
+    path.write_text(re.sub(r" ([01])$", lambda label: f" {1 - int(label[1])}", text, flags=re.MULTILINE))
+    first, second = PEOPLE[part][:2]
+    with pytest.raises(
+        DatasetError,
+        match=rf"{part}_thermal_1.txt, line 1: expected one person for a label, .*; found label 1 for folder "
+        rf"Thermal/{first}, but label 1 for folder Visible/{second} in .*{part}_visible_1.txt, line 3",
+    ):
+        RegDB(root)
+    # One line is enough, in one list as well: a person who stands in another's place.
+    path.write_text(text.replace(line("thermal", second, 2, 1), line("thermal", second, 2, 0)))
+    with pytest.raises(DatasetError, match=rf"line 4: .* found label 0 for folder Thermal/{second}, but "):
+        RegDB(root)
+    path.write_text(text.replace(line("thermal", second, 2, 1), line("thermal", second, 2, 7)))
+    with pytest.raises(DatasetError, match=r"line 4: .* label 7 for folder .*, but label 1 for folder "):
+        RegDB(root)
+
+
+def test_folders_without_a_number_tell_no_person(root: Path) -> None:
+    for kind, folder in FOLDERS.items():
+        (root / folder / "285").rename(root / folder / "anna")
+        path = root / "idx" / f"train_{kind}_1.txt"
+        path.write_text(path.read_text().replace("/285/", "/anna/"))
+    assert RegDB(root).training().identities == (0, 1, 2)
+
+
+def test_people_of_training_and_test_are_apart(root: Path) -> None:
+    """Other images of the same people would do as well."""
+    for kind, folder in FOLDERS.items():
+        new = root / line(kind, 7, 3, 0).rsplit(" ", 1)[0]
+        new.touch()
+        path = root / "idx" / f"test_{kind}_1.txt"
+        path.write_text(path.read_text() + line(kind, 7, 3, 2))
+        assert new.parent.parent.name == folder
+    with pytest.raises(DatasetError, match=r"idx: expected test people apart .*; found 1 in both: 7\."):
+        RegDB(root)
+
+
+def test_a_line_twice_counts_once(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = RegDB(root).training()
+    path = root / "idx" / "train_visible_1.txt"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines, lines[3], lines[0]]))
+    with caplog.at_level(logging.WARNING):
+        assert RegDB(root).training() == expected
+    assert caplog.messages == [f"{path}: left out 2 lines that repeat an earlier one: 7, 8"]
+
+
+def test_files_that_differ_in_their_suffix_are_one_picture(root: Path) -> None:
+    text = line("visible", 7, 1, 1).replace(".bmp", ".PNG")
+    (root / text.rsplit(" ", 1)[0]).touch()
+    path = root / "idx" / "train_visible_1.txt"
+    path.write_text(path.read_text() + text)
+    with pytest.raises(
+        DatasetError, match=r"line 7: expected one image of a name; found .*PNG, and .*line 3"
+    ):
+        RegDB(root)
+
+
+def test_a_list_names_images(root: Path) -> None:
+    path = root / "idx" / "train_visible_1.txt"
+    whole = path.read_text()
+    for name in ("7.txt", "7", "._7.bmp", "7.gif", "7.mat"):
+        (root / "Visible" / "7" / name).touch()
+        path.write_text(whole + f"Visible/7/{name} 1\n")
+        with pytest.raises(
+            DatasetError, match=r"line 7: expected the name of an image, .*\.jpg.*; found 'Vis"
+        ):
+            RegDB(root)
+    (root / "Visible" / "7" / "folder.bmp").mkdir()
+    path.write_text(whole + "Visible/7/folder.bmp 1\n")
+    with pytest.raises(
+        DatasetError, match=r"folder.bmp: expected this image, .* in line 7; found no such file"
+    ):
+        RegDB(root)
+
+
+@pytest.mark.parametrize("label", ["9" * 10, "9" * 5000, "1.0", "nan", "1e3", "\u0663", "0x1"])
+def test_labels_are_numbers(root: Path, label: str) -> None:
+    write(root, "train_visible_1.txt", f"Visible/7/a.bmp {label}\n")
+    with pytest.raises(DatasetError, match=r"train_visible_1.txt, line 1: expected lines such as") as caught:
+        RegDB(root)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_list_of_another_encoding_is_refused(root: Path) -> None:
+    path = root / "idx" / "train_visible_1.txt"
+    path.write_text(path.read_text(), encoding="utf-16")
+    with pytest.raises(DatasetError, match=r"train_visible_1.txt, line 1: expected lines such as"):
+        RegDB(root)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_need_not_be_utf8(root: Path) -> None:
+    place = os.fsencode(root) + b"/Visible/7/m\xe4nnlich.bmp"
+    Path(os.fsdecode(place)).touch()
+    path = root / "idx" / "train_visible_1.txt"
+    path.write_bytes(path.read_bytes() + b"Visible/7/m\xe4nnlich.bmp 1\n")
+    assert RegDB(root).training().visible[-1].path == Path(os.fsdecode(place))
+
+
+def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        data = RegDB(root, split=3)
+        data.training()
+        data.searches()
+    assert caplog.messages == [
+        f"regdb at {root}, split 3: training images: 6 visible and 6 infrared ones of 3 identities",
+        f"regdb at {root}, split 3, visible-to-infrared: 4 queries of 2 identities, galleries: 1 of 4 images",
+        f"regdb at {root}, split 3, infrared-to-visible: 4 queries of 2 identities, galleries: 1 of 4 images",
+    ]
+
+
+def test_test_identities_of_one_modality(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(root, "test_thermal_1.txt", line("thermal", 112, 1, 1))
+    with caplog.at_level(logging.WARNING):
+        RegDB(root)
+    assert caplog.messages == [f"regdb at {root}, split 1: 1 test identities without infrared images: 0"]
+    write(root, "test_visible_1.txt", line("visible", 4, 1, 0))
+    with pytest.raises(
+        DatasetError,
+        match=r"split 1: expected test identities with images of both modalities; found 1 identities with "
+        r"visible images and 1 identities with infrared images, none in common",
     ):
         RegDB(root)

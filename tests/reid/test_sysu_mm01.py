@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import pickle
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +18,7 @@ import torch
 from PIL import Image
 
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, PersonImages, Sample
+from mrcn_fast.reid.data.permutations import read_permutations
 from mrcn_fast.reid.data.sysu_mm01 import PERMUTATIONS
 
 # Images of each identity by camera; 3 has no infrared, 4 no visible images, 7 is not seen by camera 1.
@@ -154,6 +160,141 @@ def test_official_draw_of_another_tree_is_refused(root: Path) -> None:
         SYSUMM01(root).gallery(draw="official")
 
 
+@pytest.mark.parametrize("compress", [False, True])
+def test_the_official_draw_may_be_compressed(root: Path, compress: bool) -> None:
+    path = root / PERMUTATIONS
+    save_permutations(path)
+    expected = SYSUMM01(root).gallery(draw="official", trial=4)
+    scipy_io = pytest.importorskip("scipy.io")
+    cells = scipy_io.loadmat(path)["rand_perm_cam"]
+    others = {"before": np.arange(6.0), "text": "a text", "struct": {"field": 1}}
+    scipy_io.savemat(path, {**others, "rand_perm_cam": cells}, do_compression=compress)
+    assert SYSUMM01(root).gallery(draw="official", trial=4) == expected
+
+
+def changed_rows(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], object]:
+    """Change the permutations of person 6 in camera 4."""
+
+    def changed(cells: np.ndarray) -> np.ndarray:
+        cells[3, 0][5, 0] = change(cells[3, 0][5, 0])
+        return cells
+
+    return changed
+
+
+def with_place(value: int) -> Callable[[np.ndarray], np.ndarray]:
+    def changed(rows: np.ndarray) -> np.ndarray:
+        rows = rows.astype(np.int16)
+        rows[2, 1] = value
+        return rows
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (changed_rows(lambda rows: rows.astype(float)), "camera 4, identity 6: .*found float64 numbers"),
+        (changed_rows(lambda rows: rows + 0.5), "camera 4, identity 6: .*found float64 numbers"),
+        (changed_rows(lambda rows: rows * np.nan), "camera 4, identity 6: .*found float64 numbers"),
+        (
+            changed_rows(lambda rows: rows - 1),
+            "camera 4, identity 6, trial 0: expected each place from 1 to 12",
+        ),
+        (
+            changed_rows(lambda rows: rows + 1),
+            "camera 4, identity 6, trial 0: expected each place from 1 to 12",
+        ),
+        (
+            changed_rows(with_place(13)),
+            "camera 4, identity 6, trial 2: expected each place from 1 to 12 once",
+        ),
+        (
+            changed_rows(with_place(-1)),
+            "camera 4, identity 6, trial 2: expected each place from 1 to 12 once",
+        ),
+        (
+            changed_rows(lambda rows: rows[:, [0, *range(11)]]),
+            "trial 0: expected each place from 1 to 12 once",
+        ),
+        (
+            changed_rows(lambda rows: rows[:, :, None].repeat(2, 2)),
+            r"found uint8 numbers of shape \(10, 12, 2\)",
+        ),
+        (changed_rows(lambda rows: rows[:, :11]), "found 11 places|trial 0: expected each place"),
+        (lambda cells: cells[:5], r"6 x 1 cells; found cells of shape \(5, 1\)"),
+        (lambda cells: cells.T, r"6 x 1 cells; found cells of shape \(1, 6\)"),
+        (lambda cells: np.arange(6.0)[:, None], r"6 x 1 cells; found float64 numbers of shape \(6, 1\)"),
+        (lambda cells: "text", "found: something else than cells and real numbers"),
+        (lambda cells: np.array([1j]), "found: something else than cells and real numbers"),
+    ],
+)
+def test_an_official_draw_that_is_none_is_refused(
+    root: Path, change: Callable[[np.ndarray], object], found: str
+) -> None:
+    path = root / PERMUTATIONS
+    save_permutations(path)
+    scipy_io = pytest.importorskip("scipy.io")
+    scipy_io.savemat(path, {"rand_perm_cam": change(scipy_io.loadmat(path)["rand_perm_cam"])})
+    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}.*{found}"):
+        SYSUMM01(root).gallery(draw="official")
+
+
+@pytest.mark.parametrize(
+    ("kind", "found"),
+    [
+        ("text", "no MATLAB file of version 5 to 7"),
+        ("empty", "no MATLAB file of version 5 to 7"),
+        ("pickle", "no MATLAB file of version 5 to 7"),
+        ("version 4", "no MATLAB file of version 5 to 7"),
+        ("version 7.3", "a MATLAB file of version 7.3; save it anew"),
+        ("cut", "a MATLAB file that is cut off"),
+        ("other", "no such variable, but test_id"),
+    ],
+)
+def test_other_files_are_no_official_draw(root: Path, kind: str, found: str) -> None:
+    path = root / PERMUTATIONS
+    save_permutations(path)
+    whole, version4, other = path.read_bytes(), io.BytesIO(), io.BytesIO()
+    scipy_io = pytest.importorskip("scipy.io")
+    scipy_io.savemat(version4, {"rand_perm_cam": np.arange(6.0)}, format="4")
+    scipy_io.savemat(other, {"test_id": np.arange(6.0)})
+    content = {
+        "text": b"no MATLAB file",
+        "empty": b"",
+        "pickle": pickle.dumps({"rand_perm_cam": [1, 2, 3] * 99}),
+        "version 4": version4.getvalue(),
+        "version 7.3": whole[:124] + b"\x00\x02IM" + bytes(512),
+        "cut": whole[: len(whole) // 2],
+        "other": other.getvalue(),
+    }
+    path.write_bytes(content[kind])
+    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}: expected a MATLAB file .*; found: {found}"):
+        SYSUMM01(root).gallery(draw="official")
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_a_damaged_official_draw_is_refused_or_the_same(root: Path, compress: bool) -> None:
+    """Among such files are some on which scipy's reader ends the process."""
+    path = root / PERMUTATIONS
+    save_permutations(path)
+    scipy_io = pytest.importorskip("scipy.io")
+    cells = scipy_io.loadmat(path)["rand_perm_cam"]
+    scipy_io.savemat(path, {"rand_perm_cam": cells}, do_compression=compress)
+    whole, generator, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        broken = bytearray(whole)
+        for _ in range(generator.choice((1, 2, 8))):
+            broken[generator.randrange(generator.choice((400, len(broken))))] = generator.randrange(256)
+        path.write_bytes(broken[: generator.randrange(len(broken))] if generator.random() < 0.2 else broken)
+        try:
+            read_permutations(path, 6)
+        except DatasetError as error:
+            refused += 1
+            assert str(error).startswith(str(path))
+    assert refused > 50
+
+
 def test_searches_are_the_query_against_each_trials_gallery(root: Path) -> None:
     data = SYSUMM01(root)
     assert data.split == 1
@@ -196,6 +337,12 @@ def test_unknown_modes_and_draws(root: Path) -> None:
         data.searches(draw="first")
     with pytest.raises(ValueError, match="trials must be at least 1; got 0"):
         data.searches(trials=0)
+    numbers: Any = 2.5
+    for name in ("trial", "shots"):
+        with pytest.raises(ValueError, match=rf"{name} must be an integer; got 2\.5"):
+            data.gallery(**{name: numbers})
+    with pytest.raises(ValueError, match=r"trials must be an integer; got 2\.5"):
+        data.searches(trials=numbers)
 
 
 def test_missing_trees(root: Path, tmp_path: Path) -> None:
@@ -236,11 +383,11 @@ def test_identities_of_training_and_test(root: Path) -> None:
 def test_empty_cameras(root: Path) -> None:
     shutil.rmtree(root / "cam5" / "0006")
     shutil.rmtree(root / "cam5" / "0007")
-    with pytest.raises(DatasetError, match=r"cam5: expected .jpg images of the test identities .*found none"):
+    with pytest.raises(DatasetError, match=r"cam5: expected images of the test identities .*found none"):
         SYSUMM01(root).gallery()
     shutil.rmtree(root / "cam3")
     (root / "cam3" / "0001").mkdir(parents=True)
-    with pytest.raises(DatasetError, match=r"cam3: .*found an empty camera \(1 entries"):
+    with pytest.raises(DatasetError, match=r"cam3: .*found an empty camera: 0001"):
         SYSUMM01(root)
 
 
@@ -285,3 +432,126 @@ def test_unreadable_images_are_named(tmp_path: Path, damage: str) -> None:
         DatasetError, match=r"0042.jpg: expected a readable image of identity 7, camera 3; found"
     ):
         images[0]
+
+
+@pytest.mark.parametrize(
+    "suffix", [".jpeg", ".JPG", ".png", ".Bmp", ".tif", ".TIFF", ".webp", ".ppm", ".pgm"]
+)
+def test_images_of_every_format_are_read(root: Path, suffix: str) -> None:
+    expected = [place[:2] for place in names(SYSUMM01(root).query())]
+    for path in root.glob("cam3/*/0001.jpg"):
+        path.rename(path.with_suffix(suffix))
+    query = SYSUMM01(root).query()
+    assert [place[:2] for place in names(query)] == expected
+    assert query[0].path.name == f"0001{suffix}"
+
+
+def test_what_is_no_image_is_named_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (root / "cam1" / "0001" / "Thumbs.db").unlink()
+    (root / "cam1" / "0001" / "._0001.jpg").unlink()
+    before = SYSUMM01(root)
+    training, query = before.training(), before.query()
+    caplog.clear()
+    for folder in ("cam7/0001", "cam1/0001a", "cam1/0001/folder.jpg", "cam2/@eaDir"):
+        (root / folder).mkdir(parents=True)
+    for file in ("cam7/0001/0001.jpg", "cam2/0001.jpg", "cam1/0001a/0001.jpg", "cam3/0001/0009.gif"):
+        (root / file).touch()
+    for file in ("cam3/0001/Thumbs.db", "cam3/0001/._0009.jpg", "cam3/0006/noise"):
+        (root / file).touch()
+    (root / "cam3" / "0001" / "device.jpg").symlink_to(os.devnull)
+    with caplog.at_level(logging.WARNING):
+        data = SYSUMM01(root)
+        assert data.training() == training
+        assert data.query() == query
+    told = [message for message in caplog.messages if "entries that are neither" in message]
+    assert [message.rpartition(": ")[2].split(", ") for message in told] == [
+        ["cam7", "cam1/0001a", "cam2/0001.jpg", "cam2/@eaDir"],
+        ["cam1/0001/folder.jpg", "cam3/0001/._0009.jpg", "cam3/0001/0009.gif", "cam3/0001/Thumbs.db",
+         "cam3/0001/device.jpg"],
+        ["cam3/0006/noise"],
+    ]  # fmt: skip
+    assert told[1].startswith(f"sysu-mm01 at {root}: left out 5 entries that are neither images (.jpg, ")
+
+
+def test_links_that_lead_nowhere_are_images_that_cant_be_read(root: Path) -> None:
+    folder = root / "cam3" / "0006"
+    (folder / "0003.jpg").symlink_to("nowhere.jpg")
+    (folder / "0004.jpg").symlink_to("0004.jpg")
+    found = [sample for sample in SYSUMM01(root).query() if sample.path.parent == folder]
+    assert [sample.path.name for sample in found] == ["0001.jpg", "0002.jpg", "0003.jpg", "0004.jpg"]
+    for sample in found[2:]:
+        with pytest.raises(DatasetError, match=rf"{sample.path.name}: expected a readable image .*; found: "):
+            PersonImages([sample], (8, 6))[0]
+
+
+@pytest.mark.parametrize("twin", ["0001.png", "0001.JPG", "0001.jpeg"])
+def test_files_that_differ_in_their_suffix_are_one_picture(root: Path, twin: str) -> None:
+    (root / "cam3" / "0006" / twin).touch()
+    with pytest.raises(DatasetError, match=r"cam3/0006/0001.\w+: expected one image of a name; found 0001"):
+        SYSUMM01(root).query()
+
+
+def test_folders_are_matched_by_their_number(root: Path) -> None:
+    expected = names(SYSUMM01(root).query())
+    (root / "cam3" / "0006").rename(root / "cam3" / "6")
+    assert names(SYSUMM01(root).query()) == expected
+    shutil.copytree(root / "cam3" / "6", root / "cam3" / "00006")
+    with pytest.raises(DatasetError, match="cam3: expected one folder an identity; found 00006 and 6"):
+        SYSUMM01(root)
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+def test_unknown_identities_are_refused_at_once(root: Path, split: str) -> None:
+    path = root / "exp" / f"{split}_id.txt"
+    path.write_text(path.read_text().strip() + ",500,501")
+    with pytest.raises(
+        DatasetError, match=rf"{split}_id.txt: expected identities .*; found 2 of .*: 500, 501\."
+    ):
+        SYSUMM01(root)
+
+
+@pytest.mark.parametrize("identity", [4, 12])
+def test_identities_without_images_are_refused(root: Path, identity: int) -> None:
+    for folder in root.glob(f"cam*/{identity:04d}"):
+        for path in folder.iterdir():
+            path.rename(path.with_suffix(".gif"))
+    data = SYSUMM01(root)
+    with pytest.raises(DatasetError, match=rf"exp: expected identities .*; found 1 of .*: {identity}\."):
+        data.training() if identity == 4 else data.searches()
+
+
+def test_test_identities_of_one_modality_are_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.rmtree(root / "cam6" / "0012")
+    with caplog.at_level(logging.WARNING):
+        SYSUMM01(root).searches("both")
+    told = [message for message in caplog.messages if "test identities" in message]
+    assert told == [f"sysu-mm01 at {root}: 1 test identities without infrared images: 12"]
+
+
+def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        data = SYSUMM01(root)
+        data.training()
+        data.searches(trials=2)
+    assert [r.getMessage() for r in caplog.records if r.levelno == logging.INFO] == [
+        f"sysu-mm01 at {root}: training images: 10 visible and 6 infrared ones of 2 identities",
+        f"sysu-mm01 at {root}, all-search: 9 queries of 3 identities, galleries: 2 of 8 images",
+    ]
+
+
+def test_lists_of_other_editors(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = root / "exp" / "test_id.txt"
+    path.write_bytes("\ufeff\r\n 12 ,\t7,6,7, 0006\r\n\r\n".encode())
+    with caplog.at_level(logging.WARNING):
+        assert SYSUMM01(root).test_identities == (6, 7, 12)
+    assert f"{path}: 2 identities stand there more than once, and count once: 6, 7" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    "text", ["6 7 12", "6;7", "6,7,", "6,-7", "6,7.0", "6,1e1", "6," + "9" * 5000, "\x00"]
+)
+def test_lists_of_other_forms(root: Path, text: str) -> None:
+    (root / "exp" / "test_id.txt").write_text(text)
+    with pytest.raises(DatasetError, match=r"test_id.txt: expected one line of comma-separated") as caught:
+        SYSUMM01(root)
+    assert len(str(caught.value)) < 500

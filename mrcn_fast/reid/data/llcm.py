@@ -6,33 +6,35 @@ Visible-Infrared Person Re-identification", CVPR 2023.
 
 from __future__ import annotations
 
-import logging
-import os
 import random
 import re
 from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Final, NamedTuple
 
+from mrcn_fast.reid.data.lists import (
+    Listed,
+    check_apart,
+    check_identities,
+    check_images,
+    check_people,
+    people_of,
+    read_identities,
+    read_list,
+)
 from mrcn_fast.reid.data.samples import (
     DatasetError,
     Modality,
     Sample,
     Search,
     TrainingSet,
+    at_least,
+    check_test,
+    log_searches,
     pair_modalities,
 )
-from mrcn_fast.reid.data.trees import (
-    by_place,
-    check_folders,
-    check_images,
-    few,
-    image_names,
-    read_identities,
-    read_list,
-)
-
-_log = logging.getLogger(__name__)
+from mrcn_fast.reid.data.trees import LeftOut, by_place, check_folders, images_in, numbered, unknown_cameras
 
 
 class _Side(NamedTuple):
@@ -68,9 +70,12 @@ class LLCM:
     A test image's camera is its folder's; a training image's is the one that a folder of its path (cam5) or a
     word of its file name (c05) names, and 0 where none does, for nothing in training depends on it.
 
+    Every image of a test identity's folders is read, whatever its format; a warning counts what else is in
+    the tree's test folders.
+
     Raises DatasetError, naming the path, the expected and the found, for a missing tree, list or listed
-    image, malformed lines, a list whose images are of the other modality or of the test, and a camera
-    without images.
+    image, malformed lines, a list whose images are of the other modality or of the test, lists in which a
+    label is not one person's, a person in both training and test, a test identity or a camera without images.
     """
 
     name: ClassVar[str] = "llcm"
@@ -80,16 +85,29 @@ class LLCM:
         self.root = Path(root)
         cameras = [f"{side.test}/cam{camera}" for side in _SIDES.values() for camera in side.cameras]
         check_folders(self.root, ["idx", *cameras], f"LLCM's tree ({_TREE})")
-        self.test_identities: tuple[int, ...] = tuple(read_identities(self.root / "idx" / "test_id.txt"))
-        self._training = [sample for modality in _SIDES for sample in self._read_training(modality)]
-        self._test: dict[Modality, list[Sample]] = {}
+        self._name = f"{self.name} at {self.root}"
+        path = self.root / "idx" / "test_id.txt"
+        self.test_identities: tuple[int, ...] = tuple(read_identities(path))
+        lists = {modality: self._list(modality) for modality in _SIDES}
+        check_people({self._path(modality): listed for modality, listed in lists.items()})
+        check_apart(path, set().union(*map(people_of, lists.values())), self.test_identities)
+        self._training = [
+            Sample(self.root / line.place, line.label, _camera_of(line.place), modality)
+            for modality, listed in lists.items()
+            for line in listed
+        ]
+        self._left_out = LeftOut(self.root)
+        self._folders = {modality: self._numbered(side) for modality, side in _SIDES.items()}
+        self._left_out.log(self._name)
+        cameras_folders = [folders for side in self._folders.values() for folders in side.values()]
+        check_identities(path, self.test_identities, set().union(*cameras_folders))
 
     def training(self) -> TrainingSet:
         """The images of the training lists, in their order, of the identities that have both modalities.
 
         Identities with one modality only are left out; a warning names and counts them.
         """
-        return pair_modalities(self._training, f"{self.name} at {self.root}")
+        return pair_modalities(self._training, self._name)
 
     def searches(self, trials: int = 10) -> list[Search]:
         """Both directions, "infrared-to-visible" first: all test images of one modality are the query.
@@ -101,60 +119,64 @@ class LLCM:
         Raises ValueError for less than one trial, DatasetError for a camera without images of the test
         identities.
         """
-        if trials < 1:
-            raise ValueError(f"trials must be at least 1; got {trials}")
+        at_least(1, "trials", trials)
         directions: tuple[tuple[Modality, Modality], ...] = (("infrared", "visible"), ("visible", "infrared"))
-        return [
+        searches = [
             Search(
                 name=f"{query}-to-{gallery}",
                 protocol="llcm",
                 settings="single-shot, random draw",
-                query=tuple(self._images(query)),
-                galleries=tuple(_draw(self._images(gallery), trial) for trial in range(trials)),
+                query=tuple(self._test[query]),
+                galleries=tuple(_draw(self._test[gallery], trial) for trial in range(trials)),
             )
             for query, gallery in directions
         ]
+        log_searches(searches, self._name)
+        return searches
 
-    def _read_training(self, modality: Modality) -> list[Sample]:
-        side = _SIDES[modality]
-        path = self.root / "idx" / side.training
-        listed = read_list(path, side.foreign, example=_EXAMPLE)
+    def _path(self, modality: Modality) -> Path:
+        return self.root / "idx" / _SIDES[modality].training
+
+    def _list(self, modality: Modality) -> list[Listed]:
+        path = self._path(modality)
+        listed = read_list(path, _SIDES[modality].foreign, example=_EXAMPLE)
         check_images(self.root, path, listed)
-        return [
-            Sample(self.root / line.place, line.label, _camera_of(line.place), modality) for line in listed
-        ]
+        return listed
+
+    def _numbered(self, side: _Side) -> dict[int, dict[int, Path]]:
+        """The folders of a modality's test images by camera and identity."""
+        self._left_out.add(self.root / side.test, unknown_cameras(self.root / side.test, side.cameras))
+        return {
+            camera: numbered(self.root / side.test / f"cam{camera}", self._left_out)
+            for camera in side.cameras
+        }
+
+    @cached_property
+    def _test(self) -> dict[Modality, list[Sample]]:
+        """The test images by modality, sorted by identity, camera and file name."""
+        # Listed once: each direction and trial takes from the same folders.
+        images = {modality: self._images(modality) for modality in _SIDES}
+        self._left_out.log(self._name)
+        samples = [*images["visible"], *images["infrared"]]
+        path = self.root / "idx" / "test_id.txt"
+        check_identities(path, self.test_identities, {s.identity for s in samples})
+        check_test(samples, self._name)
+        return images
 
     def _images(self, modality: Modality) -> list[Sample]:
-        """The test images of a modality, sorted by identity, camera and file name."""
-        # Listed once: each direction and trial takes from the same folders.
-        if modality not in self._test:
-            self._test[modality] = self._list_images(modality)
-        return self._test[modality]
-
-    def _list_images(self, modality: Modality) -> list[Sample]:
-        side = _SIDES[modality]
-        folders = {camera: _numbered(self.root / side.test / f"cam{camera}") for camera in side.cameras}
+        side, folders = _SIDES[modality], self._folders[modality]
         samples = [
             Sample(folders[camera][identity] / name, identity, camera, modality)
             for identity in self.test_identities
             for camera in side.cameras
             if identity in folders[camera]
-            for name in image_names(folders[camera][identity])
+            for name in images_in(folders[camera][identity], self._left_out)
         ]
         empty = sorted(set(side.cameras) - {s.camera for s in samples})
         if empty:
             raise DatasetError(
-                f"{self.root / side.test / f'cam{empty[0]}'}: expected .jpg images of the identities that "
+                f"{self.root / side.test / f'cam{empty[0]}'}: expected images of the identities that "
                 f"idx/test_id.txt names; found none. Check that idx belongs to these images"
-            )
-        if unseen := sorted(set(self.test_identities) - {s.identity for s in samples}):
-            _log.warning(
-                "%s at %s: %d test identities without images in %s: %s",
-                self.name,
-                self.root,
-                len(unseen),
-                side.test,
-                few(unseen),
             )
         return samples
 
@@ -163,20 +185,6 @@ def _draw(samples: Iterable[Sample], trial: int) -> tuple[Sample, ...]:
     # Not the global generator: the same numbers, without disturbing anybody's stream.
     generator = random.Random(trial)
     return tuple(generator.choice(files) for files in by_place(samples))
-
-
-def _numbered(camera: Path) -> dict[int, Path]:
-    """A camera's folders by the identity that they name."""
-    folders: dict[int, Path] = {}
-    for name in sorted(os.listdir(camera)):
-        if not (name.isascii() and name.isdigit()):
-            continue
-        if int(name) in folders:
-            raise DatasetError(
-                f"{camera}: expected one folder an identity; found {folders[int(name)].name} and {name}"
-            )
-        folders[int(name)] = camera / name
-    return folders
 
 
 def _camera_of(place: PurePosixPath) -> int:

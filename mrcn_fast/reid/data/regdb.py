@@ -7,18 +7,29 @@ Thermal Cameras", Sensors 2017; the ten splits: M. Ye et al., AAAI 2018.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
+from mrcn_fast.reid.data.lists import (
+    Listed,
+    check_apart,
+    check_images,
+    check_people,
+    people_of,
+    read_list,
+)
 from mrcn_fast.reid.data.samples import (
     DatasetError,
     Modality,
     Sample,
     Search,
     TrainingSet,
+    check_test,
+    log_searches,
     pair_modalities,
 )
-from mrcn_fast.reid.data.trees import Listed, check_folders, check_images, entries, few, read_list
+from mrcn_fast.reid.data.trees import check_folders, entries, few
 
 SPLITS: Final = 10
 CAMERA_OF: Final[dict[Modality, int]] = {"visible": 1, "infrared": 2}
@@ -40,8 +51,9 @@ class RegDB:
     ones here. Samples stand in the lists' order.
 
     Raises ValueError for another split; DatasetError, naming the path, the expected and the found, for a
-    missing tree, list or listed image, malformed lines, a list whose images are of the other modality, and an
-    image that is in both training and test.
+    missing tree, list or listed image, malformed lines, a list whose images are of the other modality, lists
+    in which a label is not one person's, an image or a person in both training and test, and a test that
+    nobody of has images of both modalities.
     """
 
     name: ClassVar[str] = "regdb"
@@ -52,21 +64,29 @@ class RegDB:
         self.root = Path(root)
         self.split = split
         check_folders(self.root, ("Visible", "Thermal", "idx"), f"RegDB's tree ({_TREE})")
-        self._training = self._samples("train")
-        self._test = self._samples("test")
+        self._name = f"{self.name} at {self.root}, split {split}"
+        people, samples = {}, {}
+        for part in ("train", "test"):
+            lists = {modality: self._list(part, modality) for modality in CAMERA_OF}
+            check_people({self._path(part, modality): listed for modality, listed in lists.items()})
+            people[part] = set().union(*map(people_of, lists.values()))
+            samples[part] = self._samples(lists)
+        self._training, self._test = samples["train"], samples["test"]
         shared = sorted({s.path for s in self._training} & {s.path for s in self._test})
         if shared:
             raise DatasetError(
                 f"{self.root / 'idx'}: expected training images of split {split} apart from its test images; "
                 f"found {len(shared)} in both: {few(shared, limit=2)}. Copy idx again"
             )
+        check_apart(self.root / "idx", people["train"], people["test"])
+        check_test(self._test, self._name)
 
     def training(self) -> TrainingSet:
         """The training images of the identities that have both modalities.
 
         Identities with one modality only are left out; a warning names and counts them.
         """
-        return pair_modalities(self._training, f"{self.name} at {self.root}, split {self.split}")
+        return pair_modalities(self._training, self._name)
 
     def searches(self) -> list[Search]:
         """Both directions, "visible-to-infrared" first: all test images of one modality in all of the other.
@@ -76,22 +96,27 @@ class RegDB:
         visible, infrared = (
             tuple(s for s in self._test if s.modality == modality) for modality in ("visible", "infrared")
         )
-        return [
+        searches = [
             Search("visible-to-infrared", "regdb", "", visible, (infrared,)),
             Search("infrared-to-visible", "regdb", "", infrared, (visible,)),
         ]
+        log_searches(searches, self._name)
+        return searches
 
-    def _samples(self, part: str) -> list[Sample]:
+    def _samples(self, lists: Mapping[Modality, Sequence[Listed]]) -> list[Sample]:
         return [
-            Sample(self.root / line.place, line.label, camera, modality)
-            for modality, camera in CAMERA_OF.items()
-            for line in self._list(part, modality)
+            Sample(self.root / line.place, line.label, CAMERA_OF[modality], modality)
+            for modality, listed in lists.items()
+            for line in listed
         ]
 
+    def _path(self, part: str, modality: Modality) -> Path:
+        return self.root / "idx" / f"{part}_{_LIST_OF[modality]}_{self.split}.txt"
+
     def _list(self, part: str, modality: Modality) -> list[Listed]:
-        kind = f"{part}_{_LIST_OF[modality]}"
-        path = self.root / "idx" / f"{kind}_{self.split}.txt"
+        path = self._path(part, modality)
         if not path.is_file():
+            kind = path.stem.rpartition("_")[0]
             names = (re.fullmatch(rf"{kind}_(\d+)\.txt", entry.name) for entry in path.parent.iterdir())
             splits = sorted(int(name[1]) for name in names if name)
             found = f"those of splits {few(splits, SPLITS)}" if splits else entries(path.parent)

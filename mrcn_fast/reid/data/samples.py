@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Literal, NamedTuple, Protocol
 
@@ -64,30 +65,89 @@ class PersonDataset(Protocol):
     def searches(self) -> Callable[..., list[Search]]: ...
 
 
+def at_least(least: int, name: str, value: int) -> int:
+    """`value` as an int. ValueError unless it is an integer, of Python or NumPy, from `least` (0 or 1) on."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer; got {value!r}") from None
+    if whole < least:
+        bound = f"be at least {least}" if least else "not be negative"
+        raise ValueError(f"{name} must {bound}; got {value}")
+    return whole
+
+
 def pair_modalities(samples: Iterable[Sample], name: str) -> TrainingSet:
     """The training set of the identities that have both modalities.
 
     Identities with one modality only cannot be paired: they are left out, and a warning names and counts them
-    and their images. `name` names the data set in messages. Raises DatasetError if no identity is left.
+    and their images. What is left is logged as counts. `name` names the data set in messages. Raises
+    DatasetError if no identity is left.
     """
     samples = tuple(samples)
-    by_modality: dict[Modality, set[int]] = {
-        modality: {s.identity for s in samples if s.modality == modality}
-        for modality in ("visible", "infrared")
-    }
+    by_modality = identities_by_modality(samples)
     paired = by_modality["visible"] & by_modality["infrared"]
     _report_unpaired(samples, by_modality, name)
     if not paired:
         raise DatasetError(
-            f"{name}: no training identity has images of both modalities; found "
-            f"{len(by_modality['visible'])} identities with visible and {len(by_modality['infrared'])} with "
-            f"infrared images, none in common; check that the camera folders belong to one data set"
+            f"{name}: no training identity has images of both modalities; found {_counted(by_modality)}, "
+            f"none in common; check that the camera folders belong to one data set"
         )
     kept = [s for s in samples if s.identity in paired]
-    return TrainingSet(
+    training = TrainingSet(
         visible=tuple(s for s in kept if s.modality == "visible"),
         infrared=tuple(s for s in kept if s.modality == "infrared"),
         identities=tuple(sorted(paired)),
+    )
+    _log.info(
+        "%s: training images: %d visible and %d infrared ones of %d identities",
+        *(name, len(training.visible), len(training.infrared), len(training.identities)),
+    )
+    return training
+
+
+def check_test(samples: Iterable[Sample], name: str) -> None:
+    """DatasetError unless some test identity has images of both modalities, and so a match.
+
+    A warning names and counts the identities with images of one modality: searches for them find nobody, or
+    nobody searches for them.
+    """
+    by_modality = identities_by_modality(samples)
+    if not set.intersection(*by_modality.values()):
+        raise DatasetError(
+            f"{name}: expected test identities with images of both modalities; found "
+            f"{_counted(by_modality)}, none in common. Check that lists and images belong together"
+        )
+    for modality, identities in by_modality.items():
+        if missing := sorted(set.union(*by_modality.values()) - identities):
+            _log.warning(
+                "%s: %d test identities without %s images: %s",
+                *(name, len(missing), modality, ", ".join(map(str, missing))),
+            )
+
+
+def log_searches(searches: Iterable[Search], name: str) -> None:
+    """Log how many images the searches of a data set have."""
+    for search in searches:
+        sizes = sorted({len(gallery) for gallery in search.galleries})
+        _log.info(
+            "%s, %s: %d queries of %d identities, galleries: %d of %s images",
+            *(name, search.name, len(search.query), len({s.identity for s in search.query})),
+            *(len(search.galleries), " to ".join(map(str, {sizes[0]: None, sizes[-1]: None}))),
+        )
+
+
+def identities_by_modality(samples: Iterable[Sample]) -> dict[Modality, set[int]]:
+    """The identities that have images of each modality."""
+    found: dict[Modality, set[int]] = {"visible": set(), "infrared": set()}
+    for sample in samples:
+        found[sample.modality].add(sample.identity)
+    return found
+
+
+def _counted(by_modality: Mapping[Modality, set[int]]) -> str:
+    return " and ".join(
+        f"{len(identities)} identities with {modality} images" for modality, identities in by_modality.items()
     )
 
 

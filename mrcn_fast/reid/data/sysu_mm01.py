@@ -5,25 +5,34 @@ A. Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017.
 
 from __future__ import annotations
 
-import os
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Final
+from typing import ClassVar, Final
 
+from mrcn_fast.reid.data.lists import check_apart, check_identities, read_identities
+from mrcn_fast.reid.data.permutations import read_permutations
 from mrcn_fast.reid.data.samples import (
     DatasetError,
-    Modality,
     Sample,
     Search,
     TrainingSet,
+    at_least,
+    check_test,
+    log_searches,
     pair_modalities,
 )
-from mrcn_fast.reid.data.trees import by_place, check_folders, few, image_names, read_identities
-
-if TYPE_CHECKING:
-    import numpy as np
+from mrcn_fast.reid.data.trees import (
+    LeftOut,
+    by_place,
+    check_folders,
+    contents,
+    entries,
+    images_in,
+    numbered,
+    unknown_cameras,
+)
 
 VISIBLE_CAMERAS: Final = (1, 2, 4, 5)
 INFRARED_CAMERAS: Final = (3, 6)
@@ -43,8 +52,12 @@ class SYSUMM01:
     `permutations` is the path of the official gallery draw, rand_perm_cam.mat; by default it is looked for in
     `root` and in `root`/exp when a gallery with draw="official" is asked for.
 
+    Every image of an identity's folders is read, whatever its format; a warning counts what else is in the
+    tree's folders of images.
+
     Raises DatasetError, naming the path, the expected and the found, for a missing tree or exp file,
-    malformed identities, identities in both training and test, and an empty camera.
+    malformed identities, identities in both training and test, an identity without images, and an empty
+    camera.
     """
 
     name: ClassVar[str] = "sysu-mm01"
@@ -52,33 +65,32 @@ class SYSUMM01:
 
     def __init__(self, root: str | Path, *, permutations: str | Path | None = None) -> None:
         self.root = Path(root)
-        self._permutations = None if permutations is None else Path(permutations)
-        self._listed: dict[tuple[int, int], list[Sample]] = {}
+        self._given = None if permutations is None else Path(permutations)
         check_folders(
             self.root, [*(f"cam{camera}" for camera in CAMERAS), "exp"], f"SYSU-MM01's tree ({_TREE})"
         )
-        train, validation, test = (
-            read_identities(self.root / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")
-        )
-        self.training_identities: tuple[int, ...] = tuple(sorted({*train, *validation}))
-        self.test_identities: tuple[int, ...] = tuple(test)
-        shared = sorted(set(self.training_identities) & set(test))
-        if shared:
-            raise DatasetError(
-                f"{self.root / 'exp'}: expected test identities apart from the train and val ones; found "
-                f"{len(shared)} in both: {few(shared)}"
-            )
-        for camera in CAMERAS:
-            self._check_camera(camera)
+        self._name = f"{self.name} at {self.root}"
+        exp = self.root / "exp"
+        lists = {split: read_identities(exp / f"{split}_id.txt") for split in ("train", "val", "test")}
+        self.training_identities: tuple[int, ...] = tuple(sorted({*lists["train"], *lists["val"]}))
+        self.test_identities: tuple[int, ...] = tuple(lists["test"])
+        check_apart(exp, self.training_identities, self.test_identities)
+        self._left_out = LeftOut(self.root)
+        self._left_out.add(self.root, unknown_cameras(self.root, CAMERAS))
+        self._folders = {camera: self._camera(camera) for camera in CAMERAS}
+        self._left_out.log(self._name)
+        for split, identities in lists.items():
+            check_identities(exp / f"{split}_id.txt", identities, set().union(*self._folders.values()))
 
     def training(self) -> TrainingSet:
         """All images of the train and val identities that have both modalities.
 
         Identities with one modality only are left out; a warning names and counts them. Samples are sorted by
-        identity, camera and file name. Raises DatasetError if a camera has no image of these identities.
+        identity, camera and file name. Raises DatasetError if an identity or a camera has no image.
         """
-        samples = self._samples(self.training_identities, CAMERAS, "training")
-        return pair_modalities(samples, f"{self.name} at {self.root}")
+        samples = self._samples(self.training_identities)
+        self._check_cameras(samples, CAMERAS, "training")
+        return pair_modalities(samples, self._name)
 
     def searches(
         self, mode: str = "all", shots: int = 1, draw: str = "random", trials: int = 10
@@ -88,13 +100,12 @@ class SYSUMM01:
         mode "both" gives both, all-search first; the other arguments are `gallery`'s. Raises what `gallery`
         raises, and ValueError for less than one trial.
         """
-        if trials < 1:
-            raise ValueError(f"trials must be at least 1; got {trials}")
+        at_least(1, "trials", trials)
         if mode not in (*GALLERY_CAMERAS, "both"):
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(GALLERY_CAMERAS)}, both")
         query = tuple(self.query())
         settings = f"{'single' if shots == 1 else shots}-shot, {draw} draw"
-        return [
+        searches = [
             Search(
                 name=f"{cameras}-search",
                 protocol="sysu",
@@ -107,10 +118,12 @@ class SYSUMM01:
             )
             for cameras in (GALLERY_CAMERAS if mode == "both" else (mode,))
         ]
+        log_searches(searches, self._name)
+        return searches
 
     def query(self) -> list[Sample]:
         """All infrared images (cameras 3 and 6) of the test identities, by identity, camera and file name."""
-        return self._samples(self.test_identities, INFRARED_CAMERAS, "test")
+        return self._test_images(INFRARED_CAMERAS)
 
     def gallery(
         self, mode: str = "all", *, shots: int = 1, trial: int = 0, draw: str = "random"
@@ -131,14 +144,12 @@ class SYSUMM01:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(GALLERY_CAMERAS)}")
         if draw not in DRAWS:
             raise ValueError(f"unknown draw {draw!r}; known: {', '.join(DRAWS)}")
-        if shots < 1 or trial < 0:
-            raise ValueError(
-                f"shots must be at least 1 and trial at least 0; got shots={shots}, trial={trial}"
-            )
+        at_least(1, "shots", shots)
+        at_least(0, "trial", trial)
         # Not the global generator: the same numbers, without disturbing anybody's stream.
         generator = random.Random(trial)
         gallery: list[Sample] = []
-        for files in by_place(self._samples(self.test_identities, GALLERY_CAMERAS[mode], "test")):
+        for files in by_place(self._test_images(GALLERY_CAMERAS[mode])):
             if draw == "official":
                 gallery += self._official_draw(files, shots, trial)
             elif shots == 1:
@@ -148,33 +159,25 @@ class SYSUMM01:
         return gallery
 
     def _official_draw(self, files: Sequence[Sample], shots: int, trial: int) -> list[Sample]:
-        identity, camera = files[0].identity, files[0].camera
-        path, cameras = self._official_permutations
-        per_identity = cameras[camera - 1, 0]
-        rows = per_identity[identity - 1, 0] if identity <= per_identity.shape[0] else None
-        if rows is None or rows.ndim != 2 or rows.shape[1] != len(files):
-            found = 0 if rows is None or rows.ndim != 2 else rows.shape[1]
+        path, permutations = self._permutations
+        rows = permutations.get((files[0].identity, files[0].camera), ())
+        places = len(rows[0]) if len(rows) else 0
+        if places != len(files):
             raise DatasetError(
                 f"{path}: expected permutations of the {len(files)} images in {files[0].path.parent}; found "
-                f"{found} places. It belongs to another tree, or files are missing: use draw='random' or "
+                f"{places} places. It belongs to another tree, or files are missing: use draw='random' or "
                 f"copy the data set again"
             )
-        if trial >= rows.shape[0]:
-            raise ValueError(
-                f"trial must be below {rows.shape[0]}, the number of draws in {path}; got {trial}"
-            )
-        return [files[place - 1] for place in rows[trial, :shots].tolist()]
+        if trial >= len(rows):
+            raise ValueError(f"trial must be below {len(rows)}, the number of draws in {path}; got {trial}")
+        return [files[place - 1] for place in rows[trial][:shots]]
 
     @cached_property
-    def _official_permutations(self) -> tuple[Path, np.ndarray]:
-        """The path of rand_perm_cam.mat; its cells: [camera - 1, 0][identity - 1, 0] is (trials, images)."""
-        # scipy is needed by this draw only.
-        from scipy.io import loadmat
-        from scipy.io.matlab import MatReadError
-
+    def _permutations(self) -> tuple[Path, Mapping[tuple[int, int], Sequence[Sequence[int]]]]:
+        """The path of rand_perm_cam.mat, and its permutations by identity and camera, one a trial."""
         places = [self.root / PERMUTATIONS, self.root / "exp" / PERMUTATIONS]
-        if self._permutations is not None:
-            places = [self._permutations]
+        if self._given is not None:
+            places = [self._given]
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             raise DatasetError(
@@ -182,45 +185,52 @@ class SYSUMM01:
                 f"evaluation code) here{'' if len(places) == 1 else f' or in {places[1].parent}'}; found no "
                 f"such file. Give its path, or use draw='random', whose scores are not the same number"
             )
-        try:
-            cells = loadmat(path)["rand_perm_cam"]
-        except (OSError, ValueError, KeyError, NotImplementedError, TypeError, MatReadError) as error:
-            raise DatasetError(
-                f"{path}: expected a MATLAB file with the cell array rand_perm_cam; found: {error!r}"
-            ) from error
-        if cells.dtype != object or cells.shape != (len(CAMERAS), 1):
-            raise DatasetError(
-                f"{path}: expected rand_perm_cam as {len(CAMERAS)} x 1 cells, one a camera; found "
-                f"{cells.dtype} {cells.shape}"
-            )
-        return path, cells
+        return path, read_permutations(path, len(CAMERAS))
 
-    def _samples(self, identities: Iterable[int], cameras: Sequence[int], split: str) -> list[Sample]:
-        """The images of these identities and cameras, sorted by identity, camera and file name."""
-        samples = [s for identity in identities for camera in cameras for s in self._files(identity, camera)]
-        empty = sorted(set(cameras) - {s.camera for s in samples})
-        if empty:
-            raise DatasetError(
-                f"{self.root / f'cam{empty[0]}'}: expected .jpg images of the {split} identities that exp "
-                f"names; found none. Check that exp belongs to these images"
-            )
+    @cached_property
+    def _test(self) -> list[Sample]:
+        """All images of the test identities, by identity, camera and file name."""
+        # Listed once: ten trials draw from the same folders, and network disks are slow to list.
+        samples = self._samples(self.test_identities)
+        check_test(samples, self._name)
         return samples
 
-    def _files(self, identity: int, camera: int) -> list[Sample]:
-        # Listed once: ten trials draw from the same folders, and network disks are slow to list.
-        if (identity, camera) not in self._listed:
-            self._listed[identity, camera] = self._list_files(identity, camera)
-        return self._listed[identity, camera]
+    def _test_images(self, cameras: Sequence[int]) -> list[Sample]:
+        samples = [sample for sample in self._test if sample.camera in cameras]
+        self._check_cameras(samples, cameras, "test")
+        return samples
 
-    def _list_files(self, identity: int, camera: int) -> list[Sample]:
-        folder = self.root / f"cam{camera}" / f"{identity:04d}"
-        modality: Modality = "visible" if camera in VISIBLE_CAMERAS else "infrared"
-        return [Sample(folder / name, identity, camera, modality) for name in image_names(folder)]
-
-    def _check_camera(self, camera: int) -> None:
-        folder = self.root / f"cam{camera}"
-        if not any(image_names(folder / entry) for entry in os.listdir(folder)):
-            raise DatasetError(
-                f"{folder}: expected folders 0001, 0002, ... of .jpg images; found an empty camera "
-                f"({len(os.listdir(folder))} entries, none with images)"
+    def _samples(self, identities: Sequence[int]) -> list[Sample]:
+        """The images of these identities, sorted by identity, camera and file name."""
+        samples = [
+            Sample(
+                self._folders[camera][identity] / name,
+                identity,
+                camera,
+                "visible" if camera in VISIBLE_CAMERAS else "infrared",
             )
+            for identity in identities
+            for camera in CAMERAS
+            if identity in self._folders[camera]
+            for name in images_in(self._folders[camera][identity], self._left_out)
+        ]
+        self._left_out.log(self._name)
+        check_identities(self.root / "exp", identities, {s.identity for s in samples})
+        return samples
+
+    def _check_cameras(self, samples: Iterable[Sample], cameras: Iterable[int], split: str) -> None:
+        if empty := sorted(set(cameras) - {s.camera for s in samples}):
+            raise DatasetError(
+                f"{self.root / f'cam{empty[0]}'}: expected images of the {split} identities that exp names; "
+                f"found none. Check that exp belongs to these images"
+            )
+
+    def _camera(self, camera: int) -> dict[int, Path]:
+        """A camera's folders by identity, at least one of them with images."""
+        path = self.root / f"cam{camera}"
+        folders = numbered(path, self._left_out)
+        if not any(contents(folder).images for folder in folders.values()):
+            raise DatasetError(
+                f"{path}: expected folders 0001, 0002, ... of images; found an empty camera: {entries(path)}"
+            )
+        return folders

@@ -1,21 +1,53 @@
-"""Reading the published trees: folders, images, lists of images, lists of identities; and what they lack."""
+"""Reading the folders of the published trees: their images, what they lack, and what is left out."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
 
+from mrcn_fast.reid.data.formats import SUFFIXES, is_image
 from mrcn_fast.reid.data.samples import DatasetError, Sample
 
+# Digits of a label or an identity: numbers of that size fit every integer type that holds them later.
+_DIGITS: Final = 9
 
-class Listed(NamedTuple):
-    """One line of a list of images: its number from 1, the image's place below the root, and its label."""
+_log = logging.getLogger(__name__)
 
-    line: int
-    place: PurePosixPath
-    label: int
+
+class Content(NamedTuple):
+    """The names in a folder, sorted: its images, its folders, and everything else."""
+
+    images: list[str]
+    folders: list[str]
+    others: list[str]
+
+
+class LeftOut:
+    """What a tree holds and its reader doesn't read: collected by path, then logged once."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._paths: list[Path] = []
+
+    def add(self, folder: Path, names: Iterable[str]) -> None:
+        """Take in the entries `names` of `folder`."""
+        self._paths += [folder / name for name in names]
+
+    def log(self, dataset: str) -> None:
+        """Log the number of entries since the last call and the first of them, if there are any."""
+        if self._paths:
+            _log.warning(
+                "%s: left out %d entries that are neither images (%s) nor folders of this layout: %s",
+                dataset,
+                len(self._paths),
+                ", ".join(SUFFIXES),
+                few([path.relative_to(self._root).as_posix() for path in self._paths]),
+            )
+        self._paths.clear()
 
 
 def few(values: Sequence[object], limit: int = 8) -> str:
@@ -38,12 +70,79 @@ def check_folders(root: Path, folders: Iterable[str], tree: str) -> None:
         raise DatasetError(f"{root}: expected {tree}; found no {few(missing)}, but {entries(root)}")
 
 
-def image_names(folder: Path) -> list[str]:
-    """The sorted names of the .jpg files; a person whom the camera has not seen has no folder, hence none."""
-    if not folder.is_dir():
-        return []
-    # Hidden names are what archivers leave beside the images.
-    return sorted(n for n in os.listdir(folder) if n.lower().endswith(".jpg") and not n.startswith("."))
+def contents(folder: Path) -> Content:
+    """What is in `folder`. Raises DatasetError where it can't be listed."""
+    found = Content([], [], [])
+    try:
+        with os.scandir(folder) as listing:
+            listed = sorted(listing, key=lambda entry: entry.name)
+    except OSError as error:
+        raise DatasetError(
+            f"{folder}: expected a folder that can be listed; found: {error.strerror}"
+        ) from error
+    for entry in listed:
+        if entry.name.startswith("."):
+            found.others.append(entry.name)
+        elif is_image(entry.name) and _is_file(entry):
+            found.images.append(entry.name)
+        elif _is_folder(entry):
+            found.folders.append(entry.name)
+        else:
+            found.others.append(entry.name)
+    return found
+
+
+def images_in(folder: Path, left_out: LeftOut) -> list[str]:
+    """The sorted names of the images in a person's folder.
+
+    Everything else in it is added to `left_out`. Raises DatasetError for two files whose names differ in
+    their suffix only: they would be one picture twice.
+    """
+    found = contents(folder)
+    left_out.add(folder, found.folders + found.others)
+    count = Counter(map(stem, found.images))
+    if twins := [name for name in found.images if count[stem(name)] > 1]:
+        raise DatasetError(
+            f"{folder / twins[0]}: expected one image of a name; found {twins[0]} and {twins[1]}, which "
+            f"would be one picture twice. Remove one of them"
+        )
+    return found.images
+
+
+def numbered(camera: Path, left_out: LeftOut) -> dict[int, Path]:
+    """The folders of `camera` by the identity that their names give; everything else goes to `left_out`.
+
+    Raises DatasetError where two folders have one number, such as 0012 and 12.
+    """
+    found = contents(camera)
+    left_out.add(camera, found.images + found.others)
+    folders: dict[int, Path] = {}
+    for name in found.folders:
+        if not is_number(name):
+            left_out.add(camera, [name])
+        elif int(name) in folders:
+            raise DatasetError(
+                f"{camera}: expected one folder an identity; found {folders[int(name)].name} and {name}"
+            )
+        else:
+            folders[int(name)] = camera / name
+    return folders
+
+
+def unknown_cameras(folder: Path, cameras: Iterable[int]) -> list[str]:
+    """The folders in `folder` that are named as cameras are, and are none of `cameras`."""
+    known = {f"cam{camera}" for camera in cameras}
+    return [name for name in contents(folder).folders if name.lower().startswith("cam") and name not in known]
+
+
+def is_number(word: str) -> bool:
+    """Whether a label, an identity or the name of a person's folder is a number from 0."""
+    return word.isascii() and word.isdigit() and len(word) <= _DIGITS
+
+
+def stem(name: str) -> str:
+    """A file's name without its suffix."""
+    return os.path.splitext(name)[0]
 
 
 def by_place(samples: Iterable[Sample]) -> list[list[Sample]]:
@@ -54,98 +153,13 @@ def by_place(samples: Iterable[Sample]) -> list[list[Sample]]:
     return list(places.values())
 
 
-def read_identities(path: Path) -> list[int]:
-    """The sorted identities of a file of one line of comma-separated numbers from 1."""
-    expected = "one line of comma-separated identities such as 6,10,17"
-    lines = [line for line in _read(path, expected).splitlines() if line.strip()]
-    if len(lines) != 1:
-        raise DatasetError(f"{path}: expected {expected}; found {len(lines)} lines that are not blank")
-    identities: set[int] = set()
-    for field in lines[0].split(","):
-        word = field.strip()
-        if not (_is_number(word) and int(word) > 0):
-            raise DatasetError(f"{path}: expected {expected}; found {word!r} among them")
-        identities.add(int(word))
-    return sorted(identities)
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file. A link to nowhere counts as one that can't be read."""
+    if entry.is_symlink() and not os.path.exists(entry.path):
+        return True
+    return entry.is_file()
 
 
-def read_list(path: Path, foreign: Collection[str], *, example: str) -> list[Listed]:
-    """The images of a list, one a line: its place below the data set's root, a space, a label from 0.
-
-    The place may hold spaces, and backslashes for slashes. `foreign` are the folders (in lower case) in which
-    no image of this list lies: those of the other modality, where a list of it would be taken for this one;
-    `example` is a line as it should be. Raises DatasetError with the line's number for anything else, and for
-    one image with two labels or a list without images.
-    """
-    expected = f"lines such as {example!r}"
-    listed: list[Listed] = []
-    labels: dict[PurePosixPath, int] = {}
-    for number, line in enumerate(_read(path, expected).split("\n"), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, line {number}"
-        found = _parse(line)
-        if found is None:
-            raise DatasetError(f"{where}: expected {expected}; found {line.strip()!r}")
-        place, label = found
-        strange = next((part for part in place.parts[:-1] if part.lower() in foreign), None)
-        if strange is not None:
-            raise DatasetError(
-                f"{where}: expected no image of {strange} in this list; found {line.strip()!r}. Lists of "
-                f"visible and infrared, or of training and test, are interchanged: copy idx again"
-            )
-        if labels.setdefault(place, label) != label:
-            raise DatasetError(
-                f"{where}: expected one label for an image; found {label}, and {labels[place]} in an earlier "
-                f"line, for {place}"
-            )
-        listed.append(Listed(number, place, label))
-    if not listed:
-        raise DatasetError(f"{path}: expected {expected}; found an empty list")
-    return listed
-
-
-def check_images(root: Path, path: Path, listed: Iterable[Listed]) -> None:
-    """DatasetError if an image that the list at `path` names isn't below `root`."""
-    # Folders are listed once: asking for each image takes minutes on a network disk.
-    there: dict[PurePosixPath, set[str]] = {}
-    missing = []
-    for line in listed:
-        folder = line.place.parent
-        if folder not in there:
-            there[folder] = set(os.listdir(root / folder)) if (root / folder).is_dir() else set()
-        # Where case doesn't matter to the disk, it does in its listing.
-        if line.place.name not in there[folder] and not (root / line.place).is_file():
-            missing.append(line)
-    if missing:
-        raise DatasetError(
-            f"{root / missing[0].place}: expected this image, which {path} names in line {missing[0].line}; "
-            f"found no such file. {len(missing)} of the list's images are missing: copy the data set again"
-        )
-
-
-def _parse(line: str) -> tuple[PurePosixPath, int] | None:
-    words = line.strip().rsplit(maxsplit=1)
-    if len(words) != 2 or not _is_number(words[1]):
-        return None
-    place = PurePosixPath(words[0].replace("\\", "/"))
-    # All that a list names lies below the data set's root.
-    if place.is_absolute() or ".." in place.parts or not place.parts:
-        return None
-    return place, int(words[1])
-
-
-def _is_number(word: str) -> bool:
-    return word.isascii() and word.isdigit()
-
-
-def _read(path: Path, expected: str) -> str:
-    try:
-        # Some editors put a byte order mark in front.
-        return path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise DatasetError(
-            f"{path}: expected {expected}; found no such file, but {entries(path.parent)}"
-        ) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DatasetError(f"{path}: expected {expected}; found: {error}") from error
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    # A link in a circle makes the entry's own method raise.
+    return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()
