@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
+import random
+import struct
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 
 from mrcn_fast.reid.data import DatasetError, PersonImages, Sample
-from mrcn_fast.reid.data.images import FILTERS, readable
+from mrcn_fast.reid.data.formats import FORMATS
+from mrcn_fast.reid.data.images import FILTERS, check_left, readable
 
 SIZE = (24, 10)
 
@@ -24,6 +30,16 @@ def picture(seed: int = 0) -> Image.Image:
 
 def sample(path: Path, modality: Any = "visible") -> Sample:
     return Sample(path, 7, 3, modality)
+
+
+def read(path: Path, size: tuple[int, int] = SIZE) -> torch.Tensor:
+    return PersonImages([sample(path)], size)[0]
+
+
+def expected(image: Image.Image, size: tuple[int, int] = SIZE) -> torch.Tensor:
+    """The pixels of an RGB image as PersonImages gives them."""
+    resized = image.resize((size[1], size[0]), Image.Resampling.LANCZOS)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 @pytest.fixture
@@ -41,7 +57,13 @@ def tree(tmp_path: Path) -> list[Sample]:
 
 
 @pytest.mark.parametrize("filter", FILTERS)
-@pytest.mark.parametrize(("mode", "suffix"), [("RGB", "jpg"), ("L", "jpg"), ("P", "png"), ("RGBA", "png")])
+@pytest.mark.parametrize(
+    ("mode", "suffix"),
+    [
+        ("RGB", "jpg"), ("L", "jpg"), ("CMYK", "jpg"), ("P", "png"), ("RGBA", "png"), ("LA", "png"),
+        ("1", "png"), ("P", "bmp"), ("1", "bmp"), ("CMYK", "tiff"), ("YCbCr", "tiff"), ("L", "pgm"),
+    ],
+)  # fmt: skip
 def test_pixels_are_pillows(filter: str, mode: str, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"image.{suffix}"
     picture().convert(mode).save(path)
@@ -131,3 +153,158 @@ def test_more_than_8_bits_are_refused(mode: str, dtype: type, tmp_path: Path) ->
     with pytest.raises(DatasetError, match=rf"^\S+deep.tiff: expected 8 bits a channel; .* mode {mode}"):
         PersonImages([sample(path)], SIZE)[0]
     assert readable([sample(path)]) == ([], [sample(path)])
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
+def test_an_image_is_seen_upright(suffix: str, orientation: int, tmp_path: Path) -> None:
+    """0 and 9 are no orientations."""
+    path = tmp_path / f"turned.{suffix}"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    picture().save(path, exif=exif)
+    with Image.open(path) as file:
+        upright = ImageOps.exif_transpose(file)
+    assert upright.size == ((61, 33) if 5 <= orientation <= 8 else (33, 61))
+    assert torch.equal(read(path), expected(upright.convert("RGB")))
+
+
+def test_an_orientation_that_cant_be_read_turns_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "odd.jpg"
+    picture().save(path, exif=b"Exif\0\0MM\xff* no EXIF data")
+    with Image.open(path) as file:
+        assert torch.equal(read(path), expected(file.convert("RGB")))
+
+
+def test_the_content_decides_about_the_format(tmp_path: Path) -> None:
+    picture().save(tmp_path / "image.png")
+    (tmp_path / "image.png").rename(tmp_path / "image.bmp")
+    assert torch.equal(read(tmp_path / "image.bmp"), expected(picture()))
+
+
+def test_other_programs_are_never_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*arguments: Any, **more: Any) -> None:
+        pytest.fail("Ghostscript was asked")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    path = tmp_path / "image.bmp"
+    picture().save(path, "EPS")
+    with pytest.raises(
+        DatasetError, match=r"image.bmp: .* found: content of none of the formats JPEG, PNG, "
+    ):
+        read(path)
+
+
+def test_a_file_of_no_bytes(tmp_path: Path) -> None:
+    (tmp_path / "empty.jpg").touch()
+    with pytest.raises(DatasetError, match=r"empty.jpg: .* found: an empty file. Copy"):
+        read(tmp_path / "empty.jpg")
+
+
+def test_a_bomb_is_refused_before_it_is_decoded(tmp_path: Path) -> None:
+    """40,000 x 40,000 pixels in a few bytes."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", 40000, 40000, 8, 2, 0, 0, 0)
+    path = tmp_path / "bomb.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(99))))
+    with pytest.raises(
+        DatasetError, match=r"bomb.png: .* found: more pixels than a person's picture can have"
+    ):
+        read(path)
+    assert readable([sample(path)]) == ([], [sample(path)])
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "tiff"])
+def test_more_than_one_picture_is_refused(suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f"several.{suffix}"
+    picture().save(path, save_all=True, append_images=[picture(1)])
+    with pytest.raises(DatasetError, match=r"several.\w+: expected one picture in the file; found several"):
+        read(path)
+    assert readable([sample(path)]) == ([], [sample(path)])
+
+
+def test_previews_behind_a_picture_do_no_harm(tmp_path: Path) -> None:
+    """As phones store them."""
+    path = tmp_path / "photo.jpg"
+    picture().save(path, "MPO", save_all=True, append_images=[picture(1).resize((8, 8))])
+    with Image.open(path) as file:
+        assert (file.format, getattr(file, "n_frames", 1)) == ("MPO", 2)
+        assert torch.equal(read(path), expected(file.convert("RGB")))
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "webp")])
+def test_transparent_pixels_are_refused(mode: str, suffix: str, tmp_path: Path) -> None:
+    """What colour they have nobody has ever seen."""
+    path = tmp_path / f"transparent.{suffix}"
+    image = picture().convert(mode)
+    if mode == "P":
+        image.save(path, transparency=image.getpixel((3, 4)))
+    else:
+        image.putpixel((3, 4), (*([9] * (len(mode) - 1)), 128))
+        image.save(path, lossless=True)
+    with pytest.raises(DatasetError, match=r"transparent.\w+: expected an opaque image; found transparent"):
+        read(path)
+    assert readable([sample(path)]) == ([], [sample(path)])
+
+
+@pytest.mark.filterwarnings("ignore")  # Pillow's about odd tags
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_damaged_file_gives_pixels_or_a_dataset_error(format: str, tmp_path: Path) -> None:
+    content = io.BytesIO()
+    exif = {"exif": Image.Exif()} if format in ("JPEG", "PNG", "TIFF", "WEBP") else {}
+    picture().save(content, format, **exif)
+    whole, generator = content.getvalue(), random.Random(0)
+    path, damaged = tmp_path / "image", 0
+    for _ in range(150):
+        broken = bytearray(whole)
+        for _ in range(generator.choice((1, 2, 8))):
+            broken[generator.randrange(generator.choice((100, len(broken))))] = generator.randrange(256)
+        path.write_bytes(broken[: generator.randrange(len(broken))] if generator.random() < 0.3 else broken)
+        try:
+            assert read(path).shape == (3, *SIZE)
+        except DatasetError as error:
+            damaged += 1
+            assert str(error).startswith(f"{path}: expected ")
+    assert damaged > 20
+
+
+def test_what_is_left_must_be_enough(tmp_path: Path) -> None:
+    visible, infrared = (
+        [Sample(tmp_path / f"{modality}{i}.jpg", i, 1, modality) for i in range(4)]
+        for modality in ("visible", "infrared")
+    )
+    check_left([], [], "test")
+    check_left(visible[:1] + infrared[:1], visible[1:] + infrared[1:], "test")
+    with pytest.raises(
+        DatasetError,
+        match=r"infrared0.jpg: this image can't be read, and .* no test identity has images of both "
+        r"modalities; no infrared image is left. Left out were 1 of 4 visible images, 4 of 4 infrared images",
+    ):
+        check_left(visible[1:], infrared + visible[:1], "test")
+    with pytest.raises(DatasetError, match=r"no training identity has images of both modalities. Left out"):
+        check_left(visible[:2] + infrared[2:], visible[2:] + infrared[:2], "training")
+    with pytest.raises(
+        DatasetError, match=r"a batch needs 3 distinct identities; got 2. Left out were 2 of 4"
+    ):
+        check_left(visible[2:] + infrared, visible[:2], "training", identities=3)
+
+
+@pytest.mark.parametrize("size", [(48.5, 24), (float("nan"), 24), ("48", "24"), (48,), (0, 24)])
+def test_a_size_is_whole_pixels(size: Any) -> None:
+    with pytest.raises(
+        ValueError, match=r"image_size must be \(height, width\) of at least 1 pixel each; got"
+    ):
+        PersonImages([], size)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / os.fsdecode(b"\xe4\xff.png")
+    picture().save(path)
+    assert torch.equal(read(path), expected(picture()))
+    path.write_bytes(b"")
+    assert readable([sample(path)], workers=1) == ([], [sample(path)])
+    assert "\udcff.png: expected a readable image" in caplog.messages[0]

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import operator
+import os
+import struct
+import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Final, TypeVar
+from collections.abc import Sequence
+from typing import Final
 
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from mrcn_fast.reid.data.formats import FORMATS
 from mrcn_fast.reid.data.loading import Batches
-from mrcn_fast.reid.data.samples import DatasetError, Sample
+from mrcn_fast.reid.data.samples import DatasetError, Sample, identities_by_modality
 
 # Pillow's filters, by name. The field's preprocessing asks for ANTIALIAS, as lanczos was called once.
 FILTERS: Final = ("bilinear", "bicubic", "lanczos")
@@ -21,26 +26,45 @@ FILTERS: Final = ("bilinear", "bicubic", "lanczos")
 _NAMED: Final = 20
 # Images that a process checks at a time.
 _CHECKED: Final = 64
-# Pillow's decoders raise SyntaxError and ValueError besides OSError on damaged files.
-_DAMAGED: Final = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+# What Pillow raises on damaged files: the first row, and bombs, were seen; the others are of the same kinds.
+_DAMAGED: Final = (
+    OSError, SyntaxError, ValueError, TypeError, AttributeError, struct.error,
+    EOFError, LookupError, ArithmeticError, zlib.error,
+    Image.DecompressionBombError, Image.DecompressionBombWarning,
+)  # fmt: skip
+# What makes an image upright, by its EXIF orientation; 1 is upright.
+_TURNS: Final = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 _log = logging.getLogger(__name__)
-Result = TypeVar("Result")
 
 
 class PersonImages(Dataset[torch.Tensor]):
     """The images of `samples`, in order, converted to RGB and resized to `image_size` = (height, width).
 
-    `images[i]` is a uint8 (3, height, width) tensor; `filter` is one of FILTERS. Augmentation and
-    normalisation act later, on whole batches (`Augmentation`, `normalize`). Raises ValueError for a size or
-    filter that there is not, DatasetError naming the file where an image cannot be read or has more than 8
-    bits a channel.
+    `images[i]` is a uint8 (3, height, width) tensor; `filter` is one of FILTERS. An image is turned upright
+    first, where its EXIF orientation says that it isn't. Augmentation and normalisation act later, on whole
+    batches (`Augmentation`, `normalize`).
+
+    Raises ValueError for a size or filter that there is not. Raises DatasetError naming the file where an
+    image can't be read, is of no format of `formats.FORMATS`, has more than 8 bits a channel, shows more than
+    one picture, or is transparent somewhere.
     """
 
     def __init__(
         self, samples: Sequence[Sample], image_size: tuple[int, int], *, filter: str = "lanczos"
     ) -> None:
-        height, width = image_size
+        try:
+            height, width = map(operator.index, image_size)
+        except (TypeError, ValueError):
+            height = width = 0
         if height < 1 or width < 1:
             raise ValueError(f"image_size must be (height, width) of at least 1 pixel each; got {image_size}")
         if filter not in FILTERS:
@@ -53,13 +77,9 @@ class PersonImages(Dataset[torch.Tensor]):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        return _opened(self.samples[index], self._tensor)
-
-    def _tensor(self, image: Image.Image) -> torch.Tensor:
+        image = _decoded(self.samples[index])
         height, width = self.image_size
         # A grey image is resized once, not thrice: its channels are equal, and resizing keeps them so.
-        if image.mode not in ("L", "RGB"):
-            image = image.convert("RGB")
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling[self.filter.upper()])
         # Channel by channel Pillow copies out twice as fast as it makes the array that is then permuted.
@@ -96,6 +116,30 @@ def readable(samples: Sequence[Sample], *, workers: int = 0) -> tuple[list[Sampl
     return kept, unreadable
 
 
+def check_left(
+    kept: Sequence[Sample], unreadable: Sequence[Sample], part: str, *, identities: int = 1
+) -> None:
+    """DatasetError where leaving out `unreadable` images leaves too little.
+
+    At least `identities` must have images of both modalities among `kept`. part: "training" or "test", for
+    the message, which names an image and counts all. Without unreadable images nothing is checked.
+    """
+    left = identities_by_modality(kept)
+    paired = left["visible"] & left["infrared"]
+    if not unreadable or len(paired) >= identities:
+        return
+    lost, still = (Counter(sample.modality for sample in samples) for samples in (unreadable, kept))
+    counts = ", ".join(f"{lost[m]} of {lost[m] + still[m]} {m} images" for m in left if lost[m])
+    lacking = f"a batch needs {identities} distinct identities; got {len(paired)}"
+    if not paired:
+        gone = [f"no {modality} image is left" for modality, found in left.items() if not found]
+        lacking = "; ".join([f"no {part} identity has images of both modalities", *gone])
+    raise DatasetError(
+        f"{unreadable[0].path}: this image can't be read, and without those that can't, {lacking}. Left out "
+        f"were {counts}: copy them from the data set again"
+    )
+
+
 class _Reasons(Dataset[str | None]):
     """Why a sample's image can't be read; None where it can."""
 
@@ -107,27 +151,76 @@ class _Reasons(Dataset[str | None]):
 
     def __getitem__(self, index: int) -> str | None:
         try:
-            _opened(self.samples[index], lambda image: image.load())
+            _decoded(self.samples[index])
         except DatasetError as error:
             return str(error)
         return None
 
 
-def _opened(sample: Sample, use: Callable[[Image.Image], Result]) -> Result:
-    """What `use` makes of the sample's image; DatasetError naming the file where it can't be decoded."""
+def _decoded(sample: Sample) -> Image.Image:
+    """The sample's image, upright, in Pillow's mode L or RGB; DatasetError where it can't be made."""
     try:
-        with Image.open(sample.path) as image:
-            # Pillow cuts such values off at 255, and nothing says which of them is white.
-            if image.mode.startswith(("I", "F")):
-                raise DatasetError(
-                    f"{sample.path}: expected 8 bits a channel; found Pillow's mode {image.mode}. Scale the "
-                    "data set's images to 8 bits first"
-                )
-            return use(image)
-    except DatasetError:
-        raise
+        with Image.open(sample.path, formats=FORMATS) as image:
+            refusal = _refusal(image)
+            if refusal is None:
+                image.load()
+                upright = _upright(image)
+                refusal = _transparency(upright)
+            if refusal is None:
+                return upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
     except _DAMAGED as error:
         raise DatasetError(
             f"{sample.path}: expected a readable image of identity {sample.identity}, camera "
-            f"{sample.camera}; found: {error}. Copy the file from the data set again"
+            f"{sample.camera}; found: {_reason(sample, error)}. Copy the file from the data set again"
         ) from error
+    raise DatasetError(f"{sample.path}: {refusal}")
+
+
+def _refusal(image: Image.Image) -> str | None:
+    """Why an image that is not decoded yet can't be converted rightly; None where it can."""
+    # Pillow cuts such values off at 255, and nothing says which of them is white.
+    if image.mode.startswith(("I", "F")):
+        return (
+            f"expected 8 bits a channel; found Pillow's mode {image.mode}. Scale the data set's images to 8 "
+            f"bits first"
+        )
+    # Phones store previews behind the picture (MPO): the first is the one that is meant.
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        return f"expected one picture in the file; found several ({image.format}). Keep the one that is meant"
+    return None
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A decoded image turned as its EXIF orientation asks."""
+    # Not ImageOps.exif_transpose: it writes the EXIF data anew, too, and fails where a camera's are odd.
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except _DAMAGED:
+        # Viewers show such an image as it is stored.
+        return image
+    return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
+
+
+def _transparency(image: Image.Image) -> str | None:
+    """Why an image isn't used for its transparency; None where every pixel is opaque."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return None
+    least, _ = image.convert("RGBA").getchannel("A").getextrema()
+    if least == 255:
+        return None
+    return (
+        "expected an opaque image; found transparent pixels, whose colour is arbitrary. Put it before a "
+        "background first"
+    )
+
+
+def _reason(sample: Sample, error: BaseException) -> str:
+    """What is wrong with a file that can't be decoded."""
+    if isinstance(error, UnidentifiedImageError):
+        empty = os.path.getsize(sample.path) == 0
+        return "an empty file" if empty else f"content of none of the formats {', '.join(FORMATS)}"
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        return f"more pixels than a person's picture can have: {error}"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return f"damaged data: {error}"
