@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import pickle
@@ -180,19 +181,62 @@ def test_sizes_filters_and_names_stand_beside_each_other(
     assert builds(caplog) == len(left(tmp_path / "cache")) == 5
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "other"])
+DAMAGES = ["cut", "empty", "longer", "other", "zip", "pickle", "text", "header", "bit", "zeros", "another"]
+
+
+def damaged(whole: bytes, damage: str) -> bytes:
+    """The content of a cache's file, made into something else."""
+    file = io.BytesIO()
+    if damage == "other":
+        np.save(file, np.zeros((40, 3, *SIZE), dtype=np.int8))
+    elif damage == "another":
+        np.save(file, np.zeros((40, 3, *SIZE), dtype=np.uint8))
+    elif damage == "zip":
+        np.savez(file, np.zeros((40, 3, *SIZE), dtype=np.uint8))
+    elif damage == "pickle":
+        pickle.dump([1, 2, 3], file)
+    flipped = bytes([whole[5000] ^ 16])
+    return (
+        file.getvalue()
+        or {
+            "cut": whole[:-1],
+            "empty": b"",
+            "longer": whole + b"1",
+            "text": b"no cache\n",
+            # numpy's own reader ends on it with an error of the tokenizer.
+            "header": whole[:40] + b"(" + whole[41:],
+            "bit": whole[:5000] + flipped + whole[5001:],
+            "zeros": whole[:128] + bytes(len(whole) - 128),
+        }[damage]
+    )
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_rebuilt(
     damage: str, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = opened(samples, tmp_path / "cache").path
     whole = path.read_bytes()
-    if damage == "other":
-        np.save(path, np.zeros((40, 3, *SIZE), dtype=np.int8))
-    else:
-        path.write_bytes(whole[:-1] if damage == "cut" else b"")
+    path.write_bytes(damaged(whole, damage))
+    caplog.clear()
     opened(samples, tmp_path / "cache")
-    assert builds(caplog) == 2
+    assert caplog.messages[0].startswith(f"Cache of tree: {path} is made anew; found: ")
+    assert builds(caplog) == 1
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("bit", "zeros")])
+def test_a_file_that_was_replaced_is_refused_by_name(
+    damage: str, samples: list[Sample], tmp_path: Path
+) -> None:
+    """By a process that maps it when the run has long begun."""
+    images = opened(samples, tmp_path / "cache")
+    content = pickle.dumps(images)
+    images.path.write_bytes(damaged(images.path.read_bytes(), damage))
+    with pytest.raises(
+        DatasetError, match=rf"{images.path.name}: expected the cache of 40 images; found: not "
+    ):
+        pickle.loads(content)[0]
 
 
 def test_no_images_are_a_cache_too(tmp_path: Path) -> None:
@@ -318,3 +362,20 @@ def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < end
         time.sleep(0.01)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_need_not_be_utf8(samples: list[Sample], tmp_path: Path) -> None:
+    path = samples[0].path.with_name(os.fsdecode(b"\xe4\xff.png"))
+    samples[0].path.rename(path)
+    samples[0] = samples[0]._replace(path=path)
+    assert torch.equal(opened(samples, tmp_path / "cache")[0], PersonImages(samples, SIZE)[0])
+
+
+def test_an_image_is_kept_upright(samples: list[Sample], tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(samples[0].path) as file:
+        file.load()
+        file.save(samples[0].path, exif=exif)
+    assert torch.equal(opened(samples, tmp_path / "cache")[0], PersonImages(samples, SIZE)[0])

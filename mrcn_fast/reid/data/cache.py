@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import re
 import secrets
 import shutil
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -27,7 +30,9 @@ from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.data.samples import DatasetError, Sample
 
 # Goes into every cache's name: raise it when what stands in the file changes.
-_VERSION: Final = 1
+_VERSION: Final = 2
+# Bytes behind the images: their CRC-32.
+_CHECKSUM: Final = 4
 # Images written at a time.
 _WRITTEN: Final = 32
 # Seconds between two log lines of a build.
@@ -50,9 +55,10 @@ def cached(
     """`PersonImages(samples, image_size, filter=filter)` from a memory-mapped file, which is made if need be.
 
     folder: where the file stands; name: what it is of, such as "regdb-split3-train-visible". A file is used
-    only if it is of these samples' files in this order, by their places, sizes and times of change. Else it
-    is built anew by `workers` processes, and files of the same name, size and filter that are not of these
-    samples are removed; whoever has one open keeps it. Of several processes one builds and the others wait.
+    only if it is of these samples' files in this order, by their places, sizes and times of change, and its
+    content is as it was written, by a checksum. Else it is built anew by `workers` processes, and files of
+    the same name, size and filter that are not of these samples are removed; whoever has one open keeps it.
+    Of several processes one builds and the others wait.
 
     The file is written beside its place and moved there when it is whole and on the disk; what builders that
     were killed leave there, the next one removes.
@@ -67,25 +73,30 @@ def cached(
     key = f"{name}-{height}x{width}-{filter}"
     path = Path(folder) / f"{key}-{_digest(images)}.npy"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not _is_whole(path, images):
+    shape = (len(images), 3, height, width)
+    if _damage(path, shape):
         with _locked(path.with_name(f"{key}.lock"), name):
             # Another process may have built it meanwhile.
-            if not _is_whole(path, images):
+            if damage := _damage(path, shape):
+                if path.exists():
+                    _log.warning("Cache of %s: %s is made anew; found: %s", name, path, damage)
                 _remove(path.parent, re.escape(key) + _DIGEST + r"\.npy\.\w+\.part")
                 _build(path, images, name, workers)
                 _remove(path.parent, re.escape(key) + _DIGEST + r"\.npy", but=path.name)
-    return CachedImages(path, images.samples)
+    return CachedImages(path, images.samples, images.image_size)
 
 
 class CachedImages(Dataset[Tensor]):
     """The images of `samples` from the memory-mapped file `path`: `images[i]` is uint8 (3, height, width).
 
-    A process that gets it pickled maps the file by itself. Raises DatasetError where the file is gone.
+    image_size: (height, width). A process that gets it pickled maps the file by itself. Raises DatasetError
+    where the file is gone or isn't a cache of so many images of that size.
     """
 
-    def __init__(self, path: Path, samples: tuple[Sample, ...]) -> None:
+    def __init__(self, path: Path, samples: tuple[Sample, ...], image_size: tuple[int, int]) -> None:
         self.path = path
         self.samples = samples
+        self.image_size = image_size
         self._rows: np.ndarray | None = None
         # Mapped at once: processes that are forked have it then even if another run replaces the file.
         self._mapped()
@@ -103,7 +114,7 @@ class CachedImages(Dataset[Tensor]):
     def _mapped(self) -> np.ndarray:
         if self._rows is None:
             try:
-                self._rows = np.load(self.path, mmap_mode="r")
+                self._rows = _rows(self.path, (len(self.samples), 3, *self.image_size))
             except (OSError, ValueError) as error:
                 raise DatasetError(
                     f"{self.path}: expected the cache of {len(self.samples)} images; found: {error}. Another "
@@ -131,13 +142,39 @@ def _digest(images: PersonImages) -> str:
     return content.hexdigest()[:16]
 
 
-def _is_whole(path: Path, images: PersonImages) -> bool:
-    """Whether the file is there; one that was cut or overwritten by others is taken for none."""
+def _damage(path: Path, shape: tuple[int, ...]) -> str | None:
+    """Why the file can't be used as the cache of images of this shape; None where it is as it was written."""
     try:
-        rows = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError):
-        return False
-    return rows.dtype == np.uint8 and rows.shape == (len(images), 3, *images.image_size)
+        rows = _rows(path, shape)
+        with path.open("rb") as file:
+            file.seek(-_CHECKSUM, os.SEEK_END)
+            whole = file.read() == _checksum(zlib.crc32(rows.data))
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None if whole else "content that doesn't fit its checksum"
+
+
+def _rows(path: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The images in a cache's file, memory-mapped. ValueError for a file of another kind, shape or length."""
+    # Not np.load, which takes other kinds of files, too, and fails in many ways on damaged ones.
+    header = _header(shape)
+    with path.open("rb") as file:
+        size = len(header) + math.prod(shape) + _CHECKSUM
+        found = os.fstat(file.fileno()).st_size
+        if file.read(len(header)) != header or found != size:
+            raise ValueError(f"not {size} bytes of images of shape {shape[1:]}, but {found} of another kind")
+        return np.memmap(file, np.uint8, "r", len(header), shape)
+
+
+def _header(shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    content = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(header, content)
+    return header.getvalue()
+
+
+def _checksum(value: int) -> bytes:
+    return value.to_bytes(_CHECKSUM, "little")
 
 
 @contextlib.contextmanager
@@ -195,11 +232,14 @@ def _no_room(reason: str | None, needed: int, free: int) -> str:
 
 
 def _write(file: BinaryIO, batches: Iterable[Tensor], shape: tuple[int, ...]) -> None:
-    """A .npy file of the batches, on the disk when this returns; only one batch is in memory."""
-    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, header)
+    """Write the batches as a .npy file, and their checksum behind it, onto the disk, a batch at a time."""
+    file.write(_header(shape))
+    value = 0
     for batch in batches:
-        file.write(batch.numpy().data)
+        content = batch.numpy().data
+        file.write(content)
+        value = zlib.crc32(content, value)
+    file.write(_checksum(value))
     file.flush()
     os.fsync(file.fileno())
 
