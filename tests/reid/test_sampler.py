@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ VISIBLE = [5, 2, 9, 5, 7, 2, 9, 9, 3, 5, 5, 7, 7, 3, 2, 2, 2]
 INFRARED = [9, 5, 7, 3, 2, 2, 3]
 
 
-def make(**changes: int) -> PairedIdentitySampler:
+def make(**changes: Any) -> PairedIdentitySampler:
     return PairedIdentitySampler(VISIBLE, INFRARED, **{"identities": 3, "images": 2, "seed": 1, **changes})
 
 
@@ -84,3 +85,22 @@ def test_bad_arguments(arguments: tuple[list[int], list[int], int, int], message
         PairedIdentitySampler(visible, infrared, identities=identities, images=images)
     with pytest.raises(ValueError, match="epoch must not be negative"):
         make().set_epoch(-1)
+
+
+@pytest.mark.parametrize("identities", [[1.5, 2.0], [1.0, float("nan")], ["1", "2"], [[1, 2]], [True, False]])
+def test_identities_are_integers(identities: Any) -> None:
+    """As indices, numbers of other kinds would stand for somebody else."""
+    with pytest.raises(ValueError, match="expected the images' identities as a row of integers; got"):
+        PairedIdentitySampler(identities, [1, 2], identities=1, images=1)
+    with pytest.raises(ValueError, match="expected the images' identities as a row of integers; got"):
+        PairedIdentitySampler([1, 2], identities, identities=1, images=1)
+
+
+@pytest.mark.parametrize("name", ["identities", "images", "batches", "seed"])
+@pytest.mark.parametrize("value", [2.5, float("nan"), float("inf"), "2"])
+def test_counts_are_integers(name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=f"{name} must be an integer; got {value!r}"):
+        make(**{name: value})
+    with pytest.raises(ValueError, match=f"epoch must be an integer; got {value!r}"):
+        make().set_epoch(value)
+    assert len(make(**{name: np.int64(2)})) > 0

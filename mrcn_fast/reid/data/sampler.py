@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
+from mrcn_fast.reid.data.samples import at_least
+
 
 class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
     """A batch sampler of pairs (visible index, infrared index), both of one identity.
@@ -19,7 +21,8 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
     The stream depends on (seed, epoch) alone, not on a global generator, so an interrupted run replays it:
     call `set_epoch` before each epoch.
 
-    Raises ValueError for fewer identities than a batch needs, and for identities with one modality only.
+    Raises ValueError for fewer identities than a batch needs, for identities with one modality only, and for
+    identities, counts, seeds and epochs that are no integers or too small.
     """
 
     def __init__(
@@ -32,26 +35,22 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         batches: int | None = None,
     ) -> None:
-        for name, value in (("identities", identities), ("images", images), ("batches", batches)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1; got {value}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative; got {seed}")
+        identities, images = at_least(1, "identities", identities), at_least(1, "images", images)
+        if batches is not None:
+            batches = at_least(1, "batches", batches)
         visible, infrared = _positions(visible_identities), _positions(infrared_identities)
         _check_identities(visible, infrared, identities)
         self._images = [(visible[identity], infrared[identity]) for identity in sorted(visible)]
         self._identities_per_batch = identities
         self._images_per_identity = images
-        self._seed = seed
+        self._seed = at_least(0, "seed", seed)
         self._epoch = 0
         largest = max(len(visible_identities), len(infrared_identities))
         self._batches = largest // (identities * images) + 1 if batches is None else batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0 or more) whose batches the next iteration gives."""
-        if epoch < 0:
-            raise ValueError(f"epoch must not be negative; got {epoch}")
-        self._epoch = epoch
+        self._epoch = at_least(0, "epoch", epoch)
 
     def __len__(self) -> int:
         return self._batches
@@ -74,7 +73,12 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
 
 def _positions(identities: Sequence[int]) -> dict[int, np.ndarray]:
     """Identity -> the indices of its images."""
-    values = np.asarray(identities, dtype=np.int64)
+    values = np.asarray(identities)
+    # An empty list has no integers' type.
+    if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
+        raise ValueError(
+            f"expected the images' identities as a row of integers; got {values.dtype} {values.shape}"
+        )
     return {int(identity): np.flatnonzero(values == identity) for identity in np.unique(values)}
 
 
