@@ -172,7 +172,7 @@ def _test(argv: list[str]) -> int:
 
     parser.add_function_arguments(score_checkpoint, skip={"progress"})
     values = parser.parse_args(_words(argv, score_checkpoint)).as_dict()
-    log_to_console(logging.WARNING)
+    log_to_console()
     print(describe(score_checkpoint(**values)))
     return 0
 
@@ -236,7 +236,7 @@ def _figures(argv: list[str]) -> int:
     )
     parser.add_function_arguments(make_figures, skip={"checkpoints", "progress"})
     values = parser.parse_args(_words(argv, make_figures)).as_dict()
-    log_to_console(logging.WARNING)
+    log_to_console()
     for path in make_figures(**values)["files"]:
         print(path)
     return 0

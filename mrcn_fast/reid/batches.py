@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, Sampler, default_collate
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import PairedIdentitySampler, PersonImages, Sample, TrainingSet
 from mrcn_fast.reid.data.cache import cached
-from mrcn_fast.reid.data.images import readable
+from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.data.samples import pair_modalities
 
@@ -74,7 +74,7 @@ class TrainingBatches:
     With `config.skip_unreadable` every image is decoded once now. Those that can't be read (`unreadable`),
     and identities that have one modality left, are named, counted and left out; classes and indices of a
     batch stay those of `training`. Raises DatasetError where a cache is made and an image can't be read, or
-    where no identity is left; ValueError for fewer identities than a batch needs.
+    where fewer identities are left than a batch needs; ValueError for fewer from the start.
     """
 
     def __init__(
@@ -83,7 +83,9 @@ class TrainingBatches:
         used = training
         self.unreadable: tuple[Sample, ...] = ()
         if config.skip_unreadable:
-            used, self.unreadable = _without_unreadable(training, name, config.workers)
+            used, self.unreadable = without_unreadable(
+                training, name, workers=config.workers, identities=config.identities
+            )
         self._sampler = PairedIdentitySampler(
             [sample.identity for sample in used.visible],
             [sample.identity for sample in used.infrared],
@@ -142,11 +144,15 @@ def _images(samples: tuple[Sample, ...], config: TrainConfig, name: str) -> Data
     return cached(samples, size, filter=config.filter, folder=config.cache, name=name, workers=config.workers)
 
 
-def _without_unreadable(
-    training: TrainingSet, name: str, workers: int
+def without_unreadable(
+    training: TrainingSet, name: str, *, workers: int = 0, identities: int = 1
 ) -> tuple[TrainingSet, tuple[Sample, ...]]:
-    """The training set of the images that can be read, paired again, and the images that can't."""
+    """The training set of the images that can be read, paired again, and the images that can't.
+
+    name: of the data set, for messages. Raises DatasetError where less than `identities` are left.
+    """
     kept, unreadable = readable((*training.visible, *training.infrared), workers=workers)
+    check_left(kept, unreadable, "training", identities=identities)
     return (pair_modalities(kept, name) if unreadable else training), tuple(unreadable)
 
 

@@ -58,15 +58,17 @@ def fingerprint(root: Path, samples: Iterable[Sample]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         place = Path(sample.path).relative_to(root).as_posix()
-        digest.update(f"{place}\t{_size(sample.path)}\t{sample.identity}\n".encode())
+        # Names of files are bytes, and need not be UTF-8.
+        line = f"{place}\t{_size(sample.path)}\t{sample.identity}\n"
+        digest.update(line.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 
 def _size(path: Path) -> int | None:
     try:
         return os.path.getsize(path)
-    except FileNotFoundError:
-        # A link to nowhere is an unreadable image: whoever reads it refuses it or leaves it out.
+    except OSError:
+        # A link to nowhere, or in a circle, is an unreadable image: who reads it refuses it or leaves it out.
         return None
 
 

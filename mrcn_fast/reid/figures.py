@@ -26,7 +26,7 @@ from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.evaluation import skipped_images
 from mrcn_fast.reid.model import ReIDModel
-from mrcn_fast.reid.scoring import Trained, open_trained, searches_of
+from mrcn_fast.reid.scoring import Trained, only_readable, open_trained, searches_of, without
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
@@ -50,6 +50,7 @@ def make_figures(
     permutations: str | None = None,
     split: int | None = None,
     other_data: bool = False,
+    skip_unreadable: bool = False,
     backend: str | None = None,
     accelerator: str = "auto",
     batch_size: int = 64,
@@ -75,6 +76,7 @@ def make_figures(
         permutations: path of SYSU-MM01's rand_perm_cam.mat: lists are of the official draw then
         split: refuse a checkpoint of another split than this
         other_data: take a tree other than the one trained on, which is refused else
+        skip_unreadable: leave out images that can't be read, named and counted, which are an error else
         backend: backend of the block; none: the best that serves
         accelerator: where to compute, as lightning-fabric names it
         batch_size: images a pass
@@ -82,7 +84,7 @@ def make_figures(
         progress: bars to add to, in place of own ones
 
     Returns what figures.json holds, and the files as "files". Raises CheckpointError and DatasetError as
-    scoring does, and ValueError for query paths that are not among the queries.
+    scoring does, and ValueError for query paths that are not among the queries that are left.
     """
     if not checkpoints or people < 1 or queries < 1:
         raise ValueError(
@@ -107,6 +109,10 @@ def make_figures(
     dataset = opened[0].dataset
     search = _ranked_search(dataset, permutations)
     images = all_test_images(dataset)
+    unreadable: set[Path] = set()
+    if skip_unreadable:
+        images, unreadable = only_readable(images, workers=workers)
+        search = without(search, unreadable)
     subject = _Subject(
         images,
         choose_people(images, people, seed),
@@ -132,11 +138,12 @@ def make_figures(
     for name, figure in figures.items():
         _save(figure, folder / name)
     result = _numbers(subject, dataset, seed) | {
+        "unreadable": sorted(map(str, unreadable)),
         "columns": {
             title: {"checkpoint": str(trained.path), "step": 0 if title == INITIAL else trained.state.step}
             | _column_numbers(subject, columns[title])
             for title, trained in zip(titles, opened, strict=True)
-        }
+        },
     }
     write_json(folder / "figures.json", result)
     return result | {"files": [str(folder / name) for name in (*figures, "figures.json")]}

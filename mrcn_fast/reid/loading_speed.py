@@ -37,7 +37,8 @@ from torch.utils.data import Dataset, Sampler
 
 from mrcn_fast import benchmark
 from mrcn_fast.benchmark.command import unmeasurable
-from mrcn_fast.reid.batches import PairedImages, collate
+from mrcn_fast.reid.batches import PairedImages, collate, without_unreadable
+from mrcn_fast.reid.console import log_to_console
 from mrcn_fast.reid.data import (
     Augmentation,
     PersonImages,
@@ -71,12 +72,14 @@ def measure_loader(
     seconds: float = 3.0,
     cache: str | Path | None = None,
     device: str = "cpu",
+    skip_unreadable: bool = False,
 ) -> dict[str, Any]:
     """Images a second of the training images under `data`, as a line of results.
 
     dataset: by its name; none: by its tree. workers: numbers of processes; seconds: measuring time of each
     way with each of them; cache: folder for the cache, none for one of the measurement's own; device: where
-    the batches are augmented. Raises DatasetError for a broken tree, ValueError for fewer images than a
+    the batches are augmented; skip_unreadable: leave out images that can't be read, named and counted. Raises
+    DatasetError for a broken tree and for other images that can't be read, ValueError for fewer images than a
     batch's.
 
     "images_per_second" has, by workers and way, [20th percentile, median, 80th percentile] over stretches;
@@ -85,7 +88,10 @@ def measure_loader(
     before, and the "bytes" of either, on the disk or in memory.
     """
     name = dataset or recognize(data)
-    training = _spread(open_dataset(name, data).training())
+    training = open_dataset(name, data).training()
+    if skip_unreadable:
+        training, _ = without_unreadable(training, f"{name} at {data}", workers=max(workers, default=0))
+    training = _spread(training)
     with ExitStack() as stack:
         folder = cache or stack.enter_context(tempfile.TemporaryDirectory())
         sources, preparation = _sources(training, name, (height, width), filter, folder)
@@ -396,12 +402,19 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--cache", metavar="DIR", help="folder of the cache (default: one that is removed)")
     parser.add_argument("--device", default="cpu", help="where batches are augmented (default cpu)")
+    parser.add_argument(
+        "--skip-unreadable",
+        "--skip_unreadable",
+        action="store_true",
+        help="leave out images that can't be read, named and counted, which are an error else",
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the result to FILE as a JSON line")
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
     if torch.device(options["device"]).type != "cpu" and (reason := unmeasurable(options["device"])):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2
+    log_to_console()
     result = measure_loader(options.pop("data"), **options)
     print_speeds(result)
     if out:

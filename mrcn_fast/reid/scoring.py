@@ -6,7 +6,7 @@ import inspect
 import re
 import statistics
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
@@ -36,7 +36,7 @@ from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
-from mrcn_fast.reid.data.images import readable
+from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
@@ -176,8 +176,9 @@ def score_checkpoint(
         progress: bars to add to, in place of own ones
 
     Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
-    `other_data`, the data set isn't the one trained on, DatasetError and ValueError for what the data set
-    can't give, OSError, before anything is computed, where the checkpoint's folder can't be written to.
+    `other_data`, the data set isn't the one trained on; DatasetError and ValueError for what the data set
+    can't give or, with `skip_unreadable`, what is left of it can't; OSError, before anything is computed,
+    where the checkpoint's folder can't be written to.
     """
     trained = open_trained(
         checkpoint,
@@ -196,9 +197,8 @@ def score_checkpoint(
     samples = _by_modality(searches)
     unreadable: set[Path] = set()
     if skip_unreadable:
-        for modality, images in samples.items():
-            samples[modality], left_out = readable(images, workers=workers)
-            unreadable.update(sample.path for sample in left_out)
+        samples, unreadable = only_readable(samples, workers=workers)
+    kept = [without(search, unreadable) for search in searches]
     name = result_name(searches, rerank)
     tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
@@ -212,8 +212,8 @@ def score_checkpoint(
             tables[modality] = _FeatureTable(images, features)
     scored = {
         search.name: {"fingerprint": search_fingerprint(trained.dataset, search)}
-        | _score_search(_without(search, unreadable), tables, rerank)
-        for search in searches
+        | _score_search(left, tables, rerank)
+        for search, left in zip(searches, kept, strict=True)
     }
     result = {
         "dataset": trained.dataset.name,
@@ -318,11 +318,37 @@ def _names(modalities: set[Modality]) -> str:
     return " and ".join(sorted(map(str, modalities))) or "no"
 
 
-def _without(search: Search, unreadable: set[Path]) -> Search:
-    def kept(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
+def only_readable(
+    samples: Mapping[Modality, Sequence[Sample]], *, workers: int = 0
+) -> tuple[dict[Modality, list[Sample]], set[Path]]:
+    """The test images that can be read, by modality, and the paths of those that can't.
+
+    `readable` logs the latter. Raises DatasetError where no identity has images of both modalities left.
+    """
+    every = [sample for images in samples.values() for sample in images]
+    kept, unreadable = readable(every, workers=workers)
+    check_left(kept, unreadable, "test")
+    by_modality = {m: [sample for sample in kept if sample.modality == m] for m in samples}
+    return by_modality, {sample.path for sample in unreadable}
+
+
+def without(search: Search, unreadable: Collection[Path]) -> Search:
+    """A search without the images at these paths.
+
+    Raises DatasetError where a gallery is left in which nobody is searched for, or no query.
+    """
+
+    if not unreadable:
+        return search
+
+    def kept(samples: Sequence[Sample]) -> tuple[Sample, ...]:
         return tuple(sample for sample in samples if sample.path not in unreadable)
 
-    return search._replace(query=kept(search.query), galleries=tuple(map(kept, search.galleries)))
+    left = search._replace(query=kept(search.query), galleries=tuple(map(kept, search.galleries)))
+    for before, after in zip(search.galleries, left.galleries, strict=True):
+        lost = [sample for sample in (*search.query, *before) if sample.path in unreadable]
+        check_left((*left.query, *after), lost, "test")
+    return left
 
 
 def _score_search(search: Search, tables: dict[Modality, _FeatureTable], reranked: bool) -> dict[str, Any]:

@@ -152,7 +152,11 @@ def test_too_few_identities_after_skipping(tiny_config: TrainConfig, tree: Path)
     with pytest.raises(ValueError, match="a batch needs 2 distinct identities; got 1"):
         TrainingBatches(training, config, name=NAME)
     damage(*training.visible)
-    with pytest.raises(DatasetError, match="no training identity has images of both modalities"):
+    with pytest.raises(
+        DatasetError,
+        match=r"\.jpg: this image can't be read, and .*, no training identity has images of both modalities; "
+        r"no visible image is left. Left out were 32 of 32 visible images",
+    ):
         TrainingBatches(training, config, name=NAME)
 
 

@@ -158,6 +158,16 @@ def test_unreadable_images_are_named_without_a_traceback(
     assert main(["train", *map(str, given), "--skip-unreadable", "--overwrite"]) == 0
 
 
+@pytest.mark.parametrize("words", [["train"], ["test"], ["figures"], ["bench", "--loader"], ["table"]])
+def test_every_command_that_reads_images_can_leave_some_out(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main([*words, "--help"])
+    told = capsys.readouterr().out
+    # A table takes all flags of the training.
+    assert any(flag in told for flag in ("--skip-unreadable", "--skip_unreadable", "mrcn-fast train"))
+
+
 def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(argv: list[str]) -> int:
         raise KeyError("a defect")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from PIL import Image
 from rich.progress import Progress
 
 from mrcn_fast.reid import figures
-from mrcn_fast.reid.data import LLCM, SYSUMM01, RegDB, Sample
+from mrcn_fast.reid.data import LLCM, SYSUMM01, DatasetError, RegDB, Sample
 from mrcn_fast.reid.data.samples import Modality, Search
 from mrcn_fast.reid.figures import all_test_images, choose_people, choose_queries, make_figures
 
@@ -148,3 +149,29 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     for change in changes:
         with pytest.raises(ValueError, match="expected at least one of each; got"):
             make_figures(**({"checkpoints": ["x"], "data": "x", "out": str(tmp_path)} | change))
+
+
+def test_unreadable_images_are_left_out_where_asked_for(
+    finished: Path, tiny_tree: Path, tmp_path: Path
+) -> None:
+    tree = Path(shutil.copytree(tiny_tree, tmp_path / "tree"))
+    data = SYSUMM01(tree)
+    query, gallery = data.query(), data.gallery("all", shots=10)
+    broken = [query[0].path, gallery[3].path]
+    for path in broken:
+        path.write_bytes(bytes(path.stat().st_size))
+    settings: dict[str, Any] = {
+        "people": 3, "queries": 3, "accelerator": "cpu", "progress": Progress(disable=True),
+    }  # fmt: skip
+    with pytest.raises(DatasetError, match=r"expected a readable image"):
+        make_figures([str(finished)], str(tree), str(tmp_path / "out"), **settings)
+    settings["skip_unreadable"] = True
+    result = make_figures([str(finished)], str(tree), str(tmp_path / "out"), **settings)
+    assert result["unreadable"] == sorted(map(str, broken))
+    assert result["test_images"] == {"visible": 23, "infrared": 11}
+    assert result["search"]["gallery"] == 23
+    assert not {str(path) for path in broken} & {*result["tsne_images"], *result["queries"]}
+    for sample in query:
+        sample.path.write_bytes(bytes(sample.path.stat().st_size))
+    with pytest.raises(DatasetError, match=r"no infrared image is left. Left out were .* 12 of 12 infrared"):
+        make_figures([str(finished)], str(tree), str(tmp_path / "out"), **settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -93,3 +94,23 @@ def test_without_a_gpu_it_says_so(tiny_tree: Path, capsys: pytest.CaptureFixture
     for words in (["--loader", str(tiny_tree)], [f"--loader={tiny_tree}"]):
         assert cli.main(["bench", *words, "--device", "cuda"]) == 2
         assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
+
+
+def test_unreadable_images_are_left_out_where_asked_for(
+    tiny_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tree = Path(shutil.copytree(tiny_tree, tmp_path / "tree"))
+    training = open_dataset("sysu-mm01", tree).training()
+    broken = training.visible[3].path
+    broken.write_bytes(b"no image")
+    words = ["bench", "--loader", str(tree), "--height", "48", "--width", "24", "--workers", "0"]
+    words += ["--seconds", "0", "--out", str(tmp_path / "loader.jsonl")]
+    assert cli.main(words) == 2
+    assert f"mrcn-fast: error: {broken}: expected a readable image" in capsys.readouterr().err
+    assert cli.main([*words, "--skip-unreadable"]) == 0
+    (line,) = map(json.loads, (tmp_path / "loader.jsonl").read_text().splitlines())
+    assert line["images"] == [31, 16]
+    for sample in training.infrared:
+        sample.path.write_bytes(b"no image")
+    assert cli.main([*words, "--skip-unreadable"]) == 2
+    assert "no infrared image is left. Left out were" in capsys.readouterr().err

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -191,6 +192,51 @@ def test_a_folder_that_takes_no_scores_is_refused_before_any_are_made(
         score_checkpoint(f"/dev/fd/{file.fileno()}", tiny_tree, **QUIET)
 
 
+@pytest.fixture
+def tree(tiny_tree: Path, tmp_path: Path) -> Path:
+    """A copy to damage. Sizes of files must stay, by which a checkpoint knows its data set."""
+    return Path(shutil.copytree(tiny_tree, tmp_path / "tree"))
+
+
+def damage(path: Path) -> None:
+    path.write_bytes(bytes(path.stat().st_size))
+
+
+@pytest.mark.parametrize(("modality", "lost"), [("infrared", 12), ("visible", 12)])
+def test_a_side_without_readable_images_is_refused(own: Path, tree: Path, modality: str, lost: int) -> None:
+    search = SYSUMM01(tree).searches(trials=1)[0]
+    side = search.query if modality == "infrared" else search.galleries[0]
+    for sample in side:
+        damage(sample.path)
+    with pytest.raises(
+        DatasetError,
+        match=rf"{side[0].path}: this image can't be read, .*no {modality} image is left. Left out were "
+        rf"{lost} of {lost} {modality} images",
+    ):
+        score_checkpoint(own, tree, trials=1, skip_unreadable=True, **QUIET)
+    assert not list(own.parent.glob("test-*.json"))
+
+
+def test_a_gallery_without_readable_images_is_refused(own: Path, tree: Path) -> None:
+    """One trial of several."""
+    for sample in SYSUMM01(tree).gallery("indoor", trial=1):
+        damage(sample.path)
+    with pytest.raises(
+        DatasetError, match=r"no visible image is left. Left out were \d+ of \d+ visible images"
+    ):
+        score_checkpoint(own, tree, mode="indoor", trials=2, skip_unreadable=True, **QUIET)
+
+
+def test_nobody_to_find_among_the_readable_images_is_refused(own: Path, tree: Path) -> None:
+    first = SYSUMM01(tree).test_identities[0]
+    search = SYSUMM01(tree).searches(trials=1)[0]
+    for sample in (*search.query, *search.galleries[0]):
+        if (sample.identity == first) == (sample.modality == "visible"):
+            damage(sample.path)
+    with pytest.raises(DatasetError, match=r"no test identity has images of both modalities. Left out were"):
+        score_checkpoint(own, tree, trials=1, skip_unreadable=True, **QUIET)
+
+
 def test_a_link_to_nowhere_is_an_unreadable_image(own: Path, tmp_path: Path) -> None:
     tree = write_sysu(
         tmp_path / "tree", identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16)
@@ -222,3 +268,26 @@ def test_unreadable_images_are_named_or_counted(
     scored = result["searches"]["all-search"]
     assert (scored["queries"], scored["gallery_images"]) == (11, [11])
     assert "left out 2 images that can't be read" in describe(result)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are text there")
+def test_names_need_not_be_utf8(own: Path, tmp_path: Path) -> None:
+    tree = write_sysu(
+        tmp_path / os.fsdecode(b"tr\xffee"),
+        identities=7,
+        test_identities=3,
+        images_per_camera=2,
+        image_size=(32, 16),
+    )
+    for sample in SYSUMM01(tree).query():
+        sample.path.rename(sample.path.with_name(os.fsdecode(b"\xe4") + sample.path.name))
+    result = score_checkpoint(own, tree, trials=1, **QUIET)
+    assert json.loads(Path(result["path"]).read_text())["data"] == str(tree)
+
+
+def test_a_link_in_a_circle_is_an_unreadable_image(own: Path, tree: Path) -> None:
+    path = SYSUMM01(tree).query()[0].path
+    path.unlink()
+    path.symlink_to(path.name)
+    result = score_checkpoint(own, tree, trials=1, skip_unreadable=True, **QUIET)
+    assert result["unreadable"] == [str(path)]
