@@ -43,49 +43,59 @@ struct Extremes {
   A maximum, minimum;
 };
 
+// As many values as a sum takes in its own type before it is added to another: PyTorch's sums are as exact.
+// So many rows a channel's sums stay in registers for.
+constexpr int64_t single_terms = 16;
+
 // The moments of as many values as the first-level cache holds, which are read twice.
 template <class T>
 MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>, line = line_vectors<T>;
   // Sums don't ask for the order of their terms, but each has its place.
-  const auto each_line = [&](const auto& step) MRCN_BODY {
-    int64_t i = 0;
-    for (; i + 4 * W <= n; i += 4 * W) {
+  const auto each_line = [](int64_t i, int64_t end, const auto& step) MRCN_BODY {
+    for (; i + 4 * W <= end; i += 4 * W) {
       unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
     }
-    for (; i + W <= n; i += W) step(i, 0, constant<1>{});
+    for (; i + W <= end; i += W) step(i, 0, constant<1>{});
     return i;
   };
 
   vec<A> s[4] = {};
-  int64_t rest = each_line([&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
+  int64_t rest = each_line(0, n, [&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
     vec<A> v[vectors];
     fetch(x + at, count, v, ahead);
     unroll<vectors>([&](auto part) MRCN_BODY { s[place + part.v] += v[part.v]; });
   });
-  A total = sum<A>((s[0] + s[1]) + (s[2] + s[3]));
-  for (; rest < n; ++rest) total += get(x + rest);
-  const A shift = total / A(n);
+  A last(0);
+  for (; rest < n; ++rest) last += get(x + rest);
+  const A shift = (sum<A>((s[0] + s[1]) + (s[2] + s[3])) + last) / A(n);
 
-  vec<A> e[4] = {}, q[4] = {};
+  // Sums of sums: where a few values are far from all others, each of the others would be rounded as those.
+  vec<A> all_e{}, all_q{};
   const vec<A> shifts = all<A>(shift);
-  rest = each_line([&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
-    vec<A> v[vectors];
-    fetch(x + at, count, v);
-    unroll<vectors>([&](auto part) MRCN_BODY {
-      const vec<A> d = v[part.v] - shifts;
-      e[place + part.v] += d;
-      q[place + part.v] += d * d;
-    });
-  });
-  A deviation = sum<A>((e[0] + e[1]) + (e[2] + e[3]));
-  A squares = sum<A>((q[0] + q[1]) + (q[2] + q[3]));
+  for (rest = 0; rest + W <= n;) {
+    vec<A> e[4] = {}, q[4] = {};
+    rest = each_line(rest, least(rest + single_terms * 4 * W, n),
+        [&]<int vectors>(int64_t at, int place, constant<vectors> count) MRCN_BODY {
+          vec<A> v[vectors];
+          fetch(x + at, count, v);
+          unroll<vectors>([&](auto part) MRCN_BODY {
+            const vec<A> d = v[part.v] - shifts;
+            e[place + part.v] += d;
+            q[place + part.v] += d * d;
+          });
+        });
+    all_e += (e[0] + e[1]) + (e[2] + e[3]);
+    all_q += (q[0] + q[1]) + (q[2] + q[3]);
+  }
+  A last_e(0), last_q(0);
   for (; rest < n; ++rest) {
     const A d = get(x + rest) - shift;
-    deviation += d;
-    squares += d * d;
+    last_e += d;
+    last_q += d * d;
   }
+  const A deviation = sum<A>(all_e) + last_e, squares = sum<A>(all_q) + last_q;
   const double off = double(deviation) / double(n);
   moments.join(double(n), double(shift) + off, double(squares) - off * double(deviation));
 }
@@ -134,9 +144,6 @@ struct ChannelMoments {
   A* minimum;
 };
 
-// Rows that a channel's sums stay in registers for: as many values as a sum takes in its own type before it
-// is added to another. PyTorch's sums are as exact.
-constexpr int64_t single_terms = 16;
 // Rows whose moments are joined in the pixels' own accumulation type, before those are joined in double.
 constexpr int64_t joined_rows = 256;
 
