@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
 from mrcn_fast.reid.model import ReIDModel
@@ -104,26 +104,6 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
-
-
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: at any time `path` is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Write JSON for people and programs, atomically."""
-    text = json.dumps(content, indent=2, sort_keys=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:

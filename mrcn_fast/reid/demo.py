@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.dispatch import choose
+from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.reid.batches import Batch
-from mrcn_fast.reid.checkpoint import write_json
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
@@ -112,7 +112,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         with _timed(seconds, "measuring"):
             times = measure(trainers, config.rounds, bars)
     losses = draw_losses({name: trainer.journal.lines for name, trainer in trainers.items()})
-    losses.savefig(out / "losses.png", dpi=120)
+    write_atomically(out / "losses.png", lambda file: losses.savefig(file, format="png", dpi=120))
     results = {
         "scores": scores,
         "distances": distances,
@@ -230,9 +230,8 @@ def _pretrained(config: DemoConfig, bars: Progress) -> Path:
     state = trainer.model.trunk.state_dict()
     path = folder / "weights.pth"
     # torchvision's ResNet has one stem.
-    torch.save(
-        {k.removeprefix("visible."): v for k, v in state.items() if not k.startswith("infrared.")}, path
-    )
+    weights = {k.removeprefix("visible."): v for k, v in state.items() if not k.startswith("infrared.")}
+    write_atomically(path, lambda file: torch.save(weights, file))
     return path
 
 

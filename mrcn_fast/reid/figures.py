@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 
+from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.reid import drawing
-from mrcn_fast.reid.checkpoint import write_atomically, write_json
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from mrcn_fast.reid.checkpoint import write_atomically
+from mrcn_fast.files import append, write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -92,8 +92,7 @@ class Journal:
         line = {"step": step, "epoch": epoch, "lr": lr, **dict(zip(names, means, strict=True))}
         self._steps.clear()
         self.lines.append(line)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.path, f"{json.dumps(line)}\n".encode())
 
     def clear(self) -> None:
         """Begin anew: the file of an earlier run goes."""

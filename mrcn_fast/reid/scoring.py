@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mrcn_fast.block import MODALITIES
+from mrcn_fast.files import write_json
 from mrcn_fast.reid import reranking
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -30,7 +31,6 @@ from mrcn_fast.reid.checkpoint import (
     data_identity,
     fingerprint,
     load_checkpoint,
-    write_json,
 )
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars

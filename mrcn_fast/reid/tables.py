@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from rich.progress import Progress
 
 from mrcn_fast.benchmark import machine
+from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -21,7 +22,6 @@ from mrcn_fast.reid.checkpoint import (
     check_data,
     data_identity,
     load_checkpoint,
-    write_json,
 )
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
@@ -197,7 +197,7 @@ def _draw_curves(spec: TableSpec, table: Mapping[str, Any], path: Path) -> None:
             panel.plot([float(row.title) for row in spec.rows], values, "o-", label=SCORE_TITLES[score])
         panel.set(title=column.title, xlabel=spec.curve, ylabel="percent")
         panel.legend()
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _trees(spec: TableSpec, data: Sequence[str | Path]) -> dict[str, Path]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
     CheckpointError,
@@ -29,7 +30,6 @@ from mrcn_fast.reid.checkpoint import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
-    write_atomically,
 )
 from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, write_sysu
