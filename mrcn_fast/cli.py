@@ -180,6 +180,7 @@ def _test(argv: list[str]) -> int:
 def _table(argv: list[str]) -> int:
     from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console, progress_bars
+    from mrcn_fast.reid.devices import check_device
     from mrcn_fast.reid.recipes import table_names
     from mrcn_fast.reid.tables import OVERLAY, markdown, run_table, synthetic_trees
 
@@ -207,6 +208,14 @@ def _table(argv: list[str]) -> int:
         print(markdown(json.loads(Path(known.file).read_text(encoding="utf-8"))))
         return 0
     log_to_console()
+
+    def configure(values: Mapping[str, Any]) -> TrainConfig:
+        return TrainConfig(**_config_parser(values).parse_args(flags).as_dict())
+
+    if known.synthetic:
+        # Before trees are written: what the flags ask for that this machine hasn't.
+        asked = configure({"data": known.out})
+        check_device(asked.accelerator, asked.precision)
     with progress_bars() as bars:
         trees = synthetic_trees(Path(known.out) / "data", bars) if known.synthetic else known.data
         table = run_table(
@@ -216,7 +225,7 @@ def _table(argv: list[str]) -> int:
             splits=1 if known.synthetic else known.splits,
             options={"trials": known.trials, "shots": known.shots, "draw": known.draw},
             overlay=OVERLAY if known.synthetic else None,
-            configure=lambda values: TrainConfig(**_config_parser(values).parse_args(flags).as_dict()),
+            configure=configure,
             progress=bars,
         )
     print(markdown(table))

@@ -24,6 +24,7 @@ from mrcn_fast.reid.batches import Batch
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
+from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.figures import all_test_images
 from mrcn_fast.reid.scoring import HEADLINE, score_checkpoint, score_trial
@@ -90,6 +91,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     synthetic tree.
     """
     out = Path(config.out)
+    check_device(config.accelerator, train_config(config, "mrcn", out, out).precision)
     seconds: dict[str, float] = {}
     trainers: dict[str, Trainer] = {}
     distances: dict[str, dict[str, float]] = {}
@@ -254,7 +256,7 @@ def _distances(trainer: Trainer, tree: Path) -> dict[str, float]:
     """
     images = all_test_images(SYSUMM01(tree))
     visible, infrared = (
-        F.normalize(extract(trainer.model, images[modality], modality, trainer.config))
+        F.normalize(extract(trainer.model, images[modality], modality, trainer.config, fabric=trainer.fabric))
         for modality in MODALITIES
     )
     people, sought = (
@@ -303,16 +305,19 @@ def measure(trainers: dict[str, Trainer], rounds: int, bars: Progress) -> dict[s
 
 def _block_inputs(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Stage 0 of a batch for both modalities, and a gradient of the six sets."""
-    with torch.no_grad():
+    with torch.no_grad(), trainer.fabric.autocast():
         v = trainer.model.trunk.stem(trainer.prepared(batch.visible, "visible"), "visible")
         n = trainer.model.trunk.stem(trainer.prepared(batch.infrared, "infrared"), "infrared")
-    gradient = torch.randn(6 * len(v), *v.shape[1:], device=v.device).contiguous(memory_format=trainer.layout)
+    gradient = torch.randn(6 * len(v), *v.shape[1:], device=v.device, dtype=v.dtype)
+    gradient = gradient.contiguous(memory_format=trainer.layout)
     return v.requires_grad_(), n.requires_grad_(), gradient
 
 
 def _block_pass(trainer: Trainer, v: torch.Tensor, n: torch.Tensor, gradient: torch.Tensor) -> None:
     (block,) = trainer.model.blocks
-    torch.autograd.grad(block.first(v, n).maps, (v, n, *block.parameters()), gradient)
+    with trainer.fabric.autocast():
+        maps = block.first(v, n).maps
+    torch.autograd.grad(maps, (v, n, *block.parameters()), gradient)
 
 
 def _synchronize(device: torch.device) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.reid import drawing
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import Precision, TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
@@ -52,6 +52,7 @@ def make_figures(
     other_data: bool = False,
     backend: str | None = None,
     accelerator: str = "auto",
+    precision: Precision | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress | None = None,
@@ -77,6 +78,7 @@ def make_figures(
         other_data: take a tree other than the one trained on, which is refused else
         backend: backend of the block; none: the best that serves
         accelerator: where to compute, as lightning-fabric names it
+        precision: what to compute in, as lightning-fabric names it; none: as each checkpoint was trained
         batch_size: images a pass
         workers: processes that decode images; 0: this one
         progress: bars to add to, in place of own ones
@@ -97,6 +99,7 @@ def make_figures(
             other_data=other_data,
             backend=backend,
             accelerator=accelerator,
+            precision=precision,
             permutations=permutations,
         )
         for path in ([checkpoints[0]] if initial else []) + list(checkpoints)
@@ -133,7 +136,11 @@ def make_figures(
         _save(figure, folder / name)
     result = _numbers(subject, dataset, seed) | {
         "columns": {
-            title: {"checkpoint": str(trained.path), "step": 0 if title == INITIAL else trained.state.step}
+            title: {
+                "checkpoint": str(trained.path),
+                "step": 0 if title == INITIAL else trained.state.step,
+                "precision": trained.precision,
+            }
             | _column_numbers(subject, columns[title])
             for title, trained in zip(titles, opened, strict=True)
         }

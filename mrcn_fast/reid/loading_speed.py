@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import unmeasurable
+from mrcn_fast.benchmark.command import device_name, unmeasurable
 from mrcn_fast.reid.batches import PairedImages, collate
 from mrcn_fast.reid.data import (
     Augmentation,
@@ -395,7 +395,9 @@ def main(argv: list[str] | None = None) -> int:
         "--seconds", type=float, default=3.0, help="least measuring time of a way with a number (default 3)"
     )
     parser.add_argument("--cache", metavar="DIR", help="folder of the cache (default: one that is removed)")
-    parser.add_argument("--device", default="cpu", help="where batches are augmented (default cpu)")
+    parser.add_argument(
+        "--device", type=device_name, default="cpu", help="where batches are augmented: cpu (default) or cuda"
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the result to FILE as a JSON line")
     options = vars(parser.parse_args(argv))
     out = options.pop("out")

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -32,12 +32,13 @@ from mrcn_fast.reid.checkpoint import (
     fingerprint,
     load_checkpoint,
 )
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import Precision, TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.images import readable
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.model import ReIDModel, use_layout
@@ -53,6 +54,9 @@ class Trained(NamedTuple):
     config: TrainConfig
     dataset: PersonDataset
     model: ReIDModel
+    fabric: Fabric
+    precision: Precision  # what the network computes in here; `config` has the training's
+    backend: str  # what serves its blocks here, "" without blocks
 
     def features(
         self,
@@ -79,6 +83,7 @@ class Trained(NamedTuple):
             samples,
             modality,
             self.config,
+            fabric=self.fabric,
             batch_size=batch_size,
             workers=workers,
             images=images,
@@ -94,17 +99,23 @@ def open_trained(
     other_data: bool = False,
     backend: str | None = None,
     accelerator: str = "auto",
+    precision: Precision | None = None,
     permutations: str | Path | None = None,
 ) -> Trained:
     """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
 
-    `split` is only checked: a model is looked at on the split it was trained on. Raises CheckpointError where
-    the checkpoint can't be used, is of another split or, unless `other_data`, of another data set.
+    `split` is only checked: a model is looked at on the split it was trained on. The network computes in
+    `precision`, by default the one it was trained in. Raises CheckpointError where the checkpoint can't be
+    used, is of another split or, unless `other_data`, of another data set; ConfigError and BackendError for
+    an accelerator, a precision or a backend that is not to be had here.
     """
     path = Path(checkpoint)
     path = path / CHECKPOINT_NAME if path.is_dir() else path
     state = load_checkpoint(path)
     config = state.config
+    precision = precision or config.precision
+    fabric = open_fabric(accelerator, precision)
+    serving = serving_backend(config, backend, fabric, precision)
     if split is not None and split != state.data.split:
         raise CheckpointError(
             f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
@@ -121,13 +132,10 @@ def open_trained(
     )
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
     model = build_model(path, state, backend)
     use_layout(model, config.channels_last)
-    # The wrapper brings device and precision, and must be told of methods besides forward.
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("extract")
-    return Trained(path, state, config, dataset, cast(ReIDModel, wrapped))
+    fabric.to_device(model)
+    return Trained(path, state, config, dataset, model, fabric, precision, serving)
 
 
 def score_checkpoint(
@@ -146,6 +154,7 @@ def score_checkpoint(
     cache: str | None = None,
     backend: str | None = None,
     accelerator: str = "auto",
+    precision: Precision | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress | None = None,
@@ -171,6 +180,7 @@ def score_checkpoint(
         cache: folder for a memory-mapped cache of the resized images; none: no cache
         backend: backend of the block; none: the best that serves
         accelerator: where to compute, as lightning-fabric names it
+        precision: what to compute in, as lightning-fabric names it; none: as the checkpoint was trained
         batch_size: images a pass
         workers: processes that decode images; 0: this one
         progress: bars to add to, in place of own ones
@@ -186,6 +196,7 @@ def score_checkpoint(
         other_data=other_data,
         backend=backend,
         accelerator=accelerator,
+        precision=precision,
         permutations=permutations,
     )
     options = {"mode": mode, "shots": shots, "draw": draw, "trials": trials}
@@ -220,6 +231,9 @@ def score_checkpoint(
         "split": trained.dataset.split,
         "headline": searches[0].name,
         "rerank": rerank,
+        "precision": trained.precision,
+        "backend": trained.backend,
+        "device": trained.fabric.device.type,
         "searches": scored,
         "unreadable": sorted(map(str, unreadable)),
         "checkpoint": str(trained.path),

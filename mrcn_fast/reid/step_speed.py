@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import unmeasurable
+from mrcn_fast.benchmark.command import device_name, unmeasurable
 from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.reid.config import TrainConfig
@@ -369,7 +369,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="least measuring time a model (default 60)"
     )
-    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print FILE's results")
     options = parser.parse_args(argv)

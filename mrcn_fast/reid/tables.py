@@ -27,6 +27,7 @@ from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
 from mrcn_fast.reid.data.samples import PersonDataset, Search
 from mrcn_fast.reid.data.synthetic import is_synthetic
+from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
 from mrcn_fast.reid.scoring import (
     HEADLINE,
@@ -235,6 +236,7 @@ def _runs(
         own = {"dataset": dataset, "data": str(tree), "out": str(folder), "split": split}
         config = configure(values | own)
         _check_own(config, own)
+        check_device(config.accelerator, config.precision)
         runs.append(Run(recipe, config))
     return runs
 

@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from mrcn_fast.dispatch import unserved
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -30,9 +28,10 @@ from mrcn_fast.reid.checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
-from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
+from mrcn_fast.reid.config import TrainConfig, learning_rate
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
+from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.metrics import METRICS_NAME, CollapseWatch, Journal, StepResult, embedding_spread
 from mrcn_fast.reid.model import ReIDModel, use_layout
@@ -49,23 +48,24 @@ class Trainer:
     """A training run: everything it needs, built from a TrainConfig; one step, and the loop.
 
     `fit()` trains to the end and returns the checkpoint's path. Raises DatasetError and WeightsError for bad
-    files, ValueError for values that don't fit: fewer identities than P, an unknown gate, a backend that
-    can't be used.
+    files, ValueError for values that don't fit (fewer identities than P, an unknown gate, an accelerator that
+    there is not, one process of several), and BackendError for a backend that can't serve.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.out = Path(config.out)
         self.checkpoint_path = self.out / CHECKPOINT_NAME
+        # What the machine can't do is refused before any image is looked for.
+        self.fabric = open_fabric(config.accelerator, config.precision)
+        serving_backend(config, config.backend, self.fabric, config.precision)
         dataset = open_dataset(config.dataset, config.data, split=config.split)
         self.training = dataset.training()
         self.data = data_identity(dataset, self.training)
 
         torch.manual_seed(config.seed)
         random.seed(config.seed)
-        self.fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
         self.model = ReIDModel(len(self.training.identities), **config.model_arguments())
-        _check_backend(config, self.fabric.device.type)
         if config.weights is not None:
             self.model.trunk.load_imagenet(config.weights)
         self.weights = weights_fingerprint(config.weights)
@@ -275,14 +275,6 @@ class Trainer:
         if not self.checkpoint_path.exists():
             return "No checkpoint had been written yet."
         return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."
-
-
-def _check_backend(config: TrainConfig, device_type: str) -> None:
-    """Refuse an unusable backend now rather than in the first step. Raises ConfigError with the reason."""
-    if config.model == "baseline" or config.backend in (None, "auto"):
-        return
-    if reason := unserved(config.backend, device_type, torch.float32, config.gate):
-        raise ConfigError(f"backend {config.backend!r} can't be used: {reason}")
 
 
 def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:

@@ -17,6 +17,7 @@ from mrcn_fast.reid.checkpoint import CheckpointError, build_model, load_checkpo
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, RegDB, Sample, write_sysu
 from mrcn_fast.reid.data.samples import Search
+from mrcn_fast.reid.devices import open_fabric
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.scoring import Trained, describe, open_trained, score_checkpoint, searches_of
 from mrcn_fast.reid.training import Trainer
@@ -108,8 +109,10 @@ def test_scores_do_not_depend_on_the_batch(finished: Path, tiny_tree: Path) -> N
     checkpoint = load_checkpoint(finished)
     model = build_model(finished, checkpoint)
     samples = SYSUMM01(tiny_tree).query()[:5]
+    fabric = open_fabric("cpu", "32-true")
     whole, single = (
-        extract(model, samples, "infrared", checkpoint.config, batch_size=size) for size in (5, 1)
+        extract(model, samples, "infrared", checkpoint.config, fabric=fabric, batch_size=size)
+        for size in (5, 1)
     )
     torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-5)
     assert model.training
