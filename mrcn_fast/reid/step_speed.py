@@ -30,8 +30,8 @@ from mrcn_fast.block import MODALITIES
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.model import ModelName, ReIDModel, use_layout
+from mrcn_fast.reid.optimizer import make_optimizer
 from mrcn_fast.reid.plugs import MRCNPlug, Plugged
-from mrcn_fast.reid.training import make_optimizer
 
 HABIT: Final = "habit"
 # What is added, in this order: each step has all before it too.

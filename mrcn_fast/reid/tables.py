@@ -29,6 +29,7 @@ from mrcn_fast.reid.data.samples import PersonDataset, Search
 from mrcn_fast.reid.data.synthetic import is_synthetic
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
+from mrcn_fast.reid.run_folder import run_files
 from mrcn_fast.reid.scoring import (
     HEADLINE,
     result_name,
@@ -288,7 +289,7 @@ def _trained(config: TrainConfig, dataset: PersonDataset, progress: Progress | N
         _check_run(path, state, config, dataset)
         if state.epoch >= config.epochs or (config.steps is not None and state.step >= config.steps):
             return path, False
-    return Trainer(config).fit(resume=path.exists(), progress=progress), True
+    return Trainer(config).fit(resume=bool(run_files(path.parent)), progress=progress), True
 
 
 def _check_run(path: Path, state: Checkpoint, config: TrainConfig, dataset: PersonDataset) -> None:

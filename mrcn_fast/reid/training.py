@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -15,8 +16,8 @@ from torch import Tensor
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
-    RESULT_NAMES,
     Checkpoint,
+    all_finite,
     check_config,
     check_data,
     data_identity,
@@ -33,8 +34,17 @@ from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.losses import ReIDLoss
-from mrcn_fast.reid.metrics import METRICS_NAME, CollapseWatch, Journal, StepResult, embedding_spread
+from mrcn_fast.reid.metrics import (
+    DAMAGED_NAME,
+    METRICS_NAME,
+    CollapseWatch,
+    Journal,
+    StepResult,
+    embedding_spread,
+)
 from mrcn_fast.reid.model import ReIDModel, use_layout
+from mrcn_fast.reid.optimizer import make_optimizer
+from mrcn_fast.reid.run_folder import held, run_files
 from mrcn_fast.reid.transfers import Readings, to_device
 
 log = logging.getLogger(__name__)
@@ -136,25 +146,38 @@ class Trainer:
         `resume`, an `out` that holds a checkpoint is refused unless `overwrite`, which removes that run with
         its scores.
 
-        Raises TrainingError and CheckpointError. Ctrl-C leaves the last checkpoint whole, says where it is,
-        and passes on.
+        Raises TrainingError and CheckpointError, and FolderInUseError where another process trains into
+        `out`. Ctrl-C leaves the last checkpoint whole, says where it is, and passes on.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
+        with held(self.out, "trains"):
+            self._begin(resume=resume, overwrite=overwrite)
+            self._introduce()
+            bars = progress_bars() if progress is None else progress
+            with bars if progress is None else nullcontext():
+                self._run(bars)
+        return self.checkpoint_path
+
+    def _begin(self, *, resume: bool, overwrite: bool) -> None:
+        """Go on with the run that is there, or make way for this one."""
         if resume and self.checkpoint_path.exists():
             self._resume()
-        elif self.checkpoint_path.exists() and not overwrite:
+            return
+        there = run_files(self.out)
+        if resume:
+            log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
+            # The steps that a run measured before its first checkpoint are taken again.
+            there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
+        if there and not overwrite:
             raise TrainingError(
-                f"{self.checkpoint_path}: a run is already there. Go on with it (--resume), replace it "
+                f"{there[0]}: a run is already there. Go on with it (--resume), replace it "
                 "(--overwrite), or give another folder (--out)."
             )
-        else:
-            if resume:
-                log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
-            self._clear()
-        self._introduce()
-        bars = progress_bars() if progress is None else progress
-        if progress is None:
-            bars.start()
+        # An old run goes as a whole: its scores beside this one's metrics would be wrong.
+        for path in there:
+            path.unlink(missing_ok=True)
+        self.journal.clear()
+
+    def _run(self, bars: Progress) -> None:
         task = bars.add_task(self.config.model, total=self.total_steps, completed=self.step_count, status="")
         try:
             while self.step_count < self.total_steps:
@@ -162,17 +185,6 @@ class Trainer:
         except KeyboardInterrupt:
             log.warning("Interrupted after step %d. %s", self.step_count, self._last_checkpoint())
             raise
-        finally:
-            if progress is None:
-                bars.stop()
-        return self.checkpoint_path
-
-    def _clear(self) -> None:
-        """Remove an old run as a whole: its checkpoint or scores beside this one's metrics would be wrong."""
-        self.checkpoint_path.unlink(missing_ok=True)
-        for result in self.out.glob(RESULT_NAMES):
-            result.unlink()
-        self.journal.clear()
 
     def _introduce(self) -> None:
         config = self.config
@@ -208,7 +220,7 @@ class Trainer:
             self._write_within_epoch(rate)
             asked = time.perf_counter()
         self.journal.write(self.step_count, self.epoch, rate)
-        if self.batch == len(self.batches):
+        if self.batch >= len(self.batches):
             self.epoch, self.batch = self.epoch + 1, 0
         self.save()
         log.info(
@@ -218,7 +230,7 @@ class Trainer:
         )
 
     def _ends_here(self) -> bool:
-        return self.batch == len(self.batches) or self.step_count == self.total_steps
+        return self.batch >= len(self.batches) or self.step_count == self.total_steps
 
     def _write_within_epoch(self, rate: float) -> None:
         if self.step_count % self.config.log_every == 0:
@@ -229,7 +241,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint. When a weight isn't finite, TrainingError: the one before stays."""
         state = self.model.state_dict()
-        if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
             raise TrainingError(
                 f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
                 f"Lower the learning rate. {self._last_checkpoint()}"
@@ -275,24 +287,3 @@ class Trainer:
         if not self.checkpoint_path.exists():
             return "No checkpoint had been written yet."
         return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."
-
-
-def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov's momentum: BNNeck and classifier at the full rate, the rest at `trunk_lr` of it.
-
-    A group's share stands in its `scale`; the schedule multiplies by it.
-    """
-    head = list(model.head())
-    in_head = {id(parameter) for parameter in head}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_head]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.requires_grad], "scale": scale}
-        for parameters, scale in ((head, 1.0), (rest, config.trunk_lr))
-    ]
-    return torch.optim.SGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )

@@ -53,7 +53,12 @@ def test_everything_goes_under_one_folder(demo: DemoConfig) -> None:
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     for name in ROWS:
         names = {path.name for path in (out / name).iterdir()}
-        assert names == {"checkpoint.pth", "metrics.jsonl", "test-all-search-single-shot-random-draw.json"}
+        assert names == {
+            ".lock",
+            "checkpoint.pth",
+            "metrics.jsonl",
+            "test-all-search-single-shot-random-draw.json",
+        }
 
 
 def test_contenders_are_trained_alike(demo: DemoConfig) -> None:
