@@ -517,6 +517,15 @@ def test_a_moved_tree_is_the_same_data_set(tiny_tree: Path, tmp_path: Path) -> N
     assert identity_of(moved) == identity_of(tiny_tree)
 
 
+def test_other_pictures_of_the_same_sizes_are_another_data_set(tiny_tree: Path, tmp_path: Path) -> None:
+    # As bitmaps have them, which RegDB is made of.
+    other = shutil.copytree(tiny_tree, tmp_path / "other")
+    assert identity_of(other) == identity_of(tiny_tree)
+    for path in other.glob("cam*/*/*.jpg"):
+        path.write_bytes(path.read_bytes()[::-1])
+    assert identity_of(other) != identity_of(tiny_tree)
+
+
 def line(step: int) -> bytes:
     """A line of metrics.jsonl."""
     values = {"step": step, "epoch": 0, "lr": 0.01, "loss": 1.0, "identity": 1.0, "triplet": 0.0, "cqc": 0.0}
