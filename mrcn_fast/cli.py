@@ -203,6 +203,9 @@ def _table(argv: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=10, help="SYSU-MM01's gallery draws (%(default)s)")
     parser.add_argument("--shots", type=int, default=1, help="SYSU-MM01: 1 or 10 (%(default)s)")
     parser.add_argument("--draw", default="random", help="SYSU-MM01: random or official (%(default)s)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a table of other values in --out; its runs stay"
+    )
     known, flags = parser.parse_known_args(_words(argv, TrainConfig))
     if known.file:
         print(markdown(json.loads(Path(known.file).read_text(encoding="utf-8"))))
@@ -226,6 +229,7 @@ def _table(argv: list[str]) -> int:
             options={"trials": known.trials, "shots": known.shots, "draw": known.draw},
             overlay=OVERLAY if known.synthetic else None,
             configure=configure,
+            overwrite=known.overwrite,
             progress=bars,
         )
     print(markdown(table))
@@ -274,9 +278,11 @@ def _demo(argv: list[str]) -> int:
     from mrcn_fast.reid.demo import DemoConfig, run_demo
 
     parser.add_class_arguments(DemoConfig, as_group=False)
+    parser.add_argument("--overwrite", action="store_true", help="replace another demo or runs in --out")
     values = parser.parse_args(_words(argv, DemoConfig)).as_dict()
+    overwrite = values.pop("overwrite")
     log_to_console(logging.WARNING)
-    run_demo(DemoConfig(**values))
+    run_demo(DemoConfig(**values), overwrite=overwrite)
     return 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -28,6 +27,7 @@ from mrcn_fast.reid.checkpoint import (
     CheckpointError,
     build_model,
     check_data,
+    content_digest,
     data_identity,
     fingerprint,
     load_checkpoint,
@@ -42,8 +42,7 @@ from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.model import ReIDModel, use_layout
-
-HEADLINE = ("rank1", "rank10", "rank20", "mAP", "mINP")
+from mrcn_fast.reid.results import HEADLINE, result_name, slug
 
 
 class Trained(NamedTuple):
@@ -161,6 +160,10 @@ def score_checkpoint(
 ) -> dict[str, Any]:
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
 
+    The file's name tells what was measured (see `results.result_name`), so that no result replaces one of
+    another measurement: of other options, images, steps or precision, on another backend or device. A run may
+    be scored while it trains; the result is of its last checkpoint then, whose step it names.
+
     Everything about the network comes from the checkpoint. SYSU-MM01 searches the visible gallery for
     infrared queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean
     over the trials, with their standard deviation (of a sample).
@@ -204,60 +207,82 @@ def score_checkpoint(
         trained.dataset, {name: value for name, value in options.items() if value is not None}
     )
     _check_writable(trained.path.parent)
+    conditions = Conditions(
+        rerank, skip_unreadable, trained.precision, trained.backend, trained.fabric.device.type
+    )
+    result = outline(trained.state, trained.dataset, searches, conditions)
+    written = trained.path.with_name(result_name(result, trained.path.stem))
     samples = _by_modality(searches)
     unreadable: set[Path] = set()
     if skip_unreadable:
         for modality, images in samples.items():
             samples[modality], left_out = readable(images, workers=workers)
             unreadable.update(sample.path for sample in left_out)
-    name = result_name(searches, rerank)
     tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
         for modality, images in samples.items():
             source = None
             if cache is not None:
-                source = _cached(trained, images, cache, f"{Path(name).stem}-{modality}", workers)
+                source = _cached(trained, images, cache, f"{_cache_name(searches)}-{modality}", workers)
             features = trained.features(
                 images, modality, batch_size=batch_size, workers=workers, images=source, progress=bars
             )
             tables[modality] = _FeatureTable(images, features)
-    scored = {
-        search.name: {"fingerprint": search_fingerprint(trained.dataset, search)}
-        | _score_search(_without(search, unreadable), tables, rerank)
-        for search in searches
-    }
-    result = {
-        "dataset": trained.dataset.name,
-        "split": trained.dataset.split,
+    for search in searches:
+        result["searches"][search.name] |= _score_search(_without(search, unreadable), tables, rerank)
+    result |= {
         "headline": searches[0].name,
-        "rerank": rerank,
-        "precision": trained.precision,
-        "backend": trained.backend,
-        "device": trained.fabric.device.type,
-        "searches": scored,
         "unreadable": sorted(map(str, unreadable)),
         "checkpoint": str(trained.path),
-        "step": trained.state.step,
         "epoch": trained.state.epoch,
-        "trained_on": trained.state.data._asdict(),
         "data": str(data),
-        "config": trained.config.as_dict(),
+        "path": str(written),
     }
-    written = trained.path.with_name(name)
-    result["path"] = str(written)
     write_json(written, result)
     return result
 
 
-def result_name(searches: Sequence[Search], rerank: bool = False) -> str:
-    """The file name of a result, from what was searched: test-all-search-single-shot-random-draw.json."""
-    words = ["test", *(search.name for search in searches), searches[0].settings, "reranked" * rerank]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-") + ".json"
+class Conditions(NamedTuple):
+    """How scores are made: what they depend on besides the network and the images."""
+
+    rerank: bool
+    skip_unreadable: bool
+    precision: Precision
+    backend: str
+    device: str
+
+
+def outline(
+    state: Checkpoint, dataset: PersonDataset, searches: Sequence[Search], conditions: Conditions
+) -> dict[str, Any]:
+    """A result before there are scores in it: all that its measurement consists of."""
+    return {
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "step": state.step,
+        "network": content_digest(state.model),
+        **conditions._asdict(),
+        "searches": {
+            search.name: {
+                "protocol": search.protocol,
+                "settings": search.settings,
+                "trials": len(search.galleries),
+                "fingerprint": search_fingerprint(dataset, search),
+            }
+            for search in searches
+        },
+        "trained_on": state.data._asdict(),
+        "config": state.config.as_dict(),
+    }
 
 
 def search_fingerprint(dataset: PersonDataset, search: Search) -> str:
     """Of which images a search's scores are: `fingerprint` of the query and of each trial's gallery."""
     return fingerprint(dataset.root, chain(search.query, *search.galleries))
+
+
+def _cache_name(searches: Sequence[Search]) -> str:
+    return slug(["test", *(search.name for search in searches), searches[0].settings])
 
 
 def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:
@@ -349,9 +374,6 @@ def _score_search(search: Search, tables: dict[Modality, _FeatureTable], reranke
         rows.append(score_trial(distance, search.query, gallery, search.protocol))
     trials = len(rows)
     return {
-        "protocol": search.protocol,
-        "settings": search.settings,
-        "trials": trials,
         "queries": len(search.query),
         "valid_queries": [row["valid_queries"] for row in rows],
         "gallery_images": [len(gallery) for gallery in search.galleries],
@@ -397,6 +419,8 @@ def describe(result: dict[str, Any]) -> str:
             f"  {names.get(key, key):8s}{100 * search['mean'][key]:6.2f} ± {100 * search['std'][key]:.2f}"
             for key in HEADLINE
         ]
+    served = f", backend {result['backend']}" if result["backend"] else ""
+    lines.append(f"computed in {result['precision']} on {result['device']}{served}")
     if result["unreadable"]:
         lines.append(f"left out {len(result['unreadable'])} images that can't be read, named in the result")
     return "\n".join([*lines, f"written to {result['path']}"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mrcn_fast.reid import figures
 from mrcn_fast.reid.data import LLCM, SYSUMM01, RegDB, Sample
 from mrcn_fast.reid.data.samples import Modality, Search
 from mrcn_fast.reid.figures import all_test_images, choose_people, choose_queries, make_figures
+from mrcn_fast.reid.results import ResultError
 
 # --- what is chosen -----------------------------------------------------------------------------------------
 
@@ -148,3 +150,35 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     for change in changes:
         with pytest.raises(ValueError, match="expected at least one of each; got"):
             make_figures(**({"checkpoints": ["x"], "data": "x", "out": str(tmp_path)} | change))
+
+
+def test_other_figures_are_not_replaced(
+    made: tuple[Path, dict[str, Any]], finished: Path, tiny_tree: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures"
+    shutil.copytree(made[0], out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+
+    def make(**changes: Any) -> None:
+        values: dict[str, Any] = {"people": 3, "queries": 2, "initial": True, "accelerator": "cpu"}
+        values |= {"progress": Progress(disable=True)} | changes
+        make_figures([str(finished)], str(tiny_tree), str(out), **values)
+
+    for change, named in (
+        ({"seed": 1}, "seed"),
+        ({"people": 2}, "people"),
+        ({"initial": False}, "networks"),
+        ({"precision": "bf16-mixed"}, "precision"),
+        ({"backend": "reference"}, "backend"),
+    ):
+        with pytest.raises(ResultError, match=rf"figures\.json: is there already, .*{named}.*--overwrite"):
+            make(**change)
+    (out / "figures.json").unlink()
+    with pytest.raises(ResultError, match=r"distances\.png: is there already, and nothing tells"):
+        make()
+    assert {path: path.read_bytes() for path in out.iterdir()} == {
+        path: content for path, content in before.items() if path.name != "figures.json"
+    }
+    make(overwrite=True)
+    make()
+    assert {path: path.read_bytes() for path in out.iterdir()} == before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from mrcn_fast.reid.checkpoint import CheckpointError, build_model, load_checkpoint
+from mrcn_fast.reid.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, RegDB, Sample, write_sysu
 from mrcn_fast.reid.data.samples import Search
@@ -44,7 +45,9 @@ def own(finished: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_and_the_tree_suffice_to_score(own: Path, tiny_tree: Path) -> None:
     result = score_checkpoint(own, tiny_tree, trials=3, **QUIET)
     assert json.loads(Path(result["path"]).read_text()) == json.loads(json.dumps(result))
-    assert Path(result["path"]) == own.with_name("test-all-search-single-shot-random-draw.json")
+    assert Path(result["path"]).parent == own.parent
+    name = r"test-step-6-all-search-single-shot-random-draw-3-trials-[0-9a-f]{8}\.json"
+    assert re.fullmatch(name, Path(result["path"]).name)
     assert (result["dataset"], result["split"], result["headline"]) == ("sysu-mm01", 1, "all-search")
     (search,) = result["searches"].values()
     # 3 test people, cameras 3 and 6, two images each; the gallery has cameras 1, 2, 4, 5.
@@ -95,6 +98,45 @@ def test_reranked_scores_say_so(own: Path, tiny_tree: Path) -> None:
     assert "re-ranked" in describe(reranked)
     assert plain["path"] != reranked["path"]
     assert plain["searches"] != reranked["searches"]
+
+
+def test_no_result_replaces_another(own: Path, tiny_tree: Path, tiny_regdb: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_tree, tmp_path / "broken")
+    SYSUMM01(broken).query()[0].path.write_bytes(b"not an image")
+    other = write_sysu(
+        tmp_path / "other", identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16), seed=1
+    )
+    named = own.with_name("best.pth")
+    shutil.copy(own, named)
+    earlier = own.with_name("step-4.pth")
+    checkpoint = load_checkpoint(own)
+    save_checkpoint(earlier, checkpoint._replace(step=4, epoch=1, batch=1, metrics={}))
+    kept: dict[str, bytes] = {}
+
+    def scored(path: Path = own, tree: Path = tiny_tree, **options: Any) -> Path:
+        written = Path(score_checkpoint(path, tree, **QUIET | {"trials": 2} | options)["path"])
+        # Every earlier result is still there, as it was.
+        assert written.name not in kept
+        assert {name: own.with_name(name).read_bytes() for name in kept} == kept
+        kept[written.name] = written.read_bytes()
+        return written
+
+    first = scored()
+    assert "1-trials" in scored(trials=1).name
+    assert "reranked" in scored(rerank=True).name
+    assert "without-unreadable" in scored(skip_unreadable=True).name
+    assert "32-true" not in first.name and "bf16-mixed" in scored(precision="bf16-mixed").name
+    scored(backend="reference")
+    scored(mode="indoor")
+    scored(shots=10)
+    scored(tree=broken, skip_unreadable=True)
+    scored(tree=other, other_data=True)
+    assert "other-data" in scored(tree=tiny_regdb, other_data=True, trials=None).name
+    assert scored(named).name.startswith("test-best-step-6-")
+    assert scored(earlier).name.startswith("test-step-4-step-4-")
+    # The same measurement once more is the same file.
+    again = score_checkpoint(own, tiny_tree, trials=2, **QUIET)
+    assert Path(again["path"]) == first and first.read_bytes() == kept[first.name]
 
 
 def test_a_cache_gives_the_same_scores(own: Path, tiny_tree: Path, tmp_path: Path) -> None:
