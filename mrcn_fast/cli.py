@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mrcn_fast.memory import MemoryShortageError, enough_memory
+
 INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fast[reid]"'
 
 
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         known = parser.parse_args(arguments)
         traced = known.traceback
-        return COMMANDS[known.command].run(known.arguments)
+        with enough_memory(f"mrcn-fast {known.command}", "Ask for less at a time"):
+            return COMMANDS[known.command].run(known.arguments)
     except SystemExit as stop:  # argparse after --help (0) and wrong flags (2)
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_users(error: Exception) -> bool:
     """Whether the caller can put it right: arguments, files, missing packages; not a defect of ours."""
-    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+    if isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryShortageError)):
         return True
     # By name: the modules need torch, or the packages of [reid].
     return type(error).__name__ in ("BackendError", "TrainingError")

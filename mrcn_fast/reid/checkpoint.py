@@ -22,6 +22,7 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from mrcn_fast.files import write_atomically
+from mrcn_fast.memory import shortage
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.data.sampler import batches_of_epoch
 from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
@@ -176,6 +177,7 @@ def _read(path: Path) -> Mapping[str, Any]:
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
         # Not torch's own text, which advises to execute what is in the file.
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        reason = f"{reason}{shortage(error) or ''}"
         raise CheckpointError(
             f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found a file that can't be read as "
             f"one ({reason}): it is damaged, or holds more than tensors and plain values"

@@ -20,6 +20,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from mrcn_fast.files import write_atomically, write_json
+from mrcn_fast.memory import enough_memory
 from mrcn_fast.reid import drawing
 from mrcn_fast.reid.checkpoint import content_digest, fingerprint
 from mrcn_fast.reid.config import Precision, TrainConfig
@@ -140,7 +141,8 @@ def make_figures(
                 )
                 for modality, samples in images.items()
             }
-            columns[title] = _column(subject, features, seed)
+            with enough_memory("the distances of all test images", "Less is needed on a smaller data set"):
+                columns[title] = _column(subject, features, seed)
             bars.advance(task)
     folder.mkdir(parents=True, exist_ok=True)
     figures = _drawn(subject, columns, opened[0].config)

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.files import write_json
+from mrcn_fast.memory import enough_memory
 from mrcn_fast.reid import reranking
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -71,23 +72,25 @@ class Trained(NamedTuple):
 
         `model.test_sets` names the equal chunks of a feature. `images` stands in for the files, such as a
         cache of them. Raises ValueError for a sample of another modality, DatasetError for an image that
-        can't be read.
+        can't be read, MemoryShortageError where an allocation fails.
         """
         advance = None
         if progress is not None:
             task = progress.add_task(f"{modality} features", total=len(samples), status="")
             advance = partial(progress.advance, task)
-        return extract(
-            self.model,
-            samples,
-            modality,
-            self.config,
-            fabric=self.fabric,
-            batch_size=batch_size,
-            workers=workers,
-            images=images,
-            advance=advance,
-        )
+        less = "Less is needed for a smaller --batch_size and for fewer --workers"
+        with enough_memory(f"{modality} features in batches of {batch_size}", less):
+            return extract(
+                self.model,
+                samples,
+                modality,
+                self.config,
+                fabric=self.fabric,
+                batch_size=batch_size,
+                workers=workers,
+                images=images,
+                advance=advance,
+            )
 
 
 def open_trained(
@@ -190,7 +193,8 @@ def score_checkpoint(
 
     Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
     `other_data`, the data set isn't the one trained on, DatasetError and ValueError for what the data set
-    can't give, OSError, before anything is computed, where the checkpoint's folder can't be written to.
+    can't give, OSError, before anything is computed, where the checkpoint's folder can't be written to,
+    MemoryShortageError where an allocation fails.
     """
     trained = open_trained(
         checkpoint,
@@ -228,8 +232,10 @@ def score_checkpoint(
                 images, modality, batch_size=batch_size, workers=workers, images=source, progress=bars
             )
             tables[modality] = _FeatureTable(images, features)
-    for search in searches:
-        result["searches"][search.name] |= _score_search(_without(search, unreadable), tables, rerank)
+    less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
+    with enough_memory("the distances of queries and gallery images", less):
+        for search in searches:
+            result["searches"][search.name] |= _score_search(_without(search, unreadable), tables, rerank)
     result |= {
         "headline": searches[0].name,
         "unreadable": sorted(map(str, unreadable)),

@@ -13,6 +13,7 @@ import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
+from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -48,6 +49,11 @@ from mrcn_fast.reid.run_folder import held, run_files
 from mrcn_fast.reid.transfers import Readings, to_device
 
 log = logging.getLogger(__name__)
+
+_LESS = (
+    "Less is needed for fewer people or images of each in a batch (--identities, --images), for smaller "
+    "images (--height, --width) and for fewer --workers"
+)
 
 
 class TrainingError(RuntimeError):
@@ -146,8 +152,8 @@ class Trainer:
         `resume`, an `out` that holds a checkpoint is refused unless `overwrite`, which removes that run with
         its scores.
 
-        Raises TrainingError and CheckpointError, and FolderInUseError where another process trains into
-        `out`. Ctrl-C leaves the last checkpoint whole, says where it is, and passes on.
+        Raises TrainingError and CheckpointError, FolderInUseError where another process trains into `out`,
+        and MemoryShortageError. That and Ctrl-C leave the last checkpoint whole, and its place is logged.
         """
         with held(self.out, "trains"):
             self._begin(resume=resume, overwrite=overwrite)
@@ -180,10 +186,11 @@ class Trainer:
     def _run(self, bars: Progress) -> None:
         task = bars.add_task(self.config.model, total=self.total_steps, completed=self.step_count, status="")
         try:
-            while self.step_count < self.total_steps:
-                self._run_epoch(bars, task)
-        except KeyboardInterrupt:
-            log.warning("Interrupted after step %d. %s", self.step_count, self._last_checkpoint())
+            with enough_memory("a training step", _LESS):
+                while self.step_count < self.total_steps:
+                    self._run_epoch(bars, task)
+        except (KeyboardInterrupt, MemoryShortageError):
+            log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
             raise
 
     def _introduce(self) -> None:

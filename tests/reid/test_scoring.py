@@ -14,12 +14,16 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from mrcn_fast import cli
+from mrcn_fast.memory import MemoryShortageError
+from mrcn_fast.reid import reranking
 from mrcn_fast.reid.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, RegDB, Sample, write_sysu
 from mrcn_fast.reid.data.samples import Search
 from mrcn_fast.reid.devices import open_fabric
 from mrcn_fast.reid.extraction import extract
+from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.scoring import Trained, describe, open_trained, score_checkpoint, searches_of
 from mrcn_fast.reid.training import Trainer
 
@@ -267,3 +271,22 @@ def test_unreadable_images_are_named_or_counted(
     scored = result["searches"]["all-search"]
     assert (scored["queries"], scored["gallery_images"]) == (11, [11])
     assert "left out 2 images that can't be read" in describe(result)
+
+
+def test_memory_that_is_not_there_is_told(
+    own: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def huge(*_: Any) -> torch.Tensor:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(ReIDModel, "extract", huge)
+    given = ["--checkpoint", str(own), "--data", str(tiny_tree), "--accelerator=cpu", "--batch-size=9"]
+    assert cli.main(["test", *given]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"infrared features in batches of 9, could not allocate {1 << 60} bytes" in told
+    assert "--batch_size" in told
+    assert list(own.parent.glob("test-*.json")) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(reranking, "rerank", huge)
+    with pytest.raises(MemoryShortageError, match="without --rerank"):
+        score_checkpoint(own, tiny_tree, trials=1, rerank=True, **QUIET)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from mrcn_fast import cli
 from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -273,6 +274,23 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config: TrainConfig) -
     with pytest.raises(TrainingError, match=r"aren't finite \(trunk\.visible\.conv1\.weight"):
         trainer.save()
     assert trainer.checkpoint_path.read_bytes() == before
+
+
+def test_memory_that_is_not_there_stops_the_run_in_a_line(
+    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = train(dataclasses.replace(tiny_config, steps=1)).checkpoint_path
+    before = path.read_bytes()
+    monkeypatch.setattr(ReIDModel, "forward", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    flags = [f"--{name}={value}" for name, value in tiny_config.as_dict().items() if value is not None]
+    assert cli.main(["train", *flags, "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    last = told.strip().splitlines()[-1]
+    assert f"could not allocate {1 << 60} bytes" in last and "--identities" in last
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    assert train(tiny_config, resume=True).step_count == 6
 
 
 def test_collapse_is_told_while_it_happens(caplog: pytest.LogCaptureFixture) -> None:
