@@ -64,7 +64,8 @@ def append(path: str | Path, content: bytes) -> None:
                 while content:
                     content = content[file.write(content) :]
             except OSError:
-                os.ftruncate(file.fileno(), before)
+                with contextlib.suppress(OSError):  # what is no file on a disk has no length
+                    os.ftruncate(file.fileno(), before)
                 raise
     except OSError as error:
         raise _unwritten(Path(path), error) from error

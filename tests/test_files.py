@@ -85,6 +85,13 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, full_disk: None)
     assert path.read_bytes() == before + b"z\n"
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_the_reason_is_told_of_what_has_no_length() -> None:
+    with pytest.raises(OSError, match="/dev/full") as error:
+        append("/dev/full", b"a line\n")
+    assert error.value.errno == errno.ENOSPC
+
+
 def test_a_defect_of_the_writer_stays_its_own_error(tmp_path: Path) -> None:
     def broken(file: BinaryIO) -> None:
         raise RuntimeError("a defect")

@@ -189,3 +189,12 @@ def test_a_file_without_steps(content: str, tmp_path: Path, capsys: pytest.Captu
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--step", "--device", "cuda"]) == 2
     assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "tpu", "cuda:x"])
+def test_a_device_that_nothing_is_measured_on_is_refused(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rest in (["--step"], ["--loader", "tree"], []):
+        assert cli.main(["bench", *rest, "--device", device]) == 2
+        assert f"got {device!r}, expected cpu, cuda or cuda:N" in capsys.readouterr().err
