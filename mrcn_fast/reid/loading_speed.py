@@ -50,6 +50,7 @@ from mrcn_fast.reid.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.images import FILTERS
 from mrcn_fast.reid.data.loading import Batches
+from mrcn_fast.reid.devices import check_alone
 
 # Pairs of a batch: the paper's 4 identities x 4 images.
 _BATCH: Final = 16
@@ -401,6 +402,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the result to FILE as a JSON line")
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
+    check_alone()
     if torch.device(options["device"]).type != "cpu" and (reason := unmeasurable(options["device"])):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2

@@ -53,7 +53,8 @@ def result_name(result: Mapping[str, Any], checkpoint: str = "checkpoint") -> st
     """
     searches = list(result["searches"].values())
     words = ["test", checkpoint * (checkpoint != "checkpoint"), f"step {result['step']}"]
-    words += [*result["searches"], searches[0]["settings"], f"{searches[0]['trials']} trials"]
+    trials = searches[0]["trials"]
+    words += [*result["searches"], searches[0]["settings"], f"{trials} trial{'s' * (trials > 1)}"]
     words += ["reranked" * result["rerank"], "without unreadable" * result["skip_unreadable"]]
     words += ["other data" * (result["dataset"] != result["trained_on"]["name"])]
     words += [result["precision"] * (result["precision"] != result["config"]["precision"])]

@@ -28,6 +28,7 @@ from mrcn_fast.benchmark.command import device_name, unmeasurable
 from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.devices import check_alone
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.model import ModelName, ReIDModel, use_layout
 from mrcn_fast.reid.optimizer import make_optimizer
@@ -382,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for result in found:
             print_steps(result)
         return 0
+    check_alone()
     if reason := unmeasurable(options.device):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2

@@ -180,7 +180,8 @@ def test_one_process_of_several_is_refused_before_it_writes(
     for work in works:
         with pytest.raises(ConfigError, match=rf"got {name}={value} .*expected 1: {launcher} started"):
             work()
-    assert cli.main(["table", "4", "--synthetic", "--out", str(tmp_path / "tables")]) == 2
+    for words in (["table", "4", "--synthetic"], ["bench", "--step"], ["bench", "--loader", str(tiny_tree)]):
+        assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []
 
 

@@ -126,7 +126,7 @@ def test_no_result_replaces_another(own: Path, tiny_tree: Path, tiny_regdb: Path
         return written
 
     first = scored()
-    assert "1-trials" in scored(trials=1).name
+    assert "-1-trial-" in scored(trials=1).name
     assert "reranked" in scored(rerank=True).name
     assert "without-unreadable" in scored(skip_unreadable=True).name
     assert "32-true" not in first.name and "bf16-mixed" in scored(precision="bf16-mixed").name
