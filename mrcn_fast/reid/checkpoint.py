@@ -29,7 +29,7 @@ from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
 from mrcn_fast.reid.metrics import LINE
 from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.optimizer import make_optimizer
-from mrcn_fast.reid.schema import SchemaError, Words, check, conform
+from mrcn_fast.reid.schema import SchemaError, Words, check, conform, shown, unlike
 
 FORMAT = 4
 CHECKPOINT_NAME = "checkpoint.pth"
@@ -69,8 +69,8 @@ def data_identity(dataset: PersonDataset, training: TrainingSet) -> DataIdentity
 def fingerprint(root: Path, samples: Iterable[Sample]) -> str:
     """SHA-256 over each image's place below the data set's root, size and person, in their order.
 
-    Sizes stand for the contents, for reading every image would take minutes on the real data; of 16 images
-    over all of them the contents count too, where files are of one size, as bitmaps are.
+    Sizes stand for the contents, for reading every image would take minutes on the real data. Of some 16 to
+    31 images, evenly from all of them, the contents count too: bitmaps are all of one size.
     """
     samples = tuple(samples)
     digest = hashlib.sha256()
@@ -189,8 +189,9 @@ def _read(path: Path) -> Mapping[str, Any]:
             else type(content).__name__
         )
         raise CheckpointError(f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found {found}")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {content['format']!r}")
+    found = content["format"]
+    if type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {shown(found)}")
     return content
 
 
@@ -253,13 +254,17 @@ def _conforming(content: Mapping[str, Any]) -> Checkpoint:
     checkpoint = Checkpoint(**{name: values[name] for name in Checkpoint._fields})
     _check_identity(checkpoint)
     _check_place(checkpoint)
+    parts = sum(name.endswith("classifier.weight") for name in checkpoint.model)
+    check(
+        checkpoint.config.parts == parts, "config.parts", f"{parts}, as in the model", checkpoint.config.parts
+    )
     try:
         # On no device: names, shapes and types alone.
         with torch.device("meta"):
             network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
         optimizer = make_optimizer(network, checkpoint.config)
     except ValueError as error:
-        raise SchemaError("config", "values of a network", Words(error)) from error
+        raise SchemaError(f"config: {error}") from error
     _check_weights(checkpoint.model, network.state_dict())
     _check_optimizer(checkpoint.optimizer, optimizer)
     _check_scaler(checkpoint)
@@ -274,7 +279,7 @@ def _config(values: dict[str, Any]) -> TrainConfig:
     try:
         return TrainConfig.from_dict(values)
     except ConfigError as error:
-        raise SchemaError("config", "the values of this version of mrcn_fast", Words(error)) from error
+        raise SchemaError(f"config: {error}") from error
 
 
 def _check_identity(checkpoint: Checkpoint) -> None:
@@ -321,7 +326,7 @@ def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) 
 def _check_tensor(found: object, expected: Tensor, place: str) -> None:
     wanted = f"{expected.dtype}, shape {tuple(expected.shape)}"
     if not isinstance(found, Tensor) or (found.layout, found.device.type) != (torch.strided, "cpu"):
-        raise SchemaError(place, f"a tensor of {wanted}", found)
+        raise unlike(place, f"a tensor of {wanted}", found)
     check((found.dtype, found.shape) == (expected.dtype, expected.shape), place, wanted, found)
     check(all_finite(found), place, "finite values", Words("others"))
 
@@ -366,13 +371,13 @@ def _check_random(state: Mapping[str, Any]) -> None:
     try:
         torch.Generator().set_state(state["torch"])
     except (RuntimeError, TypeError) as error:
-        raise SchemaError("random.torch", "a state of torch's generator", state["torch"]) from error
+        raise unlike("random.torch", "a state of torch's generator", state["torch"]) from error
     for place, tensor in enumerate(state["cuda"]):
         _check_tensor(tensor, torch.empty(_CUDA_STATE, dtype=torch.uint8), f"random.cuda[{place}]")
     try:
         random.Random().setstate(_python_state(state["python"]))
     except (TypeError, ValueError, OverflowError) as error:
-        raise SchemaError("random.python", "a state of Python's generator", state["python"]) from error
+        raise unlike("random.python", "a state of Python's generator", state["python"]) from error
 
 
 def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) -> None:

@@ -28,14 +28,16 @@ class Words(str):
 class SchemaError(ValueError):
     """A value that is not what it should be; the message says where it stands, the expected and the found."""
 
-    def __init__(self, place: str, expected: str, found: object) -> None:
-        super().__init__(f"{place}: expected {expected}, found {_shown(found)}")
+
+def unlike(place: str, expected: str, found: object) -> SchemaError:
+    """The error of a value `found` at `place`."""
+    return SchemaError(f"{place}: expected {expected}, found {shown(found)}")
 
 
 def check(holds: bool, place: str, expected: str, found: object) -> None:
     """Raise SchemaError unless something holds of the value `found`."""
     if not holds:
-        raise SchemaError(place, expected, found)
+        raise unlike(place, expected, found)
 
 
 def conform(value: object, shape: Any, place: str) -> Any:
@@ -96,7 +98,7 @@ def _is_of(value: object, shape: Any) -> bool:
 
 def _names(value: object, place: str) -> list[str]:
     if not isinstance(value, Mapping):
-        raise SchemaError(place, "values by name", value)
+        raise unlike(place, "values by name", value)
     for name in value:
         check(type(name) is str, place, "names that are text", name)
     return list(value)
@@ -115,14 +117,15 @@ def _record(value: object, shapes: Mapping[str, Any], place: str) -> dict[str, A
 def _tuple(value: object, shapes: tuple[Any, ...], place: str) -> tuple[Any, ...]:
     expected = _tuple_title(shapes)
     if not isinstance(value, (list, tuple)):
-        raise SchemaError(place, expected, value)
+        raise unlike(place, expected, value)
     if shapes[-1] is Ellipsis:
         shapes = shapes[:1] * len(value)
     check(len(value) == len(shapes), place, expected, value)
     return tuple(conform(v, s, f"{place}[{i}]") for i, (v, s) in enumerate(zip(value, shapes, strict=True)))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
+    """A value in a few words, for messages."""
     if isinstance(value, Words):
         return str(value)
     if isinstance(value, Tensor):
