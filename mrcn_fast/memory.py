@@ -1,4 +1,4 @@
-"""Memory that could not be had, told as what was wanted, for what, and what would need less."""
+"""One error for allocations that fail: how much was wanted, for what, and what would need less."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def a_little_too_much(file: BinaryIO) -> None:
 
 
 @pytest.mark.parametrize("write", [a_tensor, bytes_at_once, a_little_too_much])
-def test_a_full_disk_is_told_with_path_and_reason(tmp_path: Path, full_disk: None, write: object) -> None:
+def test_a_full_disk_is_reported_with_path_and_reason(tmp_path: Path, full_disk: None, write: object) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
     with pytest.raises(OSError) as error:
@@ -86,7 +86,7 @@ def test_a_line_that_does_not_fit_is_taken_back(tmp_path: Path, full_disk: None)
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
-def test_the_reason_is_told_of_what_has_no_length() -> None:
+def test_the_reason_is_reported_of_what_has_no_length() -> None:
     with pytest.raises(OSError, match="/dev/full") as error:
         append("/dev/full", b"a line\n")
     assert error.value.errno == errno.ENOSPC

@@ -1,4 +1,4 @@
-"""Allocations that fail: told with the bytes that were wanted, in whatever words the allocator said it."""
+"""Allocations that fail: the message has the bytes that were wanted, whichever allocator it was."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ HUGE = 1 << 60
     ],
     ids=["CUDA", "shared", "numpy"],
 )
-def test_the_bytes_are_told(error: Exception, told: str) -> None:
+def test_the_bytes_are_reported(error: Exception, told: str) -> None:
     expected = pytest.raises(MemoryShortageError, match=rf"work, could not allocate {told} bytes\. Less")
     with expected as raised, enough_memory("work", "Less"):
         raise error
     assert raised.value.__cause__ is error
 
 
-def test_what_really_fails_is_told() -> None:
+def test_what_really_fails_is_reported() -> None:
     expected = pytest.raises(
         MemoryShortageError, match=rf"for a, could not allocate {HUGE} bytes\. Take less"
     )

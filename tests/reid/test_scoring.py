@@ -273,7 +273,7 @@ def test_unreadable_images_are_named_or_counted(
     assert "left out 2 images that can't be read" in describe(result)
 
 
-def test_memory_that_is_not_there_is_told(
+def test_memory_that_is_not_there_is_reported(
     own: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def huge(*_: Any) -> torch.Tensor:
