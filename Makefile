@@ -37,7 +37,9 @@ help:  ## this list
 install: environment torch requirements native  ## make the environment VENV, build the libraries, install all there
 	@"$(bin)/mrcn-fast" info
 
+# Of a failed try only a folder is removed that was not there before.
 environment:
+	@if [ -z "$(VENV)" ]; then echo "VENV is empty; name a folder, as in make install VENV=.venv" >&2; exit 1; fi
 	@if [ ! -x "$(bin)/python" ]; then \
 	  if ! command -v "$(PYTHON)" >/dev/null; then \
 	    echo "PYTHON=$(PYTHON) was not found; install Python 3.10 or newer, or say make PYTHON=/path/to/python3" >&2; exit 1; \
@@ -47,8 +49,9 @@ environment:
 	    echo "VENV=$(VENV) is a folder with something else in it; name an environment or a new folder" >&2; exit 1; \
 	  fi; \
 	  echo "Making the environment $(VENV)"; \
+	  mkdir -p "$$(dirname "$(VENV)")"; new=; if mkdir "$(VENV)" 2>/dev/null; then new=1; fi; \
 	  if ! "$(PYTHON)" -m venv "$(VENV)"; then \
-	    rm -rf "$(VENV)"; \
+	    if [ -n "$$new" ]; then rm -rf "$(VENV)"; fi; \
 	    echo "$(PYTHON) can't make virtual environments; on Debian and Ubuntu: sudo apt install python3-venv" >&2; exit 1; \
 	  fi; \
 	fi
@@ -117,7 +120,8 @@ format:  ## rewrite the sources in the project's format
 	"$(bin)/ruff" format
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" -i
 
-clean:  ## remove what builds left (not VENV, not runs/)
-	rm -rf build dist *.egg-info mrcn_fast/_C.* mrcn_fast/_storage.so mrcn_fast/_cuda.so mrcn_fast/_native_build.json
+clean:  ## remove what builds left (no environment, not runs/)
+	for path in build/*; do find "$$path" build/pyvenv.cfg -name pyvenv.cfg 2>&- | grep -q . || rm -rf "$$path"; done
+	rm -rf dist *.egg-info mrcn_fast/_C.* mrcn_fast/_storage.so mrcn_fast/_cuda.so mrcn_fast/_native_build.json
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks
 	find mrcn_fast tests benchmarks -name __pycache__ -type d -exec rm -rf {} +

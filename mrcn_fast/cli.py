@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mrcn_fast.memory import MemoryShortageError, enough_memory
+
 INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fast[reid]"'
 
 
@@ -50,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         known = parser.parse_args(arguments)
         traced = known.traceback
-        return COMMANDS[known.command].run(known.arguments)
+        with enough_memory(f"mrcn-fast {known.command}", "Ask for less at a time"):
+            return COMMANDS[known.command].run(known.arguments)
     except SystemExit as stop:  # argparse after --help (0) and wrong flags (2)
         return stop.code if isinstance(stop.code, int) else 2
     except KeyboardInterrupt:
@@ -65,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_users(error: Exception) -> bool:
     """Whether the caller can put it right: arguments, files, missing packages; not a defect of ours."""
-    if isinstance(error, (ValueError, OSError, ModuleNotFoundError)):
+    if isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryShortageError)):
         return True
     # By name: the modules need torch, or the packages of [reid].
     return type(error).__name__ in ("BackendError", "TrainingError")
@@ -180,6 +183,7 @@ def _test(argv: list[str]) -> int:
 def _table(argv: list[str]) -> int:
     from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console, progress_bars
+    from mrcn_fast.reid.devices import check_device
     from mrcn_fast.reid.recipes import table_names
     from mrcn_fast.reid.tables import OVERLAY, markdown, run_table, synthetic_trees
 
@@ -202,11 +206,22 @@ def _table(argv: list[str]) -> int:
     parser.add_argument("--trials", type=int, default=10, help="SYSU-MM01's gallery draws (%(default)s)")
     parser.add_argument("--shots", type=int, default=1, help="SYSU-MM01: 1 or 10 (%(default)s)")
     parser.add_argument("--draw", default="random", help="SYSU-MM01: random or official (%(default)s)")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a table of other values in --out; its runs stay"
+    )
     known, flags = parser.parse_known_args(_words(argv, TrainConfig))
     if known.file:
         print(markdown(json.loads(Path(known.file).read_text(encoding="utf-8"))))
         return 0
     log_to_console()
+
+    def configure(values: Mapping[str, Any]) -> TrainConfig:
+        return TrainConfig(**_config_parser(values).parse_args(flags).as_dict())
+
+    if known.synthetic:
+        # Before trees are written: what the flags ask for that this machine hasn't.
+        asked = configure({"data": known.out})
+        check_device(asked.accelerator, asked.precision)
     with progress_bars() as bars:
         trees = synthetic_trees(Path(known.out) / "data", bars) if known.synthetic else known.data
         table = run_table(
@@ -216,7 +231,8 @@ def _table(argv: list[str]) -> int:
             splits=1 if known.synthetic else known.splits,
             options={"trials": known.trials, "shots": known.shots, "draw": known.draw},
             overlay=OVERLAY if known.synthetic else None,
-            configure=lambda values: TrainConfig(**_config_parser(values).parse_args(flags).as_dict()),
+            configure=configure,
+            overwrite=known.overwrite,
             progress=bars,
         )
     print(markdown(table))
@@ -265,9 +281,11 @@ def _demo(argv: list[str]) -> int:
     from mrcn_fast.reid.demo import DemoConfig, run_demo
 
     parser.add_class_arguments(DemoConfig, as_group=False)
+    parser.add_argument("--overwrite", action="store_true", help="replace another demo or runs in --out")
     values = parser.parse_args(_words(argv, DemoConfig)).as_dict()
+    overwrite = values.pop("overwrite")
     log_to_console(logging.WARNING)
-    run_demo(DemoConfig(**values))
+    run_demo(DemoConfig(**values), overwrite=overwrite)
     return 0
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -416,8 +417,8 @@ def test_the_attention_is_what_the_block_uses(kind: str) -> None:
         a if a.dim() == 4 else a[:, :, None, None] for a in found
     )
     norms = [
-        reference.instance_norm(x, *block.norm_parameters(m))
-        for x, m in ((visible, "visible"), (infrared, "infrared"))
+        reference.instance_norm(visible, *block.norm_parameters("visible")),
+        reference.instance_norm(infrared, *block.norm_parameters("infrared")),
     ]
     residuals = visible - norms[0], infrared - norms[1]
     for got, want in (
@@ -435,7 +436,7 @@ def test_the_attention_is_what_the_block_uses(kind: str) -> None:
 
 
 def test_hooks_on_a_gate_fire() -> None:
-    block, calls = MRCNBlock(6), []
+    block, calls = MRCNBlock(6), list[Any]()
     features = random(2, 3, 6, 4, 3, dtype=torch.float32).cpu()
     before = block(*features)
     handle = block.gate.register_forward_hook(

@@ -44,7 +44,7 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument(
         "--device",
-        type=_device,
+        type=device_name,
         default="cpu",
         metavar="DEVICE",
         help="cpu (default), or cuda, with cases of its own",
@@ -89,7 +89,8 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """The value of a `--device` flag. Raises argparse's error for another than cpu, cuda or cuda:N."""
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -206,6 +207,8 @@ def unmeasurable(device: str) -> str | None:
         return (
             f"--device {device}: there is no GPU here that torch can use (torch.cuda.is_available() is False)"
         )
+    elif (torch.device(device).index or 0) >= torch.cuda.device_count():
+        return f"--device {device}: torch sees {torch.cuda.device_count()} GPUs here, counted from 0"
     else:
         status = backends()["triton"]
     return None if status.usable else status.reason

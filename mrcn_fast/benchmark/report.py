@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from mrcn_fast.benchmark.results import Line, faster, markdown, newest
+from mrcn_fast.files import write_atomically
 
 try:
     import matplotlib
@@ -64,12 +65,12 @@ def write_report(files: Sequence[Path], folder: Path) -> list[Path]:
             if figure is None:
                 continue
             path = folder / f"{group.stem}-{name}.png"
-            path.write_bytes(_png(figure))
+            write_atomically(path, partial(figure.savefig, format="png", dpi=130))
             written.append(path)
             parts.append(f'<img alt="{name}" src="data:image/png;base64,{_base64(path)}">')
         sections.append("\n".join([*parts, _table(group)]))
     page = folder / "report.html"
-    page.write_text(_page(sections), encoding="utf-8")
+    write_atomically(page, lambda file: file.write(_page(sections).encode()))
     return [*written, page]
 
 
@@ -184,12 +185,6 @@ def _legend(figure: Figure, axes: matplotlib.axes.Axes, group: Group) -> None:
     figure.suptitle(group.title, fontsize=9)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, fontsize=8, frameon=False)
-
-
-def _png(figure: Figure) -> bytes:
-    data = io.BytesIO()
-    figure.savefig(data, format="png", dpi=130)
-    return data.getvalue()
 
 
 # --- the page -----------------------------------------------------------------------------------------

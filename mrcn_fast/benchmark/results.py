@@ -17,6 +17,7 @@ import torch
 from mrcn_fast import backends
 from mrcn_fast.benchmark.cases import AUTOTUNED
 from mrcn_fast.benchmark.timing import Case, Cost, Growth, Timing
+from mrcn_fast.files import append
 
 Line = dict[str, Any]
 
@@ -155,10 +156,9 @@ def described(where: Line) -> str:
 
 
 def write(file: Path, *lines: Line) -> None:
-    """Append results; a file of results is only added to."""
+    """Append results, all or none; a file of results is only added to."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a", encoding="utf-8") as out:
-        out.writelines(json.dumps(line) + "\n" for line in lines)
+    append(file, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
 
 
 def newest(*files: Path) -> dict[str, dict[str, Line]]:

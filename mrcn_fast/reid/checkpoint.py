@@ -1,26 +1,42 @@
-"""Checkpoints: all of a run's state in one file, written whole or not at all, refused where unfit."""
+"""Checkpoints: all of a run's state in one file, written whole or not at all, refused where unfit.
+
+A file is a dictionary that torch.save wrote: `format`, the fields of `Checkpoint`, and `digest`, the SHA-256
+of each field. Where processors have instructions for it, SHA-256 is the fastest of hashlib's digests: it
+takes 0.2 s for the 200 MB of a ResNet-50 and its momentum.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import random
-from collections.abc import Callable, Iterable, Mapping
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
-from torch import nn
+from lightning_fabric.utilities import move_data_to_device
+from torch import Tensor, nn
 
+from mrcn_fast.files import write_atomically
+from mrcn_fast.memory import shortage
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
+from mrcn_fast.reid.data.sampler import batches_of_epoch
 from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
+from mrcn_fast.reid.metrics import LINE
 from mrcn_fast.reid.model import ReIDModel
+from mrcn_fast.reid.optimizer import make_optimizer
+from mrcn_fast.reid.schema import SchemaError, Words, check, conform, shown, unlike
 
-FORMAT = 3
+FORMAT = 4
 CHECKPOINT_NAME = "checkpoint.pth"
 # The results of scoring, beside it.
 RESULT_NAMES = "test-*.json"
+# Images of a data set whose contents go into its fingerprint.
+_READ = 16
 
 
 class CheckpointError(ValueError):
@@ -32,7 +48,7 @@ class DataIdentity(NamedTuple):
 
     name: str
     split: int
-    fingerprint: str  # of the training files' names, sizes and identities
+    fingerprint: str  # of the training files, see `fingerprint`
     identities: tuple[int, ...]  # sorted; class i of the classifier is identities[i]
     images: tuple[int, int]  # visible, infrared
 
@@ -53,14 +69,20 @@ def data_identity(dataset: PersonDataset, training: TrainingSet) -> DataIdentity
 def fingerprint(root: Path, samples: Iterable[Sample]) -> str:
     """SHA-256 over each image's place below the data set's root, size and person, in their order.
 
-    Sizes stand for the contents: reading every image would take minutes on the real data.
+    Sizes stand for the contents, for reading every image would take minutes on the real data. Of some 16 to
+    31 images, evenly from all of them, the contents count too: bitmaps are all of one size.
     """
+    samples = tuple(samples)
     digest = hashlib.sha256()
     for sample in samples:
         place = Path(sample.path).relative_to(root).as_posix()
         # Names of files are bytes, and need not be UTF-8.
         line = f"{place}\t{_size(sample.path)}\t{sample.identity}\n"
         digest.update(line.encode(errors="surrogateescape"))
+    for sample in samples[:: max(1, len(samples) // _READ)]:
+        # An image that can't be read is refused or left out by whoever needs it.
+        with contextlib.suppress(OSError):
+            digest.update(Path(sample.path).read_bytes())
     return digest.hexdigest()
 
 
@@ -104,77 +126,260 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
+    random.setstate(_python_state(state["python"]))
 
 
-def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: at any time `path` is whole."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_json(path: str | Path, content: object) -> None:
-    """Write JSON for people and programs, atomically."""
-    text = json.dumps(content, indent=2, sort_keys=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+def _python_state(state: Sequence[Any]) -> tuple[Any, ...]:
+    """A state for `random.setstate`. Raises ValueError and TypeError for what can't be one."""
+    version, internal, gauss = state
+    return version, tuple(internal), None if gauss is None else float(gauss)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
     """Write a checkpoint atomically. Raises OSError when the disk doesn't take it; the one before stays."""
-    content = checkpoint._asdict() | {
-        "format": FORMAT,
+    fields = checkpoint._asdict() | {
         "config": checkpoint.config.as_dict(),
         "data": checkpoint.data._asdict(),
     }
+    fields = move_data_to_device(fields, torch.device("cpu"))
+    content = {"format": FORMAT, "digest": _digests(fields), **fields}
     write_atomically(path, lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
     """Read a checkpoint onto the CPU; nothing in the file is executed.
 
-    A folder stands for the checkpoint in it. Raises CheckpointError naming the path, what was expected, what
-    found.
+    A folder stands for the checkpoint in it. All of it is checked: types and ranges of its fields, whether
+    they fit one another, and whether it is bit by bit what was written. Raises CheckpointError naming the
+    path, the field, what was expected and what was found.
     """
     path = Path(path)
     if path.is_dir():
         path = path / CHECKPOINT_NAME
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint that `mrcn-fast train` wrote")
+    content = _read(path)
+    try:
+        checkpoint = _conforming(content)
+    except SchemaError as error:
+        raise CheckpointError(f"{path}: this checkpoint was damaged or edited: {error}") from error
+    found = _digests(content)
+    if changed := [name for name, digest in found.items() if content["digest"][name] != digest]:
+        raise CheckpointError(
+            f"{path}: this checkpoint was damaged or edited: {', '.join(changed)}: expected what was "
+            "written (by its SHA-256), found something else. Copy the file again, or take another checkpoint"
+        )
+    return checkpoint
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The dictionary in the file, of this format. Raises CheckpointError."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises whatever the broken bytes lead it to
+        # Not torch's own text, which advises to execute what is in the file.
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        reason = f"{reason}{shortage(error) or ''}"
         raise CheckpointError(
             f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found a file that can't be read as "
-            f"one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
+            f"one ({reason}): it is damaged, or holds more than tensors and plain values"
         ) from error
-    expected = {"format", *Checkpoint._fields}
-    if not isinstance(content, Mapping) or not expected <= set(content):
+    if not isinstance(content, Mapping) or "format" not in content:
         found = (
             f"the keys {', '.join(sorted(map(str, content))[:8])}"
             if isinstance(content, Mapping)
-            else type(content)
+            else type(content).__name__
         )
         raise CheckpointError(f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found {found}")
-    if content["format"] != FORMAT:
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {content['format']}")
+    found = content["format"]
+    if type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {shown(found)}")
+    return content
+
+
+def _digests(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each field of a checkpoint, as hexadecimal digits."""
+    return {name: content_digest(fields[name]) for name in Checkpoint._fields}
+
+
+def content_digest(value: object) -> str:
+    """SHA-256 of plain values and tensors on the CPU: of their types, shapes, order and bytes."""
+    tensors: list[Tensor] = []
+    digest = hashlib.sha256(repr(_without_tensors(value, tensors)).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _without_tensors(value: object, tensors: list[Tensor]) -> object:
+    """The same of lists alone, with a tensor's type in its place; the tensors are added to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return [str(value.dtype), *value.shape]
+    if isinstance(value, Mapping):
+        return [(name, _without_tensors(item, tensors)) for name, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(item, tensors) for item in value]
+    return value
+
+
+# The schema of a checkpoint: the types of its fields, and below what they must hold besides.
+_SHAPES = {
+    "format": int,
+    "digest": dict.fromkeys(Checkpoint._fields, str),
+    "config": dict[str, Any],
+    "data": DataIdentity,
+    "weights": str | None,
+    "model": dict[str, Tensor],
+    "optimizer": {"state": Any, "param_groups": Any},
+    "scaler": dict[str, Any],
+    "random": {"torch": Tensor, "cuda": tuple[Tensor, ...], "python": tuple[Any, ...]},
+    "step": int,
+    "epoch": int,
+    "batch": int,
+    "metrics": dict[str, Any],
+}
+_SCALER = {
+    "scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
+    "_growth_tracker": int,
+}  # fmt: skip
+# What `make_optimizer` sets; a later torch may have more.
+_GROUP = ("params", "scale", "lr", "momentum", "weight_decay", "nesterov")
+_CUDA_STATE = 16  # bytes: seed and offset
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def _conforming(content: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of a file's dictionary. Raises SchemaError at the first value that can't be one's."""
+    values = conform(content, _SHAPES, "")
+    values["config"] = _config(values["config"])
+    checkpoint = Checkpoint(**{name: values[name] for name in Checkpoint._fields})
+    _check_identity(checkpoint)
+    _check_place(checkpoint)
+    parts = sum(name.endswith("classifier.weight") for name in checkpoint.model)
+    check(
+        checkpoint.config.parts == parts, "config.parts", f"{parts}, as in the model", checkpoint.config.parts
+    )
     try:
-        config = TrainConfig.from_dict(content["config"])
+        # On no device: names, shapes and types alone.
+        with torch.device("meta"):
+            network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
+        optimizer = make_optimizer(network, checkpoint.config)
+    except ValueError as error:
+        raise SchemaError(f"config: {error}") from error
+    _check_weights(checkpoint.model, network.state_dict())
+    _check_optimizer(checkpoint.optimizer, optimizer)
+    _check_scaler(checkpoint)
+    _check_random(checkpoint.random)
+    return checkpoint
+
+
+def _config(values: dict[str, Any]) -> TrainConfig:
+    hints = get_type_hints(TrainConfig)
+    for name in values.keys() & hints.keys():
+        conform(values[name], hints[name], f"config.{name}")
+    try:
+        return TrainConfig.from_dict(values)
     except ConfigError as error:
-        raise CheckpointError(
-            f"{path}: expected the configuration of this version of mrcn_fast, found {error}"
-        ) from error
-    data = DataIdentity(**content["data"])
-    values = {key: content[key] for key in Checkpoint._fields}
-    return Checkpoint(**(values | {"config": config, "data": data}))
+        raise SchemaError(f"config: {error}") from error
+
+
+def _check_identity(checkpoint: Checkpoint) -> None:
+    config, data = checkpoint.config, checkpoint.data
+    check(data.name == config.dataset, "data.name", repr(config.dataset), data.name)
+    check(data.split == config.split, "data.split", str(config.split), data.split)
+    check(_DIGEST.fullmatch(data.fingerprint) is not None, "data.fingerprint", "a SHA-256", data.fingerprint)
+    people = list(data.identities)
+    check(people != [] and people == sorted(set(people)), "data.identities", "ascending numbers", people)
+    check(min(data.images) > 0, "data.images", "at least one of each modality", data.images)
+    began, digest = config.weights, checkpoint.weights
+    if began is None:
+        check(digest is None, "weights", "none, as in the configuration", digest)
+    else:
+        check(_DIGEST.fullmatch(digest or "") is not None, "weights", f"the SHA-256 of {began}", digest)
+
+
+def _check_place(checkpoint: Checkpoint) -> None:
+    """Whether step, epoch and batch are of one place in the run."""
+    config, step, epoch, batch = checkpoint.config, checkpoint.step, checkpoint.epoch, checkpoint.batch
+    pairs = config.identities * config.images
+    batches = config.batches or batches_of_epoch(max(checkpoint.data.images), pairs)
+    check(0 <= batch < batches, "batch", f"0 to {batches - 1}, a batch of an epoch", batch)
+    check(0 <= epoch <= config.epochs, "epoch", f"0 to {config.epochs}, an epoch of the run", epoch)
+    # Where images were left out, an epoch may have fewer batches than it has by their number.
+    least = epoch * (1 if config.skip_unreadable and config.batches is None else batches) + batch
+    most = min(epoch * batches + batch, config.steps or sys.maxsize)
+    expected = f"{least}" if least == most else f"{least} to {most}"
+    check(least <= step <= most, "step", f"{expected}, after {epoch} epochs and {batch} batches", step)
+    if checkpoint.metrics:
+        line = conform(checkpoint.metrics, LINE, "metrics")
+        check(0 < line["step"] <= step, "metrics.step", f"1 to {step}", line["step"])
+        check(0 <= line["epoch"] <= epoch, "metrics.epoch", f"0 to {epoch}", line["epoch"])
+
+
+def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    conform(found, dict.fromkeys(expected, Tensor), "model")
+    for name, tensor in found.items():
+        _check_tensor(tensor, expected[name], f"model.{name}")
+        if name.endswith(("running_var", "num_batches_tracked")):
+            check(bool((tensor >= 0).all()), f"model.{name}", "no negative values", Words("some"))
+
+
+def _check_tensor(found: object, expected: Tensor, place: str) -> None:
+    wanted = f"{expected.dtype}, shape {tuple(expected.shape)}"
+    if not isinstance(found, Tensor) or (found.layout, found.device.type) != (torch.strided, "cpu"):
+        raise unlike(place, f"a tensor of {wanted}", found)
+    check((found.dtype, found.shape) == (expected.dtype, expected.shape), place, wanted, found)
+    check(all_finite(found), place, "finite values", Words("others"))
+
+
+def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    expected = optimizer.state_dict()["param_groups"]
+    groups = conform(found["param_groups"], tuple[Any, ...], "optimizer.param_groups")
+    check(len(groups) == len(expected), "optimizer.param_groups", f"{len(expected)} of them", groups)
+    for number, (group, own) in enumerate(zip(groups, expected, strict=True)):
+        _check_group(group, own, f"optimizer.param_groups[{number}]")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = found["state"]
+    check(isinstance(state, Mapping), "optimizer.state", "values by parameter", state)
+    for key, values in state.items():
+        place = f"optimizer.state[{key!r}]"
+        check(type(key) is int and 0 <= key < len(parameters), place, f"{len(parameters)} parameters", key)
+        momentum = conform(values, {"momentum_buffer": Any}, place)["momentum_buffer"]
+        if momentum is not None:
+            _check_tensor(momentum, parameters[key], f"{place}.momentum_buffer")
+
+
+def _check_group(found: object, expected: Mapping[str, Any], place: str) -> None:
+    """All values are the configuration's, but for the learning rate, which the schedule moves."""
+    values = conform(found, dict[str, Any], place)
+    for name in values.keys() | set(_GROUP):
+        there = values.get(name)
+        if name == "lr":
+            check(conform(there, float, f"{place}.lr") >= 0, f"{place}.lr", "no negative number", there)
+            continue
+        wanted = expected.get(name, "nothing")
+        check(type(there) is type(wanted) and there == wanted, f"{place}.{name}", f"{wanted!r}", there)
+
+
+def _check_scaler(checkpoint: Checkpoint) -> None:
+    shapes = _SCALER if checkpoint.config.precision == "16-mixed" else {}
+    for name, value in conform(checkpoint.scaler, shapes, "scaler").items():
+        least = 0 if name == "_growth_tracker" else sys.float_info.min
+        check(value >= least, f"scaler.{name}", f"at least {least}", value)
+
+
+def _check_random(state: Mapping[str, Any]) -> None:
+    try:
+        torch.Generator().set_state(state["torch"])
+    except (RuntimeError, TypeError) as error:
+        raise unlike("random.torch", "a state of torch's generator", state["torch"]) from error
+    for place, tensor in enumerate(state["cuda"]):
+        _check_tensor(tensor, torch.empty(_CUDA_STATE, dtype=torch.uint8), f"random.cuda[{place}]")
+    try:
+        random.Random().setstate(_python_state(state["python"]))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise unlike("random.python", "a state of Python's generator", state["python"]) from error
 
 
 def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) -> None:
@@ -214,6 +419,11 @@ def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -
 
 def _told_weights(path: str | None, digest: str | None) -> str:
     return "random ones" if digest is None else f"{path!r} with fingerprint {digest[:12]}"
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. Both extremes are NaN if any value is, and they need no mask."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -> None:

@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 from mrcn_fast.reid.model import ModelName
 
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
 
 class ConfigError(ValueError):
     """A configuration that can't be trained."""
@@ -120,7 +122,7 @@ class TrainConfig:
     """Backend of the block: reference, cpu, ...; none: the best that serves."""
     accelerator: str = "auto"
     """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    precision: Precision = "32-true"
     """Precision, as lightning-fabric names it."""
     channels_last: bool = False
     """Keep activations in the channels_last memory layout."""

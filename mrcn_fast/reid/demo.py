@@ -19,16 +19,20 @@ from torch.nn import functional as F
 
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.dispatch import choose
+from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.reid.batches import Batch
-from mrcn_fast.reid.checkpoint import write_json
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
+from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.figures import all_test_images
-from mrcn_fast.reid.scoring import HEADLINE, score_checkpoint, score_trial
+from mrcn_fast.reid.results import HEADLINE, check_free
+from mrcn_fast.reid.run_folder import held
+from mrcn_fast.reid.scoring import score_checkpoint, score_trial
 from mrcn_fast.reid.training import Trainer
 
+RESULTS_NAME = "results.json"
 COLUMNS = {"rank1": "Rank-1", "rank10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
@@ -81,14 +85,36 @@ class DemoConfig:
     """Where to compute, as lightning-fabric names it."""
 
 
-def run_demo(config: DemoConfig) -> dict[str, Any]:
+def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """Run the demo, print its table, and return the results as results.json holds them.
 
     Writes under `config.out`: data/ (SYSU-MM01's tree), pretraining/ (a tree, checkpoint, weights.pth), a
-    folder for each of `CONTENDERS` (checkpoint, metrics, scores), losses.png, results.json. An earlier demo
-    there is replaced. Raises DatasetError when `out`/data or `out`/pretraining/data holds anything but a
-    synthetic tree.
+    folder for each of `CONTENDERS` (checkpoint, metrics, scores), losses.png, results.json. A demo of the
+    same values that is there is replaced; what else has these names only if `overwrite`. Raises ResultError
+    for such files, FolderInUseError where another demo runs there, and DatasetError when `out`/data or
+    `out`/pretraining/data holds anything but a synthetic tree.
     """
+    out = Path(config.out)
+    check_device(config.accelerator, train_config(config, "mrcn", out, out).precision)
+    made_of = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
+    others = [out / name for name in ("data", "pretraining", *CONTENDERS, "losses.png")]
+    with held(out, "runs a demo"):
+        if not overwrite:
+            check_free(out / RESULTS_NAME, others, made_of)
+        # Now, so that one that is interrupted may be run again.
+        write_json(out / RESULTS_NAME, {"made_of": made_of})
+        results = {"made_of": made_of} | _results(config)
+        write_json(out / RESULTS_NAME, results)
+    # Where nobody watches, a log keeps the table in one piece.
+    Console(width=None if sys.stdout.isatty() else 110).print(_table(results))
+    print(
+        f"Everything is in {out}: data/, pretraining/, {'/, '.join(CONTENDERS)}/, losses.png, {RESULTS_NAME}"
+    )
+    return results
+
+
+def _results(config: DemoConfig) -> dict[str, Any]:
+    """Data, trainings, scores and times: all but the table."""
     out = Path(config.out)
     seconds: dict[str, float] = {}
     trainers: dict[str, Trainer] = {}
@@ -112,8 +138,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         with _timed(seconds, "measuring"):
             times = measure(trainers, config.rounds, bars)
     losses = draw_losses({name: trainer.journal.lines for name, trainer in trainers.items()})
-    losses.savefig(out / "losses.png", dpi=120)
-    results = {
+    write_atomically(out / "losses.png", lambda file: losses.savefig(file, format="png", dpi=120))
+    return {
         "scores": scores,
         "distances": distances,
         "milliseconds": times,
@@ -122,13 +148,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         },
         "backend": choose(None, trainers["mrcn"].fabric.device.type, torch.float32),
         "seconds": seconds,
-        "config": dataclasses.asdict(config),
     }
-    write_json(out / "results.json", results)
-    # Where nobody watches, a log keeps the table in one piece.
-    Console(width=None if sys.stdout.isatty() else 110).print(_table(results))
-    print(f"Everything is in {out}: data/, pretraining/, {'/, '.join(CONTENDERS)}/, losses.png, results.json")
-    return results
 
 
 def train_config(config: DemoConfig, name: str, tree: Path, weights: Path) -> TrainConfig:
@@ -230,9 +250,8 @@ def _pretrained(config: DemoConfig, bars: Progress) -> Path:
     state = trainer.model.trunk.state_dict()
     path = folder / "weights.pth"
     # torchvision's ResNet has one stem.
-    torch.save(
-        {k.removeprefix("visible."): v for k, v in state.items() if not k.startswith("infrared.")}, path
-    )
+    weights = {k.removeprefix("visible."): v for k, v in state.items() if not k.startswith("infrared.")}
+    write_atomically(path, lambda file: torch.save(weights, file))
     return path
 
 
@@ -255,7 +274,7 @@ def _distances(trainer: Trainer, tree: Path) -> dict[str, float]:
     """
     images = all_test_images(SYSUMM01(tree))
     visible, infrared = (
-        F.normalize(extract(trainer.model, images[modality], modality, trainer.config))
+        F.normalize(extract(trainer.model, images[modality], modality, trainer.config, fabric=trainer.fabric))
         for modality in MODALITIES
     )
     people, sought = (
@@ -304,16 +323,19 @@ def measure(trainers: dict[str, Trainer], rounds: int, bars: Progress) -> dict[s
 
 def _block_inputs(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Stage 0 of a batch for both modalities, and a gradient of the six sets."""
-    with torch.no_grad():
+    with torch.no_grad(), trainer.fabric.autocast():
         v = trainer.model.trunk.stem(trainer.prepared(batch.visible, "visible"), "visible")
         n = trainer.model.trunk.stem(trainer.prepared(batch.infrared, "infrared"), "infrared")
-    gradient = torch.randn(6 * len(v), *v.shape[1:], device=v.device).contiguous(memory_format=trainer.layout)
+    gradient = torch.randn(6 * len(v), *v.shape[1:], device=v.device, dtype=v.dtype)
+    gradient = gradient.contiguous(memory_format=trainer.layout)
     return v.requires_grad_(), n.requires_grad_(), gradient
 
 
 def _block_pass(trainer: Trainer, v: torch.Tensor, n: torch.Tensor, gradient: torch.Tensor) -> None:
     (block,) = trainer.model.blocks
-    torch.autograd.grad(block.first(v, n).maps, (v, n, *block.parameters()), gradient)
+    with trainer.fabric.autocast():
+        maps = block.first(v, n).maps
+    torch.autograd.grad(maps, (v, n, *block.parameters()), gradient)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -323,7 +345,7 @@ def _synchronize(device: torch.device) -> None:
 
 def _table(results: dict[str, Any]) -> Table:
     """The demo's table; scores in percent."""
-    data, times = results["config"], results["milliseconds"]
+    data, times = results["made_of"], results["milliseconds"]
     table = Table(
         title=f"Synthetic data, modality gap {data['modality_gap']}; SYSU-MM01's all-search, single-shot, "
         f"random draw, {data['trials']} trials;\nResNet-18 at {data['height']} x {data['width']}, "
@@ -353,8 +375,9 @@ def caption(results: dict[str, Any]) -> str:
     if scores["mrcn"]["rank1"] >= scores["mrcn-without-cqc"]["rank1"]:
         return told
     with_cqc, without = (distances[name] for name in ("mrcn", "mrcn-without-cqc"))
+    steps = results["made_of"]["steps"]
     return (
-        f"{told}\nAfter {results['config']['steps']} steps the CQC loss costs more than it gives: a person's "
+        f"{told}\nAfter {steps} steps the CQC loss costs more than it gives: a person's "
         f"visible images are\n{with_cqc['one person']:.2f} from their infrared ones and "
         f"{with_cqc['two people']:.2f} from other people's visible ones;\nwithout it "
         f"{without['one person']:.2f} and {without['two people']:.2f} (mean distances of unit features)"

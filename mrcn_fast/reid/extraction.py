@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
@@ -22,6 +23,7 @@ def extract(
     modality: Modality,
     config: TrainConfig,
     *,
+    fabric: Fabric,
     batch_size: int = 64,
     workers: int = 0,
     images: Dataset[Tensor] | None = None,
@@ -29,8 +31,9 @@ def extract(
 ) -> Tensor:
     """Features of the samples, in their order: (len(samples), `model.feature_size`), float32, on the CPU.
 
-    Image size, filter and memory layout are those of the training configuration. `images` stands in for the
-    samples' files: the same images from a cache. `advance(n)` is told of each n images done.
+    Image size, filter and memory layout are those of the training configuration. The network, which is on the
+    device of `fabric` already, computes in the precision of `fabric`. `images` stands in for the samples'
+    files: the same images from a cache. `advance(n)` is told of each n images done.
 
     Raises ValueError, before anything is computed, for a sample that is not of `modality` or has none:
     visible and infrared swapped would still give a score. Raises DatasetError for an image that can't be
@@ -48,7 +51,7 @@ def extract(
         raise ValueError(
             f"got {len(images)} images of {len(samples)} samples"  # type: ignore[arg-type]
         )
-    device = next(model.parameters()).device
+    device = fabric.device
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     batches = Batches(
         images,
@@ -66,7 +69,9 @@ def extract(
         done = 0
         for batch in batches:
             pixels = normalize(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
-            features[done : done + len(batch)] = model.extract(pixels, modality)
+            # Not by a method that fabric redirects: on one device it redirects none.
+            with fabric.autocast():
+                features[done : done + len(batch)] = model.extract(pixels, modality)
             done += len(batch)
             if advance is not None:
                 advance(len(batch))

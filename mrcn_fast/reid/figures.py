@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +19,30 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 
+from mrcn_fast.files import write_atomically, write_json
+from mrcn_fast.memory import enough_memory
 from mrcn_fast.reid import drawing
-from mrcn_fast.reid.checkpoint import write_atomically, write_json
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.checkpoint import content_digest, fingerprint
+from mrcn_fast.reid.config import Precision, TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.evaluation import skipped_images
 from mrcn_fast.reid.model import ReIDModel
-from mrcn_fast.reid.scoring import Trained, only_readable, open_trained, searches_of, without
+from mrcn_fast.reid.results import check_free
+from mrcn_fast.reid.scoring import (
+    Trained,
+    only_readable,
+    open_trained,
+    search_fingerprint,
+    searches_of,
+    without,
+)
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
+
+PICTURES = ("distances.png", "tsne.png", "ranking.png")
 
 _LISTED = 10  # images of a ranking list
 _THUMBNAIL = 192  # pixels of an image's height in it
@@ -53,8 +66,10 @@ def make_figures(
     skip_unreadable: bool = False,
     backend: str | None = None,
     accelerator: str = "auto",
+    precision: Precision | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Draw the paper's Figures 5 and 6 for some checkpoints of one data set, and write their numbers.
@@ -79,12 +94,15 @@ def make_figures(
         skip_unreadable: leave out images that can't be read, named and counted, which are an error else
         backend: backend of the block; none: the best that serves
         accelerator: where to compute, as lightning-fabric names it
+        precision: what to compute in, as lightning-fabric names it; none: as each checkpoint was trained
         batch_size: images a pass
         workers: processes that decode images; 0: this one
+        overwrite: replace figures of other networks, images or values in `out`, which is refused else
         progress: bars to add to, in place of own ones
 
     Returns what figures.json holds, and the files as "files". Raises CheckpointError and DatasetError as
-    scoring does, and ValueError for query paths that are not among the queries that are left.
+    scoring does, ValueError for query paths that are not among the queries that are left, and ResultError,
+    before anything is computed, for other figures in `out`.
     """
     if not checkpoints or people < 1 or queries < 1:
         raise ValueError(
@@ -99,6 +117,7 @@ def make_figures(
             other_data=other_data,
             backend=backend,
             accelerator=accelerator,
+            precision=precision,
             permutations=permutations,
         )
         for path in ([checkpoints[0]] if initial else []) + list(checkpoints)
@@ -119,6 +138,11 @@ def make_figures(
         search,
         choose_queries(search, queries, query_paths, seed),
     )
+    folder = Path(out)
+    record = folder / "figures.json"
+    made_of = _made_of(subject, dataset, dict(zip(titles, opened, strict=True)), seed)
+    if not overwrite:
+        check_free(record, [folder / name for name in PICTURES], made_of)
     columns: dict[str, _Column] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
         task = bars.add_task("figures", total=len(opened), status="")
@@ -130,23 +154,33 @@ def make_figures(
                 )
                 for modality, samples in images.items()
             }
-            columns[title] = _column(subject, features, seed)
+            with enough_memory("the distances of all test images", "Less is needed on a smaller data set"):
+                columns[title] = _column(subject, features, seed)
             bars.advance(task)
-    folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     figures = _drawn(subject, columns, opened[0].config)
-    for name, figure in figures.items():
+    # Never the numbers of other pictures beside these.
+    record.unlink(missing_ok=True)
+    for name, figure in zip(PICTURES, figures, strict=True):
         _save(figure, folder / name)
-    result = _numbers(subject, dataset, seed) | {
-        "unreadable": sorted(map(str, unreadable)),
-        "columns": {
-            title: {"checkpoint": str(trained.path), "step": 0 if title == INITIAL else trained.state.step}
-            | _column_numbers(subject, columns[title])
-            for title, trained in zip(titles, opened, strict=True)
-        },
-    }
-    write_json(folder / "figures.json", result)
-    return result | {"files": [str(folder / name) for name in (*figures, "figures.json")]}
+    result = (
+        {"made_of": made_of}
+        | _numbers(subject, dataset, seed)
+        | {
+            "unreadable": sorted(map(str, unreadable)),
+            "columns": {
+                title: {
+                    "checkpoint": str(trained.path),
+                    "step": 0 if title == INITIAL else trained.state.step,
+                    "precision": trained.precision,
+                }
+                | _column_numbers(subject, columns[title])
+                for title, trained in zip(titles, opened, strict=True)
+            },
+        }
+    )
+    write_json(record, result)
+    return result | {"files": [str(folder / name) for name in (*PICTURES, record.name)]}
 
 
 class _Subject(NamedTuple):
@@ -196,20 +230,37 @@ def _column(subject: _Subject, features: Mapping[Modality, Tensor], seed: int) -
     return _Column(apart, points, lists)
 
 
-def _drawn(subject: _Subject, columns: Mapping[str, _Column], config: TrainConfig) -> dict[str, Figure]:
-    """The three figures by their file names; pictures in lists have the shape that `config` gives images."""
+def _drawn(subject: _Subject, columns: Mapping[str, _Column], config: TrainConfig) -> tuple[Figure, ...]:
+    """The figures in the order of PICTURES; images in lists have the shape that `config` gives them."""
     mapped = [subject.images[modality][row] for modality, row in subject.mapped()]
     size = (_THUMBNAIL, max(1, round(_THUMBNAIL * config.width / config.height)))
-    return {
-        "distances.png": drawing.draw_distances({title: c.distances for title, c in columns.items()}),
-        "tsne.png": drawing.draw_tsne(
+    return (
+        drawing.draw_distances({title: c.distances for title, c in columns.items()}),
+        drawing.draw_tsne(
             {title: c.points for title, c in columns.items()},
             [sample.identity for sample in mapped],
             [sample.modality == "infrared" for sample in mapped],
         ),
-        "ranking.png": drawing.draw_rankings(
+        drawing.draw_rankings(
             {title: _rows(subject, c.ranking, size) for title, c in columns.items()}, count=_LISTED
         ),
+    )
+
+
+def _made_of(
+    subject: _Subject, dataset: PersonDataset, opened: Mapping[str, Trained], seed: int
+) -> dict[str, Any]:
+    """What tells these figures from others, before anything is computed."""
+    return {
+        "networks": {title: content_digest(trained.state.model) for title, trained in opened.items()},
+        "precision": [trained.precision for trained in opened.values()],
+        "backend": [trained.backend for trained in opened.values()],
+        "device": [trained.fabric.device.type for trained in opened.values()],
+        "images": fingerprint(dataset.root, chain(*subject.images.values())),
+        "search": [subject.search.name, subject.search.settings, search_fingerprint(dataset, subject.search)],
+        "people": sorted(subject.people),
+        "queries": subject.queries,
+        "seed": seed,
     }
 
 

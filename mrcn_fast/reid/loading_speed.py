@@ -36,7 +36,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import unmeasurable
+from mrcn_fast.benchmark.command import device_name, unmeasurable
 from mrcn_fast.reid.batches import PairedImages, collate, without_unreadable
 from mrcn_fast.reid.console import log_to_console
 from mrcn_fast.reid.data import (
@@ -51,6 +51,7 @@ from mrcn_fast.reid.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.images import FILTERS
 from mrcn_fast.reid.data.loading import Batches
+from mrcn_fast.reid.devices import check_alone
 
 # Pairs of a batch: the paper's 4 identities x 4 images.
 _BATCH: Final = 16
@@ -401,7 +402,9 @@ def main(argv: list[str] | None = None) -> int:
         "--seconds", type=float, default=3.0, help="least measuring time of a way with a number (default 3)"
     )
     parser.add_argument("--cache", metavar="DIR", help="folder of the cache (default: one that is removed)")
-    parser.add_argument("--device", default="cpu", help="where batches are augmented (default cpu)")
+    parser.add_argument(
+        "--device", type=device_name, default="cpu", help="where batches are augmented: cpu (default) or cuda"
+    )
     parser.add_argument(
         "--skip-unreadable",
         "--skip_unreadable",
@@ -411,6 +414,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the result to FILE as a JSON line")
     options = vars(parser.parse_args(argv))
     out = options.pop("out")
+    check_alone()
     if torch.device(options["device"]).type != "cpu" and (reason := unmeasurable(options["device"])):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2

@@ -5,16 +5,19 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
-from mrcn_fast.reid.checkpoint import write_atomically
+from mrcn_fast.files import append, write_atomically
+from mrcn_fast.reid.schema import conform
 
 log = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.jsonl"
+DAMAGED_NAME = "metrics.jsonl.damaged"
 
 # Embeddings whose spread falls below this share of their length have collapsed. Networks that learn from
 # random weights were seen down to 0.01, pretrained ones are far above.
@@ -67,6 +70,11 @@ class CollapseWatch:
         return True
 
 
+_MEANS = (*StepResult._fields, "step_seconds", "wait_seconds")
+# The types of a line's values.
+LINE: dict[str, type] = {"step": int, "epoch": int, "lr": float, **dict.fromkeys(_MEANS, float)}
+
+
 class Journal:
     """metrics.jsonl: a JSON line for each stretch of steps, with the means over it.
 
@@ -87,33 +95,53 @@ class Journal:
         """Write a line for the steps since the one before; nothing where there are none."""
         if not self._steps:
             return
-        names = (*StepResult._fields, "step_seconds", "wait_seconds")
         means = (sum(column) / len(self._steps) for column in zip(*self._steps, strict=True))
-        line = {"step": step, "epoch": epoch, "lr": lr, **dict(zip(names, means, strict=True))}
+        line = {"step": step, "epoch": epoch, "lr": lr, **dict(zip(_MEANS, means, strict=True))}
         self._steps.clear()
         self.lines.append(line)
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+        append(self.path, f"{json.dumps(line)}\n".encode())
 
     def clear(self) -> None:
-        """Begin anew: the file of an earlier run goes."""
+        """Begin anew: the file of an earlier run goes, with what was damaged of it."""
         self.lines.clear()
         self.path.unlink(missing_ok=True)
+        self.damaged_path.unlink(missing_ok=True)
+
+    @property
+    def damaged_path(self) -> Path:
+        """Where damaged lines of the file are set aside."""
+        return self.path.with_name(DAMAGED_NAME)
 
     def return_to(self, step: int) -> None:
-        """Read the file of an interrupted run and drop the lines after `step`: those steps are run again."""
+        """Read the file of an interrupted run and drop the lines after `step`: those steps are run again.
+
+        Lines that are damaged, or that don't follow the ones before, go to `damaged_path`, with a warning.
+        """
         self.lines.clear()
         if not self.path.exists():
             return
-        for text in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                line = json.loads(text)
-            except ValueError:  # the line that was being written when the machine stopped
+        damaged: dict[int, bytes] = {}
+        reached = 0.0
+        for number, text in enumerate(self.path.read_bytes().split(b"\n"), start=1):
+            line = _line(text)
+            if line is None or line["step"] <= reached:
+                damaged[number] = text
                 continue
-            if line["step"] <= step:
+            reached = line["step"]
+            if reached <= step:
                 self.lines.append(line)
+        self._set_aside({number: text for number, text in damaged.items() if text})
         kept = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_atomically(self.path, lambda file: file.write(kept.encode()))
+
+    def _set_aside(self, damaged: Mapping[int, bytes]) -> None:
+        if not damaged:
+            return
+        append(self.damaged_path, b"".join(text + b"\n" for text in damaged.values()))
+        log.warning(
+            "%s: damaged in line %s: moved to %s. The run goes on without it",
+            *(self.path, ", ".join(map(str, damaged)), self.damaged_path.name),
+        )
 
     def summary(self) -> str:
         """The last line for people."""
@@ -125,3 +153,12 @@ class Journal:
             f"cqc {last['cqc']:.3f}), accuracy {last['accuracy']:.2f}, spread {last['spread']:.3f}, "
             f"{last['step_seconds'] * 1000:.0f} ms a step, lr {last['lr']:g}"
         )
+
+
+def _line(text: bytes) -> dict[str, float] | None:
+    """The values of a line of the file; none where it is damaged."""
+    try:
+        line: dict[str, float] = conform(json.loads(text), LINE, "")
+    except (ValueError, RecursionError):  # of JSON, of UTF-8, of the schema; of nested brackets
+        return None
+    return line

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import statistics
 import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -11,7 +10,7 @@ from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -20,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mrcn_fast.block import MODALITIES
+from mrcn_fast.files import write_json
+from mrcn_fast.memory import enough_memory
 from mrcn_fast.reid import reranking
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -27,22 +28,22 @@ from mrcn_fast.reid.checkpoint import (
     CheckpointError,
     build_model,
     check_data,
+    content_digest,
     data_identity,
     fingerprint,
     load_checkpoint,
-    write_json,
 )
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import Precision, TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.model import ReIDModel, use_layout
-
-HEADLINE = ("rank1", "rank10", "rank20", "mAP", "mINP")
+from mrcn_fast.reid.results import HEADLINE, result_name, slug
 
 
 class Trained(NamedTuple):
@@ -53,6 +54,9 @@ class Trained(NamedTuple):
     config: TrainConfig
     dataset: PersonDataset
     model: ReIDModel
+    fabric: Fabric
+    precision: Precision  # what the network computes in here; `config` has the training's
+    backend: str  # what serves its blocks here, "" without blocks
 
     def features(
         self,
@@ -68,22 +72,25 @@ class Trained(NamedTuple):
 
         `model.test_sets` names the equal chunks of a feature. `images` stands in for the files, such as a
         cache of them. Raises ValueError for a sample of another modality, DatasetError for an image that
-        can't be read.
+        can't be read, MemoryShortageError where an allocation fails.
         """
         advance = None
         if progress is not None:
             task = progress.add_task(f"{modality} features", total=len(samples), status="")
             advance = partial(progress.advance, task)
-        return extract(
-            self.model,
-            samples,
-            modality,
-            self.config,
-            batch_size=batch_size,
-            workers=workers,
-            images=images,
-            advance=advance,
-        )
+        less = "Less is needed for a smaller --batch_size and for fewer --workers"
+        with enough_memory(f"{modality} features in batches of {batch_size}", less):
+            return extract(
+                self.model,
+                samples,
+                modality,
+                self.config,
+                fabric=self.fabric,
+                batch_size=batch_size,
+                workers=workers,
+                images=images,
+                advance=advance,
+            )
 
 
 def open_trained(
@@ -94,17 +101,23 @@ def open_trained(
     other_data: bool = False,
     backend: str | None = None,
     accelerator: str = "auto",
+    precision: Precision | None = None,
     permutations: str | Path | None = None,
 ) -> Trained:
     """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
 
-    `split` is only checked: a model is looked at on the split it was trained on. Raises CheckpointError where
-    the checkpoint can't be used, is of another split or, unless `other_data`, of another data set.
+    `split` is only checked: a model is looked at on the split it was trained on. The network computes in
+    `precision`, by default the one it was trained in. Raises CheckpointError where the checkpoint can't be
+    used, is of another split or, unless `other_data`, of another data set; ConfigError and BackendError for
+    an accelerator, a precision or a backend that is not to be had here.
     """
     path = Path(checkpoint)
     path = path / CHECKPOINT_NAME if path.is_dir() else path
     state = load_checkpoint(path)
     config = state.config
+    precision = precision or config.precision
+    fabric = open_fabric(accelerator, precision)
+    serving = serving_backend(config, backend, fabric, precision)
     if split is not None and split != state.data.split:
         raise CheckpointError(
             f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
@@ -121,13 +134,10 @@ def open_trained(
     )
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))
-    fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
     model = build_model(path, state, backend)
     use_layout(model, config.channels_last)
-    # The wrapper brings device and precision, and must be told of methods besides forward.
-    wrapped = fabric.setup_module(model)
-    wrapped.mark_forward_method("extract")
-    return Trained(path, state, config, dataset, cast(ReIDModel, wrapped))
+    fabric.to_device(model)
+    return Trained(path, state, config, dataset, model, fabric, precision, serving)
 
 
 def score_checkpoint(
@@ -146,11 +156,16 @@ def score_checkpoint(
     cache: str | None = None,
     backend: str | None = None,
     accelerator: str = "auto",
+    precision: Precision | None = None,
     batch_size: int = 64,
     workers: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
+
+    The file's name tells what was measured (see `results.result_name`), so that no result replaces one of
+    another measurement: of other options, images, steps or precision, on another backend or device. A run may
+    be scored while it trains; the result is of its last checkpoint then, whose step it names.
 
     Everything about the network comes from the checkpoint. SYSU-MM01 searches the visible gallery for
     infrared queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean
@@ -171,6 +186,7 @@ def score_checkpoint(
         cache: folder for a memory-mapped cache of the resized images; none: no cache
         backend: backend of the block; none: the best that serves
         accelerator: where to compute, as lightning-fabric names it
+        precision: what to compute in, as lightning-fabric names it; none: as the checkpoint was trained
         batch_size: images a pass
         workers: processes that decode images; 0: this one
         progress: bars to add to, in place of own ones
@@ -178,7 +194,7 @@ def score_checkpoint(
     Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
     `other_data`, the data set isn't the one trained on; DatasetError and ValueError for what the data set
     can't give or, with `skip_unreadable`, what is left of it can't; OSError, before anything is computed,
-    where the checkpoint's folder can't be written to.
+    where the checkpoint's folder can't be written to; MemoryShortageError where an allocation fails.
     """
     trained = open_trained(
         checkpoint,
@@ -187,6 +203,7 @@ def score_checkpoint(
         other_data=other_data,
         backend=backend,
         accelerator=accelerator,
+        precision=precision,
         permutations=permutations,
     )
     options = {"mode": mode, "shots": shots, "draw": draw, "trials": trials}
@@ -194,56 +211,83 @@ def score_checkpoint(
         trained.dataset, {name: value for name, value in options.items() if value is not None}
     )
     _check_writable(trained.path.parent)
+    conditions = Conditions(
+        rerank, skip_unreadable, trained.precision, trained.backend, trained.fabric.device.type
+    )
+    result = outline(trained.state, trained.dataset, searches, conditions)
+    written = trained.path.with_name(result_name(result, trained.path.stem))
     samples = _by_modality(searches)
     unreadable: set[Path] = set()
     if skip_unreadable:
         samples, unreadable = only_readable(samples, workers=workers)
     kept = [without(search, unreadable) for search in searches]
-    name = result_name(searches, rerank)
     tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
         for modality, images in samples.items():
             source = None
             if cache is not None:
-                source = _cached(trained, images, cache, f"{Path(name).stem}-{modality}", workers)
+                source = _cached(trained, images, cache, f"{_cache_name(searches)}-{modality}", workers)
             features = trained.features(
                 images, modality, batch_size=batch_size, workers=workers, images=source, progress=bars
             )
             tables[modality] = _FeatureTable(images, features)
-    scored = {
-        search.name: {"fingerprint": search_fingerprint(trained.dataset, search)}
-        | _score_search(left, tables, rerank)
-        for search, left in zip(searches, kept, strict=True)
-    }
-    result = {
-        "dataset": trained.dataset.name,
-        "split": trained.dataset.split,
+    less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
+    with enough_memory("the distances of queries and gallery images", less):
+        for search, left in zip(searches, kept, strict=True):
+            result["searches"][search.name] |= _score_search(left, tables, rerank)
+    result |= {
         "headline": searches[0].name,
-        "rerank": rerank,
-        "searches": scored,
         "unreadable": sorted(map(str, unreadable)),
         "checkpoint": str(trained.path),
-        "step": trained.state.step,
         "epoch": trained.state.epoch,
-        "trained_on": trained.state.data._asdict(),
         "data": str(data),
-        "config": trained.config.as_dict(),
+        "path": str(written),
     }
-    written = trained.path.with_name(name)
-    result["path"] = str(written)
     write_json(written, result)
     return result
 
 
-def result_name(searches: Sequence[Search], rerank: bool = False) -> str:
-    """The file name of a result, from what was searched: test-all-search-single-shot-random-draw.json."""
-    words = ["test", *(search.name for search in searches), searches[0].settings, "reranked" * rerank]
-    return re.sub(r"[^a-z0-9]+", "-", " ".join(words)).strip("-") + ".json"
+class Conditions(NamedTuple):
+    """How scores are made: what they depend on besides the network and the images."""
+
+    rerank: bool
+    skip_unreadable: bool
+    precision: Precision
+    backend: str
+    device: str
+
+
+def outline(
+    state: Checkpoint, dataset: PersonDataset, searches: Sequence[Search], conditions: Conditions
+) -> dict[str, Any]:
+    """A result before there are scores in it: all that its measurement consists of."""
+    return {
+        "dataset": dataset.name,
+        "split": dataset.split,
+        "step": state.step,
+        "network": content_digest(state.model),
+        **conditions._asdict(),
+        "searches": {
+            search.name: {
+                "protocol": search.protocol,
+                "settings": search.settings,
+                "trials": len(search.galleries),
+                "fingerprint": search_fingerprint(dataset, search),
+            }
+            for search in searches
+        },
+        "trained_on": state.data._asdict(),
+        "config": state.config.as_dict(),
+    }
 
 
 def search_fingerprint(dataset: PersonDataset, search: Search) -> str:
     """Of which images a search's scores are: `fingerprint` of the query and of each trial's gallery."""
     return fingerprint(dataset.root, chain(search.query, *search.galleries))
+
+
+def _cache_name(searches: Sequence[Search]) -> str:
+    return slug(["test", *(search.name for search in searches), searches[0].settings])
 
 
 def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:
@@ -361,9 +405,6 @@ def _score_search(search: Search, tables: dict[Modality, _FeatureTable], reranke
         rows.append(score_trial(distance, search.query, gallery, search.protocol))
     trials = len(rows)
     return {
-        "protocol": search.protocol,
-        "settings": search.settings,
-        "trials": trials,
         "queries": len(search.query),
         "valid_queries": [row["valid_queries"] for row in rows],
         "gallery_images": [len(gallery) for gallery in search.galleries],
@@ -409,6 +450,8 @@ def describe(result: dict[str, Any]) -> str:
             f"  {names.get(key, key):8s}{100 * search['mean'][key]:6.2f} ± {100 * search['std'][key]:.2f}"
             for key in HEADLINE
         ]
+    served = f", backend {result['backend']}" if result["backend"] else ""
+    lines.append(f"computed in {result['precision']} on {result['device']}{served}")
     if result["unreadable"]:
         lines.append(f"left out {len(result['unreadable'])} images that can't be read, named in the result")
     return "\n".join([*lines, f"written to {result['path']}"])

@@ -24,14 +24,15 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import unmeasurable
+from mrcn_fast.benchmark.command import device_name, unmeasurable
 from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.devices import check_alone
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.model import ModelName, ReIDModel, use_layout
+from mrcn_fast.reid.optimizer import make_optimizer
 from mrcn_fast.reid.plugs import MRCNPlug, Plugged
-from mrcn_fast.reid.training import make_optimizer
 
 HABIT: Final = "habit"
 # What is added, in this order: each step has all before it too.
@@ -369,7 +370,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--seconds", type=float, default=60.0, help="least measuring time a model (default 60)"
     )
-    parser.add_argument("--device", default="cpu", help="default cpu")
+    parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda or cuda:N")
     parser.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
     parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print FILE's results")
     options = parser.parse_args(argv)
@@ -382,6 +383,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for result in found:
             print_steps(result)
         return 0
+    check_alone()
     if reason := unmeasurable(options.device):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2

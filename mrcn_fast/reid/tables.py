@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import statistics
 import time
@@ -13,28 +12,26 @@ from typing import Any, NamedTuple
 from rich.progress import Progress
 
 from mrcn_fast.benchmark import machine
+from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
     CheckpointError,
     check_config,
     check_data,
+    content_digest,
     data_identity,
     load_checkpoint,
-    write_json,
 )
-from mrcn_fast.reid.config import ConfigError, TrainConfig
+from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
-from mrcn_fast.reid.data.samples import PersonDataset, Search
+from mrcn_fast.reid.data.samples import PersonDataset
 from mrcn_fast.reid.data.synthetic import is_synthetic
+from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
-from mrcn_fast.reid.scoring import (
-    HEADLINE,
-    result_name,
-    score_checkpoint,
-    search_fingerprint,
-    searches_of,
-)
+from mrcn_fast.reid.results import HEADLINE, check_free, kept_result
+from mrcn_fast.reid.run_folder import held, run_files
+from mrcn_fast.reid.scoring import Conditions, outline, score_checkpoint, search_fingerprint, searches_of
 from mrcn_fast.reid.training import Trainer
 
 log = logging.getLogger(__name__)
@@ -65,6 +62,7 @@ def run_table(
     options: Mapping[str, Any] | None = None,
     overlay: str | None = None,
     configure: Configure = lambda values: TrainConfig(**values),
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Make a table of the paper from the trees under `data`; returns and writes `out`/table-`name`.json.
@@ -78,62 +76,80 @@ def run_table(
 
     Where the paper draws curves, so does `out`/table-`name`.png.
 
-    The result counts the runs that were trained in this call, and the seconds it took.
+    The result counts the runs that were trained in this call, and the seconds it took. A table that is there
+    already, of other options, splits, data sets, values or images, is only replaced if `overwrite`; the runs
+    stay.
 
     Raises ConfigError for an unknown table, for trees of which none is of its data sets, and where
     `configure` sets a run's data set, data, out or split; CheckpointError for a run in the way that is of
-    another data set, of other initial weights or of other values.
+    another data set, of other initial weights or of other values; ResultError, before anything is trained,
+    for a table in the way.
     """
     spec = load_table(name)
     trees = _trees(spec, data)
+    runs_of = [
+        {
+            dataset: _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
+            for dataset, recipe in row.recipes.items()
+            if dataset in trees
+        }
+        for row in spec.rows
+    ]
+    record, chart = (Path(out) / f"table-{name}{suffix}" for suffix in (".json", ".png"))
+    made_of = _made_of([run for runs in runs_of for of in runs.values() for run in of], dict(options or {}))
+    if not overwrite:
+        check_free(record, [chart] if spec.curve else [], made_of)
     rows, trained = [], 0
     begun = time.perf_counter()
-    for row in spec.rows:
+    for row, runs in zip(spec.rows, runs_of, strict=True):
         results: dict[str, list[dict[str, Any]]] = {}
-        for dataset, recipe in row.recipes.items():
-            if dataset in trees:
-                runs = _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
-                results[dataset] = [_result(run, dict(options or {}), progress) for run in runs]
-                trained += sum(result.pop("trained") for result in results[dataset])
+        for dataset, of in runs.items():
+            results[dataset] = [_result(run, dict(options or {}), progress) for run in of]
+            trained += sum(result.pop("trained") for result in results[dataset])
         rows.append({"title": row.title, "ours": _ours(spec, results), "runs": _told(results)})
     table = {
         "table": name,
         "synthetic": any(is_synthetic(tree) for tree in trees.values()),
         "splits": splits if "regdb" in trees else None,
         "overlay": overlay,
+        "made_of": made_of,
         "trained": trained,
         "seconds": round(time.perf_counter() - begun, 1),
         "machine": machine(),
         "rows": rows,
     }
-    write_json(Path(out) / f"table-{name}.json", table)
+    write_json(record, table)
     if spec.curve:
-        _draw_curves(spec, table, Path(out) / f"table-{name}.png")
+        _draw_curves(spec, table, chart)
+    log.info("Table %s: written to %s", name, record)
     return table
 
 
 def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
-    """The synthetic trees of RegDB and SYSU-MM01 under `folder`, written where they aren't there."""
+    """The synthetic trees of RegDB and SYSU-MM01 under `folder`, written where they aren't there.
+
+    Raises FolderInUseError where another process writes them.
+    """
     # At a modality gap of 1 so short a training learns little that holds in both.
     looks: dict[str, Any] = {"modality_gap": 0.6, "pose_spread": 0.4, "camera_style": 0.4}
     sizes = {
         "regdb": {"identities": 112, "images": 8, "splits": 1},
         "sysu": {"identities": 72, "test_identities": 16, "images_per_camera": 4},
     }
-    trees = []
-    for layout, size in sizes.items():
-        tree = folder / layout
-        if not _is_whole(tree):
+    trees = {layout: folder / layout for layout in sizes}
+    with held(folder, "writes synthetic trees"):
+        for layout, tree in trees.items():
+            if _is_whole(tree):
+                continue
             task = progress.add_task(f"{layout} images", total=None, status="")
             WRITERS[layout](
                 tree,
-                **size,
+                **sizes[layout],
                 **looks,
                 image_size=_SYNTHETIC_SIZE,
                 progress=lambda done, total, task=task: progress.update(task, completed=done, total=total),
             )
-        trees.append(tree)
-    return trees
+    return list(trees.values())
 
 
 def _is_whole(tree: Path) -> bool:
@@ -197,7 +213,7 @@ def _draw_curves(spec: TableSpec, table: Mapping[str, Any], path: Path) -> None:
             panel.plot([float(row.title) for row in spec.rows], values, "o-", label=SCORE_TITLES[score])
         panel.set(title=column.title, xlabel=spec.curve, ylabel="percent")
         panel.legend()
-    figure.savefig(path, dpi=120)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=120))
 
 
 def _trees(spec: TableSpec, data: Sequence[str | Path]) -> dict[str, Path]:
@@ -235,6 +251,7 @@ def _runs(
         own = {"dataset": dataset, "data": str(tree), "out": str(folder), "split": split}
         config = configure(values | own)
         _check_own(config, own)
+        check_device(config.accelerator, config.precision)
         runs.append(Run(recipe, config))
     return runs
 
@@ -255,13 +272,18 @@ def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dic
     begun = time.perf_counter()
     dataset = open_dataset(config.dataset, config.data, split=config.split)
     checkpoint, trained = _trained(config, dataset, progress)
-    if config.dataset == "sysu-mm01":
-        options = {"mode": "both"} | options
-    elif config.dataset == "regdb":
-        options = {}
+    options = _options_of(config.dataset, options)
     searches = searches_of(dataset, options)
-    kept = _kept(checkpoint.with_name(result_name(searches)))
-    if kept is not None and _fits(kept, load_checkpoint(checkpoint), _scored(dataset, searches)):
+    # Scores are taken over whatever the device and the backend were.
+    conditions = Conditions(
+        rerank=False,
+        skip_unreadable=config.skip_unreadable,
+        precision=config.precision,
+        backend="",
+        device="",
+    )
+    wanted = outline(load_checkpoint(checkpoint), dataset, searches, conditions)
+    if kept := kept_result(checkpoint.parent, wanted):
         return kept | {"trained": trained}
     result = score_checkpoint(
         checkpoint,
@@ -278,6 +300,39 @@ def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dic
     return result | {"trained": trained}
 
 
+def _options_of(dataset: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a data set's protocol, from the table's."""
+    if dataset == "sysu-mm01":
+        return {"mode": "both"} | options
+    return {} if dataset == "regdb" else options
+
+
+def _made_of(runs: Sequence[Run], options: dict[str, Any]) -> dict[str, Any]:
+    """What tells a table from others of its name, before anything is trained for it.
+
+    Raises what the data sets raise for options that they don't have.
+    """
+    images: dict[str, dict[str, str]] = {}
+    for run in runs:
+        config = run.config
+        tree = f"{config.dataset}, split {config.split}"
+        if tree not in images:
+            dataset = open_dataset(config.dataset, config.data, split=config.split)
+            searches = searches_of(dataset, _options_of(config.dataset, options))
+            images[tree] = {search.name: search_fingerprint(dataset, search) for search in searches}
+            images[tree]["training"] = data_identity(dataset, dataset.training()).fingerprint
+    free = FREE_ON_RESUME - {"epochs", "steps"}
+    values = [
+        {name: value for name, value in run.config.as_dict().items() if name not in free} for run in runs
+    ]
+    return {
+        **options,
+        "data sets": sorted(images),
+        "values of the runs": content_digest(values),
+        "images": content_digest(images),
+    }
+
+
 def _trained(config: TrainConfig, dataset: PersonDataset, progress: Progress | None) -> tuple[Path, bool]:
     """The checkpoint of a finished run, and whether it had to be begun or gone on with."""
     path = Path(config.out) / CHECKPOINT_NAME
@@ -286,7 +341,7 @@ def _trained(config: TrainConfig, dataset: PersonDataset, progress: Progress | N
         _check_run(path, state, config, dataset)
         if state.epoch >= config.epochs or (config.steps is not None and state.step >= config.steps):
             return path, False
-    return Trainer(config).fit(resume=path.exists(), progress=progress), True
+    return Trainer(config).fit(resume=bool(run_files(path.parent)), progress=progress), True
 
 
 def _check_run(path: Path, state: Checkpoint, config: TrainConfig, dataset: PersonDataset) -> None:
@@ -306,29 +361,6 @@ def _check_length(path: Path, state: Checkpoint, config: TrainConfig) -> None:
     for name, reached, end in (("epochs", state.epoch, config.epochs), ("steps", state.step, config.steps)):
         if end is not None and reached > end:
             raise CheckpointError(f"{path}: expected a run of {end} {name}, found one of {reached}")
-
-
-def _scored(dataset: PersonDataset, searches: Iterable[Search]) -> dict[str, tuple[int, str]]:
-    """What a result must be of: each search's trials and images."""
-    return {search.name: (len(search.galleries), search_fingerprint(dataset, search)) for search in searches}
-
-
-def _fits(kept: Mapping[str, Any], state: Checkpoint, scored: Mapping[str, tuple[int, str]]) -> bool:
-    """Whether a result is of this checkpoint and these images, none left out but where the run allows it."""
-    found = {name: (search["trials"], search.get("fingerprint")) for name, search in kept["searches"].items()}
-    return (
-        (kept["step"], kept["config"]) == (state.step, state.config.as_dict())
-        and kept["trained_on"]["fingerprint"] == state.data.fingerprint
-        and found == scored
-        and (state.config.skip_unreadable or not kept["unreadable"])
-    )
-
-
-def _kept(path: Path) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return content
 
 
 def _ours(spec: TableSpec, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:

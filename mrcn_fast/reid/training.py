@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 import random
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
-from lightning_fabric import Fabric
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from mrcn_fast.dispatch import unserved
+from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
-    RESULT_NAMES,
     Checkpoint,
+    all_finite,
     check_config,
     check_data,
     data_identity,
@@ -30,15 +30,30 @@ from mrcn_fast.reid.checkpoint import (
     save_checkpoint,
     weights_fingerprint,
 )
-from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
+from mrcn_fast.reid.config import TrainConfig, learning_rate
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
+from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.losses import ReIDLoss
-from mrcn_fast.reid.metrics import METRICS_NAME, CollapseWatch, Journal, StepResult, embedding_spread
+from mrcn_fast.reid.metrics import (
+    DAMAGED_NAME,
+    METRICS_NAME,
+    CollapseWatch,
+    Journal,
+    StepResult,
+    embedding_spread,
+)
 from mrcn_fast.reid.model import ReIDModel, use_layout
+from mrcn_fast.reid.optimizer import make_optimizer
+from mrcn_fast.reid.run_folder import held, run_files
 from mrcn_fast.reid.transfers import Readings, to_device
 
 log = logging.getLogger(__name__)
+
+_LESS = (
+    "Less is needed for fewer people or images of each in a batch (--identities, --images), for smaller "
+    "images (--height, --width) and for fewer --workers"
+)
 
 
 class TrainingError(RuntimeError):
@@ -49,23 +64,24 @@ class Trainer:
     """A training run: everything it needs, built from a TrainConfig; one step, and the loop.
 
     `fit()` trains to the end and returns the checkpoint's path. Raises DatasetError and WeightsError for bad
-    files, ValueError for values that don't fit: fewer identities than P, an unknown gate, a backend that
-    can't be used.
+    files, ValueError for values that don't fit (fewer identities than P, an unknown gate, an accelerator that
+    there is not, one process of several), and BackendError for a backend that can't serve.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.out = Path(config.out)
         self.checkpoint_path = self.out / CHECKPOINT_NAME
+        # What the machine can't do is refused before any image is looked for.
+        self.fabric = open_fabric(config.accelerator, config.precision)
+        serving_backend(config, config.backend, self.fabric, config.precision)
         dataset = open_dataset(config.dataset, config.data, split=config.split)
         self.training = dataset.training()
         self.data = data_identity(dataset, self.training)
 
         torch.manual_seed(config.seed)
         random.seed(config.seed)
-        self.fabric = Fabric(accelerator=config.accelerator, devices=1, precision=config.precision)
         self.model = ReIDModel(len(self.training.identities), **config.model_arguments())
-        _check_backend(config, self.fabric.device.type)
         if config.weights is not None:
             self.model.trunk.load_imagenet(config.weights)
         self.weights = weights_fingerprint(config.weights)
@@ -136,43 +152,46 @@ class Trainer:
         `resume`, an `out` that holds a checkpoint is refused unless `overwrite`, which removes that run with
         its scores.
 
-        Raises TrainingError and CheckpointError. Ctrl-C leaves the last checkpoint whole, says where it is,
-        and passes on.
+        Raises TrainingError and CheckpointError, FolderInUseError where another process trains into `out`,
+        and MemoryShortageError. That and Ctrl-C leave the last checkpoint whole, and its place is logged.
         """
-        self.out.mkdir(parents=True, exist_ok=True)
-        if resume and self.checkpoint_path.exists():
-            self._resume()
-        elif self.checkpoint_path.exists() and not overwrite:
-            raise TrainingError(
-                f"{self.checkpoint_path}: a run is already there. Go on with it (--resume), replace it "
-                "(--overwrite), or give another folder (--out)."
-            )
-        else:
-            if resume:
-                log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
-            self._clear()
-        self._introduce()
-        bars = progress_bars() if progress is None else progress
-        if progress is None:
-            bars.start()
-        task = bars.add_task(self.config.model, total=self.total_steps, completed=self.step_count, status="")
-        try:
-            while self.step_count < self.total_steps:
-                self._run_epoch(bars, task)
-        except KeyboardInterrupt:
-            log.warning("Interrupted after step %d. %s", self.step_count, self._last_checkpoint())
-            raise
-        finally:
-            if progress is None:
-                bars.stop()
+        with held(self.out, "trains"):
+            self._begin(resume=resume, overwrite=overwrite)
+            self._introduce()
+            bars = progress_bars() if progress is None else progress
+            with bars if progress is None else nullcontext():
+                self._run(bars)
         return self.checkpoint_path
 
-    def _clear(self) -> None:
-        """Remove an old run as a whole: its checkpoint or scores beside this one's metrics would be wrong."""
-        self.checkpoint_path.unlink(missing_ok=True)
-        for result in self.out.glob(RESULT_NAMES):
-            result.unlink()
+    def _begin(self, *, resume: bool, overwrite: bool) -> None:
+        """Go on with the run that is there, or make way for this one."""
+        if resume and self.checkpoint_path.exists():
+            self._resume()
+            return
+        there = run_files(self.out)
+        if resume:
+            log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
+            # The steps that a run measured before its first checkpoint are taken again.
+            there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
+        if there and not overwrite:
+            raise TrainingError(
+                f"{there[0]}: a run is already there. Go on with it (--resume), replace it "
+                "(--overwrite), or give another folder (--out)."
+            )
+        # An old run goes as a whole: its scores beside this one's metrics would be wrong.
+        for path in there:
+            path.unlink(missing_ok=True)
         self.journal.clear()
+
+    def _run(self, bars: Progress) -> None:
+        task = bars.add_task(self.config.model, total=self.total_steps, completed=self.step_count, status="")
+        try:
+            with enough_memory("a training step", _LESS):
+                while self.step_count < self.total_steps:
+                    self._run_epoch(bars, task)
+        except (KeyboardInterrupt, MemoryShortageError):
+            log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
+            raise
 
     def _introduce(self) -> None:
         config = self.config
@@ -208,7 +227,7 @@ class Trainer:
             self._write_within_epoch(rate)
             asked = time.perf_counter()
         self.journal.write(self.step_count, self.epoch, rate)
-        if self.batch == len(self.batches):
+        if self.batch >= len(self.batches):
             self.epoch, self.batch = self.epoch + 1, 0
         self.save()
         log.info(
@@ -218,7 +237,7 @@ class Trainer:
         )
 
     def _ends_here(self) -> bool:
-        return self.batch == len(self.batches) or self.step_count == self.total_steps
+        return self.batch >= len(self.batches) or self.step_count == self.total_steps
 
     def _write_within_epoch(self, rate: float) -> None:
         if self.step_count % self.config.log_every == 0:
@@ -229,7 +248,7 @@ class Trainer:
     def save(self) -> None:
         """Write the checkpoint. When a weight isn't finite, TrainingError: the one before stays."""
         state = self.model.state_dict()
-        if bad := [name for name, tensor in state.items() if not torch.isfinite(tensor).all()]:
+        if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
             raise TrainingError(
                 f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
                 f"Lower the learning rate. {self._last_checkpoint()}"
@@ -275,32 +294,3 @@ class Trainer:
         if not self.checkpoint_path.exists():
             return "No checkpoint had been written yet."
         return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."
-
-
-def _check_backend(config: TrainConfig, device_type: str) -> None:
-    """Refuse an unusable backend now rather than in the first step. Raises ConfigError with the reason."""
-    if config.model == "baseline" or config.backend in (None, "auto"):
-        return
-    if reason := unserved(config.backend, device_type, torch.float32, config.gate):
-        raise ConfigError(f"backend {config.backend!r} can't be used: {reason}")
-
-
-def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov's momentum: BNNeck and classifier at the full rate, the rest at `trunk_lr` of it.
-
-    A group's share stands in its `scale`; the schedule multiplies by it.
-    """
-    head = list(model.head())
-    in_head = {id(parameter) for parameter in head}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_head]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.requires_grad], "scale": scale}
-        for parameters, scale in ((head, 1.0), (rest, config.trunk_lr))
-    ]
-    return torch.optim.SGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,8 @@ from mrcn_fast.reid.demo import (
     run_demo,
     train_config,
 )
+from mrcn_fast.reid.results import ResultError
+from mrcn_fast.reid.run_folder import FolderInUseError, held
 
 ROWS = ["baseline", "mrcn-without-cqc", "mrcn"]
 
@@ -47,13 +50,14 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
 def test_everything_goes_under_one_folder(demo: DemoConfig) -> None:
     out = Path(demo.out)
     assert {path.name for path in out.iterdir()} == {
-        *("data", "pretraining", "losses.png", "results.json"),
+        *(".lock", "data", "pretraining", "losses.png", "results.json"),
         *ROWS,
     }
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     for name in ROWS:
-        names = {path.name for path in (out / name).iterdir()}
-        assert names == {"checkpoint.pth", "metrics.jsonl", "test-all-search-single-shot-random-draw.json"}
+        names = {path.name for path in (out / name).iterdir()} - {".lock", "checkpoint.pth", "metrics.jsonl"}
+        (scores,) = names
+        assert scores.startswith("test-step-3-all-search-single-shot-random-draw-2-trials-")
 
 
 def test_contenders_are_trained_alike(demo: DemoConfig) -> None:
@@ -141,13 +145,36 @@ def test_the_steps_are_those_asked_for(tmp_path: Path) -> None:
 
 
 def test_a_second_demo_replaces_the_first(demo: DemoConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    run_demo(dataclasses.replace(demo, steps=1, trials=1))
+    run_demo(dataclasses.replace(demo, steps=1, trials=1), overwrite=True)
     told = capsys.readouterr().out
     for part in ("Rank-1", "Rank-10", "mAP", "mINP", "ms a step", "chance"):
         assert part in told
     for title in ("two-stream baseline", "MRCN without CQC", "MRCN"):
         assert any(line.split("│")[1].strip() == title for line in told.splitlines() if "│" in line)
     assert load_checkpoint(Path(demo.out) / "mrcn").step == 1
+
+
+def test_another_demo_is_not_replaced(tmp_path: Path, finished: Path) -> None:
+    config = DemoConfig(out=str(tmp_path), accelerator="cpu", steps=1)
+    record = tmp_path / "results.json"
+    values = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
+    record.write_text(json.dumps({"made_of": values | {"steps": 2, "seed": 3}}))
+    before = record.read_bytes()
+    with pytest.raises(ResultError, match=rf"{record}: is there already, .* of steps, seed\. .*--overwrite"):
+        run_demo(config)
+    assert record.read_bytes() == before
+    record.unlink()
+    # A run of the same folder name that isn't a demo's.
+    shutil.copytree(finished.parent, tmp_path / "mrcn")
+    with pytest.raises(ResultError, match=rf"{tmp_path / 'mrcn'}: is there already, and nothing tells"):
+        run_demo(config)
+    assert (tmp_path / "mrcn" / "checkpoint.pth").read_bytes() == finished.read_bytes()
+
+
+def test_two_demos_in_one_folder_are_refused(tmp_path: Path) -> None:
+    with held(tmp_path, "runs a demo"), pytest.raises(FolderInUseError, match="another process runs a demo"):
+        run_demo(DemoConfig(out=str(tmp_path), accelerator="cpu"))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
 def test_where_the_cqc_loss_costs_more_than_it_gives_the_table_says_so() -> None:
@@ -158,7 +185,7 @@ def test_where_the_cqc_loss_costs_more_than_it_gives_the_table_says_so() -> None
 
     def told(with_cqc: float) -> str:
         scores = {"mrcn": {"rank1": with_cqc}, "mrcn-without-cqc": {"rank1": 0.8}}
-        return caption({"scores": scores, "distances": distances, "config": {"steps": 130}})
+        return caption({"scores": scores, "distances": distances, "made_of": {"steps": 130}})
 
     assert "CQC" not in told(0.8)
     sentence = " ".join(told(0.79).split())

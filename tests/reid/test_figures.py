@@ -16,6 +16,7 @@ from mrcn_fast.reid import figures
 from mrcn_fast.reid.data import LLCM, SYSUMM01, DatasetError, RegDB, Sample
 from mrcn_fast.reid.data.samples import Modality, Search
 from mrcn_fast.reid.figures import all_test_images, choose_people, choose_queries, make_figures
+from mrcn_fast.reid.results import ResultError
 
 # --- what is chosen -----------------------------------------------------------------------------------------
 
@@ -175,3 +176,35 @@ def test_unreadable_images_are_left_out_where_asked_for(
         sample.path.write_bytes(bytes(sample.path.stat().st_size))
     with pytest.raises(DatasetError, match=r"no infrared image is left. Left out were .* 12 of 12 infrared"):
         make_figures([str(finished)], str(tree), str(tmp_path / "out"), **settings)
+
+
+def test_other_figures_are_not_replaced(
+    made: tuple[Path, dict[str, Any]], finished: Path, tiny_tree: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "figures"
+    shutil.copytree(made[0], out)
+    before = {path: path.read_bytes() for path in out.iterdir()}
+
+    def make(**changes: Any) -> None:
+        values: dict[str, Any] = {"people": 3, "queries": 2, "initial": True, "accelerator": "cpu"}
+        values |= {"progress": Progress(disable=True)} | changes
+        make_figures([str(finished)], str(tiny_tree), str(out), **values)
+
+    for change, named in (
+        ({"seed": 1}, "seed"),
+        ({"people": 2}, "people"),
+        ({"initial": False}, "networks"),
+        ({"precision": "bf16-mixed"}, "precision"),
+        ({"backend": "reference"}, "backend"),
+    ):
+        with pytest.raises(ResultError, match=rf"figures\.json: is there already, .*{named}.*--overwrite"):
+            make(**change)
+    (out / "figures.json").unlink()
+    with pytest.raises(ResultError, match=r"distances\.png: is there already, and nothing tells"):
+        make()
+    assert {path: path.read_bytes() for path in out.iterdir()} == {
+        path: content for path, content in before.items() if path.name != "figures.json"
+    }
+    make(overwrite=True)
+    make()
+    assert {path: path.read_bytes() for path in out.iterdir()} == before

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from mrcn_fast.reid.checkpoint import CheckpointError, build_model, load_checkpoint
+from mrcn_fast import cli
+from mrcn_fast.memory import MemoryShortageError
+from mrcn_fast.reid import reranking
+from mrcn_fast.reid.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, RegDB, Sample, write_sysu
 from mrcn_fast.reid.data.samples import Search
+from mrcn_fast.reid.devices import open_fabric
 from mrcn_fast.reid.extraction import extract
+from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.scoring import Trained, describe, open_trained, score_checkpoint, searches_of
 from mrcn_fast.reid.training import Trainer
 
@@ -44,7 +50,9 @@ def own(finished: Path, tmp_path: Path) -> Path:
 def test_a_checkpoint_and_the_tree_suffice_to_score(own: Path, tiny_tree: Path) -> None:
     result = score_checkpoint(own, tiny_tree, trials=3, **QUIET)
     assert json.loads(Path(result["path"]).read_text()) == json.loads(json.dumps(result))
-    assert Path(result["path"]) == own.with_name("test-all-search-single-shot-random-draw.json")
+    assert Path(result["path"]).parent == own.parent
+    name = r"test-step-6-all-search-single-shot-random-draw-3-trials-[0-9a-f]{8}\.json"
+    assert re.fullmatch(name, Path(result["path"]).name)
     assert (result["dataset"], result["split"], result["headline"]) == ("sysu-mm01", 1, "all-search")
     (search,) = result["searches"].values()
     # 3 test people, cameras 3 and 6, two images each; the gallery has cameras 1, 2, 4, 5.
@@ -97,6 +105,45 @@ def test_reranked_scores_say_so(own: Path, tiny_tree: Path) -> None:
     assert plain["searches"] != reranked["searches"]
 
 
+def test_no_result_replaces_another(own: Path, tiny_tree: Path, tiny_regdb: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(tiny_tree, tmp_path / "broken")
+    SYSUMM01(broken).query()[0].path.write_bytes(b"not an image")
+    other = write_sysu(
+        tmp_path / "other", identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16), seed=1
+    )
+    named = own.with_name("best.pth")
+    shutil.copy(own, named)
+    earlier = own.with_name("step-4.pth")
+    checkpoint = load_checkpoint(own)
+    save_checkpoint(earlier, checkpoint._replace(step=4, epoch=1, batch=1, metrics={}))
+    kept: dict[str, bytes] = {}
+
+    def scored(path: Path = own, tree: Path = tiny_tree, **options: Any) -> Path:
+        written = Path(score_checkpoint(path, tree, **QUIET | {"trials": 2} | options)["path"])
+        # Every earlier result is still there, as it was.
+        assert written.name not in kept
+        assert {name: own.with_name(name).read_bytes() for name in kept} == kept
+        kept[written.name] = written.read_bytes()
+        return written
+
+    first = scored()
+    assert "-1-trial-" in scored(trials=1).name
+    assert "reranked" in scored(rerank=True).name
+    assert "without-unreadable" in scored(skip_unreadable=True).name
+    assert "32-true" not in first.name and "bf16-mixed" in scored(precision="bf16-mixed").name
+    scored(backend="reference")
+    scored(mode="indoor")
+    scored(shots=10)
+    scored(tree=broken, skip_unreadable=True)
+    scored(tree=other, other_data=True)
+    assert "other-data" in scored(tree=tiny_regdb, other_data=True, trials=None).name
+    assert scored(named).name.startswith("test-best-step-6-")
+    assert scored(earlier).name.startswith("test-step-4-step-4-")
+    # The same measurement once more is the same file.
+    again = score_checkpoint(own, tiny_tree, trials=2, **QUIET)
+    assert Path(again["path"]) == first and first.read_bytes() == kept[first.name]
+
+
 def test_a_cache_gives_the_same_scores(own: Path, tiny_tree: Path, tmp_path: Path) -> None:
     plain = score_checkpoint(own, tiny_tree, trials=2, **QUIET)
     for _ in range(2):
@@ -109,8 +156,10 @@ def test_scores_do_not_depend_on_the_batch(finished: Path, tiny_tree: Path) -> N
     checkpoint = load_checkpoint(finished)
     model = build_model(finished, checkpoint)
     samples = SYSUMM01(tiny_tree).query()[:5]
+    fabric = open_fabric("cpu", "32-true")
     whole, single = (
-        extract(model, samples, "infrared", checkpoint.config, batch_size=size) for size in (5, 1)
+        extract(model, samples, "infrared", checkpoint.config, fabric=fabric, batch_size=size)
+        for size in (5, 1)
     )
     torch.testing.assert_close(whole, single, rtol=1e-4, atol=1e-5)
     assert model.training
@@ -291,3 +340,22 @@ def test_a_link_in_a_circle_is_an_unreadable_image(own: Path, tree: Path) -> Non
     path.symlink_to(path.name)
     result = score_checkpoint(own, tree, trials=1, skip_unreadable=True, **QUIET)
     assert result["unreadable"] == [str(path)]
+
+
+def test_memory_that_is_not_there_is_reported(
+    own: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def huge(*_: Any) -> torch.Tensor:
+        return torch.empty(1 << 60, dtype=torch.uint8)
+
+    monkeypatch.setattr(ReIDModel, "extract", huge)
+    given = ["--checkpoint", str(own), "--data", str(tiny_tree), "--accelerator=cpu", "--batch-size=9"]
+    assert cli.main(["test", *given]) == 2
+    (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"infrared features in batches of 9, could not allocate {1 << 60} bytes" in told
+    assert "--batch_size" in told
+    assert list(own.parent.glob("test-*.json")) == []
+    monkeypatch.undo()
+    monkeypatch.setattr(reranking, "rerank", huge)
+    with pytest.raises(MemoryShortageError, match="without --rerank"):
+        score_checkpoint(own, tiny_tree, trials=1, rerank=True, **QUIET)

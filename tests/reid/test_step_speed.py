@@ -20,7 +20,8 @@ from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.plugs import MRCNPlug, Plugged
 from mrcn_fast.reid.step_speed import ADDITIONS, HABIT, Captured, JoinedPlug, Plan, Step, plans
 
-SMALL = {"depth": 18, "identities": 2, "images": 2, "height": 32, "width": 16}
+# Not 32 x 16 pixels: see SIZE in test_devices.py.
+SMALL = {"depth": 18, "identities": 2, "images": 2, "height": 64, "width": 32}
 
 
 def test_one_thing_is_added_at_a_time() -> None:
@@ -69,7 +70,7 @@ def test_a_line_a_model(
     assert cli.main(["bench", "--step", *words, "--seconds", "0", "--out", str(file)]) == 0
     printed = capsys.readouterr().out
     baseline, mrcn = map(json.loads, file.read_text().splitlines())
-    assert (baseline["case"], mrcn["case"]) == ("step baseline 2x2 32x16", "step mrcn 2x2 32x16")
+    assert (baseline["case"], mrcn["case"]) == ("step baseline 2x2 64x32", "step mrcn 2x2 64x32")
     for line, model in ((baseline, "baseline"), (mrcn, "mrcn")):
         names = [plan.name for plan in plans(model, "cpu")]  # type: ignore[arg-type]
         assert list(line["ms"]) == list(line["ratios"]) == names
@@ -188,3 +189,12 @@ def test_a_file_without_steps(content: str, tmp_path: Path, capsys: pytest.Captu
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--step", "--device", "cuda"]) == 2
     assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "tpu", "cuda:x"])
+def test_a_device_that_nothing_is_measured_on_is_refused(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rest in (["--step"], ["--loader", "tree"], []):
+        assert cli.main(["bench", *rest, "--device", device]) == 2
+        assert f"got {device!r}, expected cpu, cuda or cuda:N" in capsys.readouterr().err

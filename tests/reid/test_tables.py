@@ -16,6 +16,7 @@ from mrcn_fast.reid.checkpoint import CheckpointError, load_checkpoint
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.data import write_sysu
 from mrcn_fast.reid.recipes import load_recipe
+from mrcn_fast.reid.results import ResultError
 from mrcn_fast.reid.scoring import score_checkpoint
 from mrcn_fast.reid.tables import markdown, run_table
 from mrcn_fast.reid.training import Trainer
@@ -69,7 +70,9 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
 
 
 def run(name: str, data: list[Path], out: Path, overlay: str, **more: Any) -> dict[str, Any]:
-    arguments: dict[str, Any] = {"splits": 2, "options": OPTIONS, "progress": Progress(disable=True)} | more
+    """A table made over one that may be there; its runs and their scores stay."""
+    arguments: dict[str, Any] = {"splits": 2, "options": OPTIONS, "progress": Progress(disable=True)}
+    arguments |= {"overwrite": True} | more
     return run_table(name, data, out=out, overlay=overlay, **arguments)
 
 
@@ -164,14 +167,14 @@ def test_scores_are_taken_over_from_a_moved_tree_alone(
     moved.symlink_to(tiny_tree)
     run("4", [moved], out, overlay)
     assert (trained, scored) == ([], [])
-    # The same file name: images of another tree.
+    # Scores of another tree beside them.
     checkpoint = out / "sysu-mm01-mrcn"
     of_other = score_checkpoint(
         checkpoint, other_tree, other_data=True, mode="both", progress=Progress(disable=True), **OPTIONS
     )
     assert of_other["searches"]["all-search"]["mean"] != ours[2]
     again = run("4", [tiny_tree], out, overlay)
-    assert (trained, scored) == ([], ["sysu-mm01-mrcn"])
+    assert (trained, scored) == ([], [])
     assert [row["ours"]["sysu"] for row in again["rows"]] == ours
 
 
@@ -182,24 +185,86 @@ def test_scores_are_taken_over_from_a_moved_tree_alone(
         {"step": 2},
         {"config": {}},
         {"trained_on": {"fingerprint": "another"}},
+        {"precision": "bf16-mixed"},
+        {"network": "0" * 64},
+        {"searches": {}},
+        {"searches": None},
+        [],
+        None,
     ],
-    ids=lambda other: next(iter(other)),
+    ids=str,
 )
-def test_scores_of_another_state_are_not_taken_over(
+def test_scores_of_another_measurement_are_not_taken_over(
     made: tuple[Path, dict[str, Any]],
     overlay: str,
     tiny_tree: Path,
     watched: tuple[list[str], list[str]],
-    other: dict[str, Any],
+    other: Any,
+) -> None:
+    out, _ = made
+    trained, scored = watched
+    folder = out / "sysu-mm01-snr"
+    run("4", [tiny_tree], out, overlay)
+    whole = {path: path.read_bytes() for path in folder.glob("test-*.json")}
+    del scored[:]
+    for path, content in whole.items():
+        path.write_text(json.dumps(json.loads(content) | other if isinstance(other, dict) else other))
+    run("4", [tiny_tree], out, overlay)
+    assert (trained, scored) == ([], ["sysu-mm01-snr"])
+    for path, content in whole.items():
+        path.write_bytes(content)
+
+
+def test_scores_of_another_backend_are_taken_over(
+    made: tuple[Path, dict[str, Any]],
+    overlay: str,
+    tiny_tree: Path,
+    watched: tuple[list[str], list[str]],
 ) -> None:
     out, _ = made
     trained, scored = watched
     run("4", [tiny_tree], out, overlay)
+    for path in (out / "sysu-mm01-mrcn").glob("test-*.json"):
+        path.unlink()
     del scored[:]
-    (path,) = (out / "sysu-mm01-snr").glob("test-*.json")
-    path.write_text(json.dumps(json.loads(path.read_text()) | other))
-    run("4", [tiny_tree], out, overlay)
-    assert (trained, scored) == ([], ["sysu-mm01-snr"])
+    options = OPTIONS | {"mode": "both", "accelerator": "cpu", "progress": Progress(disable=True)}
+    score_checkpoint(out / "sysu-mm01-mrcn", tiny_tree, backend="reference", **options)
+    # Nor are those of other options in the way.
+    score_checkpoint(out / "sysu-mm01-mrcn", tiny_tree, **options | {"trials": 1})
+    table = run("4", [tiny_tree], out, overlay)
+    assert (trained, scored) == ([], [])
+    assert table["rows"][2]["runs"]["sysu-mm01"][0]["searches"]["all-search"]["trials"] == 2
+
+
+def test_another_table_is_not_replaced(
+    made: tuple[Path, dict[str, Any]],
+    overlay: str,
+    tiny_tree: Path,
+    tiny_regdb: Path,
+    watched: tuple[list[str], list[str]],
+) -> None:
+    out, _ = made
+    both = [tiny_regdb, tiny_tree]
+    run("4", both, out, overlay)
+    record = out / "table-4.json"
+    before = record.read_bytes()
+    del watched[1][:]
+    changes: dict[str, dict[str, Any]] = {
+        "trials": {"options": OPTIONS | {"trials": 3}},
+        "data sets, values of the runs, images": {"splits": 1},
+        "values of the runs": {"configure": lambda v: TrainConfig(**(v | {"steps": 1}))},
+    }
+    for named, change in changes.items():
+        with pytest.raises(ResultError, match=rf"{record}: .* value of {named}.*--overwrite"):
+            run("4", both, out, overlay, overwrite=False, **change)
+    with pytest.raises(ResultError, match=r"value of data sets"):
+        run("4", [tiny_tree], out, overlay, overwrite=False)
+    with pytest.raises(ValueError, match="draw"):
+        run("4", both, out, overlay, options=OPTIONS | {"draw": "any"})
+    assert record.read_bytes() == before
+    # Where nothing differs it is made again, from the scores that are there.
+    assert run("4", both, out, overlay, overwrite=False)["rows"] == json.loads(before)["rows"]
+    assert watched == ([], [])
 
 
 def test_a_run_of_other_values_in_the_way_is_refused(

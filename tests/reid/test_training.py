@@ -18,6 +18,8 @@ import pytest
 import torch
 from rich.progress import Progress
 
+from mrcn_fast import cli
+from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
     CheckpointError,
@@ -29,15 +31,16 @@ from mrcn_fast.reid.checkpoint import (
     load_checkpoint,
     load_weights,
     save_checkpoint,
-    write_atomically,
 )
 from mrcn_fast.reid.config import ConfigError, TrainConfig, learning_rate
 from mrcn_fast.reid.data import SYSUMM01, DatasetError, write_sysu
 from mrcn_fast.reid.heads import Head
 from mrcn_fast.reid.metrics import CollapseWatch, Journal, StepResult, embedding_spread
 from mrcn_fast.reid.model import ReIDModel
+from mrcn_fast.reid.optimizer import make_optimizer
+from mrcn_fast.reid.run_folder import FolderInUseError, held
 from mrcn_fast.reid.scoring import score_checkpoint
-from mrcn_fast.reid.training import Trainer, TrainingError, make_optimizer
+from mrcn_fast.reid.training import Trainer, TrainingError
 
 
 def quiet() -> Progress:
@@ -175,7 +178,7 @@ def test_the_old_runs_scores_go_with_it(tiny_config: TrainConfig) -> None:
     path = train(config).checkpoint_path
     score_checkpoint(path, config.data, trials=1, accelerator="cpu", progress=quiet())
     train(dataclasses.replace(config, lr=0.5), overwrite=True)
-    assert sorted(file.name for file in path.parent.iterdir()) == [CHECKPOINT_NAME, "metrics.jsonl"]
+    assert sorted(file.name for file in path.parent.iterdir()) == [".lock", CHECKPOINT_NAME, "metrics.jsonl"]
 
 
 def test_a_run_trains_only_what_should_train(tiny_config: TrainConfig) -> None:
@@ -187,9 +190,9 @@ def test_a_run_trains_only_what_should_train(tiny_config: TrainConfig) -> None:
 
 
 def test_the_baseline_trains_in_channels_last_bf16(tiny_config: TrainConfig) -> None:
-    config = dataclasses.replace(
-        tiny_config, model="baseline", channels_last=True, precision="bf16-mixed", steps=2
-    )
+    # Not 32 x 16: see test_devices.py's SIZE.
+    values: dict[str, Any] = {"precision": "bf16-mixed", "height": 64, "width": 32}
+    config = dataclasses.replace(tiny_config, model="baseline", channels_last=True, steps=2, **values)
     trainer = train(config)
     assert all(line["cqc"] == 0 for line in trainer.journal.lines)
     result = score_checkpoint(trainer.out, config.data, trials=1, accelerator="cpu", progress=quiet())
@@ -271,6 +274,23 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config: TrainConfig) -
     with pytest.raises(TrainingError, match=r"aren't finite \(trunk\.visible\.conv1\.weight"):
         trainer.save()
     assert trainer.checkpoint_path.read_bytes() == before
+
+
+def test_memory_that_is_not_there_stops_the_run_in_a_line(
+    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = train(dataclasses.replace(tiny_config, steps=1)).checkpoint_path
+    before = path.read_bytes()
+    monkeypatch.setattr(ReIDModel, "forward", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
+    flags = [f"--{name}={value}" for name, value in tiny_config.as_dict().items() if value is not None]
+    assert cli.main(["train", *flags, "--resume"]) == 2
+    told = capsys.readouterr().err
+    assert "Traceback" not in told
+    last = told.strip().splitlines()[-1]
+    assert f"could not allocate {1 << 60} bytes" in last and "--identities" in last
+    assert path.read_bytes() == before
+    monkeypatch.undo()
+    assert train(tiny_config, resume=True).step_count == 6
 
 
 def test_collapse_is_told_while_it_happens(caplog: pytest.LogCaptureFixture) -> None:
@@ -356,7 +376,7 @@ def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> No
     checkpoint = load_checkpoint(path)
     assert checkpoint.step >= 3
     build_model(path, checkpoint)
-    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == []
+    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == [".lock"]
 
 
 @pytest.mark.slow
@@ -515,11 +535,144 @@ def test_a_moved_tree_is_the_same_data_set(tiny_tree: Path, tmp_path: Path) -> N
     assert identity_of(moved) == identity_of(tiny_tree)
 
 
+def test_other_pictures_of_the_same_sizes_are_another_data_set(tiny_tree: Path, tmp_path: Path) -> None:
+    # As bitmaps have them, which RegDB is made of.
+    other = shutil.copytree(tiny_tree, tmp_path / "other")
+    assert identity_of(other) == identity_of(tiny_tree)
+    for path in other.glob("cam*/*/*.jpg"):
+        path.write_bytes(path.read_bytes()[::-1])
+    assert identity_of(other) != identity_of(tiny_tree)
+
+
+def line(step: int) -> bytes:
+    """A line of metrics.jsonl."""
+    values = {"step": step, "epoch": 0, "lr": 0.01, "loss": 1.0, "identity": 1.0, "triplet": 0.0, "cqc": 0.0}
+    more = {"causality": 0.0, "accuracy": 0.5, "spread": 0.1, "step_seconds": 0.1, "wait_seconds": 0}
+    return json.dumps(values | more).encode()
+
+
 def test_a_journal_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
+    path.write_bytes(line(1) + b"\n" + line(2) + b"\n" + line(3) + b'\n{"ste')
     journal = Journal(path)
     journal.return_to(2)
     journal.add(StepResult(1, 1, 0, 0, 0, 0.5, 0.1), 0.1, 0.0)
     journal.write(3, 0, 0.01)
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+    assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b'{"ste\n'
+
+
+DAMAGED = {
+    "cut": line(2)[:40],
+    "NUL bytes": bytes(60),
+    "NUL bytes in it": line(2)[:20] + bytes(8) + line(2)[28:],
+    "no JSON": b"Traceback (most recent call last):",
+    "no UTF-8": b"\xff\xfe" + line(2),
+    "two in one": line(2) + line(2),
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "nothing": b"null",
+    "nested": b"[" * 100_000,
+    "no number": line(2).replace(b'"step": 2', b'"step": "2"'),
+    "not finite": line(2).replace(b'"loss": 1.0', b'"loss": NaN'),
+    "true": line(2).replace(b'"loss": 1.0', b'"loss": true'),
+    "a value less": line(2).replace(b'"spread": 0.1, ', b""),
+    "a value more": line(2).replace(b"{", b'{"more": 1, '),
+    "a step before": line(1),
+    "step 0": line(0),
+    "a huge number": line(2).replace(b'"step": 2', b'"step": 1' + b"0" * 5000),
+}
+
+
+@pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_line_is_set_aside(tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([line(1), text, line(3), b""]))
+    journal = Journal(path)
+    with caplog.at_level(logging.WARNING, logger="mrcn_fast"):
+        journal.return_to(9)
+    assert [line["step"] for line in journal.lines] == [1, 3]
+    assert path.read_bytes().splitlines() == [line(1), line(3)]
+    aside = path.with_name("metrics.jsonl.damaged")
+    assert aside.read_bytes() == text + b"\n"
+    assert f"{path}: damaged in line 2: moved to metrics.jsonl.damaged" in caplog.text
+    # What was set aside before stays.
+    path.write_bytes(b"more")
+    journal.return_to(9)
+    assert aside.read_bytes() == text + b"\nmore\n"
+    journal.clear()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_goes_on_where_its_journal_is_damaged(tiny_config: TrainConfig, finished: Path) -> None:
+    train(dataclasses.replace(tiny_config, steps=2))
+    path = Path(tiny_config.out) / "metrics.jsonl"
+    first, second = path.read_bytes().splitlines()
+    path.write_bytes(first + b"\n" + second[:30] + bytes(10))
+    train(tiny_config, resume=True)
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3, 4, 5, 6]
+    expected, found = load_checkpoint(finished).model, load_checkpoint(tiny_config.out).model
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+# One process in a folder.
+
+
+def test_a_folder_that_another_process_holds_is_refused(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, steps=1)
+    path = train(config).checkpoint_path
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with held(path.parent, "trains"):
+        for arguments in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(FolderInUseError, match=r"another process trains in this folder") as error:
+                train(dataclasses.replace(config, steps=2), **arguments)
+            assert str(path.parent) in str(error.value)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+    train(dataclasses.replace(config, steps=2), resume=True)
+
+
+def test_the_system_lets_go_of_a_killed_runs_folder(tiny_config: TrainConfig) -> None:
+    # Its processes that decode images live a little longer: they don't hold the folder.
+    config = dataclasses.replace(tiny_config, epochs=100000, workers=1)
+    process = started(config)
+    try:
+        wait_for(process, config, 1)
+        second = started(config, "--resume")
+        _, told = second.communicate(timeout=300)
+        assert second.returncode == 2
+        assert f"{config.out}: another process trains in this folder" in told and "Traceback" not in told
+    finally:
+        process.kill()
+        process.communicate()
+    with held(Path(config.out), "trains"):
+        pass
+
+
+@pytest.mark.parametrize("arguments", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
+def test_what_a_killed_run_left_goes(tiny_config: TrainConfig, arguments: dict[str, bool]) -> None:
+    config = dataclasses.replace(tiny_config, steps=1)
+    folder = train(config).out
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = (CHECKPOINT_NAME, "metrics.jsonl", "test-all-search.json")
+    left = [folder / f".{name}.{ended.pid}.tmp" for name in names]
+    others = [folder / f".notes.{ended.pid}.tmp", folder / f".{CHECKPOINT_NAME}.{os.getppid()}.tmp"]
+    for path in (*left, *others):
+        path.write_bytes(b"half")
+    train(dataclasses.replace(config, steps=2), **arguments)
+    assert [path.exists() for path in (*left, *others)] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged", "test-all-search.json"])
+def test_what_is_left_of_a_run_without_checkpoint_is_not_replaced(
+    tiny_config: TrainConfig, name: str
+) -> None:
+    config = dataclasses.replace(tiny_config, steps=1)
+    there = Path(config.out) / name
+    there.parent.mkdir()
+    there.write_text("of an earlier run")
+    with pytest.raises(TrainingError, match=rf"{there}: a run is already there"):
+        train(config)
+    assert there.read_text() == "of an earlier run"
+    train(config, overwrite=True)
+    assert sorted(path.name for path in there.parent.iterdir()) == [".lock", CHECKPOINT_NAME, "metrics.jsonl"]

@@ -46,7 +46,7 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
         self._seed = at_least(0, "seed", seed)
         self._epoch = 0
         largest = max(len(visible_identities), len(infrared_identities))
-        self._batches = largest // (identities * images) + 1 if batches is None else batches
+        self._batches = batches_of_epoch(largest, identities * images) if batches is None else batches
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch (0 or more) whose batches the next iteration gives."""
@@ -69,6 +69,11 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
             )
             batch.extend(zip(visible.tolist(), infrared.tolist(), strict=True))
         return batch
+
+
+def batches_of_epoch(images: int, pairs: int) -> int:
+    """Batches of an epoch, as the field counts them, from the larger modality's images and a batch's."""
+    return images // pairs + 1
 
 
 def _positions(identities: Sequence[int]) -> dict[int, np.ndarray]:
