@@ -787,6 +787,13 @@ def nonfinite(x: Tensor) -> Tensor:
     return torch.isnan(x).int() + 2 * torch.isposinf(x).int() + 3 * torch.isneginf(x).int()
 
 
+def misaligned(t: Tensor) -> Tensor:
+    """The same values in memory that begins one byte beside a multiple of the element's size."""
+    content = bytearray(1 + t.numel() * t.element_size())
+    found = torch.frombuffer(content, dtype=t.dtype, offset=1, count=t.numel()).view(t.shape)
+    return found.copy_(t.detach()).requires_grad_()
+
+
 def poison_memory(p: Problem, times: int = 4) -> None:
     """Leave NaN in freed blocks that the allocator will hand out for the outputs and gradients of ``p``."""
     n, c, h, w = p.case.shape

@@ -443,6 +443,22 @@ def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dt
     )
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory is aligned by its allocator")
+@pytest.mark.filterwarnings("ignore:The given buffer")
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("mode", MODES)
+def test_memory_that_begins_anywhere(mode: str, dtype: torch.dtype, backend: str) -> None:
+    p = cases.problem(Case(mode, dtype=dtype))
+    moved = p._replace(
+        inputs=tuple(map(cases.misaligned, p.inputs)),
+        parameters=tuple(map(cases.misaligned, p.parameters)),
+        gradients=tuple(map(cases.misaligned, p.gradients)),
+    )
+    assert all(t.data_ptr() % t.element_size() == 1 for t in (*moved.inputs, *moved.parameters))
+    assert cases.different_bits(cases.evaluate(p, backend), cases.evaluate(moved, backend)) == []
+
+
 # --- accuracy ---------------------------------------------------------------------------------------------
 
 

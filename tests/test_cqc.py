@@ -304,6 +304,16 @@ def test_the_loss_is_computed_in_float32_or_better(dtype: torch.dtype, backend: 
     assert abs(cases.array(plain["loss"]) - wide) <= 1e-5 * abs(wide)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory is aligned by its allocator")
+@pytest.mark.filterwarnings("ignore:The given buffer")
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("stacked", [False, True])
+def test_memory_that_begins_anywhere(stacked: bool, backend: str) -> None:
+    p = cases.cqc_problem(CQCCase((2, 3), (2, 3), 5, torch.float32, stacked))
+    moved = p._replace(features=tuple(map(cases.misaligned, p.features)))
+    assert cases.different_bits(cases.evaluate_cqc(p, backend), cases.evaluate_cqc(moved, backend)) == []
+
+
 @cases.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)

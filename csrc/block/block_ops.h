@@ -31,9 +31,10 @@ inline bool is_pixels(const Tensor& x) {
          (height == 1 || width == 1 || x.stride(2) == width * pixel_pitch(x));
 }
 
-// `x` readable in the call's layout: itself, or a dense copy where it is in neither or in the other one.
+// `x` readable in the call's layout: itself, or a dense copy where it is in neither, in the other one, or not
+// aligned.
 inline Tensor in_layout(const Tensor& x, bool pixels) {
-  if (pixels ? is_pixels(x) : is_planes(x)) return x;
+  if ((pixels ? is_pixels(x) : is_planes(x)) && is_aligned(x)) return x;
   Tensor copy = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
       pixels ? MemoryFormat::ChannelsLast : MemoryFormat::Contiguous);
   torch::stable::copy_(copy, x);

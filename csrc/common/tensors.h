@@ -47,10 +47,20 @@ inline ScalarType precise(Dtype dtype) {
   return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
+// Whether elements lie at multiples of their size, as the kernels read them. Memory that others allocated,
+// such as a file's that torch.frombuffer looks at, may begin anywhere.
+inline bool is_aligned(const Tensor& t) {
+  return reinterpret_cast<uintptr_t>(t.data_ptr()) % uintptr_t(t.element_size()) == 0;
+}
+
+// The tensor in dense, aligned memory: itself, or a copy.
+inline Tensor dense(const Tensor& t) {
+  if (!t.is_contiguous()) return torch::stable::contiguous(t);
+  return is_aligned(t) ? t : torch::stable::clone(t);
+}
+
 inline Tensor converted(const Tensor& t, ScalarType dtype) {
-  const bool known = t.scalar_type() == dtype;
-  if (known && t.is_contiguous()) return t;  // a call through the dispatcher less
-  return torch::stable::contiguous(known ? t : torch::stable::to(t, dtype));
+  return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
 
 // Refuses a result whose bytes 64 bits can't count: views may be expanded to any size.

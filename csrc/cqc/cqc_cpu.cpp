@@ -42,7 +42,7 @@ Groups group(const Tensor& labels, const Tensor& infrared_labels) {
   for (int m = 0; m < 2; ++m) {
     check(given[m]->dim() == 1 && given[m]->scalar_type() == ScalarType::Long && given[m]->is_cpu(),
         "labels: expected an int64 CPU tensor (B,)");
-    kept.push_back(torch::stable::contiguous(*given[m]));
+    kept.push_back(dense(*given[m]));
     values[m] = kept.back().const_data_ptr<int64_t>();
     order[m] = sorted_by_label(values[m], kept.back().numel());
   }
@@ -81,7 +81,7 @@ CqcFeatures view(const Tensors& features, int64_t visible, int64_t infrared, Ten
     check(f.size(0) == (features.size() == 1 ? 3 * (visible + infrared) : rows), "features: got ", f.size(0),
         " rows for ", visible, " visible and ", infrared, " infrared labels");
     if (features.size() == 6 || set == 0) {
-      kept.push_back(f.size(1) == 1 || f.stride(1) == 1 ? f : torch::stable::contiguous(f));
+      kept.push_back((f.size(1) == 1 || f.stride(1) == 1) && is_aligned(f) ? f : dense(f));
     }
     const Tensor& readable = kept.back();
     result.row_stride[set] = readable.stride(0);
@@ -148,7 +148,7 @@ Tensor cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor inf
   check(weights.numel() == 8 * visible && weights.scalar_type() == sums,
       "weights: expected what the forward gave for these labels");
   check(gradient.dim() == 0 || gradient.numel() == visible, "gradient: expected a scalar or one a slot");
-  const Tensor scale = converted(gradient, sums), own = torch::stable::contiguous(weights);
+  const Tensor scale = converted(gradient, sums), own = dense(weights);
   call.detach_negative = detach_negative;
   call.gradient = scale.data_ptr();
   call.gradient_stride = gradient.dim() == 0 ? 0 : 1;

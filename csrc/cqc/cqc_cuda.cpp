@@ -18,10 +18,8 @@ using Tensors = std::vector<Tensor>;
 // Far more than memory holds rows for, and the backward's blocks can be counted in 32 bits.
 constexpr int64_t most_samples = int64_t(1) << 24;
 
-Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
 Tensor readable_rows(const Tensor& f) {
-  return f.size(1) == 1 || f.stride(1) == 1 ? f : torch::stable::contiguous(f);
+  return (f.size(1) == 1 || f.stride(1) == 1) && is_aligned(f) ? f : dense(f);
 }
 
 // What both directions are called with; the tensors here own what the pointers point to.
