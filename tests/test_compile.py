@@ -64,7 +64,7 @@ def assert_equal_within_rounding(got: dict[str, Tensor], want: dict[str, Tensor]
         )
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@cases.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("gate", cases.GATES)
 def test_the_whole_network_is_one_graph(gate: str, backend: str) -> None:
     network = Network(backend, gate=gate)
