@@ -11,7 +11,9 @@ torch longer. So each Function has a second form for them alone, ``Transformed..
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,87 +21,112 @@ from torch import Tensor
 
 from mrcn_fast import dispatch, internals, plain, reference
 from mrcn_fast.backends import shapes
-from mrcn_fast.gates import FUSED
+from mrcn_fast.checks import check_settings
+from mrcn_fast.gates import FUSED, MOST_PARAMETERS
 from mrcn_fast.operations import OPERATIONS
 
 # The identity of a slot of the loss that none was left for.
 NOBODY = torch.iinfo(torch.int64).max
 
 
-class BlockSettings(NamedTuple):
-    """What a block operation takes besides tensors."""
+@dataclass(frozen=True, eq=False)
+class BlockCall:
+    """A block operation with all that a call of it takes besides tensors."""
 
     mode: str
-    backend: str
     gate: str
     eps: float
     restitute_to: str
-
-    def flags(self) -> tuple[bool, ...]:
-        """The operation's last argument, where it has one."""
-        return (self.restitute_to == "input",) if OPERATIONS[self.mode].restitutes else ()
-
-    def kernel(self, direction: str) -> Callable[..., Any]:
-        """The operation ``<op>_forward`` or ``<op>_backward``."""
-        name = f"{OPERATIONS[self.mode].op}_{direction}"
-        return dispatch.KERNELS[self.backend].operation(name)
+    inputs: int
+    forward: Callable[..., Any]
+    backward: Callable[..., Any]
+    number: int  # the gate's
+    flags: tuple[bool, ...]  # the operations' last argument, where they have one
 
     def split(
         self, tensors: Sequence[Tensor]
     ) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor], list[Tensor]]:
         """The tensors of a call: inputs, instance-norm parameters, gate parameters."""
-        count = len(OPERATIONS[self.mode].inputs)
-        return tensors[:count], (tensors[count], tensors[count + 1]), list(tensors[count + 2 :])
+        n = self.inputs
+        return tensors[:n], (tensors[n], tensors[n + 1]), list(tensors[n + 2 :])
+
+    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The feature sets that the operation makes, then what it saves for its backward."""
+        n = self.inputs
+        made: tuple[Tensor, ...] = self.forward(
+            *tensors[: n + 2], list(tensors[n + 2 :]), self.number, self.eps, *self.flags
+        )
+        return made
+
+    def run_reference(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The feature sets through the reference, computed as precisely as the kernels do."""
+        inputs, norm, gate_parameters = self.split(tensors)
+        return plain.run_precisely(
+            self.mode, inputs, *norm, gate_parameters, self.gate, self.eps, self.restitute_to
+        )
 
 
-def run_block(settings: BlockSettings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The feature sets that the operation makes, then what it saves for its backward."""
-    inputs, norm, gate_parameters = settings.split(tensors)
-    made: tuple[Tensor, ...] = settings.kernel("forward")(
-        *inputs, *norm, gate_parameters, FUSED.index(settings.gate), settings.eps, *settings.flags()
+@internals.assume_constant
+@functools.cache  # what a call costs the host is measured in microseconds
+def block_call(mode: str, backend: str, gate: str, eps: float, restitute_to: str) -> BlockCall:
+    """The call of an operation on a backend's kernels. Raises ValueError for settings that don't fit."""
+    check_settings(gate, eps, restitute_to)
+    operation, kernels = OPERATIONS[mode], dispatch.KERNELS[backend]
+    return BlockCall(
+        mode,
+        gate,
+        float(eps),
+        restitute_to,
+        len(operation.inputs),
+        kernels.operation(f"{operation.op}_forward"),
+        kernels.operation(f"{operation.op}_backward"),
+        FUSED.index(gate),
+        (restitute_to == "input",) if operation.restitutes else (),
     )
-    return made
 
 
-def run_block_reference(settings: BlockSettings, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The feature sets through the reference, computed as precisely as the kernels do."""
-    inputs, norm, gate_parameters = settings.split(tensors)
-    return plain.run_precisely(
-        settings.mode, inputs, *norm, gate_parameters, settings.gate, settings.eps, settings.restitute_to
-    )
+@functools.cache
+def _gets_gradient(mode: str, given: tuple[bool, ...]) -> tuple[bool, ...]:
+    """For inputs, γ, β and a gate's parameters: whether a result with a gradient was made of them.
+
+    ``given`` says of each result whether it has one.
+    """
+    used, by_gate = OPERATIONS[mode].used_by(given)
+    return (*used, any(used), any(used), *[by_gate] * MOST_PARAMETERS)
 
 
 class BlockFunction(torch.autograd.Function):
-    """(settings, inputs, norm_weight, norm_bias, *gate_parameters) -> the feature sets that are made."""
+    """(call, inputs, norm_weight, norm_bias, *gate_parameters) -> the feature sets that are made."""
 
     @staticmethod
-    def forward(ctx: Any, settings: BlockSettings, *tensors: Tensor) -> tuple[Tensor, ...]:
-        *sets, statistics = run_block(settings, tensors)
+    def forward(ctx: Any, call: BlockCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+        *sets, statistics = call.run(tensors)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(statistics, *tensors)
-        ctx.settings = settings
+        ctx.call = call
         return tuple(sets)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        settings: BlockSettings = ctx.settings
+        call: BlockCall = ctx.call
         statistics, *tensors = ctx.saved_tensors
         if needs_reference(gradients):
-
-            def again(*tensors: Tensor) -> tuple[Tensor, ...]:
-                return run_block_reference(settings, tensors)
-
-            return None, *differentiable(again, gradients, tensors)
-        inputs, norm, gate_parameters = settings.split(tensors)
-        found = settings.kernel("backward")(
-            *gradients, *inputs, statistics, *norm, gate_parameters, FUSED.index(settings.gate),
-            *settings.flags(),
-        )  # fmt: skip
+            return None, *differentiable(lambda *t: call.run_reference(t), gradients, tensors)
+        n = call.inputs
+        found = call.backward(
+            *gradients,
+            *tensors[:n],
+            statistics,
+            *tensors[n : n + 2],
+            tensors[n + 2 :],
+            call.number,
+            *call.flags,
+        )
         # What no set with a gradient was made of has none, as in eager PyTorch: not zeros, by which an
         # optimizer would decay a weight.
-        used, by_gate = OPERATIONS[settings.mode].used_by(tuple(g is not None for g in gradients))
-        wanted = (*used, any(used), any(used), *[by_gate] * len(gate_parameters))
-        return None, *(g if has else None for g, has in zip(found, wanted, strict=False))
+        wanted = _gets_gradient(call.mode, tuple([g is not None for g in gradients]))
+        count = len(tensors)
+        return None, *[g if has else None for g, has in zip(found[:count], wanted, strict=False)]
 
 
 class TransformedBlockFunction(torch.autograd.Function):
@@ -108,20 +135,22 @@ class TransformedBlockFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(settings: BlockSettings, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return run_block(settings, tensors)
+    def forward(call: BlockCall, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return call.run(tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.mark_non_differentiable(output[-1])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[1:])
-        ctx.settings = inputs[0]
+        ctx.call = inputs[0]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
+        call: BlockCall = ctx.call
+
         def again(*tensors: Tensor) -> tuple[Tensor, ...]:
-            return run_block_reference(ctx.settings, tensors)
+            return call.run_reference(tensors)
 
         return None, *vector_jacobian_product(again, gradients[:-1], ctx.saved_tensors)
 

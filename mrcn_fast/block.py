@@ -10,13 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
 from mrcn_fast import dispatch, internals, plain, reference
-from mrcn_fast.autograd import (
-    BlockFunction,
-    BlockSettings,
-    TransformedBlockFunction,
-    distinct,
-    run_block,
-)
+from mrcn_fast.autograd import BlockFunction, TransformedBlockFunction, block_call, distinct
 from mrcn_fast.checks import (
     RESTITUTE_TO,
     check_choice,
@@ -221,30 +215,9 @@ def snr_block(
     return SNRFeatures._make(_run("snr", backend, gate, eps, "normalized", tensors))
 
 
-def _fault(settings: BlockSettings, tensors: tuple[Tensor, ...]) -> TypeError | ValueError | None:
-    """What does not fit, if anything."""
-    try:
-        _check(settings, tensors)
-    except (TypeError, ValueError) as error:
-        return error
-    return None
-
-
-def _check(settings: BlockSettings, tensors: tuple[Tensor, ...]) -> None:
-    """Raises TypeError or ValueError for what does not fit, and says what would."""
-    inputs, (norm_weight, norm_bias), parameters = settings.split(tensors)
-    operation = OPERATIONS[settings.mode]
-    if len(inputs) == 2:
-        check_pair(*inputs)
-    else:
-        check_maps("features", inputs[0])
-    counts = (len(operation.inputs), len(operation.gates))
-    check_parameters(inputs[0], norm_weight, norm_bias, parameters, settings.gate, *counts)
-
-
 def _stand_ins(*features: object) -> bool:
     """Whether something that stands for a tensor is among them, such as a Proxy of torch.fx."""
-    return not all(isinstance(x, Tensor) for x in features) and has_torch_function(features)
+    return any(not isinstance(x, Tensor) for x in features) and has_torch_function(features)
 
 
 def _run(
@@ -255,37 +228,61 @@ def _run(
     Kernels that refuse what does not fit see the tensors unchecked: `_check` costs as much as a launch, and
     is left to say in the caller's terms what a call was refused for.
     """
-    check_settings(gate, eps, restitute_to)
-    settings = BlockSettings(mode, "", gate, float(eps), restitute_to)
     if torch.compiler.is_compiling():
-        _check(settings, tensors)
-        return _serve(requested, settings, tensors)
+        _check(mode, gate, eps, restitute_to, tensors)
+        return _serve(mode, requested, gate, eps, restitute_to, tensors)
     try:
-        return _serve(requested, settings, tensors)
+        return _serve(mode, requested, gate, eps, restitute_to, tensors)
     except Exception:
-        if fault := _fault(settings, tensors):
+        if fault := _fault(mode, gate, eps, restitute_to, tensors):
             raise fault from None
         raise
 
 
-def _serve(requested: str | None, settings: BlockSettings, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+def _serve(
+    mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
     first = tensors[0]
-    backend = dispatch.choose(requested, first.device.type, first.dtype, settings.gate)
+    backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
     # A subclass may be a fake one, which has only a shape: no kernel sees it.
     if backend == "reference" or not (dispatch.KERNELS[backend].CHECKS and type(first) is Tensor):
-        _check(settings, tensors)
+        _check(mode, gate, eps, restitute_to, tensors)
     compiling = torch.compiler.is_compiling()
     if backend == "reference" or (not compiling and internals.needs_plain_operations()):
-        inputs, norm, parameters = settings.split(tensors)
+        n = len(OPERATIONS[mode].inputs)
         return plain.run_reference(
-            settings.mode, inputs, *norm, parameters, settings.gate, settings.eps, settings.restitute_to
+            mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :], gate, eps, restitute_to
         )
-    settings = settings._replace(backend=backend)
+    call = block_call(mode, backend, gate, eps, restitute_to)
     if not compiling and internals.under_transform():
-        return TransformedBlockFunction.apply(settings, *tensors)[:-1]
+        return TransformedBlockFunction.apply(call, *tensors)[:-1]
     if not torch.is_grad_enabled():  # the Function's own time can be saved
-        return run_block(settings, tensors)[:-1]
-    return BlockFunction.apply(settings, *distinct(*tensors))
+        return call.run(tensors)[:-1]
+    return BlockFunction.apply(call, *distinct(*tensors))
+
+
+def _fault(
+    mode: str, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
+) -> TypeError | ValueError | None:
+    """What does not fit, if anything."""
+    try:
+        _check(mode, gate, eps, restitute_to, tensors)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
+
+
+def _check(mode: str, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]) -> None:
+    """Raises TypeError or ValueError for what does not fit, and says what would."""
+    check_settings(gate, eps, restitute_to)
+    operation = OPERATIONS[mode]
+    n = len(operation.inputs)
+    if n == 2:
+        check_pair(*tensors[:n])
+    else:
+        check_maps("features", tensors[0])
+    norm_weight, norm_bias, *parameters = tensors[n:]
+    check_parameters(tensors[0], norm_weight, norm_bias, parameters, gate, n, len(operation.gates))
 
 
 class _Block(nn.Module):

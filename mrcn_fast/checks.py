@@ -17,6 +17,7 @@ from mrcn_fast.backends import shapes
 from mrcn_fast.gates import GATES
 
 RESTITUTE_TO = ("normalized", "input")
+GATE_NAMES = tuple(GATES)
 REDUCTIONS = ("sum", "mean", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -40,7 +41,7 @@ def check_eps(eps: object) -> None:
 
 
 def check_settings(gate: object, eps: object, restitute_to: object) -> None:
-    check_choice("gate", gate, tuple(GATES))
+    check_choice("gate", gate, GATE_NAMES)
     check_eps(eps)
     check_choice("restitute_to", restitute_to, RESTITUTE_TO)
 

@@ -16,13 +16,18 @@ from torch.autograd import forward_ad
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
+# Looked up once, because every call of an operation asks them.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
+_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
+_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
+
+
 def under_transform() -> bool:
     """Whether one of `torch.func`'s transforms (vmap, grad, vjp, ...) is active.
 
     Without torch's answer: False. The transforms then refuse our Functions in torch's words.
     """
-    active = getattr(torch._C, "_are_functorch_transforms_active", None)
-    return bool(active()) if active is not None else False
+    return bool(_transforms_active())
 
 
 def has_batched(tensors: Iterable[Tensor | None]) -> bool:
@@ -30,8 +35,7 @@ def has_batched(tensors: Iterable[Tensor | None]) -> bool:
 
     Without torch's answer: False. Our operations then refuse such tensors in torch's words.
     """
-    is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", None)
-    return is_batched is not None and any(t is not None and is_batched(t) for t in tensors)
+    return any([t is not None and _is_batched(t) for t in tensors])
 
 
 def in_forward_mode() -> bool:
@@ -39,7 +43,7 @@ def in_forward_mode() -> bool:
 
     Without torch's answer: False. Tensors with a tangent are then refused in torch's words.
     """
-    return int(getattr(forward_ad, "_current_level", -1)) >= 0
+    return getattr(forward_ad, "_current_level", -1) >= 0
 
 
 def needs_plain_operations() -> bool:
@@ -47,7 +51,7 @@ def needs_plain_operations() -> bool:
 
     Both know the derivatives of torch's operations alone.
     """
-    return in_forward_mode() or torch._C._get_tracing_state() is not None
+    return in_forward_mode() or _tracing_state() is not None
 
 
 def assume_constant(function: _F) -> _F:
