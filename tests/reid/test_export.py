@@ -53,10 +53,9 @@ def test_torch_export(name: str) -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", ["mrcn", "baseline"])
 def test_onnx(name: str) -> None:
-    onnxruntime = pytest.importorskip(
-        "onnxruntime", reason="onnxruntime, of the extra [export], is not installed"
-    )
-    pytest.importorskip("onnxscript", reason=f"onnxscript, {reason}")
+    reason = "onnxscript and onnxruntime come with the extra [export]"
+    onnxruntime = pytest.importorskip("onnxruntime", reason=reason)
+    pytest.importorskip("onnxscript", reason=reason)
     module = Extraction(**NETWORKS[name])
     program = torch.onnx.export(
         module, (torch.randn(3, 3, 64, 32),), dynamo=True, dynamic_shapes=({0: BATCH},), verbose=False
