@@ -16,6 +16,7 @@ from torch import nn
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
 from mrcn_fast.reid.model import ReIDModel
+from mrcn_fast.reid.stored import StoredError, read_torch
 
 FORMAT = 3
 CHECKPOINT_NAME = "checkpoint.pth"
@@ -148,12 +149,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint that `mrcn-fast train` wrote")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
+        content = read_torch(path)
+    except StoredError as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found a file that can't be read as "
-            f"one ({type(error).__name__}: {str(error).partition(chr(10))[0]})"
-        ) from error
+            f"one: {error}"
+        ) from None
     expected = {"format", *Checkpoint._fields}
     if not isinstance(content, Mapping) or not expected <= set(content):
         found = (
