@@ -9,7 +9,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,15 +18,17 @@ from numpy.typing import NDArray
 from rich.progress import Progress
 from torch import Tensor
 
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid import drawing
 from mrcn_fast.reid.checkpoint import write_atomically, write_json
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import BackendName, Count, Split, TrainConfig, Workers
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.evaluation import skipped_images
 from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.scoring import Trained, open_trained, searches_of
+from mrcn_fast.settings import PathText, Range, check_arguments
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
@@ -37,23 +39,24 @@ _THUMBNAIL = 192  # pixels of an image's height in it
 _log = logging.getLogger(__name__)
 
 
+@check_arguments
 def make_figures(
-    checkpoints: Sequence[str],
-    data: str,
-    out: str = "runs/figures",
+    checkpoints: Sequence[PathText],
+    data: PathText,
+    out: PathText = "runs/figures",
     *,
     people: int = 20,
     queries: int = 4,
-    query_paths: Sequence[str] | None = None,
+    query_paths: Sequence[PathText] | None = None,
     initial: bool = False,
-    seed: int = 0,
-    permutations: str | None = None,
-    split: int | None = None,
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0,
+    permutations: PathText | None = None,
+    split: Split | None = None,
     other_data: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     accelerator: str = "auto",
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: Count = 64,
+    workers: Workers = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Draw the paper's Figures 5 and 6 for some checkpoints of one data set, and write their numbers.
@@ -89,6 +92,7 @@ def make_figures(
             f"expected at least one of each; got {len(checkpoints)} checkpoints, people={people}, "
             f"queries={queries}"
         )
+    check_folder(out, "the figures")
     opened = [
         open_trained(
             path,

@@ -5,13 +5,12 @@ from __future__ import annotations
 import inspect
 import re
 import statistics
-import tempfile
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from lightning_fabric import Fabric
@@ -20,6 +19,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mrcn_fast.block import MODALITIES
+from mrcn_fast.dispatch import choose
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid import reranking
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -32,7 +33,7 @@ from mrcn_fast.reid.checkpoint import (
     load_checkpoint,
     write_json,
 )
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import BackendName, Count, Draw, Split, TrainConfig, Trials, Workers
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
@@ -41,6 +42,7 @@ from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.model import ReIDModel, use_layout
+from mrcn_fast.settings import PathText, check_arguments
 
 HEADLINE = ("rank1", "rank10", "rank20", "mAP", "mINP")
 
@@ -86,20 +88,22 @@ class Trained(NamedTuple):
         )
 
 
+@check_arguments
 def open_trained(
     checkpoint: str | Path,
     data: str | Path,
     *,
-    split: int | None = None,
+    split: Split | None = None,
     other_data: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     accelerator: str = "auto",
     permutations: str | Path | None = None,
 ) -> Trained:
     """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
 
     `split` is only checked: a model is looked at on the split it was trained on. Raises CheckpointError where
-    the checkpoint can't be used, is of another split or, unless `other_data`, of another data set.
+    the checkpoint can't be used, is of another split or, unless `other_data`, of another data set; ValueError
+    and BackendError for a backend that there is not, or that can't serve it.
     """
     path = Path(checkpoint)
     path = path / CHECKPOINT_NAME if path.is_dir() else path
@@ -122,6 +126,8 @@ def open_trained(
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))
     fabric = Fabric(accelerator=accelerator, devices=1, precision=config.precision)
+    if config.model != "baseline":  # refused before the first image
+        choose(backend, fabric.device.type, torch.float32, config.gate)
     model = build_model(path, state, backend)
     use_layout(model, config.channels_last)
     # The wrapper brings device and precision, and must be told of methods besides forward.
@@ -130,24 +136,27 @@ def open_trained(
     return Trained(path, state, config, dataset, cast(ReIDModel, wrapped))
 
 
+@check_arguments
 def score_checkpoint(
     checkpoint: str | Path,
     data: str | Path,
     *,
-    mode: str | None = None,
-    shots: int | None = None,
-    draw: str | None = None,
-    trials: int | None = None,
-    permutations: str | None = None,
+    mode: Literal["all", "indoor", "both"] | None = None,
+    shots: Count | None = None,
+    draw: Draw | None = None,
+    trials: Trials | None = None,
+    permutations: PathText | None = None,
     rerank: bool = False,
-    split: int | None = None,
+    k1: Count | None = None,
+    k2: Count | None = None,
+    split: Split | None = None,
     other_data: bool = False,
     skip_unreadable: bool = False,
-    cache: str | None = None,
-    backend: str | None = None,
+    cache: PathText | None = None,
+    backend: BackendName | None = None,
     accelerator: str = "auto",
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: Count = 64,
+    workers: Workers = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
@@ -165,6 +174,8 @@ def score_checkpoint(
         trials: SYSU-MM01, LLCM: gallery draws to average over; none: 10
         permutations: path of the official draw, rand_perm_cam.mat; none: it lies in the tree
         rerank: re-rank by k-reciprocal neighbours (Zhong et al. 2017); the result says so
+        k1: neighbours that re-ranking encodes an image by; none: 20
+        k2: neighbours whose encodings re-ranking averages, 1 for none; none: 6
         split: refuse a checkpoint of another split than this
         other_data: score on a tree other than the one trained on, which is refused else
         skip_unreadable: leave out images that can't be read, named and counted, which are an error else
@@ -177,8 +188,14 @@ def score_checkpoint(
 
     Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
     `other_data`, the data set isn't the one trained on, DatasetError and ValueError for what the data set
-    can't give, OSError, before anything is computed, where the checkpoint's folder can't be written to.
+    can't give, OSError where the checkpoint's folder or the cache's can't be written to, all of it before
+    anything is computed.
     """
+    if not rerank and (k1, k2) != (None, None):
+        raise ValueError(f"got k1={k1}, k2={k2} without rerank, which alone reads them: ask for --rerank")
+    neighbours = _Neighbours(k1 or reranking.K1, k2 or reranking.K2) if rerank else None
+    if cache is not None:
+        check_folder(cache, "the cache")
     trained = open_trained(
         checkpoint,
         data,
@@ -192,13 +209,15 @@ def score_checkpoint(
     searches = searches_of(
         trained.dataset, {name: value for name, value in options.items() if value is not None}
     )
-    _check_writable(trained.path.parent)
+    check_folder(trained.path.parent, "the scores beside the checkpoint")
+    _check_neighbours(searches, neighbours)
     samples = _by_modality(searches)
     unreadable: set[Path] = set()
     if skip_unreadable:
         for modality, images in samples.items():
             samples[modality], left_out = readable(images, workers=workers)
             unreadable.update(sample.path for sample in left_out)
+        _check_neighbours([_without(search, unreadable) for search in searches], neighbours)
     name = result_name(searches, rerank)
     tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
@@ -212,7 +231,7 @@ def score_checkpoint(
             tables[modality] = _FeatureTable(images, features)
     scored = {
         search.name: {"fingerprint": search_fingerprint(trained.dataset, search)}
-        | _score_search(_without(search, unreadable), tables, rerank)
+        | _score_search(_without(search, unreadable), tables, neighbours)
         for search in searches
     }
     result = {
@@ -220,6 +239,7 @@ def score_checkpoint(
         "split": trained.dataset.split,
         "headline": searches[0].name,
         "rerank": rerank,
+        "neighbours": None if neighbours is None else neighbours._asdict(),
         "searches": scored,
         "unreadable": sorted(map(str, unreadable)),
         "checkpoint": str(trained.path),
@@ -257,17 +277,20 @@ def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]
     return dataset.searches(**options)
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that takes no results before they are computed. Raises OSError naming it."""
-    try:
-        # Only trying is sure: permissions say nothing about a disk that is mounted read-only.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{folder}: expected a folder that takes the scores beside the checkpoint, found one that can't "
-            f"be written to ({error.strerror}). Copy the checkpoint to a folder of your own"
-        ) from error
+class _Neighbours(NamedTuple):
+    """How many neighbours re-ranking looks at: `reranking.rerank`'s."""
+
+    k1: int
+    k2: int
+
+
+def _check_neighbours(searches: Sequence[Search], neighbours: _Neighbours | None) -> None:
+    """Refuse more neighbours than a search has images. Raises ValueError."""
+    if neighbours is None:
+        return
+    for search in searches:
+        for gallery in search.galleries:
+            reranking.check_neighbours(len(search.query), len(gallery), neighbours.k1, neighbours.k2)
 
 
 def _cached(
@@ -325,13 +348,18 @@ def _without(search: Search, unreadable: set[Path]) -> Search:
     return search._replace(query=kept(search.query), galleries=tuple(map(kept, search.galleries)))
 
 
-def _score_search(search: Search, tables: dict[Modality, _FeatureTable], reranked: bool) -> dict[str, Any]:
+def _score_search(
+    search: Search, tables: dict[Modality, _FeatureTable], neighbours: _Neighbours | None
+) -> dict[str, Any]:
     query = tables[search.query[0].modality].of(search.query)
     rows = []
     for gallery in search.galleries:
         features = tables[gallery[0].modality].of(gallery)
         # The field's distance: minus the dot product of features whose sets have length 1.
-        distance = reranking.rerank(query, features) if reranked else -(query @ features.T)
+        if neighbours is None:
+            distance = -(query @ features.T)
+        else:
+            distance = reranking.rerank(query, features, **neighbours._asdict())
         rows.append(score_trial(distance, search.query, gallery, search.protocol))
     trials = len(rows)
     return {
@@ -373,7 +401,9 @@ def describe(result: dict[str, Any]) -> str:
     for name, search in result["searches"].items():
         trials = search["trials"]
         described = [f"{result['dataset']}, split {result['split']}", name, search["settings"]]
-        described += ["re-ranked"] * result["rerank"] + [f"{trials} trial{'s' * (trials > 1)}"]
+        if result["neighbours"]:
+            described.append("re-ranked with k1={k1} and k2={k2}".format(**result["neighbours"]))
+        described.append(f"{trials} trial{'s' * (trials > 1)}")
         described += [
             f"{_range(search['valid_queries'])} of {search['queries']} queries valid",
             f"{_range(search['gallery_images'])} gallery images",

@@ -8,11 +8,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from rich.progress import Progress
 
+from mrcn_fast import settings
 from mrcn_fast.benchmark import machine
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -24,9 +26,10 @@ from mrcn_fast.reid.checkpoint import (
     write_json,
 )
 from mrcn_fast.reid.config import ConfigError, TrainConfig
-from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
+from mrcn_fast.reid.data import SYSUMM01, WRITERS, DatasetError, RegDB, open_dataset, recognize
 from mrcn_fast.reid.data.samples import PersonDataset, Search
 from mrcn_fast.reid.data.synthetic import is_synthetic
+from mrcn_fast.reid.documents import DocumentError, read_json
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
 from mrcn_fast.reid.scoring import (
     HEADLINE,
@@ -36,6 +39,7 @@ from mrcn_fast.reid.scoring import (
     searches_of,
 )
 from mrcn_fast.reid.training import Trainer
+from mrcn_fast.settings import Range, check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -56,12 +60,35 @@ class Run(NamedTuple):
     config: TrainConfig
 
 
+class _Machine(TypedDict):
+    cpu: str
+    threads: int
+    torch: str
+    date: str
+
+
+class _MadeRow(TypedDict):
+    ours: dict[str, dict[str, Annotated[float, Range(0, 1)]]]
+
+
+class _MadeTable(TypedDict):
+    """What `markdown` reads of a table that `run_table` wrote."""
+
+    table: str
+    synthetic: bool
+    trained: int
+    seconds: float
+    machine: _Machine
+    rows: list[_MadeRow]
+
+
+@check_arguments
 def run_table(
     name: str,
     data: Sequence[str | Path],
     *,
     out: str | Path = "runs/tables",
-    splits: int = 10,
+    splits: Annotated[int, Range(1, 10)] = 10,
     options: Mapping[str, Any] | None = None,
     overlay: str | None = None,
     configure: Configure = lambda values: TrainConfig(**values),
@@ -86,15 +113,14 @@ def run_table(
     """
     spec = load_table(name)
     trees = _trees(spec, data)
+    plan = check_table(name, trees, out=out, splits=splits, overlay=overlay, configure=configure)
     rows, trained = [], 0
     begun = time.perf_counter()
-    for row in spec.rows:
+    for row, runs in zip(spec.rows, plan, strict=True):
         results: dict[str, list[dict[str, Any]]] = {}
-        for dataset, recipe in row.recipes.items():
-            if dataset in trees:
-                runs = _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
-                results[dataset] = [_result(run, dict(options or {}), progress) for run in runs]
-                trained += sum(result.pop("trained") for result in results[dataset])
+        for dataset in runs:
+            results[dataset] = [_result(run, dict(options or {}), progress) for run in runs[dataset]]
+            trained += sum(result.pop("trained") for result in results[dataset])
         rows.append({"title": row.title, "ours": _ours(spec, results), "runs": _told(results)})
     table = {
         "table": name,
@@ -110,6 +136,60 @@ def run_table(
     if spec.curve:
         _draw_curves(spec, table, Path(out) / f"table-{name}.png")
     return table
+
+
+def check_table(
+    name: str,
+    trees: Mapping[str, Path],
+    *,
+    out: str | Path,
+    splits: int,
+    overlay: str | None,
+    configure: Configure,
+) -> list[dict[str, list[Run]]]:
+    """The runs of each row by data set, all of them configured; nothing is read of the trees, nor written.
+
+    Raises ConfigError for a value that a run doesn't take, OSError where `out` takes no files.
+    """
+    check_folder(out, "the table and its runs")
+    return [
+        {
+            dataset: _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
+            for dataset, recipe in row.recipes.items()
+            if dataset in trees
+        }
+        for row in load_table(name).rows
+    ]
+
+
+def load_made_table(path: str | Path, name: str) -> dict[str, Any]:
+    """The table `name` that `run_table` wrote. Raises DocumentError for a file that is anything else."""
+    path = Path(path)
+    expected = f"table {name} as `mrcn-fast table {name}` writes it"
+    try:
+        table: dict[str, Any] = settings.checked(_MadeTable, read_json(path, expected), "table")
+    except settings.SettingError as error:
+        raise DocumentError(f"{path}: expected {expected}; {error}") from None
+    if table["table"] != name:
+        raise DocumentError(f"{path}: expected {expected}; found table {settings.shown(table['table'])}")
+    spec = load_table(name)
+    if len(table["rows"]) != len(spec.rows):
+        raise DocumentError(
+            f"{path}: expected {expected}, of {len(spec.rows)} rows; found {len(table['rows'])}"
+        )
+    for place, row in enumerate(table["rows"]):
+        for key, found in row["ours"].items():
+            if key not in spec.columns or not set(spec.columns[key].scores) <= found.keys():
+                raise DocumentError(
+                    f"{path}: expected {expected}; found other scores in row {place + 1}: "
+                    f"{settings.shown({key: found})}"
+                )
+    return table
+
+
+def synthetic_places(folder: Path) -> dict[str, Path]:
+    """Where `synthetic_trees` writes the tree of each data set."""
+    return {RegDB.name: folder / "regdb", SYSUMM01.name: folder / "sysu"}
 
 
 def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
@@ -254,12 +334,12 @@ def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dic
     config = run.config
     begun = time.perf_counter()
     dataset = open_dataset(config.dataset, config.data, split=config.split)
-    checkpoint, trained = _trained(config, dataset, progress)
     if config.dataset == "sysu-mm01":
         options = {"mode": "both"} | options
     elif config.dataset == "regdb":
         options = {}
     searches = searches_of(dataset, options)
+    checkpoint, trained = _trained(config, dataset, progress)
     kept = _kept(checkpoint.with_name(result_name(searches)))
     if kept is not None and _fits(kept, load_checkpoint(checkpoint), _scored(dataset, searches)):
         return kept | {"trained": trained}

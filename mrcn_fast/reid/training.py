@@ -13,7 +13,8 @@ from lightning_fabric import Fabric
 from rich.progress import Progress, TaskID
 from torch import Tensor
 
-from mrcn_fast.dispatch import unserved
+from mrcn_fast.dispatch import choose, unserved
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -36,6 +37,7 @@ from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.metrics import METRICS_NAME, CollapseWatch, Journal, StepResult, embedding_spread
 from mrcn_fast.reid.model import ReIDModel, use_layout
+from mrcn_fast.reid.resnet import check_weights_file
 from mrcn_fast.reid.transfers import Readings, to_device
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,26 @@ log = logging.getLogger(__name__)
 
 class TrainingError(RuntimeError):
     """Training that can't go on: a loss that isn't finite, a run that would overwrite another."""
+
+
+def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before anything is computed, a run that would overwrite another, or can't be written.
+
+    Raises TrainingError and OSError.
+    """
+    if resume and overwrite:
+        raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
+    path = Path(config.out) / CHECKPOINT_NAME
+    if path.exists() and not (resume or overwrite):
+        raise TrainingError(
+            f"{path}: a run is already there. Go on with it (--resume), replace it (--overwrite), or give "
+            "another folder (--out)."
+        )
+    check_folder(config.out, "the run")
+    if config.cache is not None:
+        check_folder(config.cache, "the cache")
+    if config.weights is not None:
+        check_weights_file(config.weights)
 
 
 class Trainer:
@@ -139,14 +161,10 @@ class Trainer:
         Raises TrainingError and CheckpointError. Ctrl-C leaves the last checkpoint whole, says where it is,
         and passes on.
         """
+        check_new_run(self.config, resume=resume, overwrite=overwrite)
         self.out.mkdir(parents=True, exist_ok=True)
         if resume and self.checkpoint_path.exists():
             self._resume()
-        elif self.checkpoint_path.exists() and not overwrite:
-            raise TrainingError(
-                f"{self.checkpoint_path}: a run is already there. Go on with it (--resume), replace it "
-                "(--overwrite), or give another folder (--out)."
-            )
         else:
             if resume:
                 log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
@@ -279,7 +297,10 @@ class Trainer:
 
 def _check_backend(config: TrainConfig, device_type: str) -> None:
     """Refuse an unusable backend now rather than in the first step. Raises ConfigError with the reason."""
-    if config.model == "baseline" or config.backend in (None, "auto"):
+    if config.model == "baseline":
+        return
+    if config.backend in (None, "auto"):
+        choose(None, device_type, torch.float32, config.gate)  # refuses what MRCN_FAST_BACKEND can't mean
         return
     if reason := unserved(config.backend, device_type, torch.float32, config.gate):
         raise ConfigError(f"backend {config.backend!r} can't be used: {reason}")
