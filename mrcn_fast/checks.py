@@ -182,9 +182,11 @@ def check_features(
                 f"features: got shape {tuple(shape)}, expected (B, D), one D for all; pool the maps first"
             )
         if shape[0] != expected:
+            both = visible == infrared and 2 * shape[0] == expected
+            hint = "; pass one modality's labels, not those of both in one" if both else ""
             raise ValueError(
                 f"features: got {shape[0]} rows for {visible} visible and {infrared} infrared labels, "
-                f"expected {expected}"
+                f"expected {expected}{hint}"
             )
         if f.dtype != dtype or dtype not in shapes.DTYPES:
             raise TypeError(

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
-import inspect
-import json
 import logging
 import platform
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+from mrcn_fast import settings
+from mrcn_fast.flags import Flags
 from mrcn_fast.memory import MemoryShortageError, enough_memory
+from mrcn_fast.outputs import check_folder
+from mrcn_fast.settings import OneOf, PathText
+from mrcn_fast.streams import flush_stdout, printable, stdout_is_unread
 
 INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fast[reid]"'
 
@@ -29,41 +32,72 @@ class Command(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mrcn-fast argv...` (the process's arguments by default); returns the exit status.
 
-    0: done. 2: something the caller can put right, told in one message on stderr. 130: interrupted.
+    0: done, also where nobody reads what is printed any more. 2: something the caller can put right, said in
+    one message on stderr. 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
-        prog="mrcn-fast",
-        description="Visible-infrared person re-identification with MRCN's fused block and loss.",
-        epilog="commands:\n"
-        + "\n".join(f"  {name:8}{command.help}" for name, command in COMMANDS.items())
-        + "\n\n`mrcn-fast COMMAND --help` lists a command's options.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--traceback", action="store_true", help="show where in the code an error arose")
-    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND", help="one of those below")
-    parser.add_argument(
-        "arguments", nargs=argparse.REMAINDER, metavar="...", help="the command's own options"
-    )
-    if not arguments:
-        parser.print_help(sys.stderr)
-        return 2
-    traced = False
+    traced = arguments[:1] == ["--traceback"]
+    with printable():
+        try:
+            status = _status(arguments[1:] if traced else arguments)
+            flush_stdout()
+            return status
+        except KeyboardInterrupt:
+            print("mrcn-fast: interrupted", file=sys.stderr)
+            return 130
+        except Exception as error:
+            if isinstance(error, BrokenPipeError) and stdout_is_unread():
+                flush_stdout()
+                return 0
+            if traced or not _is_users(error):
+                raise
+            print(f"mrcn-fast: error: {_message(error)}", file=sys.stderr)
+            return 2
+
+
+def _status(arguments: Sequence[str]) -> int:
+    """The exit status of a command, also of one that ends after --help (0) or for wrong flags (2)."""
     try:
-        known = parser.parse_args(arguments)
-        traced = known.traceback
-        with enough_memory(f"mrcn-fast {known.command}", "Ask for less at a time"):
-            return COMMANDS[known.command].run(known.arguments)
-    except SystemExit as stop:  # argparse after --help (0) and wrong flags (2)
+        with enough_memory(f"mrcn-fast {' '.join(arguments[:1])}", "Ask for less at a time"):
+            return _run(arguments)
+    except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
-    except KeyboardInterrupt:
-        print("mrcn-fast: interrupted", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if traced or not _is_users(error):
-            raise
-        print(f"mrcn-fast: error: {_message(error)}", file=sys.stderr)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """Run the command that the first argument names, with the others."""
+    if not arguments:
+        print(_help(), file=sys.stderr)
         return 2
+    name = arguments[0]
+    if name in ("-h", "--help"):
+        print(_help())
+        return 0
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        print(
+            f"mrcn-fast: error: got the command {name!r}, expected one of {', '.join(COMMANDS)}{meant}",
+            file=sys.stderr,
+        )
+        return 2
+    return COMMANDS[name].run(list(arguments[1:]))
+
+
+def _help() -> str:
+    return "\n".join(
+        [
+            "usage: mrcn-fast [--traceback] COMMAND [--flag value ...]",
+            "",
+            "Visible-infrared person re-identification with MRCN's fused block and loss.",
+            "",
+            "commands:",
+            *(f"  {name:8}{command.help}" for name, command in COMMANDS.items()),
+            "",
+            "`mrcn-fast COMMAND --help` lists a command's flags.",
+            "--traceback shows where in the code an error arose.",
+        ]
+    )
 
 
 def _is_users(error: Exception) -> bool:
@@ -78,6 +112,8 @@ def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         ours = (error.name or "").startswith("mrcn_fast")
         return f"{error}" if ours else f"{error.name} is not installed; {INSTALL_REID}"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename or 'the output'}: {error.strerror}"
     # An error from a DataLoader's process arrives with that process's traceback around it.
     text = str(error)
     if text.startswith("Caught "):
@@ -87,7 +123,7 @@ def _message(error: Exception) -> str:
 
 def _info(argv: list[str]) -> int:
     """Versions, backends with reasons, the native build: works with torch alone."""
-    argparse.ArgumentParser(prog="mrcn-fast info", description=COMMANDS["info"].help).parse_args(argv)
+    _flags("info").values(argv)
     import torch
 
     import mrcn_fast
@@ -115,26 +151,31 @@ def _synth(argv: list[str]) -> int:
 
     # The layout first: the other flags are those of its writer.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--layout", choices=WRITERS, default="sysu")
-    write = WRITERS[first.parse_known_args(argv)[0].layout]
-    parser = _parser("synth")
-    parser.add_argument("--out", required=True, help="folder for the tree; made where it isn't there")
-    parser.add_argument(
+    first.add_argument("--layout", nargs="?")
+    write = WRITERS.get(first.parse_known_args(argv)[0].layout, WRITERS["sysu"])
+    flags = _flags("synth")
+    flags.add("--out", PathText, help="folder for the tree; made where it isn't there")
+    flags.add(
         "--layout",
-        choices=list(WRITERS),
-        default="sysu",
-        help="data set whose tree is written; --layout NAME --help lists the flags of each",
+        Annotated[str, OneOf(tuple(WRITERS))],
+        "sysu",
+        "data set whose tree is written; --layout NAME --help lists the flags of each",
     )
-    parser.add_function_arguments(write, skip={"root", "progress"})
-    values = parser.parse_args(_words(argv, write)).as_dict()
+    flags.add_of(write, skip={"root", "progress"})
+    values = flags.values(argv)
     values.pop("layout")
-    with progress_bars() as bars:
-        task = bars.add_task("images", total=None, status="")
-        root = write(
-            values.pop("out"),
-            progress=lambda done, total: bars.update(task, completed=done, total=total),
-            **values,
-        )
+    check_folder(values["out"], "the tree")
+    bars = progress_bars()
+    task = bars.add_task("images", total=None, status="")
+
+    def show(done: int, total: int) -> None:
+        bars.start()  # not before the parameters are found right
+        bars.update(task, completed=done, total=total)
+
+    try:
+        root = write(values.pop("out"), progress=show, **values)
+    finally:
+        bars.stop()
     print(root)
     return 0
 
@@ -143,115 +184,114 @@ def _train(argv: list[str]) -> int:
     from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.recipes import load_recipe
-    from mrcn_fast.reid.training import Trainer
+    from mrcn_fast.reid.training import Trainer, check_new_run
 
-    # The recipe first: its values are the defaults that all other flags override.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--recipe")
-    recipe = first.parse_known_args(argv)[0].recipe
-    parser = _config_parser({} if recipe is None else load_recipe(recipe))
-    parser.add_argument(
+    flags = _flags("train")
+    flags.add_of(TrainConfig)
+    flags.add(
         "--recipe",
-        help="a row of the paper's tables, such as regdb-mrcn, or a .yaml file like it; flags override it",
+        str,
+        None,
+        "a row of the paper's tables, such as regdb-mrcn, or a .yaml file like it; flags override its values",
     )
-    parser.add_argument(
-        "--config", action="config", help="YAML file of the values below; later flags override it"
-    )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out, exactly")
-    parser.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    values = parser.parse_args(_words(argv, TrainConfig)).as_dict()
-    values.pop("config")
-    values.pop("recipe")
-    resume, overwrite = values.pop("resume"), values.pop("overwrite")
+    flags.add("--config", PathText, None, "YAML file like a recipe, whose values override the recipe's")
+    flags.add("--resume", bool, False, "go on with the run in --out, exactly")
+    flags.add("--overwrite", bool, False, "replace the run in --out")
+    given = flags.given(argv)
+    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
+    recipes = [given.pop(name) for name in ("recipe", "config") if name in given]
+    values: dict[str, Any] = {}
+    for recipe in recipes:
+        values |= load_recipe(recipe)
+    values |= given
+    if not values.get("data"):
+        flags.error("--data is missing: give the root of the data set's tree")
+    config = TrainConfig(**values)
+    check_new_run(config, resume=resume, overwrite=overwrite)
     log_to_console()
-    print(Trainer(TrainConfig(**values)).fit(resume=resume, overwrite=overwrite))
+    print(Trainer(config).fit(resume=resume, overwrite=overwrite))
     return 0
 
 
 def _test(argv: list[str]) -> int:
-    parser = _parser("test")
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.scoring import describe, score_checkpoint
 
-    parser.add_function_arguments(score_checkpoint, skip={"progress"})
-    values = parser.parse_args(_words(argv, score_checkpoint)).as_dict()
+    flags = _flags("test")
+    flags.add_of(score_checkpoint, skip={"progress"})
+    values = flags.values(argv)
     log_to_console()
     print(describe(score_checkpoint(**values)))
     return 0
 
 
 def _table(argv: list[str]) -> int:
-    from mrcn_fast.reid.config import TrainConfig
+    from mrcn_fast.reid.config import Count, Draw, Split, TrainConfig, Trials
     from mrcn_fast.reid.console import log_to_console, progress_bars
-    from mrcn_fast.reid.devices import check_device
     from mrcn_fast.reid.recipes import table_names
-    from mrcn_fast.reid.tables import OVERLAY, markdown, run_table, synthetic_trees
+    from mrcn_fast.reid.tables import (
+        OVERLAY,
+        check_table,
+        load_made_table,
+        markdown,
+        run_table,
+        synthetic_places,
+        synthetic_trees,
+    )
 
-    parser = argparse.ArgumentParser(
-        prog="mrcn-fast table",
-        description=COMMANDS["table"].help,
-        epilog="All other flags are those of `mrcn-fast train`, but for --dataset and --split, and override "
-        "the recipes' values.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("table", choices=table_names(), help="of the paper")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", nargs="+", metavar="TREE", help="the trees of RegDB and SYSU-MM01, or one")
-    source.add_argument(
-        "--synthetic", action="store_true", help="on synthetic trees, scaled down to what two cores train"
-    )
-    source.add_argument("--from", dest="file", metavar="FILE", help="only print a table made before")
-    parser.add_argument("--out", default="runs/tables", help="folder for runs and table (%(default)s)")
-    parser.add_argument("--splits", type=int, default=10, help="RegDB splits to train on (%(default)s)")
-    parser.add_argument("--trials", type=int, default=10, help="SYSU-MM01's gallery draws (%(default)s)")
-    parser.add_argument("--shots", type=int, default=1, help="SYSU-MM01: 1 or 10 (%(default)s)")
-    parser.add_argument("--draw", default="random", help="SYSU-MM01: random or official (%(default)s)")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace a table of other values in --out; its runs stay"
-    )
-    known, flags = parser.parse_known_args(_words(argv, TrainConfig))
-    if known.file:
-        print(markdown(json.loads(Path(known.file).read_text(encoding="utf-8"))))
+    flags = _flags("table")
+    flags.add_word("table", Annotated[str, OneOf(tuple(table_names()))], "which one of the paper")
+    flags.add("--data", Sequence[PathText], None, "the trees of RegDB and SYSU-MM01, or one")
+    flags.add("--synthetic", bool, False, "on synthetic trees, scaled down to what two cores train")
+    flags.add("--from", PathText, None, "only print a table made before")
+    flags.add("--out", PathText, "runs/tables", "folder for runs and table")
+    flags.add("--splits", Split, 10, "RegDB splits to train on: the first so many")
+    flags.add("--trials", Trials, 10, "SYSU-MM01's gallery draws")
+    flags.add("--shots", Count, 1, "SYSU-MM01: 1 or 10")
+    flags.add("--draw", Draw, "random", "SYSU-MM01's gallery draw")
+    flags.add("--overwrite", bool, False, "replace a table of other values in --out; its runs stay")
+    own = {"data", "out", "dataset", "split"}
+    flags.add_of(TrainConfig, skip=own)
+    values, given = flags.values(argv), flags.given(argv)
+    sources = [flag for flag in ("--data", "--synthetic", "--from") if values[flag.removeprefix("--")]]
+    if len(sources) != 1:
+        flags.error(
+            f"got {' and '.join(sources) or 'no tree'}, expected one of --data, --synthetic and --from"
+        )
+    if values["from"]:
+        print(markdown(load_made_table(values["from"], values["table"])))
         return 0
+    training = {name: given[name] for name in given.keys() & settings.kinds_of(TrainConfig).keys() - own}
+    plan: dict[str, Any] = {
+        "out": values["out"],
+        "splits": 1 if values["synthetic"] else values["splits"],
+        "overlay": OVERLAY if values["synthetic"] else None,
+        "configure": lambda recipe: TrainConfig(**(dict(recipe) | training)),
+    }
+    trees = Path(values["out"]) / "data"
+    if values["synthetic"]:
+        check_table(values["table"], synthetic_places(trees), **plan)
     log_to_console()
-
-    def configure(values: Mapping[str, Any]) -> TrainConfig:
-        return TrainConfig(**_config_parser(values).parse_args(flags).as_dict())
-
-    if known.synthetic:
-        # Before trees are written: what the flags ask for that this machine hasn't.
-        asked = configure({"data": known.out})
-        check_device(asked.accelerator, asked.precision)
     with progress_bars() as bars:
-        trees = synthetic_trees(Path(known.out) / "data", bars) if known.synthetic else known.data
         table = run_table(
-            known.table,
-            trees,
-            out=known.out,
-            splits=1 if known.synthetic else known.splits,
-            options={"trials": known.trials, "shots": known.shots, "draw": known.draw},
-            overlay=OVERLAY if known.synthetic else None,
-            configure=configure,
-            overwrite=known.overwrite,
+            values["table"],
+            synthetic_trees(trees, bars) if values["synthetic"] else values["data"],
+            options={name: values[name] for name in ("trials", "shots", "draw")},
+            overwrite=values["overwrite"],
             progress=bars,
+            **plan,
         )
     print(markdown(table))
     return 0
 
 
 def _figures(argv: list[str]) -> int:
-    parser = _parser("figures")
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.figures import make_figures
 
-    parser.add_argument(
-        "--checkpoints",
-        nargs="+",
-        required=True,
-        help="files that `mrcn-fast train` wrote, or their folders; a column or block each",
-    )
-    parser.add_function_arguments(make_figures, skip={"checkpoints", "progress"})
-    values = parser.parse_args(_words(argv, make_figures)).as_dict()
+    flags = _flags("figures")
+    flags.add_of(make_figures, skip={"progress"})
+    values = flags.values(argv)
     log_to_console()
     for path in make_figures(**values)["files"]:
         print(path)
@@ -276,16 +316,17 @@ def _bench(argv: list[str]) -> int:
 
 
 def _demo(argv: list[str]) -> int:
-    parser = _parser("demo")
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.demo import DemoConfig, run_demo
 
-    parser.add_class_arguments(DemoConfig, as_group=False)
-    parser.add_argument("--overwrite", action="store_true", help="replace another demo or runs in --out")
-    values = parser.parse_args(_words(argv, DemoConfig)).as_dict()
+    flags = _flags("demo")
+    flags.add_of(DemoConfig)
+    flags.add("--overwrite", bool, False, "replace another demo or runs in --out")
+    values = flags.values(argv)
     overwrite = values.pop("overwrite")
+    config = DemoConfig(**values)
     log_to_console(logging.WARNING)
-    run_demo(DemoConfig(**values), overwrite=overwrite)
+    run_demo(config, overwrite=overwrite)
     return 0
 
 
@@ -301,39 +342,8 @@ COMMANDS = {
 }
 
 
-def _parser(name: str) -> Any:
-    """A jsonargparse parser: flags and their help from a dataclass's or a function's signature."""
-    import jsonargparse
-
-    if hasattr(jsonargparse, "set_parsing_settings"):
-        jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    return jsonargparse.ArgumentParser(prog=f"mrcn-fast {name}", description=COMMANDS[name].help)
-
-
-def _config_parser(defaults: Mapping[str, Any]) -> Any:
-    """A parser of TrainConfig's flags with these values as defaults."""
-    from mrcn_fast.reid.config import TrainConfig
-
-    parser = _parser("train")
-    parser.add_class_arguments(TrainConfig, as_group=False)
-    parser.set_defaults(dict(defaults))
-    return parser
-
-
-def _words(argv: Sequence[str], source: Callable[..., Any]) -> list[str]:
-    """The arguments as a parser of `source`'s flags takes them.
-
-    Flags carry Python names, and people write dashes too: --image-size is --image_size. One of a truth value
-    without a value means true: --skip-unreadable is --skip_unreadable=true.
-    """
-    words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word) for word in argv]
-    parameters = inspect.signature(source).parameters.values()
-    truths = {f"--{p.name}" for p in parameters if p.annotation in (bool, "bool")}
-    following = [*words, ""][1:]
-    return [
-        f"{word}=true" if word in truths and after not in ("true", "false") else word
-        for word, after in zip(words, following, strict=True)
-    ]
+def _flags(name: str) -> Flags:
+    return Flags(name, COMMANDS[name].help)
 
 
 if __name__ == "__main__":

@@ -284,9 +284,9 @@ def test_the_fused_form_is_the_kernels(
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["--device", "nothing"], "got 'nothing', expected cpu, cuda or cuda:N"),
-        (["--table", "a", "--compare", "b", "c"], "not allowed with"),
-        (["--only", "16x64", "--out", "/dev/null/x"], "--out: "),
+        (["--device", "nothing"], "got --device nothing, expected cpu, cuda or cuda:N"),
+        (["--table", "a", "--compare", "b", "c"], "got --table and --compare, expected one"),
+        (["--only", "16x64", "--out", "/dev/null/x"], "/dev/null: expected a folder for the results"),
     ],
 )
 def test_what_can_be_put_right(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ timed only after its fused result was compared with the plain one on the same in
 Here stands what every measurement shares; the cases are in `cases`, the command in `command`.
 """
 
-from mrcn_fast.benchmark.results import described, machine, print_row, row, write
+from mrcn_fast.benchmark.results import described, machine, print_row, read, row, write
 from mrcn_fast.benchmark.timing import (
     EXACT,
     Case,
@@ -32,6 +32,7 @@ __all__ = [
     "peak_bytes",
     "print_row",
     "quantiles",
+    "read",
     "row",
     "write",
 ]

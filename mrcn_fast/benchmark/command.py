@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final, NamedTuple
 
 import torch
 
@@ -28,87 +28,94 @@ from mrcn_fast.benchmark.timing import (
     peak_bytes,
     saved_bytes,
 )
+from mrcn_fast.flags import Flags
+from mrcn_fast.outputs import check_file, check_folder
+from mrcn_fast.settings import OneOf, Range
 
 PAGES: Final = {"warm": keep_pages_warm, "fresh": keep_pages_fresh}
 
 
-def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(
-        prog="mrcn-fast bench",
-        description="time the kernels against their rivals",
-        epilog="`mrcn-fast bench --step` times whole training steps, `--scorer` the retrieval scores, "
+class _DeviceRule(NamedTuple):
+    """Text that names a device that can be measured."""
+
+    def holds(self, value: str) -> bool:
+        try:
+            return value == "cpu" or torch.device(value).type == "cuda"
+        except RuntimeError:
+            return False
+
+    def of(self, kind: str) -> str:
+        return str(self)
+
+    def __str__(self) -> str:
+        return "cpu, cuda or cuda:N"
+
+
+Device = Annotated[str, _DeviceRule()]
+Seconds = Annotated[float, Range(0, 86_400)]
+
+
+def flags() -> Flags:
+    options = Flags(
+        "bench",
+        "time the kernels against their rivals",
+        "`mrcn-fast bench --step` times whole training steps, `--scorer` the retrieval scores, "
         "`--loader DATA` the images; each has --help of its own.",
     )
-    options.add_argument(
-        "--suite", default="table", choices=cases.SUITES, help="table (default), stages or sweep"
-    )
-    options.add_argument(
-        "--device",
-        type=device_name,
-        default="cpu",
-        metavar="DEVICE",
-        help="cpu (default), or cuda, with cases of its own",
-    )
-    options.add_argument(
+    options.add("--suite", Annotated[str, OneOf(tuple(cases.SUITES))], "table")
+    options.add("--device", Device, "cpu", "cpu, or cuda, with cases of its own")
+    options.add(
         "--dtype",
-        action="append",
-        choices=cases.DTYPES,
-        help="only this dtype; may be given again (default: all)",
+        list[Annotated[str, OneOf(tuple(cases.DTYPES))]],
+        None,
+        "only this dtype; may be given again; none: all",
+        repeated=True,
     )
-    options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    options.add_argument("--seconds", type=float, default=8.0, help="measuring time of a case (default 8)")
-    options.add_argument(
+    options.add("--only", str, "", "cases whose name contains this")
+    options.add("--seconds", Seconds, 8.0, "measuring time of a case")
+    options.add(
         "--pages",
-        choices=PAGES,
-        default="warm",
-        help="the C library keeps all memory for the next tensors (warm, default), or large ones get new "
-        "pages each time (fresh), but for the fused outputs, whose memory mrcn_fast keeps",
+        Annotated[str, OneOf(tuple(PAGES))],
+        "warm",
+        "the C library keeps all memory for the next tensors (warm), or large ones get new pages each time "
+        "(fresh), but for the fused outputs, whose memory mrcn_fast keeps",
     )
-    options.add_argument(
+    options.add(
         "--workers",
-        type=int,
-        default=1,
-        metavar="N",
-        help="check and compile the cases in N processes side by side, then time them one by one; their "
-        "tensors stay that long (default 1: each is prepared and timed in turn)",
+        Annotated[int, Range(1, 1024)],
+        1,
+        "check and compile the cases in so many processes side by side, then time them one by one; their "
+        "tensors stay that long; 1: each is prepared and timed in turn",
     )
-    options.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
-    options.add_argument("--list", action="store_true", help="print the cases' names and stop")
-    group = options.add_argument_group("of files of results; nothing is measured")
-    files = group.add_mutually_exclusive_group()
-    files.add_argument("--table", type=Path, metavar="FILE", help="print the newest results as Markdown")
-    files.add_argument(
-        "--compare", type=Path, nargs=2, metavar=("A", "B"), help="say which cases moved from A to B"
+    options.add("--out", Path, None, "append the results to this file as JSON lines")
+    options.add("--list", bool, False, "print the cases' names and stop")
+    options.add("--table", Path, None, "measure nothing: print a file's newest results as Markdown")
+    options.add(
+        "--compare", tuple[Path, Path], None, "measure nothing: say which cases moved between two files"
     )
-    files.add_argument(
-        "--report", type=Path, nargs="+", metavar="FILE", help="draw them: PNG charts, and a page of HTML"
+    options.add(
+        "--report", list[Path], None, "measure nothing: draw files' results, PNG charts and a page of HTML"
     )
-    group.add_argument(
-        "--to", type=Path, default=Path("runs/bench"), metavar="DIR", help="the report's folder (runs/bench)"
-    )
+    options.add("--to", Path, Path("runs/bench"), "the report's folder")
     return options
-
-
-def device_name(text: str) -> str:
-    """The value of a `--device` flag. Raises argparse's error for another than cpu, cuda or cuda:N."""
-    try:
-        device = torch.device(text)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected cpu, cuda or cuda:N")
-    return "cpu" if device.type == "cpu" else text
 
 
 def main(argv: list[str] | None = None) -> int:
     """0; 1 where a goal was missed or a case failed; 2 where nothing could be measured or read."""
-    options = parser().parse_args(argv)
+    parser = flags()
+    options = argparse.Namespace(**parser.values(argv))
+    shown = [flag for flag in ("--table", "--compare", "--report") if getattr(options, flag[2:])]
+    if len(shown) > 1:
+        return parser.refuse(f"got {' and '.join(shown)}, expected one of them")
     try:
-        if options.table or options.compare or options.report:
+        if options.report:
+            check_folder(options.to, "the report")
+        if options.out:  # to add to the file, before anything is measured for it
+            check_file(options.out, "the results")
+        if shown:
             return _show(options)
-    except (ValueError, ImportError) as error:
-        print(f"mrcn-fast bench: {error}", file=sys.stderr)
-        return 2
+    except (ValueError, ImportError, OSError) as error:
+        return parser.refuse(str(error))
     dtypes = options.dtype or tuple(cases.DTYPES)
     known = cases.cases(options.suite, options.device, dtypes)
     chosen = [case for case in known if options.only in case.name]
@@ -116,24 +123,13 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(case.name for case in chosen))
         return 0
     if not chosen:
-        print(
-            f"--only: got {options.only!r}, which no case's name in the suite {options.suite} contains "
-            f"({', '.join(dtypes)}); see --list",
-            file=sys.stderr,
+        return parser.refuse(
+            f"got --only {options.only!r}, which no case's name in the suite {options.suite} contains "
+            f"({', '.join(dtypes)}); --list lists them"
         )
-        return 2
-    if options.workers < 1:
-        print(f"--workers: got {options.workers}, expected at least 1", file=sys.stderr)
-        return 2
     if reason := unmeasurable(options.device):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2
-    if options.out:
-        try:  # to add to the file, before anything is measured for it
-            results.write(options.out)
-        except OSError as error:
-            print(f"--out: {error}", file=sys.stderr)
-            return 2
     return _measure(chosen, options)
 
 

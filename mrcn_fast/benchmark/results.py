@@ -10,11 +10,11 @@ import re
 import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
-from mrcn_fast import backends
+from mrcn_fast import backends, settings
 from mrcn_fast.benchmark.cases import AUTOTUNED
 from mrcn_fast.benchmark.timing import Case, Cost, Growth, Timing
 from mrcn_fast.files import append
@@ -58,7 +58,7 @@ def cpu_name() -> str:
     """As the system calls it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
-        for line in info.read_text().splitlines():
+        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
@@ -161,24 +161,62 @@ def write(file: Path, *lines: Line) -> None:
     append(file, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
 
 
+class Result(TypedDict):
+    """What every result line has, of those that tables and charts read."""
+
+    case: str
+    date: str
+    torch: str
+    ms: dict[str, list[float]]
+    ratios: dict[str, float]
+
+
+def read(file: Path, kind: type, expected: str) -> list[Line]:
+    """The lines of a file of results, each of a `TypedDict`; `expected` says for messages what it should be.
+
+    Raises ValueError naming the file, the line and what is wrong with it.
+    """
+    if not file.is_file():
+        raise ValueError(
+            f"{file}: expected {expected}; found {'a folder' if file.is_dir() else 'no such file'}"
+        )
+    try:
+        texts = file.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ValueError(f"{file}: expected {expected}; found: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{file}: expected {expected}; found a file that isn't in UTF-8") from None
+    lines: list[Line] = []
+    for number, text in enumerate(texts, start=1):
+        try:
+            lines.append(settings.checked(kind, json.loads(text), "result"))
+        except settings.SettingError as error:
+            raise ValueError(f"{file}: expected {expected}; in line {number} {error}") from None
+        except (ValueError, RecursionError):
+            raise ValueError(f"{file}: expected {expected}; found no JSON in line {number}") from None
+    return lines
+
+
 def newest(*files: Path) -> dict[str, dict[str, Line]]:
     """The newest result of every case, by the machine that `described` names and the case's name.
 
     Raises ValueError, naming the file, for one that is missing or holds no results of cases.
     """
+    expected = "result lines, as --out writes them"
     found: dict[str, dict[str, Line]] = {}
     for file in files:
-        try:
-            read = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            lines = [(described(line), line["case"], line) for line in read if "fused" in line["ms"]]
-            if not lines:
-                raise ValueError("none")
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{file}: expected result lines, as --out writes them; found: {error!r}"
-            ) from error
-        for place, case, line in lines:
-            known = found.setdefault(place, {})
+        lines = [line for line in read(file, Result, expected) if "fused" in line["ms"]]
+        if not lines:
+            raise ValueError(f"{file}: expected {expected}; found none of kernels")
+        for line in lines:
+            try:
+                known = found.setdefault(described(line), {})
+            except (KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{file}: expected {expected}; that of {line['case']} has no {error} of the machine it "
+                    "was measured on"
+                ) from None
+            case = line["case"]
             if case not in known or known[case]["date"] <= line["date"]:
                 known[case] = line
     return found

@@ -9,7 +9,7 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.data import PairedIdentitySampler, PersonImages, Sample, TrainingSet
 from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.images import check_left, readable
@@ -80,6 +80,12 @@ class TrainingBatches:
     def __init__(
         self, training: TrainingSet, config: TrainConfig, *, name: str, pin_memory: bool = False
     ) -> None:
+        # Before images are read, which takes minutes.
+        if len(training.identities) < config.identities:
+            raise ConfigError(
+                f"{name}: a batch needs {config.identities} distinct identities; got "
+                f"{len(training.identities)}. Train on more people, or take fewer for a batch (identities)"
+            )
         used = training
         self.unreadable: tuple[Sample, ...] = ()
         if config.skip_unreadable:

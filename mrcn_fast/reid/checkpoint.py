@@ -22,7 +22,6 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import Tensor, nn
 
 from mrcn_fast.files import write_atomically
-from mrcn_fast.memory import shortage
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.data.sampler import batches_of_epoch
 from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
@@ -30,6 +29,7 @@ from mrcn_fast.reid.metrics import LINE
 from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.optimizer import make_optimizer
 from mrcn_fast.reid.schema import SchemaError, Words, check, conform, shown, unlike
+from mrcn_fast.reid.stored import StoredError, read_torch
 
 FORMAT = 4
 CHECKPOINT_NAME = "checkpoint.pth"
@@ -175,15 +175,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 def _read(path: Path) -> Mapping[str, Any]:
     """The dictionary in the file, of this format. Raises CheckpointError."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
-        # Not torch's own text, which advises to execute what is in the file.
-        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        reason = f"{reason}{shortage(error) or ''}"
+        content = read_torch(path)
+    except StoredError as error:
         raise CheckpointError(
             f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found a file that can't be read as "
-            f"one ({reason}): it is damaged, or holds more than tensors and plain values"
-        ) from error
+            f"one: {error}"
+        ) from None
     if not isinstance(content, Mapping) or "format" not in content:
         found = (
             f"the keys {', '.join(sorted(map(str, content))[:8])}"
@@ -429,9 +426,10 @@ def all_finite(tensor: Tensor) -> bool:
 def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -> None:
     """Load all of a checkpoint's weights. Raises CheckpointError for a network of another architecture."""
     try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        raise CheckpointError(f"{path}: this checkpoint is of another architecture.\n{error}") from error
+        _check_weights(state, model.state_dict())
+    except SchemaError as error:
+        raise CheckpointError(f"{path}: this checkpoint is of another architecture: {error}") from error
+    model.load_state_dict(state)
 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:

@@ -8,9 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal
+from typing import Annotated, Any, Final, Literal
 
-from mrcn_fast.reid.model import ModelName
+from mrcn_fast import settings
+from mrcn_fast.checks import RESTITUTE_TO
+from mrcn_fast.dispatch import NAMES
+from mrcn_fast.gates import GATES
+from mrcn_fast.reid.model import STAGES, ModelName
+from mrcn_fast.settings import Increasing, OneOf, PathRule, PathText, Range
+
+# Settings of several configurations and commands.
+BackendName = Annotated[str, OneOf((*NAMES, "auto"))]
+Count = Annotated[int, Range(1)]
+Draw = Literal["random", "official"]
+Seed = Annotated[int, Range(0)]
+# Of RegDB.
+Split = Annotated[int, Range(1, 10)]
+Share = Annotated[float, Range(0, 1)]
+# Gallery draws; a search of millions would only fill memory.
+Trials = Annotated[int, Range(1, 10_000)]
+Weight = Annotated[float, Range(0)]
+Workers = Annotated[int, Range(0, 1024)]
+
+# Bytes of a batch's images of one modality: more is a slip of a digit.
+_LARGEST_BATCH: Final = 2**32
 
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -23,17 +44,17 @@ class ConfigError(ValueError):
 class TrainConfig:
     """Values of a training run."""
 
-    data: str
+    data: Annotated[str, PathRule(empty=True)]
     """Root of the data set's tree, as its owners ship it."""
-    out: str = "runs/train"
+    out: PathText = "runs/train"
     """Folder for checkpoint, metrics and results."""
     dataset: Literal["sysu-mm01", "regdb", "llcm"] = "sysu-mm01"
     """Data set whose tree `data` is."""
-    split: int = 1
+    split: Split = 1
     """RegDB's split, 1 to 10; the other data sets have one."""
     filter: Literal["bilinear", "bicubic", "lanczos"] = "lanczos"
     """Pillow's filter that resizes images (field: lanczos, which Pillow long called ANTIALIAS)."""
-    cache: str | None = None
+    cache: PathText | None = None
     """Folder for a memory-mapped cache of the resized images; none: images are decoded each time."""
     skip_unreadable: bool = False
     """Leave out images that can't be read, named and counted, instead of stopping at one."""
@@ -42,83 +63,83 @@ class TrainConfig:
     """mrcn; mrm or mcm, half of it; snr; baseline, the plain two-stream network (paper, Tables 2 and 4)."""
     depth: Literal[18, 50] = 50
     """Layers of the ResNet (paper: 50)."""
-    stages: tuple[int, ...] = (0,)
+    stages: Annotated[tuple[Annotated[int, Range(STAGES[0], STAGES[-1])], ...], Increasing("stages")] = (0,)
     """Stages with a block behind them, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
-    gate: str = "se"
+    gate: Annotated[str, OneOf(tuple(GATES))] = "se"
     """Attention of restitution and compensation: se, eca, cbam or cbam-channel (paper: se)."""
-    reduction: int = 16
+    reduction: Count = 16
     """Dimension reduction of the gate (paper)."""
-    restitute_to: str = "normalized"
+    restitute_to: Annotated[str, OneOf(RESTITUTE_TO)] = "normalized"
     """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
-    parts: int = 1
+    parts: Count = 1
     """Horizontal stripes with a head each; above 1 this is MRCN-P (the authors' earlier code: 4)."""
     pool: Literal["average", "gem"] = "average"
     """Pooling of the last feature map (field: average)."""
-    weights: str | None = None
+    weights: PathText | None = None
     """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
 
-    height: int = 288
+    height: Annotated[int, Range(32, 8192)] = 288
     """Image height in pixels (paper)."""
-    width: int = 128
+    width: Annotated[int, Range(16, 8192)] = 128
     """Image width in pixels (paper)."""
-    identities: int = 4
+    identities: Annotated[int, Range(2, why="a triplet needs a negative")] = 4
     """P, identities in a batch (paper)."""
-    images: int = 4
+    images: Count = 4
     """K, images of an identity and modality in a batch (paper)."""
-    batches: int | None = None
+    batches: Count | None = None
     """Batches in an epoch; none: floor(N / (P K)) + 1, N the larger modality's image count (field)."""
-    padding: int = 10
+    padding: Annotated[int, Range(0)] = 10
     """Pixels of padding before the random crop (field)."""
-    flip: float = 0.5
+    flip: Share = 0.5
     """Probability of the horizontal flip (paper: flip; field: .5)."""
-    erase: float = 0.5
+    erase: Share = 0.5
     """Probability of random erasing (paper: erasing; field: .5)."""
-    channel_augmentation: float = 0.0
+    channel_augmentation: Share = 0.0
     """Probability that a visible image becomes one of its channels or its grey (CAJ's; paper: none)."""
 
-    label_smoothing: float = 0.1
+    label_smoothing: Share = 0.1
     """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
-    triplet_weight: float = 1.0
+    triplet_weight: Weight = 1.0
     """lambda1 (paper)."""
-    triplet_margin: float = 0.3
+    triplet_margin: Weight = 0.3
     """Margin of the batch-hard triplet loss (field; the paper is silent)."""
     soft_margin: bool = False
     """Soft margin in place of the triplet's hinge (ours, an option)."""
-    cqc_weight: float = 1.2
+    cqc_weight: Weight = 1.2
     """lambda2 (paper, Figure 4)."""
-    cqc_margin: float = 0.2
+    cqc_margin: Weight = 0.2
     """alpha, the margin of the CQC loss (paper)."""
     cqc_reduction: Literal["sum", "mean"] = "sum"
     """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
     detach_negative: bool = False
     """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
-    causality_weight: float = 0.1
+    causality_weight: Weight = 0.1
     """Weight of SNR's dual causality loss at each plug, for model snr (Jin et al. 2020, first stages)."""
 
-    epochs: int = 80
+    epochs: Count = 80
     """Epochs (paper)."""
-    steps: int | None = None
+    steps: Count | None = None
     """Stop after this many steps in all, whatever `epochs` says; none: no limit."""
-    lr: float = 0.1
+    lr: Weight = 0.1
     """Learning rate of BNNeck and classifier after the warm-up (paper)."""
-    warmup_lr: float = 0.01
+    warmup_lr: Weight = 0.01
     """Learning rate of the first epoch (paper)."""
-    warmup_epochs: int = 10
+    warmup_epochs: Annotated[int, Range(0)] = 10
     """Epochs of linear warm-up from warmup_lr to lr (paper)."""
-    milestones: tuple[int, ...] = (20, 60)
+    milestones: Annotated[tuple[Annotated[int, Range(0)], ...], Increasing("epochs")] = (20, 60)
     """Epochs from which the learning rate is `decay` times what it was (paper: .01 from 20, .001 from 60)."""
-    decay: float = 0.1
+    decay: Weight = 0.1
     """Factor of the learning rate at a milestone (paper)."""
-    trunk_lr: float = 0.1
+    trunk_lr: Weight = 0.1
     """Learning rate of everything but BNNeck and classifier, as a share of theirs (field)."""
-    momentum: float = 0.9
+    momentum: Share = 0.9
     """SGD momentum (paper), Nesterov's (field)."""
-    weight_decay: float = 5e-4
+    weight_decay: Weight = 5e-4
     """Weight decay (field)."""
 
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the initial weights, the sampler and the augmentation."""
-    backend: str | None = None
+    backend: BackendName | None = None
     """Backend of the block: reference, cpu, ...; none: the best that serves."""
     accelerator: str = "auto"
     """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
@@ -126,37 +147,37 @@ class TrainConfig:
     """Precision, as lightning-fabric names it."""
     channels_last: bool = False
     """Keep activations in the channels_last memory layout."""
-    workers: int = 4
+    workers: Workers = 4
     """Processes that decode images; 0: the training process itself."""
-    log_every: int = 50
+    log_every: Count = 50
     """Steps between two lines of metrics.jsonl."""
-    checkpoint_every: int = 500
+    checkpoint_every: Count = 500
     """Steps between two checkpoints, besides one at the end of each epoch."""
 
     def __post_init__(self) -> None:
-        # YAML and checkpoints have lists.
-        self.milestones, self.stages = tuple(self.milestones), tuple(self.stages)
-        at_least = {
-            "height": 32, "width": 16, "identities": 2, "images": 1, "epochs": 1, "reduction": 1,
-            "log_every": 1, "checkpoint_every": 1, "workers": 0, "padding": 0, "warmup_epochs": 0,
-            "lr": 0, "warmup_lr": 0, "seed": 0, "split": 1, "parts": 1,
-        }  # fmt: skip
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                why = " (a triplet needs a negative)" if name == "identities" else ""
-                raise ConfigError(f"got {name}={getattr(self, name)}, expected at least {least}{why}")
-        for name in ("batches", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"got {name}={value}, expected at least 1, or none")
-        for name in ("flip", "erase", "label_smoothing", "channel_augmentation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"got {name}={getattr(self, name)}, expected a number from 0 to 1")
-        if list(self.milestones) != sorted(set(self.milestones)):
-            raise ConfigError(f"got milestones={self.milestones}, expected increasing epochs")
+        settings.check_fields(self, ConfigError)
         if self.split != 1 and self.dataset != "regdb":
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
+            )
+        if not self.stages and self.model != "baseline":
+            raise ConfigError(f"got stages=(), expected at least one stage for the blocks of {self.model}")
+        side = max(self.height, self.width)
+        if self.padding > side:
+            raise ConfigError(f"got padding={self.padding}, expected at most {side}, an image's longer side")
+        # The trunk halves the rows four times.
+        rows = -(-self.height // 16)
+        if self.parts > rows:
+            raise ConfigError(
+                f"got parts={self.parts}, expected at most {rows} at height={self.height}: the last feature "
+                "map has a row for 16 pixels, and each part needs a row"
+            )
+        batch = self.identities * self.images * self.height * self.width * 3
+        if batch > _LARGEST_BATCH:
+            raise ConfigError(
+                f"got identities={self.identities}, images={self.images}, height={self.height} and "
+                f"width={self.width}, which make a batch of {batch} bytes of pixels in each modality, "
+                f"expected at most {_LARGEST_BATCH}"
             )
 
     def model_arguments(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 
 from rich.console import Console
 from rich.logging import RichHandler
@@ -15,7 +16,17 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(stderr=True)
+from mrcn_fast.streams import silence
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Go on in silence where nobody reads stderr any more; the command's result is elsewhere."""
+        self.quiet = True
+        silence(sys.stderr)
+
+
+console = _Console(stderr=True)
 
 
 def progress_bars(disable: bool = False) -> Progress:

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import torch
 from matplotlib.figure import Figure  # not pyplot, which would choose the caller's backend
@@ -17,11 +17,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.nn import functional as F
 
+from mrcn_fast import settings
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.dispatch import choose
 from mrcn_fast.files import write_atomically, write_json
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.batches import Batch
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import ConfigError, Count, Seed, TrainConfig, Trials
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
 from mrcn_fast.reid.devices import check_device
@@ -31,6 +33,7 @@ from mrcn_fast.reid.results import HEADLINE, check_free
 from mrcn_fast.reid.run_folder import held
 from mrcn_fast.reid.scoring import score_checkpoint, score_trial
 from mrcn_fast.reid.training import Trainer
+from mrcn_fast.settings import PathText, Range
 
 RESULTS_NAME = "results.json"
 COLUMNS = {"rank1": "Rank-1", "rank10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
@@ -51,38 +54,54 @@ CONTENDERS: Final = {
 }
 
 
+# People of a batch: more than the paper's 4, as a short training gains more from people than from images.
+BATCH_IDENTITIES: Final = 8
+# Of the synthetic tree, whose numbers have four digits.
+People = Annotated[int, Range(1, 9999)]
+
+
 @dataclasses.dataclass
 class DemoConfig:
     """The demo's size: what two cores train in three minutes. All contenders get the same."""
 
-    out: str = "runs/demo"
+    out: PathText = "runs/demo"
     """Folder for everything the demo writes."""
-    identities: int = 72
+    identities: People = 72
     """People in the synthetic data set."""
-    test_identities: int = 16
+    test_identities: People = 16
     """Those of them who are searched for; training never sees them."""
-    images_per_camera: int = 4
+    images_per_camera: People = 4
     """Images of a person in each of the six cameras."""
-    modality_gap: float = 0.6
+    modality_gap: Annotated[float, Range(0, 2)] = 0.6
     """How far infrared differs from visible. At 1 this short a training learns little that holds in both."""
-    height: int = 48
+    height: Annotated[int, Range(32, 8192)] = 48
     """Image height in pixels."""
-    width: int = 24
+    width: Annotated[int, Range(16, 8192)] = 24
     """Image width in pixels."""
-    pretraining_identities: int = 120
+    pretraining_identities: People = 120
     """Other people, in visible light alone, whom the ResNet is pretrained on."""
-    pretraining_steps: int = 300
+    pretraining_steps: Count = 300
     """Training steps of the pretraining."""
-    steps: int = 130
+    steps: Count = 130
     """Training steps of each contender."""
-    trials: int = 10
+    trials: Trials = 10
     """Gallery draws that the scores are averaged over."""
-    rounds: int = 7
+    rounds: Count = 7
     """Rounds of the interleaved time measurement."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of data, weights and batches. The people of the pretraining are those of the seed after it."""
     accelerator: str = "auto"
     """Where to compute, as lightning-fabric names it."""
+
+    def __post_init__(self) -> None:
+        settings.check_fields(self, ConfigError)
+        for name, of_test in (("identities", self.test_identities), ("pretraining_identities", 1)):
+            people = getattr(self, name)
+            if people - of_test < BATCH_IDENTITIES:
+                raise ConfigError(
+                    f"got {name}={people}, of whom {of_test} are for the test, expected at least "
+                    f"{BATCH_IDENTITIES} others: a batch has that many people"
+                )
 
 
 def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
@@ -95,7 +114,10 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
     `out`/pretraining/data holds anything but a synthetic tree.
     """
     out = Path(config.out)
-    check_device(config.accelerator, train_config(config, "mrcn", out, out).precision)
+    check_folder(out, "the demo")
+    # Values that a contender can't be trained with are refused before any data is written.
+    configs = [train_config(config, name, out, out) for name in CONTENDERS]
+    check_device(config.accelerator, configs[0].precision)
     made_of = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
     others = [out / name for name in ("data", "pretraining", *CONTENDERS, "losses.png")]
     with held(out, "runs a demo"):
@@ -106,7 +128,10 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
         results = {"made_of": made_of} | _results(config)
         write_json(out / RESULTS_NAME, results)
     # Where nobody watches, a log keeps the table in one piece.
-    Console(width=None if sys.stdout.isatty() else 110).print(_table(results))
+    console = Console(width=None if _is_watched() else 110)
+    with console.capture() as table:
+        console.print(_table(results))
+    print(table.get(), end="")
     print(
         f"Everything is in {out}: data/, pretraining/, {'/, '.join(CONTENDERS)}/, losses.png, {RESULTS_NAME}"
     )
@@ -173,7 +198,7 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
         height=config.height,
         width=config.width,
         # The paper's 16 images a modality, but more people: a short training gains more from those.
-        identities=8,
+        identities=BATCH_IDENTITIES,
         images=2,
         padding=3,
         batches=batches,
@@ -194,6 +219,11 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
         workers=0,
         log_every=max(1, steps // 60),
     )
+
+
+def _is_watched() -> bool:
+    # A process may begin without stdout.
+    return sys.stdout is not None and sys.stdout.isatty()
 
 
 class _timed:

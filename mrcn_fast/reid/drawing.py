@@ -49,9 +49,9 @@ def distances(visible: Tensor, visible_ids: Tensor, infrared: Tensor, infrared_i
     """Euclidean distances of all visible-infrared pairs of features, each feature scaled to length 1.
 
     visible: (V, D), infrared: (N, D), with (V,) and (N,) integer identities. Every pair is counted; working
-    memory is that of 2 million pairs, whatever V and N.
+    memory is that of 2 million pairs, whatever V and N. Raises ValueError for features that are not finite.
     """
-    visible, infrared = F.normalize(visible.float(), dim=1), F.normalize(infrared.float(), dim=1)
+    visible, infrared = _unit(visible, "visible"), _unit(infrared, "infrared")
     counts = torch.zeros(2, _BINS, dtype=torch.int64)
     sums = torch.zeros(2, dtype=torch.float64)
     for rows in torch.arange(len(visible)).split(max(1, _PAIRS_AT_ONCE // max(1, len(infrared)))):
@@ -81,7 +81,7 @@ def draw_distances(columns: Mapping[str, Distances]) -> Figure:
             )
         for mean, color in ((found.intra_mean, INTRA), (found.inter_mean, INTER)):
             panel.axvline(mean, ymax=0.87, color=color, linestyle="--", linewidth=1.3)
-        panel.set_title(title)
+        panel.set_title(_plain(title))
         panel.text(0.03, 0.96, f"δ = {found.delta:.3f}", transform=panel.transAxes, va="top")
         panel.margins(x=0.02)
     # Above the bars and the means there is room for δ.
@@ -112,7 +112,19 @@ def tsne_map(features: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
     # A thousand short steps, in which threads mostly wait for each other; and the same map for any number.
     with threadpool_limits(1):
-        return embedding.fit_transform(F.normalize(features.float(), dim=1).numpy())
+        return embedding.fit_transform(_unit(features, "features").numpy())
+
+
+def _unit(features: Tensor, name: str) -> Tensor:
+    """Features at length 1, whatever their scale, float32. Raises ValueError where they aren't finite."""
+    if features.dim() != 2 or not features.isfinite().all():
+        raise ValueError(
+            f"{name} must be finite features (images, size); got {tuple(features.shape)}"
+            + " with NaN or infinity" * (features.dim() == 2)
+        )
+    # At their own scale the squares may overflow or vanish.
+    largest = features.double().abs().amax(dim=1, keepdim=True)
+    return F.normalize(features / largest.masked_fill_(largest == 0, 1), dim=1).float()
 
 
 def draw_tsne(
@@ -129,7 +141,7 @@ def draw_tsne(
             width = 0 if marker == "o" else 1.0
             x, y = points[chosen].T
             panel.scatter(x, y, s=size, c=shades[owner[chosen]], marker=marker, linewidths=width)
-        panel.set_title(title)
+        panel.set_title(_plain(title))
         panel.set(xticks=[], yticks=[])
         panel.margins(0.06)
     shapes = [
@@ -165,8 +177,11 @@ def ranking(
 ) -> Ranking:
     """The lists that `evaluation.score` scores, from (Q, G) distances: without the images a query skips.
 
-    The other arguments are those of `score`. Equal distances rank in the gallery's order.
+    The other arguments are those of `score`. Equal distances rank in the gallery's order. Raises ValueError
+    for distances that are not finite.
     """
+    if not distance.isfinite().all():
+        raise ValueError("distance must be finite; got NaN or infinity. Look for them in the features")
     skipped = skipped_images(query_ids, gallery_ids, query_cameras, gallery_cameras, protocol)
     order = distance.masked_fill(skipped, torch.inf).argsort(dim=1, stable=True)[:, :count]
     order = order.masked_fill(skipped.gather(1, order), -1)
@@ -195,7 +210,7 @@ def draw_rankings(blocks: Mapping[str, Sequence[Row]], *, count: int = 10) -> Fi
         len(blocks), 1, squeeze=False, height_ratios=[len(block) for block in blocks.values()]
     )[:, 0]
     for part, (title, block) in zip(parts, blocks.items(), strict=True):
-        part.suptitle(title, fontsize=12, fontweight="bold")
+        part.suptitle(_plain(title), fontsize=12, fontweight="bold")
         # A narrow empty column sets the query apart.
         ratios = [1, 0.15, *[1] * count]
         panels = part.subplots(len(block), count + 2, squeeze=False, width_ratios=ratios)
@@ -210,6 +225,12 @@ def draw_rankings(blocks: Mapping[str, Sequence[Row]], *, count: int = 10) -> Fi
                 for panel, name in zip((axes[0], *axes[2:]), ("query", *range(1, count + 1)), strict=True):
                     panel.set_title(str(name), fontsize=9)
     return figure
+
+
+def _plain(title: str) -> str:
+    """A title, which may have a folder's name in it, as matplotlib draws it sign by sign."""
+    readable = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return readable.replace("$", r"\$")
 
 
 def _frame(panel: Axes, image: NDArray[np.uint8], color: str) -> None:

@@ -10,8 +10,11 @@ from typing import Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from mrcn_fast.reid.arrays import as_tensor, as_text
+from mrcn_fast.settings import check_arguments
 
 PROTOCOLS: Final = ("sysu", "regdb", "llcm")
 
@@ -23,6 +26,17 @@ _SYSU_SKIPPED_CAMERA: Final = 2
 # thread, and 320 MB in all.
 _CHUNK_ELEMENTS: Final = 1 << 19
 _ELEMENTS: Final = 1 << 23
+
+# A curve longer than any gallery would only fill memory.
+_LONGEST_CURVE: Final = 1 << 20
+
+# What torch sorts and compares; other dtypes become float64.
+_COMPUTED: Final = frozenset(
+    (
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool),
+    )
+)
 
 _Result = TypeVar("_Result")
 
@@ -39,6 +53,7 @@ class Scores(NamedTuple):
     valid_queries: int
 
 
+@check_arguments
 def score(
     distance: Tensor | ArrayLike,
     query_ids: Tensor | ArrayLike,
@@ -51,8 +66,9 @@ def score(
 ) -> Scores:
     """Rank-k (CMC), mAP and mINP of a retrieval.
 
-    distance: (queries, gallery), any real dtype, smaller is nearer, any device; query_ids, gallery_ids and,
-    for "sysu" and "llcm", query_cameras, gallery_cameras: integers, one a row or column.
+    distance: (queries, gallery), any real dtype and device, smaller is nearer; query_ids, gallery_ids:
+    integers or text, one a row or column; query_cameras, gallery_cameras, for "sysu" and "llcm": integers
+    likewise. All may be tensors, numpy's arrays or lists.
 
     protocol: which gallery images a query skips and what the CMC counts:
       - "sysu": a query of camera 3 skips camera 2; the CMC ranks identities, each by its nearest image;
@@ -62,10 +78,10 @@ def score(
     match, both over images. Queries without a match are left out. Equal distances rank in the gallery's
     order.
 
-    Raises ValueError for shapes that do not fit, missing cameras, an unknown protocol, distances that are
-    not finite, and when no query has a match.
+    Raises ValueError for shapes and kinds that do not fit, missing cameras, an unknown protocol, distances
+    that are not finite, and when no query has a match.
     """
-    distance = _tensor(distance, "distance")
+    distance = _distances(distance)
     with _undivided_operations(distance.device) as threads:
         queries, gallery = _checked_arguments(distance, query_ids, gallery_ids, protocol, max_rank, threads)
         cameras = _checked_cameras(query_cameras, gallery_cameras, distance, protocol)
@@ -73,14 +89,30 @@ def score(
 
 
 def skipped_images(
-    query_ids: Tensor, gallery_ids: Tensor, query_cameras: Tensor, gallery_cameras: Tensor, protocol: str
+    query_ids: Tensor | ArrayLike,
+    gallery_ids: Tensor | ArrayLike,
+    query_cameras: Tensor | ArrayLike,
+    gallery_cameras: Tensor | ArrayLike,
+    protocol: str,
 ) -> Tensor:
     """Which gallery images each query skips by a protocol of `PROTOCOLS`: bool (queries, gallery).
 
     All arguments but the last: integers, one a query or gallery image. `score` and ranking lists leave out
-    the same images by this. Raises ValueError for an unknown protocol.
+    the same images by this. Raises ValueError for an unknown protocol, and for other shapes and kinds.
     """
     _check_protocol(protocol)
+    queries, gallery = _identities(query_ids, gallery_ids, (None, None))
+    cameras = (
+        _integers(query_cameras, "query_cameras", len(queries)),
+        _integers(gallery_cameras, "gallery_cameras", len(gallery)),
+    )
+    return _skipped(queries, gallery, *cameras, protocol)
+
+
+def _skipped(
+    query_ids: Tensor, gallery_ids: Tensor, query_cameras: Tensor, gallery_cameras: Tensor, protocol: str
+) -> Tensor:
+    """`skipped_images` of checked arguments."""
     if protocol == "sysu":
         skipping, skipped = query_cameras == _SYSU_QUERY_CAMERA, gallery_cameras == _SYSU_SKIPPED_CAMERA
         return skipping[:, None] & skipped
@@ -97,6 +129,8 @@ def average(trials: Sequence[Scores]) -> Scores:
     """
     if not trials:
         raise ValueError("expected the scores of at least one trial; got none")
+    if strange := {type(trial) for trial in trials} - {Scores}:
+        raise ValueError(f"expected trials as `score` gives them; got {strange.pop().__name__}")
     for name, found in (
         ("lengths of the CMC", {len(trial.cmc) for trial in trials}),
         ("numbers of valid queries", {trial.valid_queries for trial in trials}),
@@ -171,7 +205,7 @@ def _score_rows(problem: _Problem, rows: Tensor) -> tuple[Tensor, Tensor, Tensor
     matched, places = places >= 0, places.clamp(min=0)
     if problem.cameras is not None:
         queries, (cameras, gallery_cameras) = problem.queries[rows], problem.cameras
-        skipped = skipped_images(queries, problem.gallery, cameras[rows], gallery_cameras, problem.protocol)
+        skipped = _skipped(queries, problem.gallery, cameras[rows], gallery_cameras, problem.protocol)
         values.masked_fill_(skipped, torch.inf)
         matched &= ~skipped.gather(1, places)
     before, keys = _images_before(values, places, matched)
@@ -297,21 +331,53 @@ def _check_protocol(protocol: str) -> None:
         raise ValueError(f"unknown protocol {protocol!r}; known: {', '.join(PROTOCOLS)}")
 
 
-def _tensor(value: Tensor | ArrayLike, name: str) -> Tensor:
-    tensor = value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.ascontiguousarray(value))
-    if tensor.is_complex():
-        raise ValueError(f"{name} must be real; got {tensor.dtype}")
-    return tensor
-
-
-def _integers(value: Tensor | ArrayLike, name: str, length: int, device: torch.device) -> Tensor:
-    tensor = _tensor(value, name)
-    if tensor.is_floating_point() or tensor.dtype == torch.bool or tensor.shape != (length,):
+def _distances(value: Tensor | ArrayLike) -> Tensor:
+    distance = as_tensor(value, "distance")
+    if distance.is_complex():
+        raise ValueError(f"distance must be real; got {distance.dtype}")
+    if distance.dim() != 2 or not distance.numel():
         raise ValueError(
-            f"{name} must be {length} integers, one for each row or column of distance; got {tensor.dtype} "
+            f"distance must be (queries, gallery) with at least one of each; got {tuple(distance.shape)}"
+        )
+    return distance if distance.dtype in _COMPUTED else distance.to(torch.float64)
+
+
+def _identities(
+    query_ids: Tensor | ArrayLike, gallery_ids: Tensor | ArrayLike, lengths: tuple[int | None, int | None]
+) -> tuple[Tensor, Tensor]:
+    """The identities of both sides, of these lengths where they are known, as int64; text is numbered."""
+    names = as_text(query_ids, "query_ids"), as_text(gallery_ids, "gallery_ids")
+    if (names[0] is None) != (names[1] is None):
+        kinds = ["numbers" if side is None else "text" for side in names]
+        raise ValueError(
+            f"query_ids and gallery_ids must be of one kind; got {kinds[0]} and {kinds[1]}, of which no two "
+            "are equal"
+        )
+    if names[0] is not None and names[1] is not None:
+        query_ids, gallery_ids = _numbered(names[0], names[1])
+    return _integers(query_ids, "query_ids", lengths[0]), _integers(gallery_ids, "gallery_ids", lengths[1])
+
+
+def _numbered(
+    queries: NDArray[np.str_], gallery: NDArray[np.str_]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """A number for each name, the same on both sides."""
+    _, numbers = np.unique(np.concatenate((queries.ravel(), gallery.ravel())), return_inverse=True)
+    first, second = np.split(numbers, [queries.size])
+    return first.reshape(queries.shape), second.reshape(gallery.shape)
+
+
+def _integers(value: Tensor | ArrayLike, name: str, length: int | None) -> Tensor:
+    """int64 (length,), or of any length."""
+    tensor = as_tensor(value, name)
+    whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
+    if not whole or tensor.dim() != 1 or length not in (None, len(tensor)):
+        count = "" if length is None else f"{length} "
+        raise ValueError(
+            f"{name} must be {count}integers, one for each row or column of distance; got {tensor.dtype} "
             f"{tuple(tensor.shape)}"
         )
-    return tensor.to(device, torch.int64)
+    return tensor.to(torch.int64)
 
 
 def _checked_arguments(
@@ -323,14 +389,10 @@ def _checked_arguments(
     threads: int,
 ) -> tuple[Tensor, Tensor]:
     _check_protocol(protocol)
-    if max_rank < 1:
-        raise ValueError(f"max_rank must be at least 1; got {max_rank}")
-    if distance.dim() != 2 or not distance.numel():
-        raise ValueError(
-            f"distance must be (queries, gallery) with at least one of each; got {tuple(distance.shape)}"
-        )
-    queries = _integers(query_ids, "query_ids", distance.shape[0], distance.device)
-    gallery = _integers(gallery_ids, "gallery_ids", distance.shape[1], distance.device)
+    if not 1 <= max_rank <= _LONGEST_CURVE:
+        raise ValueError(f"max_rank must be at least 1 and at most {_LONGEST_CURVE}; got {max_rank}")
+    rows, columns = distance.shape
+    queries, gallery = _identities(query_ids, gallery_ids, (rows, columns))
     # The extremes are NaN if any value is, and found without a mask of the rows' size.
     chunks = distance.split(_rows_at_once(distance, threads))
     extremes = _by_threads(lambda rows: torch.stack(rows.aminmax()), chunks, threads)
@@ -340,7 +402,7 @@ def _checked_arguments(
             f"distance must be finite; got {distance[row, column].item()} for query {row} and gallery image "
             f"{column}. Look for NaN or infinity in the features"
         )
-    return queries, gallery
+    return queries.to(distance.device), gallery.to(distance.device)
 
 
 def _not_finite(values: Tensor) -> tuple[int, int]:
@@ -365,6 +427,6 @@ def _checked_cameras(
         )
     queries, gallery = distance.shape
     return (
-        _integers(query_cameras, "query_cameras", queries, distance.device),
-        _integers(gallery_cameras, "gallery_cameras", gallery, distance.device),
+        _integers(query_cameras, "query_cameras", queries).to(distance.device),
+        _integers(gallery_cameras, "gallery_cameras", gallery).to(distance.device),
     )

@@ -10,12 +10,14 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from mrcn_fast.block import Modality
-from mrcn_fast.reid.config import TrainConfig
+from mrcn_fast.reid.config import Count, TrainConfig, Workers
 from mrcn_fast.reid.data import PersonImages, Sample, normalize
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.model import ReIDModel
+from mrcn_fast.settings import check_arguments
 
 
+@check_arguments
 @torch.inference_mode()
 def extract(
     model: ReIDModel,
@@ -24,8 +26,8 @@ def extract(
     config: TrainConfig,
     *,
     fabric: Fabric,
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: Count = 64,
+    workers: Workers = 0,
     images: Dataset[Tensor] | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Tensor:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,10 @@ from torch import Tensor
 
 from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.memory import enough_memory
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid import drawing
 from mrcn_fast.reid.checkpoint import content_digest, fingerprint
-from mrcn_fast.reid.config import Precision, TrainConfig
+from mrcn_fast.reid.config import BackendName, Count, Precision, Split, TrainConfig, Workers
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
@@ -38,6 +39,7 @@ from mrcn_fast.reid.scoring import (
     searches_of,
     without,
 )
+from mrcn_fast.settings import PathText, Range, check_arguments
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
@@ -50,25 +52,26 @@ _THUMBNAIL = 192  # pixels of an image's height in it
 _log = logging.getLogger(__name__)
 
 
+@check_arguments
 def make_figures(
-    checkpoints: Sequence[str],
-    data: str,
-    out: str = "runs/figures",
+    checkpoints: Sequence[PathText],
+    data: PathText,
+    out: PathText = "runs/figures",
     *,
     people: int = 20,
     queries: int = 4,
-    query_paths: Sequence[str] | None = None,
+    query_paths: Sequence[PathText] | None = None,
     initial: bool = False,
-    seed: int = 0,
-    permutations: str | None = None,
-    split: int | None = None,
+    seed: Annotated[int, Range(0, 2**32 - 1)] = 0,
+    permutations: PathText | None = None,
+    split: Split | None = None,
     other_data: bool = False,
     skip_unreadable: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     accelerator: str = "auto",
     precision: Precision | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: Count = 64,
+    workers: Workers = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -109,6 +112,7 @@ def make_figures(
             f"expected at least one of each; got {len(checkpoints)} checkpoints, people={people}, "
             f"queries={queries}"
         )
+    check_folder(out, "the figures")
     opened = [
         open_trained(
             path,
@@ -141,6 +145,7 @@ def make_figures(
     folder = Path(out)
     record = folder / "figures.json"
     made_of = _made_of(subject, dataset, dict(zip(titles, opened, strict=True)), seed)
+    made_of |= {"skip_unreadable": skip_unreadable}
     if not overwrite:
         check_free(record, [folder / name for name in PICTURES], made_of)
     columns: dict[str, _Column] = {}

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, cast, get_args
+from typing import Annotated, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
+
+from mrcn_fast.settings import Range, check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -20,8 +22,10 @@ def stripes(rows: int, parts: int) -> list[tuple[int, int]]:
     Adaptive pooling's: from floor(i rows / parts) to ceil((i + 1) rows / parts). All have one height; where
     `parts` does not divide `rows`, neighbours share a row.
 
-    Raises ValueError when there are more parts than rows.
+    Raises ValueError for no part, and when there are more parts than rows.
     """
+    if parts < 1:
+        raise ValueError(f"got {parts} parts, expected at least 1")
     if parts > rows:
         raise ValueError(
             f"got a last feature map of {rows} rows for {parts} parts, expected a row a part at least; "
@@ -40,7 +44,8 @@ class PartPool(nn.Module):
     parts than rows.
     """
 
-    def __init__(self, parts: int, kind: PoolName = "average") -> None:
+    @check_arguments
+    def __init__(self, parts: Annotated[int, Range(1)], kind: PoolName = "average") -> None:
         super().__init__()
         self.parts = parts
         self.kind = kind
@@ -78,7 +83,8 @@ def _means(x: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
 class Head(nn.Module):
     """BNNeck and classifier of one part (Luo et al. 2019): (M, D) pooled features -> (M, classes) logits."""
 
-    def __init__(self, features: int, classes: int) -> None:
+    @check_arguments
+    def __init__(self, features: Annotated[int, Range(1)], classes: Annotated[int, Range(1)]) -> None:
         super().__init__()
         self.neck = nn.BatchNorm1d(features)
         self.neck.bias.requires_grad_(False)  # BNNeck: centred on the origin, where the cosine is measured

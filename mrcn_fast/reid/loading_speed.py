@@ -16,7 +16,6 @@ meets all of them.
 
 from __future__ import annotations
 
-import argparse
 import math
 import os
 import random
@@ -26,7 +25,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
 import torch
@@ -36,8 +35,11 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import device_name, unmeasurable
+from mrcn_fast.benchmark.command import Device, Seconds, unmeasurable
+from mrcn_fast.flags import Flags
+from mrcn_fast.outputs import check_file, check_folder
 from mrcn_fast.reid.batches import PairedImages, collate, without_unreadable
+from mrcn_fast.reid.config import Workers
 from mrcn_fast.reid.console import log_to_console
 from mrcn_fast.reid.data import (
     Augmentation,
@@ -49,9 +51,11 @@ from mrcn_fast.reid.data import (
 )
 from mrcn_fast.reid.data.augment import IMAGENET_MEAN, IMAGENET_STD
 from mrcn_fast.reid.data.cache import cached
+from mrcn_fast.reid.data.datasets import DATASETS
 from mrcn_fast.reid.data.images import FILTERS
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.devices import check_alone
+from mrcn_fast.settings import OneOf, PathText, Range, check_arguments
 
 # Pairs of a batch: the paper's 4 identities x 4 images.
 _BATCH: Final = 16
@@ -62,32 +66,44 @@ _MOST_BATCHES: Final = 32
 _LEAST_STRETCHES: Final = 5
 
 
+@check_arguments
 def measure_loader(
     data: str | Path,
     *,
-    dataset: str | None = None,
-    height: int = 288,
-    width: int = 128,
-    filter: str = "lanczos",
-    workers: Sequence[int] = (0, 1, 2),
-    seconds: float = 3.0,
-    cache: str | Path | None = None,
-    device: str = "cpu",
+    dataset: Annotated[str, OneOf(tuple(DATASETS))] | None = None,
+    height: Annotated[int, Range(1, 8192)] = 288,
+    width: Annotated[int, Range(1, 8192)] = 128,
+    filter: Annotated[str, OneOf(FILTERS)] = "lanczos",
+    workers: Sequence[Workers] = (0, 1, 2),
+    seconds: Seconds = 3.0,
+    cache: PathText | None = None,
+    device: Device = "cpu",
     skip_unreadable: bool = False,
 ) -> dict[str, Any]:
     """Images a second of the training images under `data`, as a line of results.
 
-    dataset: by its name; none: by its tree. workers: numbers of processes; seconds: measuring time of each
-    way with each of them; cache: folder for the cache, none for one of the measurement's own; device: where
-    the batches are augmented; skip_unreadable: leave out images that can't be read, named and counted. Raises
-    DatasetError for a broken tree and for other images that can't be read, ValueError for fewer images than a
-    batch's.
+    Args:
+        data: root of the data set's tree
+        dataset: its name; none: that of the data set whose tree it is
+        height: pixels
+        width: pixels
+        filter: Pillow's filter that resizes images
+        workers: numbers of processes
+        seconds: least measuring time of each way with each of them
+        cache: folder for the cache; none: one that is removed
+        device: where the batches are augmented
+        skip_unreadable: leave out images that can't be read, named and counted, which are an error else
+
+    Raises DatasetError for a broken tree and for other images that can't be read, ValueError for fewer images
+    than a batch's, OSError where the cache's folder can't be written to.
 
     "images_per_second" has, by workers and way, [20th percentile, median, 80th percentile] over stretches;
     "augmentation" has that of augmenting alone; "evicted" is the share of files that cold found out of
     memory, None where the system doesn't tell; "preparation" has the seconds that cache and habit take
     before, and the "bytes" of either, on the disk or in memory.
     """
+    if cache is not None:
+        check_folder(cache, "the cache")
     name = dataset or recognize(data)
     training = open_dataset(name, data).training()
     if skip_unreadable:
@@ -387,34 +403,15 @@ def print_speeds(result: dict[str, Any]) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`mrcn-fast bench --loader DATA`: measure, and print the table."""
-    parser = argparse.ArgumentParser(
-        prog="mrcn-fast bench --loader", description="images a second of training's loader, without a network"
-    )
-    parser.add_argument("data", metavar="DATA", help="the data set's tree")
-    parser.add_argument("--dataset", help="its name (default: the one whose tree it is)")
-    parser.add_argument("--height", type=int, default=288, help="pixels (default 288)")
-    parser.add_argument("--width", type=int, default=128, help="pixels (default 128)")
-    parser.add_argument("--filter", default="lanczos", choices=FILTERS, help="default lanczos")
-    parser.add_argument(
-        "--workers", type=int, nargs="+", default=[0, 1, 2], help="numbers of processes (default 0 1 2)"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=3.0, help="least measuring time of a way with a number (default 3)"
-    )
-    parser.add_argument("--cache", metavar="DIR", help="folder of the cache (default: one that is removed)")
-    parser.add_argument(
-        "--device", type=device_name, default="cpu", help="where batches are augmented: cpu (default) or cuda"
-    )
-    parser.add_argument(
-        "--skip-unreadable",
-        "--skip_unreadable",
-        action="store_true",
-        help="leave out images that can't be read, named and counted, which are an error else",
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the result to FILE as a JSON line")
-    options = vars(parser.parse_args(argv))
+    flags = Flags("bench --loader", "images a second of training's loader, without a network")
+    flags.add_word("data", Path, "the data set's tree")
+    flags.add_of(measure_loader, skip={"data"})
+    flags.add("--out", Path, None, "append the result to this file as a JSON line")
+    options = flags.values(argv)
     out = options.pop("out")
     check_alone()
+    if out:
+        check_file(out, "the result")
     if torch.device(options["device"]).type != "cpu" and (reason := unmeasurable(options["device"])):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2

@@ -5,7 +5,7 @@ And SNR's dual causality loss, for the model it belongs to.
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import Annotated, Final, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,11 @@ from torch.nn import functional as F
 
 from mrcn_fast import CQCLoss, SNRFeatures
 from mrcn_fast.reid.model import TrainingOutput
+from mrcn_fast.settings import Range, check_arguments
+
+_NO_LABEL: Final = torch.iinfo(torch.int64).min
+Share = Annotated[float, Range(0, 1)]
+Weight = Annotated[float, Range(0)]
 
 
 class LossParts(NamedTuple):
@@ -34,15 +39,18 @@ class BatchHardTriplet(nn.Module):
     (M, D) features, not normalised, and (M,) labels -> scalar, float32; Euclidean distance. With
     `soft_margin` the hinge max(0, margin + d_p - d_n) gives way to log(1 + exp(d_p - d_n)) and the margin is
     not used. An anchor without another of its label, or without one of another label, is not in the mean.
-    The host never waits for the device. Source: Hermans, Beyer and Leibe 2017.
+    The host never waits for the device. Raises ValueError where features and labels don't fit together.
+    Source: Hermans, Beyer and Leibe 2017.
     """
 
-    def __init__(self, margin: float = 0.3, soft_margin: bool = False) -> None:
+    @check_arguments
+    def __init__(self, margin: Weight = 0.3, soft_margin: bool = False) -> None:
         super().__init__()
         self.margin = margin
         self.soft_margin = soft_margin
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
+        _check_rows("features", features, labels)
         same = labels[:, None] == labels
         others = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
         with torch.autocast(features.device.type, enabled=False):
@@ -80,7 +88,11 @@ def dual_causality(styles: SNRFeatures, labels: Tensor) -> Tensor:
 
     The mean of a normalized plane is β whatever the image, so d(F̃, F̃) is 0 and F̃ a fixed mark between the
     two. Features shorter than 0.01 are divided by 0.01 and not by their length.
+
+    Raises ValueError where features and labels don't fit together.
     """
+    for features in styles:
+        _check_rows("styles", features, labels)
     same = labels[:, None] == labels
     positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     restituted, contaminated, normalized = (_cosine_distances(features) for features in styles)
@@ -115,22 +127,23 @@ class ReIDLoss(nn.Module):
     not computed.
 
     `cqc_reduction` is "sum" over the batch's identities or "mean"; `backend` serves the CQC loss as
-    `mrcn_fast.CQCLoss` takes it. Raises ValueError for another reduction, and when the output is not two,
-    four or six sets of B.
+    `mrcn_fast.CQCLoss` takes it. Raises ValueError for other values and another reduction, when the output is
+    not two, four or six sets of B, and, on the CPU, for labels that are no classes.
     """
 
+    @check_arguments
     def __init__(
         self,
         *,
-        label_smoothing: float = 0.1,
-        triplet_weight: float = 1.0,
-        triplet_margin: float = 0.3,
+        label_smoothing: Share = 0.1,
+        triplet_weight: Weight = 1.0,
+        triplet_margin: Weight = 0.3,
         soft_margin: bool = False,
-        cqc_weight: float = 1.2,
-        cqc_margin: float = 0.2,
+        cqc_weight: Weight = 1.2,
+        cqc_margin: Weight = 0.2,
         cqc_reduction: str = "sum",
         detach_negative: bool = False,
-        causality_weight: float = 0.1,
+        causality_weight: Weight = 0.1,
         backend: str | None = None,
     ) -> None:
         super().__init__()
@@ -139,7 +152,8 @@ class ReIDLoss(nn.Module):
         self.triplet_weight = triplet_weight
         self.cqc_weight = cqc_weight
         self.causality_weight = causality_weight
-        self.identity = nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        # No label means that its image is left out.
+        self.identity = nn.CrossEntropyLoss(ignore_index=_NO_LABEL, label_smoothing=label_smoothing)
         self.triplet = BatchHardTriplet(triplet_margin, soft_margin)
         self.cqc = CQCLoss(
             cqc_margin, reduction=cqc_reduction, detach_negative=detach_negative, backend=backend
@@ -148,14 +162,19 @@ class ReIDLoss(nn.Module):
     def forward(self, output: TrainingOutput, labels: Tensor) -> LossParts:
         pooled, logits, styles = output
         parts, rows = pooled.shape[:2]
+        _check_labels(labels)
+        labels = labels.long()
         sets = rows // len(labels)
         if sets not in (2, 4, 6) or sets * len(labels) != rows:
+            of_both = rows in (len(labels), 3 * len(labels))
             raise ValueError(
                 f"got {rows} features a part for {len(labels)} labels, expected two sets, four (v, v+, n+, n "
                 "or v, v-, n-, n) or six (v, v+, v-, n-, n+, n) of one feature a label"
+                + "; pass one modality's labels, not those of both"
+                * of_both
             )
         everywhere = labels.repeat(sets)
-        identity = self.identity(logits.float().flatten(0, 1), everywhere.repeat(parts))
+        identity = self._identity(logits.float().flatten(0, 1), everywhere.repeat(parts))
         # All sets as one pool, as the first author's later code (DEEN) does, and not a loss a set: only a
         # pool that holds both modalities mines the cross-modality positives and negatives that retrieval will
         # meet.
@@ -174,9 +193,35 @@ class ReIDLoss(nn.Module):
         )
         return LossParts(total, identity, triplet, cqc, causality)
 
+    def _identity(self, logits: Tensor, labels: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return cast(Tensor, self.identity(logits, labels))
+        try:
+            return cast(Tensor, self.identity(logits, labels))
+        except IndexError:  # on the CPU; a GPU would have to be waited for
+            least, most = (int(label) for label in labels.aminmax())
+            raise ValueError(
+                f"got labels from {least} to {most}, expected classes from 0 to {logits.shape[1] - 1}"
+            ) from None
+
     def _cqc(self, pooled: Tensor, labels: Tensor, sets: int) -> Tensor:
         if sets == 6:
             return cast(Tensor, self.cqc(pooled, labels))
         v, of_v, of_n, n = pooled.chunk(4)
         # Eq. 10 with one kind of features in both places is eq. 8 (or 9) twice.
         return cast(Tensor, self.cqc((v, of_v, of_v, of_n, of_n, n), labels)) / 2
+
+
+def _check_rows(name: str, features: Tensor, labels: Tensor) -> None:
+    if features.dim() != 2 or labels.dim() != 1 or len(features) != len(labels):
+        raise ValueError(
+            f"got {name} {tuple(features.shape)} and labels {tuple(labels.shape)}, expected (M, D) and (M,): "
+            "a label a row"
+        )
+
+
+def _check_labels(labels: Tensor) -> None:
+    if labels.dim() != 1 or not len(labels) or labels.is_floating_point() or labels.dtype == torch.bool:
+        raise ValueError(
+            f"got labels of {labels.dtype} {tuple(labels.shape)}, expected integers (B,), each pair's class"
+        )

@@ -17,6 +17,7 @@ from mrcn_fast.gates import GATES
 from mrcn_fast.reid.heads import POOLS, Head, PartPool, PoolName
 from mrcn_fast.reid.plugs import PLUGS, AnyPlug, SetName, make_plug
 from mrcn_fast.reid.resnet import Trunk
+from mrcn_fast.settings import check_arguments, shown
 
 ModelName = Literal["baseline", "snr", "mrcn", "mrm", "mcm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
@@ -64,6 +65,7 @@ class ReIDModel(nn.Module):
     with fewer rows than parts.
     """
 
+    @check_arguments
     def __init__(
         self,
         classes: int,
@@ -84,9 +86,9 @@ class ReIDModel(nn.Module):
         _check("restitute_to", restitute_to, RESTITUTE_TO)
         _check("pool", pool, POOLS)
         _check("backend", backend, BACKENDS)
-        if type(classes) is not int or classes < 1:
+        if classes < 1:
             raise ValueError(f"got classes={classes}, expected the number of training identities, at least 1")
-        if type(parts) is not int or parts < 1:
+        if parts < 1:
             raise ValueError(f"got parts={parts}, expected a number of stripes, at least 1")
         stages = _checked_stages(stages, required=model != "baseline")
         # Without a block there is no stage to split at: both modalities are one batch from the stems on.
@@ -140,6 +142,8 @@ class ReIDModel(nn.Module):
 
     def forward(self, visible: Tensor, infrared: Tensor) -> TrainingOutput:
         """Paired batches (B, 3, H, W) of the same identities -> TrainingOutput."""
+        _check_images("visible", visible)
+        _check_images("infrared", infrared)
         if visible.shape != infrared.shape:
             raise ValueError(
                 f"got visible {tuple(visible.shape)} and infrared {tuple(infrared.shape)}, expected equal "
@@ -157,6 +161,7 @@ class ReIDModel(nn.Module):
         of each set and part after its BNNeck is L2-normalised; then they are concatenated, set after set as
         `test_sets` names them, in a set part after part. Call it in eval mode and without gradients.
         """
+        _check_images("images", images)
         maps, reached = self.trunk.stem(images, modality), 0
         for index, (stage, plug) in enumerate(zip(self.stages, self.blocks, strict=True)):
             maps = self.trunk.layers(maps, reached + 1, stage)
@@ -187,7 +192,18 @@ class ReIDModel(nn.Module):
 
 def _check(name: str, got: object, known: Sequence[object]) -> None:
     if got not in known:
-        raise ValueError(f"got {name}={got!r}, expected one of {list(known)}")
+        raise ValueError(f"got {name}={shown(got)}, expected one of {list(known)}")
+
+
+def _check_images(name: str, images: object) -> None:
+    expected = "expected a floating-point tensor (N, 3, H, W)"
+    if not isinstance(images, Tensor):
+        raise ValueError(f"got {name} of {type(images).__name__}, {expected}")
+    if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
+        raise ValueError(
+            f"got {name} of {images.dtype} {tuple(images.shape)}, {expected}; mrcn_fast.reid.data.normalize "
+            "makes one of uint8 images"
+        )
 
 
 def _checked_stages(stages: Sequence[int], required: bool) -> tuple[int, ...]:

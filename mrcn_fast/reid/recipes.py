@@ -5,18 +5,21 @@ A recipe holds what it differs in from the one it `extends`; its values are fiel
 
 from __future__ import annotations
 
+import difflib
 import os
-from dataclasses import fields
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import yaml
 
+from mrcn_fast import settings
 from mrcn_fast.reid.config import ConfigError, TrainConfig
+from mrcn_fast.reid.documents import DocumentError, read_yaml
 
-_FOLDER = files("mrcn_fast.reid") / "recipes"
-_EXTENDS = "extends"
+_FOLDER: Final = Path(__file__).with_suffix("")
+_EXTENDS: Final = "extends"
+# Recipes that extend one another; more are a slip.
+_LONGEST_CHAIN: Final = 16
 
 
 class Column(NamedTuple):
@@ -57,12 +60,27 @@ def recipe_names() -> list[str]:
 def load_recipe(name: str) -> dict[str, Any]:
     """The values of a recipe, by the name of one that comes with the library or the path of a .yaml file.
 
-    What it extends (a name, or a path beside it) is merged in. Raises ConfigError for an unknown name, a file
-    that is no mapping, keys that are no fields of TrainConfig, and a recipe that extends itself.
+    What it extends (a name, or a path beside it) is merged in. Raises ConfigError, naming the file, for an
+    unknown name, a file that `documents.read_yaml` refuses, names that are no fields of TrainConfig, values
+    that such a field doesn't take, and a recipe that extends itself.
     """
-    values = _merged(name, Path())
-    if unknown := sorted(set(values) - {field.name for field in fields(TrainConfig)}):
-        raise ConfigError(f"recipe {name}: unknown values: {', '.join(unknown)}")
+    values: dict[str, Any] = {}
+    chain: list[str] = []
+    base: object = name
+    beside = Path()
+    while base is not None:
+        path = _path(base, beside, chain[-1] if chain else "")
+        # By its real path: ../a/b.yaml would be a new name each time.
+        chain.append(os.path.realpath(path))
+        if chain[-1] in chain[:-1]:
+            raise ConfigError(f"a recipe must not extend itself; found {' -> '.join(chain)}")
+        if len(chain) > _LONGEST_CHAIN:
+            raise ConfigError(
+                f"{chain[0]}: expected at most {_LONGEST_CHAIN} recipes that extend one another"
+            )
+        own, base = _values(path)
+        values = own | values
+        beside = path.parent
     return values
 
 
@@ -81,29 +99,43 @@ def load_table(name: str) -> TableSpec:
     return TableSpec(content["title"], columns, rows, content.get("note", ""), content.get("curve", ""))
 
 
-def _names(folder: Any) -> list[str]:
-    names = (entry.name for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-    return sorted(name.removesuffix(".yaml") for name in names)
+def _names(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.yaml"))
 
 
-def _merged(name: str, beside: Path, extending: tuple[str, ...] = ()) -> dict[str, Any]:
-    """A recipe's values over those it extends; `extending` holds the files that led here."""
-    own = _FOLDER / f"{name}.yaml"
-    path: Any = own if own.is_file() else beside / name
-    if not path.is_file() or path.suffix != ".yaml":
-        raise ConfigError(
-            f"got recipe {name!r}, expected the path of a .yaml file or one of {', '.join(recipe_names())}"
-        )
-    # By its real path: ../a/b.yaml would be a new name each time.
-    chain = (*extending, os.path.realpath(str(path)))
-    if chain[-1] in extending:
-        raise ConfigError(f"a recipe must not extend itself; found {' -> '.join(chain)}")
+def _path(name: object, beside: Path, extending: str) -> Path:
+    """The file of a recipe by its name, or its path relative to the folder `beside`."""
+    if isinstance(name, str) and name in recipe_names():
+        return _FOLDER / f"{name}.yaml"
+    if (
+        isinstance(name, str)
+        and (path := beside / os.path.expanduser(name)).suffix == ".yaml"
+        and path.exists()
+    ):
+        return path
+    where = f"{extending}: got {_EXTENDS}={settings.shown(name)}" if extending else f"got recipe {name!r}"
+    near = difflib.get_close_matches(str(name), recipe_names(), 1)
+    meant = f"; did you mean {near[0]}?" if near else ""
+    raise ConfigError(
+        f"{where}, expected the path of a .yaml file or one of {', '.join(recipe_names())}{meant}"
+    )
+
+
+def _values(path: Path) -> tuple[dict[str, Any], object]:
+    """The values that a recipe's file has itself, and what it extends."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: expected YAML; found: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected values of TrainConfig by name; found {type(values).__name__}")
+        values = read_yaml(path, "values of TrainConfig by name")
+    except DocumentError as error:
+        raise ConfigError(str(error)) from None
     base = values.pop(_EXTENDS, None)
-    inherited = {} if base is None else _merged(base, beside if path is own else path.parent, chain)
-    return inherited | values
+    kinds = settings.kinds_of(TrainConfig)
+    if unknown := [name for name in values if name not in kinds]:
+        near = difflib.get_close_matches(str(unknown[0]), kinds, 1)
+        meant = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"{path}: unknown values: {', '.join(map(str, unknown))[:200]}{meant}")
+    try:
+        for name, value in values.items():
+            settings.checked(kinds[name], value, name)
+    except settings.SettingError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    return values, base

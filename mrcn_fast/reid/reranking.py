@@ -19,42 +19,60 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from scipy import sparse
 from torch import Tensor
+
+from mrcn_fast.reid.arrays import as_tensor
+from mrcn_fast.settings import check_arguments
+
+K1, K2, WEIGHT = 20, 6, 0.3
 
 # Distances ranked, or overlaps summed, at once; 8 to 32 bytes of working memory each.
 _CHUNK = 1 << 22
 
 
+@check_arguments
 def rerank(
-    query_features: Tensor,
-    gallery_features: Tensor,
+    query_features: Tensor | ArrayLike,
+    gallery_features: Tensor | ArrayLike,
     *,
-    k1: int = 20,
-    k2: int = 6,
-    weight: float = 0.3,
+    k1: int = K1,
+    k2: int = K2,
+    weight: float = WEIGHT,
     chunk: int = _CHUNK,
 ) -> Tensor:
     """Distances of queries to gallery images, from what their neighbourhoods share: float32 (Q, G).
 
-    query_features, gallery_features: (Q, D) and (G, D), floating point, of one device. d is the squared
-    Euclidean distance, each image's to all Q + G images divided by its largest, as Zhong et al. have it. For
-    test features, whose sets have length 1 each, it orders images as their dot product does.
+    query_features, gallery_features: (Q, D) and (G, D), floating point, of one device; torch's, numpy's or
+    lists. d is the squared Euclidean distance, each image's to all Q + G images divided by its largest, as
+    Zhong et al. have it, so that the features' scale doesn't matter. It orders test features, whose sets have
+    length 1 each, as their dot product does.
     k1, k2: neighbours of the encoding and of the query expansion; weight: share of d in the result; chunk:
     distances worked on at once, which changes memory, not the result.
     Equal distances rank in the order of the images, queries before gallery.
 
-    Memory: (Q + G)² float32 for d (186 MB for SYSU-MM01's multi-shot gallery), the result, and below 32 bytes
-    for each of `chunk`. d is made on the features' device, all else on the CPU; the result is on the device.
+    Memory: (Q + G)² float32 for d (186 MB for SYSU-MM01's multi-shot gallery), the features four times in
+    float64, the result, and below 40 bytes for each of `chunk`. d is made on the features' device, all else
+    on the CPU; the result is on the device.
 
     Raises ValueError for features that don't fit together or are not finite, and for k1, k2 or weight out of
     range.
     """
-    _check(query_features, gallery_features, k1, k2, weight, chunk)
-    queries = len(query_features)
-    distance = _normalized_distances(torch.cat((query_features, gallery_features)).detach().float())
-    nearest = _nearest(distance, k1 + 1, chunk)
+    query, gallery = (
+        _features(features, name)
+        for name, features in (("query_features", query_features), ("gallery_features", gallery_features))
+    )
+    _check_pair(query, gallery)
+    check_neighbours(len(query), len(gallery), k1, k2)
+    if not 0 <= weight <= 1:  # nor NaN
+        raise ValueError(
+            f"weight must be from 0 (Jaccard alone) to 1 (the given distance alone); got {weight}"
+        )
+    if chunk < 1:
+        raise ValueError(f"chunk must be at least 1; got {chunk}")
+    queries = len(query)
+    distance, nearest = _compared(torch.cat((query, gallery)), k1 + 1, chunk)
     encoding = _encoding(distance, _expanded(nearest, k1))
     if k2 > 1:
         encoding = _indicator(nearest[:, :k2]) @ encoding
@@ -65,30 +83,65 @@ def rerank(
     return jaccard.to(original.device).mul_(1 - weight).add_(original, alpha=weight)
 
 
-def _normalized_distances(features: Tensor) -> Tensor:
-    """d of all images, (N, N): each row squared distances over their largest."""
+def check_neighbours(queries: int, gallery: int, k1: int, k2: int) -> None:
+    """Refuse k1 and k2 that so many queries and gallery images don't allow. Raises ValueError."""
+    images = queries + gallery
+    if not 1 <= k1 < images:
+        raise ValueError(
+            f"k1 must be at least 1 and below the number of images, {images} ({queries} queries and "
+            f"{gallery} of the gallery): an image has no more neighbours; got {k1}"
+        )
+    if not 1 <= k2 <= k1 + 1:
+        raise ValueError(
+            f"k2 must be from 1 (no query expansion) to k1 + 1 = {k1 + 1}, the neighbours known; got {k2}"
+        )
+
+
+def _compared(features: Tensor, count: int, chunk: int) -> tuple[Tensor, NDArray[np.int64]]:
+    """d of all images from their float64 features, float32 (N, N); the `count` nearest of each, itself first.
+
+    Far from the origin, products lose what distances are made of, so lengths are measured from an image of
+    middle length; and at a scale at which no square overflows or vanishes.
+    """
+    features = _scaled(features)
+    middle = features.square().sum(dim=1).argsort()[len(features) // 2]
+    features = _scaled(features - features[middle])
     squares = features.square().sum(dim=1)
-    distance = features @ features.T
-    distance.mul_(-2).add_(squares).add_(squares[:, None]).clamp_(min=0)
-    distance.fill_diagonal_(0)
-    return distance.div_(distance.amax(dim=1, keepdim=True).clamp_(min=torch.finfo(distance.dtype).tiny))
+    rounding = (4 + features.shape[1] ** 0.5) * torch.finfo(torch.float64).eps
+    images, found = len(features), []
+    distance = features.new_empty(images, images, dtype=torch.float32)
+    for rows in torch.arange(images, device=features.device).split(max(1, chunk // images)):
+        apart = features[rows] @ features.T
+        lengths = squares + squares[rows, None]
+        apart.mul_(-2).add_(lengths)
+        # What rounding leaves between equal images is no distance: they are tied.
+        apart.masked_fill_(apart <= lengths.mul_(rounding), 0)
+        largest = apart.amax(dim=1, keepdim=True)
+        apart.div_(largest.masked_fill_(largest == 0, 1))  # 0 where all images are one
+        distance[rows] = apart.float()
+        found.append(_nearest(apart, rows, count))
+    return distance, torch.cat(found).numpy()
 
 
-def _nearest(distance: Tensor, count: int, chunk: int) -> NDArray[np.int64]:
-    """The nearest images of each, itself first: (N, count) on the CPU."""
-    images = len(distance)
-    columns = torch.arange(images, device=distance.device)
-    found = []
-    for rows in columns.split(max(1, chunk // images)):
-        # A float32 that isn't negative orders as its bits do; with the column behind them no two are equal.
-        keys = distance[rows[0] : rows[-1] + 1].view(torch.int32).long().bitwise_left_shift_(32)
-        keys.bitwise_or_(columns)
-        keys[torch.arange(len(rows), device=rows.device), rows] = -1
-        near = keys.topk(count, dim=1, largest=False).values
-        near = near.bitwise_and_(0xFFFFFFFF)
-        near[:, 0] = rows
-        found.append(near.cpu())
-    return torch.cat(found).numpy()
+def _nearest(apart: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The nearest images of those in `rows`, each itself first: (rows, count) on the CPU."""
+    # A float64 that isn't negative orders as its bits do. The last of them, which are rounding, give way to
+    # the column: no two keys are equal, and what is tied but for rounding is in the order of the images.
+    column = (1 << (apart.shape[1] - 1).bit_length()) - 1
+    keys = apart.view(torch.int64).bitwise_and(~column)
+    keys.bitwise_or_(torch.arange(apart.shape[1], device=apart.device))
+    keys[torch.arange(len(rows), device=rows.device), rows] = -1
+    near = keys.topk(count, dim=1, largest=False).values.bitwise_and_(column)
+    near[:, 0] = rows
+    return near.cpu()
+
+
+def _scaled(features: Tensor) -> Tensor:
+    """Times the power of two, which rounds nothing, that brings the largest value near 1."""
+    _, exponent = torch.frexp(features.abs().amax())
+    # In two steps: the power itself may be beyond what a float64 holds.
+    half = exponent // 2
+    return torch.ldexp(torch.ldexp(features, -half), half - exponent)
 
 
 def _indicator(neighbours: NDArray[np.int64]) -> sparse.csr_array:
@@ -154,34 +207,24 @@ def _overlaps(query: sparse.csr_array, gallery: sparse.csr_array, chunk: int) ->
     return found
 
 
-def _check(query: Tensor, gallery: Tensor, k1: int, k2: int, weight: float, chunk: int) -> None:
-    for name, features in (("query_features", query), ("gallery_features", gallery)):
-        if features.dim() != 2 or not features.numel() or not features.is_floating_point():
-            raise ValueError(
-                f"{name} must be floating-point (images, size) with at least one of each; got "
-                f"{features.dtype} {tuple(features.shape)}"
-            )
-        if not features.isfinite().all():
-            row = int(torch.nonzero(~features.isfinite())[0, 0])
-            raise ValueError(f"{name} must be finite; got NaN or infinity for image {row}")
+def _features(given: Tensor | ArrayLike, name: str) -> Tensor:
+    """In float64, on a device that has it."""
+    features = as_tensor(given, name)
+    if features.dim() != 2 or not features.numel() or not features.is_floating_point():
+        raise ValueError(
+            f"{name} must be floating-point (images, size) with at least one of each; got "
+            f"{features.dtype} {tuple(features.shape)}"
+        )
+    precise = features.to("cpu" if features.device.type == "mps" else features.device, torch.float64)
+    if not precise.isfinite().all():
+        row = int(torch.nonzero(~precise.isfinite())[0, 0])
+        raise ValueError(f"{name} must be finite; got NaN or infinity for image {row}")
+    return precise
+
+
+def _check_pair(query: Tensor, gallery: Tensor) -> None:
     if query.shape[1] != gallery.shape[1] or query.device != gallery.device:
         raise ValueError(
             "query_features and gallery_features must have one size and device; got "
             f"{tuple(query.shape)} on {query.device} and {tuple(gallery.shape)} on {gallery.device}"
         )
-    images = len(query) + len(gallery)
-    if not 1 <= k1 < images:
-        raise ValueError(
-            f"k1 must be at least 1 and below the number of images, {images} ({len(query)} queries and "
-            f"{len(gallery)} of the gallery): an image has no more neighbours; got {k1}"
-        )
-    if not 1 <= k2 <= k1 + 1:
-        raise ValueError(
-            f"k2 must be from 1 (no query expansion) to k1 + 1 = {k1 + 1}, the neighbours known; got {k2}"
-        )
-    if not 0 <= weight <= 1:
-        raise ValueError(
-            f"weight must be from 0 (Jaccard alone) to 1 (the given distance alone); got {weight}"
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1; got {chunk}")

@@ -14,6 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast.block import MODALITIES, Modality
+from mrcn_fast.reid.stored import StoredError, read_safetensors, read_torch
+from mrcn_fast.settings import check_arguments
+
+# BatchNorm's count of batches, an integer.
+_COUNTER = "num_batches_tracked"
+_WANTED = "ImageNet weights in torchvision's format (.pth, .safetensors)"
 
 
 class WeightsError(ValueError):
@@ -101,6 +107,7 @@ class Trunk(nn.Module):
     Raises ValueError for a depth other than 18 or 50.
     """
 
+    @check_arguments
     def __init__(self, depth: int) -> None:
         super().__init__()
         if depth not in BLOCKS:
@@ -139,37 +146,32 @@ class Trunk(nn.Module):
     def load_imagenet(self, path: str | Path) -> None:
         """Load a ResNet of this depth in torchvision's format: conv1, bn1 into both stems; `fc` is ignored.
 
-        `path` is a .pth (a state_dict) or .safetensors file. Raises WeightsError naming the keys when
-        anything is missing, left over or of another shape: weights that were silently skipped are the field's
-        commonest cause of scores near zero.
+        `path` is a .pth (a state_dict) or .safetensors file. Raises WeightsError naming the keys if anything
+        is missing, left over, of another shape or no finite floating-point numbers. Weights that were skipped
+        silently are the field's commonest cause of scores near zero. Nothing is loaded then.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         given = {key: value for key, value in read_weights(path).items() if not key.startswith("fc.")}
         expected = self._imagenet_keys()
         # Files from before torch 0.4.1 have no counter of BatchNorm's batches; nothing reads it at fixed
         # momentum.
-        missing = [k for k in expected if k not in given and not k.endswith("num_batches_tracked")]
-        unexpected = [k for k in given if k not in expected]
-        shapes = [
-            f"{k}: found {tuple(given[k].shape)}, expected {tuple(own[0].shape)}"
-            for k, own in expected.items()
-            if k in given and given[k].shape != own[0].shape
-        ]
-        problems = [
-            f"{title}: {_listed(keys)}"
-            for title, keys in (
-                ("missing", missing),
-                ("not expected", unexpected),
-                ("of another shape", shapes),
-            )
-            if keys
-        ]
-        if problems:
+        missing = [k for k in expected if k not in given and not k.endswith(_COUNTER)]
+        problems = {
+            "missing": missing,
+            "not expected": [k for k in given if k not in expected],
+            "of another shape": [
+                f"{k}: found {tuple(given[k].shape)}, expected {tuple(own[0].shape)}"
+                for k, own in expected.items()
+                if k in given and given[k].shape != own[0].shape
+            ],
+        }
+        if any(problems.values()):
             raise WeightsError(
                 f"{path}: expected the weights of a ResNet-{self.depth} under torchvision's key names, found "
-                + "; ".join(problems)
-                + ". Give a file of this depth, or the depth of this file."
+                + "; ".join(f"{title}: {_listed(keys)}" for title, keys in problems.items() if keys)
+                + f". {_advice(given, expected)}"
             )
+        _check_values(path, given)
         with torch.no_grad():
             for key, targets in expected.items():
                 for target in targets:
@@ -186,34 +188,92 @@ class Trunk(nn.Module):
         return keys
 
 
+def check_weights_file(path: str | Path) -> None:
+    """Refuse a path at which there is no file, without reading one. Raises WeightsError."""
+    path = Path(path)
+    if not path.is_file():
+        found = "a folder" if path.is_dir() else "no such file"
+        raise WeightsError(f"{path}: expected {_WANTED}; found {found}")
+
+
 def read_weights(path: Path) -> Mapping[str, Tensor]:
     """A state_dict from a .safetensors or torch file, on the CPU; nothing in the file is executed.
 
     Raises WeightsError with the path when it is missing, unreadable or holds something else.
     """
-    if not path.is_file():
-        raise WeightsError(
-            f"{path}: no such file; expected ImageNet weights in torchvision's format (.pth, .safetensors)"
-        )
+    check_weights_file(path)
+    expected = f"{path}: expected {_WANTED}"
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise whatever the broken bytes lead them to
-        raise WeightsError(f"{path}: can't be read as weights ({type(error).__name__}: {error})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        found = (
-            f"a mapping with the keys {_listed(map(str, state))}"
-            if isinstance(state, Mapping)
-            else type(state)
-        )
-        raise WeightsError(f"{path}: expected a state_dict (names to tensors), found {found}")
+        state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
+    except StoredError as error:
+        raise WeightsError(f"{expected}; can't be read: found {error}") from None
+    expected = f"{path}: expected a state_dict (names to tensors)"
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{expected}, found {type(state).__name__}")
+    strange = [
+        key for key, value in state.items() if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
+    if strange or not state:
+        found = f"a mapping with the keys {_listed(map(str, state), most=8)}" if state else "an empty mapping"
+        inner = [str(key) for key, value in state.items() if _is_state(value)]
+        advice = ""
+        if inner:
+            advice = f": save {inner[0]!r} of it alone"
+        elif strange:
+            advice = f": {strange[0]!r} is no tensor with a name"
+        raise WeightsError(f"{expected}, found {found}{advice}")
     return state
 
 
-def _listed(names: Iterable[str], most: int = 8) -> str:
+def _is_state(value: object) -> bool:
+    if not isinstance(value, Mapping) or not value:
+        return False
+    return all(isinstance(tensor, Tensor) for tensor in value.values())
+
+
+def _check_values(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Refuse what a network can't compute with. Raises WeightsError naming the entry."""
+    for key, value in weights.items():
+        if value.layout != torch.strided or value.is_meta or value.is_nested:
+            raise WeightsError(
+                f"{path}: expected dense tensors, found a sparse, nested or empty one in {key}"
+            )
+        if not value.is_floating_point() and not key.endswith(_COUNTER):
+            raise WeightsError(
+                f"{path}: expected floating-point weights, found {value.dtype} in {key}. Give the weights "
+                "that the network had before it was quantized"
+            )
+        plain = value.float()
+        if not plain.isfinite().all():
+            raise WeightsError(
+                f"{path}: expected finite weights, found NaN or infinity in {key}. Give another file: no "
+                "training can begin from this one"
+            )
+        if key.endswith("running_var") and bool((plain < 0).any()):
+            raise WeightsError(
+                f"{path}: expected variances, found negative values in {key}. Give another file"
+            )
+
+
+def _advice(given: Mapping[str, Tensor], expected: Mapping[str, object]) -> str:
+    """What to do about a file whose keys aren't the expected ones."""
+    first = "conv1.weight"
+    prefixes = [key.removesuffix(first) for key in given if key.endswith(f".{first}")]
+    for prefix in sorted(prefixes, key=len):
+        if all(prefix + key in given for key in expected if not key.endswith(_COUNTER)):
+            return (
+                f"Its keys begin with {prefix!r}, as a wrapper of the network saves them. Save it without: "
+                f"{{key.removeprefix({prefix!r}): value for key, value in state.items()}}"
+            )
+    for depth in BLOCKS:
+        with torch.device("meta"):
+            keys = Trunk(depth)._imagenet_keys()
+        if keys.keys() != expected.keys() and all(k in given for k in keys if not k.endswith(_COUNTER)):
+            return f"These are the weights of a ResNet-{depth}: give that depth, or another file."
+    return "Give a file that torchvision or timm has for this depth."
+
+
+def _listed(names: Iterable[str], most: int = 3) -> str:
     names = list(names)
     tail = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + tail

@@ -17,8 +17,8 @@ from mrcn_fast.reid.schema import conform
 HEADLINE: Final = ("rank1", "rank10", "rank20", "mAP", "mINP")
 # What scores depend on, in a result and in each of its searches.
 _MEASURED: Final = (
-    "dataset", "split", "step", "network", "trained_on", "rerank", "skip_unreadable", "precision",
-    "backend", "device",
+    "dataset", "split", "step", "network", "trained_on", "rerank", "k1", "k2", "skip_unreadable",
+    "precision", "backend", "device",
 )  # fmt: skip
 _SEARCHED: Final = ("protocol", "settings", "trials", "fingerprint")
 # Different ones round differently and measure the same.

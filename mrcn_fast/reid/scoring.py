@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import inspect
 import statistics
-import tempfile
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -21,6 +20,7 @@ from torch.utils.data import Dataset
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.files import write_json
 from mrcn_fast.memory import enough_memory
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid import reranking
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -33,7 +33,7 @@ from mrcn_fast.reid.checkpoint import (
     fingerprint,
     load_checkpoint,
 )
-from mrcn_fast.reid.config import Precision, TrainConfig
+from mrcn_fast.reid.config import BackendName, Count, Draw, Precision, Split, TrainConfig, Trials, Workers
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
@@ -44,6 +44,7 @@ from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.model import ReIDModel, use_layout
 from mrcn_fast.reid.results import HEADLINE, result_name, slug
+from mrcn_fast.settings import PathText, check_arguments
 
 
 class Trained(NamedTuple):
@@ -93,13 +94,14 @@ class Trained(NamedTuple):
             )
 
 
+@check_arguments
 def open_trained(
     checkpoint: str | Path,
     data: str | Path,
     *,
-    split: int | None = None,
+    split: Split | None = None,
     other_data: bool = False,
-    backend: str | None = None,
+    backend: BackendName | None = None,
     accelerator: str = "auto",
     precision: Precision | None = None,
     permutations: str | Path | None = None,
@@ -140,25 +142,28 @@ def open_trained(
     return Trained(path, state, config, dataset, model, fabric, precision, serving)
 
 
+@check_arguments
 def score_checkpoint(
     checkpoint: str | Path,
     data: str | Path,
     *,
-    mode: str | None = None,
-    shots: int | None = None,
-    draw: str | None = None,
-    trials: int | None = None,
-    permutations: str | None = None,
+    mode: Literal["all", "indoor", "both"] | None = None,
+    shots: Count | None = None,
+    draw: Draw | None = None,
+    trials: Trials | None = None,
+    permutations: PathText | None = None,
     rerank: bool = False,
-    split: int | None = None,
+    k1: Count | None = None,
+    k2: Count | None = None,
+    split: Split | None = None,
     other_data: bool = False,
     skip_unreadable: bool = False,
-    cache: str | None = None,
-    backend: str | None = None,
+    cache: PathText | None = None,
+    backend: BackendName | None = None,
     accelerator: str = "auto",
     precision: Precision | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
+    batch_size: Count = 64,
+    workers: Workers = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
@@ -180,6 +185,8 @@ def score_checkpoint(
         trials: SYSU-MM01, LLCM: gallery draws to average over; none: 10
         permutations: path of the official draw, rand_perm_cam.mat; none: it lies in the tree
         rerank: re-rank by k-reciprocal neighbours (Zhong et al. 2017); the result says so
+        k1: neighbours that re-ranking encodes an image by; none: 20
+        k2: neighbours whose encodings re-ranking averages, 1 for none; none: 6
         split: refuse a checkpoint of another split than this
         other_data: score on a tree other than the one trained on, which is refused else
         skip_unreadable: leave out images that can't be read, named and counted, which are an error else
@@ -193,9 +200,16 @@ def score_checkpoint(
 
     Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
     `other_data`, the data set isn't the one trained on; DatasetError and ValueError for what the data set
-    can't give or, with `skip_unreadable`, what is left of it can't; OSError, before anything is computed,
-    where the checkpoint's folder can't be written to; MemoryShortageError where an allocation fails.
+    can't give or, with `skip_unreadable`, what is left of it can't; OSError where the checkpoint's folder or
+    the cache's can't be written to, all of it before anything is computed; MemoryShortageError where an
+    allocation fails.
     """
+    if not rerank and (k1, k2) != (None, None):
+        raise ValueError(f"got k1={k1}, k2={k2} without rerank, which alone reads them: ask for --rerank")
+    if rerank:
+        k1, k2 = k1 or reranking.K1, k2 or reranking.K2
+    if cache is not None:
+        check_folder(cache, "the cache")
     trained = open_trained(
         checkpoint,
         data,
@@ -210,10 +224,11 @@ def score_checkpoint(
     searches = searches_of(
         trained.dataset, {name: value for name, value in options.items() if value is not None}
     )
-    _check_writable(trained.path.parent)
+    check_folder(trained.path.parent, "the scores beside the checkpoint")
     conditions = Conditions(
-        rerank, skip_unreadable, trained.precision, trained.backend, trained.fabric.device.type
+        *(rerank, k1, k2, skip_unreadable, trained.precision, trained.backend, trained.fabric.device.type)
     )
+    _check_neighbours(searches, conditions)
     result = outline(trained.state, trained.dataset, searches, conditions)
     written = trained.path.with_name(result_name(result, trained.path.stem))
     samples = _by_modality(searches)
@@ -221,6 +236,7 @@ def score_checkpoint(
     if skip_unreadable:
         samples, unreadable = only_readable(samples, workers=workers)
     kept = [without(search, unreadable) for search in searches]
+    _check_neighbours(kept, conditions)
     tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
         for modality, images in samples.items():
@@ -234,7 +250,7 @@ def score_checkpoint(
     less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
     with enough_memory("the distances of queries and gallery images", less):
         for search, left in zip(searches, kept, strict=True):
-            result["searches"][search.name] |= _score_search(left, tables, rerank)
+            result["searches"][search.name] |= _score_search(left, tables, conditions)
     result |= {
         "headline": searches[0].name,
         "unreadable": sorted(map(str, unreadable)),
@@ -251,6 +267,8 @@ class Conditions(NamedTuple):
     """How scores are made: what they depend on besides the network and the images."""
 
     rerank: bool
+    k1: int | None
+    k2: int | None
     skip_unreadable: bool
     precision: Precision
     backend: str
@@ -301,17 +319,13 @@ def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]
     return dataset.searches(**options)
 
 
-def _check_writable(folder: Path) -> None:
-    """Refuse a folder that takes no results before they are computed. Raises OSError naming it."""
-    try:
-        # Only trying is sure: permissions say nothing about a disk that is mounted read-only.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise OSError(
-            f"{folder}: expected a folder that takes the scores beside the checkpoint, found one that can't "
-            f"be written to ({error.strerror}). Copy the checkpoint to a folder of your own"
-        ) from error
+def _check_neighbours(searches: Sequence[Search], conditions: Conditions) -> None:
+    """Refuse more neighbours for re-ranking than a search has images. Raises ValueError."""
+    if conditions.k1 is None or conditions.k2 is None:
+        return
+    for search in searches:
+        for gallery in search.galleries:
+            reranking.check_neighbours(len(search.query), len(gallery), conditions.k1, conditions.k2)
 
 
 def _cached(
@@ -395,13 +409,18 @@ def without(search: Search, unreadable: Collection[Path]) -> Search:
     return left
 
 
-def _score_search(search: Search, tables: dict[Modality, _FeatureTable], reranked: bool) -> dict[str, Any]:
+def _score_search(
+    search: Search, tables: dict[Modality, _FeatureTable], conditions: Conditions
+) -> dict[str, Any]:
     query = tables[search.query[0].modality].of(search.query)
     rows = []
     for gallery in search.galleries:
         features = tables[gallery[0].modality].of(gallery)
         # The field's distance: minus the dot product of features whose sets have length 1.
-        distance = reranking.rerank(query, features) if reranked else -(query @ features.T)
+        if conditions.k1 is None or conditions.k2 is None:
+            distance = -(query @ features.T)
+        else:
+            distance = reranking.rerank(query, features, k1=conditions.k1, k2=conditions.k2)
         rows.append(score_trial(distance, search.query, gallery, search.protocol))
     trials = len(rows)
     return {
@@ -440,7 +459,9 @@ def describe(result: dict[str, Any]) -> str:
     for name, search in result["searches"].items():
         trials = search["trials"]
         described = [f"{result['dataset']}, split {result['split']}", name, search["settings"]]
-        described += ["re-ranked"] * result["rerank"] + [f"{trials} trial{'s' * (trials > 1)}"]
+        if result["rerank"]:
+            described.append(f"re-ranked with k1={result['k1']} and k2={result['k2']}")
+        described.append(f"{trials} trial{'s' * (trials > 1)}")
         described += [
             f"{_range(search['valid_queries'])} of {search['queries']} queries valid",
             f"{_range(search['gallery_images'])} gallery images",

@@ -20,6 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrcn_fast import benchmark
+from mrcn_fast.benchmark.command import Seconds
+from mrcn_fast.flags import Flags
+from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.evaluation import score
 
 GOALS = {"loop": 20.0}
@@ -158,23 +161,20 @@ def measured(case: benchmark.Case, seconds: float) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> int:
     """`mrcn-fast bench --scorer`: measure the cases and print a line for each; 1 where a goal was missed."""
-    parser = argparse.ArgumentParser(
-        prog="mrcn-fast bench --scorer", description="time the scorer against a loop over queries, on the CPU"
-    )
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
-    parser.add_argument(
-        "--seconds", type=float, default=8.0, help="least measuring time of a case (default 8)"
-    )
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
-    parser.add_argument("--list", action="store_true", help="print the cases' names and stop")
-    options = parser.parse_args(argv)
+    flags = Flags("bench --scorer", "time the scorer against a loop over queries, on the CPU")
+    flags.add("--only", str, "", "cases whose name contains this")
+    flags.add("--seconds", Seconds, 8.0, "least measuring time of a case")
+    flags.add("--out", Path, None, "append the results to this file as JSON lines")
+    flags.add("--list", bool, False, "print the cases' names and stop")
+    options = argparse.Namespace(**flags.values(argv))
+    if options.out:
+        check_file(options.out, "the results")
     chosen = [case for case in cases() if options.only in case.name]
     if options.list:
         print("\n".join(case.name for case in chosen))
         return 0
     if not chosen:
-        print(f"--only: got {options.only!r}, which no case's name contains; see --list", file=sys.stderr)
-        return 2
+        return flags.refuse(f"got --only {options.only!r}, which no case's name contains; --list lists them")
     # numpy sorts; the pages are as the allocator gives them, as a user has them.
     where = benchmark.machine() | {"numpy": np.__version__, "pages": "the allocator's"}
     print(f"{benchmark.described(where)}, numpy {where['numpy']}")

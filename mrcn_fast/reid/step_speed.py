@@ -12,27 +12,29 @@ learned nothing, bf16's point elsewhere altogether.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import device_name, unmeasurable
+from mrcn_fast import benchmark, settings
+from mrcn_fast.benchmark.command import Device, Seconds, unmeasurable
 from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.block import MODALITIES
+from mrcn_fast.flags import Flags
+from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.devices import check_alone
 from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.model import ModelName, ReIDModel, use_layout
 from mrcn_fast.reid.optimizer import make_optimizer
 from mrcn_fast.reid.plugs import MRCNPlug, Plugged
+from mrcn_fast.settings import OneOf
 
 HABIT: Final = "habit"
 # What is added, in this order: each step has all before it too.
@@ -48,6 +50,8 @@ GRADIENTS: Final = 0.3
 # Training identities of SYSU-MM01: the classifier's size.
 _CLASSES: Final = 395
 _LEAST_ROUNDS: Final = 3
+# What of a configuration the command line sets.
+_SIZE: Final = ("depth", "identities", "images", "height", "width")
 
 
 class Plan(NamedTuple):
@@ -344,42 +348,52 @@ def print_steps(result: dict[str, Any]) -> None:
     print()
 
 
+class _Steps(TypedDict):
+    """What `print_steps` reads of a line."""
+
+    case: str
+    date: str
+    torch: str
+    depth: int
+    ms: dict[str, list[float]]
+    ratios: dict[str, float]
+    images_per_second: dict[str, float]
+    peak_bytes: dict[str, int | None]
+    block_share: dict[str, float]
+
+
 def _newest(file: Path) -> list[dict[str, Any]]:
     """The newest result of each model; ValueError, naming the file, where there is none."""
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        found = {line["case"]: line for line in lines if HABIT in line["ms"]}
-        if not found:
-            raise ValueError("none")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file}: expected lines as --step --out writes them; found: {error!r}") from error
+    expected = "lines as --step --out writes them"
+    found = {line["case"]: line for line in benchmark.read(file, _Steps, expected) if HABIT in line["ms"]}
+    if not found:
+        raise ValueError(f"{file}: expected {expected}; found none of steps")
     return list(found.values())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`mrcn-fast bench --step`: measure, and print a table a model."""
-    parser = argparse.ArgumentParser(prog="mrcn-fast bench --step", description="time whole training steps")
-    parser.add_argument(
-        "--model", action="append", choices=ADDITIONS, help="only this model (default: both, MRCN last)"
+    flags = Flags("bench --step", "time whole training steps")
+    flags.add(
+        "--model",
+        list[Annotated[str, OneOf(tuple(ADDITIONS))]],
+        None,
+        "only this model; none: both, MRCN last",
+        repeated=True,
     )
-    parser.add_argument("--depth", type=int, default=50, choices=(18, 50), help="of the ResNet (default 50)")
-    parser.add_argument("--identities", type=int, default=4, help="of a batch (default 4)")
-    parser.add_argument("--images", type=int, default=4, help="of each, a modality (default 4)")
-    parser.add_argument("--height", type=int, default=288, help="pixels (default 288)")
-    parser.add_argument("--width", type=int, default=128, help="pixels (default 128)")
-    parser.add_argument(
-        "--seconds", type=float, default=60.0, help="least measuring time a model (default 60)"
-    )
-    parser.add_argument("--device", type=device_name, default="cpu", help="cpu (default), cuda or cuda:N")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="append the results to FILE as JSON lines")
-    parser.add_argument("--table", type=Path, metavar="FILE", help="measure nothing; print FILE's results")
-    options = parser.parse_args(argv)
+    flags.add_of(TrainConfig, skip=settings.kinds_of(TrainConfig).keys() - set(_SIZE))
+    flags.add("--seconds", Seconds, 60.0, "least measuring time a model")
+    flags.add("--device", Device, "cpu", "where to measure")
+    flags.add("--out", Path, None, "append the results to this file as JSON lines")
+    flags.add("--table", Path, None, "measure nothing; print this file's results")
+    options = argparse.Namespace(**flags.values(argv))
+    if options.out:
+        check_file(options.out, "the results")
     if options.table:
         try:
             found = _newest(options.table)
         except ValueError as error:
-            print(f"mrcn-fast bench --step: {error}", file=sys.stderr)
-            return 2
+            return flags.refuse(str(error))
         for result in found:
             print_steps(result)
         return 0
@@ -387,9 +401,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if reason := unmeasurable(options.device):
         print(f"nothing to measure: {reason}", file=sys.stderr)
         return 2
-    size = {name: getattr(options, name) for name in ("depth", "identities", "images", "height", "width")}
-    for model in options.model or ("baseline", "mrcn"):
-        config = TrainConfig(data="", model=model, **size)
+    size = {name: getattr(options, name) for name in _SIZE}
+    configs = [TrainConfig(data="", model=model, **size) for model in options.model or ("baseline", "mrcn")]
+    for config in configs:
         result = measure_steps(config, device=options.device, seconds=options.seconds)
         print_steps(result)
         if options.out:

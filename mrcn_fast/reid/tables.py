@@ -7,12 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple, TypedDict
 
 from rich.progress import Progress
 
+from mrcn_fast import settings
 from mrcn_fast.benchmark import machine
 from mrcn_fast.files import write_atomically, write_json
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -24,15 +26,17 @@ from mrcn_fast.reid.checkpoint import (
     load_checkpoint,
 )
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
-from mrcn_fast.reid.data import WRITERS, DatasetError, open_dataset, recognize
+from mrcn_fast.reid.data import SYSUMM01, WRITERS, DatasetError, RegDB, open_dataset, recognize
 from mrcn_fast.reid.data.samples import PersonDataset
 from mrcn_fast.reid.data.synthetic import is_synthetic
 from mrcn_fast.reid.devices import check_device
+from mrcn_fast.reid.documents import DocumentError, read_json
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
 from mrcn_fast.reid.results import HEADLINE, check_free, kept_result
 from mrcn_fast.reid.run_folder import held, run_files
 from mrcn_fast.reid.scoring import Conditions, outline, score_checkpoint, search_fingerprint, searches_of
 from mrcn_fast.reid.training import Trainer
+from mrcn_fast.settings import Range, check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -53,12 +57,35 @@ class Run(NamedTuple):
     config: TrainConfig
 
 
+class _Machine(TypedDict):
+    cpu: str
+    threads: int
+    torch: str
+    date: str
+
+
+class _MadeRow(TypedDict):
+    ours: dict[str, dict[str, Annotated[float, Range(0, 1)]]]
+
+
+class _MadeTable(TypedDict):
+    """What `markdown` reads of a table that `run_table` wrote."""
+
+    table: str
+    synthetic: bool
+    trained: int
+    seconds: float
+    machine: _Machine
+    rows: list[_MadeRow]
+
+
+@check_arguments
 def run_table(
     name: str,
     data: Sequence[str | Path],
     *,
     out: str | Path = "runs/tables",
-    splits: int = 10,
+    splits: Annotated[int, Range(1, 10)] = 10,
     options: Mapping[str, Any] | None = None,
     overlay: str | None = None,
     configure: Configure = lambda values: TrainConfig(**values),
@@ -87,21 +114,14 @@ def run_table(
     """
     spec = load_table(name)
     trees = _trees(spec, data)
-    runs_of = [
-        {
-            dataset: _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
-            for dataset, recipe in row.recipes.items()
-            if dataset in trees
-        }
-        for row in spec.rows
-    ]
+    plan = check_table(name, trees, out=out, splits=splits, overlay=overlay, configure=configure)
     record, chart = (Path(out) / f"table-{name}{suffix}" for suffix in (".json", ".png"))
-    made_of = _made_of([run for runs in runs_of for of in runs.values() for run in of], dict(options or {}))
+    made_of = _made_of([run for runs in plan for of in runs.values() for run in of], dict(options or {}))
     if not overwrite:
         check_free(record, [chart] if spec.curve else [], made_of)
     rows, trained = [], 0
     begun = time.perf_counter()
-    for row, runs in zip(spec.rows, runs_of, strict=True):
+    for row, runs in zip(spec.rows, plan, strict=True):
         results: dict[str, list[dict[str, Any]]] = {}
         for dataset, of in runs.items():
             results[dataset] = [_result(run, dict(options or {}), progress) for run in of]
@@ -123,6 +143,64 @@ def run_table(
         _draw_curves(spec, table, chart)
     log.info("Table %s: written to %s", name, record)
     return table
+
+
+def check_table(
+    name: str,
+    trees: Mapping[str, Path],
+    *,
+    out: str | Path,
+    splits: int,
+    overlay: str | None,
+    configure: Configure,
+) -> list[dict[str, list[Run]]]:
+    """The runs of each row by data set, all of them configured; nothing is read of the trees, nor written.
+
+    Raises ConfigError for a value that a run doesn't take, and for a device or a precision that this machine
+    doesn't have; OSError where `out` takes no files.
+    """
+    check_folder(out, "the table and its runs")
+    plan = [
+        {
+            dataset: _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
+            for dataset, recipe in row.recipes.items()
+            if dataset in trees
+        }
+        for row in load_table(name).rows
+    ]
+    for config in (run.config for runs in plan for of in runs.values() for run in of):
+        check_device(config.accelerator, config.precision)
+    return plan
+
+
+def load_made_table(path: str | Path, name: str) -> dict[str, Any]:
+    """The table `name` that `run_table` wrote. Raises DocumentError for a file that is anything else."""
+    path = Path(path)
+    expected = f"table {name} as `mrcn-fast table {name}` writes it"
+    try:
+        table: dict[str, Any] = settings.checked(_MadeTable, read_json(path, expected), "table")
+    except settings.SettingError as error:
+        raise DocumentError(f"{path}: expected {expected}; {error}") from None
+    if table["table"] != name:
+        raise DocumentError(f"{path}: expected {expected}; found table {settings.shown(table['table'])}")
+    spec = load_table(name)
+    if len(table["rows"]) != len(spec.rows):
+        raise DocumentError(
+            f"{path}: expected {expected}, of {len(spec.rows)} rows; found {len(table['rows'])}"
+        )
+    for place, row in enumerate(table["rows"]):
+        for key, found in row["ours"].items():
+            if key not in spec.columns or not set(spec.columns[key].scores) <= found.keys():
+                raise DocumentError(
+                    f"{path}: expected {expected}; found other scores in row {place + 1}: "
+                    f"{settings.shown({key: found})}"
+                )
+    return table
+
+
+def synthetic_places(folder: Path) -> dict[str, Path]:
+    """Where `synthetic_trees` writes the tree of each data set."""
+    return {RegDB.name: folder / "regdb", SYSUMM01.name: folder / "sysu"}
 
 
 def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
@@ -277,6 +355,8 @@ def _result(run: Run, options: dict[str, Any], progress: Progress | None) -> dic
     # Scores are taken over whatever the device and the backend were.
     conditions = Conditions(
         rerank=False,
+        k1=None,
+        k2=None,
         skip_unreadable=config.skip_unreadable,
         precision=config.precision,
         backend="",

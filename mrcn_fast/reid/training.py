@@ -14,6 +14,7 @@ from rich.progress import Progress, TaskID
 from torch import Tensor
 
 from mrcn_fast.memory import MemoryShortageError, enough_memory
+from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.batches import Batch, TrainingBatches
 from mrcn_fast.reid.checkpoint import (
     CHECKPOINT_NAME,
@@ -45,6 +46,7 @@ from mrcn_fast.reid.metrics import (
 )
 from mrcn_fast.reid.model import ReIDModel, use_layout
 from mrcn_fast.reid.optimizer import make_optimizer
+from mrcn_fast.reid.resnet import check_weights_file
 from mrcn_fast.reid.run_folder import held, run_files
 from mrcn_fast.reid.transfers import Readings, to_device
 
@@ -58,6 +60,43 @@ _LESS = (
 
 class TrainingError(RuntimeError):
     """Training that can't go on: a loss that isn't finite, a run that would overwrite another."""
+
+
+def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before anything is computed, a run that would overwrite another, or can't be written.
+
+    Raises TrainingError, FolderInUseError, OSError, and WeightsError for initial weights that can't be read.
+    """
+    if resume and overwrite:
+        raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
+    out = Path(config.out)
+    check_folder(out, "the run")
+    if out.is_dir():
+        with held(out, "trains"):
+            _replaced_files(out, resume=resume, overwrite=overwrite)
+    if config.cache is not None:
+        check_folder(config.cache, "the cache")
+    if config.weights is not None:
+        check_weights_file(config.weights)
+
+
+def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+    """The files of an earlier run that a run into `out` replaces; none where it goes on from a checkpoint.
+
+    Raises TrainingError for such files without `overwrite`.
+    """
+    there = run_files(out)
+    if resume and out / CHECKPOINT_NAME in there:
+        return []
+    if resume:
+        # The steps that a run measured before its first checkpoint are taken again.
+        there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
+    if there and not overwrite:
+        raise TrainingError(
+            f"{there[0]}: a run is already there. Go on with it (--resume), replace it (--overwrite), or "
+            "give another folder (--out)."
+        )
+    return there
 
 
 class Trainer:
@@ -155,6 +194,7 @@ class Trainer:
         Raises TrainingError and CheckpointError, FolderInUseError where another process trains into `out`,
         and MemoryShortageError. That and Ctrl-C leave the last checkpoint whole, and its place is logged.
         """
+        check_new_run(self.config, resume=resume, overwrite=overwrite)
         with held(self.out, "trains"):
             self._begin(resume=resume, overwrite=overwrite)
             self._introduce()
@@ -168,16 +208,9 @@ class Trainer:
         if resume and self.checkpoint_path.exists():
             self._resume()
             return
-        there = run_files(self.out)
         if resume:
             log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
-            # The steps that a run measured before its first checkpoint are taken again.
-            there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
-        if there and not overwrite:
-            raise TrainingError(
-                f"{there[0]}: a run is already there. Go on with it (--resume), replace it "
-                "(--overwrite), or give another folder (--out)."
-            )
+        there = _replaced_files(self.out, resume=resume, overwrite=overwrite)
         # An old run goes as a whole: its scores beside this one's metrics would be wrong.
         for path in there:
             path.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ from mrcn_fast import cli
 from mrcn_fast.cli import main
 
 REID_PACKAGES = (
-    "PIL", "jsonargparse", "lightning_fabric", "matplotlib", "numpy",
+    "PIL", "docstring_parser", "lightning_fabric", "matplotlib", "numpy",
     "rich", "safetensors", "scipy", "sklearn", "yaml",
 )  # fmt: skip
 
@@ -78,15 +79,6 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"mrcn-fast {command}" in capsys.readouterr().out
 
 
-def test_flags_may_be_written_with_dashes_and_without_true() -> None:
-    def source(image_size: int, skip: bool, keep: bool = True) -> None: ...
-
-    given = ["--image-size", "[64,32]", "--weight-decay=1e-4", "a-b", "-x", "--skip", "--keep", "false"]
-    expected = ["--image_size", "[64,32]", "--weight_decay=1e-4", "a-b", "-x", "--skip=true"]
-    assert cli._words(given, source) == [*expected, "--keep", "false"]
-    assert cli._words(["--keep", "--skip", "true"], source) == ["--keep=true", "--skip", "true"]
-
-
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
     """What mrcn-fast tells on stderr when it refuses these arguments."""
     assert main([str(argument) for argument in arguments]) == 2
@@ -96,7 +88,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
 
 
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "invalid choice: 'trian'" in refused(capsys, "trian")
+    assert "got the command 'trian', expected one of info, synth" in refused(capsys, "trian")
     assert "data" in refused(capsys, "train")
     assert "depth" in refused(capsys, "train", "--data=x", "--depth=34")
     assert "expected at least 2" in refused(capsys, "train", "--data=x", "--identities=1")
@@ -229,6 +221,84 @@ def test_synth_writes_each_tree(tmp_path: Path, layout: str, flags: list[str], n
     assert recognize(tree) == name
 
 
+def test_a_config_file_is_like_a_recipe_and_overrides_it(
+    tmp_path: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrcn_fast.reid import training
+
+    made: list[Any] = []
+    monkeypatch.setattr(training.Trainer, "__init__", lambda self, config: made.append(config))
+    monkeypatch.setattr(training.Trainer, "fit", lambda self, **_: "done")
+    monkeypatch.setenv("HOME", str(tiny_tree.parent))
+    (tmp_path / "base.yaml").write_text("lr: 1e-3\nepochs: 5\nsteps: 9\n")
+    (tmp_path / "own.yaml").write_text(f"extends: base.yaml\ndata: ~/{tiny_tree.name}\nepochs: 7\n")
+    given = ["--recipe", "regdb-mrcn-p", "--config", str(tmp_path / "own.yaml"), "--out=~/run", "--steps=3"]
+    assert main(["train", *given, "--stages", "0,2", "--dataset=sysu-mm01", "--skip-unreadable"]) == 0
+    (config,) = made
+    assert (config.parts, config.lr, config.epochs, config.steps) == (4, 1e-3, 7, 3)
+    assert (config.stages, config.skip_unreadable, config.dataset) == ((0, 2), True, "sysu-mm01")
+    assert (config.data, config.out) == (str(tiny_tree), str(tiny_tree.parent / "run"))
+
+
+def test_reranking_takes_its_neighbours_and_checks_them_first(
+    tmp_path: Path, finished: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(finished, tmp_path / "checkpoint.pth")
+    test = [
+        "test",
+        "--checkpoint",
+        str(tmp_path),
+        "--data",
+        str(tiny_tree),
+        "--trials=1",
+        "--accelerator=cpu",
+    ]
+    for words, told in (
+        (["--rerank", "--k1", "24"], "k1 must be at least 1 and below the number of images, 24"),
+        (["--rerank", "--k1", "5", "--k2", "7"], "k2 must be from 1"),
+        (["--k2", "3"], "got k1=None, k2=3 without rerank"),
+    ):
+        message = refused(capsys, *test, *words)
+        assert told in message and "features" not in message
+    assert not list(tmp_path.glob("*.json"))
+    assert main([*test, "--rerank", "--k1", "5", "--k2", "2"]) == 0
+    assert "re-ranked with k1=5 and k2=2" in capsys.readouterr().out
+
+
+def test_a_run_that_is_there_is_refused_before_anything(
+    finished: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrcn_fast.reid import training
+
+    monkeypatch.setattr(training, "open_dataset", None)
+    told = refused(capsys, "train", "--data", tiny_tree, "--out", finished.parent)
+    assert "a run is already there" in told
+
+
+def test_names_and_signs_beyond_the_terminals_are_printed(
+    tmp_path: Path, finished: Path, tiny_tree: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    folder = tmp_path / os.fsdecode(b"run\xff")
+    folder.mkdir()
+    shutil.copy(finished, folder / "checkpoint.pth")
+    given = ["--checkpoint", str(folder), "--data", str(tiny_tree), "--trials=2", "--accelerator=cpu"]
+    assert main(["test", *given]) == 0
+    printed = capsysbinary.readouterr().out
+    assert " ± ".encode() in printed and b"written to " + os.fsencode(folder) in printed
+
+
+def test_bars_that_nobody_reads_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    from mrcn_fast.reid.console import _Console
+
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stderr:
+        monkeypatch.setattr(sys, "stderr", stderr)
+        console = _Console(stderr=True)
+        for _ in range(2):
+            console.print("a line")  # rich would end the process
+
+
 def test_flags_override_a_recipe(tmp_path: Path, tiny_regdb: Path) -> None:
     from mrcn_fast.reid.checkpoint import load_checkpoint
 
@@ -259,11 +329,12 @@ def test_a_table_from_the_command_line(
     assert "(85.1)" in told and "– (63.8)" in told
     assert main(["table", "4", "--from", str(out / "table-4.json")]) == 0
     assert capsys.readouterr().out == told
-    assert "unrecognized" in refused(capsys, "table", "4", "--data", tiny_regdb, "--out", out, "--colour=red")
-    assert "invalid choice: '5'" in refused(capsys, "table", "5", "--data", tiny_regdb)
+    told = refused(capsys, "table", "4", "--data", tiny_regdb, "--out", out, "--colour=red")
+    assert "got --colour, which mrcn-fast table doesn't have" in told
+    assert "got TABLE 5, expected one of 1, 2, 3, 4" in refused(capsys, "table", "5", "--data", tiny_regdb)
     other = ("--data", tiny_regdb, "--out", tmp_path / "other", "--splits=1", "--split=2")
     told = refused(capsys, "table", "4", *other, *flags)
-    assert "got split=2, expected 1" in told and "--splits N" in told
+    assert "got --split, which mrcn-fast table doesn't have; did you mean --splits?" in told
 
 
 def test_figures_from_the_command_line(

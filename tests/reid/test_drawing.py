@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,6 +95,38 @@ def test_the_map_keeps_people_together_and_is_the_same_again() -> None:
     assert (ids.numpy()[nearest.argmin(axis=1)] == ids.numpy()).mean() > 0.9
     with pytest.raises(ValueError, match="at least 3 images; got 2"):
         tsne_map(features[:2])
+
+
+def test_features_that_are_not_finite_are_refused() -> None:
+    bad, ids = torch.tensor([[1.0, torch.nan], [torch.inf, 0.0]]), torch.tensor([0, 1])
+    good = torch.eye(2)
+    for visible, infrared, name in ((bad, good, "visible"), (good, bad, "infrared")):
+        with pytest.raises(ValueError, match=rf"{name} must be finite features .*\(2, 2\) with NaN"):
+            distances(visible, ids, infrared, ids)
+    with pytest.raises(ValueError, match="features must be finite features"):
+        tsne_map(torch.full((4, 2), torch.nan))
+    labels: dict[str, Any] = dict.fromkeys(
+        ("query_ids", "gallery_ids", "query_cameras", "gallery_cameras"), ids
+    )
+    with pytest.raises(ValueError, match="distance must be finite; got NaN or infinity"):
+        ranking(bad, **labels, protocol="regdb")
+
+
+@pytest.mark.parametrize("factor", [1e-40, 1e-30, 1e38])
+def test_the_features_scale_does_not_matter(factor: float) -> None:
+    features = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).clamp(-3, 3)
+    ids = torch.arange(6) % 3
+    one, other = (distances(side, ids, side.flip(0), ids) for side in (features, features * factor))
+    assert one.intra_mean == pytest.approx(other.intra_mean, abs=1e-3)
+    assert one.inter_mean == pytest.approx(other.inter_mean, abs=1e-3)
+
+
+def test_titles_may_be_any_folders_name(tmp_path: Path) -> None:
+    image = np.zeros((8, 4, 3), np.uint8)
+    title = "a$\\frac$ " + os.fsdecode(b"\xff")
+    figure = draw_rankings({title: [drawing.Row("", image, [image], [True])]}, count=1)
+    figure.savefig(tmp_path / "x.png")
+    assert figure.subfigs[0].get_suptitle() == "a\\$\\frac\\$ \N{REPLACEMENT CHARACTER}"
 
 
 @pytest.mark.parametrize("count", [20, 23])

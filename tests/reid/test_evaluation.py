@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -233,6 +234,25 @@ VALID = {"distance": np.zeros((2, 3)), "query_ids": [1, 2], "gallery_ids": [1, 2
         ({"protocol": "llcm", "query_cameras": [1, 2]}, "got no gallery_cameras"),
         ({"query_ids": [7, 8]}, "no query has a match in the gallery: 2 queries of 2 identities"),
         ({"max_rank": 0}, "max_rank must be at least 1"),
+        ({"max_rank": 10**9}, "max_rank must be at least 1 and at most 1048576; got 1000000000"),
+        ({"max_rank": 2.5}, "got max_rank=2.5, expected an integer"),
+        ({"protocol": ["sysu"]}, r"got protocol=\['sysu'\], expected text"),
+        ({"query_ids": ["a", "b"]}, "must be of one kind; got text and numbers"),
+        ({"query_ids": [["a", "b"]], "gallery_ids": ["a"] * 3}, r"query_ids must be 2 integers.*\(1, 2\)"),
+        ({"query_ids": None}, "query_ids must be an array of numbers; got NoneType"),
+        ({"distance": [[1.0], [2.0, 3.0]]}, "got list whose rows differ in length or kind"),
+        ({"distance": "near"}, r"distance must be an array of numbers; got text \(\)"),
+        ({"distance": torch.zeros(2, 3).to_sparse()}, "distance must be a dense array of numbers"),
+        (
+            {"distance": torch.zeros(2, 3, device="meta")},
+            "must be a dense array .* got a meta tensor",
+        ),
+        ({"distance": np.ma.masked_array(np.zeros((2, 3)))}, "distance must be a whole array"),
+        ({"distance": np.zeros((2, 3)) + 1j}, "distance must be real"),
+        (
+            {"protocol": "llcm", "query_cameras": ["c1", "c2"], "gallery_cameras": [1] * 3},
+            "query_cameras must be an array of numbers; got text",
+        ),
         ({"distance": np.array([[0, 0, 0], [0, np.nan, 0]])}, "got nan for query 1 and gallery image 1"),
         ({"distance": np.array([[0, 0, np.inf], [0, 0, 0]])}, "got inf for query 0 and gallery image 2"),
     ],
@@ -240,6 +260,60 @@ VALID = {"distance": np.zeros((2, 3)), "query_ids": [1, 2], "gallery_ids": [1, 2
 def test_bad_arguments(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         score(**{"protocol": "regdb", **VALID, **change})
+
+
+def test_arrays_of_every_kind_are_taken() -> None:
+    generator = np.random.default_rng(0)
+    distance = generator.random((6, 8))
+    arguments: dict[str, Any] = {
+        "distance": distance,
+        "query_ids": np.tile([1, 2, 3], 2),
+        "gallery_ids": np.tile([1, 2, 3, 4], 2),
+        "query_cameras": np.tile([3, 6], 3),
+        "gallery_cameras": np.tile([1, 2, 4, 5], 2),
+    }
+    expected = score(**arguments)
+    names = np.array(["", "ann", "bob", "cy", "dee"])
+    read_only = distance.copy()
+    read_only.flags.writeable = False
+    changes: list[dict[str, Any]] = [
+        {name: value.astype(value.dtype.newbyteorder(">")) for name, value in arguments.items()},
+        {name: value.tolist() for name, value in arguments.items()},
+        {name: list(torch.from_numpy(value)) for name, value in arguments.items()},
+        {"distance": np.asfortranarray(distance)},
+        {"distance": distance[::-1][::-1]},
+        {"distance": read_only},
+        {"distance": distance.astype(np.longdouble)},
+        {"distance": torch.from_numpy(distance).requires_grad_()},
+        {"query_ids": arguments["query_ids"].astype(np.uint32)},
+        *(
+            {
+                "query_ids": names[arguments["query_ids"]].astype(kind),
+                "gallery_ids": names[arguments["gallery_ids"]],
+            }
+            for kind in ("U", "S", "O")
+        ),
+        {side: names[arguments[side]].tolist() for side in ("query_ids", "gallery_ids")},
+    ]
+    for change in changes:
+        assert_equal(score(**(arguments | change)), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64, torch.float8_e5m2])
+def test_dtypes_that_torch_does_not_sort(dtype: torch.dtype) -> None:
+    distance = torch.tensor([[3, 1, 2], [1, 3, 2]])
+    expected = score(distance, [1, 2], [1, 2, 3], protocol="regdb")
+    assert_equal(score(distance.float().to(dtype), [1, 2], [1, 2, 3], protocol="regdb"), expected)
+
+
+def test_skipped_images_takes_lists() -> None:
+    assert skipped_images([1, 2], [1, 2, 3], [3, 6], [2, 1, 2], "sysu").tolist() == [
+        [True, False, True],
+        [False, False, False],
+    ]
+    assert skipped_images(["a", "b"], ["a"], [1, 1], [1], "llcm").tolist() == [[True], [False]]
+    with pytest.raises(ValueError, match="query_cameras must be 2 integers"):
+        skipped_images([1, 2], [1], [3], [1], "sysu")
 
 
 def test_average() -> None:

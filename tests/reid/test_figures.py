@@ -196,6 +196,7 @@ def test_other_figures_are_not_replaced(
         ({"initial": False}, "networks"),
         ({"precision": "bf16-mixed"}, "precision"),
         ({"backend": "reference"}, "backend"),
+        ({"skip_unreadable": True}, "skip_unreadable"),
     ):
         with pytest.raises(ResultError, match=rf"figures\.json: is there already, .*{named}.*--overwrite"):
             make(**change)

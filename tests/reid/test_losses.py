@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +216,56 @@ def test_other_numbers_of_sets_are_refused(rows: int) -> None:
     output = one_part(torch.rand(rows, 3), torch.rand(rows, 2))
     with pytest.raises(ValueError, match=f"got {rows} features a part for 2 labels"):
         ReIDLoss()(output, torch.tensor([0, 1]))
+
+
+def test_labels_of_both_modalities_are_named() -> None:
+    labels = torch.tensor([0, 1, 0, 1])
+    for sets in (6, 2):
+        output = one_part(torch.rand(2 * sets, 3), torch.rand(2 * sets, 2))
+        with pytest.raises(ValueError, match=r"for 4 labels, .* pass one modality's labels"):
+            ReIDLoss()(output, labels)
+
+
+@pytest.mark.parametrize(
+    ("labels", "told"),
+    [
+        ([0, 2], "got labels from 0 to 2, expected classes from 0 to 1"),
+        ([-100, 0], "got labels from -100 to 0"),
+        ([0.0, 1.0], "got labels of torch.float32"),
+        ([True, False], "got labels of torch.bool"),
+        ([[0, 1]], r"got labels of torch.int64 \(1, 2\)"),
+        ([], r"\(0,\)"),
+    ],
+)
+def test_labels_that_are_no_classes_are_refused(labels: list[Any], told: str) -> None:
+    output = one_part(torch.rand(12, 3), torch.rand(12, 2))
+    with pytest.raises(ValueError, match=told):
+        ReIDLoss()(output, torch.tensor(labels))
+
+
+def test_features_and_labels_of_other_lengths_are_refused() -> None:
+    features, labels = torch.rand(4, 3), torch.tensor([0, 1])
+    with pytest.raises(ValueError, match=r"got features \(4, 3\) and labels \(2,\), expected"):
+        BatchHardTriplet()(features, labels)
+    with pytest.raises(ValueError, match=r"got styles \(4, 3\) and labels \(2,\)"):
+        dual_causality(SNRFeatures(features, features, features), labels)
+
+
+def test_labels_of_other_integers_are_taken() -> None:
+    output = one_part(torch.rand(12, 3), torch.rand(12, 2))
+    expected = ReIDLoss()(output, torch.tensor([0, 1])).total
+    for dtype in (torch.int32, torch.int16, torch.uint8):
+        assert torch.equal(ReIDLoss()(output, torch.tensor([0, 1], dtype=dtype)).total, expected)
+
+
+def test_values_that_no_loss_has_are_refused() -> None:
+    for values, told in (
+        ({"triplet_margin": torch.nan}, "got triplet_margin=nan, expected a finite number"),
+        ({"label_smoothing": 2.0}, "got label_smoothing=2.0, expected a number from 0 to 1"),
+        ({"cqc_weight": "1.2"}, "got cqc_weight='1.2', expected a number"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            ReIDLoss(**values)
 
 
 def test_a_reduction_without_a_scalar_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -375,6 +376,11 @@ def test_channels_last_gives_the_same() -> None:
         ({"parts": 0}, "got parts=0, expected"),
         ({"reduction": 0}, "reduction: got 0"),
         ({"classes": 0}, "got classes=0"),
+        ({"classes": 2.5}, "got classes=2.5, expected an integer"),
+        ({"depth": "18"}, "got depth='18', expected an integer"),
+        ({"stages": 0}, "got stages=0, expected a list of integers"),
+        ({"gate": ["se"]}, r"got gate=\['se'\], expected text"),
+        ({"parts": True}, "got parts=True, expected an integer"),
     ],
 )
 def test_unknown_names_are_refused(arguments: dict[str, object], told: str) -> None:
@@ -386,6 +392,32 @@ def test_a_gate_that_no_kernel_fuses_refuses_the_kernels() -> None:
     model = ReIDModel(5, depth=18, gate="cbam", backend="cpu")
     with pytest.raises(RuntimeError, match="backend 'cpu' can't serve this call: CBAM's spatial part"):
         model(*images(2))
+
+
+def test_numpy_integers_are_taken() -> None:
+    numbers: dict[str, Any] = {"classes": np.int64(5), "depth": np.int32(18), "parts": np.int8(2)}
+    model = ReIDModel(**numbers, stages=np.array([0, 2]).tolist())
+    assert (model.parts, len(model.blocks)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "told"),
+    [
+        (
+            torch.zeros(2, 3, 32, 16, dtype=torch.uint8),
+            r"got visible of torch.uint8 .*normalize",
+        ),
+        (torch.zeros(3, 32, 16), r"got visible of torch.float32 \(3, 32, 16\), expected"),
+        (torch.zeros(2, 1, 32, 16), r"\(2, 1, 32, 16\), expected a floating-point tensor \(N, 3, H, W\)"),
+        (np.zeros((2, 3, 32, 16), np.float32), "got visible of ndarray, expected a floating-point tensor"),
+    ],
+)
+def test_what_are_no_images_is_refused(batch: Any, told: str) -> None:
+    model = ReIDModel(5, depth=18)
+    with pytest.raises(ValueError, match=told):
+        model(batch, batch)
+    with pytest.raises(ValueError, match=told.replace("visible", "images")):
+        model.extract(batch, "visible")
 
 
 def test_unequal_batches_and_unknown_modalities_are_refused() -> None:

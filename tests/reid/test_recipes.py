@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from mrcn_fast.cli import _config_parser
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.recipes import load_recipe, load_table, recipe_names, table_names
 
@@ -19,8 +18,7 @@ ROW_VALUES = {"dataset", "model", "stages", "gate", "parts", "cqc_weight"}
 
 
 def config_of(recipe: str) -> TrainConfig:
-    """As the command line makes it, types checked."""
-    return TrainConfig(**_config_parser(load_recipe(recipe)).parse_args(["--data=tree"]).as_dict())
+    return TrainConfig(**(load_recipe(recipe) | {"data": "tree"}))
 
 
 def test_the_papers_values_are_the_defaults() -> None:
@@ -115,9 +113,24 @@ def test_a_file_extends_what_is_beside_it(tmp_path: Path) -> None:
     [
         (None, r"got recipe '.*odd\.yaml', expected the path of a .yaml file or one of .*regdb-mrcn"),
         ("colour: red\nshape: round\n", "unknown values: colour, shape"),
-        ("- 1\n", "expected values of TrainConfig by name; found list"),
-        ("a: [\n", "expected YAML"),
-        ("extends: nowhere\n", "got recipe 'nowhere'"),
+        ("- 1\n", "expected values of TrainConfig by name; found a list"),
+        ("a: [\n", "this is no YAML"),
+        ("extends: nowhere\n", r"odd\.yaml: got extends='nowhere'"),
+        ("extends: 7\n", r"odd\.yaml: got extends=7, expected the path of a \.yaml file or one of"),
+        ("extends: [a, b]\n", r"odd\.yaml: got extends=\['a', 'b'\]"),
+        ("height: 48.5\n", r"odd\.yaml: got height=48\.5, expected an integer from 32 to 8192"),
+        ("lr: abc\n", r"odd\.yaml: got lr='abc', expected a number of at least 0"),
+        ("lr: .nan\n", r"odd\.yaml: got lr=nan, expected a finite number"),
+        ("flip: true\n", r"odd\.yaml: got flip=True, expected a number from 0 to 1"),
+        ('epochs: "3"\n', r"odd\.yaml: got epochs='3', expected an integer"),
+        ("stages: 0\n", r"odd\.yaml: got stages=0, expected a list of integers .*such as \[1,2\]"),
+        ("stages: [0, 7]\n", r"odd\.yaml: got stages\[1\]=7"),
+        ("milestones: &a [*a]\n", r"odd\.yaml: got milestones\[0\]=\[.*, expected an integer"),
+        ("depth: 34\n", r"odd\.yaml: got depth=34, expected one of 18, 50"),
+        ("channels_last: yes\n", r"odd\.yaml: got channels_last='yes', expected true or false"),
+        ("seed: 18446744073709551616\n", r"odd\.yaml: got seed=18446744073709551616, expected an integer"),
+        ("warmup_epoch: 3\n", r"odd\.yaml: unknown values: warmup_epoch; did you mean warmup_epochs\?"),
+        ("7: 8\n", r"odd\.yaml: unknown values: 7"),
     ],
 )
 def test_unfit_recipes_are_refused(tmp_path: Path, content: str | None, told: str) -> None:
@@ -126,6 +139,22 @@ def test_unfit_recipes_are_refused(tmp_path: Path, content: str | None, told: st
         path.write_text(content)
     with pytest.raises(ConfigError, match=told):
         load_recipe(str(path))
+
+
+def test_a_long_chain_of_recipes_is_refused(tmp_path: Path) -> None:
+    for number in range(2000):
+        (tmp_path / f"{number}.yaml").write_text(f"extends: {number + 1}.yaml\n")
+    with pytest.raises(ConfigError, match="expected at most 16 recipes that extend one another"):
+        load_recipe(str(tmp_path / "0.yaml"))
+
+
+def test_a_tilde_in_a_recipe_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "base.yaml").write_text("data: ~/sets\nlr: 1e-3\n")
+    (tmp_path / "own.yaml").write_text("extends: ~/base.yaml\ncache: ~\n")
+    config = TrainConfig(**load_recipe(str(tmp_path / "own.yaml")))
+    assert (config.data, config.lr, config.cache) == (str(tmp_path / "home" / "sets"), 1e-3, None)
 
 
 @pytest.mark.parametrize("names", [["own"], ["own", "base"], ["own", "base", "root"]])

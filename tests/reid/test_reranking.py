@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +14,8 @@ from torch import Tensor
 
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.reranking import rerank
+
+Change = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def neighbours(distance: NDArray, image: int, count: int) -> list[int]:
@@ -124,11 +130,78 @@ def test_images_that_are_all_one() -> None:
     assert torch.isfinite(rerank(torch.ones(4, 3), torch.ones(5, 3), k1=4, k2=2)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16, torch.float8_e5m2])
 def test_other_dtypes_are_taken(dtype: torch.dtype) -> None:
     query, gallery, _ = people(6, 5, 0.8)
     query, gallery = query.to(dtype), gallery.to(dtype)
-    assert torch.equal(rerank(query, gallery), rerank(query.float(), gallery.float()))
+    assert torch.equal(rerank(query, gallery), rerank(query.double(), gallery.double()))
+
+
+def scaled(query: Tensor, gallery: Tensor) -> tuple[Tensor, Tensor]:
+    """The same features in float64 at a scale that the loop above can square."""
+    largest = max(float(side.double().abs().max()) for side in (query, gallery))
+    power = 2.0 ** math.frexp(largest)[1]
+    return query.double() / power, gallery.double() / power
+
+
+def times(factor: float, dtype: torch.dtype = torch.float32) -> Change:
+    return lambda q, g: (q.to(dtype) * factor, g.to(dtype) * factor)
+
+
+def moved(distance: float, dtype: torch.dtype = torch.float32) -> Change:
+    return lambda q, g: (q.to(dtype) + distance, g.to(dtype) + distance)
+
+
+def with_one_far(factor: float) -> Change:
+    return lambda q, g: (torch.cat((q[:1] * factor, q[1:])), g)
+
+
+CHANGES: dict[str, Change] = {
+    **{f"times {factor}": times(factor) for factor in (1e19, 1e38, 1e-20, 1e-30, 1e-44)},
+    **{f"float64 times {factor}": times(factor, torch.float64) for factor in (1e300, 1e-300)},
+    "far from the origin": moved(1e4),
+    "float64, farther": moved(1e8, torch.float64),
+    "modalities far apart": lambda q, g: (q + 1e5, g - 1e5),
+    "one 1e19 times as far": with_one_far(1e19),
+    "one 1e37 times as far": with_one_far(1e37),
+    "some that are zero": lambda q, g: (torch.cat((q[:4] * 0, q[4:])), g),
+    "equal queries": lambda q, g: (q[:1].expand(len(q), -1), g),
+    "each twice": lambda q, g: (torch.cat((q, q)), g),
+    "two values": lambda q, g: (torch.full_like(q, 3e38), torch.full_like(g, -3e38)),
+    "one number each": lambda q, g: (q[:, :1], g[:, :1]),
+    "many numbers each": lambda q, g: (q.repeat(1, 1000)[:12], g.repeat(1, 1000)[:12]),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_any_finite_features_give_the_loops_distances(name: str) -> None:
+    query, gallery = CHANGES[name](*people(6, 5, 0.8)[:2])
+    got = rerank(query, gallery, k2=3)
+    expected = looped(*scaled(query, gallery), 20, 3, 0.3)
+    np.testing.assert_allclose(got.numpy(), expected, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("k2", [1, 6, 60])
+def test_as_many_neighbours_as_there_are(k2: int) -> None:
+    query, gallery, _ = people(6, 5, 0.8)
+    got = rerank(query, gallery, k1=59, k2=k2)
+    np.testing.assert_allclose(got.numpy(), looped(query, gallery, 59, k2, 0.3), rtol=0, atol=2e-6)
+
+
+def test_arrays_of_every_kind_are_taken() -> None:
+    query, gallery, _ = people(6, 5, 0.8)
+    expected = rerank(query, gallery)
+    array = query.numpy()
+    read_only = array.copy()
+    read_only.flags.writeable = False
+    kinds: list[Any] = [
+        array, array.astype(">f4"), np.asfortranarray(array), array[::-1][::-1], read_only, array.tolist(),
+        list(query), array.astype(np.longdouble), query.clone().requires_grad_(),
+    ]  # fmt: skip
+    for kind in kinds:
+        assert torch.equal(rerank(kind, gallery), expected), type(kind)
+    twenty: Any = np.int64(20)
+    assert torch.equal(rerank(query, gallery, k1=twenty, weight=np.float64(0.3)), expected)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +218,17 @@ def test_other_dtypes_are_taken(dtype: torch.dtype) -> None:
         ({"gallery_features": torch.zeros(20, 4).int()}, "gallery_features must be floating-point"),
         ({"gallery_features": torch.zeros(20, 5)}, r"must have one size and device; got \(10, 4\)"),
         ({"query_features": torch.full((10, 4), torch.nan)}, "query_features must be finite.*image 0"),
+        ({"query_features": [["a"]]}, r"query_features must be an array of numbers; got text \(1, 1\)"),
+        ({"query_features": [[1.0], [1.0, 2.0]]}, "got list whose rows differ in length or kind"),
+        ({"query_features": None}, "query_features must be an array of numbers; got NoneType"),
+        ({"query_features": torch.zeros(10, 4).to_sparse()}, "must be a dense array of numbers; got a torch"),
+        (
+            {"query_features": torch.zeros(10, 4, device="meta")},
+            "must be a dense .*; got a meta",
+        ),
+        ({"k1": 2.0}, "got k1=2.0, expected an integer"),
+        ({"k2": "6"}, "got k2='6', expected an integer"),
+        ({"weight": math.nan}, "weight must be from 0"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:

@@ -129,13 +129,75 @@ def test_unfitting_weights_are_refused_by_key(tmp_path: Path) -> None:
 
 def test_weights_of_another_depth_are_refused(tmp_path: Path) -> None:
     torch.save(published_weights(18), tmp_path / "resnet18.pth")
-    with pytest.raises(WeightsError, match=r"expected the weights of a ResNet-50.*layer1\.0\.conv3\.weight"):
+    with pytest.raises(WeightsError, match=r"expected the weights of a ResNet-50.*layer1\.0\.conv3") as error:
         Trunk(50).load_imagenet(tmp_path / "resnet18.pth")
+    assert "These are the weights of a ResNet-18: give that depth" in str(error.value)
+
+
+CONV = "layer1.0.conv1.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (
+            {CONV: torch.full((64, 64, 3, 3), torch.nan)},
+            "expected finite weights, found NaN",
+        ),
+        ({CONV: torch.full((64, 64, 3, 3), torch.inf)}, f"found NaN or infinity in {CONV}"),
+        ({CONV: torch.full((64, 64, 3, 3), 1e300, dtype=torch.float64)}, f"found NaN or infinity in {CONV}"),
+        (
+            {CONV: torch.zeros(64, 64, 3, 3, dtype=torch.int8)},
+            f"weights, found torch.int8 in {CONV}",
+        ),
+        ({CONV: torch.zeros(64, 64, 3, 3, dtype=torch.complex64)}, "found torch.complex64"),
+        ({CONV: torch.zeros(64, 64, 3, 3).to_sparse()}, "expected dense tensors"),
+        ({CONV: torch.zeros(64, 64, 3, 3, device="meta")}, "expected dense tensors"),
+        ({"bn1.running_var": torch.full((64,), -1.0)}, "found negative values in bn1.running_var"),
+    ],
+)
+def test_weights_that_can_not_be_computed_with_are_refused(
+    tmp_path: Path, change: dict[str, Tensor], told: str
+) -> None:
+    torch.save(published_weights(18) | change, tmp_path / "odd.pth")
+    trunk = Trunk(18)
+    before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
+    with pytest.raises(WeightsError) as error:
+        trunk.load_imagenet(tmp_path / "odd.pth")
+    assert str(tmp_path / "odd.pth") in str(error.value) and told in str(error.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in trunk.state_dict().items())
+
+
+def test_half_precision_and_what_nobody_reads_are_taken(tmp_path: Path) -> None:
+    weights = {name: tensor.half() for name, tensor in published_weights(18).items()}
+    weights["fc.weight"] = torch.full((3, 3), torch.nan)
+    torch.save(weights, tmp_path / "half.pth")
+    trunk = Trunk(18)
+    trunk.load_imagenet(tmp_path / "half.pth")
+    assert torch.equal(trunk.state_dict()[CONV], weights[CONV].float())
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "backbone.model."])
+def test_a_prefix_is_named(tmp_path: Path, prefix: str) -> None:
+    path = tmp_path / "wrapped.pth"
+    torch.save({prefix + name: tensor for name, tensor in published_weights(18).items()}, path)
+    with pytest.raises(WeightsError) as error:
+        Trunk(18).load_imagenet(path)
+    assert f"Its keys begin with {prefix!r}" in str(error.value) and "depth" not in str(error.value)
+
+
+def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.save(published_weights(18), tmp_path / "resnet18.pth")
+    Trunk(18).load_imagenet("~/resnet18.pth")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "told"),
     [
+        ("lfs.pth", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
+        ("page.safetensors", b"<html></html>", "a web page"),
+        ("empty.pth", b"", "an empty file"),
         ("absent.pth", None, "no such file"),
         ("broken.pth", b"not a checkpoint", "can't be read"),
         ("broken.safetensors", b"not a checkpoint", "can't be read"),
@@ -154,5 +216,5 @@ def test_unreadable_weights_name_the_path(
 
 def test_a_checkpoint_in_place_of_weights_is_told(tmp_path: Path) -> None:
     torch.save({"model": published_weights(18), "epoch": 3}, tmp_path / "run.pth")
-    with pytest.raises(WeightsError, match=r"expected a state_dict.*model, epoch"):
+    with pytest.raises(WeightsError, match=r"expected a state_dict.*model, epoch: save 'model' of it alone"):
         Trunk(18).load_imagenet(tmp_path / "run.pth")

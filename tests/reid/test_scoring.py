@@ -129,6 +129,8 @@ def test_no_result_replaces_another(own: Path, tiny_tree: Path, tiny_regdb: Path
     first = scored()
     assert "-1-trial-" in scored(trials=1).name
     assert "reranked" in scored(rerank=True).name
+    scored(rerank=True, k1=5)
+    scored(rerank=True, k2=2)
     assert "without-unreadable" in scored(skip_unreadable=True).name
     assert "32-true" not in first.name and "bf16-mixed" in scored(precision="bf16-mixed").name
     scored(backend="reference")
@@ -345,7 +347,7 @@ def test_a_link_in_a_circle_is_an_unreadable_image(own: Path, tree: Path) -> Non
 def test_memory_that_is_not_there_is_reported(
     own: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def huge(*_: Any) -> torch.Tensor:
+    def huge(*_: Any, **__: Any) -> torch.Tensor:
         return torch.empty(1 << 60, dtype=torch.uint8)
 
     monkeypatch.setattr(ReIDModel, "extract", huge)

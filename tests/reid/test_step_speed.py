@@ -197,4 +197,4 @@ def test_a_device_that_nothing_is_measured_on_is_refused(
 ) -> None:
     for rest in (["--step"], ["--loader", "tree"], []):
         assert cli.main(["bench", *rest, "--device", device]) == 2
-        assert f"got {device!r}, expected cpu, cuda or cuda:N" in capsys.readouterr().err
+        assert f"got --device {device}, expected cpu, cuda or cuda:N" in capsys.readouterr().err

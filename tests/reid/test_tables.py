@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +12,16 @@ import pytest
 import yaml
 from rich.progress import Progress
 
+from mrcn_fast import cli
 from mrcn_fast.reid import tables
 from mrcn_fast.reid.checkpoint import CheckpointError, load_checkpoint
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.data import write_sysu
-from mrcn_fast.reid.recipes import load_recipe
+from mrcn_fast.reid.documents import DocumentError
+from mrcn_fast.reid.recipes import load_recipe, load_table
 from mrcn_fast.reid.results import ResultError
 from mrcn_fast.reid.scoring import score_checkpoint
-from mrcn_fast.reid.tables import markdown, run_table
+from mrcn_fast.reid.tables import load_made_table, markdown, run_table
 from mrcn_fast.reid.training import Trainer
 from tests.reid.conftest import TINY
 
@@ -321,6 +324,57 @@ def test_trees_of_other_data_sets_are_refused(
     with pytest.raises(ConfigError, match="got two trees of sysu-mm01"):
         run("2", [tiny_tree, tiny_tree], tmp_path, overlay)
     assert not list(tmp_path.iterdir())
+
+
+def test_every_run_is_configured_before_the_first_begins(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "tables"
+    # The stripes fit every image but the scaled-down ones.
+    assert cli.main(["table", "1", "--synthetic", "--out", str(out), "--parts", "5"]) == 2
+    assert "got parts=5, expected at most 3 at height=48" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_only_a_table_that_was_made_is_printed(tmp_path: Path) -> None:
+    machine = {"cpu": "a", "threads": 2, "torch": "2", "date": "today"}
+    scores = dict.fromkeys(("rank1", "rank10", "rank20", "mAP", "mINP"), 0.5)
+    rows: list[Any] = [{"ours": {}} for _ in load_table("4").rows]
+    made: dict[str, Any] = {
+        "table": "4", "synthetic": False, "trained": 1, "seconds": 2.5, "machine": machine, "rows": rows,
+    }  # fmt: skip
+    key = next(iter(load_table("4").columns))
+    path = tmp_path / "table.json"
+
+    def loaded(**changes: Any) -> dict[str, Any]:
+        path.write_text(json.dumps(made | changes))
+        return load_made_table(path, "4")
+
+    def first(ours: dict[str, Any]) -> dict[str, Any]:
+        return {"rows": [{"ours": ours}, *rows[1:]]}
+
+    assert "50.0" in markdown(loaded(**first({key: scores})))
+    for changes, told in (
+        ({"table": "2"}, "found table '2'"),
+        ({"rows": rows[1:]}, f"of {len(rows)} rows; found {len(rows) - 1}"),
+        ({"rows": [{"ours": {"other": scores}}, *rows[1:]]}, "found other scores in row 1"),
+        ({"rows": [{"ours": {key: {}}}, *rows[1:]]}, "found other scores in row 1"),
+        ({"rows": [{"ours": {key: scores | {"mAP": "high"}}}, *rows[1:]]}, "mAP='high', expected a number"),
+        (
+            {"rows": [{"ours": {key: scores | {"mAP": math.nan}}}, *rows[1:]]},
+            "mAP=nan, expected a finite number",
+        ),
+        (
+            {"rows": [{"ours": {key: scores | {"mAP": 50}}}, *rows[1:]]},
+            "mAP=50, expected a number from 0 to 1",
+        ),
+        ({"rows": 3}, "got table.rows=3, expected a list"),
+        ({"machine": {}}, "cpu, threads, torch, date among them"),
+        ({"seconds": "long"}, "got table.seconds='long', expected a number"),
+    ):
+        with pytest.raises(DocumentError) as error:
+            loaded(**changes)
+        assert str(path) in str(error.value) and told in str(error.value)
 
 
 def test_rows_of_other_methods_have_the_papers_figures_alone() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from rich.progress import Progress
@@ -38,9 +40,10 @@ from mrcn_fast.reid.heads import Head
 from mrcn_fast.reid.metrics import CollapseWatch, Journal, StepResult, embedding_spread
 from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.optimizer import make_optimizer
+from mrcn_fast.reid.resnet import WeightsError
 from mrcn_fast.reid.run_folder import FolderInUseError, held
 from mrcn_fast.reid.scoring import score_checkpoint
-from mrcn_fast.reid.training import Trainer, TrainingError
+from mrcn_fast.reid.training import Trainer, TrainingError, check_new_run
 
 
 def quiet() -> Progress:
@@ -92,11 +95,57 @@ def test_the_defaults_are_the_papers() -> None:
         ({"height": 8}, "got height=8"),
         ({"split": 2}, "sysu-mm01 has one split"),
         ({"parts": 0}, "got parts=0, expected at least 1"),
+        ({"parts": 19}, "got parts=19, expected at most 18 at height=288"),
+        ({"height": 10**9}, "got height=1000000000, expected a number from 32 to 8192"),
+        ({"height": 48.5}, "got height=48.5, expected an integer from 32"),
+        ({"width": "128"}, "got width='128', expected an integer from 16"),
+        ({"padding": 289}, "got padding=289, expected at most 288"),
+        ({"images": 10**6}, "expected at most 4294967296"),
+        ({"lr": math.nan}, "got lr=nan, expected a finite number of at least 0"),
+        ({"lr": math.inf}, "got lr=inf, expected a finite number"),
+        ({"lr": "0.1"}, "got lr='0.1', expected a number"),
+        ({"momentum": -0.1}, "got momentum=-0.1, expected a number from 0 to 1"),
+        ({"momentum": math.nan}, "got momentum=nan"),
+        ({"weight_decay": -1}, "got weight_decay=-1, expected at least 0"),
+        ({"cqc_weight": -1.0}, "got cqc_weight=-1.0, expected at least 0"),
+        ({"triplet_margin": math.inf}, "got triplet_margin=inf"),
+        ({"seed": -1}, "got seed=-1, expected at least 0"),
+        ({"seed": 2**64}, "got seed=18446744073709551616, expected an integer below"),
+        ({"epochs": True}, "got epochs=True, expected an integer"),
+        ({"workers": -1}, "got workers=-1, expected a number from 0 to 1024"),
+        ({"depth": 34}, "got depth=34, expected one of 18, 50"),
+        ({"model": "mrcnn"}, "got model='mrcnn', expected one of baseline, snr, mrcn"),
+        ({"gate": ["se"]}, r"got gate=\['se'\], expected one of se, eca"),
+        ({"backend": "abacus"}, "got backend='abacus', expected one of cpu, triton"),
+        ({"precision": 16}, "got precision=16, expected one of 32-true"),
+        ({"stages": 0}, "got stages=0, expected a list of integers from 0 to 4"),
+        ({"stages": ()}, "expected at least one stage for the blocks of mrcn"),
+        ({"stages": (1, 5)}, r"got stages\[1\]=5, expected a number from 0 to 4"),
+        ({"skip_unreadable": "yes"}, "got skip_unreadable='yes', expected true or false"),
+        ({"out": ""}, "got out='', expected a path that is not empty"),
+        ({"cache": "a\0b"}, "expected a path without the character NUL"),
+        ({"weights": 7}, "got weights=7, expected a path, or none"),
     ],
 )
 def test_bad_values_are_refused(values: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         TrainConfig(data="", **values)
+
+
+def test_values_are_put_into_their_plain_form(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given: dict[str, Any] = {
+        "height": np.int64(64),
+        "lr": np.float32(0.5),
+        "stages": [0, 2],
+        "out": tmp_path / "run",
+        "weights": "~/a",
+    }
+    config = TrainConfig(data="~/tree", **given)
+    plain = (64, 0.5, (0, 2), str(tmp_path / "run"), str(tmp_path / "a"), str(tmp_path / "tree"))
+    found = (config.height, config.lr, config.stages, config.out, config.weights, config.data)
+    assert found == plain and list(map(type, found)) == list(map(type, plain))
+    assert json.loads(json.dumps(config.as_dict()))["height"] == 64
 
 
 def test_the_configuration_survives_json() -> None:
@@ -323,6 +372,23 @@ def test_an_unreadable_image_stops_training_by_name(tiny_config: TrainConfig, tm
         path.write_bytes(b"not an image")
     with pytest.raises(DatasetError, match="cam3"):
         train(dataclasses.replace(tiny_config, data=str(root), batches=20, epochs=1))
+
+
+def test_what_files_alone_tell_is_refused_first(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    out = Path(tiny_config.out)
+    refused: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"out": str(file)}, OSError, "expected a folder for the run; found a file"),
+        ({"cache": str(file)}, OSError, "expected a folder for the cache; found a file"),
+        ({"weights": str(out / "absent.pth")}, WeightsError, "no such file"),
+    ]
+    for values, error, told in refused:
+        with pytest.raises(error, match=told):
+            check_new_run(dataclasses.replace(tiny_config, **values), resume=False, overwrite=False)
+    with pytest.raises(TrainingError, match="both --resume and --overwrite"):
+        check_new_run(tiny_config, resume=True, overwrite=True)
+    assert not out.exists()
 
 
 def test_too_few_identities_are_refused(tiny_config: TrainConfig) -> None:

@@ -21,6 +21,7 @@ from mrcn_fast.reid.data.synthetic_tree import (
     claim,
     is_synthetic,
 )
+from mrcn_fast.settings import check_arguments
 
 __all__ = ["MARKER", "WRITERS", "is_synthetic", "write_llcm", "write_regdb", "write_sysu"]
 
@@ -36,6 +37,7 @@ _LLCM_INFRARED: Final = 10
 _JPEG_QUALITY: Final = 92
 
 
+@check_arguments
 def write_sysu(
     root: str | Path,
     *,
@@ -92,6 +94,7 @@ def write_sysu(
     return root
 
 
+@check_arguments
 def write_regdb(
     root: str | Path,
     *,
@@ -143,6 +146,7 @@ def write_regdb(
     return root
 
 
+@check_arguments
 def write_llcm(
     root: str | Path,
     *,

@@ -65,8 +65,11 @@ def check_parameters(parameters: Mapping[str, Any], least: Mapping[str, int]) ->
     for name in least:
         if parameters[name] > 9999:
             raise ValueError(f"{name} has four digits in the tree, so at most 9999; got {parameters[name]}")
-    if min(parameters["image_size"]) < 16:
-        raise ValueError(f"image_size must be (height, width) of at least 16; got {parameters['image_size']}")
+    if min(parameters["image_size"]) < 16 or max(parameters["image_size"]) > 4096:
+        raise ValueError(
+            "image_size must be (height, width) of at least 16 and at most 4096; got "
+            f"{parameters['image_size']}"
+        )
     for name in ("modality_gap", "camera_style", "pose_spread"):
         if not 0 <= parameters[name] <= 2:
             raise ValueError(f"{name} must be from 0 (none) over 1 (default) to 2; got {parameters[name]}")

@@ -1,0 +1,102 @@
+"""A command's flags: how they may be written, and what is said of wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import pytest
+
+from mrcn_fast.flags import Flags
+from mrcn_fast.settings import OneOf, Range
+
+
+def flags() -> Flags:
+    made = Flags("try", "try flags")
+    made.add("--out", Path, help="a folder")
+    made.add("--image-size", tuple[int, int], (64, 32), "100 % of it")
+    made.add("--lr", Annotated[float, Range(0)], 0.1)
+    made.add("--skip-unreadable", bool, False)
+    made.add("--dtype", list[Annotated[str, OneOf(("fp32", "bf16"))]], None, repeated=True)
+    made.add("--places", Sequence[str], ())
+    return made
+
+
+DEFAULTS: dict[str, Any] = {
+    "image_size": (64, 32), "lr": 0.1, "skip_unreadable": False, "dtype": None, "places": (),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "given"),
+    [
+        ("--image-size 3,4", {"image_size": (3, 4)}),
+        ("--image_size=[3,4]", {"image_size": (3, 4)}),
+        ("--image-size 3 4", {"image_size": (3, 4)}),
+        ("--lr 1e-3", {"lr": 1e-3}),
+        ("--lr 0.5 --lr 0.25", {"lr": 0.25}),
+        ("--skip-unreadable", {"skip_unreadable": True}),
+        ("--skip_unreadable false", {"skip_unreadable": False}),
+        ("--dtype fp32 --dtype bf16", {"dtype": ("fp32", "bf16")}),
+        ("--places a,1 b --lr 0.5", {"places": ("a,1", "b"), "lr": 0.5}),
+    ],
+)
+def test_how_flags_may_be_written(words: str, given: dict[str, Any]) -> None:
+    assert flags().given(words.split()) == given
+    assert flags().values(["--out", "x", *words.split()]) == DEFAULTS | {"out": Path("x")} | given
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "--out is missing: give --out and a path"),
+        ("--out", "got --out without a value, expected a path"),
+        ("--places --out x", "got --places without a value, expected a list of texts"),
+        ("--out x --image-size 3", "got --image-size 3, expected 2 integers"),
+        ("--out x --lr -1e-3", "got --lr -1e-3, expected at least 0"),
+        ("--out x --lr -inf", "got --lr without a value"),
+        ("--out x --skip-unreadable maybe", "got --skip-unreadable maybe, expected true or false"),
+        ("--out x --dtype fp64", "expected a list of values, each one of fp32, bf16"),
+        (
+            "--out x --colour red",
+            "got --colour, which mrcn-fast try doesn't have; `mrcn-fast try --help` lists",
+        ),
+        ("--out x --image-sise 3,4", "did you mean --image-size?"),
+        ("--out x -lr 3", "got -lr, which mrcn-fast try doesn't have"),
+        ("--out x y", "got 'y', which belongs to no flag"),
+        ("--help=3", "got -h/--help with a value, which it doesn't take"),
+    ],
+)
+def test_wrong_flags_are_refused(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        flags().values(words.split())
+    printed = capsys.readouterr()
+    assert end.value.code == 2 and printed.out == ""
+    assert printed.err.startswith("mrcn-fast try: error: ") and told in printed.err
+    assert len(printed.err.splitlines()) == 1
+
+
+def test_words_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    made = Flags("try", "try words")
+    made.add_word("table", Annotated[str, OneOf(("1", "2"))], "which one")
+    made.add("--out", str, None)
+    for words in (["2", "--out", "x"], ["--out", "x", "2"]):
+        assert made.values(words) == {"table": "2", "out": "x"}
+    for wrong, told in (
+        ([], "TABLE is missing: give one of 1, 2"),
+        (["3"], "got TABLE 3, expected one of 1, 2"),
+    ):
+        with pytest.raises(SystemExit):
+            made.values(wrong)
+        assert told in capsys.readouterr().err
+
+
+def test_help_has_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        flags().values(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert end.value.code == 0
+    assert "--out PATH a folder (required)" in printed
+    assert "100 % of it (default 64 32)" in printed
+    assert "{fp32,bf16}" in printed and "--lr NUMBER (default 0.1)" in printed
