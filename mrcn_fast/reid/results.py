@@ -79,7 +79,11 @@ def kept_result(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | Non
             if _anywhere(measurement(result)) != asked:
                 continue
             for name, search in result["searches"].items():
-                conform(search["mean"], dict.fromkeys(HEADLINE, float), f"searches.{name}.mean")
+                means = {"mean": search["mean"]} | {
+                    pairing: scores["mean"] for pairing, scores in search["pairings"].items()
+                }
+                for of, mean in means.items():
+                    conform(mean, dict.fromkeys(HEADLINE, float), f"searches.{name}.{of}")
             if result["skip_unreadable"] or not result["unreadable"]:
                 return result
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

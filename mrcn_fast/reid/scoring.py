@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import statistics
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -43,8 +44,11 @@ from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.model import ReIDModel, use_layout
+from mrcn_fast.reid.pairings import HEADLINE_PAIRING, TITLES, Pairing, exchange, paired, pairings_of
 from mrcn_fast.reid.results import HEADLINE, result_name, slug
 from mrcn_fast.settings import PathText, check_arguments
+
+log = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
@@ -174,7 +178,9 @@ def score_checkpoint(
 
     Everything about the network comes from the checkpoint. SYSU-MM01 searches the visible gallery for
     infrared queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean
-    over the trials, with their standard deviation (of a sample).
+    over the trials, with their standard deviation (of a sample). The headline is the paper's way to compare
+    F and F₊; the other two of `pairings` are under "pairings" of each search, and a crossed one far above the
+    headline is logged as a warning.
 
     Args:
         checkpoint: the file `mrcn-fast train` wrote, or the folder it is in
@@ -248,9 +254,13 @@ def score_checkpoint(
             )
             tables[modality] = _FeatureTable(images, features)
     less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
+    pairings = pairings_of(len(trained.model.test_sets))
     with enough_memory("the distances of queries and gallery images", less):
         for search, left in zip(searches, kept, strict=True):
-            result["searches"][search.name] |= _score_search(left, tables, conditions)
+            result["searches"][search.name] |= _score_search(left, tables, conditions, pairings)
+    for name, search in result["searches"].items():
+        if told := exchange(_rank1(search)):
+            log.warning("%s, %s: %s", trained.path, name, told)
     result |= {
         "headline": searches[0].name,
         "unreadable": sorted(map(str, unreadable)),
@@ -410,29 +420,52 @@ def without(search: Search, unreadable: Collection[Path]) -> Search:
 
 
 def _score_search(
-    search: Search, tables: dict[Modality, _FeatureTable], conditions: Conditions
+    search: Search,
+    tables: dict[Modality, _FeatureTable],
+    conditions: Conditions,
+    pairings: Sequence[Pairing],
 ) -> dict[str, Any]:
+    """A search's scores by the paper's pairing, and under "pairings" those by the others."""
     query = tables[search.query[0].modality].of(search.query)
-    rows = []
+    rows: dict[Pairing, list[dict[str, Any]]] = {pairing: [] for pairing in pairings}
     for gallery in search.galleries:
         features = tables[gallery[0].modality].of(gallery)
-        # The field's distance: minus the dot product of features whose sets have length 1.
-        if conditions.k1 is None or conditions.k2 is None:
-            distance = -(query @ features.T)
-        else:
-            distance = reranking.rerank(query, features, k1=conditions.k1, k2=conditions.k2)
-        rows.append(score_trial(distance, search.query, gallery, search.protocol))
-    trials = len(rows)
+        for pairing in pairings:
+            distance = _distance(*paired(query, features, pairing), conditions)
+            rows[pairing].append(score_trial(distance, search.query, gallery, search.protocol))
+    headline = rows.pop(HEADLINE_PAIRING)
     return {
         "queries": len(search.query),
-        "valid_queries": [row["valid_queries"] for row in rows],
+        "valid_queries": [row["valid_queries"] for row in headline],
         "gallery_images": [len(gallery) for gallery in search.galleries],
-        "mean": {name: statistics.fmean(row[name] for row in rows) for name in HEADLINE},
-        "std": {
-            name: statistics.stdev(row[name] for row in rows) if trials > 1 else 0.0 for name in HEADLINE
-        },
-        "per_trial": rows,
+        **_over_trials(headline),
+        "per_trial": headline,
+        "pairings": {pairing: _over_trials(trials) for pairing, trials in rows.items()},
     }
+
+
+def _distance(query: Tensor, gallery: Tensor, conditions: Conditions) -> Tensor:
+    """Minus the dot product, which is the field's distance; or the re-ranked distance."""
+    if conditions.k1 is None or conditions.k2 is None:
+        return -(query @ gallery.T)
+    return reranking.rerank(query, gallery, k1=conditions.k1, k2=conditions.k2)
+
+
+def _over_trials(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean of the trials' scores, and their standard deviation (of a sample; 0 with one trial)."""
+    values = {name: [row[name] for row in rows] for name in HEADLINE}
+    return {
+        "mean": {name: statistics.fmean(of_trials) for name, of_trials in values.items()},
+        "std": {
+            name: statistics.stdev(of_trials) if len(rows) > 1 else 0.0 for name, of_trials in values.items()
+        },
+    }
+
+
+def _rank1(search: Mapping[str, Any]) -> dict[str, float]:
+    """A search's rank-1 by pairing."""
+    others = {pairing: scores["mean"]["rank1"] for pairing, scores in search["pairings"].items()}
+    return {HEADLINE_PAIRING: search["mean"]["rank1"], **others}
 
 
 def score_trial(
@@ -470,6 +503,11 @@ def describe(result: dict[str, Any]) -> str:
         lines += [
             f"  {names.get(key, key):8s}{100 * search['mean'][key]:6.2f} ± {100 * search['std'][key]:.2f}"
             for key in HEADLINE
+        ]
+        lines += [
+            f"  {TITLES[pairing]}: "
+            + ", ".join(f"{names.get(key, key)} {100 * scores['mean'][key]:.2f}" for key in ("rank1", "mAP"))
+            for pairing, scores in search["pairings"].items()
         ]
     served = f", backend {result['backend']}" if result["backend"] else ""
     lines.append(f"computed in {result['precision']} on {result['device']}{served}")

@@ -1,0 +1,65 @@
+"""Ways to compare the two test features of an image, F and F₊: which products make up the similarity.
+
+An image's test feature is F and F₊ side by side, each of length 1. With v, v₊ of a visible image and
+n, n₊ of an infrared one, the similarity is
+
+    paper    v·n + v₊·n₊             the features concatenated, as the paper does: the headline
+    crossed  v·n₊ + v₊·n             the original of one modality against the restituted of the other
+    all      (v + v₊)·(n + n₊)       the sum of the four products, as MMN's code scores its two features
+
+Where the crossed pairing scores far above the paper's, training has exchanged the modalities: v₊ is like n,
+n₊ is like v, and v and n are apart. The CQC loss (eq. 8-10) is zero there, and the headline is low.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final, Literal, get_args
+
+from torch import Tensor
+
+Pairing = Literal["paper", "crossed", "all"]
+PAIRINGS: Final[tuple[Pairing, ...]] = get_args(Pairing)
+HEADLINE_PAIRING: Final[Pairing] = "paper"
+TITLES: Final[dict[Pairing, str]] = {
+    "paper": "v·n + v₊·n₊",
+    "crossed": "v·n₊ + v₊·n",
+    "all": "(v + v₊)·(n + n₊)",
+}
+EXCHANGED: Final = 0.10
+"""Modalities count as exchanged where the crossed pairing's rank-1 is above the paper's by more than this."""
+
+
+def pairings_of(test_sets: int) -> tuple[Pairing, ...]:
+    """The pairings of a network with this many sets in a test feature: with one set, all are the same."""
+    return PAIRINGS if test_sets == 2 else (HEADLINE_PAIRING,)
+
+
+def paired(query: Tensor, gallery: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
+    """Features whose product `query @ gallery.T` is the similarity by a pairing.
+
+    query, gallery: test features (Q, 2 D) and (G, 2 D), F before F₊. Returns the same shapes; for "all",
+    (Q, D) and (G, D).
+    """
+    if pairing == "paper":
+        return query, gallery
+    if pairing == "crossed":
+        return query, gallery.roll(gallery.shape[1] // 2, dims=1)
+    return _sum_of_sets(query), _sum_of_sets(gallery)
+
+
+def _sum_of_sets(features: Tensor) -> Tensor:
+    return features.unflatten(1, (2, -1)).sum(dim=1)
+
+
+def exchange(rank1: Mapping[str, float]) -> str | None:
+    """The warning where training exchanged the modalities, from rank-1 by pairing; None where it didn't."""
+    if "crossed" not in rank1 or rank1["crossed"] - rank1["paper"] <= EXCHANGED:
+        return None
+    paper, crossed = 100 * rank1["paper"], 100 * rank1["crossed"]
+    return (
+        f"modalities exchanged: rank-1 is {paper:.1f} by the paper's pairing, {TITLES['paper']}, and "
+        f"{crossed:.1f} by the crossed one, {TITLES['crossed']}. Training made restituted features like the "
+        "other modality's originals and left the originals apart, which meets the CQC loss. Try unit "
+        "features (cqc_features: unit), the mean (cqc_reduction: mean) or a smaller cqc_weight"
+    )
