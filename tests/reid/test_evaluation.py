@@ -355,7 +355,11 @@ def official(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict, SYSUMM01, 
                 (place / f"{image + 1:04d}.jpg").touch()
     exp = folder / "tree" / "exp"
     exp.mkdir()
-    for name, identities in (("train", [1]), ("val", [2]), ("test", test)):
+    others = sorted(set(range(1, len(test) + 3)) - set(test))[:2]
+    for identity in others:
+        (folder / "tree" / "cam1" / f"{identity:04d}").mkdir()
+        (folder / "tree" / "cam1" / f"{identity:04d}" / "0001.jpg").touch()
+    for name, identities in (("train", others[:1]), ("val", others[1:]), ("test", test)):
         (exp / f"{name}_id.txt").write_text(",".join(map(str, identities)))
     return expected, SYSUMM01(folder / "tree", permutations=split / "rand_perm_cam.mat"), features
 
