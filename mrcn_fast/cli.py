@@ -12,11 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from mrcn_fast import settings
 from mrcn_fast.flags import Flags
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
-from mrcn_fast.settings import OneOf, PathText
 from mrcn_fast.streams import flush_stdout, printable, stdout_is_unread
 
 INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fast[reid]"'
@@ -148,14 +146,15 @@ def _info(argv: list[str]) -> int:
 def _synth(argv: list[str]) -> int:
     from mrcn_fast.reid.console import progress_bars
     from mrcn_fast.reid.data import WRITERS
+    from mrcn_fast.reid.kinds import OneOf, PathText
 
     # The layout first: the other flags are those of its writer.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--layout", nargs="?")
     write = WRITERS.get(first.parse_known_args(argv)[0].layout, WRITERS["sysu"])
     flags = _flags("synth")
-    flags.add("--out", PathText, help="folder for the tree; made where it isn't there")
-    flags.add(
+    flags.add_setting("--out", PathText, help="folder for the tree; made where it isn't there")
+    flags.add_setting(
         "--layout",
         Annotated[str, OneOf(tuple(WRITERS))],
         "sysu",
@@ -183,20 +182,23 @@ def _synth(argv: list[str]) -> int:
 def _train(argv: list[str]) -> int:
     from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console
+    from mrcn_fast.reid.kinds import PathText
     from mrcn_fast.reid.recipes import load_recipe
     from mrcn_fast.reid.training import Trainer, check_new_run
 
     flags = _flags("train")
     flags.add_of(TrainConfig)
-    flags.add(
+    flags.add_setting(
         "--recipe",
         str,
         None,
         "a row of the paper's tables, such as regdb-mrcn, or a .yaml file like it; flags override its values",
     )
-    flags.add("--config", PathText, None, "YAML file like a recipe, whose values override the recipe's")
-    flags.add("--resume", bool, False, "go on with the run in --out, exactly")
-    flags.add("--overwrite", bool, False, "replace the run in --out")
+    flags.add_setting(
+        "--config", PathText, None, "YAML file like a recipe, whose values override the recipe's"
+    )
+    flags.add_setting("--resume", bool, False, "go on with the run in --out, exactly")
+    flags.add_setting("--overwrite", bool, False, "replace the run in --out")
     given = flags.given(argv)
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     recipes = [given.pop(name) for name in ("recipe", "config") if name in given]
@@ -226,9 +228,11 @@ def _test(argv: list[str]) -> int:
 
 
 def _table(argv: list[str]) -> int:
-    from mrcn_fast.reid.config import Count, Draw, Split, TrainConfig, Trials
+    from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console, progress_bars
+    from mrcn_fast.reid.kinds import Count, Draw, OneOf, PathText, Several, Split, Trials
     from mrcn_fast.reid.recipes import table_names
+    from mrcn_fast.reid.settings import kinds_of
     from mrcn_fast.reid.tables import (
         OVERLAY,
         check_table,
@@ -241,15 +245,15 @@ def _table(argv: list[str]) -> int:
 
     flags = _flags("table")
     flags.add_word("table", Annotated[str, OneOf(tuple(table_names()))], "which one of the paper")
-    flags.add("--data", Sequence[PathText], None, "the trees of RegDB and SYSU-MM01, or one")
-    flags.add("--synthetic", bool, False, "on synthetic trees, scaled down to what two cores train")
-    flags.add("--from", PathText, None, "only print a table made before")
-    flags.add("--out", PathText, "runs/tables", "folder for runs and table")
-    flags.add("--splits", Split, 10, "RegDB splits to train on: the first so many")
-    flags.add("--trials", Trials, 10, "SYSU-MM01's gallery draws")
-    flags.add("--shots", Count, 1, "SYSU-MM01: 1 or 10")
-    flags.add("--draw", Draw, "random", "SYSU-MM01's gallery draw")
-    flags.add("--overwrite", bool, False, "replace a table of other values in --out; its runs stay")
+    flags.add_setting("--data", Several[PathText], None, "the trees of RegDB and SYSU-MM01, or one")
+    flags.add_setting("--synthetic", bool, False, "on synthetic trees, scaled down to what two cores train")
+    flags.add_setting("--from", PathText, None, "only print a table made before")
+    flags.add_setting("--out", PathText, "runs/tables", "folder for runs and table")
+    flags.add_setting("--splits", Split, 10, "RegDB splits to train on: the first so many")
+    flags.add_setting("--trials", Trials, 10, "SYSU-MM01's gallery draws")
+    flags.add_setting("--shots", Count, 1, "SYSU-MM01: 1 or 10")
+    flags.add_setting("--draw", Draw, "random", "SYSU-MM01's gallery draw")
+    flags.add_setting("--overwrite", bool, False, "replace a table of other values in --out; its runs stay")
     own = {"data", "out", "dataset", "split"}
     flags.add_of(TrainConfig, skip=own)
     values, given = flags.values(argv), flags.given(argv)
@@ -261,7 +265,7 @@ def _table(argv: list[str]) -> int:
     if values["from"]:
         print(markdown(load_made_table(values["from"], values["table"])))
         return 0
-    training = {name: given[name] for name in given.keys() & settings.kinds_of(TrainConfig).keys() - own}
+    training = {name: given[name] for name in given.keys() & kinds_of(TrainConfig).keys() - own}
     plan: dict[str, Any] = {
         "out": values["out"],
         "splits": 1 if values["synthetic"] else values["splits"],
@@ -321,7 +325,7 @@ def _demo(argv: list[str]) -> int:
 
     flags = _flags("demo")
     flags.add_of(DemoConfig)
-    flags.add("--overwrite", bool, False, "replace another demo or runs in --out")
+    flags.add_setting("--overwrite", bool, False, "replace another demo or runs in --out")
     values = flags.values(argv)
     overwrite = values.pop("overwrite")
     config = DemoConfig(**values)

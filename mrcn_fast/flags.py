@@ -1,31 +1,44 @@
-"""A command's flags: each is a setting, and what is refused is refused in this library's words."""
+"""The flags of a command, and this library's messages for words that they don't take.
+
+`Flags.add` needs torch alone. `add_setting`, `add_of` and `add_word` need the packages of [reid].
+"""
 
 from __future__ import annotations
 
 import argparse
 import difflib
 import inspect
+import os
 import re
+import reprlib
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
 
-from mrcn_fast import settings
+import torch
 
 # The default of a flag that has to be given.
 REQUIRED: Final = inspect.Parameter.empty
 
 
-class _Flag(NamedTuple):
-    kind: Any
-    default: Any
+class Reader(NamedTuple):
+    """How a flag's word is read; with `whole`, how all its words are read as one value.
+
+    `read` raises ValueError for a word that the flag doesn't take. Its message is only what was expected.
+    """
+
+    read: Callable[[Any], Any]
+    expected: str
+    whole: bool = False
 
 
 class Flags(argparse.ArgumentParser):
     """The flags and words that a command takes.
 
-    Flags are written with dashes or underscores, as --image-size or --image_size. One for true or false that
-    stands alone means true. Several values of one flag are separated by spaces or commas.
+    Flags are written with dashes or underscores, as --image-size or --image_size. A setting that is true or
+    false and stands alone is true; several values of a setting are separated by spaces or commas.
     """
 
     def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
@@ -38,46 +51,57 @@ class Flags(argparse.ArgumentParser):
             exit_on_error=False,
             argument_default=argparse.SUPPRESS,
         )
-        self._flags: dict[str, _Flag] = {}
-        self._words: dict[str, _Flag] = {}
+        self._flags: dict[str, Reader] = {}
+        self._words: dict[str, Reader] = {}
+        self._default_of: dict[str, Any] = {}
 
-    def add(
-        self, flag: str, kind: Any, default: Any = REQUIRED, help: str = "", *, repeated: bool = False
-    ) -> None:
-        """Add a flag such as "--out" of a kind of setting. `repeated`: each use of it adds to its list."""
-        self._flags[flag] = _Flag(kind, default)
-        options: dict[str, Any] = {"help": _with_default(help, default), "metavar": settings.symbol(kind)}
-        if settings.is_list(kind):
-            options |= {"nargs": "+", "action": "extend" if repeated else "store"}
-        elif settings.is_truth(kind):
-            options |= {"nargs": "?", "const": "true"}
-        self.add_argument(flag, **options)
+    def add(self, flag: str, reader: Reader, default: Any = None, help: str = "", **options: Any) -> None:
+        """Add a flag such as "--out"; the options are those of argparse."""
+        self._flags[flag], self._default_of[flag] = reader, default
+        help = f"{help}: {reader.expected}" if help else reader.expected
+        self.add_argument(flag, help=_with_default(help, default).replace("%", "%%"), **options)
 
-    def add_word(self, name: str, kind: Any, help: str) -> None:
-        """Add a word that has to be given without a flag."""
-        self._words[name] = _Flag(kind, REQUIRED)
-        self.usage = f"%(prog)s {' '.join(word.upper() for word in self._words)} [--flag value ...]"
-        self.description = f"{self.description}. {name.upper()}: {help}"
+    def add_switch(self, flag: str, help: str) -> None:
+        """Add a flag that takes no word, and is true where it stands."""
+        self._default_of[flag] = False
+        self.add_argument(flag, action="store_true", help=help)
+
+    def add_setting(self, flag: str, kind: Any, default: Any = REQUIRED, help: str = "") -> None:
+        """Add a flag of a kind of setting."""
+        from mrcn_fast.reid import settings
+
+        options: dict[str, Any] = {"nargs": "+"} if settings.is_list(kind) else {}
+        if settings.is_truth(kind):
+            options = {"nargs": "?", "const": "true"}
+        self.add(flag, _reader(kind), default, help, **options)
 
     def add_of(self, source: Callable[..., Any], *, skip: Collection[str] = ()) -> None:
         """Add the flags of a function's arguments or a dataclass's fields, with their docstring's help."""
+        from mrcn_fast.reid import settings
+
         kinds, helps = settings.kinds_of(source), _helps(source)
         for name, parameter in inspect.signature(source).parameters.items():
             if name not in skip:
-                self.add(_flag_of(name), kinds[name], parameter.default, helps.get(name, ""))
+                self.add_setting(_flag_of(name), kinds[name], parameter.default, helps.get(name, ""))
+
+    def add_word(self, name: str, kind: Any, help: str) -> None:
+        """Add a word of a kind of setting that has to be given without a flag."""
+        self._words[name] = _reader(kind)
+        self.usage = f"%(prog)s {' '.join(word.upper() for word in self._words)} [--flag value ...]"
+        self.description = f"{self.description}. {name.upper()}: {help}"
 
     def values(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """The value of each flag and word by its name with underscores: the given or the default one.
 
         Ends the process with status 2 after telling what is wrong, and with 0 after --help.
         """
-        given = self.given(argv)
-        for flag, (kind, default) in self._flags.items():
+        values = self.given(argv)
+        for flag, default in self._default_of.items():
             if default is not REQUIRED:
-                given.setdefault(_name_of(flag), default)
-            elif _name_of(flag) not in given:
-                self.error(f"{flag} is missing: give {flag} and {settings.expected(kind)}")
-        return given
+                values.setdefault(_name_of(flag), default)
+            elif _name_of(flag) not in values:
+                self.error(f"{flag} is missing: give {flag} and {self._flags[flag].expected}")
+        return values
 
     def given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """The values of those flags and words that `argv` (by default the process's arguments) has."""
@@ -85,11 +109,12 @@ class Flags(argparse.ArgumentParser):
         try:
             found, rest = self.parse_known_args(self._with_negatives(written))
         except argparse.ArgumentError as error:
-            self._refuse_without_value(str(error.argument_name))
-        try:
-            return self._read_flags(vars(found)) | self._read_words(rest)
-        except settings.SettingError as error:
-            self.error(str(error))
+            self._refuse_count(str(error.argument_name), error.message)
+        values: dict[str, Any] = {}
+        for name, words in vars(found).items():
+            flag = _flag_of(name)
+            values[name] = self._read(flag, self._flags[flag], words) if flag in self._flags else words
+        return values | self._read_words(rest)
 
     def error(self, message: str) -> NoReturn:
         """End the process with status 2 and the message on stderr."""
@@ -104,49 +129,115 @@ class Flags(argparse.ArgumentParser):
         """The words with a flag and a negative number after it as one: argparse takes -1e-3 for a flag."""
         joined: list[str] = []
         for word in words:
-            before = self._flags.get(joined[-1]) if joined else None
-            if before is not None and re.match(r"-[.\d]", word) and not settings.is_list(before.kind):
+            if joined and joined[-1] in self._flags and re.match(r"-[.\d]", word):
                 joined[-1] += f"={word}"
             else:
                 joined.append(word)
         return joined
 
-    def _read_flags(self, texts: Mapping[str, str | list[str]]) -> dict[str, Any]:
-        values = {}
-        for name, text in texts.items():
-            flag = _flag_of(name)
-            values[name] = settings.read(
-                self._flags[flag].kind, [text] if isinstance(text, str) else text, flag
-            )
-        return values
-
     def _read_words(self, rest: Sequence[str]) -> dict[str, Any]:
-        strange = [word for word in rest if word.startswith("-") and word != "-"]
-        if strange:
+        if strange := [word for word in rest if word.startswith("-") and word != "-"]:
             self._refuse_unknown(strange[0])
         if len(rest) > len(self._words):
-            self.error(f"got {settings.shown(rest[-1])}, which belongs to no flag; {self._see_help()}")
-        if len(rest) < len(self._words):
-            name = list(self._words)[len(rest)]
-            self.error(f"{name.upper()} is missing: give {settings.expected(self._words[name].kind)}")
-        return {
-            name: settings.read(word.kind, [text], name.upper())
-            for (name, word), text in zip(self._words.items(), rest, strict=True)
-        }
+            self.error(f"got {reprlib.repr(rest[-1])}, which belongs to no flag; {self._see_help()}")
+        for name, reader in list(self._words.items())[len(rest) :]:
+            self.error(f"{name.upper()} is missing: give {reader.expected}")
+        readers = zip(self._words.items(), rest, strict=True)
+        return {name: self._read(name.upper(), reader, word) for (name, reader), word in readers}
+
+    def _read(self, name: str, reader: Reader, words: str | list[str]) -> Any:
+        try:
+            one = reader.whole or isinstance(words, str)
+            return reader.read(words) if one else tuple(map(reader.read, words))
+        except ValueError as error:
+            written = " ".join(map(_written, [words] if isinstance(words, str) else words))
+            self.error(f"got {name} {written}, expected {error}")
+
+    def _refuse_count(self, name: str, message: str) -> NoReturn:
+        """Say in other words than argparse's that a flag has too few words behind it, or one too many."""
+        if name not in self._flags or message.startswith("ignored"):
+            self.error(f"got {name} with a value, which it doesn't take")
+        expected, count = self._flags[name].expected, re.search(r"\d+", message)
+        if count:
+            self.error(f"got {name} with another number of values, expected {count[0]}, each {expected}")
+        self.error(f"got {name} without a value, expected {expected}")
 
     def _refuse_unknown(self, word: str) -> NoReturn:
         flag = word.partition("=")[0]
-        near = difflib.get_close_matches(flag, self._flags, 1, cutoff=0.7)
+        near = difflib.get_close_matches(flag, self._default_of, 1, cutoff=0.7)
         meant = f"did you mean {near[0]}? " if near else ""
         self.error(f"got {flag}, which {self.prog} doesn't have; {meant}{self._see_help()}")
 
-    def _refuse_without_value(self, flag: str) -> NoReturn:
-        if flag not in self._flags:
-            self.error(f"got {flag} with a value, which it doesn't take")
-        self.error(f"got {flag} without a value, expected {settings.expected(self._flags[flag].kind)}")
-
     def _see_help(self) -> str:
         return f"`{self.prog} --help` lists the flags"
+
+
+def one_of(names: Collection[str]) -> Reader:
+    """Reads one of some names."""
+    expected = f"one of {', '.join(names)}"
+
+    def read(word: str) -> str:
+        if word not in names:
+            raise ValueError(expected)
+        return word
+
+    return Reader(read, expected)
+
+
+def number(kind: type[int] | type[float], least: float, most: float) -> Reader:
+    """Reads a number from `least` to `most`."""
+    expected = f"{'an integer' if kind is int else 'a number'} from {least} to {most}"
+
+    def read(word: str) -> float:
+        try:
+            value = kind(word)
+        except ValueError:
+            raise ValueError(expected) from None
+        if not least <= value <= most:  # nor NaN
+            raise ValueError(expected)
+        return value
+
+    return Reader(read, expected)
+
+
+def path_text(word: str) -> str:
+    """A path; a leading ~ becomes the home folder. Raises ValueError saying what was expected."""
+    if not word:
+        raise ValueError("a path that is not empty")
+    if "\0" in word:
+        raise ValueError("a path without the character NUL")
+    try:
+        os.fsencode(word)
+    except UnicodeEncodeError:
+        raise ValueError("a path whose characters the file system has") from None
+    return os.path.expanduser(word)
+
+
+def device_name(word: str) -> str:
+    """The name of a device to measure on. Raises ValueError saying what was expected."""
+    try:
+        known = word == "cpu" or torch.device(word).type == "cuda"
+    except RuntimeError:
+        known = False
+    if not known:
+        raise ValueError(DEVICE.expected)
+    return word
+
+
+PATH: Final = Reader(lambda word: Path(path_text(word)), "a path")
+DEVICE: Final = Reader(device_name, "cpu, cuda or cuda:N")
+TEXT: Final = Reader(str, "text")
+
+
+def _reader(kind: Any) -> Reader:
+    from mrcn_fast.reid import settings
+
+    return Reader(partial(settings.read, kind), settings.expected(kind), whole=True)
+
+
+def _written(word: str) -> str:
+    """A word as it was written, but for one that is long or hard to see."""
+    return word if word.strip() == word != "" and len(word) <= 80 else reprlib.repr(word)
 
 
 def _flag_of(name: str) -> str:
@@ -162,18 +253,16 @@ def _with_dashes(word: str) -> str:
 
 
 def _with_default(help: str, default: Any) -> str:
-    said = ""
     if default is REQUIRED:
-        said = "(required)"
-    elif default not in (None, "", ()) and default is not False:
-        said = f"(default {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
-    return f"{help} {said}".strip().replace("%", "%%")
+        return f"{help} (required)"
+    if default in (None, "", ()) or default is False:
+        return help
+    return f"{help} (default {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
 def _helps(source: Callable[..., Any]) -> dict[str, str]:
     """What the docstrings say of a function's arguments or a dataclass's fields."""
-    # Of [reid]; the commands that need torch alone have no such flags.
-    import docstring_parser
+    import docstring_parser  # of [reid]
 
     if inspect.isclass(source):
         document = docstring_parser.parse_from_object(source)

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 
-from mrcn_fast.flags import Flags
-from mrcn_fast.settings import OneOf, Range
+from mrcn_fast.flags import DEVICE, PATH, REQUIRED, TEXT, Flags, number, one_of
+from mrcn_fast.reid.kinds import OneOf, Pair, PathText, Several, Weight
+
+Size = Pair[Weight]
 
 
 def flags() -> Flags:
     made = Flags("try", "try flags")
-    made.add("--out", Path, help="a folder")
-    made.add("--image-size", tuple[int, int], (64, 32), "100 % of it")
-    made.add("--lr", Annotated[float, Range(0)], 0.1)
-    made.add("--skip-unreadable", bool, False)
-    made.add("--dtype", list[Annotated[str, OneOf(("fp32", "bf16"))]], None, repeated=True)
-    made.add("--places", Sequence[str], ())
+    made.add_setting("--out", PathText, help="a folder")
+    made.add_setting("--image-size", Size, (64, 32), "100 % of it")
+    made.add_setting("--lr", Weight, 0.1)
+    made.add_setting("--skip-unreadable", bool, False)
+    made.add("--dtype", one_of(("fp32", "bf16")), None, nargs="+", action="extend")
+    made.add_setting("--places", Several[str], ())
     return made
 
 
@@ -44,7 +45,7 @@ DEFAULTS: dict[str, Any] = {
 )
 def test_how_flags_may_be_written(words: str, given: dict[str, Any]) -> None:
     assert flags().given(words.split()) == given
-    assert flags().values(["--out", "x", *words.split()]) == DEFAULTS | {"out": Path("x")} | given
+    assert flags().values(["--out", "x", *words.split()]) == DEFAULTS | {"out": "x"} | given
 
 
 @pytest.mark.parametrize(
@@ -52,12 +53,12 @@ def test_how_flags_may_be_written(words: str, given: dict[str, Any]) -> None:
     [
         ("", "--out is missing: give --out and a path"),
         ("--out", "got --out without a value, expected a path"),
-        ("--places --out x", "got --places without a value, expected a list of texts"),
-        ("--out x --image-size 3", "got --image-size 3, expected 2 integers"),
-        ("--out x --lr -1e-3", "got --lr -1e-3, expected at least 0"),
+        ("--places --out x", "got --places without a value, expected a list of values, each text"),
+        ("--out x --image-size 3", "got --image-size 3, expected 2 values, each a number of at least 0, sep"),
+        ("--out x --lr -1e-3", "got --lr -1e-3, expected a number of at least 0"),
         ("--out x --lr -inf", "got --lr without a value"),
         ("--out x --skip-unreadable maybe", "got --skip-unreadable maybe, expected true or false"),
-        ("--out x --dtype fp64", "expected a list of values, each one of fp32, bf16"),
+        ("--out x --dtype fp64", "got --dtype fp64, expected one of fp32, bf16"),
         (
             "--out x --colour red",
             "got --colour, which mrcn-fast try doesn't have; `mrcn-fast try --help` lists",
@@ -80,7 +81,7 @@ def test_wrong_flags_are_refused(words: str, told: str, capsys: pytest.CaptureFi
 def test_words_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     made = Flags("try", "try words")
     made.add_word("table", Annotated[str, OneOf(("1", "2"))], "which one")
-    made.add("--out", str, None)
+    made.add("--out", TEXT)
     for words in (["2", "--out", "x"], ["--out", "x", "2"]):
         assert made.values(words) == {"table": "2", "out": "x"}
     for wrong, told in (
@@ -97,6 +98,49 @@ def test_help_has_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
         flags().values(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
     assert end.value.code == 0
-    assert "--out PATH a folder (required)" in printed
-    assert "100 % of it (default 64 32)" in printed
-    assert "{fp32,bf16}" in printed and "--lr NUMBER (default 0.1)" in printed
+    assert "--out OUT a folder: a path (required)" in printed
+    assert "100 % of it: 2 values, each a number of at least 0 (default 64 32)" in printed
+    assert "one of fp32, bf16" in printed and "--lr LR a number of at least 0 (default 0.1)" in printed
+
+
+def plain() -> Flags:
+    """Flags that need torch alone."""
+    made = Flags("try", "try plain flags")
+    made.add("--out", PATH, REQUIRED)
+    made.add("--device", DEVICE, "cpu")
+    made.add("--seconds", number(float, 0, 10), 8.0)
+    made.add("--workers", number(int, 1, 4), 1)
+    made.add("--compare", PATH, nargs=2)
+    made.add_switch("--list", "list")
+    return made
+
+
+def test_plain_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/ann")
+    found = plain().values(
+        ["--out", "~/x", "--device", "cuda:1", "--seconds", "1e-1", "--compare", "a", "b", "--list"]
+    )
+    assert found == {
+        "out": Path("/home/ann/x"), "device": "cuda:1", "seconds": 0.1, "workers": 1,
+        "compare": (Path("a"), Path("b")), "list": True,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("", "--out is missing: give --out and a path"),
+        ("--out=", "got --out '', expected a path that is not empty"),
+        ("--out x --device tpu", "got --device tpu, expected cpu, cuda or cuda:N"),
+        ("--out x --seconds nan", "got --seconds nan, expected a number from 0 to 10"),
+        ("--out x --seconds -1", "got --seconds -1, expected a number from 0 to 10"),
+        ("--out x --workers 1.5", "got --workers 1.5, expected an integer from 1 to 4"),
+        ("--out x --compare a", "got --compare with another number of values, expected 2, each a path"),
+        ("--out x --list=yes", "got --list with a value, which it doesn't take"),
+        ("--out x --liste", "did you mean --list?"),
+    ],
+)
+def test_wrong_plain_flags(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        plain().values(words.split())
+    assert told in capsys.readouterr().err

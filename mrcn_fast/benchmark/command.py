@@ -8,7 +8,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final
 
 import torch
 
@@ -28,31 +28,14 @@ from mrcn_fast.benchmark.timing import (
     peak_bytes,
     saved_bytes,
 )
-from mrcn_fast.flags import Flags
+from mrcn_fast.flags import DEVICE, PATH, TEXT, Flags, number, one_of
 from mrcn_fast.outputs import check_file, check_folder
-from mrcn_fast.settings import OneOf, Range
 
 PAGES: Final = {"warm": keep_pages_warm, "fresh": keep_pages_fresh}
 
 
-class _DeviceRule(NamedTuple):
-    """Text that names a device that can be measured."""
-
-    def holds(self, value: str) -> bool:
-        try:
-            return value == "cpu" or torch.device(value).type == "cuda"
-        except RuntimeError:
-            return False
-
-    def of(self, kind: str) -> str:
-        return str(self)
-
-    def __str__(self) -> str:
-        return "cpu, cuda or cuda:N"
-
-
-Device = Annotated[str, _DeviceRule()]
-Seconds = Annotated[float, Range(0, 86_400)]
+# A day is more than anybody measures a case for.
+SECONDS: Final = number(float, 0, 86_400)
 
 
 def flags() -> Flags:
@@ -62,41 +45,34 @@ def flags() -> Flags:
         "`mrcn-fast bench --step` times whole training steps, `--scorer` the retrieval scores, "
         "`--loader DATA` the images; each has --help of its own.",
     )
-    options.add("--suite", Annotated[str, OneOf(tuple(cases.SUITES))], "table")
-    options.add("--device", Device, "cpu", "cpu, or cuda, with cases of its own")
-    options.add(
-        "--dtype",
-        list[Annotated[str, OneOf(tuple(cases.DTYPES))]],
-        None,
-        "only this dtype; may be given again; none: all",
-        repeated=True,
-    )
-    options.add("--only", str, "", "cases whose name contains this")
-    options.add("--seconds", Seconds, 8.0, "measuring time of a case")
+    options.add("--suite", one_of(tuple(cases.SUITES)), "table")
+    options.add("--device", DEVICE, "cpu", "cuda has cases of its own")
+    dtypes = one_of(tuple(cases.DTYPES))
+    options.add("--dtype", dtypes, None, "only these; all where left out", nargs="+", action="extend")
+    options.add("--only", TEXT, "", "cases whose name contains this")
+    options.add("--seconds", SECONDS, 8.0, "measuring time of a case")
     options.add(
         "--pages",
-        Annotated[str, OneOf(tuple(PAGES))],
+        one_of(tuple(PAGES)),
         "warm",
         "the C library keeps all memory for the next tensors (warm), or large ones get new pages each time "
         "(fresh), but for the fused outputs, whose memory mrcn_fast keeps",
     )
     options.add(
         "--workers",
-        Annotated[int, Range(1, 1024)],
+        number(int, 1, 1024),
         1,
         "check and compile the cases in so many processes side by side, then time them one by one; their "
-        "tensors stay that long; 1: each is prepared and timed in turn",
+        "tensors stay that long; 1 prepares and times each in turn",
     )
-    options.add("--out", Path, None, "append the results to this file as JSON lines")
-    options.add("--list", bool, False, "print the cases' names and stop")
-    options.add("--table", Path, None, "measure nothing: print a file's newest results as Markdown")
+    options.add("--out", PATH, None, "append the results to this file as JSON lines")
+    options.add_switch("--list", "print the cases' names and stop")
+    options.add("--table", PATH, None, "measure nothing; print a file's newest results as Markdown")
+    options.add("--compare", PATH, None, "measure nothing; say which cases moved between two files", nargs=2)
     options.add(
-        "--compare", tuple[Path, Path], None, "measure nothing: say which cases moved between two files"
+        "--report", PATH, None, "measure nothing; draw files' results, as PNG and a page of HTML", nargs="+"
     )
-    options.add(
-        "--report", list[Path], None, "measure nothing: draw files' results, PNG charts and a page of HTML"
-    )
-    options.add("--to", Path, Path("runs/bench"), "the report's folder")
+    options.add("--to", PATH, Path("runs/bench"), "the report's folder")
     return options
 
 

@@ -8,13 +8,13 @@ import json
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
 
-from mrcn_fast import backends, settings
+from mrcn_fast import backends
 from mrcn_fast.benchmark.cases import AUTOTUNED
 from mrcn_fast.benchmark.timing import Case, Cost, Growth, Timing
 from mrcn_fast.files import append
@@ -161,20 +161,11 @@ def write(file: Path, *lines: Line) -> None:
     append(file, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
 
 
-class Result(TypedDict):
-    """What every result line has, of those that tables and charts read."""
+def read(file: Path, check: Callable[[Any], Line], expected: str) -> list[Line]:
+    """The lines of a file of results; `expected` says for messages what the file should be.
 
-    case: str
-    date: str
-    torch: str
-    ms: dict[str, list[float]]
-    ratios: dict[str, float]
-
-
-def read(file: Path, kind: type, expected: str) -> list[Line]:
-    """The lines of a file of results, each of a `TypedDict`; `expected` says for messages what it should be.
-
-    Raises ValueError naming the file, the line and what is wrong with it.
+    `check` returns a line that fits and raises ValueError for another one. Raises ValueError naming the file,
+    the line and what is wrong with it.
     """
     if not file.is_file():
         raise ValueError(
@@ -189,12 +180,35 @@ def read(file: Path, kind: type, expected: str) -> list[Line]:
     lines: list[Line] = []
     for number, text in enumerate(texts, start=1):
         try:
-            lines.append(settings.checked(kind, json.loads(text), "result"))
-        except settings.SettingError as error:
-            raise ValueError(f"{file}: expected {expected}; in line {number} {error}") from None
+            line = json.loads(text)
         except (ValueError, RecursionError):
             raise ValueError(f"{file}: expected {expected}; found no JSON in line {number}") from None
+        try:
+            lines.append(check(line))
+        except ValueError as error:
+            raise ValueError(f"{file}: expected {expected}; in line {number} {error}") from None
     return lines
+
+
+def _checked(line: Any) -> Line:
+    """A line with what tables and charts read of every one. Raises ValueError naming what it lacks."""
+    if not isinstance(line, dict):
+        raise ValueError("got no values by name")
+    for name in ("case", "date", "torch"):
+        if not isinstance(line.get(name), str):
+            raise ValueError(f"got no text as {name}")
+    ratios, times = line.get("ratios"), line.get("ms")
+    if not isinstance(ratios, dict) or not _are_numbers(ratios.values()):
+        raise ValueError("got no numbers by name as ratios")
+    if not isinstance(times, dict) or not all(
+        isinstance(row, list) and _are_numbers(row) for row in times.values()
+    ):
+        raise ValueError("got no lists of numbers by name as ms")
+    return line
+
+
+def _are_numbers(values: Iterable[object]) -> bool:
+    return all(type(value) in (int, float) for value in values)
 
 
 def newest(*files: Path) -> dict[str, dict[str, Line]]:
@@ -205,7 +219,7 @@ def newest(*files: Path) -> dict[str, dict[str, Line]]:
     expected = "result lines, as --out writes them"
     found: dict[str, dict[str, Line]] = {}
     for file in files:
-        lines = [line for line in read(file, Result, expected) if "fused" in line["ms"]]
+        lines = [line for line in read(file, _checked, expected) if "fused" in line["ms"]]
         if not lines:
             raise ValueError(f"{file}: expected {expected}; found none of kernels")
         for line in lines:

@@ -15,20 +15,23 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import torch
 from lightning_fabric.utilities import move_data_to_device
+from pydantic import Field, FiniteFloat, InstanceOf, WithJsonSchema
 from torch import Tensor, nn
 
 from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.data.sampler import batches_of_epoch
 from mrcn_fast.reid.data.samples import PersonDataset, Sample, TrainingSet
+from mrcn_fast.reid.kinds import Count, CountOrZero, Weight
+from mrcn_fast.reid.messages import refused, shown
 from mrcn_fast.reid.metrics import LINE
 from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.optimizer import make_optimizer
-from mrcn_fast.reid.schema import SchemaError, Words, check, conform, shown, unlike
+from mrcn_fast.reid.settings import SettingError, checked, record
 from mrcn_fast.reid.stored import StoredError, read_torch
 
 FORMAT = 4
@@ -161,7 +164,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     content = _read(path)
     try:
         checkpoint = _conforming(content)
-    except SchemaError as error:
+    except SettingError as error:
         raise CheckpointError(f"{path}: this checkpoint was damaged or edited: {error}") from error
     found = _digests(content)
     if changed := [name for name, digest in found.items() if content["digest"][name] != digest]:
@@ -220,26 +223,39 @@ def _without_tensors(value: object, tensors: list[Tensor]) -> object:
     return value
 
 
-# The schema of a checkpoint: the types of its fields, and below what they must hold besides.
-_SHAPES = {
-    "format": int,
-    "digest": dict.fromkeys(Checkpoint._fields, str),
-    "config": dict[str, Any],
-    "data": DataIdentity,
-    "weights": str | None,
-    "model": dict[str, Tensor],
-    "optimizer": {"state": Any, "param_groups": Any},
-    "scaler": dict[str, Any],
-    "random": {"torch": Tensor, "cuda": tuple[Tensor, ...], "python": tuple[Any, ...]},
-    "step": int,
-    "epoch": int,
-    "batch": int,
-    "metrics": dict[str, Any],
-}
-_SCALER = {
-    "scale": float, "growth_factor": float, "backoff_factor": float, "growth_interval": int,
-    "_growth_tracker": int,
-}  # fmt: skip
+_AnyTensor = Annotated[InstanceOf[Tensor], WithJsonSchema({"format": "tensor"})]
+
+# The kind of a checkpoint: the types of its fields. What they must hold besides is checked below.
+_STORED = record(
+    "checkpoint",
+    {
+        "format": int,
+        "digest": record("digest", dict.fromkeys(Checkpoint._fields, str)),
+        "config": dict[str, Any],
+        "data": record("data", get_type_hints(DataIdentity)),
+        "weights": str | None,
+        "model": dict[str, _AnyTensor],
+        "optimizer": record("optimizer", {"state": Any, "param_groups": list[dict[str, Any]]}),
+        "scaler": dict[str, Any],
+        "random": record("random", {"torch": _AnyTensor, "cuda": list[_AnyTensor], "python": Any}),
+        "step": int,
+        "epoch": int,
+        "batch": int,
+        "metrics": dict[str, Any],
+    },
+)
+_ABOVE_ZERO = Annotated[FiniteFloat, Field(ge=sys.float_info.min)]
+_SCALER = record(
+    "scaler",
+    {
+        "scale": _ABOVE_ZERO,
+        "growth_factor": _ABOVE_ZERO,
+        "backoff_factor": _ABOVE_ZERO,
+        "growth_interval": Count,
+        "_growth_tracker": CountOrZero,
+    },
+)
+_MOMENTUM = record("momentum", {"momentum_buffer": Any})
 # What `make_optimizer` sets; a later torch may have more.
 _GROUP = ("params", "scale", "lr", "momentum", "weight_decay", "nesterov")
 _CUDA_STATE = 16  # bytes: seed and offset
@@ -247,15 +263,16 @@ _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def _conforming(content: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of a file's dictionary. Raises SchemaError at the first value that can't be one's."""
-    values = conform(content, _SHAPES, "")
+    """The checkpoint of a file's dictionary. Raises SettingError at the first value that can't be one's."""
+    values = checked(_STORED, content, "")
     values["config"] = _config(values["config"])
+    values["data"] = DataIdentity(**values["data"])
     checkpoint = Checkpoint(**{name: values[name] for name in Checkpoint._fields})
     _check_identity(checkpoint)
     _check_place(checkpoint)
     parts = sum(name.endswith("classifier.weight") for name in checkpoint.model)
-    check(
-        checkpoint.config.parts == parts, "config.parts", f"{parts}, as in the model", checkpoint.config.parts
+    _check(
+        checkpoint.config.parts == parts, "config.parts", checkpoint.config.parts, f"{parts}, as in the model"
     )
     try:
         # On no device: names, shapes and types alone.
@@ -263,7 +280,7 @@ def _conforming(content: Mapping[str, Any]) -> Checkpoint:
             network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
         optimizer = make_optimizer(network, checkpoint.config)
     except ValueError as error:
-        raise SchemaError(f"config: {error}") from error
+        raise SettingError(f"config: {error}") from error
     _check_weights(checkpoint.model, network.state_dict())
     _check_optimizer(checkpoint.optimizer, optimizer)
     _check_scaler(checkpoint)
@@ -271,29 +288,31 @@ def _conforming(content: Mapping[str, Any]) -> Checkpoint:
     return checkpoint
 
 
+def _check(holds: bool, place: str, value: object, expected: str) -> None:
+    if not holds:
+        raise SettingError(refused(place, value, expected))
+
+
 def _config(values: dict[str, Any]) -> TrainConfig:
-    hints = get_type_hints(TrainConfig)
-    for name in values.keys() & hints.keys():
-        conform(values[name], hints[name], f"config.{name}")
     try:
         return TrainConfig.from_dict(values)
     except ConfigError as error:
-        raise SchemaError(f"config: {error}") from error
+        raise SettingError(f"config: {error}") from error
 
 
 def _check_identity(checkpoint: Checkpoint) -> None:
     config, data = checkpoint.config, checkpoint.data
-    check(data.name == config.dataset, "data.name", repr(config.dataset), data.name)
-    check(data.split == config.split, "data.split", str(config.split), data.split)
-    check(_DIGEST.fullmatch(data.fingerprint) is not None, "data.fingerprint", "a SHA-256", data.fingerprint)
+    _check(data.name == config.dataset, "data.name", data.name, repr(config.dataset))
+    _check(data.split == config.split, "data.split", data.split, str(config.split))
+    _check(_DIGEST.fullmatch(data.fingerprint) is not None, "data.fingerprint", data.fingerprint, "a SHA-256")
     people = list(data.identities)
-    check(people != [] and people == sorted(set(people)), "data.identities", "ascending numbers", people)
-    check(min(data.images) > 0, "data.images", "at least one of each modality", data.images)
+    _check(people != [] and people == sorted(set(people)), "data.identities", people, "ascending numbers")
+    _check(min(data.images) > 0, "data.images", data.images, "at least one of each modality")
     began, digest = config.weights, checkpoint.weights
     if began is None:
-        check(digest is None, "weights", "none, as in the configuration", digest)
+        _check(digest is None, "weights", digest, "none, as in the configuration")
     else:
-        check(_DIGEST.fullmatch(digest or "") is not None, "weights", f"the SHA-256 of {began}", digest)
+        _check(_DIGEST.fullmatch(digest or "") is not None, "weights", digest, f"the SHA-256 of {began}")
 
 
 def _check_place(checkpoint: Checkpoint) -> None:
@@ -301,82 +320,85 @@ def _check_place(checkpoint: Checkpoint) -> None:
     config, step, epoch, batch = checkpoint.config, checkpoint.step, checkpoint.epoch, checkpoint.batch
     pairs = config.identities * config.images
     batches = config.batches or batches_of_epoch(max(checkpoint.data.images), pairs)
-    check(0 <= batch < batches, "batch", f"0 to {batches - 1}, a batch of an epoch", batch)
-    check(0 <= epoch <= config.epochs, "epoch", f"0 to {config.epochs}, an epoch of the run", epoch)
+    _check(0 <= batch < batches, "batch", batch, f"0 to {batches - 1}, a batch of an epoch")
+    _check(0 <= epoch <= config.epochs, "epoch", epoch, f"0 to {config.epochs}, an epoch of the run")
     # Where images were left out, an epoch may have fewer batches than it has by their number.
     least = epoch * (1 if config.skip_unreadable and config.batches is None else batches) + batch
     most = min(epoch * batches + batch, config.steps or sys.maxsize)
     expected = f"{least}" if least == most else f"{least} to {most}"
-    check(least <= step <= most, "step", f"{expected}, after {epoch} epochs and {batch} batches", step)
+    _check(least <= step <= most, "step", step, f"{expected}, after {epoch} epochs and {batch} batches")
     if checkpoint.metrics:
-        line = conform(checkpoint.metrics, LINE, "metrics")
-        check(0 < line["step"] <= step, "metrics.step", f"1 to {step}", line["step"])
-        check(0 <= line["epoch"] <= epoch, "metrics.epoch", f"0 to {epoch}", line["epoch"])
+        line = checked(LINE, checkpoint.metrics, "metrics")
+        _check(0 < line["step"] <= step, "metrics.step", line["step"], f"1 to {step}")
+        _check(0 <= line["epoch"] <= epoch, "metrics.epoch", line["epoch"], f"0 to {epoch}")
 
 
 def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    conform(found, dict.fromkeys(expected, Tensor), "model")
     for name, tensor in found.items():
-        _check_tensor(tensor, expected[name], f"model.{name}")
-        if name.endswith(("running_var", "num_batches_tracked")):
-            check(bool((tensor >= 0).all()), f"model.{name}", "no negative values", Words("some"))
+        _check(name in expected, f"model.{name}", tensor, "no value of this name")
+    for name, wanted in expected.items():
+        if name not in found:
+            raise SettingError(f"got no model.{name}, expected {_described(wanted)}")
+        _check_tensor(found[name], wanted, f"model.{name}")
+        if name.endswith(("running_var", "num_batches_tracked")) and bool((found[name] < 0).any()):
+            raise SettingError(f"got model.{name} with values below 0, expected none")
 
 
 def _check_tensor(found: object, expected: Tensor, place: str) -> None:
-    wanted = f"{expected.dtype}, shape {tuple(expected.shape)}"
-    if not isinstance(found, Tensor) or (found.layout, found.device.type) != (torch.strided, "cpu"):
-        raise unlike(place, f"a tensor of {wanted}", found)
-    check((found.dtype, found.shape) == (expected.dtype, expected.shape), place, wanted, found)
-    check(all_finite(found), place, "finite values", Words("others"))
+    wanted = (expected.dtype, expected.shape, torch.strided, "cpu")
+    if not isinstance(found, Tensor) or (found.dtype, found.shape, found.layout, found.device.type) != wanted:
+        raise SettingError(refused(place, found, _described(expected)))
+    if not all_finite(found):
+        raise SettingError(f"got {place} with values that are not finite, expected finite ones")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"a dense tensor of {tensor.dtype} {tuple(tensor.shape)} on the CPU"
 
 
 def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    expected = optimizer.state_dict()["param_groups"]
-    groups = conform(found["param_groups"], tuple[Any, ...], "optimizer.param_groups")
-    check(len(groups) == len(expected), "optimizer.param_groups", f"{len(expected)} of them", groups)
+    expected, groups = optimizer.state_dict()["param_groups"], found["param_groups"]
+    _check(len(groups) == len(expected), "optimizer.param_groups", groups, f"{len(expected)} of them")
     for number, (group, own) in enumerate(zip(groups, expected, strict=True)):
         _check_group(group, own, f"optimizer.param_groups[{number}]")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    state = found["state"]
-    check(isinstance(state, Mapping), "optimizer.state", "values by parameter", state)
-    for key, values in state.items():
-        place = f"optimizer.state[{key!r}]"
-        check(type(key) is int and 0 <= key < len(parameters), place, f"{len(parameters)} parameters", key)
-        momentum = conform(values, {"momentum_buffer": Any}, place)["momentum_buffer"]
+    for key, values in checked(dict[int, Any], found["state"], "optimizer.state").items():
+        place = f"optimizer.state[{key}]"
+        momentum = checked(_MOMENTUM, values, place)["momentum_buffer"]
+        _check(0 <= key < len(parameters), place, values, f"one of {len(parameters)} parameters")
         if momentum is not None:
             _check_tensor(momentum, parameters[key], f"{place}.momentum_buffer")
 
 
-def _check_group(found: object, expected: Mapping[str, Any], place: str) -> None:
+def _check_group(values: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
     """All values are the configuration's, but for the learning rate, which the schedule moves."""
-    values = conform(found, dict[str, Any], place)
     for name in values.keys() | set(_GROUP):
         there = values.get(name)
         if name == "lr":
-            check(conform(there, float, f"{place}.lr") >= 0, f"{place}.lr", "no negative number", there)
+            checked(Weight, there, f"{place}.lr")
             continue
         wanted = expected.get(name, "nothing")
-        check(type(there) is type(wanted) and there == wanted, f"{place}.{name}", f"{wanted!r}", there)
+        _check(type(there) is type(wanted) and there == wanted, f"{place}.{name}", there, f"{wanted!r}")
 
 
 def _check_scaler(checkpoint: Checkpoint) -> None:
-    shapes = _SCALER if checkpoint.config.precision == "16-mixed" else {}
-    for name, value in conform(checkpoint.scaler, shapes, "scaler").items():
-        least = 0 if name == "_growth_tracker" else sys.float_info.min
-        check(value >= least, f"scaler.{name}", f"at least {least}", value)
+    if checkpoint.config.precision == "16-mixed":
+        checked(_SCALER, checkpoint.scaler, "scaler")
+    else:
+        _check(not checkpoint.scaler, "scaler", checkpoint.scaler, "nothing in it: only 16-mixed has one")
 
 
 def _check_random(state: Mapping[str, Any]) -> None:
     try:
         torch.Generator().set_state(state["torch"])
-    except (RuntimeError, TypeError) as error:
-        raise unlike("random.torch", "a state of torch's generator", state["torch"]) from error
+    except (RuntimeError, TypeError):
+        _check(False, "random.torch", state["torch"], "a state of torch's generator")
     for place, tensor in enumerate(state["cuda"]):
         _check_tensor(tensor, torch.empty(_CUDA_STATE, dtype=torch.uint8), f"random.cuda[{place}]")
     try:
         random.Random().setstate(_python_state(state["python"]))
-    except (TypeError, ValueError, OverflowError) as error:
-        raise unlike("random.python", "a state of Python's generator", state["python"]) from error
+    except (TypeError, ValueError, OverflowError):
+        _check(False, "random.python", state["python"], "a state of Python's generator")
 
 
 def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) -> None:
@@ -427,7 +449,7 @@ def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -
     """Load all of a checkpoint's weights. Raises CheckpointError for a network of another architecture."""
     try:
         _check_weights(state, model.state_dict())
-    except SchemaError as error:
+    except SettingError as error:
         raise CheckpointError(f"{path}: this checkpoint is of another architecture: {error}") from error
     model.load_state_dict(state)
 

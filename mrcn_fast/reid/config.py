@@ -6,34 +6,40 @@ Each field says where its value comes from: "paper" (its Implementation Details 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Final, Literal
 
-from mrcn_fast import settings
-from mrcn_fast.checks import RESTITUTE_TO
-from mrcn_fast.dispatch import NAMES
-from mrcn_fast.gates import GATES
-from mrcn_fast.reid.model import STAGES, ModelName
-from mrcn_fast.settings import Increasing, OneOf, PathRule, PathText, Range
+from pydantic import Field
 
-# Settings of several configurations and commands.
-BackendName = Annotated[str, OneOf((*NAMES, "auto"))]
-Count = Annotated[int, Range(1)]
-Draw = Literal["random", "official"]
-Seed = Annotated[int, Range(0)]
-# Of RegDB.
-Split = Annotated[int, Range(1, 10)]
-Share = Annotated[float, Range(0, 1)]
-# Gallery draws; a search of millions would only fill memory.
-Trials = Annotated[int, Range(1, 10_000)]
-Weight = Annotated[float, Range(0)]
-Workers = Annotated[int, Range(0, 1024)]
+from mrcn_fast.reid.kinds import (
+    INCREASING,
+    NUMPY,
+    BackendName,
+    Count,
+    CountOrZero,
+    Depth,
+    GateName,
+    Height,
+    PathOrEmpty,
+    PathText,
+    Precision,
+    RestituteTo,
+    Seed,
+    Several,
+    Share,
+    Split,
+    Stage,
+    Weight,
+    Width,
+    Workers,
+)
+from mrcn_fast.reid.model import ModelName
+from mrcn_fast.reid.settings import SettingError, check_fields, checked, kinds_of, record
 
 # Bytes of a batch's images of one modality: more is a slip of a digit.
 _LARGEST_BATCH: Final = 2**32
-
-Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 
 class ConfigError(ValueError):
@@ -44,7 +50,7 @@ class ConfigError(ValueError):
 class TrainConfig:
     """Values of a training run."""
 
-    data: Annotated[str, PathRule(empty=True)]
+    data: PathOrEmpty
     """Root of the data set's tree, as its owners ship it."""
     out: PathText = "runs/train"
     """Folder for checkpoint, metrics and results."""
@@ -61,15 +67,15 @@ class TrainConfig:
 
     model: ModelName = "mrcn"
     """mrcn; mrm or mcm, half of it; snr; baseline, the plain two-stream network (paper, Tables 2 and 4)."""
-    depth: Literal[18, 50] = 50
+    depth: Depth = 50
     """Layers of the ResNet (paper: 50)."""
-    stages: Annotated[tuple[Annotated[int, Range(STAGES[0], STAGES[-1])], ...], Increasing("stages")] = (0,)
+    stages: Annotated[Several[Stage], INCREASING] = (0,)
     """Stages with a block behind them, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
-    gate: Annotated[str, OneOf(tuple(GATES))] = "se"
+    gate: GateName = "se"
     """Attention of restitution and compensation: se, eca, cbam or cbam-channel (paper: se)."""
     reduction: Count = 16
     """Dimension reduction of the gate (paper)."""
-    restitute_to: Annotated[str, OneOf(RESTITUTE_TO)] = "normalized"
+    restitute_to: RestituteTo = "normalized"
     """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
     parts: Count = 1
     """Horizontal stripes with a head each; above 1 this is MRCN-P (the authors' earlier code: 4)."""
@@ -78,17 +84,17 @@ class TrainConfig:
     weights: PathText | None = None
     """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
 
-    height: Annotated[int, Range(32, 8192)] = 288
+    height: Height = 288
     """Image height in pixels (paper)."""
-    width: Annotated[int, Range(16, 8192)] = 128
+    width: Width = 128
     """Image width in pixels (paper)."""
-    identities: Annotated[int, Range(2, why="a triplet needs a negative")] = 4
-    """P, identities in a batch (paper)."""
+    identities: Annotated[int, Field(ge=2, le=10**9), NUMPY] = 4
+    """P, identities in a batch (paper); a triplet needs two."""
     images: Count = 4
     """K, images of an identity and modality in a batch (paper)."""
     batches: Count | None = None
     """Batches in an epoch; none: floor(N / (P K)) + 1, N the larger modality's image count (field)."""
-    padding: Annotated[int, Range(0)] = 10
+    padding: CountOrZero = 10
     """Pixels of padding before the random crop (field)."""
     flip: Share = 0.5
     """Probability of the horizontal flip (paper: flip; field: .5)."""
@@ -124,9 +130,9 @@ class TrainConfig:
     """Learning rate of BNNeck and classifier after the warm-up (paper)."""
     warmup_lr: Weight = 0.01
     """Learning rate of the first epoch (paper)."""
-    warmup_epochs: Annotated[int, Range(0)] = 10
+    warmup_epochs: CountOrZero = 10
     """Epochs of linear warm-up from warmup_lr to lr (paper)."""
-    milestones: Annotated[tuple[Annotated[int, Range(0)], ...], Increasing("epochs")] = (20, 60)
+    milestones: Annotated[Several[CountOrZero], INCREASING] = (20, 60)
     """Epochs from which the learning rate is `decay` times what it was (paper: .01 from 20, .001 from 60)."""
     decay: Weight = 0.1
     """Factor of the learning rate at a milestone (paper)."""
@@ -155,7 +161,7 @@ class TrainConfig:
     """Steps between two checkpoints, besides one at the end of each epoch."""
 
     def __post_init__(self) -> None:
-        settings.check_fields(self, ConfigError)
+        check_fields(self, ConfigError)
         if self.split != 1 and self.dataset != "regdb":
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
@@ -201,13 +207,16 @@ class TrainConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of `as_dict`. Raises ConfigError naming the keys that don't belong or are missing."""
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(set(values) - known):
-            raise ConfigError(f"unknown values in the configuration: {', '.join(unknown)}")
-        if missing := sorted(known - set(values)):
-            raise ConfigError(f"values missing from the configuration: {', '.join(missing)}")
-        return cls(**values)
+        """The inverse of `as_dict`. Raises ConfigError naming a value that is missing, new or doesn't fit."""
+        try:
+            return cls(**checked(_kind(), dict(values), ""))
+        except SettingError as error:
+            raise ConfigError(str(error)) from None
+
+
+@functools.cache
+def _kind() -> Any:
+    return record("TrainConfig", kinds_of(TrainConfig))
 
 
 # What may differ when a run goes on: where things are and how far or how fast it runs, not what it computes.

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from matplotlib.figure import Figure  # not pyplot, which would choose the caller's backend
@@ -17,23 +17,23 @@ from rich.progress import Progress
 from rich.table import Table
 from torch.nn import functional as F
 
-from mrcn_fast import settings
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.dispatch import choose
 from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.batches import Batch
-from mrcn_fast.reid.config import ConfigError, Count, Seed, TrainConfig, Trials
+from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.extraction import extract
 from mrcn_fast.reid.figures import all_test_images
+from mrcn_fast.reid.kinds import Count, Height, PathText, People, Seed, Strength, Trials, Width
 from mrcn_fast.reid.results import HEADLINE, check_free
 from mrcn_fast.reid.run_folder import held
 from mrcn_fast.reid.scoring import score_checkpoint, score_trial
+from mrcn_fast.reid.settings import check_fields
 from mrcn_fast.reid.training import Trainer
-from mrcn_fast.settings import PathText, Range
 
 RESULTS_NAME = "results.json"
 COLUMNS = {"rank1": "Rank-1", "rank10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
@@ -56,8 +56,6 @@ CONTENDERS: Final = {
 
 # People of a batch: more than the paper's 4, as a short training gains more from people than from images.
 BATCH_IDENTITIES: Final = 8
-# Of the synthetic tree, whose numbers have four digits.
-People = Annotated[int, Range(1, 9999)]
 
 
 @dataclasses.dataclass
@@ -72,11 +70,11 @@ class DemoConfig:
     """Those of them who are searched for; training never sees them."""
     images_per_camera: People = 4
     """Images of a person in each of the six cameras."""
-    modality_gap: Annotated[float, Range(0, 2)] = 0.6
+    modality_gap: Strength = 0.6
     """How far infrared differs from visible. At 1 this short a training learns little that holds in both."""
-    height: Annotated[int, Range(32, 8192)] = 48
+    height: Height = 48
     """Image height in pixels."""
-    width: Annotated[int, Range(16, 8192)] = 24
+    width: Width = 24
     """Image width in pixels."""
     pretraining_identities: People = 120
     """Other people, in visible light alone, whom the ResNet is pretrained on."""
@@ -94,7 +92,7 @@ class DemoConfig:
     """Where to compute, as lightning-fabric names it."""
 
     def __post_init__(self) -> None:
-        settings.check_fields(self, ConfigError)
+        check_fields(self, ConfigError)
         for name, of_test in (("identities", self.test_identities), ("pretraining_identities", 1)):
             people = getattr(self, name)
             if people - of_test < BATCH_IDENTITIES:

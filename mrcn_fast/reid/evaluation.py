@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
-from typing import Final, NamedTuple, TypeVar
+from typing import Annotated, Final, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
+from pydantic import Field
 from torch import Tensor
 
 from mrcn_fast.reid.arrays import as_tensor, as_text
-from mrcn_fast.settings import check_arguments
+from mrcn_fast.reid.kinds import NUMPY
+from mrcn_fast.reid.settings import check_arguments
 
 PROTOCOLS: Final = ("sysu", "regdb", "llcm")
 
@@ -62,7 +64,7 @@ def score(
     query_cameras: Tensor | ArrayLike | None = None,
     gallery_cameras: Tensor | ArrayLike | None = None,
     protocol: str = "sysu",
-    max_rank: int = 20,
+    max_rank: Annotated[int, Field(ge=1, le=_LONGEST_CURVE), NUMPY] = 20,
 ) -> Scores:
     """Rank-k (CMC), mAP and mINP of a retrieval.
 
@@ -83,7 +85,7 @@ def score(
     """
     distance = _distances(distance)
     with _undivided_operations(distance.device) as threads:
-        queries, gallery = _checked_arguments(distance, query_ids, gallery_ids, protocol, max_rank, threads)
+        queries, gallery = _checked_arguments(distance, query_ids, gallery_ids, protocol, threads)
         cameras = _checked_cameras(query_cameras, gallery_cameras, distance, protocol)
         return _scores(distance, queries, gallery, cameras, protocol, max_rank, threads)
 
@@ -385,12 +387,9 @@ def _checked_arguments(
     query_ids: Tensor | ArrayLike,
     gallery_ids: Tensor | ArrayLike,
     protocol: str,
-    max_rank: int,
     threads: int,
 ) -> tuple[Tensor, Tensor]:
     _check_protocol(protocol)
-    if not 1 <= max_rank <= _LONGEST_CURVE:
-        raise ValueError(f"max_rank must be at least 1 and at most {_LONGEST_CURVE}; got {max_rank}")
     rows, columns = distance.shape
     queries, gallery = _identities(query_ids, gallery_ids, (rows, columns))
     # The extremes are NaN if any value is, and found without a mask of the rows' size.

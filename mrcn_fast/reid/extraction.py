@@ -6,24 +6,26 @@ from collections.abc import Callable, Sequence
 
 import torch
 from lightning_fabric import Fabric
+from pydantic import SkipValidation
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from mrcn_fast.block import Modality
-from mrcn_fast.reid.config import Count, TrainConfig, Workers
+from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import PersonImages, Sample, normalize
 from mrcn_fast.reid.data.loading import Batches
+from mrcn_fast.reid.kinds import Count, Workers
 from mrcn_fast.reid.model import ReIDModel
-from mrcn_fast.settings import check_arguments
+from mrcn_fast.reid.settings import check_arguments
 
 
 @check_arguments
 @torch.inference_mode()
 def extract(
     model: ReIDModel,
-    samples: Sequence[Sample],
+    samples: SkipValidation[Sequence[Sample]],
     modality: Modality,
-    config: TrainConfig,
+    config: SkipValidation[TrainConfig],
     *,
     fabric: Fabric,
     batch_size: Count = 64,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
+from pydantic import Field
 from rich.progress import Progress
 from torch import Tensor
 
@@ -24,11 +25,12 @@ from mrcn_fast.memory import enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid import drawing
 from mrcn_fast.reid.checkpoint import content_digest, fingerprint
-from mrcn_fast.reid.config import BackendName, Count, Precision, Split, TrainConfig, Workers
+from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.evaluation import skipped_images
+from mrcn_fast.reid.kinds import NUMPY, BackendName, Count, PathText, Precision, Split, Workers
 from mrcn_fast.reid.model import ReIDModel
 from mrcn_fast.reid.results import check_free
 from mrcn_fast.reid.scoring import (
@@ -39,7 +41,7 @@ from mrcn_fast.reid.scoring import (
     searches_of,
     without,
 )
-from mrcn_fast.settings import PathText, Range, check_arguments
+from mrcn_fast.reid.settings import check_arguments
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
@@ -58,11 +60,11 @@ def make_figures(
     data: PathText,
     out: PathText = "runs/figures",
     *,
-    people: int = 20,
-    queries: int = 4,
+    people: Count = 20,
+    queries: Count = 4,
     query_paths: Sequence[PathText] | None = None,
     initial: bool = False,
-    seed: Annotated[int, Range(0, 2**32 - 1)] = 0,
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1), NUMPY] = 0,
     permutations: PathText | None = None,
     split: Split | None = None,
     other_data: bool = False,
@@ -107,11 +109,8 @@ def make_figures(
     scoring does, ValueError for query paths that are not among the queries that are left, and ResultError,
     before anything is computed, for other figures in `out`.
     """
-    if not checkpoints or people < 1 or queries < 1:
-        raise ValueError(
-            f"expected at least one of each; got {len(checkpoints)} checkpoints, people={people}, "
-            f"queries={queries}"
-        )
+    if not checkpoints:
+        raise ValueError("got checkpoints=[], expected at least one")
     check_folder(out, "the figures")
     opened = [
         open_trained(

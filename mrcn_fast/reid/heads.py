@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from typing import Annotated, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
-from mrcn_fast.settings import Range, check_arguments
+from mrcn_fast.reid.kinds import Count
+from mrcn_fast.reid.settings import check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ class PartPool(nn.Module):
     """
 
     @check_arguments
-    def __init__(self, parts: Annotated[int, Range(1)], kind: PoolName = "average") -> None:
+    def __init__(self, parts: Count, kind: PoolName = "average") -> None:
         super().__init__()
         self.parts = parts
         self.kind = kind
@@ -84,7 +85,7 @@ class Head(nn.Module):
     """BNNeck and classifier of one part (Luo et al. 2019): (M, D) pooled features -> (M, classes) logits."""
 
     @check_arguments
-    def __init__(self, features: Annotated[int, Range(1)], classes: Annotated[int, Range(1)]) -> None:
+    def __init__(self, features: Count, classes: Count) -> None:
         super().__init__()
         self.neck = nn.BatchNorm1d(features)
         self.neck.bias.requires_grad_(False)  # BNNeck: centred on the origin, where the cosine is measured

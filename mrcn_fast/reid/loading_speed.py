@@ -31,15 +31,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+from pydantic import Field
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import Device, Seconds, unmeasurable
-from mrcn_fast.flags import Flags
+from mrcn_fast.benchmark.command import unmeasurable
+from mrcn_fast.flags import PATH, Flags
 from mrcn_fast.outputs import check_file, check_folder
 from mrcn_fast.reid.batches import PairedImages, collate, without_unreadable
-from mrcn_fast.reid.config import Workers
 from mrcn_fast.reid.console import log_to_console
 from mrcn_fast.reid.data import (
     Augmentation,
@@ -55,7 +55,8 @@ from mrcn_fast.reid.data.datasets import DATASETS
 from mrcn_fast.reid.data.images import FILTERS
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.devices import check_alone
-from mrcn_fast.settings import OneOf, PathText, Range, check_arguments
+from mrcn_fast.reid.kinds import NUMPY, AnyPath, Device, OneOf, PathText, Seconds, Workers
+from mrcn_fast.reid.settings import check_arguments
 
 # Pairs of a batch: the paper's 4 identities x 4 images.
 _BATCH: Final = 16
@@ -66,13 +67,16 @@ _MOST_BATCHES: Final = 32
 _LEAST_STRETCHES: Final = 5
 
 
+_Pixels = Annotated[int, Field(ge=1, le=8192), NUMPY]
+
+
 @check_arguments
 def measure_loader(
-    data: str | Path,
+    data: AnyPath,
     *,
     dataset: Annotated[str, OneOf(tuple(DATASETS))] | None = None,
-    height: Annotated[int, Range(1, 8192)] = 288,
-    width: Annotated[int, Range(1, 8192)] = 128,
+    height: _Pixels = 288,
+    width: _Pixels = 128,
     filter: Annotated[str, OneOf(FILTERS)] = "lanczos",
     workers: Sequence[Workers] = (0, 1, 2),
     seconds: Seconds = 3.0,
@@ -404,9 +408,9 @@ def print_speeds(result: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """`mrcn-fast bench --loader DATA`: measure, and print the table."""
     flags = Flags("bench --loader", "images a second of training's loader, without a network")
-    flags.add_word("data", Path, "the data set's tree")
+    flags.add_word("data", PathText, "the data set's tree")
     flags.add_of(measure_loader, skip={"data"})
-    flags.add("--out", Path, None, "append the result to this file as a JSON line")
+    flags.add("--out", PATH, None, "append the result to this file as a JSON line")
     options = flags.values(argv)
     out = options.pop("out")
     check_alone()

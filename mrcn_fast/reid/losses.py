@@ -5,19 +5,18 @@ And SNR's dual causality loss, for the model it belongs to.
 
 from __future__ import annotations
 
-from typing import Annotated, Final, NamedTuple, cast
+from typing import Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrcn_fast import CQCLoss, SNRFeatures
+from mrcn_fast.reid.kinds import BackendName, Share, Weight
 from mrcn_fast.reid.model import TrainingOutput
-from mrcn_fast.settings import Range, check_arguments
+from mrcn_fast.reid.settings import check_arguments
 
 _NO_LABEL: Final = torch.iinfo(torch.int64).min
-Share = Annotated[float, Range(0, 1)]
-Weight = Annotated[float, Range(0)]
 
 
 class LossParts(NamedTuple):
@@ -141,14 +140,12 @@ class ReIDLoss(nn.Module):
         soft_margin: bool = False,
         cqc_weight: Weight = 1.2,
         cqc_margin: Weight = 0.2,
-        cqc_reduction: str = "sum",
+        cqc_reduction: Literal["sum", "mean"] = "sum",
         detach_negative: bool = False,
         causality_weight: Weight = 0.1,
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         super().__init__()
-        if cqc_reduction not in ("sum", "mean"):
-            raise ValueError(f"got cqc_reduction={cqc_reduction!r}, expected 'sum' or 'mean'")
         self.triplet_weight = triplet_weight
         self.cqc_weight = cqc_weight
         self.causality_weight = causality_weight

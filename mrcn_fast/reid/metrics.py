@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import FiniteFloat
 from torch import Tensor
 
 from mrcn_fast.files import append, write_atomically
-from mrcn_fast.reid.schema import conform
+from mrcn_fast.reid.settings import checked, record
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +72,8 @@ class CollapseWatch:
 
 
 _MEANS = (*StepResult._fields, "step_seconds", "wait_seconds")
-# The types of a line's values.
-LINE: dict[str, type] = {"step": int, "epoch": int, "lr": float, **dict.fromkeys(_MEANS, float)}
+# The kind of a line.
+LINE = record("line", {"step": int, "epoch": int, "lr": FiniteFloat, **dict.fromkeys(_MEANS, FiniteFloat)})
 
 
 class Journal:
@@ -158,7 +159,7 @@ class Journal:
 def _line(text: bytes) -> dict[str, float] | None:
     """The values of a line of the file; none where it is damaged."""
     try:
-        line: dict[str, float] = conform(json.loads(text), LINE, "")
-    except (ValueError, RecursionError):  # of JSON, of UTF-8, of the schema; of nested brackets
+        line: dict[str, float] = checked(LINE, json.loads(text), "")
+    except (ValueError, RecursionError):  # of JSON, of UTF-8, of a value; of nested brackets
         return None
     return line

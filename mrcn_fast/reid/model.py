@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple, cast, get_args
+from typing import Annotated, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +11,22 @@ from torch.nn import functional as F
 
 from mrcn_fast import SNRFeatures
 from mrcn_fast.block import Modality
-from mrcn_fast.checks import RESTITUTE_TO
-from mrcn_fast.dispatch import NAMES
-from mrcn_fast.gates import GATES
-from mrcn_fast.reid.heads import POOLS, Head, PartPool, PoolName
+from mrcn_fast.reid.heads import Head, PartPool, PoolName
+from mrcn_fast.reid.kinds import (
+    INCREASING,
+    BackendName,
+    Count,
+    Depth,
+    GateName,
+    RestituteTo,
+    Stage,
+)
 from mrcn_fast.reid.plugs import PLUGS, AnyPlug, SetName, make_plug
 from mrcn_fast.reid.resnet import Trunk
-from mrcn_fast.settings import check_arguments, shown
+from mrcn_fast.reid.settings import check_arguments
 
 ModelName = Literal["baseline", "snr", "mrcn", "mrm", "mcm"]
 MODELS: tuple[ModelName, ...] = get_args(ModelName)
-STAGES = range(5)
-BACKENDS = (*NAMES, "auto", None)
 
 
 class TrainingOutput(NamedTuple):
@@ -68,31 +72,23 @@ class ReIDModel(nn.Module):
     @check_arguments
     def __init__(
         self,
-        classes: int,
+        classes: Count,
         *,
         model: ModelName = "mrcn",
-        depth: int = 50,
-        stages: Sequence[int] = (0,),
-        gate: str = "se",
-        reduction: int = 16,
-        restitute_to: str = "normalized",
-        parts: int = 1,
+        depth: Depth = 50,
+        stages: Annotated[Sequence[Stage], INCREASING] = (0,),
+        gate: GateName = "se",
+        reduction: Count = 16,
+        restitute_to: RestituteTo = "normalized",
+        parts: Count = 1,
         pool: PoolName = "average",
-        backend: str | None = None,
+        backend: BackendName | None = None,
     ) -> None:
         super().__init__()
-        _check("model", model, MODELS)
-        _check("gate", gate, tuple(GATES))
-        _check("restitute_to", restitute_to, RESTITUTE_TO)
-        _check("pool", pool, POOLS)
-        _check("backend", backend, BACKENDS)
-        if classes < 1:
-            raise ValueError(f"got classes={classes}, expected the number of training identities, at least 1")
-        if parts < 1:
-            raise ValueError(f"got parts={parts}, expected a number of stripes, at least 1")
-        stages = _checked_stages(stages, required=model != "baseline")
+        if not stages and model != "baseline":
+            raise ValueError(f"got stages=(), expected at least one for the blocks of {model}")
         # Without a block there is no stage to split at: both modalities are one batch from the stems on.
-        self.stages = () if model == "baseline" else stages
+        self.stages = () if model == "baseline" else tuple(stages)
         self.model = model
         self.parts = parts
         self.trunk = Trunk(depth)
@@ -134,11 +130,11 @@ class ReIDModel(nn.Module):
         """The parameters of BNNecks and classifiers, which learn at the full rate."""
         return self.heads.parameters()
 
-    def set_backend(self, name: str | None) -> None:
+    @check_arguments
+    def set_backend(self, backend: BackendName | None) -> None:
         """Let every block run on this backend from now on, as `backend` chose it. ValueError if unknown."""
-        _check("backend", name, BACKENDS)
         for block in self.blocks:
-            block.backend = name
+            block.backend = backend
 
     def forward(self, visible: Tensor, infrared: Tensor) -> TrainingOutput:
         """Paired batches (B, 3, H, W) of the same identities -> TrainingOutput."""
@@ -190,11 +186,6 @@ class ReIDModel(nn.Module):
         return self.trunk.layers(maps, reached + 1, 4), styles
 
 
-def _check(name: str, got: object, known: Sequence[object]) -> None:
-    if got not in known:
-        raise ValueError(f"got {name}={shown(got)}, expected one of {list(known)}")
-
-
 def _check_images(name: str, images: object) -> None:
     expected = "expected a floating-point tensor (N, 3, H, W)"
     if not isinstance(images, Tensor):
@@ -204,17 +195,6 @@ def _check_images(name: str, images: object) -> None:
             f"got {name} of {images.dtype} {tuple(images.shape)}, {expected}; mrcn_fast.reid.data.normalize "
             "makes one of uint8 images"
         )
-
-
-def _checked_stages(stages: Sequence[int], required: bool) -> tuple[int, ...]:
-    found = tuple(stages)
-    in_order = list(found) == sorted(set(found)) and all(stage in STAGES for stage in found)
-    if not in_order or (required and not found):
-        raise ValueError(
-            f"got stages={found}, expected one stage or more in ascending order, each from 0 (after the "
-            "stem) to 4 (after layer4)"
-        )
-    return found
 
 
 def use_layout(model: nn.Module, channels_last: bool) -> torch.memory_format:

@@ -12,9 +12,10 @@ from typing import Any, Final, NamedTuple
 
 import yaml
 
-from mrcn_fast import settings
 from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.documents import DocumentError, read_yaml
+from mrcn_fast.reid.messages import shown
+from mrcn_fast.reid.settings import SettingError, checked, kinds_of
 
 _FOLDER: Final = Path(__file__).with_suffix("")
 _EXTENDS: Final = "extends"
@@ -113,7 +114,7 @@ def _path(name: object, beside: Path, extending: str) -> Path:
         and path.exists()
     ):
         return path
-    where = f"{extending}: got {_EXTENDS}={settings.shown(name)}" if extending else f"got recipe {name!r}"
+    where = f"{extending}: got {_EXTENDS}={shown(name)}" if extending else f"got recipe {name!r}"
     near = difflib.get_close_matches(str(name), recipe_names(), 1)
     meant = f"; did you mean {near[0]}?" if near else ""
     raise ConfigError(
@@ -128,14 +129,14 @@ def _values(path: Path) -> tuple[dict[str, Any], object]:
     except DocumentError as error:
         raise ConfigError(str(error)) from None
     base = values.pop(_EXTENDS, None)
-    kinds = settings.kinds_of(TrainConfig)
+    kinds = kinds_of(TrainConfig)
     if unknown := [name for name in values if name not in kinds]:
         near = difflib.get_close_matches(str(unknown[0]), kinds, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{path}: unknown values: {', '.join(map(str, unknown))[:200]}{meant}")
     try:
         for name, value in values.items():
-            settings.checked(kinds[name], value, name)
-    except settings.SettingError as error:
+            checked(kinds[name], value, name)
+    except SettingError as error:
         raise ConfigError(f"{path}: {error}") from None
     return values, base

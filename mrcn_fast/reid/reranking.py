@@ -24,7 +24,8 @@ from scipy import sparse
 from torch import Tensor
 
 from mrcn_fast.reid.arrays import as_tensor
-from mrcn_fast.settings import check_arguments
+from mrcn_fast.reid.kinds import Count, Share
+from mrcn_fast.reid.settings import check_arguments
 
 K1, K2, WEIGHT = 20, 6, 0.3
 
@@ -37,10 +38,10 @@ def rerank(
     query_features: Tensor | ArrayLike,
     gallery_features: Tensor | ArrayLike,
     *,
-    k1: int = K1,
-    k2: int = K2,
-    weight: float = WEIGHT,
-    chunk: int = _CHUNK,
+    k1: Count = K1,
+    k2: Count = K2,
+    weight: Share = WEIGHT,
+    chunk: Count = _CHUNK,
 ) -> Tensor:
     """Distances of queries to gallery images, from what their neighbourhoods share: float32 (Q, G).
 
@@ -65,12 +66,6 @@ def rerank(
     )
     _check_pair(query, gallery)
     check_neighbours(len(query), len(gallery), k1, k2)
-    if not 0 <= weight <= 1:  # nor NaN
-        raise ValueError(
-            f"weight must be from 0 (Jaccard alone) to 1 (the given distance alone); got {weight}"
-        )
-    if chunk < 1:
-        raise ValueError(f"chunk must be at least 1; got {chunk}")
     queries = len(query)
     distance, nearest = _compared(torch.cat((query, gallery)), k1 + 1, chunk)
     encoding = _encoding(distance, _expanded(nearest, k1))

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast.block import MODALITIES, Modality
+from mrcn_fast.reid.kinds import Depth
+from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.stored import StoredError, read_safetensors, read_torch
-from mrcn_fast.settings import check_arguments
 
 # BatchNorm's count of batches, an integer.
 _COUNTER = "num_batches_tracked"
@@ -108,12 +109,8 @@ class Trunk(nn.Module):
     """
 
     @check_arguments
-    def __init__(self, depth: int) -> None:
+    def __init__(self, depth: Depth) -> None:
         super().__init__()
-        if depth not in BLOCKS:
-            raise ValueError(
-                f"got depth={depth}, expected one of {sorted(BLOCKS)}: the ResNets this trunk knows"
-            )
         kind, counts = BLOCKS[depth]
         self.depth = depth
         self.visible = Stem()

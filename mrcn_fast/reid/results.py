@@ -10,9 +10,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from pydantic import FiniteFloat
+
 from mrcn_fast.reid.checkpoint import RESULT_NAMES
 from mrcn_fast.reid.config import FREE_ON_RESUME
-from mrcn_fast.reid.schema import conform
+from mrcn_fast.reid.documents import DocumentError, read_json
+from mrcn_fast.reid.settings import SettingError, by_name, checked, record
 
 HEADLINE: Final = ("rank1", "rank10", "rank20", "mAP", "mINP")
 # What scores depend on, in a result and in each of its searches.
@@ -23,6 +26,22 @@ _MEASURED: Final = (
 _SEARCHED: Final = ("protocol", "settings", "trials", "fingerprint")
 # Different ones round differently and measure the same.
 _WHERE: Final = ("backend", "device")
+
+# The kinds of a result, as far as it is read again, and of a record of other files.
+_MEAN: Final = record("mean", dict.fromkeys(HEADLINE, FiniteFloat))
+_SCORES: Final = record("scores", {"mean": _MEAN}, more=True)
+_SEARCH: Final = record(
+    "search",
+    dict.fromkeys(_SEARCHED, Any) | {"mean": _MEAN, "pairings": by_name(_SCORES)},
+    more=True,
+)
+_RESULT: Final = record(
+    "result",
+    dict.fromkeys(_MEASURED, Any)
+    | {"config": dict[str, Any], "searches": by_name(_SEARCH), "unreadable": list[str]},
+    more=True,
+)
+_MADE: Final = record("record", {"made_of": dict[str, Any]}, more=True)
 
 log = logging.getLogger(__name__)
 
@@ -75,19 +94,14 @@ def kept_result(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | Non
     asked = _anywhere(measurement(wanted))
     for path in sorted(folder.glob(RESULT_NAMES)):
         try:
-            result: dict[str, Any] = json.loads(path.read_bytes())
-            if _anywhere(measurement(result)) != asked:
-                continue
-            for name, search in result["searches"].items():
-                means = {"mean": search["mean"]} | {
-                    pairing: scores["mean"] for pairing, scores in search["pairings"].items()
-                }
-                for of, mean in means.items():
-                    conform(mean, dict.fromkeys(HEADLINE, float), f"searches.{name}.{of}")
-            if result["skip_unreadable"] or not result["unreadable"]:
-                return result
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            result: dict[str, Any] = read_json(path, "a result of scoring")
+            checked(_RESULT, result, "")
+        except (DocumentError, SettingError) as error:
             log.warning("%s: not taken for a result: %s", path, error)
+            continue
+        whole = result["skip_unreadable"] or not result["unreadable"]
+        if whole and _anywhere(measurement(result)) == asked:
+            return result
     return None
 
 
@@ -105,8 +119,8 @@ def check_free(record: Path, others: Iterable[Path], made_of: Mapping[str, Any])
     if not there:
         return
     try:
-        found = conform(json.loads(record.read_bytes())["made_of"], dict[str, Any], "made_of")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        found = checked(_MADE, read_json(record, "what was made"), "")["made_of"]
+    except (DocumentError, SettingError):
         differing = "and nothing tells what it was made of"
     else:
         asked = json.loads(json.dumps(made_of))

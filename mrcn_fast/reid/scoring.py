@@ -34,7 +34,7 @@ from mrcn_fast.reid.checkpoint import (
     fingerprint,
     load_checkpoint,
 )
-from mrcn_fast.reid.config import BackendName, Count, Draw, Precision, Split, TrainConfig, Trials, Workers
+from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
@@ -43,10 +43,21 @@ from mrcn_fast.reid.data.samples import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation import score
 from mrcn_fast.reid.extraction import extract
+from mrcn_fast.reid.kinds import (
+    AnyPath,
+    BackendName,
+    Count,
+    Draw,
+    PathText,
+    Precision,
+    Split,
+    Trials,
+    Workers,
+)
 from mrcn_fast.reid.model import ReIDModel, use_layout
 from mrcn_fast.reid.pairings import HEADLINE_PAIRING, TITLES, Pairing, exchange, paired, pairings_of
 from mrcn_fast.reid.results import HEADLINE, result_name, slug
-from mrcn_fast.settings import PathText, check_arguments
+from mrcn_fast.reid.settings import check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -100,15 +111,15 @@ class Trained(NamedTuple):
 
 @check_arguments
 def open_trained(
-    checkpoint: str | Path,
-    data: str | Path,
+    checkpoint: AnyPath,
+    data: AnyPath,
     *,
     split: Split | None = None,
     other_data: bool = False,
     backend: BackendName | None = None,
     accelerator: str = "auto",
     precision: Precision | None = None,
-    permutations: str | Path | None = None,
+    permutations: AnyPath | None = None,
 ) -> Trained:
     """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
 
@@ -148,8 +159,8 @@ def open_trained(
 
 @check_arguments
 def score_checkpoint(
-    checkpoint: str | Path,
-    data: str | Path,
+    checkpoint: AnyPath,
+    data: AnyPath,
     *,
     mode: Literal["all", "indoor", "both"] | None = None,
     shots: Count | None = None,

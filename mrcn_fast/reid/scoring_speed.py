@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,8 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import Seconds
-from mrcn_fast.flags import Flags
+from mrcn_fast.benchmark.command import SECONDS
+from mrcn_fast.flags import PATH, TEXT, Flags
 from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.evaluation import score
 
@@ -162,10 +161,10 @@ def measured(case: benchmark.Case, seconds: float) -> dict[str, Any]:
 def main(argv: list[str] | None = None) -> int:
     """`mrcn-fast bench --scorer`: measure the cases and print a line for each; 1 where a goal was missed."""
     flags = Flags("bench --scorer", "time the scorer against a loop over queries, on the CPU")
-    flags.add("--only", str, "", "cases whose name contains this")
-    flags.add("--seconds", Seconds, 8.0, "least measuring time of a case")
-    flags.add("--out", Path, None, "append the results to this file as JSON lines")
-    flags.add("--list", bool, False, "print the cases' names and stop")
+    flags.add("--only", TEXT, "", "cases whose name contains this")
+    flags.add("--seconds", SECONDS, 8.0, "least measuring time of a case")
+    flags.add("--out", PATH, None, "append the results to this file as JSON lines")
+    flags.add_switch("--list", "print the cases' names and stop")
     options = argparse.Namespace(**flags.values(argv))
     if options.out:
         check_file(options.out, "the results")

@@ -17,16 +17,17 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple, TypedDict
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
-from mrcn_fast import benchmark, settings
-from mrcn_fast.benchmark.command import Device, Seconds, unmeasurable
+from mrcn_fast import benchmark
+from mrcn_fast.benchmark.command import SECONDS, unmeasurable
 from mrcn_fast.benchmark.forms import LoopedCQC
 from mrcn_fast.block import MODALITIES
-from mrcn_fast.flags import Flags
+from mrcn_fast.flags import DEVICE, PATH, Flags, one_of
 from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.devices import check_alone
@@ -34,7 +35,7 @@ from mrcn_fast.reid.losses import ReIDLoss
 from mrcn_fast.reid.model import ModelName, ReIDModel, use_layout
 from mrcn_fast.reid.optimizer import make_optimizer
 from mrcn_fast.reid.plugs import MRCNPlug, Plugged
-from mrcn_fast.settings import OneOf
+from mrcn_fast.reid.settings import checked, kinds_of, with_more
 
 HABIT: Final = "habit"
 # What is added, in this order: each step has all before it too.
@@ -348,6 +349,7 @@ def print_steps(result: dict[str, Any]) -> None:
     print()
 
 
+@with_more
 class _Steps(TypedDict):
     """What `print_steps` reads of a line."""
 
@@ -365,7 +367,8 @@ class _Steps(TypedDict):
 def _newest(file: Path) -> list[dict[str, Any]]:
     """The newest result of each model; ValueError, naming the file, where there is none."""
     expected = "lines as --step --out writes them"
-    found = {line["case"]: line for line in benchmark.read(file, _Steps, expected) if HABIT in line["ms"]}
+    lines = benchmark.read(file, lambda line: checked(_Steps, line, "result"), expected)
+    found = {line["case"]: line for line in lines if HABIT in line["ms"]}
     if not found:
         raise ValueError(f"{file}: expected {expected}; found none of steps")
     return list(found.values())
@@ -374,18 +377,13 @@ def _newest(file: Path) -> list[dict[str, Any]]:
 def main(argv: Sequence[str] | None = None) -> int:
     """`mrcn-fast bench --step`: measure, and print a table a model."""
     flags = Flags("bench --step", "time whole training steps")
-    flags.add(
-        "--model",
-        list[Annotated[str, OneOf(tuple(ADDITIONS))]],
-        None,
-        "only this model; none: both, MRCN last",
-        repeated=True,
-    )
-    flags.add_of(TrainConfig, skip=settings.kinds_of(TrainConfig).keys() - set(_SIZE))
-    flags.add("--seconds", Seconds, 60.0, "least measuring time a model")
-    flags.add("--device", Device, "cpu", "where to measure")
-    flags.add("--out", Path, None, "append the results to this file as JSON lines")
-    flags.add("--table", Path, None, "measure nothing; print this file's results")
+    known = one_of(tuple(ADDITIONS))
+    flags.add("--model", known, None, "only this model; both, MRCN last", nargs="+", action="extend")
+    flags.add_of(TrainConfig, skip=kinds_of(TrainConfig).keys() - set(_SIZE))
+    flags.add("--seconds", SECONDS, 60.0, "least measuring time a model")
+    flags.add("--device", DEVICE, "cpu", "where to measure")
+    flags.add("--out", PATH, None, "append the results to this file as JSON lines")
+    flags.add("--table", PATH, None, "measure nothing; print this file's results")
     options = argparse.Namespace(**flags.values(argv))
     if options.out:
         check_file(options.out, "the results")

@@ -7,11 +7,11 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, TypedDict
+from typing import Any, NamedTuple
 
 from rich.progress import Progress
+from typing_extensions import TypedDict
 
-from mrcn_fast import settings
 from mrcn_fast.benchmark import machine
 from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.outputs import check_folder
@@ -31,12 +31,14 @@ from mrcn_fast.reid.data.samples import PersonDataset
 from mrcn_fast.reid.data.synthetic import is_synthetic
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.documents import DocumentError, read_json
+from mrcn_fast.reid.kinds import AnyPath, Share, Split
+from mrcn_fast.reid.messages import shown
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
 from mrcn_fast.reid.results import HEADLINE, check_free, kept_result
 from mrcn_fast.reid.run_folder import held, run_files
 from mrcn_fast.reid.scoring import Conditions, outline, score_checkpoint, search_fingerprint, searches_of
+from mrcn_fast.reid.settings import SettingError, check_arguments, checked, with_more
 from mrcn_fast.reid.training import Trainer
-from mrcn_fast.settings import Range, check_arguments
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +59,7 @@ class Run(NamedTuple):
     config: TrainConfig
 
 
+@with_more
 class _Machine(TypedDict):
     cpu: str
     threads: int
@@ -64,10 +67,12 @@ class _Machine(TypedDict):
     date: str
 
 
+@with_more
 class _MadeRow(TypedDict):
-    ours: dict[str, dict[str, Annotated[float, Range(0, 1)]]]
+    ours: dict[str, dict[str, Share]]
 
 
+@with_more
 class _MadeTable(TypedDict):
     """What `markdown` reads of a table that `run_table` wrote."""
 
@@ -82,10 +87,10 @@ class _MadeTable(TypedDict):
 @check_arguments
 def run_table(
     name: str,
-    data: Sequence[str | Path],
+    data: Sequence[AnyPath],
     *,
-    out: str | Path = "runs/tables",
-    splits: Annotated[int, Range(1, 10)] = 10,
+    out: AnyPath = "runs/tables",
+    splits: Split = 10,
     options: Mapping[str, Any] | None = None,
     overlay: str | None = None,
     configure: Configure = lambda values: TrainConfig(**values),
@@ -178,11 +183,11 @@ def load_made_table(path: str | Path, name: str) -> dict[str, Any]:
     path = Path(path)
     expected = f"table {name} as `mrcn-fast table {name}` writes it"
     try:
-        table: dict[str, Any] = settings.checked(_MadeTable, read_json(path, expected), "table")
-    except settings.SettingError as error:
+        table: dict[str, Any] = checked(_MadeTable, read_json(path, expected), "table")
+    except SettingError as error:
         raise DocumentError(f"{path}: expected {expected}; {error}") from None
     if table["table"] != name:
-        raise DocumentError(f"{path}: expected {expected}; found table {settings.shown(table['table'])}")
+        raise DocumentError(f"{path}: expected {expected}; found table {shown(table['table'])}")
     spec = load_table(name)
     if len(table["rows"]) != len(spec.rows):
         raise DocumentError(
@@ -193,7 +198,7 @@ def load_made_table(path: str | Path, name: str) -> dict[str, Any]:
             if key not in spec.columns or not set(spec.columns[key].scores) <= found.keys():
                 raise DocumentError(
                     f"{path}: expected {expected}; found other scores in row {place + 1}: "
-                    f"{settings.shown({key: found})}"
+                    f"{shown({key: found})}"
                 )
     return table
 

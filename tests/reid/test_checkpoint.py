@@ -25,7 +25,7 @@ from mrcn_fast.reid.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
-from mrcn_fast.reid.schema import SchemaError
+from mrcn_fast.reid.settings import SettingError
 
 Edit = Callable[[dict[str, Any]], object]
 CONV = "trunk.layer1.0.conv1.weight"
@@ -85,7 +85,7 @@ EDITS: list[tuple[str, Edit]] = [
     ("epoch", set_in("epoch", to=-1)),
     ("epoch", set_in("epoch", to=None)),
     ("epoch", set_in("epoch", to=10**5000)),
-    ("config.epochs", set_in("config", "epochs", to=10**5000)),
+    ("config: got epochs=", set_in("config", "epochs", to=10**5000)),
     ("names that are text", set_in(5, to=5)),
     ("batch", set_in("batch", to=-1)),
     ("batch", set_in("batch", to=3)),
@@ -93,19 +93,19 @@ EDITS: list[tuple[str, Edit]] = [
     ("extra", set_in("extra", to=1)),
     # The configuration.
     ("config", set_in("config", to=None)),
-    ("config", set_in("config", to={})),
-    ("config.lr", set_in("config", "lr", to="abc")),
-    ("config.lr", set_in("config", "lr", to=float("nan"))),
-    ("config.height", set_in("config", "height", to=48.5)),
-    ("config.stages", set_in("config", "stages", to=[0, "two"])),
-    ("config.stages", set_in("config", "stages", to=7)),
-    ("config.depth", set_in("config", "depth", to=34)),
-    ("parts=1000000000", set_in("config", "parts", to=10**9)),
-    ("config.dataset", set_in("config", "dataset", to="market")),
-    ("config", set_in("config", "colour", to="red")),
-    ("config: ", set_in("config", "identities", to=1)),
-    ("config: ", set_in("config", "gate", to="none")),
-    ("config: ", set_in("config", "momentum", to=-1.0)),
+    ("config: got no data", set_in("config", to={})),
+    ("config: got lr='abc'", set_in("config", "lr", to="abc")),
+    ("config: got lr=nan", set_in("config", "lr", to=float("nan"))),
+    ("config: got height=48.5", set_in("config", "height", to=48.5)),
+    ("config: got stages[1]='two'", set_in("config", "stages", to=[0, "two"])),
+    ("config: got stages=7", set_in("config", "stages", to=7)),
+    ("config: got depth=34", set_in("config", "depth", to=34)),
+    ("config: got parts=1000000000", set_in("config", "parts", to=10**9)),
+    ("config: got dataset='market'", set_in("config", "dataset", to="market")),
+    ("config: got colour='red'", set_in("config", "colour", to="red")),
+    ("config: got identities=1", set_in("config", "identities", to=1)),
+    ("config: got gate='none'", set_in("config", "gate", to="none")),
+    ("config: got momentum=-1.0", set_in("config", "momentum", to=-1.0)),
     # A network of other values than the configuration's.
     ("model.trunk", set_in("config", "depth", to=50)),
     ("model.plugs", set_in("config", "model", to="baseline")),
@@ -204,7 +204,7 @@ def test_an_edited_file_is_refused_in_a_line(
     flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
     assert cli.main(["train", *flags, "--resume"]) == 2
     told = capsys.readouterr().err
-    assert "step: expected 6, after 2 epochs and 0 batches, found -5" in " ".join(told.split())
+    assert "got step=-5, expected 6, after 2 epochs and 0 batches" in " ".join(told.split())
     assert "Traceback" not in told
     # Written anew without an edit, it is the same checkpoint.
     torch.save(content, path)
@@ -267,7 +267,7 @@ def test_each_place_in_a_run_is_one(content: dict[str, Any], steps: int) -> None
     epoch, batch = divmod(steps, 3)
     here = checkpoint._replace(step=steps, epoch=epoch, batch=batch, metrics={})
     module._check_place(here)
-    with pytest.raises(SchemaError, match=f"step: expected {steps}, after"):
+    with pytest.raises(SettingError, match=f"got step={steps + 1}, expected {steps}, after"):
         module._check_place(here._replace(step=steps + 1))
 
 
@@ -279,7 +279,7 @@ def test_an_epoch_without_unreadable_images_may_be_shorter(content: dict[str, An
     for step in (2 + 1, 2 * most + 1):
         module._check_place(checkpoint._replace(step=step, epoch=2, batch=1))
     for step in (2, 2 * most + 2):
-        with pytest.raises(SchemaError, match=r"step: expected 3 to 19"):
+        with pytest.raises(SettingError, match=f"got step={step}, expected 3 to 19"):
             module._check_place(checkpoint._replace(step=step, epoch=2, batch=1))
 
 
@@ -293,7 +293,7 @@ def test_a_gradient_scaler_must_be_one(content: dict[str, Any]) -> None:
     module._check_scaler(checkpoint._replace(scaler=state))
     wrong: list[dict[str, Any]] = [{}, state | {"scale": 0.0}, state | {"growth_interval": 1.5}]
     for scaler in wrong:
-        with pytest.raises(SchemaError, match=r"scaler\."):
+        with pytest.raises(SettingError, match=r"scaler\."):
             module._check_scaler(checkpoint._replace(scaler=scaler))
 
 

@@ -18,7 +18,7 @@ from mrcn_fast.cli import main
 
 REID_PACKAGES = (
     "PIL", "docstring_parser", "lightning_fabric", "matplotlib", "numpy",
-    "rich", "safetensors", "scipy", "sklearn", "yaml",
+    "pydantic", "rich", "safetensors", "scipy", "sklearn", "yaml",
 )  # fmt: skip
 
 WITHOUT_REID = f"""
@@ -57,6 +57,15 @@ def test_info_needs_nothing_but_torch() -> None:
         assert status.reason in line
 
 
+def test_bench_of_kernels_needs_nothing_but_torch() -> None:
+    done = run_without_reid("bench", "--device", "cpu", "--seconds", "0.1", "--list")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    done = run_without_reid("bench", "--device", "tpu")
+    assert done.returncode == 2
+    assert "got --device tpu, expected cpu, cuda or cuda:N" in done.stderr
+
+
 def test_missing_packages_are_named() -> None:
     done = run_without_reid("train", "--data", "tree")
     assert done.returncode == 2
@@ -91,7 +100,7 @@ def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None
     assert "got the command 'trian', expected one of info, synth" in refused(capsys, "trian")
     assert "data" in refused(capsys, "train")
     assert "depth" in refused(capsys, "train", "--data=x", "--depth=34")
-    assert "expected at least 2" in refused(capsys, "train", "--data=x", "--identities=1")
+    assert "expected an integer from 2" in refused(capsys, "train", "--data=x", "--identities=1")
 
 
 def test_a_missing_tree_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

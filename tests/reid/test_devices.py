@@ -19,10 +19,11 @@ from mrcn_fast import cli
 from mrcn_fast.dispatch import BackendError
 from mrcn_fast.reid import demo
 from mrcn_fast.reid.checkpoint import load_checkpoint
-from mrcn_fast.reid.config import ConfigError, Precision, TrainConfig
+from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.demo import DemoConfig, run_demo
 from mrcn_fast.reid.devices import check_alone, check_device, open_fabric
 from mrcn_fast.reid.figures import make_figures
+from mrcn_fast.reid.kinds import Precision
 from mrcn_fast.reid.scoring import open_trained, score_checkpoint
 from mrcn_fast.reid.step_speed import Plan, Step
 from mrcn_fast.reid.tables import run_table

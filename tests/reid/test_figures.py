@@ -146,9 +146,13 @@ def test_the_network_before_training_is_the_one_that_training_began_with(
 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
-    changes: tuple[dict[str, Any], ...] = ({"checkpoints": []}, {"people": 0}, {"queries": 0})
-    for change in changes:
-        with pytest.raises(ValueError, match="expected at least one of each; got"):
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
+        ({"checkpoints": []}, r"got checkpoints=\[\], expected at least one"),
+        ({"people": 0}, "got people=0, expected an integer from 1"),
+        ({"queries": 0}, "got queries=0, expected an integer from 1"),
+    )
+    for change, told in changes:
+        with pytest.raises(ValueError, match=told):
             make_figures(**({"checkpoints": ["x"], "data": "x", "out": str(tmp_path)} | change))
 
 

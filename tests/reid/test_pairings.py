@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from rich.progress import Progress
 from mrcn_fast.reid import extraction, scoring
 from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.pairings import HEADLINE_PAIRING, PAIRINGS, Pairing, exchange, paired, pairings_of
+from mrcn_fast.reid.results import kept_result
 from mrcn_fast.reid.scoring import describe, open_trained, score_checkpoint
 from mrcn_fast.reid.training import Trainer
 
@@ -77,6 +79,33 @@ def test_results_have_all_pairings(
     told = describe(result)
     crossed = 100 * result["searches"]["all-search"]["pairings"]["crossed"]["mean"]["rank1"]
     assert f"v·n₊ + v₊·n: Rank-1 {crossed:.2f}, mAP " in told
+
+
+@pytest.mark.parametrize(
+    ("pairings", "told"),
+    [
+        (None, "got searches.all-search.pairings=None, expected values by name"),
+        ({"crossed": {}}, "got no searches.all-search.pairings.crossed.mean, expected values by name"),
+        ({"all": {"mean": {}}}, "got no searches.all-search.pairings.all.mean.rank1, expected a number"),
+    ],
+)
+def test_a_result_without_whole_pairings_is_not_kept(
+    finished: Path,
+    tiny_tree: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    pairings: Any,
+    told: str,
+) -> None:
+    own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
+    score_checkpoint(own, tiny_tree, trials=1, **QUIET)
+    (path,) = tmp_path.glob("test-*.json")
+    result = json.loads(path.read_text())
+    assert kept_result(tmp_path, result) == result
+    result["searches"]["all-search"]["pairings"] = pairings
+    path.write_text(json.dumps(result))
+    assert kept_result(tmp_path, result) is None
+    assert f"{path}: not taken for a result: {told}" in caplog.text
 
 
 def test_an_exchange_is_warned_of(

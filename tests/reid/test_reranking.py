@@ -208,11 +208,11 @@ def test_arrays_of_every_kind_are_taken() -> None:
     ("change", "message"),
     [
         ({"k1": 30}, r"k1 must be .* below the number of images, 30 \(10 queries and 20 of the gallery\)"),
-        ({"k1": 0}, "k1 must be at least 1"),
+        ({"k1": 0}, "got k1=0, expected an integer from 1"),
         ({"k2": 22}, r"k2 must be from 1 .* to k1 \+ 1 = 21.*got 22"),
-        ({"k2": 0}, "k2 must be from 1"),
-        ({"weight": 1.5}, "weight must be from 0"),
-        ({"chunk": 0}, "chunk must be at least 1"),
+        ({"k2": 0}, "got k2=0, expected an integer from 1"),
+        ({"weight": 1.5}, "got weight=1.5, expected a number from 0 to 1"),
+        ({"chunk": 0}, "got chunk=0, expected an integer from 1"),
         ({"query_features": torch.zeros(10)}, r"query_features must be .*got torch.float32 \(10,\)"),
         ({"gallery_features": torch.zeros(0, 4)}, r"gallery_features must be .*\(0, 4\)"),
         ({"gallery_features": torch.zeros(20, 4).int()}, "gallery_features must be floating-point"),
@@ -228,7 +228,7 @@ def test_arrays_of_every_kind_are_taken() -> None:
         ),
         ({"k1": 2.0}, "got k1=2.0, expected an integer"),
         ({"k2": "6"}, "got k2='6', expected an integer"),
-        ({"weight": math.nan}, "weight must be from 0"),
+        ({"weight": math.nan}, "got weight=nan, expected a finite number from 0 to 1"),
     ],
 )
 def test_bad_arguments(change: dict, message: str) -> None:

@@ -230,10 +230,10 @@ def test_folders_that_the_earlier_layout_does_not_own_are_kept(tmp_path: Path) -
             {"test_identities": 5},
             "test_identities must leave at least 2 identities for the training; got 5 of 6",
         ),
-        ({"images_per_camera": 0}, "images_per_camera must be at least 1; got 0"),
-        ({"modality_gap": -0.1}, r"modality_gap must be from 0 \(none\)"),
-        ({"pose_spread": float("nan")}, "pose_spread must be from 0"),
-        ({"image_size": (48, 8)}, r"image_size must be \(height, width\)"),
+        ({"images_per_camera": 0}, "got images_per_camera=0, expected an integer from 1 to 9999"),
+        ({"modality_gap": -0.1}, "got modality_gap=-0.1, expected a number from 0 to 2"),
+        ({"pose_spread": float("nan")}, "got pose_spread=nan, expected a finite number from 0 to 2"),
+        ({"image_size": (48, 8)}, r"got image_size\[1\]=8, expected an integer from 16 to 4096"),
     ],
 )
 def test_bad_parameters(tmp_path: Path, change: dict, message: str) -> None:
@@ -245,14 +245,14 @@ def test_bad_parameters(tmp_path: Path, change: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("layout", "change", "message"),
     [
-        ("regdb", {"identities": 3}, "identities must be at least 4; got 3"),
-        ("regdb", {"images": 0}, "images must be at least 1; got 0"),
-        ("regdb", {"splits": 11}, "splits must be at most 10; got 11"),
-        ("regdb", {"splits": 0}, "splits must be at least 1; got 0"),
-        ("regdb", {"camera_style": 2.1}, "camera_style must be from 0"),
+        ("regdb", {"identities": 3}, "got identities=3, expected an integer from 4 to 9999"),
+        ("regdb", {"images": 0}, "got images=0, expected an integer from 1 to 9999"),
+        ("regdb", {"splits": 11}, "got splits=11, expected an integer from 1 to 10"),
+        ("regdb", {"splits": 0}, "got splits=0, expected an integer from 1 to 10"),
+        ("regdb", {"camera_style": 2.1}, "got camera_style=2.1, expected a number from 0 to 2"),
         ("llcm", {"test_identities": 4}, "test_identities must leave at least 2 .*; got 4 of 5"),
-        ("llcm", {"identities": 10_000}, "identities has four digits in the tree, so at most 9999"),
-        ("llcm", {"seed": -1}, "seed must be at least 0; got -1"),
+        ("llcm", {"identities": 10_000}, "got identities=10000, expected an integer from 3 to 9999"),
+        ("llcm", {"seed": -1}, "got seed=-1, expected an integer from 0"),
     ],
 )
 def test_bad_parameters_of_the_other_layouts(tmp_path: Path, layout: str, change: dict, message: str) -> None:

@@ -354,6 +354,7 @@ def test_only_a_table_that_was_made_is_printed(tmp_path: Path) -> None:
         return {"rows": [{"ours": ours}, *rows[1:]]}
 
     assert "50.0" in markdown(loaded(**first({key: scores})))
+    assert loaded(draw="official", machine=machine | {"gpu": "b"}) == json.loads(path.read_text())
     for changes, told in (
         ({"table": "2"}, "found table '2'"),
         ({"rows": rows[1:]}, f"of {len(rows)} rows; found {len(rows) - 1}"),
@@ -369,7 +370,7 @@ def test_only_a_table_that_was_made_is_printed(tmp_path: Path) -> None:
             "mAP=50, expected a number from 0 to 1",
         ),
         ({"rows": 3}, "got table.rows=3, expected a list"),
-        ({"machine": {}}, "cpu, threads, torch, date among them"),
+        ({"machine": {}}, "got no table.machine.cpu, expected text"),
         ({"seconds": "long"}, "got table.seconds='long', expected a number"),
     ):
         with pytest.raises(DocumentError) as error:

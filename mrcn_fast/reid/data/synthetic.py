@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from mrcn_fast.reid.data import llcm, sysu_mm01
 from mrcn_fast.reid.data.people import make_person
-from mrcn_fast.reid.data.regdb import CAMERA_OF, SPLITS
+from mrcn_fast.reid.data.regdb import CAMERA_OF
 from mrcn_fast.reid.data.rendering import Camera, make_camera, make_pose, render
 from mrcn_fast.reid.data.samples import Modality
 from mrcn_fast.reid.data.synthetic_tree import (
     MARKER,
-    check_parameters,
     check_test_share,
     claim,
     is_synthetic,
 )
-from mrcn_fast.settings import check_arguments
+from mrcn_fast.reid.kinds import NUMPY, AnyPath, Pair, People, Seed, Split, Strength
+from mrcn_fast.reid.settings import check_arguments
 
 __all__ = ["MARKER", "WRITERS", "is_synthetic", "write_llcm", "write_regdb", "write_sysu"]
 
@@ -36,19 +37,23 @@ _SYSU_ROOMS: Final = {1: 1, 2: 2, 3: 2, 4: 4, 5: 5, 6: 6}
 _LLCM_INFRARED: Final = 10
 _JPEG_QUALITY: Final = 92
 
+_Pixels = Annotated[int, Field(ge=16, le=4096), NUMPY]
+# Of whom one is for the test.
+_Trained = Annotated[int, Field(ge=3, le=9999), NUMPY]
+
 
 @check_arguments
 def write_sysu(
-    root: str | Path,
+    root: AnyPath,
     *,
-    identities: int = 60,
-    test_identities: int = 20,
-    images_per_camera: int = 6,
-    image_size: tuple[int, int] = (128, 64),
-    seed: int = 0,
-    modality_gap: float = 1.0,
-    camera_style: float = 1.0,
-    pose_spread: float = 1.0,
+    identities: _Trained = 60,
+    test_identities: People = 20,
+    images_per_camera: People = 6,
+    image_size: Pair[_Pixels] = (128, 64),
+    seed: Seed = 0,
+    modality_gap: Strength = 1.0,
+    camera_style: Strength = 1.0,
+    pose_spread: Strength = 1.0,
     progress: Advance | None = None,
 ) -> Path:
     """Write a synthetic data set in SYSU-MM01's tree, for `SYSUMM01` to read; the path of its root.
@@ -74,7 +79,6 @@ def write_sysu(
         "camera_style": camera_style,
         "pose_spread": pose_spread,
     }
-    check_parameters(parameters, {"identities": 3, "test_identities": 1, "images_per_camera": 1})
     check_test_share(parameters)
     root = Path(root)
     claim(root, parameters)
@@ -96,16 +100,16 @@ def write_sysu(
 
 @check_arguments
 def write_regdb(
-    root: str | Path,
+    root: AnyPath,
     *,
-    identities: int = 80,
-    images: int = 10,
-    splits: int = 10,
-    image_size: tuple[int, int] = (128, 64),
-    seed: int = 0,
-    modality_gap: float = 1.0,
-    camera_style: float = 1.0,
-    pose_spread: float = 1.0,
+    identities: Annotated[int, Field(ge=4, le=9999), NUMPY] = 80,
+    images: People = 10,
+    splits: Split = 10,
+    image_size: Pair[_Pixels] = (128, 64),
+    seed: Seed = 0,
+    modality_gap: Strength = 1.0,
+    camera_style: Strength = 1.0,
+    pose_spread: Strength = 1.0,
     progress: Advance | None = None,
 ) -> Path:
     """Write a synthetic data set in RegDB's tree, for `RegDB` to read; the path of its root.
@@ -128,9 +132,6 @@ def write_regdb(
         "camera_style": camera_style,
         "pose_spread": pose_spread,
     }
-    check_parameters(parameters, {"identities": 4, "images": 1, "splits": 1})
-    if splits > SPLITS:
-        raise ValueError(f"splits must be at most {SPLITS}; got {splits}")
     root = Path(root)
     claim(root, parameters)
     studio = _Studio.of(parameters)
@@ -148,16 +149,16 @@ def write_regdb(
 
 @check_arguments
 def write_llcm(
-    root: str | Path,
+    root: AnyPath,
     *,
-    identities: int = 40,
-    test_identities: int = 14,
-    images_per_camera: int = 3,
-    image_size: tuple[int, int] = (128, 64),
-    seed: int = 0,
-    modality_gap: float = 1.0,
-    camera_style: float = 1.0,
-    pose_spread: float = 1.0,
+    identities: _Trained = 40,
+    test_identities: People = 14,
+    images_per_camera: People = 3,
+    image_size: Pair[_Pixels] = (128, 64),
+    seed: Seed = 0,
+    modality_gap: Strength = 1.0,
+    camera_style: Strength = 1.0,
+    pose_spread: Strength = 1.0,
     progress: Advance | None = None,
 ) -> Path:
     """Write a synthetic data set in LLCM's tree, for `LLCM` to read; the path of its root.
@@ -180,7 +181,6 @@ def write_llcm(
         "camera_style": camera_style,
         "pose_spread": pose_spread,
     }
-    check_parameters(parameters, {"identities": 3, "test_identities": 1, "images_per_camera": 1})
     check_test_share(parameters)
     root = Path(root)
     claim(root, parameters)

@@ -57,24 +57,6 @@ def claim(root: Path, parameters: Mapping[str, Any]) -> None:
     (root / MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
-def check_parameters(parameters: Mapping[str, Any], least: Mapping[str, int]) -> None:
-    """ValueError unless the counts are at least as in `least`, and the looks in range."""
-    for name, value in {**least, "seed": 0}.items():
-        if parameters[name] < value:
-            raise ValueError(f"{name} must be at least {value}; got {parameters[name]}")
-    for name in least:
-        if parameters[name] > 9999:
-            raise ValueError(f"{name} has four digits in the tree, so at most 9999; got {parameters[name]}")
-    if min(parameters["image_size"]) < 16 or max(parameters["image_size"]) > 4096:
-        raise ValueError(
-            "image_size must be (height, width) of at least 16 and at most 4096; got "
-            f"{parameters['image_size']}"
-        )
-    for name in ("modality_gap", "camera_style", "pose_spread"):
-        if not 0 <= parameters[name] <= 2:
-            raise ValueError(f"{name} must be from 0 (none) over 1 (default) to 2; got {parameters[name]}")
-
-
 def check_test_share(parameters: Mapping[str, Any]) -> None:
     """ValueError unless the test leaves two identities for the training."""
     if parameters["test_identities"] > parameters["identities"] - 2:

@@ -1,0 +1,153 @@
+"""Values of settings, checked by pydantic: the same for what Python, a file and the command line give.
+
+What a setting takes is its annotation, its kind; kinds.py has those of several settings.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from types import GenericAlias
+from typing import Any, Final, ParamSpec, TypeVar, get_type_hints
+
+from pydantic import ConfigDict, PydanticUserError, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
+
+from mrcn_fast.reid.messages import in_words, wanted_whole, words
+
+# For a TypedDict that may have other names too: without a configuration, pydantic drops those in silence.
+with_more: Final = with_config(ConfigDict(extra="allow"))
+_without_more: Final = with_config(ConfigDict(extra="forbid"))
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+class SettingError(ValueError):
+    """A value that a setting doesn't take; the message has the setting, the value and what was expected."""
+
+
+def checked(kind: Any, value: object, name: str) -> Any:
+    """The value in the plain form of its kind: a tuple for a list, Python's number for numpy's.
+
+    Types are exact: "3" and 3.0 are no integers, True is no number. Raises SettingError with the setting
+    `name`, or the place in it, the value and what was expected.
+    """
+    try:
+        return _adapter(kind).validate_python(value, strict=True)
+    except ValidationError as error:
+        raise SettingError(in_words(error, schema_of(kind), name)) from None
+
+
+def read(kind: Any, given: str | Sequence[str]) -> Any:
+    """The value that a flag's word, or the words of a list, stand for.
+
+    Raises SettingError, whose message is only what was expected.
+    """
+    text = given if isinstance(given, str) else ",".join(given)
+    if text in ("none", "null") and "anyOf" in schema_of(kind):
+        return None
+    try:
+        if not is_list(kind):
+            return _adapter(kind).validate_strings(text)
+        return _adapter(kind).validate_python(_items(kind, given, text), strict=False)
+    except ValidationError as error:
+        wanted = wanted_whole(error, schema_of(kind))
+        several = is_list(kind) and wanted == expected(kind)
+        raise SettingError(f"{wanted}, separated by commas or spaces" if several else wanted) from None
+
+
+def check_fields(settings: Any, error: type[ValueError]) -> None:
+    """Put each field of a dataclass into the form of its kind. Raises `error` for one that doesn't fit."""
+    try:
+        source: Callable[..., Any] = type(settings)
+        for name, kind in kinds_of(source).items():
+            setattr(settings, name, checked(kind, getattr(settings, name), name))
+    except SettingError as unfit:
+        raise error(str(unfit)) from None
+
+
+def check_arguments(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """A function whose calls raise SettingError for an argument that doesn't fit its annotation.
+
+    Arguments that have no kind, such as tensors and functions, pass as they are.
+    """
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
+        bound = signature.bind(*args, **kwargs)
+        for name, kind in kinds_of(function).items():
+            if name in bound.arguments:
+                bound.arguments[name] = checked(kind, bound.arguments[name], name)
+        return function(*bound.args, **bound.kwargs)
+
+    return call
+
+
+@functools.cache
+def kinds_of(source: Callable[..., Any]) -> dict[str, Any]:
+    """The kinds of a dataclass's fields or a function's arguments: the annotations with a JSON schema."""
+    hints = get_type_hints(source, include_extras=True)
+    return {name: hint for name, hint in hints.items() if name != "return" and _is_kind(hint)}
+
+
+def record(title: str, kinds: Mapping[str, Any], *, more: bool = False) -> Any:
+    """The kind of a dictionary with these names, none of which may be missing; `more` allows others."""
+    extent = with_more if more else _without_more
+    return extent(TypedDict(title, dict(kinds)))  # type: ignore[operator]
+
+
+def by_name(kind: Any) -> Any:
+    """The kind of a dictionary with any names, whose values are all of one kind."""
+    return GenericAlias(dict, (str, kind))
+
+
+def expected(kind: Any) -> str:
+    """What a setting of this kind takes, in words."""
+    return words(schema_of(kind))
+
+
+def is_list(kind: Any) -> bool:
+    """Whether a setting of this kind takes several values."""
+    return _of_value(kind).get("type") == "array"
+
+
+def is_truth(kind: Any) -> bool:
+    """Whether a setting of this kind is true or false."""
+    return _of_value(kind).get("type") == "boolean"
+
+
+@functools.cache
+def schema_of(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a kind. Raises PydanticUserError for an annotation that is none."""
+    return _adapter(kind).json_schema()
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _of_value(kind: Any) -> dict[str, Any]:
+    """The JSON schema of a value that is there."""
+    schema = schema_of(kind)
+    part: dict[str, Any] = schema.get("anyOf", [schema])[0]
+    return part
+
+
+def _is_kind(annotation: Any) -> bool:
+    try:
+        return schema_of(annotation) != {}
+    except PydanticUserError:
+        return False
+
+
+def _items(kind: Any, given: str | Sequence[str], text: str) -> list[str]:
+    """The words of a list. A text or a path may have commas: they separate such words only in brackets."""
+    enclosed = text[:1] + text[-1:] in ("[]", "()")
+    items = _of_value(kind).get("items", {})
+    if items.get("type") == "string" and "enum" not in items and not enclosed:
+        return [given] if isinstance(given, str) else list(given)
+    return [word for word in map(str.strip, (text[1:-1] if enclosed else text).split(",")) if word]
