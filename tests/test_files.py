@@ -21,8 +21,10 @@ LIMIT = 4096
 
 
 @pytest.fixture
-def full_disk() -> Iterator[None]:
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No file of this process may grow beyond LIMIT bytes: the system refuses as it does on a full disk."""
+    # Bytecode that the limit cuts off would be kept, and every later process would fail to read it.
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (LIMIT, hard))

@@ -296,7 +296,11 @@ def test_without_room_nothing_is_begun(
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs limits of a process")
 def test_a_write_that_fails_says_what_it_needed(samples: list[Sample], tmp_path: Path) -> None:
-    limited = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n" + PROGRAM
+    # Bytecode that the limit cuts off would be kept, and every later process would fail to read it.
+    limited = (
+        "import resource, sys; sys.dont_write_bytecode = True\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, 9000))\n" + PROGRAM
+    )
     failed = run(samples, tmp_path / "cache", program=limited)
     _, err = failed.communicate(timeout=60)
     assert failed.returncode == 1
