@@ -6,6 +6,7 @@ it must not break the library. Seen to be there: torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
@@ -62,3 +63,20 @@ def assume_constant(function: _F) -> _F:
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
+
+
+def keep_whole_in_inductor(operation: Any) -> None:
+    """Let Inductor call an operation that has a decomposition for exporters.
+
+    Inductor does so by itself, but where the environment has ``CI`` it takes the decomposition for a slip of
+    torch's own and stops. Without Inductor, or with one of other names, nothing is done.
+    """
+    lowering = sys.modules.get("torch._inductor.lowering")
+    if lowering is None or operation in getattr(lowering, "lowerings", (operation,)):
+        return
+    try:
+        tag = lowering.get_layout_constraint_tag(operation, with_default=True)
+        constraint = lowering.tag_to_layout_constraint(tag)
+        lowering.make_fallback(operation, layout_constraint=constraint, warn=False)
+    except (AttributeError, TypeError, AssertionError):
+        return

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
+from torch._inductor import lowering
+from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from mrcn_fast import CQCLoss, MRCNBlock, MRCNFeatures, SNRBlock
 from tests import cases
@@ -84,6 +86,20 @@ def test_inductor(memory_format: torch.memory_format, backend: str) -> None:
     network = Network(backend).to(memory_format=memory_format)  # type: ignore[call-overload]
     compiled = torch.compile(network, fullgraph=True)
     assert_equal_within_rounding(gradients(compiled, network), gradients(network, network))
+
+
+@cases.backends("cpu")
+@pytest.mark.parametrize("ci", ["", "true"], ids=["desk", "ci"])
+def test_inductor_takes_no_operation_apart(ci: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether the environment has CI or not: there torch refuses what has a decomposition for exporters."""
+    network = MRCNBlock(4, reduction=2, backend=backend)
+    monkeypatch.setenv("CI", ci)
+    monkeypatch.delitem(lowering.lowerings, torch.ops.mrcn_fast.block_forward.default, raising=False)
+    x = torch.randn(2, 4, 3, 3, device=DEVICE)
+    with torch.no_grad(), fresh_cache():
+        made, (code,) = run_and_get_code(torch.compile(network, fullgraph=True), x, x)
+    assert "mrcn_fast.block_forward" in code
+    torch.testing.assert_close(tuple(made), tuple(network(x, x)))
 
 
 @cases.backends("reference", *KERNEL_BACKENDS)

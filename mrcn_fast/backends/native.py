@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mrcn_fast import internals
 from mrcn_fast.backends import batching, decompositions, shapes
 from mrcn_fast.operations import OPERATIONS
 
@@ -148,8 +149,18 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
     }
 
 
+def _kept_whole(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
+    """The shapes of an operation, and to whoever asks for them: Inductor shall not take it apart."""
+
+    def traced(*arguments: Any) -> Any:
+        internals.keep_whole_in_inductor(operation(name))
+        return fake(*arguments)
+
+    return traced
+
+
 if _library is not None:
     for _name, _fake in fakes().items():
-        torch.library.register_fake(f"mrcn_fast::{_name}")(_fake)
+        torch.library.register_fake(f"mrcn_fast::{_name}")(_kept_whole(_name, _fake))
     batching.register("mrcn_fast", operation)
     decompositions.register(operation)
