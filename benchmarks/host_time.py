@@ -27,6 +27,7 @@ from torch import Tensor  # noqa: E402
 from mrcn_fast import CQCLoss, MRCNBlock, dispatch, mrcn_block  # noqa: E402
 from mrcn_fast.benchmark import results  # noqa: E402
 from mrcn_fast.benchmark.timing import quantiles  # noqa: E402
+from mrcn_fast.gates import FUSED  # noqa: E402
 
 SHAPE = (16, 64, 9, 4)
 FEATURES = (96, 64)
@@ -79,7 +80,7 @@ def forms(backend: str) -> dict[str, Callable[[], object]]:
 
     return {
         "operation": without_gradients(
-            lambda: operation(*maps, norm_weight, norm_bias, gate, "se", 1e-5, False)
+            lambda: operation(*maps, norm_weight, norm_bias, gate, FUSED.index("se"), 1e-5, False)
         ),
         "mrcn_block, no gradients": without_gradients(
             lambda: mrcn_block(visible, infrared, norm_weight, norm_bias, gate, backend=backend)
