@@ -132,7 +132,10 @@ def test_no_result_replaces_another(own: Path, tiny_tree: Path, tiny_regdb: Path
     scored(rerank=True, k1=5)
     scored(rerank=True, k2=2)
     assert "without-unreadable" in scored(skip_unreadable=True).name
-    assert "32-true" not in first.name and "bf16-mixed" in scored(precision="bf16-mixed").name
+    assert "32-true" not in first.name
+    # oneDNN's bfloat16 convolutions of maps as small as these give NaN on processors with AMX.
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert "bf16-mixed" in scored(precision="bf16-mixed").name
     scored(backend="reference")
     scored(mode="indoor")
     scored(shots=10)
