@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Generator, Iterator
 
@@ -9,7 +10,7 @@ import hypothesis
 import pytest
 import torch
 
-from mrcn_fast import dispatch
+from mrcn_fast import autograd, dispatch
 from tests.cases import CUDA_ON_HOST
 
 if CUDA_ON_HOST:
@@ -28,6 +29,16 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
+@pytest.fixture(autouse=True)
+def logs_as_before() -> Iterator[None]:
+    """A command that a test runs shows the library's log lines from some level on; the next test has all."""
+    logger = logging.getLogger("mrcn_fast")
+    level, handlers = logger.level, list(logger.handlers)
+    yield
+    logger.setLevel(level)
+    logger.handlers[:] = handlers
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes minutes begins first: at the end, one process would wait for the other."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
@@ -35,8 +46,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def choices_anew() -> Iterator[None]:
-    """No test sees which backend another one had chosen, or been told of."""
-    for known in (dispatch._choose, dispatch._tell):
+    """No test sees which backend or operation another one had chosen, or been told of."""
+    for known in (dispatch._choose, dispatch._tell, autograd.block_call):
         known.cache_clear()
     yield
 

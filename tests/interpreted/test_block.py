@@ -37,12 +37,6 @@ def case(mode: str, gate: str = "se", restitute_to: str = "normalized", **settin
     return Case(mode, gate, restitute_to, shape, layouts=(layout, layout), gradient_layout=layout, **settings)
 
 
-@pytest.fixture(autouse=True)
-def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What breaks the rule by luck is drawn again, at a second a draw here."""
-    monkeypatch.setattr(cases, "DRAWS", 6)
-
-
 @pytest.fixture(params=["whole planes", "parts"])
 def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that every loop, mask and partial sum has several rounds."""
