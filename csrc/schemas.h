@@ -45,16 +45,16 @@ void define_operations(Library& library) {
       "snr_backward(Tensor? restituted, Tensor? contaminated, Tensor? normalized, Tensor features, "
       "Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The loss. features: the six sets, or all stacked in one. Results of the forward: the sum; a slot for each
-  // visible sample with a loss and its identity, in any order, those left over with loss 0 and the largest
-  // int64; how many identities there are; and what the backward wants. It gives the gradient of all sets,
-  // stacked.
+  // The loss. features: the six sets, or all stacked in one; normalize: their rows are divided by their
+  // lengths first. Results of the forward: the sum; a slot for each visible sample with a loss and its
+  // identity, in any order, those left over with loss 0 and the largest int64; how many identities there are;
+  // and what the backward wants. It gives the gradient of all sets, stacked.
   library.def(
-      "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, bool "
-      "detach_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, "
+      "bool detach_negative, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");
   library.def(
       "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor saved, "
-      "bool detach_negative) -> Tensor");
+      "bool detach_negative, bool normalize) -> Tensor");
 }
 
 }  // namespace mrcn

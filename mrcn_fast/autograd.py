@@ -219,6 +219,13 @@ class CQCSettings(NamedTuple):
     backend: str
     margin: float
     detach_negative: bool
+    normalize: bool
+
+    def options(self) -> dict[str, Any]:
+        """The same as keyword arguments of `reference.cqc_loss`."""
+        return {
+            "margin": self.margin, "detach_negative": self.detach_negative, "normalize": self.normalize,
+        }  # fmt: skip
 
 
 def run_cqc(
@@ -227,7 +234,7 @@ def run_cqc(
     """Total (), losses (B_v,), identities (B_v,), count (), and what is saved for the backward."""
     kernel = dispatch.KERNELS[settings.backend].operation("cqc_forward")
     made: tuple[Tensor, ...] = kernel(
-        features, labels, infrared_labels, settings.margin, settings.detach_negative
+        features, labels, infrared_labels, settings.margin, settings.detach_negative, settings.normalize
     )
     return made
 
@@ -240,8 +247,7 @@ def run_cqc_reference(
         unstack([f.to(shapes.precise(f.dtype)) for f in features], labels, infrared_labels),
         labels,
         infrared_labels,
-        margin=settings.margin,
-        detach_negative=settings.detach_negative,
+        **settings.options(),
     )
     return losses
 
@@ -285,7 +291,9 @@ class CQCFunction(torch.autograd.Function):
         if of_total is not None and of_losses is not None:
             gradient = of_total + of_losses
         kernel = dispatch.KERNELS[settings.backend].operation("cqc_backward")
-        stacked = kernel(gradient, features, labels, infrared_labels, saved, settings.detach_negative)
+        stacked = kernel(
+            gradient, features, labels, infrared_labels, saved, settings.detach_negative, settings.normalize
+        )
         sets = unstack([stacked], labels, infrared_labels) if len(features) == 6 else (stacked,)
         return (None,) * 3 + tuple(sets)
 

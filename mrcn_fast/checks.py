@@ -34,6 +34,13 @@ def positive_integer(name: str, value: object) -> int:
     return int(value)
 
 
+def check_flag(name: str, value: object) -> bool:
+    """The value as a bool: 0, 1 and NumPy's are taken too, but no text, of which every one would be true."""
+    if value not in (True, False):
+        raise ValueError(f"{name}: got {value!r}, expected True or False")
+    return bool(value)
+
+
 def check_eps(eps: object) -> None:
     known = type(eps) is float or (isinstance(eps, Real) and not isinstance(eps, bool))
     if not known or not 0 < eps < math.inf:  # type: ignore[operator]

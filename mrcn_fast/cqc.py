@@ -14,6 +14,7 @@ from mrcn_fast.autograd import NOBODY, CQCFunction, CQCSettings, distinct, unsta
 from mrcn_fast.backends import shapes
 from mrcn_fast.checks import (
     check_features,
+    check_flag,
     check_labels,
     check_margin,
     check_reduction,
@@ -28,6 +29,7 @@ def cqc_loss(
     margin: float = 0.2,
     reduction: str = "sum",
     detach_negative: bool = False,
+    normalize: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Center-quadruplet causal loss over the identities present in both modalities (eq. 8-10).
@@ -41,6 +43,12 @@ def cqc_loss(
         margin: α.
         reduction: "sum" over identities (the paper), "mean" over them, or "none".
         detach_negative: take the pushed distances D(c±, c_own) as constants.
+        normalize: divide each feature row by its Euclidean length (at least 1e-12) before the centers are
+            made: c is the mean of f / ‖f‖. The paper does not say which features its loss takes. Of the same
+            author's other center losses MMN's normalizes and DEEN's does not. Centers of unit features are
+            at most 2 apart, so that α = 0.2 means the same however long the features are; without it the
+            loss is nearly blind to α where features are long. It is fused: nothing of the features' size
+            is made beside their gradient. A row shorter than 1e-12 is divided by that constant.
         backend: "cpu", "triton", "cuda", "reference", or None for what serves.
 
     Returns:
@@ -55,20 +63,22 @@ def cqc_loss(
 
     Equivalent to:
         ``losses, identities = mrcn_fast.reference.cqc_loss(features, labels, infrared_labels)``, then
-        ``losses.sum()``.
+        ``losses.sum()``. With ``normalize=True`` the features are ``torch.nn.functional.normalize(f)``.
     """
     check_reduction(reduction)
     check_margin(margin)
+    detach_negative = check_flag("detach_negative", detach_negative)
+    normalize = check_flag("normalize", normalize)
     if has_torch_function((labels,)) and not isinstance(labels, Tensor):  # such as torch.fx's Proxy
         made: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
             cqc_loss, (labels,), features, labels, infrared_labels, margin=margin, reduction=reduction,
-            detach_negative=detach_negative, backend=backend,
+            detach_negative=detach_negative, normalize=normalize, backend=backend,
         )  # fmt: skip
         return made
     labels = check_labels("labels", labels)
     infrared_labels = labels if infrared_labels is None else check_labels("infrared_labels", infrared_labels)
     tensors = check_features(features, labels, infrared_labels)
-    settings = CQCSettings("", float(margin), bool(detach_negative))
+    settings = CQCSettings("", float(margin), detach_negative, normalize)
     slots = _slots(backend, settings, labels, infrared_labels, tensors)
     _check_count(slots.number, labels, infrared_labels)
     if reduction == "none":
@@ -115,18 +125,14 @@ def _literal_slots(
 ) -> _Slots:
     if reference.shared_identities(labels, infrared_labels).shape[0] == 0:
         raise ValueError(_nobody_shared(labels, infrared_labels))
-    losses, identities = reference.cqc_loss(
-        sets, labels, infrared_labels, margin=settings.margin, detach_negative=settings.detach_negative
-    )
+    losses, identities = reference.cqc_loss(sets, labels, infrared_labels, **settings.options())
     return _Slots(losses.sum(), losses, identities, torch.tensor(losses.shape[0], device="cpu"))
 
 
 def _slots_by_sample(
     settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, sets: list[Tensor]
 ) -> _Slots:
-    losses, counts = reference.cqc_loss_by_sample(
-        sets, labels, infrared_labels, margin=settings.margin, detach_negative=settings.detach_negative
-    )
+    losses, counts = reference.cqc_loss_by_sample(sets, labels, infrared_labels, **settings.options())
     identities = torch.where(counts, labels, torch.full_like(labels, NOBODY))
     return _Slots(losses.sum(), losses, identities, counts.sum())
 
@@ -153,6 +159,8 @@ class CQCLoss(nn.Module):
         reduction: "sum" over identities (the paper), "mean" over them, or "none" (losses and identities).
         detach_negative: take the pushed distances as constants.
         backend: "cpu", "triton", "cuda", "reference", or None for what serves.
+        normalize: divide each feature row by its length first, so that the margin does not depend on how long
+            the features are. As the paper writes its equations they are taken as they come (False).
     """
 
     def __init__(
@@ -161,16 +169,14 @@ class CQCLoss(nn.Module):
         reduction: str = "sum",
         detach_negative: bool = False,
         backend: str | None = None,
+        normalize: bool = False,
     ) -> None:
         super().__init__()
         check_reduction(reduction)
         check_margin(margin)
-        self.margin, self.reduction, self.detach_negative, self.backend = (
-            margin,
-            reduction,
-            detach_negative,
-            backend,
-        )
+        self.margin, self.reduction, self.backend = margin, reduction, backend
+        self.detach_negative = check_flag("detach_negative", detach_negative)
+        self.normalize = check_flag("normalize", normalize)
 
     def forward(
         self, features: Sequence[Tensor] | Tensor, labels: Tensor, infrared_labels: Tensor | None = None
@@ -183,11 +189,15 @@ class CQCLoss(nn.Module):
             margin=self.margin,
             reduction=self.reduction,
             detach_negative=self.detach_negative,
+            normalize=self.normalize,
             backend=self.backend,
         )
 
     def extra_repr(self) -> str:
-        return f"margin={self.margin}, reduction={self.reduction!r}, detach_negative={self.detach_negative}"
+        return (
+            f"margin={self.margin}, reduction={self.reduction!r}, detach_negative={self.detach_negative}, "
+            f"normalize={self.normalize}"
+        )
 
 
 _NOBODY_SHARED = (

@@ -219,6 +219,11 @@ def centers(features: Tensor, labels: Tensor, identities: Tensor) -> Tensor:
     return torch.stack([features[labels == identity].mean(dim=0) for identity in identities])
 
 
+def unit_rows(features: Tensor) -> Tensor:
+    """Each row divided by its Euclidean length, which is clamped at 1e-12 as `distance` is: (B, D)."""
+    return features / (features * features).sum(dim=1, keepdim=True).clamp(min=1e-24).sqrt()
+
+
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distance of rows, D² clamped at 1e-12 before the root so that its gradient is finite."""
     return (a - b).square().sum(dim=-1).clamp(min=1e-12).sqrt()
@@ -250,11 +255,14 @@ def cqc_loss(
     *,
     margin: float = 0.2,
     detach_negative: bool = False,
+    normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """L_CQC (eq. 10) an identity, (I,), and the identities, (I,).
 
-    ``features`` are the six sets v, v+, v-, n-, n+, n, each (B, D) with the labels of its modality.
+    ``features`` are the six sets v, v+, v-, n-, n+, n, each (B, D) with the labels of its modality. With
+    ``normalize`` the centers are those of their `unit_rows`.
     """
+    features = [unit_rows(f) for f in features] if normalize else features
     identities = shared_identities(labels, infrared_labels)
     set_labels = [labels] * 3 + [infrared_labels] * 3
     c_v, c_v_restituted, c_v_compensated, c_n_compensated, c_n_restituted, c_n = (
@@ -288,12 +296,14 @@ def cqc_loss_by_sample(
     *,
     margin: float = 0.2,
     detach_negative: bool = False,
+    normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`cqc_loss` with shapes that depend on no value, for tracing, transforms and tensors without data.
 
     Returns a loss for each visible sample, (B_v,), and whether it counts, (B_v,): that of an identity stands
     at its first visible sample; all others are 0.
     """
+    features = [unit_rows(f) for f in features] if normalize else features
     same, across = labels[:, None] == labels, infrared_labels[:, None] == labels
     place = torch.arange(labels.shape[0], device=labels.device)
     first = same.long().argmax(dim=1)  # argmax gives the first of equal values

@@ -579,6 +579,12 @@ def block_cases(
 
 # --- CQC cases --------------------------------------------------------------------------------------------
 
+# Six tensors or one, as they come or normalized.
+FORMS = pytest.mark.parametrize(
+    ("stacked", "normalize"), [(False, False), (True, False), (False, True), (True, True)]
+)
+# Of rows at and around the length at which it is clamped, and two whose squares overflow in float32.
+LENGTHS = (0.0, 5e-13, 1e-12, 1.5e-12, 1e20, 3e38)
 FEATURE_LAYOUTS = ("contiguous", "row-sliced", "column-sliced", "transposed", "expanded rows")
 
 
@@ -596,6 +602,7 @@ class CQCCase(NamedTuple):
     layout: str = "contiguous"
     scale: float = 1.0
     seed: int = 0
+    normalize: bool = False
 
 
 class CQCProblem(NamedTuple):
@@ -661,6 +668,7 @@ def call_cqc(p: CQCProblem, features: Sequence[Tensor], backend: str) -> Tensor 
         margin=p.case.margin,
         reduction=p.case.reduction,
         detach_negative=p.case.detach_negative,
+        normalize=p.case.normalize,
         backend=backend,
     )
 
@@ -688,6 +696,7 @@ def cqc_truth(p: CQCProblem) -> dict[str, extended.Array]:
             margin=p.case.margin,
             reduction=p.case.reduction,
             detach_negative=p.case.detach_negative,
+            normalize=p.case.normalize,
         )
     wide = CQCProblem(
         p.case._replace(dtype=torch.float64),
@@ -710,6 +719,18 @@ def check_cqc_accuracy(case: CQCCase, backend: str) -> None:
 
     seeds = (case._replace(seed=seed) for seed in range(case.seed, case.seed + 1000))
     judge(next(c for c in seeds if not cqc_near_kink(cqc_problem(c, "cpu"))), backend, compare)
+
+
+def check_short_rows(case: CQCCase, row: int, length: float, backend: str) -> None:
+    """With such a row in each set the loss and each row's gradient are the reference's but for rounding."""
+    p = cqc_problem(case)
+    for f in p.features:
+        f.detach()[row] = 0
+        f.detach()[row, -1] = length
+    results, expected = (evaluate_cqc(p, name) for name in (backend, "reference"))
+    for name, result in results.items():
+        unit = torch.finfo(result.dtype).eps * expected[name].abs().amax(dim=-1, keepdim=True)
+        assert ((result - expected[name]).abs() <= 8 * unit).all(), f"{name}: {result}, not {expected[name]}"
 
 
 @st.composite
@@ -739,6 +760,7 @@ def cqc_cases(draw: st.DrawFn, dtype: torch.dtype, detach_negative: bool = False
         layout=draw(st.sampled_from(layouts)),
         scale=draw(st.sampled_from((0.01, 1.0, 30.0))),
         seed=draw(st.integers(0, 2**16)),
+        normalize=draw(st.booleans()),
     )
 
 
@@ -747,6 +769,8 @@ def cqc_near_kink(p: CQCProblem) -> bool:
     features = [f.detach().double() for f in p.features]
     rows = [p.labels.shape[0]] * 3 + [p.infrared_labels.shape[0]] * 3
     sets = list(features[0].split(rows)) if p.case.stacked else features
+    if p.case.normalize:
+        sets = [F.normalize(s) for s in sets]
     labels = [p.labels] * 3 + [p.infrared_labels] * 3
     both = set(p.labels.tolist()) & set(p.infrared_labels.tolist())
     for identity in both:

@@ -216,6 +216,18 @@ def _snr(modalities: list[Modality], gradients: list[Array], restitute_to: str) 
     return (m.normalized + m.distilled(0), m.normalized + m.residual - m.distilled(0), m.normalized)
 
 
+class UnitRows:
+    """Rows of length 1, none shorter than 1e-12: forward in the constructor."""
+
+    def __init__(self, x: Array) -> None:
+        self.length = np.sqrt((x**2).sum(axis=1, keepdims=True))
+        self.result: Array = x / self.length
+
+    def backward(self, gradient: Array) -> Array:
+        along = (self.result * gradient).sum(axis=1, keepdims=True)
+        return (gradient - self.result * along) / self.length
+
+
 def cqc(
     features: Sequence[Array],
     labels: NDArray[np.int64],
@@ -225,11 +237,15 @@ def cqc(
     margin: float,
     reduction: str,
     detach_negative: bool,
+    normalize: bool,
 ) -> dict[str, Array]:
     """Loss and gradients of eq. 8-10, named as `tests.cases.evaluate_cqc` names them."""
     visible, infrared = len(labels), len(infrared_labels)
     ends = np.cumsum([visible] * 3 + [infrared] * 3)[:-1]
     sets = np.split(features[0], ends) if len(features) == 1 else list(features)
+    given = [UnitRows(s) for s in sets]
+    if normalize:
+        sets = [rows.result for rows in given]
     of_sets = [np.zeros_like(s) for s in sets]
     identities = np.intersect1d(labels, infrared_labels)
     factor = np.longdouble(1) / (len(identities) if reduction == "mean" else 1)
@@ -254,6 +270,8 @@ def cqc(
                 of_c[own] += weight * away
         for of_set, m, g in zip(of_sets, members, of_c, strict=True):
             of_set[m] += g / m.sum()
+    if normalize:
+        of_sets = [rows.backward(g) for rows, g in zip(given, of_sets, strict=True)]
     loss = losses if reduction == "none" else losses.sum() * factor
     of_features = [np.concatenate(of_sets)] if len(features) == 1 else of_sets
     return {"loss": np.asarray(loss), **{f"grad {i}": g for i, g in enumerate(of_features)}}

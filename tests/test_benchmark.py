@@ -42,7 +42,7 @@ FIRST_NAMES = [
 def test_the_names_of_the_cpus_cases_stay() -> None:
     names = [case.name for case in cases.cases()]
     assert names[:12] == FIRST_NAMES
-    assert names[-1] == "cqc forward+backward 4x4x2048"
+    assert names[-2:] == [f"cqc{way} forward+backward 4x4x2048" for way in ("", " normalized")]
     assert "block forward 16x256x72x32 nchw bf16" in names
     assert {case.device for case in cases.cases()} == {"cpu"}
 
@@ -161,11 +161,14 @@ def test_the_other_forms_are_right(operation: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", timing.TOLERANCES, ids=lambda dtype: str(dtype)[6:])
-def test_the_losss_rivals_are_right(dtype: torch.dtype) -> None:
-    rivals = cases.cqc_rivals(3, 2, 33, "cpu", dtype)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_losss_rivals_are_right(normalize: bool, dtype: torch.dtype) -> None:
+    rivals = cases.cqc_rivals(3, 2, 33, "cpu", dtype, normalize)
     benchmark.check(rivals, timing.TOLERANCES[dtype])
+    assert ("unfused" in rivals) == normalize
     if dtype == torch.float32:
-        assert benchmark.largest_error(rivals["loop"](), rivals["vectorized"]()) < 1e-4
+        for name in rivals.keys() - {"fused", "vectorized"}:
+            assert benchmark.largest_error(rivals[name](), rivals["vectorized"]()) < 1e-4
 
 
 def test_the_rivals_go_round_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:

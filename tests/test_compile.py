@@ -149,9 +149,10 @@ def test_growing_batches_recompile_at_most_once(backend: str) -> None:
 
 
 @cases.backends(*KERNEL_BACKENDS)
-def test_one_tensor_in_two_places(backend: str) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_tensor_in_two_places(normalize: bool, backend: str) -> None:
     """Dynamo traces no autograd Function that gets a tensor twice."""
-    block, loss = MRCNBlock(3, backend=backend, device=DEVICE), CQCLoss(backend=backend)
+    block, loss = MRCNBlock(3, backend=backend, device=DEVICE), CQCLoss(normalize=normalize, backend=backend)
     x, labels = torch.randn(4, 3, 5, 4, device=DEVICE), torch.tensor([0, 0, 1, 1], device=DEVICE)
 
     def run(x: Tensor) -> Tensor:
@@ -161,6 +162,9 @@ def test_one_tensor_in_two_places(backend: str) -> None:
 
     compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), run(x))
+    x.requires_grad_()
+    got, want = (torch.autograd.grad(form(x), x) for form in (compiled, run))
+    torch.testing.assert_close(got, want)
 
 
 @cases.backends(*KERNEL_BACKENDS)

@@ -314,14 +314,16 @@ def test_a_forward_saves_what_its_device_wants(mode: str, gate: str) -> None:
 
 
 def test_the_loss_saves_what_its_device_wants() -> None:
-    def saved(device: str, **kernels: str) -> torch.Size:
+    def saved(device: str, normalize: bool, **kernels: str) -> torch.Size:
         with FakeTensorMode():
             labels, others = torch.empty(4, device=device).long(), torch.empty(3, device=device).long()
             features = [torch.empty(21, 6, device=device)]
-            return native.fakes(**kernels)["cqc_forward"](features, labels, others, 0.2, False)[-1].shape
+            fake = native.fakes(**kernels)["cqc_forward"]
+            return fake(features, labels, others, 0.2, False, normalize)[-1].shape
 
-    assert saved("cpu") == (4, 8)
-    assert saved("cuda") == saved("cpu", device_type="cuda") == (39,)
+    assert saved("cpu", False) == saved("cpu", True) == (4, 8)
+    assert saved("cuda", False) == saved("cpu", False, device_type="cuda") == (39,)
+    assert saved("cuda", True) == (39 + 21,)
 
 
 # --- what the library is ------------------------------------------------------------------------------------
@@ -399,8 +401,9 @@ ENTRY = re.compile(
     r"Used (?P<registers>\d+) registers",
     re.DOTALL,
 )
-# Block: four dtypes x pair, restitute and SNR x both layouts. The loss: four dtypes.
-KERNELS = {"block forward": 24, "block backward": 24, "cqc": 8}
+# Block: four dtypes x pair, restitute and SNR x both layouts. The loss: four dtypes x normalized or not, in
+# both directions.
+KERNELS = {"block forward": 24, "block backward": 24, "cqc": 16}
 
 
 def kind(kernel: str) -> str:

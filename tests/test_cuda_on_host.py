@@ -97,7 +97,7 @@ RUNS = {
         "tests/test_cqc.py",
         "-k",
         "(in_every_layout and float32) or nonfinite or every_element or coinciding "
-        "or (test_gradcheck and none)",
+        "or (test_gradcheck and none) or clamped_or_overflow or torchs",
     ),
 }
 

@@ -207,6 +207,9 @@ def test_constructors() -> None:
         MRCNBlock(4, restitute_to="features")
     with refuses(ValueError, "reduction: got 'max'", "'sum', 'mean', 'none'"):
         CQCLoss(reduction="max")
+    for name in ("normalize", "detach_negative"):
+        with refuses(ValueError, f"{name}: got 'no'", "expected True or False"):
+            CQCLoss(**{name: "no"})  # type: ignore[arg-type]
 
 
 @both_backends
@@ -361,6 +364,13 @@ def test_maps_that_have_only_a_shape() -> None:
 def test_an_unknown_reduction() -> None:
     with refuses(ValueError, "reduction: got 'max'", "'sum', 'mean', 'none'"):
         cqc_loss(six(), LABELS, reduction="max")
+
+
+def test_flags_of_the_loss() -> None:
+    for flag in ("l2", None, 2):
+        with refuses(ValueError, f"normalize: got {flag!r}", "expected True or False"):
+            cqc_loss(six(), LABELS, normalize=flag)  # type: ignore[arg-type]
+    assert cqc_loss(six(), LABELS, normalize=1) == cqc_loss(six(), LABELS, normalize=True)  # type: ignore[arg-type]
 
 
 # --- backends ---------------------------------------------------------------------------------------------

@@ -38,8 +38,9 @@ def of_backends(*works: str) -> list[Any]:
     ]
 
 
-WORKS = of_backends("block", "block bf16 channels_last", "cqc", "cqc bf16 stacked")
-CQC_WORKS = of_backends("cqc", "cqc bf16 stacked")
+CQC = ("cqc", "cqc bf16 stacked", "cqc normalized", "cqc bf16 stacked normalized")
+WORKS = of_backends("block", "block bf16 channels_last", *CQC)
+CQC_WORKS = of_backends(*CQC)
 
 
 class Work(NamedTuple):
@@ -88,13 +89,15 @@ def block_work(dtype: torch.dtype, layout: torch.memory_format, backend: str, de
     return Work(forward, (*inputs, *parameters), tuple(maps(2, 4)))
 
 
-def cqc_work(dtype: torch.dtype, stacked: bool, backend: str, device: str, seed: int) -> Work:
+def cqc_work(
+    dtype: torch.dtype, stacked: bool, normalize: bool, backend: str, device: str, seed: int
+) -> Work:
     labels = torch.arange(16, device=device).repeat_interleave(8).flip(0)
     sets = [normal(128, 2048, seed=seed + i, dtype=dtype, device=device) for i in range(6)]
     leaves = [x.requires_grad_() for x in ([torch.cat(sets)] if stacked else sets)]
 
     def forward() -> tuple[Tensor, ...]:
-        loss = cqc_loss(leaves[0] if stacked else leaves, labels, backend=backend)
+        loss = cqc_loss(leaves[0] if stacked else leaves, labels, normalize=normalize, backend=backend)
         assert isinstance(loss, Tensor)
         return (loss,)
 
@@ -105,7 +108,7 @@ def make(name: str, device: str = "cuda", seed: int = 0) -> Work:
     backend = name.split()[0]
     dtype = torch.bfloat16 if "bf16" in name else torch.float32
     if "cqc" in name:
-        return cqc_work(dtype, "stacked" in name, backend, device, seed)
+        return cqc_work(dtype, "stacked" in name, "normalized" in name, backend, device, seed)
     layout = torch.channels_last if "channels_last" in name else torch.contiguous_format
     return block_work(dtype, layout, backend, device, seed)
 

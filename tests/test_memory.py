@@ -147,7 +147,7 @@ def test_a_block_call_leaves_no_byte(mode: str, layout: str, gradients: bool, ba
 @cases.backends("cpu")
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_loss_call_leaves_no_byte(stacked: bool, backend: str) -> None:
-    p = cases.cqc_problem(cases.CQCCase((4, 4), (4, 4), 16, torch.float32, stacked))
+    p = cases.cqc_problem(cases.CQCCase((4, 4), (4, 4), 16, torch.float32, stacked, normalize=not stacked))
     assert left_behind(lambda: cases.evaluate_cqc(p, backend), 300) < 1
 
 

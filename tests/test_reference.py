@@ -348,6 +348,33 @@ def test_equation_10_by_hand() -> None:
     close(losses, tensor(0.8, 2.4 + 5.2))
 
 
+def test_unit_rows_by_hand() -> None:
+    """What is shorter than 1e-12 is divided by that, and the gradient is that of a constant divisor."""
+    rows = tensor((3.0, -4.0), (0.0, 0.0), (3e-13, 4e-13), (0.0, 2e-12)).requires_grad_()
+    units = reference.unit_rows(rows)
+    close(units, tensor((0.6, -0.8), (0.0, 0.0), (0.3, 0.4), (0.0, 1.0)))
+    # (g - u (u·g)) / length, with g = (1, 2): u·g = -1 of the first row and 2 of the last.
+    (gradient,) = torch.autograd.grad(units, rows, tensor(*[(1.0, 2.0)] * 4))
+    close(gradient[0], tensor(0.32, 0.24))
+    close(gradient[1:] * 1e-12, tensor((1.0, 2.0), (1.0, 2.0), (0.5, 0.0)))
+
+
+def test_equation_10_of_unit_rows_by_hand() -> None:
+    """Whatever lengths the rows have: c_v = (1, 0), c_n = (0, 1), √2 apart.
+
+    n- stays at n, with a hinge of α + √2 - 1e-6. The other made centers are at the other modality's original:
+    α + 1e-6 - √2, cut to 0.
+    """
+    v, n = tensor((1.0, 0.0)), tensor((0.0, 1.0))
+    sets = [3 * v, 5 * n, 0.1 * n, 7 * n, 2 * v, n]
+    labels = torch.tensor([4])
+    losses, _ = reference.cqc_loss(sets, labels, labels, normalize=True)
+    close(losses, tensor(0.2 + 2**0.5 - 1e-6))
+    by_sample, counts = reference.cqc_loss_by_sample(sets, labels, labels, normalize=True)
+    close(by_sample, losses)
+    assert counts.all()
+
+
 def test_equation_10_gradient_by_hand() -> None:
     # For v+ of identity 40: ∂D(c_v+, c_n) = (0, -4) / 4, ∂D(c_v+, c_v) = (3, 0) / 3, so (-1, -1) for the
     # center and half of that for each of its two samples. With the negative detached (0, -1) / 2.
@@ -386,11 +413,12 @@ def test_block_agrees_with_long_double(mode: str, gate: str, restitute_to: str) 
 @needs_long_double
 @pytest.mark.parametrize("detach_negative", [False, True])
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-def test_cqc_agrees_with_long_double(reduction: str, detach_negative: bool) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_cqc_agrees_with_long_double(normalize: bool, reduction: str, detach_negative: bool) -> None:
     case = CQCCase(
         (2, 0, 3, 1), (1, 2, 2, 4), 6, torch.float64, reduction=reduction, detach_negative=detach_negative
     )
-    p = cases.cqc_problem(case)
+    p = cases.cqc_problem(case._replace(normalize=normalize))
     check_relative(cases.evaluate_cqc(p, "reference"), cases.cqc_truth(p))
 
 

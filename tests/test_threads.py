@@ -45,14 +45,19 @@ def test_block(mode: str, shape: tuple[int, int, int, int], layout: str, backend
 
 @cases.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stacked", [False, True])
+@cases.FORMS
 @pytest.mark.parametrize(
     ("counts", "dimensions"), [((4, 4, 4, 4), 2048), ((1,), 5), ((3,) * 40, 33), ((64,), 512)]
 )
 def test_cqc(
-    counts: tuple[int, ...], dimensions: int, stacked: bool, dtype: torch.dtype, backend: str
+    counts: tuple[int, ...],
+    dimensions: int,
+    stacked: bool,
+    normalize: bool,
+    dtype: torch.dtype,
+    backend: str,
 ) -> None:
-    p = cases.cqc_problem(CQCCase(counts, counts, dimensions, dtype, stacked))
+    p = cases.cqc_problem(CQCCase(counts, counts, dimensions, dtype, stacked, normalize=normalize))
     torch.set_num_threads(THREADS[0])
     first = cases.evaluate_cqc(p, backend)
     for threads in (*THREADS, THREADS[-1]):

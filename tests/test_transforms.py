@@ -147,11 +147,12 @@ def six(seed: int = 0) -> Tensor:
 
 
 @cases.backends("reference", *KERNEL_BACKENDS)
-def test_transforms_of_the_loss(backend: str) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_transforms_of_the_loss(normalize: bool, backend: str) -> None:
     labels, others = torch.tensor([[0, 0, 1, 1], [2, 0, 2, 0]], device=DEVICE)
 
     def loss(sets: Tensor, labels: Tensor = labels) -> Tensor:
-        total = cqc_loss(sets.unbind(), labels, margin=3.0, backend=backend)
+        total = cqc_loss(sets.unbind(), labels, margin=3.0, normalize=normalize, backend=backend)
         assert isinstance(total, Tensor)
         return total
 
@@ -167,15 +168,17 @@ def test_transforms_of_the_loss(backend: str) -> None:
 
 
 @cases.backends("reference", *KERNEL_BACKENDS)
-def test_the_loss_without_data(backend: str) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_the_loss_without_data(normalize: bool, backend: str) -> None:
     """Only `reduction="none"` has a shape that depends on the labels' values."""
     labels = torch.tensor([0, 0, 1, 1], device=DEVICE)
     with FakeTensorMode() as mode:
         sets, fake_labels = mode.from_tensor(six()), mode.from_tensor(labels)
-        assert cqc_loss(sets.unbind(), fake_labels, backend=backend).shape == ()  # type: ignore[union-attr]
+        fake = cqc_loss(sets.unbind(), fake_labels, normalize=normalize, backend=backend)
+        assert isinstance(fake, Tensor) and fake.shape == ()
     for reduction in ("sum", "mean"):
         leaf = six().to("meta").requires_grad_()
-        loss = cqc_loss(leaf.unbind(), labels.to("meta"), reduction=reduction)
+        loss = cqc_loss(leaf.unbind(), labels.to("meta"), reduction=reduction, normalize=normalize)
         assert isinstance(loss, Tensor) and loss.shape == () and loss.device.type == "meta"
         assert torch.autograd.grad(loss, leaf)[0].shape == leaf.shape
     with pytest.raises(ValueError, match="depends on the labels' values"):
@@ -215,9 +218,10 @@ def test_symbolic_trace(backend: str) -> None:
     same(tuple(torch.fx.symbolic_trace(block)(*images())), tuple(block(*images())))
     snr = SNRBlock(3, reduction=1, backend=backend, device=DEVICE)
     same(tuple(torch.fx.symbolic_trace(snr)(images()[0])), tuple(snr(images()[0])))
-    loss = CQCLoss(backend=backend)
     labels = torch.tensor([0, 0, 1, 1], device=DEVICE)
-    same(torch.fx.symbolic_trace(loss)(six().unbind(), labels), loss(six().unbind(), labels))
+    for normalize in (False, True):
+        loss = CQCLoss(normalize=normalize, backend=backend)
+        same(torch.fx.symbolic_trace(loss)(six().unbind(), labels), loss(six().unbind(), labels))
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")

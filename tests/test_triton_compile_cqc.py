@@ -56,11 +56,14 @@ def kernels() -> Iterator[Kernel]:
         known |= dict.fromkeys(("features", "gradients"), element)
         for samples, stacked in FORMS:
             form = f"{element} {samples} samples{', stacked' * stacked}"
-            sizes = cqc.constants(dtype, samples, DIMENSIONS, cqc.FORWARD_WARPS) | {"STACKED": stacked}
-            yield Kernel(f"forward {form}", cqc.forward_kernel, known, sizes, cqc.FORWARD_WARPS)
-            sizes = cqc.constants(dtype, samples, DIMENSIONS, cqc.BACKWARD_WARPS)
-            sizes |= {"STACKED": stacked, "DETACH": False}
-            yield Kernel(f"backward {form}", cqc.backward_kernel, known, sizes, cqc.BACKWARD_WARPS)
+            for name, function, flags, warps in (
+                ("forward", cqc.forward_kernel, {"NORMALIZE": False}, cqc.FORWARD_WARPS),
+                ("unit forward", cqc.forward_kernel, {"NORMALIZE": True}, cqc.FORWARD_WARPS),
+                ("backward", cqc.backward_kernel, {"DETACH": False}, cqc.BACKWARD_WARPS),
+                ("unit backward", cqc.unit_backward_kernel, {"DETACH": False}, cqc.UNIT_BACKWARD_WARPS),
+            ):
+                sizes = cqc.constants(dtype, samples, DIMENSIONS, warps) | {"STACKED": stacked} | flags
+                yield Kernel(f"{name} {form}", function, known, sizes, warps)
 
 
 def source(kernel: Kernel) -> ASTSource:

@@ -21,6 +21,7 @@ struct CqcFeatures {
   int64_t dimensions;     // D
   const void* sets[6];    // v, v+, v-, n-, n+, n; rows of D
   int64_t row_stride[6];  // in elements
+  bool normalize;         // rows are divided by their lengths before the centers are made
 };
 
 struct CqcForward {

@@ -65,10 +65,11 @@ Groups group(const Tensor& labels, const Tensor& infrared_labels) {
 }
 
 // Six sets, or all of them stacked in one tensor; `kept` owns rows that had to be copied.
-CqcFeatures view(const Tensors& features, int64_t visible, int64_t infrared, Tensors& kept) {
+CqcFeatures view(const Tensors& features, int64_t visible, int64_t infrared, bool normalize, Tensors& kept) {
   check(features.size() == 6 || features.size() == 1, "features: got ", features.size(),
       " tensors, expected six or one that stacks them");
   CqcFeatures result{};
+  result.normalize = normalize;
   result.dtype = dtype_of(features[0], "features");
   result.dimensions = features[0].dim() == 2 ? features[0].size(1) : 0;
   int64_t first = 0;
@@ -104,13 +105,13 @@ void add_up(const Tensor& losses, int64_t count, const Tensor& total) {
   *total.mutable_data_ptr<A>() = std::accumulate(values, values + count, A(0));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
-    Tensors features, Tensor labels, Tensor infrared_labels, double margin, bool detach_negative) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(Tensors features, Tensor labels,
+    Tensor infrared_labels, double margin, bool detach_negative, bool normalize) {
   const Groups groups = group(labels, infrared_labels);
   Tensors kept;
   CqcForward call{};
   call.groups = groups.view();
-  call.features = view(features, labels.numel(), infrared_labels.numel(), kept);
+  call.features = view(features, labels.numel(), infrared_labels.numel(), normalize, kept);
   call.margin = margin;
   call.detach_negative = detach_negative;
   call.parallel = pool;
@@ -136,13 +137,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(
 }
 
 Tensor cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor infrared_labels, Tensor weights,
-    bool detach_negative) {
+    bool detach_negative, bool normalize) {
   const Groups groups = group(labels, infrared_labels);
   const int64_t visible = labels.numel(), infrared = infrared_labels.numel();
   Tensors kept;
   CqcBackward call{};
   call.groups = groups.view();
-  call.features = view(features, visible, infrared, kept);
+  call.features = view(features, visible, infrared, normalize, kept);
   call.parallel = pool;
   const ScalarType sums = precise(call.features.dtype);
   check(weights.numel() == 8 * visible && weights.scalar_type() == sums,

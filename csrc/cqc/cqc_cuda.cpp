@@ -27,13 +27,14 @@ class Ready {
  public:
   CqcSamples samples{};
 
-  Ready(const Tensors& features, const Tensor& labels, const Tensor& infrared_labels) {
+  Ready(const Tensors& features, const Tensor& labels, const Tensor& infrared_labels, bool normalize) {
     check(features.size() == 6 || features.size() == 1, "features: got ", features.size(),
         " tensors, expected six or one that stacks them");
     kept_.reserve(8);
     take_labels(0, labels, features[0]);
     take_labels(1, infrared_labels, features[0]);
     take_rows(features);
+    samples.features.normalize = normalize;
     find_width(int64_t(features[0].element_size()));
   }
 
@@ -41,7 +42,10 @@ class Ready {
   int64_t infrared() const { return samples.count[1]; }
   int64_t dimensions() const { return samples.features.dimensions; }
   ScalarType sums() const { return precise(samples.features.dtype); }
-  int64_t saved() const { return 9 * visible() + infrared(); }
+  int64_t saved() const {
+    const int64_t scales = samples.features.normalize ? 3 * (visible() + infrared()) : 0;
+    return 9 * visible() + infrared() + scales;
+  }
 
   std::string shape() const {
     return std::to_string(visible()) + " visible and " + std::to_string(infrared()) +
@@ -104,8 +108,8 @@ class Ready {
 
 // The pushed distances' weights are left for the backward whether it detaches them or not.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(Tensors features, Tensor labels,
-    Tensor infrared_labels, double margin, [[maybe_unused]] bool detach_negative) {
-  const Ready ready(features, labels, infrared_labels);
+    Tensor infrared_labels, double margin, [[maybe_unused]] bool detach_negative, bool normalize) {
+  const Ready ready(features, labels, infrared_labels, normalize);
   const Tensor& like = features[0];
   const OnDevice device(like);
   const int64_t slots = ready.visible();
@@ -126,8 +130,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cqc_forward(Tensors features,
 }
 
 Tensor cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor infrared_labels, Tensor saved,
-    bool detach_negative) {
-  const Ready ready(features, labels, infrared_labels);
+    bool detach_negative, bool normalize) {
+  const Ready ready(features, labels, infrared_labels, normalize);
   const Tensor& like = features[0];
   const OnDevice device(like);
   check(saved.numel() == ready.saved() && saved.scalar_type() == ready.sums() && is_cuda_tensor(saved),

@@ -18,7 +18,9 @@ struct CqcCudaForward {
   double margin;
   void* losses;         // (B_v,): a slot for each visible sample, 0 in those left over
   int64_t* identities;  // (B_v,): the largest int64 in those left over
-  void* saved;          // (9 B_v + B_n,): the weights of each slot's eight distances, each sample's role
+  // (9 B_v + B_n,): the weights of each slot's eight distances, each sample's role; where features are
+  // normalized, (3 B_v + 3 B_n,) more: each row's scale.
+  void* saved;
   void* total;
   int64_t* number;  // of identities; before it is known, blocks count themselves in it
 };

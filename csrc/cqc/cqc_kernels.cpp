@@ -4,6 +4,8 @@
 // them the eight distances of equations 8 and 9. Per hinge h the pulled distance is D(center, other
 // original), the pushed one D(center, own original); weights[2h] and weights[2h + 1] are their ∂loss/∂D
 // divided by D, so that the backward multiplies differences of centers and nothing else.
+//
+// A row that is normalized is scaled once its length is known: it is read again, from the first-level cache.
 
 #include "common/buffer.h"
 #include "common/vec.h"
@@ -43,23 +45,83 @@ MRCN_INLINE void keep(T* p, V v, constant<0>) {
   put(p, v);
 }
 
+// to[d] = from[d] / number
+template <class T, class A>
+inline void divide(const A* from, A number, int64_t D, T* to) {
+  over_dimensions<A>(D, [&](int64_t d, auto w) { keep(to + d, fetch(from + d, w) / number, w); });
+}
+
+// Σ term(d, ...) over the dimensions; term(d, w) is called as `over_dimensions` calls its function.
+template <class A, class F>
+MRCN_INLINE A sum_of_terms(int64_t D, const F& term) {
+  vec<A> s[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * lanes<A> <= D; d += 4 * lanes<A>) {
+    unroll<4>([&](auto u) { s[u.v] += term(d + u.v * lanes<A>, constant<1>{}); });
+  }
+  WideSum<A> wide;
+  for (const vec<A>& part : s) wide.add(part);
+  double total = wide.total();
+  for (; d < D; ++d) total += double(term(d, constant<0>{}));
+  return A(total);
+}
+
+template <class T>
+inline RowScale<acc_t<T>> scale_of(const T* row, int64_t D) {
+  using A = acc_t<T>;
+  return RowScale<A>(sum_of_terms<A>(D, [&](int64_t d, auto w) MRCN_BODY {
+    const auto x = fetch(row + d, w);
+    return x * x;
+  }));
+}
+
+// The center of one identity in one set, (D,).
+template <class T>
+inline void make_center(
+    const CqcFeatures& features, const CqcGroups& groups, int set, int64_t identity, acc_t<T>* center) {
+  using A = acc_t<T>;
+  const int m = modality_of[set];
+  const int64_t begin = groups.start[m][identity], end = groups.start[m][identity + 1];
+  const int64_t* sample = groups.order[m];
+  const A number = A(end - begin);
+  over_dimensions<A>(features.dimensions, [&](int64_t d, auto w) {
+    auto total = fetch(row<T>(features, set, sample[begin]) + d, w);
+    for (int64_t i = begin + 1; i < end; ++i) total += fetch(row<T>(features, set, sample[i]) + d, w);
+    keep(center + d, total / number, w);  // not times 1 / number, which would round twice
+  });
+}
+
+// The same of normalized rows.
+template <class T>
+inline void make_unit_center(
+    const CqcFeatures& features, const CqcGroups& groups, int set, int64_t identity, acc_t<T>* center) {
+  using A = acc_t<T>;
+  const int64_t D = features.dimensions;
+  const int m = modality_of[set];
+  const int64_t begin = groups.start[m][identity], end = groups.start[m][identity + 1];
+  const A number = A(end - begin);
+  std::memset(center, 0, D * sizeof(A));
+  for (int64_t i = begin; i < end; ++i) {
+    const T* sample = row<T>(features, set, groups.order[m][i]);
+    const A factor = scale_of(sample, D).factor;
+    over_dimensions<A>(D, [&](int64_t d, auto w) {
+      keep(center + d, fetch(center + d, w) + fetch(sample + d, w) * factor, w);
+    });
+  }
+  divide(center, number, D, center);
+}
+
 // The six centers of one identity, (6, D).
 template <class T>
 inline void make_centers(
     const CqcFeatures& features, const CqcGroups& groups, int64_t identity, acc_t<T>* centers) {
-  using A = acc_t<T>;
-  const int64_t D = features.dimensions;
   for (int set = 0; set < sets; ++set) {
-    const int m = modality_of[set];
-    const int64_t begin = groups.start[m][identity], end = groups.start[m][identity + 1];
-    const int64_t* sample = groups.order[m];
-    const A number = A(end - begin);
-    A* center = centers + set * D;
-    over_dimensions<A>(D, [&](int64_t d, auto w) {
-      auto total = fetch(row<T>(features, set, sample[begin]) + d, w);
-      for (int64_t i = begin + 1; i < end; ++i) total += fetch(row<T>(features, set, sample[i]) + d, w);
-      keep(center + d, total / number, w);  // not times 1 / number, which would round twice
-    });
+    acc_t<T>* center = centers + set * features.dimensions;
+    if (features.normalize) {
+      make_unit_center<T>(features, groups, set, identity, center);
+    } else {
+      make_center<T>(features, groups, set, identity, center);
+    }
   }
 }
 
@@ -73,20 +135,11 @@ inline int64_t identity_grain(int64_t dimensions, const CqcGroups& groups) {
 }
 
 template <class A>
-inline A squared_distance(const A* a, const A* b, int64_t n) {
-  vec<A> s[4] = {};
-  int64_t i = 0;
-  for (; i + 4 * lanes<A> <= n; i += 4 * lanes<A>) {
-    unroll<4>([&](auto u) {
-      const vec<A> d = load(a + i + u.v * lanes<A>) - load(b + i + u.v * lanes<A>);
-      s[u.v] += d * d;
-    });
-  }
-  WideSum<A> wide;
-  for (const vec<A>& part : s) wide.add(part);
-  double total = wide.total();
-  for (; i < n; ++i) total += double((a[i] - b[i]) * (a[i] - b[i]));
-  return A(total);
+inline A squared_distance(const A* a, const A* b, int64_t D) {
+  return sum_of_terms<A>(D, [&](int64_t d, auto w) MRCN_BODY {
+    const auto difference = fetch(a + d, w) - fetch(b + d, w);
+    return difference * difference;
+  });
 }
 
 template <class T>
@@ -125,6 +178,20 @@ MRCN_INLINE void pull(A k, const A* a, const A* b, A* da, A* db, int64_t D) {
   });
 }
 
+// The gradient of a row from that of what it was normalized to, u: (g - u (u·g)) / length.
+template <class T>
+inline void write_unit_gradient(const T* row, const acc_t<T>* g, int64_t D, T* out) {
+  using A = acc_t<T>;
+  const RowScale<A> scale = scale_of(row, D);
+  const auto unit = [&](int64_t d, auto w) MRCN_BODY { return fetch(row + d, w) * scale.factor; };
+  A along(0);
+  if (!scale.constant) {
+    along = sum_of_terms<A>(D, [&](int64_t d, auto w) MRCN_BODY { return unit(d, w) * fetch(g + d, w); });
+  }
+  over_dimensions<A>(
+      D, [&](int64_t d, auto w) { keep(out + d, (fetch(g + d, w) - unit(d, w) * along) * scale.factor, w); });
+}
+
 template <class T>
 void backward(const CqcBackward& call) {
   using A = acc_t<T>;
@@ -148,11 +215,16 @@ void backward(const CqcBackward& call) {
         const int m = modality_of[set];
         const int64_t first = groups.start[m][identity], last = groups.start[m][identity + 1];
         const A number = A(last - first);
-        const A* gradient = of(gradients, set);
+        A* gradient = of(gradients, set);
+        if (call.features.normalize) divide(gradient, number, D, gradient);
         for (int64_t i = first; i < last; ++i) {
-          T* out = static_cast<T*>(call.feature_gradients[set]) + groups.order[m][i] * D;
-          over_dimensions<A>(
-              D, [&](int64_t d, auto w) { keep(out + d, fetch(gradient + d, w) / number, w); });
+          const int64_t sample = groups.order[m][i];
+          T* out = static_cast<T*>(call.feature_gradients[set]) + sample * D;
+          if (call.features.normalize) {
+            write_unit_gradient<T>(row<T>(call.features, set, sample), gradient, D, out);
+          } else {
+            divide(gradient, number, D, out);
+          }
         }
       }
     }

@@ -1,4 +1,4 @@
-// Which distances the CQC loss is made of (eq. 8, 9), for processors and GPUs alike.
+// What the CQC loss is made of, for processors and GPUs alike: its distances (eq. 8, 9), and unit features.
 #pragma once
 
 #include <cmath>
@@ -30,6 +30,21 @@ struct Distance {
   explicit MRCN_INLINE Distance(A square) {
     value = std::sqrt(square < A(least_square) ? A(least_square) : square);
     weight = square >= A(least_square) ? A(1) / value : A(0);
+  }
+};
+
+// What a row of features is multiplied with to have length 1. The square of its length is clamped as a
+// distance's is, so that a shorter row is divided by a constant.
+constexpr double least_squared_length = 1e-24;
+
+template <class A>
+struct RowScale {
+  A factor;
+  bool constant;  // the clamp holds, and the length has no gradient
+
+  explicit MRCN_INLINE RowScale(A square) {
+    constant = square < A(least_squared_length);  // not for a NaN, as in torch.clamp
+    factor = A(1) / std::sqrt(constant ? A(least_squared_length) : square);
   }
 };
 

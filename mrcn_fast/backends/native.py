@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +138,11 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
 
         return empty
 
-    def cqc_saved(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor) -> tuple[int, ...]:
+    def cqc_saved(labels: Tensor, infrared_labels: Tensor, normalize: bool) -> tuple[int, ...]:
         slots = labels.shape[0]
-        return (9 * slots + infrared_labels.shape[0],) if on_gpu(labels) else (slots, 8)
+        if on_gpu(labels):
+            return (shapes.cqc_saved_on_gpu(slots, infrared_labels.shape[0], normalize),)
+        return slots, 8
 
     found = shapes.block_fakes(statistics)
     return found | {

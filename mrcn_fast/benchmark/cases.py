@@ -33,6 +33,7 @@ from mrcn_fast.benchmark.forms import (
     library_restitution,
     library_snr,
     looped_cqc,
+    of_unit_rows,
     vectorized_cqc,
 )
 from mrcn_fast.benchmark.timing import EXACT, Case, Rivals
@@ -353,9 +354,17 @@ def rotation(device: str, set_bytes: int) -> int:
 
 
 def cqc_rivals(
-    identities: int, images: int, dimensions: int, device: str = "cpu", dtype: torch.dtype = torch.float32
+    identities: int,
+    images: int,
+    dimensions: int,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    normalize: bool = False,
 ) -> Rivals:
-    """Fused, vectorised eager and the loop over identities, forward and backward."""
+    """Fused, vectorised eager and the loop over identities, forward and backward.
+
+    With ``normalize`` also the fused loss of features that torch normalizes, as "unfused".
+    """
     torch.manual_seed(0)
     labels = torch.arange(identities, device=device).repeat_interleave(images)
     rows = identities * images
@@ -379,12 +388,16 @@ def cqc_rivals(
 
     def exact() -> Any:
         features = [f.detach().float().requires_grad_() for f in next(given)]
-        losses, _ = reference.cqc_loss(features, labels, labels)
+        losses, _ = reference.cqc_loss(features, labels, labels, normalize=normalize)
         return torch.autograd.grad(losses.sum(), features)
 
-    others = {f"fused {name}": run(partial(cqc_loss, backend=name)) for name in other_kernels(device)}
-    rivals = {"fused": run(cqc_loss)} | others
-    rivals |= {"vectorized": run(vectorized_cqc), "loop": run(looped_cqc)}
+    loss = partial(cqc_loss, normalize=normalize)
+    others = {f"fused {name}": run(partial(loss, backend=name)) for name in other_kernels(device)}
+    rivals = {"fused": run(loss)} | others
+    plain: dict[str, Callable[..., Any]] = {"vectorized": vectorized_cqc, "loop": looped_cqc}
+    if normalize:
+        plain = {"unfused": cqc_loss} | plain
+    rivals |= {name: run(of_unit_rows(form) if normalize else form) for name, form in plain.items()}
     return rivals if dtype == torch.float32 else rivals | {EXACT: exact}
 
 
@@ -457,16 +470,18 @@ def _cqc_cases(suite: str, device: str) -> Iterator[Case]:
     on_cpu = torch.device(device).type == "cpu"
     batches = {"table": ((4, 4),) if on_cpu else ((4, 4), (16, 8)), "stages": ((4, 4), (8, 4)), "sweep": ()}
     goals = {"vectorized": 5.0, "loop": 15.0} if on_cpu else {"vectorized": 4.0, "loop": 10.0}
+    unit_goals = goals | {"unfused": 3.0}
     dtypes = ("fp32",) if on_cpu and suite == "table" else tuple(DTYPES)
-    for dtype, (identities, images) in itertools.product(dtypes, batches[suite]):
-        name = f"cqc forward+backward {identities}x{images}x2048"
+    for dtype, normalize, (identities, images) in itertools.product(dtypes, (False, True), batches[suite]):
+        name = f"cqc{' normalized' * normalize} forward+backward {identities}x{images}x2048"
         if not on_cpu:
             name = f"gpu {name} {dtype}"
         elif dtype != "fp32":
             name += f" {dtype}"
-        make = partial(cqc_rivals, identities, images, 2048, device, DTYPES[dtype])
-        facts = {"operation": "cqc", "way": WAYS[2], "dtype": dtype}
-        yield Case(name, make, goals, device, DTYPES[dtype], waits=True, facts=facts)
+        make = partial(cqc_rivals, identities, images, 2048, device, DTYPES[dtype], normalize)
+        facts = {"operation": "cqc normalized" if normalize else "cqc", "way": WAYS[2], "dtype": dtype}
+        reached = unit_goals if normalize else goals
+        yield Case(name, make, reached, device, DTYPES[dtype], waits=True, facts=facts)
 
 
 def goals(problem: Problem) -> dict[str, float]:

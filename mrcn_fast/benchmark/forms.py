@@ -149,6 +149,11 @@ def vectorized_cqc(
     return F.relu(margin + reference.distance(moved, far) - reference.distance(moved, near)).sum()
 
 
+def of_unit_rows(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A form of the loss with features that torch normalizes before."""
+    return lambda features, *labels: loss([F.normalize(f) for f in features], *labels)
+
+
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
     """torch.compile at its best for fixed shapes."""
     return torch.compile(function, dynamic=False, mode=mode)

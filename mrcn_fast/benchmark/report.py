@@ -30,6 +30,7 @@ FORMS: Final = {
     "compile": ("torch.compile of the reference", "#e6aa68"),
     "instance_norm": ("eager with torch's instance_norm", "#a0522d"),
     "eager": ("eager PyTorch", "#ca3c25"),
+    "unfused": ("the fused loss after torch's normalize", "#7fb069"),
     "vectorized": ("vectorised eager", "#e6aa68"),
     "loop": ("a loop over identities", "#ca3c25"),
 }

@@ -62,7 +62,10 @@ PROBLEMS = {
         strict=False,
     )
 } | {
-    f"cqc {dtype}": loss(CQCCase((3, 1, 0, 9), (2, 9, 1, 1), 19, dtype, stacked=stacked))
+    f"cqc {dtype}{' normalized' * normalize}": loss(
+        CQCCase((3, 1, 0, 9), (2, 9, 1, 1), 19, dtype, stacked, normalize=normalize)
+    )
+    for normalize in (False, True)
     for dtype, stacked in zip(DTYPES, (False, True, False), strict=True)
 }
 
@@ -106,10 +109,11 @@ def test_one_launch_forward_and_one_backward(mode: str, emulator: Any) -> None:
     assert emulator.cuda_on_host_launches() == before + 2
 
 
-def test_one_launch_of_the_loss_each_way(emulator: Any) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_launch_of_the_loss_each_way(normalize: bool, emulator: Any) -> None:
     p = cases.cqc_problem(CQCCase())
     before = emulator.cuda_on_host_launches()
-    total = cqc_loss(p.features, p.labels, p.infrared_labels, backend=BACKEND)
+    total = cqc_loss(p.features, p.labels, p.infrared_labels, normalize=normalize, backend=BACKEND)
     assert isinstance(total, Tensor) and emulator.cuda_on_host_launches() == before + 1
     torch.autograd.grad(total, p.features)
     assert emulator.cuda_on_host_launches() == before + 2

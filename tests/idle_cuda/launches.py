@@ -25,6 +25,7 @@ CALLS: dict[str, tuple[Case | CQCCase, int]] = {
     "no samples": (Case("pair", "se", shape=(0, 6, 4, 3)), 1),
     "cqc": (CQCCase(), 2),
     "cqc stacked": (CQCCase(stacked=True), 2),
+    "cqc normalized": (CQCCase(normalize=True), 2),
 }
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from mrcn_fast import cqc_loss, dispatch, reference
 from mrcn_fast.backends.triton import cqc
 from tests import cases
-from tests.cases import DTYPES, FEATURE_LAYOUTS, CQCCase
+from tests.cases import DTYPES, FEATURE_LAYOUTS, FORMS, CQCCase
 
 BACKEND = "triton"
 NOTHING = torch.iinfo(torch.int64).max
@@ -26,6 +26,8 @@ COUNTS = {
     "identities in one modality only": ((2, 0, 3, 1), (1, 2, 2, 0)),
     "one identity, one sample": ((1,), (1,)),
 }
+# Two of `FORMS`, where each test takes long.
+SOME_FORMS = pytest.mark.parametrize(("stacked", "normalize"), [(True, False), (False, True)])
 
 
 @pytest.fixture
@@ -44,40 +46,50 @@ def operation(name: str) -> Any:
 
 
 def raw_forward(p: cases.CQCProblem) -> tuple[Tensor, ...]:
-    return operation("cqc_forward")([f.detach() for f in p.features], p.labels, p.infrared_labels, 0.2, False)
+    features = [f.detach() for f in p.features]
+    made: tuple[Tensor, ...] = operation("cqc_forward")(
+        features, p.labels, p.infrared_labels, 0.2, False, p.case.normalize
+    )
+    return made
 
 
 # --- values -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", cases.PRECISE_DTYPES)
-@pytest.mark.parametrize("counts", COUNTS)
-def test_accuracy(counts: str, dtype: torch.dtype) -> None:
-    cases.check_cqc_accuracy(CQCCase(*COUNTS[counts], 17, dtype, stacked=True, seed=1), BACKEND)
-
-
-@pytest.mark.parametrize("dtype", cases.PRECISE_DTYPES)
-@pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("detach_negative", [False, True])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_accuracy_in_small_blocks(
-    reduction: str, detach_negative: bool, stacked: bool, dtype: torch.dtype, small_blocks: None
-) -> None:
-    case = CQCCase((5, 0, 3, 1), (1, 2, 6, 0), 19, dtype, stacked, reduction, detach_negative, margin=1.0)
+@pytest.mark.parametrize(
+    ("counts", "normalize"),
+    [*((counts, False) for counts in COUNTS), ("unequal counts", True), ("one identity, one sample", True)],
+)
+def test_accuracy(counts: str, normalize: bool, dtype: torch.dtype) -> None:
+    case = CQCCase(*COUNTS[counts], 17, dtype, stacked=True, seed=1, normalize=normalize)
     cases.check_cqc_accuracy(case, BACKEND)
 
 
+@pytest.mark.parametrize("dtype", cases.PRECISE_DTYPES)
+@FORMS
+@pytest.mark.parametrize("detach_negative", [False, True])
+def test_accuracy_in_small_blocks(
+    detach_negative: bool, stacked: bool, normalize: bool, dtype: torch.dtype, small_blocks: None
+) -> None:
+    reduction = "mean" if stacked == normalize else "none"
+    case = CQCCase((5, 0, 3, 1), (1, 2, 6, 0), 19, dtype, stacked, reduction, detach_negative, margin=1.0)
+    cases.check_cqc_accuracy(case._replace(normalize=normalize), BACKEND)
+
+
 @pytest.mark.parametrize("layout", FEATURE_LAYOUTS)
-@pytest.mark.parametrize("stacked", [False, True])
-def test_accuracy_in_every_layout(stacked: bool, layout: str) -> None:
+@SOME_FORMS
+def test_accuracy_in_every_layout(stacked: bool, normalize: bool, layout: str) -> None:
     if stacked and layout == "expanded rows":  # all rows of all sets the same: nothing but ties
         layout = "contiguous"
-    cases.check_cqc_accuracy(CQCCase(stacked=stacked, layout=layout, dimensions=33, seed=1), BACKEND)
+    case = CQCCase(stacked=stacked, layout=layout, dimensions=33, seed=1, normalize=normalize)
+    cases.check_cqc_accuracy(case, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_accuracy_at_the_papers_size(dtype: torch.dtype) -> None:
-    cases.check_cqc_accuracy(CQCCase((4,) * 4, (4,) * 4, 2048, dtype), BACKEND)
+@pytest.mark.parametrize("normalize", [False, True])
+def test_accuracy_at_the_papers_size(normalize: bool, dtype: torch.dtype) -> None:
+    cases.check_cqc_accuracy(CQCCase((4,) * 4, (4,) * 4, 2048, dtype, normalize=normalize), BACKEND)
 
 
 def test_many_identities(small_blocks: None) -> None:
@@ -124,19 +136,29 @@ def test_a_distance_below_the_clamp_has_no_gradient() -> None:
     assert not any(gradient.any() for gradient in torch.autograd.grad(losses[0], features))
 
 
+@pytest.mark.parametrize("length", cases.LENGTHS)
+@pytest.mark.parametrize(("stacked", "dtype"), [(False, torch.float32), (True, torch.float64)])
+def test_rows_that_are_clamped_or_overflow(
+    stacked: bool, dtype: torch.dtype, length: float, small_blocks: None
+) -> None:
+    case = CQCCase((2, 1), (1, 2), 9, dtype, stacked, "none", margin=3.0, normalize=True)
+    for row in (0, 10) if stacked else (0,):
+        cases.check_short_rows(case, row, length, BACKEND)
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("detach_negative", [False, True])
-@pytest.mark.parametrize("stacked", [False, True])
+@SOME_FORMS
 def test_nonfinite_values_come_out_where_the_reference_has_them(
-    stacked: bool, detach_negative: bool, value: float
+    stacked: bool, normalize: bool, detach_negative: bool, value: float
 ) -> None:
-    case = CQCCase((2, 1), (1, 2), 9, torch.float32, stacked, "none", detach_negative)
+    case = CQCCase((2, 1), (1, 2), 9, torch.float32, stacked, "none", detach_negative, normalize=normalize)
     for index, at in itertools.product(range(1 if stacked else 6), (0, 11)):
         p = cases.cqc_problem(case)
         p.features[index].detach().view(-1)[at] = value
         results, expected = (cases.evaluate_cqc(p, name) for name in (BACKEND, "reference"))
         assert torch.equal(cases.nonfinite(results["loss"]), cases.nonfinite(expected["loss"]))
-        if math.isnan(value):
+        if math.isnan(value) or normalize:
             for name, result in results.items():
                 assert torch.equal(result.isfinite(), expected[name].isfinite()), (index, at, name)
 
@@ -145,12 +167,11 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_gradcheck(stacked: bool, reduction: str) -> None:
+@SOME_FORMS
+def test_gradcheck(stacked: bool, normalize: bool, reduction: str) -> None:
     """Along random directions; whole gradients are compared with the reference's."""
-    p = cases.cqc_problem(
-        CQCCase((1, 3, 0), (2, 1, 1), 3, torch.float64, stacked, reduction, margin=1.0, seed=4)
-    )
+    case = CQCCase((1, 3, 0), (2, 1, 1), 3, torch.float64, stacked, reduction, margin=1.0, seed=4)
+    p = cases.cqc_problem(case._replace(normalize=normalize))
     assert not cases.cqc_near_kink(p)
 
     def loss(*features: Tensor) -> Tensor:
@@ -163,8 +184,10 @@ def test_gradcheck(stacked: bool, reduction: str) -> None:
         torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12)
 
 
-def test_gradgradcheck() -> None:
-    p = cases.cqc_problem(CQCCase((1, 2), (2, 1), 2, torch.float64, reduction="none", margin=1.0, seed=3))
+@pytest.mark.parametrize("normalize", [False, True])
+def test_gradgradcheck(normalize: bool) -> None:
+    case = CQCCase((1, 2), (2, 1), 3, torch.float64, reduction="none", margin=1.0, seed=3)
+    p = cases.cqc_problem(case._replace(normalize=normalize))
     assert not cases.cqc_near_kink(p)
 
     def loss(*features: Tensor) -> Tensor:
@@ -174,15 +197,16 @@ def test_gradgradcheck() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("stacked", [False, True])
-def test_opcheck(stacked: bool, dtype: torch.dtype) -> None:
-    p = cases.cqc_problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked))
+@SOME_FORMS
+def test_opcheck(stacked: bool, normalize: bool, dtype: torch.dtype) -> None:
+    p = cases.cqc_problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked, normalize=normalize))
     features = [f.detach() for f in p.features]
     labels = (p.labels, p.infrared_labels)
-    torch.library.opcheck(operation("cqc_forward"), (features, *labels, 0.2, False))
+    torch.library.opcheck(operation("cqc_forward"), (features, *labels, 0.2, False, normalize))
     total, losses, _, _, saved = raw_forward(p)
     for gradient in (torch.ones_like(total), torch.ones_like(losses)):
-        torch.library.opcheck(operation("cqc_backward"), (gradient, features, *labels, saved, True))
+        arguments = (gradient, features, *labels, saved, True, normalize)
+        torch.library.opcheck(operation("cqc_backward"), arguments)
 
 
 # --- results: where they stand, that they are written, that they repeat -----------------------------------
@@ -192,7 +216,7 @@ def test_a_slot_is_the_first_visible_sample_of_its_identity() -> None:
     labels, infrared_labels = torch.tensor([7, 3, 9, 3, 7]), torch.tensor([3, 4, 7])
     features = [cases.random(b, 3, seed=i) for i, b in enumerate([5] * 3 + [3] * 3)]
     total, losses, identities, count, _ = operation("cqc_forward")(
-        features, labels, infrared_labels, 0.2, False
+        features, labels, infrared_labels, 0.2, False, False
     )
     assert identities.tolist() == [7, 3, NOTHING, NOTHING, NOTHING] and count.item() == 2
     expected, _ = reference.cqc_loss(features, labels, infrared_labels)
@@ -207,13 +231,13 @@ def test_no_identity_in_both_modalities_is_counted_as_none() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stacked", [False, True])
-def test_every_element_of_every_result_is_written(stacked: bool, dtype: torch.dtype) -> None:
+@SOME_FORMS
+def test_every_element_of_every_result_is_written(stacked: bool, normalize: bool, dtype: torch.dtype) -> None:
     torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills what it allocates with NaN
     try:
         assert torch.empty(3).isnan().all()
         for counts, dimensions in itertools.product(COUNTS.values(), (1, 21)):
-            p = cases.cqc_problem(CQCCase(*counts, dimensions, dtype, stacked))
+            p = cases.cqc_problem(CQCCase(*counts, dimensions, dtype, stacked, normalize=normalize))
             for name, result in cases.evaluate_cqc(p, BACKEND).items():
                 assert result.isfinite().all(), name
             assert all(result.isfinite().all() for result in raw_forward(p))
@@ -221,10 +245,11 @@ def test_every_element_of_every_result_is_written(stacked: bool, dtype: torch.dt
         torch.use_deterministic_algorithms(False)
 
 
-def test_one_counter_serves_launch_after_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("normalize", [False, True])
+def test_one_counter_serves_launch_after_launch(normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch.zeros((), dtype=torch.int32)
     monkeypatch.setattr(cqc, "arrivals_counter", lambda device: counter)
-    p = cases.cqc_problem(CQCCase(*COUNTS["unequal counts"]))
+    p = cases.cqc_problem(CQCCase(*COUNTS["unequal counts"], normalize=normalize))
     first = cases.evaluate_cqc(p, BACKEND)
     for _ in range(2):
         assert counter == 0

@@ -7,6 +7,10 @@ by scanning the labels; only leaders read features.
 The losses are added up by whichever program is the last to finish, in the order of the slots and with no
 atomic operation on a float: the sum is bitwise the same on every run (tests/test_protocol_cqc.py has the
 protocol as a model).
+
+Where rows are normalized, a leader measures those of its identity before it makes the centers, and leaves
+their scales to the backward. There a row's gradient wants the whole row: each sample has one program, which
+makes its three rows and reads all of its identity's twice.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ WEIGHTS = tl.constexpr(8)
 
 # Below it the root's gradient is not finite: the distance is clamped and its gradient zero.
 LEAST_SQUARE = tl.constexpr(1e-12)
+
+# The square of a row's length is clamped in the same way where rows are normalized.
+LEAST_SQUARED_LENGTH = tl.constexpr(1e-24)
 
 
 # --- the samples of an identity -------------------------------------------------------------------------
@@ -113,16 +120,21 @@ def _load(
 def _centers(
     sets: tl.tuple,
     strides: tl.tuple,
+    scales: tl.tensor,
     labels: tl.tensor,
     count: tl.tensor,
     identity: tl.tensor,
     columns: tl.tensor,
     dimensions: tl.tensor,
+    NORMALIZE: tl.constexpr,
     A: tl.constexpr,
     LABELS: tl.constexpr,
     MEMBERS: tl.constexpr,
 ) -> Any:
-    """``columns`` of the centers of ``identity`` in a modality's three sets, and a sample's share in them."""
+    """``columns`` of the centers of ``identity`` in a modality's three sets, and a sample's share in them.
+
+    ``scales`` are those of the modality's rows; they are read with ``NORMALIZE`` alone.
+    """
     c0 = tl.zeros(columns.shape, A)
     c1 = tl.zeros(columns.shape, A)
     c2 = tl.zeros(columns.shape, A)
@@ -136,12 +148,74 @@ def _centers(
             x0 = _load(sets[0], strides[0], members, columns, mask, A)
             x1 = _load(sets[1], strides[1], members, columns, mask, A)
             x2 = _load(sets[2], strides[2], members, columns, mask, A)
+            if NORMALIZE:
+                rows = count.to(tl.int64)
+                x0 *= _factor(scales, members, wanted <= found)[:, None]
+                x1 *= _factor(scales + rows, members, wanted <= found)[:, None]
+                x2 *= _factor(scales + 2 * rows, members, wanted <= found)[:, None]
             c0 += tl.sum(x0, 0)
             c1 += tl.sum(x1, 0)
             c2 += tl.sum(x2, 0)
         number += found
     share = _quotient(tl.full((), 1, A), number.to(A))
     return c0 * share, c1 * share, c2 * share, share
+
+
+@triton.jit
+def _measure(
+    sets: tl.tuple,
+    strides: tl.tuple,
+    scales: tl.tensor,
+    labels: tl.tensor,
+    count: tl.tensor,
+    identity: tl.tensor,
+    dimensions: tl.tensor,
+    A: tl.constexpr,
+    LABELS: tl.constexpr,
+    DIMENSIONS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+) -> None:
+    """Store what normalizes the rows of ``identity`` in a modality's three sets.
+
+    A barrier has to follow: other threads read it.
+    """
+    for start in range(0, count, LABELS):
+        ranks, found = _ranks(labels, count, identity, start, LABELS)
+        for before in range(0, found, MEMBERS):
+            wanted = before + 1 + tl.arange(0, MEMBERS)
+            members = _members(ranks, wanted, start, LABELS)
+            s0 = tl.zeros([MEMBERS], A)
+            s1 = tl.zeros([MEMBERS], A)
+            s2 = tl.zeros([MEMBERS], A)
+            for first in range(0, dimensions, DIMENSIONS):
+                columns = first + tl.arange(0, DIMENSIONS)
+                mask = (wanted <= found)[:, None] & (columns < dimensions)[None, :]
+                x0 = _load(sets[0], strides[0], members, columns, mask, A)
+                x1 = _load(sets[1], strides[1], members, columns, mask, A)
+                x2 = _load(sets[2], strides[2], members, columns, mask, A)
+                s0 += tl.sum(x0 * x0, 1)
+                s1 += tl.sum(x1 * x1, 1)
+                s2 += tl.sum(x2 * x2, 1)
+            rows = count.to(tl.int64)
+            tl.store(scales + members, _scale(s0, A), mask=wanted <= found)
+            tl.store(scales + rows + members, _scale(s1, A), mask=wanted <= found)
+            tl.store(scales + 2 * rows + members, _scale(s2, A), mask=wanted <= found)
+
+
+@triton.jit
+def _scale(square: tl.tensor, A: tl.constexpr) -> Any:
+    """1 / a row's length, of the square; with a minus where it is clamped, and the length has no gradient."""
+    floor = tl.full((), LEAST_SQUARED_LENGTH, A)
+    one = tl.full((), 1, A)
+    clamped = square < floor
+    scale = _quotient(one, _root(tl.where(clamped, floor, square)))
+    return tl.where(clamped, -scale, scale)
+
+
+@triton.jit
+def _factor(scales: tl.tensor, rows: tl.tensor, mask: tl.tensor) -> Any:
+    """What the rows are multiplied with; 0 where ``mask`` is not."""
+    return tl.abs(tl.load(scales + rows, mask=mask, other=0))
 
 
 @triton.jit
@@ -162,7 +236,24 @@ def _root(a: tl.tensor) -> Any:
         return tl.sqrt_rn(a)
 
 
+@triton.jit
+def _scales(weights: tl.tensor, visible: tl.tensor, infrared: tl.tensor) -> Any:
+    """Where the scales of the rows of each modality are, behind the weights and the roles."""
+    scales = weights + (WEIGHTS + 1) * visible.to(tl.int64) + infrared
+    return scales, scales + 3 * visible.to(tl.int64)
+
+
 # --- forward --------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _clear_scales(scales: tl.tensor, sample: tl.tensor, count: tl.tensor, A: tl.constexpr) -> None:
+    """Of a sample's three rows, which nobody measures."""
+    nothing = tl.full((), 0, A)
+    rows = count.to(tl.int64)
+    tl.store(scales + sample, nothing)
+    tl.store(scales + rows + sample, nothing)
+    tl.store(scales + 2 * rows + sample, nothing)
 
 
 @triton.jit
@@ -227,6 +318,7 @@ def forward_kernel(
     infrared: tl.tensor,
     dimensions: tl.tensor,
     STACKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     A: tl.constexpr,
     LABELS: tl.constexpr,
     DIMENSIONS: tl.constexpr,
@@ -235,10 +327,13 @@ def forward_kernel(
     """Grid: (visible + infrared samples,). ``arrivals`` is zero before and after."""
     sample = tl.program_id(0)
     roles = weights + WEIGHTS * visible.to(tl.int64)
+    scales, infrared_scales = _scales(weights, visible, infrared)
     if sample >= visible:
         identity = tl.load(infrared_labels + sample - visible)
         shared = _first(labels, visible, identity, LABELS) < visible
         tl.store(roles + sample, tl.where(shared, FOLLOWER, LONELY))
+        if NORMALIZE and not shared:
+            _clear_scales(infrared_scales, sample - visible, infrared, A)
     else:
         identity = tl.load(labels + sample)
         leads = _first(labels, visible, identity, LABELS) == sample
@@ -250,6 +345,34 @@ def forward_kernel(
             infrared_sets = (sets[3], sets[4], sets[5])
             visible_strides = (strides[0], strides[1], strides[2])
             infrared_strides = (strides[3], strides[4], strides[5])
+            if NORMALIZE:
+                _measure(
+                    visible_sets,
+                    visible_strides,
+                    scales,
+                    labels,
+                    visible,
+                    identity,
+                    dimensions,
+                    A,
+                    LABELS,
+                    DIMENSIONS,
+                    MEMBERS,
+                )
+                _measure(
+                    infrared_sets,
+                    infrared_strides,
+                    infrared_scales,
+                    infrared_labels,
+                    infrared,
+                    identity,
+                    dimensions,
+                    A,
+                    LABELS,
+                    DIMENSIONS,
+                    MEMBERS,
+                )
+                tl.debug_barrier()
             v_plus_n = tl.zeros([DIMENSIONS], A)
             v_plus_v = tl.zeros([DIMENSIONS], A)
             n_plus_v = tl.zeros([DIMENSIONS], A)
@@ -263,11 +386,13 @@ def forward_kernel(
                 v, v_plus, v_minus, _ = _centers(
                     visible_sets,
                     visible_strides,
+                    scales,
                     labels,
                     visible,
                     identity,
                     columns,
                     dimensions,
+                    NORMALIZE,
                     A,
                     LABELS,
                     MEMBERS,
@@ -275,11 +400,13 @@ def forward_kernel(
                 n_minus, n_plus, n, _ = _centers(
                     infrared_sets,
                     infrared_strides,
+                    infrared_scales,
                     infrared_labels,
                     infrared,
                     identity,
                     columns,
                     dimensions,
+                    NORMALIZE,
                     A,
                     LABELS,
                     MEMBERS,
@@ -304,6 +431,8 @@ def forward_kernel(
             tl.store(losses + sample, 0.0)
             tl.store(identities + sample, NO_IDENTITY)
             tl.store(roles + sample, tl.where(shared, FOLLOWER, LONELY))
+            if NORMALIZE and not shared:
+                _clear_scales(scales, sample, visible, A)
         # Whoever is the last to count has all others' stores before it: the addition releases a program's own
         # and acquires those of the ones before it. The barrier puts all of a program's threads before it.
         tl.debug_barrier()
@@ -335,6 +464,73 @@ def _pull(
         of_own -= push
         step += push
     return step, of_other, of_own
+
+
+@triton.jit
+def _gradients(
+    sets: tl.tuple,
+    strides: tl.tuple,
+    scales: tl.tuple,
+    labels: tl.tuple,
+    counts: tl.tuple,
+    identity: tl.tensor,
+    weights: tl.tensor,
+    scale: tl.tensor,
+    columns: tl.tensor,
+    dimensions: tl.tensor,
+    NORMALIZE: tl.constexpr,
+    DETACH: tl.constexpr,
+    A: tl.constexpr,
+    LABELS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+) -> Any:
+    """``columns`` of the gradient that each row of ``identity`` gets in each of the six sets.
+
+    ``scales``, ``labels`` and ``counts`` are those of the two modalities. With ``NORMALIZE`` the gradients
+    are those of the normalized rows.
+    """
+    v, v_plus, v_minus, visible_share = _centers(
+        (sets[0], sets[1], sets[2]),
+        (strides[0], strides[1], strides[2]),
+        scales[0],
+        labels[0],
+        counts[0],
+        identity,
+        columns,
+        dimensions,
+        NORMALIZE,
+        A,
+        LABELS,
+        MEMBERS,
+    )
+    n_minus, n_plus, n, infrared_share = _centers(
+        (sets[3], sets[4], sets[5]),
+        (strides[3], strides[4], strides[5]),
+        scales[1],
+        labels[1],
+        counts[1],
+        identity,
+        columns,
+        dimensions,
+        NORMALIZE,
+        A,
+        LABELS,
+        MEMBERS,
+    )
+    g_v = tl.zeros(columns.shape, A)
+    g_n = tl.zeros(columns.shape, A)
+    g_v_plus, g_n, g_v = _pull(v_plus, n, v, g_n, g_v, weights, scale, DETACH)
+    g_n_plus, g_v, g_n = _pull(n_plus, v, n, g_v, g_n, weights + 2, scale, DETACH)
+    g_v_minus, g_n, g_v = _pull(v_minus, n, v, g_n, g_v, weights + 4, scale, DETACH)
+    g_n_minus, g_v, g_n = _pull(n_minus, v, n, g_v, g_n, weights + 6, scale, DETACH)
+    return (
+        g_v * visible_share,
+        g_v_plus * visible_share,
+        g_v_minus * visible_share,
+        g_n_minus * infrared_share,
+        g_n_plus * infrared_share,
+        g_n * infrared_share,
+    )
 
 
 @triton.jit
@@ -415,47 +611,33 @@ def backward_kernel(
         if role == LEADER:
             identity = tl.load(labels + sample)
             sets = _sets(features, strides, visible, infrared, STACKED)
-            v, v_plus, v_minus, visible_share = _centers(
-                (sets[0], sets[1], sets[2]),
-                (strides[0], strides[1], strides[2]),
-                labels,
-                visible,
+            own = weights + WEIGHTS * sample.to(tl.int64)
+            scale = tl.load(gradient + sample.to(tl.int64) * gradient_stride).to(A)
+            g_v, g_v_plus, g_v_minus, g_n_minus, g_n_plus, g_n = _gradients(
+                sets,
+                strides,
+                (weights, weights),
+                (labels, infrared_labels),
+                (visible, infrared),
                 identity,
+                own,
+                scale,
                 columns,
                 dimensions,
+                False,
+                DETACH,
                 A,
                 LABELS,
                 MEMBERS,
             )
-            n_minus, n_plus, n, infrared_share = _centers(
-                (sets[3], sets[4], sets[5]),
-                (strides[3], strides[4], strides[5]),
-                infrared_labels,
-                infrared,
-                identity,
-                columns,
-                dimensions,
-                A,
-                LABELS,
-                MEMBERS,
-            )
-            slot = sample.to(tl.int64)
-            scale = tl.load(gradient + slot * gradient_stride).to(A)
-            own = weights + WEIGHTS * slot
-            g_v = tl.zeros([DIMENSIONS], A)
-            g_n = tl.zeros([DIMENSIONS], A)
-            g_v_plus, g_n, g_v = _pull(v_plus, n, v, g_n, g_v, own, scale, DETACH)
-            g_n_plus, g_v, g_n = _pull(n_plus, v, n, g_v, g_n, own + 2, scale, DETACH)
-            g_v_minus, g_n, g_v = _pull(v_minus, n, v, g_n, g_v, own + 4, scale, DETACH)
-            g_n_minus, g_v, g_n = _pull(n_minus, v, n, g_v, g_n, own + 6, scale, DETACH)
             _write_members(
                 visible_targets,
                 labels,
                 visible,
                 identity,
-                g_v * visible_share,
-                g_v_plus * visible_share,
-                g_v_minus * visible_share,
+                g_v,
+                g_v_plus,
+                g_v_minus,
                 columns,
                 dimensions,
                 LABELS,
@@ -466,9 +648,9 @@ def backward_kernel(
                 infrared_labels,
                 infrared,
                 identity,
-                g_n_minus * infrared_share,
-                g_n_plus * infrared_share,
-                g_n * infrared_share,
+                g_n_minus,
+                g_n_plus,
+                g_n,
                 columns,
                 dimensions,
                 LABELS,
@@ -493,6 +675,173 @@ def backward_kernel(
                 )
 
 
+# --- backward of normalized rows ------------------------------------------------------------------------
+
+
+@triton.jit
+def _own_gradients(
+    sets: tl.tuple,
+    strides: tl.tuple,
+    scales: tl.tuple,
+    labels: tl.tuple,
+    counts: tl.tuple,
+    identity: tl.tensor,
+    weights: tl.tensor,
+    scale: tl.tensor,
+    columns: tl.tensor,
+    dimensions: tl.tensor,
+    is_visible: tl.tensor,
+    DETACH: tl.constexpr,
+    A: tl.constexpr,
+    LABELS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+) -> Any:
+    """The three of `_gradients` that a sample of one modality gets."""
+    g_v, g_v_plus, g_v_minus, g_n_minus, g_n_plus, g_n = _gradients(
+        sets,
+        strides,
+        scales,
+        labels,
+        counts,
+        identity,
+        weights,
+        scale,
+        columns,
+        dimensions,
+        True,
+        DETACH,
+        A,
+        LABELS,
+        MEMBERS,
+    )
+    g0 = tl.where(is_visible, g_v, g_n_minus)
+    g1 = tl.where(is_visible, g_v_plus, g_n_plus)
+    g2 = tl.where(is_visible, g_v_minus, g_n)
+    return g0, g1, g2
+
+
+@triton.jit
+def _unit(
+    row: tl.tensor, scale: tl.tensor, columns: tl.tensor, dimensions: tl.tensor, A: tl.constexpr
+) -> Any:
+    """``columns`` of a normalized row."""
+    return tl.load(row + columns, mask=columns < dimensions, other=0).to(A) * tl.abs(scale)
+
+
+@triton.jit
+def _along(product: tl.tensor, scale: tl.tensor) -> Any:
+    """u·g of a row, or 0 where its length has no gradient: that of a NaN has one."""
+    along = tl.sum(product)
+    return tl.where(scale < 0, tl.zeros_like(along), along)
+
+
+@triton.jit(do_not_specialize=["visible", "infrared"])
+def unit_backward_kernel(
+    gradient: tl.tensor,
+    gradient_stride: tl.tensor,
+    features: tl.tuple,
+    strides: tl.tuple,
+    gradients: tl.tuple,
+    labels: tl.tensor,
+    infrared_labels: tl.tensor,
+    weights: tl.tensor,
+    visible: tl.tensor,
+    infrared: tl.tensor,
+    dimensions: tl.tensor,
+    STACKED: tl.constexpr,
+    DETACH: tl.constexpr,
+    A: tl.constexpr,
+    LABELS: tl.constexpr,
+    DIMENSIONS: tl.constexpr,
+    MEMBERS: tl.constexpr,
+) -> None:
+    """Grid: (samples,). A row that is normalized to u gets (g - u (u·g)) / its length."""
+    sample = tl.program_id(0)
+    is_visible = sample < visible
+    row = tl.where(is_visible, sample, sample - visible).to(tl.int64)
+    dense = (dimensions, dimensions, dimensions, dimensions, dimensions, dimensions)
+    targets = _sets(gradients, dense, visible, infrared, True)
+    target0 = tl.where(is_visible, targets[0], targets[3]) + row * dimensions
+    target1 = tl.where(is_visible, targets[1], targets[4]) + row * dimensions
+    target2 = tl.where(is_visible, targets[2], targets[5]) + row * dimensions
+    role = tl.load(weights + WEIGHTS * visible.to(tl.int64) + sample)
+    if role == LONELY:
+        nothing = tl.zeros([DIMENSIONS], A)
+        for start in range(0, dimensions, DIMENSIONS):
+            columns = start + tl.arange(0, DIMENSIONS)
+            tl.store(target0 + columns, nothing, mask=columns < dimensions)
+            tl.store(target1 + columns, nothing, mask=columns < dimensions)
+            tl.store(target2 + columns, nothing, mask=columns < dimensions)
+    else:
+        identity = tl.load(tl.where(is_visible, labels, infrared_labels) + row)
+        slot = _first(labels, visible, identity, LABELS).to(tl.int64)
+        scale = tl.load(gradient + slot * gradient_stride).to(A)
+        slot_weights = weights + WEIGHTS * slot
+        scales = _scales(weights, visible, infrared)
+        own = tl.where(is_visible, scales[0], scales[1]) + row
+        rows = tl.where(is_visible, visible, infrared).to(tl.int64)
+        scale0 = tl.load(own)
+        scale1 = tl.load(own + rows)
+        scale2 = tl.load(own + 2 * rows)
+        sets = _sets(features, strides, visible, infrared, STACKED)
+        row0 = tl.where(is_visible, sets[0] + row * strides[0], sets[3] + row * strides[3])
+        row1 = tl.where(is_visible, sets[1] + row * strides[1], sets[4] + row * strides[4])
+        row2 = tl.where(is_visible, sets[2] + row * strides[2], sets[5] + row * strides[5])
+        product0 = tl.zeros([DIMENSIONS], A)
+        product1 = tl.zeros([DIMENSIONS], A)
+        product2 = tl.zeros([DIMENSIONS], A)
+        for start in range(0, dimensions, DIMENSIONS):
+            columns = start + tl.arange(0, DIMENSIONS)
+            g0, g1, g2 = _own_gradients(
+                sets,
+                strides,
+                scales,
+                (labels, infrared_labels),
+                (visible, infrared),
+                identity,
+                slot_weights,
+                scale,
+                columns,
+                dimensions,
+                is_visible,
+                DETACH,
+                A,
+                LABELS,
+                MEMBERS,
+            )
+            product0 += _unit(row0, scale0, columns, dimensions, A) * g0
+            product1 += _unit(row1, scale1, columns, dimensions, A) * g1
+            product2 += _unit(row2, scale2, columns, dimensions, A) * g2
+        along0 = _along(product0, scale0)
+        along1 = _along(product1, scale1)
+        along2 = _along(product2, scale2)
+        for start in range(0, dimensions, DIMENSIONS):
+            columns = start + tl.arange(0, DIMENSIONS)
+            g0, g1, g2 = _own_gradients(
+                sets,
+                strides,
+                scales,
+                (labels, infrared_labels),
+                (visible, infrared),
+                identity,
+                slot_weights,
+                scale,
+                columns,
+                dimensions,
+                is_visible,
+                DETACH,
+                A,
+                LABELS,
+                MEMBERS,
+            )
+            of0 = (g0 - _unit(row0, scale0, columns, dimensions, A) * along0) * tl.abs(scale0)
+            of1 = (g1 - _unit(row1, scale1, columns, dimensions, A) * along1) * tl.abs(scale1)
+            of2 = (g2 - _unit(row2, scale2, columns, dimensions, A) * along2) * tl.abs(scale2)
+            tl.store(target0 + columns, of0, mask=columns < dimensions)
+            tl.store(target1 + columns, of1, mask=columns < dimensions)
+            tl.store(target2 + columns, of2, mask=columns < dimensions)
+
+
 # --- launchers ------------------------------------------------------------------------------------------
 
 # Centers that coincide are at a distance of exactly zero only where each is rounded on its own: a fused
@@ -505,8 +854,8 @@ if torch.version.hip is None:
     OPTIONS["maxnreg"] = REGISTERS
 
 # In the forward one program an identity reads; in the backward one for every block of its columns: there the
-# blocks are small, to be many.
-FORWARD_WARPS, BACKWARD_WARPS = 8, 2
+# blocks are small, to be many. In the backward of normalized rows a program has all columns.
+FORWARD_WARPS, BACKWARD_WARPS, UNIT_BACKWARD_WARPS = 8, 2, 8
 
 # Members of an identity whose rows are on their way at once: a leader is alone with its reads, and latency is
 # what they cost.
@@ -587,8 +936,9 @@ def forward(
     infrared_labels: Tensor,
     margin: float,
     detach_negative: bool,
+    normalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """total (), losses (B_v,), identities (B_v,), count (), and what the backward needs (9 B_v + B_n,).
+    """total (), losses (B_v,), identities (B_v,), count (), and what the backward needs.
 
     Losses and identities stand in the slots of the identities' leaders; other slots have a loss of 0 and the
     largest int64 as identity.
@@ -599,10 +949,10 @@ def forward(
     dtype, dimensions = shapes.precise(first.dtype), first.shape[1]
     total, losses = first.new_empty((), dtype=dtype), first.new_empty(visible, dtype=dtype)
     number, identities = labels.new_empty(()), torch.empty_like(labels)
-    weights = first.new_empty(9 * visible + infrared, dtype=dtype)
+    weights = first.new_empty(shapes.cqc_saved_on_gpu(visible, infrared, normalize), dtype=dtype)
     sets = six(readable)
     chosen = constants(first.dtype, max(visible, infrared), dimensions, FORWARD_WARPS)
-    flags = (len(features) == 1,)
+    flags = len(features) == 1, normalize
     launch = _launcher(forward_kernel, _forward_arguments, FORWARD_WARPS, flags, *chosen.values())
     with on_device(first.device):
         arrivals = arrivals_counter(first.device)
@@ -624,6 +974,7 @@ def backward(
     infrared_labels: Tensor,
     weights: Tensor,
     detach_negative: bool,
+    normalize: bool,
 ) -> Tensor:
     """The gradient of the six sets, stacked; ``gradient`` is () or, a slot each, (B_v,)."""
     readable = [f if f.stride(1) == 1 else f.contiguous() for f in features]
@@ -631,10 +982,13 @@ def backward(
     first, visible, infrared = readable[0], labels.shape[0], infrared_labels.shape[0]
     dimensions = first.shape[1]
     stacked = first.new_empty((3 * (visible + infrared), dimensions))
-    chosen = constants(first.dtype, max(visible, infrared), dimensions, BACKWARD_WARPS)
+    kernel = unit_backward_kernel if normalize else backward_kernel
+    warps = UNIT_BACKWARD_WARPS if normalize else BACKWARD_WARPS
+    chosen = constants(first.dtype, max(visible, infrared), dimensions, warps)
+    blocks = 1 if normalize else triton.cdiv(dimensions, chosen["DIMENSIONS"])
     sets = six(readable)
     flags = len(features) == 1, detach_negative
-    launch = _launcher(backward_kernel, _backward_arguments, BACKWARD_WARPS, flags, *chosen.values())
+    launch = _launcher(kernel, _backward_arguments, warps, flags, *chosen.values())
     given = Arguments(
         first.device,
         [*sets, *six([stacked]), gradient, labels, infrared_labels, weights],
@@ -642,7 +996,7 @@ def backward(
         (visible, infrared),
     )
     with on_device(first.device):
-        launch((visible + infrared) * triton.cdiv(dimensions, chosen["DIMENSIONS"]), given)
+        launch((visible + infrared) * blocks, given)
     return stacked
 
 
@@ -651,16 +1005,16 @@ def backward(
 # As csrc/schemas.h has them.
 SCHEMAS: dict[str, str] = {
     "cqc_forward": "(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, "
-    "bool detach_negative) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "bool detach_negative, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     "cqc_backward": "(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, "
-    "Tensor saved, bool detach_negative) -> Tensor",
+    "Tensor saved, bool detach_negative, bool normalize) -> Tensor",
 }
 
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"cqc_forward": forward, "cqc_backward": backward}
 
 
-def _saved(features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor) -> tuple[int, ...]:
-    return (9 * labels.shape[0] + infrared_labels.shape[0],)
+def _saved(labels: Tensor, infrared_labels: Tensor, normalize: bool) -> tuple[int, ...]:
+    return (shapes.cqc_saved_on_gpu(labels.shape[0], infrared_labels.shape[0], normalize),)
 
 
 FAKES: dict[str, Callable[..., Any]] = {
