@@ -115,6 +115,8 @@ class TrainConfig:
     """lambda2 (paper, Figure 4)."""
     cqc_margin: Weight = 0.2
     """alpha, the margin of the CQC loss (paper)."""
+    cqc_features: Literal["pooled", "unit"] = "pooled"
+    """What the CQC loss compares: pooled features, or unit ones, divided by their length (paper: silent)."""
     cqc_reduction: Literal["sum", "mean"] = "sum"
     """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
     detach_negative: bool = False
@@ -197,7 +199,8 @@ class TrainConfig:
         """The keyword arguments of ReIDLoss."""
         names = (
             "label_smoothing", "triplet_weight", "triplet_margin", "soft_margin",
-            "cqc_weight", "cqc_margin", "cqc_reduction", "detach_negative", "causality_weight", "backend",
+            "cqc_weight", "cqc_margin", "cqc_features", "cqc_reduction", "detach_negative",
+            "causality_weight", "backend",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

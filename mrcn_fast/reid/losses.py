@@ -125,8 +125,9 @@ class ReIDLoss(nn.Module):
     one formula; two have none. `causality` is the sum over SNR's plugs. A term whose weight is 0 is
     not computed.
 
-    `cqc_reduction` is "sum" over the batch's identities or "mean"; `backend` serves the CQC loss as
-    `mrcn_fast.CQCLoss` takes it. Raises ValueError for other values and another reduction, when the output is
+    `cqc_features` are "pooled", as the model makes them, or "unit", divided by their length; `cqc_reduction`
+    is "sum" over the batch's identities or "mean"; `backend` serves the CQC loss as `mrcn_fast.CQCLoss` takes
+    it. Raises ValueError for other values, when the output is
     not two, four or six sets of B, and, on the CPU, for labels that are no classes.
     """
 
@@ -140,6 +141,7 @@ class ReIDLoss(nn.Module):
         soft_margin: bool = False,
         cqc_weight: Weight = 1.2,
         cqc_margin: Weight = 0.2,
+        cqc_features: Literal["pooled", "unit"] = "pooled",
         cqc_reduction: Literal["sum", "mean"] = "sum",
         detach_negative: bool = False,
         causality_weight: Weight = 0.1,
@@ -153,7 +155,11 @@ class ReIDLoss(nn.Module):
         self.identity = nn.CrossEntropyLoss(ignore_index=_NO_LABEL, label_smoothing=label_smoothing)
         self.triplet = BatchHardTriplet(triplet_margin, soft_margin)
         self.cqc = CQCLoss(
-            cqc_margin, reduction=cqc_reduction, detach_negative=detach_negative, backend=backend
+            cqc_margin,
+            reduction=cqc_reduction,
+            detach_negative=detach_negative,
+            normalize=cqc_features == "unit",
+            backend=backend,
         )
 
     def forward(self, output: TrainingOutput, labels: Tensor) -> LossParts:

@@ -266,6 +266,7 @@ CALLS = [
     "model(images.numpy(), images.numpy())",
     'model.extract(images, "rgb")',
     'ReIDLoss(cqc_reduction="none")',
+    'ReIDLoss(cqc_features="raw")',
     "ReIDLoss(triplet_margin=nan)",
     "ReIDLoss()(output, torch.tensor([0, 1, 0, 1]))",
     "ReIDLoss()(output, torch.tensor([0, 9]))",

@@ -126,6 +126,20 @@ def test_cqc_and_the_weights_by_hand() -> None:
     assert mean.cqc.item() == pytest.approx(0.2, abs=1e-5)
 
 
+def test_unit_features_are_compared_by_direction_alone() -> None:
+    """However long the features are, and as F.normalize in front of the loss says."""
+    pooled, logits, styles = random_output(6, 2)
+    unit = ReIDLoss(cqc_features="unit", cqc_margin=1.5)
+    got = unit(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
+    longer = unit(TrainingOutput(7 * pooled, logits, styles), THREE_PEOPLE).cqc
+    want = ReIDLoss(cqc_margin=1.5)(
+        TrainingOutput(F.normalize(pooled, dim=2), logits, styles), THREE_PEOPLE
+    ).cqc
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(longer, want)
+    assert got != ReIDLoss(cqc_margin=1.5)(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
+
+
 def test_four_sets_have_half_of_the_cqc_by_hand() -> None:
     # v 0, v+ 2, n+ 1, n 4: of the hinges above only that of v+ is left, 0.2 a person.
     pooled = torch.tensor([0.0, 100, 2, 102, 1, 101, 4, 104])[:, None]
@@ -271,6 +285,8 @@ def test_values_that_no_loss_has_are_refused() -> None:
 def test_a_reduction_without_a_scalar_is_refused() -> None:
     with pytest.raises(ValueError, match="got cqc_reduction='none', expected one of sum, mean"):
         ReIDLoss(cqc_reduction="none")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="got cqc_features='raw', expected one of pooled, unit"):
+        ReIDLoss(cqc_features="raw")  # type: ignore[arg-type]
 
 
 # --- SNR's dual causality loss ----------------------------------------------------------------------------
