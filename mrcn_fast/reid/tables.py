@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import statistics
 import time
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.progress import Progress
-from typing_extensions import TypedDict
+from typing_extensions import NotRequired, TypedDict
 
 from mrcn_fast.benchmark import machine
 from mrcn_fast.files import write_atomically, write_json
@@ -26,13 +27,14 @@ from mrcn_fast.reid.checkpoint import (
     load_checkpoint,
 )
 from mrcn_fast.reid.config import FREE_ON_RESUME, ConfigError, TrainConfig
-from mrcn_fast.reid.data import SYSUMM01, WRITERS, DatasetError, RegDB, open_dataset, recognize
+from mrcn_fast.reid.data import SYSUMM01, WRITERS, RegDB, is_whole, open_dataset, recognize
 from mrcn_fast.reid.data.samples import PersonDataset
 from mrcn_fast.reid.data.synthetic import is_synthetic
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.documents import DocumentError, read_json
-from mrcn_fast.reid.kinds import AnyPath, Share, Split
+from mrcn_fast.reid.kinds import AnyPath, Count, Share, Split
 from mrcn_fast.reid.messages import shown
+from mrcn_fast.reid.pairings import HEADLINE_PAIRING, PAIRINGS, TITLES, exchange
 from mrcn_fast.reid.recipes import Row, TableSpec, load_recipe, load_table
 from mrcn_fast.reid.results import HEADLINE, check_free, kept_result
 from mrcn_fast.reid.run_folder import held, run_files
@@ -67,9 +69,15 @@ class _Machine(TypedDict):
     date: str
 
 
+_Scores = dict[str, Share]
+
+
 @with_more
 class _MadeRow(TypedDict):
-    ours: dict[str, dict[str, Share]]
+    ours: dict[str, _Scores]
+    # Tables made by earlier versions lack these.
+    std: NotRequired[dict[str, _Scores]]
+    pairings: NotRequired[dict[str, dict[str, _Scores]]]
 
 
 @with_more
@@ -91,6 +99,7 @@ def run_table(
     *,
     out: AnyPath = "runs/tables",
     splits: Split = 10,
+    seeds: Count = 1,
     options: Mapping[str, Any] | None = None,
     overlay: str | None = None,
     configure: Configure = lambda values: TrainConfig(**values),
@@ -100,7 +109,8 @@ def run_table(
     """Make a table of the paper from the trees under `data`; returns and writes `out`/table-`name`.json.
 
     Each row trains its recipe (RegDB: once for each of the first `splits` splits) under `out`/recipe, unless
-    a finished run of the same data and values is there; one that was interrupted goes on. Rows of several
+    a finished run of the same data and values is there; one that was interrupted goes on. With `seeds` above
+    1 each of these trainings is repeated with the next seeds, under `out`/recipe-seed-N. Rows of several
     tables share their runs, and scores beside a run are taken over where they are of the same images.
     `options` are the protocol's (mode, shots, draw, trials), where a data set has them. `overlay` is a recipe
     laid over each row's; `configure` makes its TrainConfig. Columns whose data set is not among the trees
@@ -108,9 +118,12 @@ def run_table(
 
     Where the paper draws curves, so does `out`/table-`name`.png.
 
+    A row has the mean over its runs and, where there are several, their standard deviation, by the paper's
+    pairing of the test features; under "pairings" the means by the others (`mrcn_fast.reid.pairings`).
+
     The result counts the runs that were trained in this call, and the seconds it took. A table that is there
-    already, of other options, splits, data sets, values or images, is only replaced if `overwrite`; the runs
-    stay.
+    already, of other options, splits, seeds, data sets, values or images, is only replaced if `overwrite`;
+    the runs stay.
 
     Raises ConfigError for an unknown table, for trees of which none is of its data sets, and where
     `configure` sets a run's data set, data, out or split; CheckpointError for a run in the way that is of
@@ -119,7 +132,7 @@ def run_table(
     """
     spec = load_table(name)
     trees = _trees(spec, data)
-    plan = check_table(name, trees, out=out, splits=splits, overlay=overlay, configure=configure)
+    plan = check_table(name, trees, out=out, splits=splits, seeds=seeds, overlay=overlay, configure=configure)
     record, chart = (Path(out) / f"table-{name}{suffix}" for suffix in (".json", ".png"))
     made_of = _made_of([run for runs in plan for of in runs.values() for run in of], dict(options or {}))
     if not overwrite:
@@ -131,11 +144,12 @@ def run_table(
         for dataset, of in runs.items():
             results[dataset] = [_result(run, dict(options or {}), progress) for run in of]
             trained += sum(result.pop("trained") for result in results[dataset])
-        rows.append({"title": row.title, "ours": _ours(spec, results), "runs": _told(results)})
+        rows.append({"title": row.title, **_over_runs(spec, results), "runs": _told(results)})
     table = {
         "table": name,
         "synthetic": any(is_synthetic(tree) for tree in trees.values()),
         "splits": splits if "regdb" in trees else None,
+        "seeds": seeds,
         "overlay": overlay,
         "made_of": made_of,
         "trained": trained,
@@ -156,6 +170,7 @@ def check_table(
     *,
     out: str | Path,
     splits: int,
+    seeds: int,
     overlay: str | None,
     configure: Configure,
 ) -> list[dict[str, list[Run]]]:
@@ -167,7 +182,11 @@ def check_table(
     check_folder(out, "the table and its runs")
     plan = [
         {
-            dataset: _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
+            dataset: [
+                again
+                for run in _runs(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
+                for again in _repeated(run, seeds)
+            ]
             for dataset, recipe in row.recipes.items()
             if dataset in trees
         }
@@ -194,13 +213,25 @@ def load_made_table(path: str | Path, name: str) -> dict[str, Any]:
             f"{path}: expected {expected}, of {len(spec.rows)} rows; found {len(table['rows'])}"
         )
     for place, row in enumerate(table["rows"]):
-        for key, found in row["ours"].items():
-            if key not in spec.columns or not set(spec.columns[key].scores) <= found.keys():
-                raise DocumentError(
-                    f"{path}: expected {expected}; found other scores in row {place + 1}: "
-                    f"{shown({key: found})}"
-                )
+        if (strange := _strange_scores(spec, row)) is not None:
+            raise DocumentError(
+                f"{path}: expected {expected}; found other scores in row {place + 1}: {shown(strange)}"
+            )
     return table
+
+
+def _strange_scores(spec: TableSpec, row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The first of a row's scores that `markdown` can't print."""
+    for part in ("ours", "std"):
+        for key, found in row.get(part, {}).items():
+            if key not in spec.columns or not set(spec.columns[key].scores) <= found.keys():
+                return {key: found}
+    for key, by_pairing in row.get("pairings", {}).items():
+        names = set(by_pairing)
+        whole = not names or names == set(PAIRINGS) - {HEADLINE_PAIRING}
+        if key not in row["ours"] or not whole or any("rank1" not in of for of in by_pairing.values()):
+            return {key: by_pairing}
+    return None
 
 
 def synthetic_places(folder: Path) -> dict[str, Path]:
@@ -222,7 +253,7 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
     trees = {layout: folder / layout for layout in sizes}
     with held(folder, "writes synthetic trees"):
         for layout, tree in trees.items():
-            if _is_whole(tree):
+            if is_whole(tree):
                 continue
             task = progress.add_task(f"{layout} images", total=None, status="")
             WRITERS[layout](
@@ -235,15 +266,6 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
     return list(trees.values())
 
 
-def _is_whole(tree: Path) -> bool:
-    """Whether a tree was written to its end, where the lists of identities come."""
-    try:
-        recognize(tree)
-    except DatasetError:
-        return False
-    return True
-
-
 def markdown(table: Mapping[str, Any]) -> str:
     """A table as Markdown: our figures in percent, the paper's in brackets beside them."""
     spec = load_table(table["table"])
@@ -252,9 +274,12 @@ def markdown(table: Mapping[str, Any]) -> str:
         header += [f"{column.title} {SCORE_TITLES[score]}" for score in column.scores]
     lines = [_line(header), _line(["---"] * len(header))]
     for row, ours in zip(spec.rows, table["rows"], strict=True):
-        lines.append(_line([row.title, *_cells(spec, row, ours["ours"])]))
+        lines.append(_line([row.title, *_cells(spec, row, ours)]))
     title = f"{spec.title}: ours (the paper's), in percent"
-    notes = ["", spec.note] if spec.note else []
+    if any(row.get("std") for row in table["rows"]):
+        title += "; mean ± standard deviation over the runs"
+    notes = _pairing_lines(spec, table["rows"])
+    notes += ["", spec.note] if spec.note else []
     if table["synthetic"]:
         notes += ["", "Synthetic data and scaled-down training: the figures say nothing about the paper's."]
     if table["trained"]:
@@ -267,15 +292,44 @@ def markdown(table: Mapping[str, Any]) -> str:
     return "\n".join([title, "", *lines, *notes])
 
 
-def _cells(spec: TableSpec, row: Row, ours: Mapping[str, Mapping[str, float]]) -> list[str]:
+def _cells(spec: TableSpec, row: Row, made: Mapping[str, Any]) -> list[str]:
     cells = []
+    spread = made.get("std", {})
     for key, column in spec.columns.items():
         paper = row.paper.get(key, [None] * len(column.scores))
         for score, published in zip(column.scores, paper, strict=True):
-            own = f"{100 * ours[key][score]:.1f}" if key in ours else "–"
+            own = f"{100 * made['ours'][key][score]:.1f}" if key in made["ours"] else "–"
+            if key in spread:
+                own += f" ± {100 * spread[key][score]:.1f}"
             quoted = "–" if published is None else f"{published:.1f}"
             cells.append(f"{own} ({quoted})" if row.recipes else quoted)
     return cells
+
+
+def _pairing_lines(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rank-1 by each pairing of the rows whose network has two test features; no lines without such rows."""
+    rank1 = [
+        {key: _rank1(row, key) for key, found in row.get("pairings", {}).items() if found} for row in rows
+    ]
+    keys = [key for key in spec.columns if any(key in found for found in rank1)]
+    if not keys:
+        return []
+    header = ["Rank-1 by pairing"]
+    header += [f"{spec.columns[key].title} {TITLES[pairing]}" for key in keys for pairing in PAIRINGS]
+    lines, warnings = ["", _line(header), _line(["---"] * len(header))], []
+    for row, found in zip(spec.rows, rank1, strict=True):
+        if not found:
+            continue
+        cells = [f"{100 * found[key][p]:.1f}" if key in found else "–" for key in keys for p in PAIRINGS]
+        lines.append(_line([row.title, *cells]))
+        told = {key: exchange(by_pairing) for key, by_pairing in found.items()}
+        warnings += [f"{row.title}, {spec.columns[key].title}: {text}." for key, text in told.items() if text]
+    return lines + [line for warning in warnings for line in ("", warning)]
+
+
+def _rank1(row: Mapping[str, Any], key: str) -> dict[str, float]:
+    others = {pairing: scores["rank1"] for pairing, scores in row["pairings"][key].items()}
+    return {HEADLINE_PAIRING: row["ours"][key]["rank1"], **others}
 
 
 def _line(cells: Iterable[str]) -> str:
@@ -337,6 +391,16 @@ def _runs(
         check_device(config.accelerator, config.precision)
         runs.append(Run(recipe, config))
     return runs
+
+
+def _repeated(run: Run, seeds: int) -> list[Run]:
+    """The run, and it again with each of the seeds after its own."""
+    config = run.config
+    others = [
+        dataclasses.replace(config, seed=seed, out=f"{config.out}-seed-{seed}")
+        for seed in range(config.seed + 1, config.seed + seeds)
+    ]
+    return [run, *(run._replace(config=other) for other in others)]
 
 
 def _check_own(config: TrainConfig, own: Mapping[str, Any]) -> None:
@@ -448,18 +512,30 @@ def _check_length(path: Path, state: Checkpoint, config: TrainConfig) -> None:
             raise CheckpointError(f"{path}: expected a run of {end} {name}, found one of {reached}")
 
 
-def _ours(spec: TableSpec, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Each column's scores, the mean over the runs, as shares of 1."""
-    return {
-        key: {
-            score: statistics.fmean(
-                result["searches"][column.search]["mean"][score] for result in results[column.dataset]
-            )
-            for score in HEADLINE
+def _over_runs(spec: TableSpec, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """A row's scores in each column, as shares of 1, over its runs.
+
+    "ours" are the means by the paper's pairing, "std" the standard deviations of several runs, and "pairings"
+    the means by the other pairings.
+    """
+    row: dict[str, Any] = {"ours": {}, "std": {}, "pairings": {}}
+    for key, column in spec.columns.items():
+        if column.dataset not in results:
+            continue
+        searches = [result["searches"][column.search] for result in results[column.dataset]]
+        row["ours"][key] = _mean([search["mean"] for search in searches])
+        if len(searches) > 1:
+            each = {score: [search["mean"][score] for search in searches] for score in HEADLINE}
+            row["std"][key] = {score: statistics.stdev(values) for score, values in each.items()}
+        row["pairings"][key] = {
+            pairing: _mean([search["pairings"][pairing]["mean"] for search in searches])
+            for pairing in searches[0]["pairings"]
         }
-        for key, column in spec.columns.items()
-        if column.dataset in results
-    }
+    return row
+
+
+def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {score: statistics.fmean(of[score] for of in scores) for score in HEADLINE}
 
 
 def _told(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:

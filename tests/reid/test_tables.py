@@ -108,12 +108,57 @@ def test_it_prints_the_papers_figures_beside_ours(made: tuple[Path, dict[str, An
     _, table = made
     lines = markdown(table).splitlines()
     assert "Table 4" in lines[0]
-    (mrcn,) = (line for line in lines if line.startswith("| MRCN |"))
+    mrcn = next(line for line in lines if line.startswith("| MRCN |"))
     ours = table["rows"][2]["ours"]
     assert f"{100 * ours['sysu']['rank1']:.1f} (68.9)" in mrcn
-    assert f"{100 * ours['regdb']['mAP']:.1f} (84.6)" in mrcn
+    spread = table["rows"][2]["std"]["regdb"]["mAP"]  # of two splits
+    assert f"{100 * ours['regdb']['mAP']:.1f} ± {100 * spread:.1f} (84.6)" in mrcn
     assert any(line.startswith("Synthetic data") for line in lines)
-    assert "9 runs trained and scored in " in lines[-2]
+    assert any(line.startswith("9 runs trained and scored in ") for line in lines)
+
+
+def test_rank1_by_each_pairing_follows(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    _, table = made
+    mrcn = table["rows"][2]
+    by_pairing = mrcn["pairings"]["sysu"]
+    (of_sysu,) = mrcn["runs"]["sysu-mm01"]
+    found = of_sysu["searches"]["all-search"]["pairings"]
+    assert by_pairing == {name: scores["mean"] for name, scores in found.items()}
+    # The baseline has one test feature, which has one pairing.
+    assert table["rows"][0]["pairings"]["sysu"] == {}
+    table = json.loads(json.dumps(table))
+    row = table["rows"][2]
+    row["ours"]["sysu"]["rank1"], row["pairings"]["sysu"]["crossed"]["rank1"] = 0.5, 0.75
+    lines = markdown(table).splitlines()
+    header = next(k for k, line in enumerate(lines) if line.startswith("| Rank-1 by pairing |"))
+    assert lines[header + 2].startswith("| MRCN |")
+    assert [cell.strip() for cell in lines[header + 2].split("|")[5:7]] == ["50.0", "75.0"]
+    assert any(
+        line.startswith("MRCN, SYSU-MM01 all-search: modalities exchanged: rank-1 is 50.0") for line in lines
+    )
+    del row["pairings"]["sysu"]["crossed"]["rank1"]
+    made_table = tmp_path / "table.json"
+    made_table.write_text(json.dumps(table))
+    with pytest.raises(DocumentError, match="found other scores in row 3"):
+        load_made_table(made_table, "4")
+
+
+def test_several_seeds_are_trained_and_their_spread_is_told(
+    overlay: str, tiny_tree: Path, tmp_path: Path
+) -> None:
+    table = run("4", [tiny_tree], tmp_path, overlay, seeds=2, options=OPTIONS | {"trials": 1})
+    trained = {
+        path.parent.name: load_checkpoint(path).config.seed for path in tmp_path.glob("*/checkpoint.pth")
+    }
+    rows = ("sysu-mm01-baseline", "sysu-mm01-snr", "sysu-mm01-mrcn")
+    assert trained == dict.fromkeys(rows, 0) | {f"{row}-seed-1": 1 for row in rows}
+    for row in table["rows"]:
+        first, second = (run["searches"]["all-search"]["mean"]["mAP"] for run in row["runs"]["sysu-mm01"])
+        assert row["ours"]["sysu"]["mAP"] == pytest.approx((first + second) / 2)
+        assert row["std"]["sysu"]["mAP"] == pytest.approx(abs(first - second) / math.sqrt(2))
+    ours, std = (table["rows"][2][part]["sysu"]["mAP"] for part in ("ours", "std"))
+    assert f"{100 * ours:.1f} ± {100 * std:.1f} (65.5)" in markdown(table)
+    assert "mean ± standard deviation over the runs" in markdown(table)
 
 
 def test_only_what_is_missing_is_run(

@@ -1,7 +1,7 @@
 """Person images of two spectra: the published data sets, synthetic ones, sampling, augmentation."""
 
 from mrcn_fast.reid.data.augment import Augmentation, normalize
-from mrcn_fast.reid.data.datasets import DATASETS, open_dataset, recognize
+from mrcn_fast.reid.data.datasets import DATASETS, is_whole, open_dataset, recognize
 from mrcn_fast.reid.data.images import PersonImages
 from mrcn_fast.reid.data.llcm import LLCM
 from mrcn_fast.reid.data.regdb import RegDB
@@ -25,6 +25,7 @@ __all__ = [
     "Sample",
     "Search",
     "TrainingSet",
+    "is_whole",
     "normalize",
     "open_dataset",
     "recognize",

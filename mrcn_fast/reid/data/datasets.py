@@ -64,3 +64,12 @@ def recognize(root: str | Path) -> str:
         both = f"those of {' and '.join(names)} in one: " if names else ""
         raise DatasetError(f"{root}: expected {expected}; found {both}{entries(root)}")
     return names[0]
+
+
+def is_whole(root: str | Path) -> bool:
+    """Whether a tree was written to its end, where the lists of identities come."""
+    try:
+        recognize(root)
+    except DatasetError:
+        return False
+    return True
