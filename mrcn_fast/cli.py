@@ -250,6 +250,7 @@ def _table(argv: list[str]) -> int:
     flags.add_setting("--from", PathText, None, "only print a table made before")
     flags.add_setting("--out", PathText, "runs/tables", "folder for runs and table")
     flags.add_setting("--splits", Split, 10, "RegDB splits to train on: the first so many")
+    flags.add_setting("--seeds", Count, 1, "trainings of each row, with --seed and the seeds after it")
     flags.add_setting("--trials", Trials, 10, "SYSU-MM01's gallery draws")
     flags.add_setting("--shots", Count, 1, "SYSU-MM01: 1 or 10")
     flags.add_setting("--draw", Draw, "random", "SYSU-MM01's gallery draw")
@@ -269,6 +270,7 @@ def _table(argv: list[str]) -> int:
     plan: dict[str, Any] = {
         "out": values["out"],
         "splits": 1 if values["synthetic"] else values["splits"],
+        "seeds": values["seeds"],
         "overlay": OVERLAY if values["synthetic"] else None,
         "configure": lambda recipe: TrainConfig(**(dict(recipe) | training)),
     }
@@ -334,12 +336,35 @@ def _demo(argv: list[str]) -> int:
     return 0
 
 
+def _study(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import log_to_console, progress_bars
+    from mrcn_fast.reid.kinds import OneOf, Seed, Several
+    from mrcn_fast.reid.study import ROWS, SEEDS, StudyConfig, markdown, run_study
+
+    flags = _flags("study")
+    flags.add_word("study", Annotated[str, OneOf(("cqc",))], "which readings of the CQC loss help")
+    flags.add_of(StudyConfig)
+    kind = Several[Annotated[str, OneOf(tuple(ROWS))]]
+    flags.add_setting("--rows", kind, tuple(ROWS), "rows to train, in this order")
+    flags.add_setting("--seeds", Several[Seed], SEEDS, "seeds to train each row with")
+    values = flags.values(argv)
+    rows, seeds = values.pop("rows"), values.pop("seeds")
+    values.pop("study")
+    config = StudyConfig(**values)
+    log_to_console()
+    with progress_bars() as bars:
+        result = run_study(config, rows=rows, seeds=seeds, progress=bars)
+    print(markdown(result))
+    return 0
+
+
 COMMANDS = {
     "info": Command("versions, and which backends are usable here and why (not)", _info),
     "synth": Command("write a synthetic data set in the tree of SYSU-MM01, RegDB or LLCM", _synth),
     "train": Command("train MRCN or a network it is compared with", _train),
     "test": Command("score a checkpoint on the data set's test images", _test),
     "table": Command("run what a table of the paper lacks, and print ours beside the paper's", _table),
+    "study": Command("train the readings of the CQC loss on synthetic people, and compare them", _study),
     "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
     "bench": Command("measure the kernels beside plain PyTorch", _bench),
     "demo": Command("synthetic data, training and scores of both models, in one go", _demo),
