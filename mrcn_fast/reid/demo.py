@@ -55,7 +55,7 @@ CONTENDERS: Final = {
         "two-stream baseline", {"model": "baseline"}, "a ResNet with a stem for each modality"
     ),
     "mrcn-without-cqc": Contender(
-        "MRCN without CQC", {"model": "mrcn", "cqc_weight": 0.0}, "with MRCN's block behind stage 1"
+        "MRCN without CQC", {"model": "mrcn", "cqc_weight": 0.0}, "with MRCN's block behind the stem"
     ),
     "mrcn": Contender("MRCN", {"model": "mrcn"}, "with the CQC loss on unit features too"),
 }
@@ -181,13 +181,15 @@ def train_config(config: DemoConfig, name: str, tree: Path, weights: Path) -> Tr
 
 
 def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfig:
-    """The paper's recipe for RegDB at the demo's size, with the CQC loss on unit features."""
+    """The paper's recipe at the demo's size, with the CQC loss on unit features."""
     batches = max(1, steps // 10)
     return TrainConfig(
         data=str(tree),
         out=str(out),
         dataset="regdb",
-        stages=(1,),
+        # Chosen on seeds 10 to 12: on images this small the block gains more behind the stem, where the paper
+        # has it on SYSU-MM01, than behind stage 1, where the paper has it on RegDB.
+        stages=(0,),
         depth=18,
         height=config.height,
         width=config.width,
@@ -205,6 +207,7 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
         lr=0.03,
         warmup_lr=0.003,
         trunk_lr=1.0,
+        channels_last=True,
         # The reading of the loss that `mrcn-fast study cqc` compares with the others.
         cqc_features="unit",
         cqc_reduction="mean",

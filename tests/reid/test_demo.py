@@ -181,6 +181,6 @@ def test_the_caption_says_what_each_row_shows() -> None:
     lines = caption({"scores": {name: {"rank1": value} for name, value in rank1.items()}}).splitlines()
     assert lines[:3] == [
         "two-stream baseline: a ResNet with a stem for each modality",
-        "MRCN without CQC: with MRCN's block behind stage 1: +5.5 points of rank-1",
+        "MRCN without CQC: with MRCN's block behind the stem: +5.5 points of rank-1",
         "MRCN: with the CQC loss on unit features too: -1.5 points of rank-1",
     ]
