@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from types import GenericAlias
 from typing import Any, Final, ParamSpec, TypeVar, get_type_hints
@@ -22,6 +23,10 @@ _without_more: Final = with_config(ConfigDict(extra="forbid"))
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
+
+# How the words of flags write values, where pydantic takes more.
+_WRITTEN: Final = {"integer": r"[+-]?\d+", "boolean": r"true|false|True|False"}
+_SEPARATED: Final = ", separated by commas or spaces"
 
 
 class SettingError(ValueError):
@@ -48,14 +53,17 @@ def read(kind: Any, given: str | Sequence[str]) -> Any:
     text = given if isinstance(given, str) else ",".join(given)
     if text in ("none", "null") and "anyOf" in schema_of(kind):
         return None
+    several = is_list(kind)
+    items = _items(kind, given, text) if several else [text]
+    if not all(_is_written_alike(kind, item) for item in items):
+        raise SettingError(expected(kind) + _SEPARATED * several)
     try:
-        if not is_list(kind):
+        if not several:
             return _adapter(kind).validate_strings(text)
-        return _adapter(kind).validate_python(_items(kind, given, text), strict=False)
+        return _adapter(kind).validate_python(items, strict=False)
     except ValidationError as error:
         wanted = wanted_whole(error, schema_of(kind))
-        several = is_list(kind) and wanted == expected(kind)
-        raise SettingError(f"{wanted}, separated by commas or spaces" if several else wanted) from None
+        raise SettingError(wanted + _SEPARATED * (several and wanted == expected(kind))) from None
 
 
 def check_fields(settings: Any, error: type[ValueError]) -> None:
@@ -142,6 +150,13 @@ def _is_kind(annotation: Any) -> bool:
         return schema_of(annotation) != {}
     except PydanticUserError:
         return False
+
+
+def _is_written_alike(kind: Any, word: str) -> bool:
+    """Whether a word is written as files write the value: 48.0 and 4_8 are no integers, yes is not true."""
+    value = _of_value(kind)
+    pattern = _WRITTEN.get(value.get("items", value).get("type", ""), "")
+    return not pattern or re.fullmatch(pattern, word, re.ASCII) is not None
 
 
 def _items(kind: Any, given: str | Sequence[str], text: str) -> list[str]:

@@ -223,6 +223,15 @@ def test_what_a_flag_may_say(kind: Any, words: str | list[str], wanted: object) 
 @pytest.mark.parametrize(
     ("kind", "words", "told"),
     [
+        # Files can't say these either.
+        (Height, "48.0", "an integer from 32 to 8192"),
+        (Height, "4_8", "an integer from 32 to 8192"),
+        (bool, "yes", "true or false"),
+        (
+            Stages,
+            ["0", "2.0"],
+            "a list of values, each an integer from 0 to 4, separated by commas or spaces",
+        ),
         (Height, "48.5", "an integer from 32 to 8192"),
         (Height, "7", "an integer from 32 to 8192"),
         (Height, "none", "an integer from 32 to 8192"),
