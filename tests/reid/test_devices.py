@@ -134,8 +134,8 @@ def test_the_demo_computes_in_the_precision_of_its_runs(
         return dataclasses.replace(scaled(*arguments), precision="bf16-mixed")
 
     monkeypatch.setattr(demo, "_scaled", in_bf16)
-    sizes = {"identities": 10, "test_identities": 2, "images_per_camera": 1, **SIZE}
-    steps = {"pretraining_identities": 10, "pretraining_steps": 1, "steps": 1, "trials": 1, "rounds": 1}
+    sizes = {"identities": 16, "images": 2, **SIZE}
+    steps = {"pretraining_identities": 16, "pretraining_steps": 1, "steps": 1, "rounds": 1}
     run_demo(DemoConfig(out=str(tmp_path), accelerator="cpu", **sizes, **steps))
     assert convolved == {torch.bfloat16}
 

@@ -88,15 +88,15 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize(
     ("values", "told"),
     [
-        ({"identities": 1}, "got identities=1, expected at least 2"),
-        ({"steps": 0}, "got steps=0, expected at least 1, or none"),
+        ({"identities": 1}, "got identities=1, expected an integer from 2 to"),
+        ({"steps": 0}, "got steps=0, expected an integer from 1 to 1000000000, or none"),
         ({"flip": 1.5}, "got flip=1.5"),
-        ({"milestones": (60, 20)}, "expected increasing epochs"),
+        ({"milestones": (60, 20)}, "got milestones=\(60, 20\), expected increasing values"),
         ({"height": 8}, "got height=8"),
         ({"split": 2}, "sysu-mm01 has one split"),
-        ({"parts": 0}, "got parts=0, expected at least 1"),
+        ({"parts": 0}, "got parts=0, expected an integer from 1 to"),
         ({"parts": 19}, "got parts=19, expected at most 18 at height=288"),
-        ({"height": 10**9}, "got height=1000000000, expected a number from 32 to 8192"),
+        ({"height": 10**9}, "got height=1000000000, expected an integer from 32 to 8192"),
         ({"height": 48.5}, "got height=48.5, expected an integer from 32"),
         ({"width": "128"}, "got width='128', expected an integer from 16"),
         ({"padding": 289}, "got padding=289, expected at most 288"),
@@ -106,25 +106,25 @@ def test_the_defaults_are_the_papers() -> None:
         ({"lr": "0.1"}, "got lr='0.1', expected a number"),
         ({"momentum": -0.1}, "got momentum=-0.1, expected a number from 0 to 1"),
         ({"momentum": math.nan}, "got momentum=nan"),
-        ({"weight_decay": -1}, "got weight_decay=-1, expected at least 0"),
-        ({"cqc_weight": -1.0}, "got cqc_weight=-1.0, expected at least 0"),
+        ({"weight_decay": -1}, "got weight_decay=-1, expected a number of at least 0"),
+        ({"cqc_weight": -1.0}, "got cqc_weight=-1.0, expected a number of at least 0"),
         ({"triplet_margin": math.inf}, "got triplet_margin=inf"),
-        ({"seed": -1}, "got seed=-1, expected at least 0"),
-        ({"seed": 2**64}, "got seed=18446744073709551616, expected an integer below"),
+        ({"seed": -1}, "got seed=-1, expected an integer from 0 to"),
+        ({"seed": 2**64}, "got seed=18446744073709551616, expected an integer from 0 to 9223372036854775807"),
         ({"epochs": True}, "got epochs=True, expected an integer"),
-        ({"workers": -1}, "got workers=-1, expected a number from 0 to 1024"),
+        ({"workers": -1}, "got workers=-1, expected an integer from 0 to 1024"),
         ({"depth": 34}, "got depth=34, expected one of 18, 50"),
         ({"model": "mrcnn"}, "got model='mrcnn', expected one of baseline, snr, mrcn"),
         ({"gate": ["se"]}, r"got gate=\['se'\], expected one of se, eca"),
         ({"backend": "abacus"}, "got backend='abacus', expected one of cpu, triton"),
         ({"precision": 16}, "got precision=16, expected one of 32-true"),
-        ({"stages": 0}, "got stages=0, expected a list of integers from 0 to 4"),
+        ({"stages": 0}, "got stages=0, expected a list of values, each an integer from 0 to 4"),
         ({"stages": ()}, "expected at least one stage for the blocks of mrcn"),
-        ({"stages": (1, 5)}, r"got stages\[1\]=5, expected a number from 0 to 4"),
+        ({"stages": (1, 5)}, r"got stages\[1\]=5, expected an integer from 0 to 4"),
         ({"skip_unreadable": "yes"}, "got skip_unreadable='yes', expected true or false"),
         ({"out": ""}, "got out='', expected a path that is not empty"),
         ({"cache": "a\0b"}, "expected a path without the character NUL"),
-        ({"weights": 7}, "got weights=7, expected a path, or none"),
+        ({"weights": 7}, "got weights=7, expected a path"),
     ],
 )
 def test_bad_values_are_refused(values: dict[str, Any], told: str) -> None:
@@ -152,10 +152,10 @@ def test_the_configuration_survives_json() -> None:
     config = TrainConfig(data="somewhere", milestones=(3, 7), steps=5, stages=(0, 2))
     values = json.loads(json.dumps(config.as_dict()))
     assert TrainConfig.from_dict(values) == config
-    with pytest.raises(ConfigError, match=r"unknown values.*colour"):
+    with pytest.raises(ConfigError, match="got colour='red', expected no value of this name"):
         TrainConfig.from_dict(values | {"colour": "red"})
     del values["depth"]
-    with pytest.raises(ConfigError, match=r"missing.*depth"):
+    with pytest.raises(ConfigError, match="got no depth, expected one of 18, 50"):
         TrainConfig.from_dict(values)
 
 
@@ -613,7 +613,7 @@ def test_other_pictures_of_the_same_sizes_are_another_data_set(tiny_tree: Path, 
 def line(step: int) -> bytes:
     """A line of metrics.jsonl."""
     values = {"step": step, "epoch": 0, "lr": 0.01, "loss": 1.0, "identity": 1.0, "triplet": 0.0, "cqc": 0.0}
-    more = {"causality": 0.0, "accuracy": 0.5, "spread": 0.1, "step_seconds": 0.1, "wait_seconds": 0}
+    more = {"causality": 0.0, "accuracy": 0.5, "spread": 0.1, "step_seconds": 0.1, "wait_seconds": 0.0}
     return json.dumps(values | more).encode()
 
 
