@@ -78,7 +78,7 @@ requirements:
 native:
 	@"$(bin)/python" setup.py -q build_ext --inplace
 
-demo: install  ## train and score the baseline and MRCN on synthetic images (3 minutes after the install)
+demo: install  ## train and score the baseline and MRCN on synthetic images (6 minutes after the install)
 	@"$(bin)/mrcn-fast" demo $(ARGS)
 
 # In two processes: the tests' tensors are small, and much of the time one of them compiles or interprets kernels.

@@ -69,7 +69,7 @@ People = Annotated[int, Field(ge=2 * BATCH_IDENTITIES, le=9999), NUMPY]
 
 @dataclasses.dataclass
 class DemoConfig:
-    """The demo's size: what two cores train in three minutes. All contenders get the same."""
+    """The demo's size: what two cores train in six minutes. All contenders get the same."""
 
     out: PathText = "runs/demo"
     """Folder for everything the demo writes."""
