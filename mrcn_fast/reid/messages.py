@@ -78,11 +78,12 @@ def shown(value: Any) -> str:
 
 
 def _wanted(error: Mapping[str, Any], schema: dict[str, Any], place: Sequence[str | int]) -> str:
-    if error["type"] == "value_error":  # of a validator of ours
-        return str(error["ctx"]["error"])
     if error["type"] == "extra_forbidden":
         return "no value of this name"
-    text = words(_part(schema, place))
+    part = _part(schema, place)
+    if error["type"] == "value_error":  # of a validator of ours
+        return f"{error['ctx']['error']}{', or none' * ('anyOf' in part)}"
+    text = words(part)
     return text.replace("a number", "a finite number") if error["type"] == "finite_number" else text
 
 

@@ -124,7 +124,7 @@ def test_the_defaults_are_the_papers() -> None:
         ({"skip_unreadable": "yes"}, "got skip_unreadable='yes', expected true or false"),
         ({"out": ""}, "got out='', expected a path that is not empty"),
         ({"cache": "a\0b"}, "expected a path without the character NUL"),
-        ({"weights": 7}, "got weights=7, expected a path"),
+        ({"weights": 7}, "got weights=7, expected a path, or none"),
     ],
 )
 def test_bad_values_are_refused(values: dict[str, Any], told: str) -> None:
