@@ -164,7 +164,8 @@ def _scaled(config: StudyConfig, tree: Path, out: Path, steps: int) -> TrainConf
         width=config.width,
         padding=max(1, round(10 * config.height / 288)),
         epochs=_EPOCHS,
-        batches=max(1, steps // _EPOCHS),
+        # Rounded up: `steps` ends the run, and not the last epoch.
+        batches=-(-steps // _EPOCHS),
         steps=steps,
         channels_last=True,
         accelerator=config.accelerator,

@@ -66,6 +66,15 @@ def test_each_row_is_trained_by_its_own_values(made: tuple[StudyConfig, dict[str
     assert trained["unit-mean"]["weights"] == str(out / "pretraining" / "weights.pth")
 
 
+def test_a_run_has_the_steps_asked_for(tmp_path: Path) -> None:
+    for steps in (1, 79, 2000, 2050, 3000):
+        config = study.run_config(
+            StudyConfig(steps=steps), "unit-mean", 0, tmp_path, tmp_path / "weights.pth"
+        )
+        assert config.batches is not None
+        assert config.epochs * config.batches >= steps == config.steps
+
+
 def test_runs_that_are_there_are_not_repeated(
     made: tuple[StudyConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
