@@ -41,7 +41,7 @@ SECONDS: Final = number(float, 0, 86_400)
 def flags() -> Flags:
     options = Flags(
         "bench",
-        "time the kernels against their rivals",
+        "time the kernels beside plain PyTorch and torch.compile",
         "`mrcn-fast bench --step` times whole training steps, `--scorer` the retrieval scores, "
         "`--loader DATA` the images; each has --help of its own.",
     )

@@ -125,7 +125,7 @@ def _unreadable(path: Path, begin: bytes) -> str:
         )
     try:
         unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except Exception:  # the same broken bytes
+    except Exception:  # torch reads broken bytes here, which may raise anything
         unknown = []
     if unknown:
         names = ", ".join(sorted(unknown)[:3])
