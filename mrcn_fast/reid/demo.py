@@ -207,7 +207,6 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
         lr=0.03,
         warmup_lr=0.003,
         trunk_lr=1.0,
-        channels_last=True,
         # The reading of the loss that `mrcn-fast study cqc` compares with the others.
         cqc_features="unit",
         cqc_reduction="mean",

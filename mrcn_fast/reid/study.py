@@ -167,7 +167,6 @@ def _scaled(config: StudyConfig, tree: Path, out: Path, steps: int) -> TrainConf
         # Rounded up: `steps` ends the run, and not the last epoch.
         batches=-(-steps // _EPOCHS),
         steps=steps,
-        channels_last=True,
         accelerator=config.accelerator,
         workers=0,
         log_every=max(1, steps // 80),
