@@ -135,6 +135,7 @@ def run_study(
     check_folder(out, "the study")
     check_device(config.accelerator, "32-true")
     _check_values(out, config)
+    out.mkdir(parents=True, exist_ok=True)
     write_json(out / RESULT_NAME, summary(config))
     tree, weights = _data(config, progress), _weights(config, progress)
     for seed in seeds:

@@ -36,6 +36,15 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+def test_the_package_runs_as_the_command_does() -> None:
+    told = {
+        subprocess.run([sys.executable, "-m", module, "table", "--help"], capture_output=True, check=True).stdout
+        for module in ("mrcn_fast", "mrcn_fast.cli")
+    }
+    assert len(told) == 1
+    assert b"mrcn-fast table" in told.pop()
+
+
 def run_without_reid(*arguments: str) -> subprocess.CompletedProcess[str]:
     """mrcn-fast in a process in which only torch and the standard library can be imported."""
     return subprocess.run(

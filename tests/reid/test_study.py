@@ -30,7 +30,7 @@ QUIET = Progress(disable=True)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[StudyConfig, dict[str, Any]]:
     """A study of two rows with a seed each, and its result."""
-    config = StudyConfig(out=str(tmp_path_factory.mktemp("study")), **SIZES)
+    config = StudyConfig(out=str(tmp_path_factory.mktemp("new") / "folder" / "study"), **SIZES)
     return config, run_study(config, rows=["without-cqc", "unit-mean"], seeds=[3], progress=QUIET)
 
 
