@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "cqc", "block", "gates", "compile"))
 # That a training step waits for nothing; where the packages of [reid] are.
-TRAINING_TESTS = ("tests/reid/test_transfers.py",)
+TRAINING_TESTS = ("tests/reid/training/test_transfers.py",)
 TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
 PARTS = ("build", "tests", "sanitizer", "benchmark")
 BUILD_PACKAGES = ("pybind11", "setuptools", "ninja")

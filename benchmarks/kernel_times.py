@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mrcn_fast.benchmark import cases, command, timing
+from mrcn_fast.benchmark import command, timing
+from mrcn_fast.benchmark.suites.kernels import SUITES, cases
 
 
 class Kernel(NamedTuple):
@@ -59,7 +60,7 @@ def told(name: str, times: Sequence[tuple[str, float]], floor: float | None) -> 
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    options.add_argument("--suite", default="table", choices=cases.SUITES)
+    options.add_argument("--suite", default="table", choices=SUITES)
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     options.add_argument(
         "--rival", default="fused", help='which form (default: fused; "fused cuda", "eager")'
@@ -73,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     if reason := command.unmeasurable("cuda"):
         print(f"kernel_times: {reason}", file=sys.stderr)
         return 2
-    chosen = [case for case in cases.cases(options.suite, "cuda") if options.only in case.name]
+    chosen = [case for case in cases(options.suite, "cuda") if options.only in case.name]
     if not chosen:
         print(f"--only: got {options.only!r}, which no case's name contains", file=sys.stderr)
         return 2

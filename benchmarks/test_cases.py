@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from mrcn_fast.benchmark import EXACT, check
-from mrcn_fast.benchmark.cases import cases
 from mrcn_fast.benchmark.command import unmeasurable
+from mrcn_fast.benchmark.suites.kernels import cases
 from mrcn_fast.benchmark.timing import TOLERANCES, keep_pages_warm, measure_gpu
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -18,8 +18,8 @@ import torch
 
 from mrcn_fast import MRCNBlock, backends
 from mrcn_fast.benchmark import check
-from mrcn_fast.benchmark.cases import cases
 from mrcn_fast.benchmark.results import newest
+from mrcn_fast.benchmark.suites.kernels import cases
 from mrcn_fast.benchmark.timing import keep_pages_warm
 from tests.processes import INSTRUCTION_SETS, instruction_set, run_pytest
 

@@ -1,7 +1,7 @@
 """MRCN's modality restitution and compensation block and its CQC loss as fused kernels."""
 
 from mrcn_fast import reference
-from mrcn_fast.backends.native import release_memory
+from mrcn_fast.backends.cpu import release_memory
 from mrcn_fast.block import (
     MRCNAttention,
     MRCNBlock,

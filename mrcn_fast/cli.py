@@ -125,7 +125,7 @@ def _info(argv: list[str]) -> int:
     import torch
 
     import mrcn_fast
-    from mrcn_fast.backends import cuda, native
+    from mrcn_fast.backends import cpu, cuda
 
     print(f"mrcn_fast {mrcn_fast.__version__}")
     print(f"torch     {torch.__version__}, {torch.get_num_threads()} threads")
@@ -135,7 +135,7 @@ def _info(argv: list[str]) -> int:
     print("backends")
     for name, status in mrcn_fast.backends().items():
         print(f"  {name:10}{'usable' if status.usable else 'not usable'}: {status.reason}")
-    for title, build in (("native library", native.build_info()), ("CUDA part", cuda.build_info())):
+    for title, build in (("native library", cpu.build_info()), ("CUDA part", cuda.build_info())):
         if build:
             print(title)
         for key, value in build.items():
@@ -180,11 +180,11 @@ def _synth(argv: list[str]) -> int:
 
 
 def _train(argv: list[str]) -> int:
-    from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.kinds import PathText
-    from mrcn_fast.reid.recipes import load_recipe
-    from mrcn_fast.reid.training import Trainer, check_new_run
+    from mrcn_fast.reid.paper.recipes import load_recipe
+    from mrcn_fast.reid.training.config import TrainConfig
+    from mrcn_fast.reid.training.trainer import Trainer, check_new_run
 
     flags = _flags("train")
     flags.add_of(TrainConfig)
@@ -217,7 +217,7 @@ def _train(argv: list[str]) -> int:
 
 def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.scoring import describe, score_checkpoint
+    from mrcn_fast.reid.evaluation.scoring import describe, score_checkpoint
 
     flags = _flags("test")
     flags.add_of(score_checkpoint, skip={"progress"})
@@ -228,12 +228,10 @@ def _test(argv: list[str]) -> int:
 
 
 def _table(argv: list[str]) -> int:
-    from mrcn_fast.reid.config import TrainConfig
     from mrcn_fast.reid.console import log_to_console, progress_bars
     from mrcn_fast.reid.kinds import Count, Draw, OneOf, PathText, Several, Split, Trials
-    from mrcn_fast.reid.recipes import table_names
-    from mrcn_fast.reid.settings import kinds_of
-    from mrcn_fast.reid.tables import (
+    from mrcn_fast.reid.paper.recipes import table_names
+    from mrcn_fast.reid.paper.tables import (
         OVERLAY,
         check_table,
         load_made_table,
@@ -242,6 +240,8 @@ def _table(argv: list[str]) -> int:
         synthetic_places,
         synthetic_trees,
     )
+    from mrcn_fast.reid.settings import kinds_of
+    from mrcn_fast.reid.training.config import TrainConfig
 
     flags = _flags("table")
     flags.add_word("table", Annotated[str, OneOf(tuple(table_names()))], "which one of the paper")
@@ -293,7 +293,7 @@ def _table(argv: list[str]) -> int:
 
 def _figures(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.figures import make_figures
+    from mrcn_fast.reid.paper.figures import make_figures
 
     flags = _flags("figures")
     flags.add_of(make_figures, skip={"progress"})
@@ -306,9 +306,9 @@ def _figures(argv: list[str]) -> int:
 
 def _bench(argv: list[str]) -> int:
     subjects = {
-        "--step": "mrcn_fast.reid.step_speed",
-        "--scorer": "mrcn_fast.reid.scoring_speed",
-        "--loader": "mrcn_fast.reid.loading_speed",
+        "--step": "mrcn_fast.benchmark.suites.training_step",
+        "--scorer": "mrcn_fast.benchmark.suites.scorer",
+        "--loader": "mrcn_fast.benchmark.suites.loader",
     }
     words = [word.partition("=") for word in argv]
     place = next((k for k, (name, _, _) in enumerate(words) if name in subjects), None)
@@ -339,7 +339,7 @@ def _demo(argv: list[str]) -> int:
 def _study(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console, progress_bars
     from mrcn_fast.reid.kinds import OneOf, Seed, Several
-    from mrcn_fast.reid.study import ROWS, SEEDS, StudyConfig, markdown, run_study
+    from mrcn_fast.reid.paper.study import ROWS, SEEDS, StudyConfig, markdown, run_study
 
     flags = _flags("study")
     flags.add_word("study", Annotated[str, OneOf(("cqc",))], "which readings of the CQC loss help")

@@ -16,13 +16,13 @@ from typing import NamedTuple
 import torch
 
 from mrcn_fast import internals
-from mrcn_fast.backends import cuda, native, triton
+from mrcn_fast.backends import cpu, cuda, triton
 from mrcn_fast.gates import GATES
 
 logger = logging.getLogger("mrcn_fast")
 
 ENVIRONMENT_VARIABLE = "MRCN_FAST_BACKEND"
-KERNELS: dict[str, ModuleType] = {"cpu": native, "triton": triton, "cuda": cuda}
+KERNELS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda}
 NAMES = (*KERNELS, "reference")
 
 

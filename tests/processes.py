@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from mrcn_fast.backends import native
+from mrcn_fast.backends import cpu
 
 ROOT = Path(__file__).resolve().parents[1]
 # Those that the library carries, or one that says why there are none.
-INSTRUCTION_SETS: list[str] = native.build_info().get("isas", ["none"])
+INSTRUCTION_SETS: list[str] = cpu.build_info().get("isas", ["none"])
 
 
 def run_pytest(*arguments: str, environment: Mapping[str, str]) -> str:

@@ -22,7 +22,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrcn_fast import dispatch
-from mrcn_fast.backends import cuda, native
+from mrcn_fast.backends import cpu, cuda
 from mrcn_fast.gates import FUSED
 from mrcn_fast.operations import OPERATIONS
 
@@ -176,7 +176,7 @@ BUILT = {"built": True, "reason": "", "log": "", "archs": [80, 90], "left_out": 
 def asked_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pytest.MonkeyPatch]:
     """Nothing known of the CUDA part, whose record and library are files in `tmp_path`."""
     forget = (cuda._absent, cuda._describe, cuda._load)
-    monkeypatch.setattr(native, "BUILD_RECORD", tmp_path / "record.json")
+    monkeypatch.setattr(cpu, "BUILD_RECORD", tmp_path / "record.json")
     monkeypatch.setattr(cuda, "LIBRARY", tmp_path / "_cuda.so")
     for known in forget:
         known.cache_clear()
@@ -187,12 +187,12 @@ def asked_anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[pyte
 
 def tell(**values: Any) -> None:
     """The record of a build of the CUDA part, and its library."""
-    native.BUILD_RECORD.write_text(json.dumps({"built": True, "cuda": BUILT | values}))
+    cpu.BUILD_RECORD.write_text(json.dumps({"built": True, "cuda": BUILT | values}))
     cuda.LIBRARY.touch()
 
 
 def on_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> None:
-    monkeypatch.setattr(native, "loaded", lambda: True)
+    monkeypatch.setattr(cpu, "loaded", lambda: True)
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA X")
@@ -207,7 +207,7 @@ def test_status_where_it_was_not_built(asked_anew: pytest.MonkeyPatch) -> None:
     tell(built=False, reason="nvcc was not found; get it")
     assert cuda.status() == (False, "the CUDA part was not built: nvcc was not found; get it")
     cuda._absent.cache_clear()
-    native.BUILD_RECORD.write_text(
+    cpu.BUILD_RECORD.write_text(
         json.dumps({"built": True, "reason": "", "log": ""})
     )  # setup.py before this part
     assert "absent" in cuda.status()[1]
@@ -222,7 +222,7 @@ def test_status_where_the_library_is_gone(asked_anew: pytest.MonkeyPatch) -> Non
 
 def test_status_without_the_native_library(asked_anew: pytest.MonkeyPatch) -> None:
     tell()
-    asked_anew.setattr(native, "_library", None)
+    asked_anew.setattr(cpu, "_library", None)
     usable, reason = cuda.status()
     assert not usable and "operations are those of the native library" in reason and "does not load" in reason
 
@@ -299,7 +299,7 @@ def test_build_info(asked_anew: pytest.MonkeyPatch) -> None:
 def test_a_forward_saves_what_its_device_wants(mode: str, gate: str) -> None:
     """Traced tensors are on a GPU that need not be there."""
     operation = OPERATIONS[mode]
-    fake = native.fakes()[f"{operation.op}_forward"]
+    fake = cpu.fakes()[f"{operation.op}_forward"]
     modalities, gates = len(operation.inputs), len(operation.gates)
 
     def saved(device: str) -> torch.Size:
@@ -318,7 +318,7 @@ def test_the_loss_saves_what_its_device_wants() -> None:
         with FakeTensorMode():
             labels, others = torch.empty(4, device=device).long(), torch.empty(3, device=device).long()
             features = [torch.empty(21, 6, device=device)]
-            fake = native.fakes(**kernels)["cqc_forward"]
+            fake = cpu.fakes(**kernels)["cqc_forward"]
             return fake(features, labels, others, 0.2, False, normalize)[-1].shape
 
     assert saved("cpu", False) == saved("cpu", True) == (4, 8)

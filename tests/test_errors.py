@@ -27,7 +27,7 @@ from mrcn_fast import (
     mrcn_restitution,
     snr_block,
 )
-from mrcn_fast.backends import native, triton
+from mrcn_fast.backends import cpu, triton
 from tests import cases
 from tests.cases import KERNEL_BACKENDS
 
@@ -461,8 +461,8 @@ def test_import_does_not_import_triton() -> None:
 
 
 def test_backends_says_that_the_library_is_absent(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(native, "_library", None)
-    usable, reason = native.status()
+    fresh.setattr(cpu, "_library", None)
+    usable, reason = cpu.status()
     assert not usable and "native library" in reason
 
 
@@ -486,7 +486,7 @@ def test_an_unknown_backend(call: Callable[..., Tensor], by: str, fresh: pytest.
 def test_a_choice_that_cant_serve_raises_with_the_reason(
     call: Callable[..., Tensor], by: str, fresh: pytest.MonkeyPatch
 ) -> None:
-    fresh.setattr(native, "status", lambda: (False, "no compiler was found"))
+    fresh.setattr(cpu, "status", lambda: (False, "no compiler was found"))
     settings = {"backend": "cpu"} if by == "argument" else {}
     if by == "environment":
         fresh.setenv("MRCN_FAST_BACKEND", "cpu")
@@ -513,7 +513,7 @@ def test_the_automatic_choice_falls_back_and_says_so_once(
     fresh: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    fresh.setattr(native, "status", lambda: (False, "no compiler was found"))
+    fresh.setattr(cpu, "status", lambda: (False, "no compiler was found"))
     with caplog.at_level(logging.INFO, "mrcn_fast"):
         torch.manual_seed(0)
         first = call(backend=backend)

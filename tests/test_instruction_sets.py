@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from mrcn_fast.backends import native
+from mrcn_fast.backends import cpu
 from tests.processes import INSTRUCTION_SETS, instruction_set, run_pytest
 
-OTHERS = [isa for isa in INSTRUCTION_SETS if isa != native.build_info().get("isa")]
+OTHERS = [isa for isa in INSTRUCTION_SETS if isa != cpu.build_info().get("isa")]
 
 
 @pytest.mark.slow

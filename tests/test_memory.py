@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import MRCNBlock, release_memory
-from mrcn_fast.backends import native
-from mrcn_fast.backends.native import memory_in_use
+from mrcn_fast.backends import cpu
+from mrcn_fast.backends.cpu import memory_in_use
 from mrcn_fast.benchmark.timing import bytes_in_use, growth
 from tests import cases
 from tests.processes import ROOT
@@ -209,7 +209,7 @@ def test_a_release_gives_back_all_that_is_kept(backend: str, block: MRCNBlock) -
 @cases.backends("cpu")
 def test_the_library_makes_storages_here(backend: str) -> None:
     """Without it large outputs would be slow, and no other test would fail."""
-    assert native.build_info()["memory"].startswith("that of freed outputs")
+    assert cpu.build_info()["memory"].startswith("that of freed outputs")
 
 
 @cases.backends("cpu")
@@ -252,12 +252,12 @@ def test_a_torch_that_it_was_not_compiled_for_works_without_it(backend: str) -> 
 import torch
 torch.__version__ = "0.0.0"
 from mrcn_fast import MRCNBlock
-from mrcn_fast.backends import native
+from mrcn_fast.backends import cpu
 block = MRCNBlock(64)
 x = torch.randn(2, 4, 64, 64, 32)
 made = block(*x)
-assert made.visible_restituted.untyped_storage().resizable() and native.memory_in_use() == (0, 0)
-print(native.build_info()["memory"])
+assert made.visible_restituted.untyped_storage().resizable() and cpu.memory_in_use() == (0, 0)
+print(cpu.build_info()["memory"])
 """
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True

@@ -23,7 +23,7 @@ from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mrcn_fast.backends.triton import block  # noqa: E402
-from mrcn_fast.backends.triton.launching import Arguments, Launcher  # noqa: E402
+from mrcn_fast.backends.triton.launch import Arguments, Launcher  # noqa: E402
 from mrcn_fast.gates import FUSED  # noqa: E402
 from mrcn_fast.operations import OPERATIONS  # noqa: E402
 

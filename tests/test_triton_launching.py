@@ -16,8 +16,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-from mrcn_fast.backends.triton import launching
-from mrcn_fast.backends.triton.launching import Arguments, Launcher
+from mrcn_fast.backends.triton import launch as launching
+from mrcn_fast.backends.triton.launch import Arguments, Launcher
 from tests.processes import run_pytest
 
 CPU = torch.device("cpu")

@@ -1,6 +1,6 @@
 """Backend of csrc's CUDA kernels, which nvcc compiled with the rest: CUDA tensors, where it is asked for.
 
-The operations are native.py's ``torch.ops.mrcn_fast.*``: a library of its own, `LIBRARY`, registers kernels
+The operations are cpu.py's ``torch.ops.mrcn_fast.*``: a library of its own, `LIBRARY`, registers kernels
 for CUDA tensors under them, and torch's dispatcher goes by the tensors. It is loaded where such a tensor is
 first served, never on a machine without a GPU, so that one wheel serves any torch.
 """
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from mrcn_fast.backends import native, shapes
+from mrcn_fast.backends import cpu, shapes
 
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 # Whose tensors it takes by itself: nobody's, as long as Triton's kernels take less of a GPU's time.
@@ -27,7 +27,7 @@ GET_IT = "build it with `make install`, where there is nvcc 12.4 or newer"
 
 def _record() -> dict[str, Any]:
     """What setup.py tells of the CUDA part; empty if nothing."""
-    record = json.loads(native.BUILD_RECORD.read_text()) if native.BUILD_RECORD.exists() else {}
+    record = json.loads(cpu.BUILD_RECORD.read_text()) if cpu.BUILD_RECORD.exists() else {}
     return dict(record.get("cuda", {}))
 
 
@@ -61,8 +61,8 @@ def status() -> tuple[bool, str]:
     """Whether the CUDA part is there and has a GPU to run on, and which or why not."""
     if reason := _absent():
         return False, reason
-    if not native.loaded():
-        return False, f"its operations are those of the native library, and {native.status()[1]}"
+    if not cpu.loaded():
+        return False, f"its operations are those of the native library, and {cpu.status()[1]}"
     if torch.version.hip is not None:
         return False, "its kernels are NVIDIA's, and this torch is built for ROCm, where Triton's serve"
     if not torch.cuda.is_available():

@@ -13,7 +13,8 @@ from typing import Any, Final
 import torch
 
 from mrcn_fast import backends, dispatch
-from mrcn_fast.benchmark import cases, results
+from mrcn_fast.benchmark import results
+from mrcn_fast.benchmark.suites import kernels
 from mrcn_fast.benchmark.timing import (
     EXACT,
     TOLERANCES,
@@ -45,9 +46,9 @@ def flags() -> Flags:
         "`mrcn-fast bench --step` times whole training steps, `--scorer` the retrieval scores, "
         "`--loader DATA` the images; each has --help of its own.",
     )
-    options.add("--suite", one_of(tuple(cases.SUITES)), "table")
+    options.add("--suite", one_of(tuple(kernels.SUITES)), "table")
     options.add("--device", DEVICE, "cpu", "cuda has cases of its own")
-    dtypes = one_of(tuple(cases.DTYPES))
+    dtypes = one_of(tuple(kernels.DTYPES))
     options.add("--dtype", dtypes, None, "only these; all where left out", nargs="+", action="extend")
     options.add("--only", TEXT, "", "cases whose name contains this")
     options.add("--seconds", SECONDS, 8.0, "measuring time of a case")
@@ -92,8 +93,8 @@ def main(argv: list[str] | None = None) -> int:
             return _show(options)
     except (ValueError, ImportError, OSError) as error:
         return parser.refuse(str(error))
-    dtypes = options.dtype or tuple(cases.DTYPES)
-    known = cases.cases(options.suite, options.device, dtypes)
+    dtypes = options.dtype or tuple(kernels.DTYPES)
+    known = kernels.cases(options.suite, options.device, dtypes)
     chosen = [case for case in known if options.only in case.name]
     if options.list:
         print("\n".join(case.name for case in chosen))
@@ -147,9 +148,9 @@ def _results(chosen: Sequence[Case], options: argparse.Namespace) -> Iterator[re
     """Of each case, or in words why there is none."""
     if options.workers == 1:
         return (tried(measured, case, options.seconds, options.pages) for case in chosen)
-    from mrcn_fast.benchmark import side_by_side  # which imports this module
+    from mrcn_fast.benchmark import workers  # which imports this module
 
-    return side_by_side.measured(chosen, options.seconds, options.pages, options.workers)
+    return workers.measured(chosen, options.seconds, options.pages, options.workers)
 
 
 def tried(function: Callable[..., Any], case: Case, *arguments: Any) -> Any:

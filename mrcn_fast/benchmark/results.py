@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from mrcn_fast import backends
-from mrcn_fast.benchmark.cases import AUTOTUNED
+from mrcn_fast.benchmark.suites.kernels import AUTOTUNED
 from mrcn_fast.benchmark.timing import Case, Cost, Growth, Timing
 from mrcn_fast.files import append
 

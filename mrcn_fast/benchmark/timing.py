@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import release_memory
-from mrcn_fast.backends.native import memory_in_use
+from mrcn_fast.backends.cpu import memory_in_use
 
 Rivals = dict[str, Callable[[], Any]]
 

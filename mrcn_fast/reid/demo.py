@@ -22,20 +22,20 @@ from mrcn_fast.block import MODALITIES
 from mrcn_fast.dispatch import choose
 from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.outputs import check_folder
-from mrcn_fast.reid.batches import Batch
-from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import RegDB, write_regdb
 from mrcn_fast.reid.devices import check_device
-from mrcn_fast.reid.extraction import extract
-from mrcn_fast.reid.figures import all_test_images
+from mrcn_fast.reid.evaluation.extraction import extract
+from mrcn_fast.reid.evaluation.results import HEADLINE, check_free
+from mrcn_fast.reid.evaluation.scoring import score_checkpoint, score_trial
 from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Seed, Strength, Width
-from mrcn_fast.reid.pretraining import MODALITY_GAP, pretrain
-from mrcn_fast.reid.results import HEADLINE, check_free
-from mrcn_fast.reid.run_folder import held
-from mrcn_fast.reid.scoring import score_checkpoint, score_trial
+from mrcn_fast.reid.paper.figures import all_test_images
 from mrcn_fast.reid.settings import check_fields
-from mrcn_fast.reid.training import Trainer
+from mrcn_fast.reid.training.batches import Batch
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.pretraining import MODALITY_GAP, pretrain
+from mrcn_fast.reid.training.run_folder import held
+from mrcn_fast.reid.training.trainer import Trainer
 
 RESULTS_NAME = "results.json"
 _RANDOM_RANKINGS: Final = 10

@@ -10,8 +10,8 @@ from lightning_fabric import Fabric
 from lightning_fabric.accelerators import ACCELERATOR_REGISTRY
 
 from mrcn_fast.dispatch import choose
-from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.kinds import Precision
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 
 # How many processes were started alike, as those who start them write it into the environment.
 _LAUNCHERS: Final = {

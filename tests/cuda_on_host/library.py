@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from mrcn_fast.backends import native, shapes
+from mrcn_fast.backends import cpu, shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "mrcn_fast_cuda_on_host"
@@ -72,7 +72,7 @@ def build(target: str = "cuda_on_host", sanitize: str = SANITIZE) -> Path:
 def load() -> None:
     """Register the operations, with the shapes that they have on a CUDA device."""
     torch.ops.load_library(str(build() / "libcuda_on_host.so"))
-    for name, fake in native.fakes("cuda").items():
+    for name, fake in cpu.fakes("cuda").items():
         torch.library.register_fake(f"{NAMESPACE}::{name}")(fake)
 
 

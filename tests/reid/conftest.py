@@ -13,10 +13,10 @@ pytest.importorskip("lightning_fabric", reason="the re-identification tests need
 import torch
 from rich.progress import Progress
 
-from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import write_llcm, write_regdb, write_sysu
-from mrcn_fast.reid.resnet import Trunk
-from mrcn_fast.reid.training import Trainer
+from mrcn_fast.reid.models.resnet import Trunk
+from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.trainer import Trainer
 
 # The smallest run that still has every part: ResNet-18 on 32 x 16 pixels, 2 identities x 2 images.
 TINY: dict[str, Any] = {

@@ -19,13 +19,17 @@ import torch
 
 import mrcn_fast
 from mrcn_fast import cli
-from mrcn_fast.reid import evaluation, losses, recipes, reranking, resnet, scoring
-from mrcn_fast.reid.config import TrainConfig
 from mrcn_fast.reid.data import write_sysu
 from mrcn_fast.reid.demo import DemoConfig
-from mrcn_fast.reid.figures import make_figures
-from mrcn_fast.reid.model import ReIDModel, TrainingOutput
-from mrcn_fast.reid.tables import run_table
+from mrcn_fast.reid.evaluation import reranking, scoring
+from mrcn_fast.reid.evaluation import scores as evaluation
+from mrcn_fast.reid.models import resnet
+from mrcn_fast.reid.models.network import ReIDModel, TrainingOutput
+from mrcn_fast.reid.paper import recipes
+from mrcn_fast.reid.paper.figures import make_figures
+from mrcn_fast.reid.paper.tables import run_table
+from mrcn_fast.reid.training import losses
+from mrcn_fast.reid.training.config import TrainConfig
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "bad_calls.txt"
 

@@ -38,7 +38,9 @@ sys.exit(main(sys.argv[1:]))
 
 def test_the_package_runs_as_the_command_does() -> None:
     told = {
-        subprocess.run([sys.executable, "-m", module, "table", "--help"], capture_output=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-m", module, "table", "--help"], capture_output=True, check=True
+        ).stdout
         for module in ("mrcn_fast", "mrcn_fast.cli")
     }
     assert len(told) == 1
@@ -242,11 +244,11 @@ def test_synth_writes_each_tree(tmp_path: Path, layout: str, flags: list[str], n
 def test_a_config_file_is_like_a_recipe_and_overrides_it(
     tmp_path: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mrcn_fast.reid import training
+    from mrcn_fast.reid.training import trainer
 
     made: list[Any] = []
-    monkeypatch.setattr(training.Trainer, "__init__", lambda self, config: made.append(config))
-    monkeypatch.setattr(training.Trainer, "fit", lambda self, **_: "done")
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, config: made.append(config))
+    monkeypatch.setattr(trainer.Trainer, "fit", lambda self, **_: "done")
     monkeypatch.setenv("HOME", str(tiny_tree.parent))
     (tmp_path / "base.yaml").write_text("lr: 1e-3\nepochs: 5\nsteps: 9\n")
     (tmp_path / "own.yaml").write_text(f"extends: base.yaml\ndata: ~/{tiny_tree.name}\nepochs: 7\n")
@@ -286,9 +288,9 @@ def test_reranking_takes_its_neighbours_and_checks_them_first(
 def test_a_run_that_is_there_is_refused_before_anything(
     finished: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mrcn_fast.reid import training
+    from mrcn_fast.reid.training import trainer
 
-    monkeypatch.setattr(training, "open_dataset", None)
+    monkeypatch.setattr(trainer, "open_dataset", None)
     told = refused(capsys, "train", "--data", tiny_tree, "--out", finished.parent)
     assert "a run is already there" in told
 
@@ -318,7 +320,7 @@ def test_bars_that_nobody_reads_are_no_error(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_flags_override_a_recipe(tmp_path: Path, tiny_regdb: Path) -> None:
-    from mrcn_fast.reid.checkpoint import load_checkpoint
+    from mrcn_fast.reid.training.checkpoint import load_checkpoint
 
     out = tmp_path / "run"
     scale = ["--depth=18", "--height=32", "--width=16", "--identities=2", "--images=1", "--steps=1"]

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from mrcn_fast.reid.checkpoint import load_checkpoint, weights_fingerprint
 from mrcn_fast.reid.demo import (
     CONTENDERS,
     DemoConfig,
@@ -19,8 +18,9 @@ from mrcn_fast.reid.demo import (
     run_demo,
     train_config,
 )
-from mrcn_fast.reid.results import ResultError
-from mrcn_fast.reid.run_folder import FolderInUseError, held
+from mrcn_fast.reid.evaluation.results import ResultError
+from mrcn_fast.reid.training.checkpoint import load_checkpoint, weights_fingerprint
+from mrcn_fast.reid.training.run_folder import FolderInUseError, held
 
 ROWS = ["baseline", "mrcn-without-cqc", "mrcn"]
 

@@ -16,18 +16,18 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from mrcn_fast import cli
+from mrcn_fast.benchmark.suites.training_step import Plan, Step
 from mrcn_fast.dispatch import BackendError
 from mrcn_fast.reid import demo
-from mrcn_fast.reid.checkpoint import load_checkpoint
-from mrcn_fast.reid.config import ConfigError, TrainConfig
 from mrcn_fast.reid.demo import DemoConfig, run_demo
 from mrcn_fast.reid.devices import check_alone, check_device, open_fabric
-from mrcn_fast.reid.figures import make_figures
+from mrcn_fast.reid.evaluation.scoring import open_trained, score_checkpoint
 from mrcn_fast.reid.kinds import Precision
-from mrcn_fast.reid.scoring import open_trained, score_checkpoint
-from mrcn_fast.reid.step_speed import Plan, Step
-from mrcn_fast.reid.tables import run_table
-from mrcn_fast.reid.training import Trainer
+from mrcn_fast.reid.paper.figures import make_figures
+from mrcn_fast.reid.paper.tables import run_table
+from mrcn_fast.reid.training.checkpoint import load_checkpoint
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.trainer import Trainer
 from tests.reid.conftest import TINY
 
 # On maps of 4 x 2, as 32 x 16 pixels give, torch's bf16 convolution of stride 2 reads memory that is not its

@@ -37,7 +37,7 @@ from mrcn_fast.backends.triton.block_backward import (
     sums_kernel,
 )
 from mrcn_fast.backends.triton.block_forward import gates_kernel, output_kernel, statistics_kernel
-from mrcn_fast.backends.triton.launching import Arguments, Launcher, on_device
+from mrcn_fast.backends.triton.launch import Arguments, Launcher, on_device
 from mrcn_fast.gates import FUSED, MOST_PARAMETERS
 from mrcn_fast.operations import OPERATIONS
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mrcn_fast.backends.triton.block_algebra import (
+from mrcn_fast.backends.triton.formulas import (
     add_shares,
     column,
     extreme_residual,
@@ -22,7 +22,7 @@ from mrcn_fast.backends.triton.block_algebra import (
     vector,
     write_tile,
 )
-from mrcn_fast.backends.triton.block_gates import gate_value, layers
+from mrcn_fast.backends.triton.gates import gate_value, layers
 
 # A sample's row of scratch:
 #

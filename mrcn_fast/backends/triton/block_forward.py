@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mrcn_fast.backends.triton.block_algebra import (
+from mrcn_fast.backends.triton.formulas import (
     column,
     correction,
     distilled,
@@ -23,7 +23,7 @@ from mrcn_fast.backends.triton.block_algebra import (
     vector,
     write_tile,
 )
-from mrcn_fast.backends.triton.block_gates import gate_value, whole_gates
+from mrcn_fast.backends.triton.gates import gate_value, whole_gates
 
 # A sample's row of scratch:
 #

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mrcn_fast.backends import shapes
-from mrcn_fast.backends.triton.launching import Arguments, Launcher, on_device
+from mrcn_fast.backends.triton.launch import Arguments, Launcher, on_device
 
 # What a sample is. The forward leaves it behind the weights, and the backward of all but leaders is one load.
 LONELY = tl.constexpr(0)  # only one modality has its identity

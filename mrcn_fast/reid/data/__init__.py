@@ -1,14 +1,14 @@
 """Person images of two spectra: the published data sets, synthetic ones, sampling, augmentation."""
 
 from mrcn_fast.reid.data.augment import Augmentation, normalize
-from mrcn_fast.reid.data.datasets import DATASETS, is_whole, open_dataset, recognize
+from mrcn_fast.reid.data.datasets.llcm import LLCM
+from mrcn_fast.reid.data.datasets.regdb import RegDB
+from mrcn_fast.reid.data.datasets.registry import DATASETS, is_whole, open_dataset, recognize
+from mrcn_fast.reid.data.datasets.sysu_mm01 import SYSUMM01
 from mrcn_fast.reid.data.images import PersonImages
-from mrcn_fast.reid.data.llcm import LLCM
-from mrcn_fast.reid.data.regdb import RegDB
 from mrcn_fast.reid.data.sampler import PairedIdentitySampler
-from mrcn_fast.reid.data.samples import DatasetError, Modality, PersonDataset, Sample, Search, TrainingSet
-from mrcn_fast.reid.data.synthetic import WRITERS, write_llcm, write_regdb, write_sysu
-from mrcn_fast.reid.data.sysu_mm01 import SYSUMM01
+from mrcn_fast.reid.data.synthetic.writers import WRITERS, write_llcm, write_regdb, write_sysu
+from mrcn_fast.reid.data.types import DatasetError, Modality, PersonDataset, Sample, Search, TrainingSet
 
 __all__ = [
     "DATASETS",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mrcn_fast.reid.transfers import to_device
+from mrcn_fast.reid.training.transfers import to_device
 
 # ImageNet's channel statistics, on the 0..1 scale: what the pretrained trunk was trained with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)

@@ -27,7 +27,7 @@ from torch.utils.data import Dataset, default_collate
 
 from mrcn_fast.reid.data.images import PersonImages
 from mrcn_fast.reid.data.loading import Batches
-from mrcn_fast.reid.data.samples import DatasetError, Sample
+from mrcn_fast.reid.data.types import DatasetError, Sample
 
 # Goes into every cache's name: raise it when what stands in the file changes.
 _VERSION: Final = 2

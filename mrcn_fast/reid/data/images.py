@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from mrcn_fast.reid.data.formats import FORMATS
 from mrcn_fast.reid.data.loading import Batches
-from mrcn_fast.reid.data.samples import DatasetError, Sample, identities_by_modality
+from mrcn_fast.reid.data.types import DatasetError, Sample, identities_by_modality
 
 # Pillow's filters, by name. The field's preprocessing asks for ANTIALIAS, as lanczos was called once.
 FILTERS: Final = ("bilinear", "bicubic", "lanczos")

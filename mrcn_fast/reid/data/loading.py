@@ -8,7 +8,7 @@ from typing import Any, Final, Generic, TypeVar
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mrcn_fast.reid.data.samples import DatasetError
+from mrcn_fast.reid.data.types import DatasetError
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 from torch.utils.data import Sampler
 
-from mrcn_fast.reid.data.samples import at_least
+from mrcn_fast.reid.data.types import at_least
 
 
 class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):

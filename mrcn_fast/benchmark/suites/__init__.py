@@ -1,0 +1,1 @@
+"""What `mrcn-fast bench` measures: kernels and their baselines, the training step, the scorer, the loader."""

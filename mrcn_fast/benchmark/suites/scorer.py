@@ -1,0 +1,192 @@
+"""What `evaluation.score` is timed against: a loop over queries, as the field's scorers have it.
+
+`mrcn-fast bench --scorer` prints a line a case. In the result lines "fused" is `score`, its checks included;
+"loop" computes precision a rank at a time, as those scorers do, "array loop" by whole arrays. A case is timed
+only after `score` gave what the loop gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mrcn_fast import benchmark
+from mrcn_fast.benchmark.command import SECONDS
+from mrcn_fast.flags import PATH, TEXT, Flags
+from mrcn_fast.outputs import check_file
+from mrcn_fast.reid.evaluation.scores import score
+
+GOALS = {"loop": 20.0}
+DTYPES = {"fp32": np.float32, "fp64": np.float64}
+TOLERANCE = 1e-9  # of the scores, relative: both are sums of a few thousand float64
+
+
+class Problem(NamedTuple):
+    """The arguments of one scoring: `distance` (Q, G), the others (Q,) or (G,)."""
+
+    distance: NDArray[Any]
+    query_ids: NDArray[np.int64]
+    gallery_ids: NDArray[np.int64]
+    query_cameras: NDArray[np.int64]
+    gallery_cameras: NDArray[np.int64]
+    protocol: str
+
+
+def sysu_problem(dtype: type, shots: int, *, identities: int = 96, queries: int = 3803) -> Problem:
+    """SYSU-MM01's all-search in size: 3,803 queries, `shots` times 301 gallery images, 96 identities."""
+    generator = np.random.default_rng(0)
+    # As there, not every camera has seen everybody: 301 of 96 x 4 places.
+    often, seldom = ([(i, camera) for i in range(identities) for camera in pair] for pair in ((1, 4), (2, 5)))
+    seen = generator.permutation(seldom)[: len(seldom) * 109 // 192].tolist()
+    places = np.array(sorted([*often, *map(tuple, seen)]))
+    gallery_ids, gallery_cameras = places.repeat(shots, axis=0).T.copy()
+    query_ids = np.sort(generator.integers(0, identities, queries))
+    query_cameras = generator.choice((3, 6), queries)
+    distance = _distance(query_ids, gallery_ids, dtype)
+    return Problem(distance, query_ids, gallery_ids, query_cameras, gallery_cameras, "sysu")
+
+
+def regdb_problem(dtype: type, *, identities: int = 206) -> Problem:
+    """A split of RegDB: ten images of an identity on either side, 2,060 x 2,060."""
+    ids = np.arange(identities).repeat(10)
+    camera = np.ones_like(ids)
+    return Problem(_distance(ids, ids, dtype), ids, ids, camera, camera, "regdb")
+
+
+def _distance(query_ids: NDArray[np.int64], gallery_ids: NDArray[np.int64], dtype: type) -> NDArray[Any]:
+    """Minus the dot product of features around their identities' centres; the mAP is about 0.5."""
+    generator = np.random.default_rng(1)
+    centers = generator.standard_normal((1 + max(query_ids.max(), gallery_ids.max()), 64))
+    sides = []
+    for ids in (query_ids, gallery_ids):
+        features = centers[ids] + 1.5 * generator.standard_normal((len(ids), 64))
+        sides.append(features / np.linalg.norm(features, axis=1, keepdims=True))
+    return (-sides[0] @ sides[1].T).astype(dtype)
+
+
+def fused_scores(problem: Problem, max_rank: int = 20) -> tuple[Tensor, ...]:
+    """`evaluation.score`: CMC, mAP, mINP, valid queries."""
+    scores = score(
+        problem.distance,
+        problem.query_ids,
+        problem.gallery_ids,
+        query_cameras=problem.query_cameras,
+        gallery_cameras=problem.gallery_cameras,
+        protocol=problem.protocol,
+        max_rank=max_rank,
+    )
+    return scores.cmc, *map(_tensor, scores[1:])
+
+
+def looped_scores(
+    problem: Problem, max_rank: int = 20, *, arrays: bool = False, stable: bool = False
+) -> tuple[Tensor, ...]:
+    """The same by a loop over queries, whose images were sorted before it.
+
+    arrays: precision by whole arrays, in place of a rank at a time; stable: equal distances in gallery order.
+    """
+    order = problem.distance.argsort(axis=1, kind="stable" if stable else None)
+    ranked_ids = problem.gallery_ids[order]
+    ranked_cameras = problem.gallery_cameras[order]
+    curves, precisions, penalties = [], [], []
+    for query, (identity, camera) in enumerate(zip(problem.query_ids, problem.query_cameras, strict=True)):
+        ids = ranked_ids[query]
+        if problem.protocol == "sysu":
+            ids = ids[~((camera == 3) & (ranked_cameras[query] == 2))]
+        matched = ids == identity
+        if not matched.any():
+            continue
+        found = matched.cumsum()
+        if arrays:
+            precision = found / np.arange(1, len(found) + 1)
+        else:
+            # One numpy integer by one Python float, as there: most of the time goes here.
+            precision = np.array([count / (place + 1.0) for place, count in enumerate(found)])
+        precisions.append(precision[matched].mean())
+        penalties.append(found[-1] / (1 + np.flatnonzero(matched)[-1]))
+        if problem.protocol == "sysu":
+            _, first = np.unique(ids, return_index=True)
+            matched = matched[np.sort(first)]
+        curve = np.minimum(matched[:max_rank].cumsum(), 1)
+        curves.append(np.pad(curve, (0, max_rank - len(curve)), mode="edge"))
+    means = [np.mean(values) for values in (precisions, penalties)]
+    return torch.from_numpy(np.mean(curves, axis=0)), *map(_tensor, (*means, len(curves)))
+
+
+def _tensor(value: float) -> Tensor:
+    return torch.tensor(float(value), dtype=torch.float64)
+
+
+def rivals(make: Callable[[], Problem]) -> dict[str, Callable[[], Any]]:
+    """By the names of the result lines; and what `score` is compared with, under `benchmark.EXACT`."""
+    problem = make()
+    return {
+        "fused": partial(fused_scores, problem),
+        "loop": partial(looped_scores, problem),
+        "array loop": partial(looped_scores, problem, arrays=True),
+        benchmark.EXACT: partial(looped_scores, problem, arrays=True, stable=True),
+    }
+
+
+def cases() -> list[benchmark.Case]:
+    """Every case, in the order of the table."""
+    problems: dict[str, Callable[[type], Problem]] = {
+        "score sysu single-shot 3803x301": partial(sysu_problem, shots=1),
+        "score sysu multi-shot 3803x3010": partial(sysu_problem, shots=10),
+        "score regdb 2060x2060": regdb_problem,
+    }
+    return [
+        benchmark.Case(f"{name} {dtype}", partial(rivals, partial(make, DTYPES[dtype])), GOALS)
+        for name, make in problems.items()
+        for dtype in DTYPES
+    ]
+
+
+def measured(case: benchmark.Case, seconds: float) -> dict[str, Any]:
+    """The result of a case, `score` checked first; three interleaved rounds or more."""
+    given = case.rivals()
+    benchmark.check(given, TOLERANCE)
+    del given[benchmark.EXACT]
+    return benchmark.row(case, benchmark.measure(given, seconds, least=3))
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`mrcn-fast bench --scorer`: measure the cases and print a line for each; 1 where a goal was missed."""
+    flags = Flags("bench --scorer", "time the scorer against a loop over queries, on the CPU")
+    flags.add("--only", TEXT, "", "cases whose name contains this")
+    flags.add("--seconds", SECONDS, 8.0, "least measuring time of a case")
+    flags.add("--out", PATH, None, "append the results to this file as JSON lines")
+    flags.add_switch("--list", "print the cases' names and stop")
+    options = argparse.Namespace(**flags.values(argv))
+    if options.out:
+        check_file(options.out, "the results")
+    chosen = [case for case in cases() if options.only in case.name]
+    if options.list:
+        print("\n".join(case.name for case in chosen))
+        return 0
+    if not chosen:
+        return flags.refuse(f"got --only {options.only!r}, which no case's name contains; --list lists them")
+    # numpy sorts; the pages are as the allocator gives them, as a user has them.
+    where = benchmark.machine() | {"numpy": np.__version__, "pages": "the allocator's"}
+    print(f"{benchmark.described(where)}, numpy {where['numpy']}")
+    print("median of interleaved rounds; ratios are the loop's time over the scorer's\n")
+    any_missed = False
+    for case in chosen:
+        result = measured(case, options.seconds)
+        benchmark.print_row(result)
+        any_missed = any_missed or bool(result["missed"])
+        if options.out:
+            benchmark.write(options.out, where | result)
+    return 1 if any_missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

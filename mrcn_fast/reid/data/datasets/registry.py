@@ -1,0 +1,75 @@
+"""The data sets by name: opening one, and telling whose tree a folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from mrcn_fast.reid.data.datasets.llcm import LLCM
+from mrcn_fast.reid.data.datasets.regdb import RegDB
+from mrcn_fast.reid.data.datasets.sysu_mm01 import SYSUMM01
+from mrcn_fast.reid.data.datasets.trees import entries
+from mrcn_fast.reid.data.types import DatasetError, PersonDataset
+
+DATASETS: Final[dict[str, type[PersonDataset]]] = {
+    dataset.name: dataset for dataset in (SYSUMM01, RegDB, LLCM)
+}
+# The folders that tell a tree: all of the first, and any of the second, so that a damaged tree is known, too.
+_SIGNS: Final = {
+    SYSUMM01.name: (("exp",), tuple(f"cam{camera}" for camera in range(1, 7))),
+    RegDB.name: (("idx",), ("Visible", "Thermal")),
+    LLCM.name: (("idx",), ("test_vis", "test_nir")),
+}
+
+
+def open_dataset(
+    name: str, root: str | Path, *, split: int = 1, permutations: str | Path | None = None
+) -> PersonDataset:
+    """The data set `name`, "sysu-mm01", "regdb" or "llcm", under `root`.
+
+    split: RegDB's, from 1 to 10; permutations: the path of SYSU-MM01's rand_perm_cam.mat. Raises ValueError
+    for an unknown name and for either where the data set has no such thing; DatasetError for a broken tree.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
+    if split != 1 and name != RegDB.name:
+        raise ValueError(f"{name} has one split, 1; got split={split}. {RegDB.name} has ten")
+    if permutations is not None and name != SYSUMM01.name:
+        raise ValueError(
+            f"{name} has no official gallery draw, as {SYSUMM01.name} has; got permutations={permutations}"
+        )
+    if name == SYSUMM01.name:
+        return SYSUMM01(root, permutations=permutations)
+    return RegDB(root, split=split) if name == RegDB.name else LLCM(root)
+
+
+def recognize(root: str | Path) -> str:
+    """The name of the data set whose tree `root` is, judged by its folders' names.
+
+    Raises DatasetError, naming what was found, if it is none, or more than one.
+    """
+    root = Path(root)
+    expected = "the tree of a data set: " + "; ".join(
+        f"{name} ({', '.join(always)} beside {' or '.join(some)})" for name, (always, some) in _SIGNS.items()
+    )
+    if not root.is_dir():
+        raise DatasetError(f"{root}: expected {expected}; found no such folder")
+    names = [
+        name
+        for name, (always, some) in _SIGNS.items()
+        if all((root / folder).is_dir() for folder in always)
+        and any((root / folder).is_dir() for folder in some)
+    ]
+    if len(names) != 1:
+        both = f"those of {' and '.join(names)} in one: " if names else ""
+        raise DatasetError(f"{root}: expected {expected}; found {both}{entries(root)}")
+    return names[0]
+
+
+def is_whole(root: str | Path) -> bool:
+    """Whether a tree was written to its end, where the lists of identities come."""
+    try:
+        recognize(root)
+    except DatasetError:
+        return False
+    return True

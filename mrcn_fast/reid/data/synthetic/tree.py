@@ -1,0 +1,78 @@
+"""The folder that a synthetic tree is written to: its marker, what may be replaced, which parameters fit."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from mrcn_fast.reid.data.datasets.trees import entries
+from mrcn_fast.reid.data.types import DatasetError
+
+# The file that names a tree as synthetic, and as one that may be written anew.
+MARKER: Final = "synthetic.json"
+_NOTE: Final = "synthetic person images, rendered by mrcn_fast; no real person is shown"
+# All that a layout writes to, besides the marker, and so all that is ever removed.
+FOLDERS: Final = {
+    "sysu": ("cam1", "cam2", "cam3", "cam4", "cam5", "cam6", "exp"),
+    "regdb": ("Visible", "Thermal", "idx"),
+    "llcm": ("vis", "nir", "test_vis", "test_nir", "idx"),
+}
+
+
+def is_synthetic(root: str | Path) -> bool:
+    """Whether `root` is a tree, of any layout, that this library wrote."""
+    return _layout(Path(root)) is not None
+
+
+def claim(root: Path, parameters: Mapping[str, Any]) -> None:
+    """Make `root` an empty synthetic tree with its marker; never remove anything that is not one."""
+    if root.exists() and not root.is_dir():
+        raise DatasetError(f"{root}: expected a folder to write to, or none; found a file")
+    if root.is_dir() and any(root.iterdir()):
+        earlier = _layout(root)
+        if earlier is None:
+            raise DatasetError(
+                f"{root}: expected an empty folder or an earlier synthetic data set (with {MARKER}); found "
+                f"{entries(root)}. Nothing was written: choose another folder"
+            )
+        foreign = [
+            name
+            for name in FOLDERS[parameters["layout"]]
+            if name not in FOLDERS[earlier] and (root / name).exists()
+        ]
+        if foreign:
+            raise DatasetError(
+                f"{root}: expected nothing in the way of the new tree but the earlier synthetic one, of the "
+                f"layout {earlier}; found {', '.join(foreign)}. Nothing was written: choose another folder"
+            )
+        for name in FOLDERS[earlier]:
+            if (root / name).is_dir():
+                shutil.rmtree(root / name)
+    root.mkdir(parents=True, exist_ok=True)
+    # First of all, so that an interrupted run can be repeated.
+    note = {"what": _NOTE, **parameters}
+    (root / MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
+
+
+def check_test_share(parameters: Mapping[str, Any]) -> None:
+    """ValueError unless the test leaves two identities for the training."""
+    if parameters["test_identities"] > parameters["identities"] - 2:
+        raise ValueError(
+            f"test_identities must leave at least 2 identities for the training; got "
+            f"{parameters['test_identities']} of {parameters['identities']}"
+        )
+
+
+def _layout(root: Path) -> str | None:
+    """The layout that the marker in `root` names; None where there is no marker of ours."""
+    try:
+        note = json.loads((root / MARKER).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    if not isinstance(note, dict) or note.get("what") != _NOTE:
+        return None
+    layout = note.get("layout")
+    return layout if isinstance(layout, str) and layout in FOLDERS else None

@@ -1,0 +1,133 @@
+"""Results on disk: what was measured tells one from another, and none replaces another in silence."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import FiniteFloat
+
+from mrcn_fast.reid.documents import DocumentError, read_json
+from mrcn_fast.reid.settings import SettingError, by_name, checked, record
+from mrcn_fast.reid.training.checkpoint import RESULT_NAMES
+from mrcn_fast.reid.training.config import FREE_ON_RESUME
+
+HEADLINE: Final = ("rank1", "rank10", "rank20", "mAP", "mINP")
+# What scores depend on, in a result and in each of its searches.
+_MEASURED: Final = (
+    "dataset", "split", "step", "network", "trained_on", "rerank", "k1", "k2", "skip_unreadable",
+    "precision", "backend", "device",
+)  # fmt: skip
+_SEARCHED: Final = ("protocol", "settings", "trials", "fingerprint")
+# Different ones round differently and measure the same.
+_WHERE: Final = ("backend", "device")
+
+# The kinds of a result, as far as it is read again, and of a record of other files.
+_MEAN: Final = record("mean", dict.fromkeys(HEADLINE, FiniteFloat))
+_SCORES: Final = record("scores", {"mean": _MEAN}, more=True)
+_SEARCH: Final = record(
+    "search",
+    dict.fromkeys(_SEARCHED, Any) | {"mean": _MEAN, "pairings": by_name(_SCORES)},
+    more=True,
+)
+_RESULT: Final = record(
+    "result",
+    dict.fromkeys(_MEASURED, Any)
+    | {"config": dict[str, Any], "searches": by_name(_SEARCH), "unreadable": list[str]},
+    more=True,
+)
+_MADE: Final = record("record", {"made_of": dict[str, Any]}, more=True)
+
+log = logging.getLogger(__name__)
+
+
+class ResultError(ValueError):
+    """A result that would replace another one."""
+
+
+def measurement(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result of scoring is of: those of its values, as JSON has them, that the scores depend on.
+
+    Raises KeyError, TypeError or AttributeError for what is no result.
+    """
+    found = {name: result[name] for name in _MEASURED}
+    found["config"] = {name: value for name, value in result["config"].items() if name not in FREE_ON_RESUME}
+    found["searches"] = {
+        name: {key: search[key] for key in _SEARCHED} for name, search in result["searches"].items()
+    }
+    content: dict[str, Any] = json.loads(json.dumps(found))
+    return content
+
+
+def result_name(result: Mapping[str, Any], checkpoint: str = "checkpoint") -> str:
+    """The file name of a result: in words what people choose, and 8 digits of the digest of its measurement.
+
+    test-step-6-all-search-single-shot-random-draw-10-trials-1f0c92ab.json; `checkpoint` is the stem of a
+    checkpoint of another name.
+    """
+    searches = list(result["searches"].values())
+    words = ["test", checkpoint * (checkpoint != "checkpoint"), f"step {result['step']}"]
+    trials = searches[0]["trials"]
+    words += [*result["searches"], searches[0]["settings"], f"{trials} trial{'s' * (trials > 1)}"]
+    words += ["reranked" * result["rerank"], "without unreadable" * result["skip_unreadable"]]
+    words += ["other data" * (result["dataset"] != result["trained_on"]["name"])]
+    words += [result["precision"] * (result["precision"] != result["config"]["precision"])]
+    of = json.dumps(measurement(result), sort_keys=True).encode()
+    return f"{slug(words)}-{hashlib.sha256(of).hexdigest()[:8]}.json"
+
+
+def slug(words: Iterable[str]) -> str:
+    """Words as part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
+
+
+def kept_result(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
+    """A result in the folder that is of the measurement of `wanted`, on whatever device and backend.
+
+    Files that are no whole results are named in the log and left as they are.
+    """
+    asked = _anywhere(measurement(wanted))
+    for path in sorted(folder.glob(RESULT_NAMES)):
+        try:
+            result: dict[str, Any] = read_json(path, "a result of scoring")
+            checked(_RESULT, result, "")
+        except (DocumentError, SettingError) as error:
+            log.warning("%s: not taken for a result: %s", path, error)
+            continue
+        whole = result["skip_unreadable"] or not result["unreadable"]
+        if whole and _anywhere(measurement(result)) == asked:
+            return result
+    return None
+
+
+def _anywhere(measured: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in measured.items() if name not in _WHERE}
+
+
+def check_free(record: Path, others: Iterable[Path], made_of: Mapping[str, Any]) -> None:
+    """Refuse to write over files that were made of something else.
+
+    `record` is the JSON file that has under "made_of" what it and the `others` were made of. Raises
+    ResultError naming what differs.
+    """
+    there = [path for path in (record, *others) if path.exists()]
+    if not there:
+        return
+    try:
+        found = checked(_MADE, read_json(record, "what was made"), "")["made_of"]
+    except (DocumentError, SettingError):
+        differing = "and nothing tells what it was made of"
+    else:
+        asked = json.loads(json.dumps(made_of))
+        names = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
+        if not names:
+            return
+        differing = f"made with another value of {', '.join(names)}"
+    raise ResultError(
+        f"{there[0]}: is there already, {differing}. Give another folder (--out), or replace it (--overwrite)"
+    )

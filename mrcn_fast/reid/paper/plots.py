@@ -1,0 +1,248 @@
+"""The paper's Figures 5 and 6 from plain arrays: what is drawn, and the drawing. No window is opened."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from mrcn_fast.reid.evaluation.scores import skipped_images
+
+# Figure 5's colours of distances, Figure 6's frames, and 20 colours that can be told apart.
+INTRA, INTER = "tab:blue", "tab:green"
+CORRECT, WRONG, QUERY = "#2ca02c", "#d62728", "0.3"
+PEOPLE = "tab20"
+
+# Vectors of length 1 are at most 2 apart. Counted finely, drawn in as many bars as the occupied part allows.
+_FARTHEST, _BINS, _BARS = 2.0, 4000, 60
+_PAIRS_AT_ONCE = 1 << 21
+
+
+class Distances(NamedTuple):
+    """How far images of one person (intra) and of two (inter) are from each other across the modalities.
+
+    intra, inter: int64 counts of `bins` equal bins from 0 to 2; means over all pairs, NaN without one.
+    """
+
+    intra: NDArray[np.int64]
+    inter: NDArray[np.int64]
+    intra_mean: float
+    inter_mean: float
+
+    @property
+    def delta(self) -> float:
+        """The paper's δ: how much farther two people are than two images of one."""
+        return self.inter_mean - self.intra_mean
+
+
+def distances(visible: Tensor, visible_ids: Tensor, infrared: Tensor, infrared_ids: Tensor) -> Distances:
+    """Euclidean distances of all visible-infrared pairs of features, each feature scaled to length 1.
+
+    visible: (V, D), infrared: (N, D), with (V,) and (N,) integer identities. Every pair is counted; working
+    memory is that of 2 million pairs, whatever V and N. Raises ValueError for features that are not finite.
+    """
+    visible, infrared = _unit(visible, "visible"), _unit(infrared, "infrared")
+    counts = torch.zeros(2, _BINS, dtype=torch.int64)
+    sums = torch.zeros(2, dtype=torch.float64)
+    for rows in torch.arange(len(visible)).split(max(1, _PAIRS_AT_ONCE // max(1, len(infrared)))):
+        apart = (2 - 2 * visible[rows] @ infrared.T).clamp_(0, _FARTHEST**2).sqrt_()
+        same = visible_ids[rows, None] == infrared_ids
+        places = (apart * (_BINS / _FARTHEST)).long().clamp_(max=_BINS - 1)
+        for kind, chosen in enumerate((same, ~same)):
+            counts[kind] += torch.bincount(places[chosen], minlength=_BINS)
+            sums[kind] += apart[chosen].double().sum()
+    means = (sums / counts.sum(dim=1)).tolist()
+    return Distances(counts[0].numpy(), counts[1].numpy(), *means)
+
+
+def draw_distances(columns: Mapping[str, Distances]) -> Figure:
+    """Figure 5 (a-e): a panel a title, on one scale; the means dashed, δ between them."""
+    figure, panels = _panels(len(columns), width=3.1, height=3.0)
+    used = np.flatnonzero(sum(d.intra + d.inter for d in columns.values()))
+    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, _BINS - 1)
+    group = -(-(last + 1 - first) // _BARS)
+    for panel, (title, found) in zip(panels, columns.items(), strict=True):
+        for counts, color, name in ((found.intra, INTRA, "intra-class"), (found.inter, INTER, "inter-class")):
+            starts = np.arange(first, last + 1, group)
+            bars = np.add.reduceat(counts[: last + 1], starts)
+            edges = np.append(starts, starts[-1] + group) * (_FARTHEST / _BINS)
+            panel.stairs(
+                100 * bars / max(1, bars.sum()), edges, color=color, fill=True, alpha=0.45, label=name
+            )
+        for mean, color in ((found.intra_mean, INTRA), (found.inter_mean, INTER)):
+            panel.axvline(mean, ymax=0.87, color=color, linestyle="--", linewidth=1.3)
+        panel.set_title(_plain(title))
+        panel.text(0.03, 0.96, f"δ = {found.delta:.3f}", transform=panel.transAxes, va="top")
+        panel.margins(x=0.02)
+    # Above the bars and the means there is room for δ.
+    top = 1.2 * max(panel.get_ylim()[1] for panel in panels)
+    for panel in panels:
+        panel.set_ylim(0, top)
+    panels[0].set_ylabel("share of pairs (%)")
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.supxlabel(
+        "Euclidean distance of visible and infrared test features of length 1 (dashed: means)", fontsize=10
+    )
+    return figure
+
+
+def tsne_map(features: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
+    """t-SNE of features scaled to length 1: (n, D) -> (n, 2), the same for the same seed.
+
+    Begins at the principal components; perplexity 30, or less where there are fewer than 91 images. Raises
+    ValueError for less than three images.
+    """
+    if len(features) < 3:
+        raise ValueError(f"a t-SNE map needs at least 3 images; got {len(features)}")
+    # Here, as they take a second to import.
+    from sklearn.manifold import TSNE
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+    perplexity = min(30.0, (len(features) - 1) / 3)
+    embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
+    # A thousand short steps, in which threads mostly wait for each other; and the same map for any number.
+    with threadpool_limits(1):
+        return embedding.fit_transform(_unit(features, "features").numpy())
+
+
+def _unit(features: Tensor, name: str) -> Tensor:
+    """Features at length 1, whatever their scale, float32. Raises ValueError where they aren't finite."""
+    if features.dim() != 2 or not features.isfinite().all():
+        raise ValueError(
+            f"{name} must be finite features (images, size); got {tuple(features.shape)}"
+            + " with NaN or infinity" * (features.dim() == 2)
+        )
+    # At their own scale the squares may overflow or vanish.
+    largest = features.double().abs().amax(dim=1, keepdim=True)
+    return F.normalize(features / largest.masked_fill_(largest == 0, 1), dim=1).float()
+
+
+def draw_tsne(
+    columns: Mapping[str, NDArray[np.float32]], ids: Sequence[int], infrared: Sequence[bool]
+) -> Figure:
+    """Figure 5 (f-j): a panel a title with its (n, 2) map; a colour a person, infrared images as crosses."""
+    figure, panels = _panels(len(columns), width=3.1, height=3.3)
+    people, owner = np.unique(np.asarray(ids), return_inverse=True)
+    palette = matplotlib.colormaps[PEOPLE if len(people) <= 20 else "turbo"]
+    shades = palette(np.arange(len(people)) if len(people) <= 20 else np.linspace(0, 1, len(people)))
+    crosses = np.asarray(infrared, dtype=bool)
+    for panel, (title, points) in zip(panels, columns.items(), strict=True):
+        for chosen, marker, size in ((~crosses, "o", 14), (crosses, "x", 18)):
+            width = 0 if marker == "o" else 1.0
+            x, y = points[chosen].T
+            panel.scatter(x, y, s=size, c=shades[owner[chosen]], marker=marker, linewidths=width)
+        panel.set_title(_plain(title))
+        panel.set(xticks=[], yticks=[])
+        panel.margins(0.06)
+    shapes = [
+        Line2D([], [], color="0.3", marker=marker, linestyle="", label=label)
+        for marker, label in (("o", "visible"), ("x", "infrared"))
+    ]
+    figure.legend(
+        handles=shapes,
+        loc="outside lower center",
+        ncols=2,
+        frameon=False,
+        title=f"{len(people)} people, by colour",
+    )
+    return figure
+
+
+class Ranking(NamedTuple):
+    """The nearest gallery images of each query, (Q, count): columns, -1 past the last; whether they match."""
+
+    order: NDArray[np.int64]
+    correct: NDArray[np.bool_]
+
+
+def ranking(
+    distance: Tensor,
+    query_ids: Tensor,
+    gallery_ids: Tensor,
+    query_cameras: Tensor,
+    gallery_cameras: Tensor,
+    protocol: str,
+    *,
+    count: int = 10,
+) -> Ranking:
+    """The lists that `evaluation.score` scores, from (Q, G) distances: without the images a query skips.
+
+    The other arguments are those of `score`. Equal distances rank in the gallery's order. Raises ValueError
+    for distances that are not finite.
+    """
+    if not distance.isfinite().all():
+        raise ValueError("distance must be finite; got NaN or infinity. Look for them in the features")
+    skipped = skipped_images(query_ids, gallery_ids, query_cameras, gallery_cameras, protocol)
+    order = distance.masked_fill(skipped, torch.inf).argsort(dim=1, stable=True)[:, :count]
+    order = order.masked_fill(skipped.gather(1, order), -1)
+    correct = (gallery_ids[order] == query_ids[:, None]) & (order >= 0)
+    return Ranking(order.numpy(), correct.numpy())
+
+
+class Row(NamedTuple):
+    """One query with what was found for it: uint8 (H, W, 3) images; its name beside them."""
+
+    name: str
+    query: NDArray[np.uint8]
+    found: Sequence[NDArray[np.uint8]]
+    correct: Sequence[bool]
+
+
+def draw_rankings(blocks: Mapping[str, Sequence[Row]], *, count: int = 10) -> Figure:
+    """Figure 6: a block a title, a row a query; green frames for the same person, red ones for others."""
+    height, width = next(iter(blocks.values()))[0].query.shape[:2]
+    rows = sum(map(len, blocks.values()))
+    cell = 0.8  # inches
+    size = (count + 1.2) * (cell + 0.12) + 0.9, rows * (cell * height / width + 0.14) + 0.62 * len(blocks)
+    spaces = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.02, hspace=0.02)
+    figure = Figure(figsize=size, layout=spaces)
+    parts = figure.subfigures(
+        len(blocks), 1, squeeze=False, height_ratios=[len(block) for block in blocks.values()]
+    )[:, 0]
+    for part, (title, block) in zip(parts, blocks.items(), strict=True):
+        part.suptitle(_plain(title), fontsize=12, fontweight="bold")
+        # A narrow empty column sets the query apart.
+        ratios = [1, 0.15, *[1] * count]
+        panels = part.subplots(len(block), count + 2, squeeze=False, width_ratios=ratios)
+        for line, (axes, row) in enumerate(zip(panels, block, strict=True)):
+            for panel in axes:
+                panel.axis("off")
+            _frame(axes[0], row.query, QUERY)
+            axes[0].set_ylabel(row.name, fontsize=8)
+            for panel, image, correct in zip(axes[2:], row.found, row.correct, strict=False):
+                _frame(panel, image, CORRECT if correct else WRONG)
+            if line == 0:
+                for panel, name in zip((axes[0], *axes[2:]), ("query", *range(1, count + 1)), strict=True):
+                    panel.set_title(str(name), fontsize=9)
+    return figure
+
+
+def _plain(title: str) -> str:
+    """A title, which may have a folder's name in it, as matplotlib draws it sign by sign."""
+    readable = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    return readable.replace("$", r"\$")
+
+
+def _frame(panel: Axes, image: NDArray[np.uint8], color: str) -> None:
+    panel.axis("on")
+    panel.imshow(image, interpolation="bilinear")
+    panel.set(xticks=[], yticks=[])
+    for spine in panel.spines.values():
+        spine.set(color=color, linewidth=3)
+
+
+def _panels(columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    if not columns:
+        raise ValueError("expected at least one column to draw; got none")
+    figure = Figure(figsize=(0.5 + width * columns, height + 0.4), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])

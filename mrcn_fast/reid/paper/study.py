@@ -1,0 +1,372 @@
+"""`mrcn-fast study cqc`: which reading of the CQC loss (eq. 8-10) helps, measured on synthetic people.
+
+The paper doesn't say which features the loss compares, whether they are divided by their length, or whether
+a gradient is stopped; its equations are a sum over identities, and the authors' later code takes the mean.
+Each reading is a row of this study. All rows start from one pretraining, are trained alike with several
+seeds, and are scored by the three pairings of `mrcn_fast.reid.evaluation.pairings`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Final, NamedTuple
+
+from pydantic import Field
+from rich.progress import Progress
+
+from mrcn_fast.benchmark import machine
+from mrcn_fast.files import write_json
+from mrcn_fast.outputs import check_folder
+from mrcn_fast.reid.data import is_whole, write_regdb
+from mrcn_fast.reid.devices import check_device
+from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, PAIRINGS, TITLES
+from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
+from mrcn_fast.reid.evaluation.scoring import score_checkpoint
+from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Strength, Width
+from mrcn_fast.reid.settings import check_fields
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.pretraining import MODALITY_GAP, pretrain
+from mrcn_fast.reid.training.run_folder import FolderInUseError, held
+from mrcn_fast.reid.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
+
+RESULT_NAME: Final = "study.json"
+SEEDS: Final = (0, 1, 2)
+DIRECTION: Final = "visible-to-infrared"
+_RUN_RESULT: Final = "result.json"
+_WITHOUT: Final = "without-cqc"
+_EPOCHS: Final = 80
+# A gain counts if it is positive at every one of at least so many seeds, and its mean is above so many
+# standard errors.
+_LEAST_SEEDS: Final = 3
+_STANDARD_ERRORS: Final = 2
+
+
+class Row(NamedTuple):
+    """A way to train: its values of the configuration, beside those that all rows share."""
+
+    title: str
+    values: dict[str, Any]
+
+
+def _reading(features: str, reduction: str, **more: Any) -> dict[str, Any]:
+    return {"model": "mrcn", "cqc_features": features, "cqc_reduction": reduction} | more
+
+
+# The rows that tell most come first.
+ROWS: Final = {
+    _WITHOUT: Row("MRCN without CQC", {"model": "mrcn", "cqc_weight": 0.0}),
+    "unit-mean": Row("unit features, mean", _reading("unit", "mean")),
+    "pooled-sum": Row("pooled features, sum", _reading("pooled", "sum")),
+    "baseline": Row("two-stream baseline", {"model": "baseline"}),
+    "pooled-mean": Row("pooled features, mean", _reading("pooled", "mean")),
+    "unit-sum": Row("unit features, sum", _reading("unit", "sum")),
+    "pooled-mean-detached": Row(
+        "pooled features, mean, gradient stopped", _reading("pooled", "mean", detach_negative=True)
+    ),
+    "pooled-mean-weight-0.1": Row(
+        "pooled features, mean, λ2 = 0.1", _reading("pooled", "mean", cqc_weight=0.1)
+    ),
+    "unit-mean-mrm": Row("MRM: unit features, mean", _reading("unit", "mean", model="mrm")),
+    "unit-mean-mcm": Row("MCM: unit features, mean", _reading("unit", "mean", model="mcm")),
+}
+
+
+# A batch has four people of a training set, which is half of a tree's people.
+TrainedPeople = Annotated[int, Field(ge=8, le=9999), NUMPY]
+
+
+@dataclasses.dataclass
+class StudyConfig:
+    """The study's size. All rows get the same data, pretraining and number of steps."""
+
+    out: PathText = "runs/study-cqc"
+    """Folder for everything the study writes; processes that share it share the runs."""
+    identities: TrainedPeople = 412
+    """People in the synthetic data set: half of them for the training, half for the test (RegDB has 412)."""
+    images: Count = 10
+    """Images of a person in each modality (RegDB has 10)."""
+    modality_gap: Strength = 0.75
+    """How far infrared differs from visible."""
+    height: Height = 64
+    """Image height in pixels."""
+    width: Width = 32
+    """Image width in pixels."""
+    pretraining_identities: TrainedPeople = 400
+    """Other people, in visible light alone, on whom the ResNet is pretrained."""
+    pretraining_steps: Count = 3000
+    """Training steps of the pretraining."""
+    steps: Count = 2000
+    """Training steps of each run; the paper's schedule of 80 epochs is scaled to them."""
+    accelerator: str = "auto"
+    """Where to compute, as lightning-fabric names it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError)
+
+
+def run_study(
+    config: StudyConfig,
+    *,
+    rows: Sequence[str] = tuple(ROWS),
+    seeds: Sequence[int] = SEEDS,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Train and score those of the rows and seeds that are missing; returns and writes `out`/study.json.
+
+    Writes under `config.out`: data/, pretraining/, a folder for each row and seed, study.json. A run that is
+    there is not repeated. One that was interrupted goes on. One that another process holds is left to that
+    process; the result then is without it. The result has all rows that are there, also of earlier calls.
+
+    Raises ConfigError for an unknown row, ResultError for a folder with a study of other values, and
+    FolderInUseError where another process writes the images or pretrains.
+    """
+    out = Path(config.out)
+    if unknown := sorted(set(rows) - set(ROWS)):
+        raise ConfigError(f"got rows {', '.join(unknown)}, expected some of {', '.join(ROWS)}")
+    check_folder(out, "the study")
+    check_device(config.accelerator, "32-true")
+    _check_values(out, config)
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RESULT_NAME, summary(config))
+    tree, weights = _data(config, progress), _weights(config, progress)
+    for seed in seeds:
+        for name in rows:
+            try:
+                _run(run_config(config, name, seed, tree, weights), progress)
+            except FolderInUseError:
+                log.info("%s with seed %d: left to the process that trains it", name, seed)
+            write_json(out / RESULT_NAME, summary(config))
+    return summary(config)
+
+
+def run_config(config: StudyConfig, name: str, seed: int, tree: Path, weights: Path) -> TrainConfig:
+    """The configuration of a row's run: the paper's recipe for RegDB at the study's size."""
+    shared = _scaled(config, tree, Path(config.out) / name / f"seed-{seed}", config.steps)
+    return dataclasses.replace(shared, seed=seed, weights=str(weights), **ROWS[name].values)
+
+
+def _scaled(config: StudyConfig, tree: Path, out: Path, steps: int) -> TrainConfig:
+    return TrainConfig(
+        data=str(tree),
+        out=str(out),
+        dataset="regdb",
+        stages=(1,),
+        depth=18,
+        height=config.height,
+        width=config.width,
+        padding=max(1, round(10 * config.height / 288)),
+        epochs=_EPOCHS,
+        # Rounded up: `steps` ends the run, and not the last epoch.
+        batches=-(-steps // _EPOCHS),
+        steps=steps,
+        accelerator=config.accelerator,
+        workers=0,
+        log_every=max(1, steps // 80),
+    )
+
+
+def _data(config: StudyConfig, progress: Progress) -> Path:
+    return _write(Path(config.out) / "data", config, config.identities, config.modality_gap, 0, progress)
+
+
+def _weights(config: StudyConfig, progress: Progress) -> Path:
+    folder = Path(config.out) / "pretraining"
+    path = folder / "weights.pth"
+    if path.exists():
+        return path
+    people = config.pretraining_identities
+    tree = _write(folder / "data", config, people, MODALITY_GAP, 1, progress)
+    # The trunk starts from random weights, so that it learns as fast as the head.
+    training = dataclasses.replace(
+        _scaled(config, tree, folder / "run", config.pretraining_steps),
+        trunk_lr=1.0,
+        lr=0.03,
+        warmup_lr=0.003,
+    )
+    return pretrain(training, path, resume=_begun(training), progress=progress)
+
+
+def _write(
+    root: Path, config: StudyConfig, people: int, modality_gap: float, seed: int, progress: Progress
+) -> Path:
+    """A synthetic tree in RegDB's layout, written where it isn't there."""
+    with held(root.parent, "writes the study's images"):
+        if is_whole(root):
+            return root
+        task = progress.add_task("images", total=None, status="")
+        return write_regdb(
+            root,
+            identities=people,
+            images=config.images,
+            splits=1,
+            image_size=(config.height, config.width),
+            seed=seed,
+            modality_gap=modality_gap,
+            camera_style=0.4,
+            pose_spread=0.4,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
+def _begun(training: TrainConfig) -> bool:
+    return (Path(training.out) / CHECKPOINT_NAME).exists()
+
+
+def _run(training: TrainConfig, progress: Progress) -> None:
+    """Train and score a run, unless its result is there."""
+    path = Path(training.out) / _RUN_RESULT
+    if path.exists():
+        return
+    checkpoint = Trainer(training).fit(resume=_begun(training), progress=progress)
+    result = score_checkpoint(checkpoint, training.data, accelerator=training.accelerator, progress=progress)
+    scores = {
+        name: {HEADLINE_PAIRING: search["mean"]}
+        | {pairing: of["mean"] for pairing, of in search["pairings"].items()}
+        for name, search in result["searches"].items()
+    }
+    write_json(path, {"config": training.as_dict(), "scores": scores})
+
+
+def summary(config: StudyConfig) -> dict[str, Any]:
+    """What the finished runs say, as study.json holds it.
+
+    Of each row: the scores of each seed by direction and pairing, shares of 1, their mean and standard error,
+    and the gain in rank-1 over MRCN without CQC. Rows without a run are named under "not run".
+    """
+    runs = {name: _finished(Path(config.out) / name) for name in ROWS}
+    return {
+        "made_of": _made_of(config),
+        "machine": machine(),
+        "rows": {name: _row(name, found, runs[_WITHOUT]) for name, found in runs.items() if found},
+        "not run": [name for name, found in runs.items() if not found],
+    }
+
+
+def _made_of(config: StudyConfig) -> dict[str, Any]:
+    """The values that a study's scores depend on."""
+    free = ("out", "accelerator")
+    return {name: value for name, value in dataclasses.asdict(config).items() if name not in free}
+
+
+def _finished(folder: Path) -> dict[int, dict[str, Any]]:
+    """The scores of a row's finished runs by seed."""
+    results = {
+        int(path.parent.name.removeprefix("seed-")): path for path in folder.glob(f"seed-*/{_RUN_RESULT}")
+    }
+    return {seed: json.loads(path.read_bytes())["scores"] for seed, path in sorted(results.items())}
+
+
+def _row(name: str, runs: Mapping[int, Any], without: Mapping[int, Any]) -> dict[str, Any]:
+    """A row of the result, from its runs' scores by seed and from those without CQC."""
+    row = {
+        "title": ROWS[name].title,
+        "values": ROWS[name].values,
+        "scores": {str(seed): scores for seed, scores in runs.items()},
+        "over_seeds": _over_seeds(list(runs.values())),
+    }
+    seeds = sorted(runs.keys() & without.keys())
+    if name == _WITHOUT or not seeds:
+        return row
+    return row | {"gain": _gain({seed: _rank1(runs[seed]) - _rank1(without[seed]) for seed in seeds})}
+
+
+def _rank1(scores: Mapping[str, Any]) -> float:
+    value: float = scores[DIRECTION][HEADLINE_PAIRING]["rank1"]
+    return value
+
+
+def _over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Mean and standard error of each score by direction and pairing."""
+    return {
+        direction: {
+            pairing: {
+                score: _statistics([run[direction][pairing][score] for run in runs]) for score in HEADLINE
+            }
+            for pairing in pairings
+        }
+        for direction, pairings in runs[0].items()
+    }
+
+
+def _gain(gains: Mapping[int, float]) -> dict[str, Any]:
+    """The gain in rank-1 over MRCN without CQC by seed, and whether it is large enough to count.
+
+    It counts if it is positive at every one of at least three seeds, and its mean is above two standard
+    errors.
+    """
+    told = _statistics(list(gains.values()))
+    error = told["standard_error"]
+    counts = (
+        len(gains) >= _LEAST_SEEDS
+        and min(gains.values()) > 0
+        and error is not None
+        and told["mean"] > _STANDARD_ERRORS * error
+    )
+    return {"by_seed": {str(seed): gain for seed, gain in gains.items()}, **told, "accepted": counts}
+
+
+def _statistics(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, and standard error of the mean; none of one value."""
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "standard_error": error}
+
+
+def _check_values(out: Path, config: StudyConfig) -> None:
+    """Refuse a folder with a study of other values. Raises ResultError."""
+    path = out / RESULT_NAME
+    if not path.exists():
+        return
+    try:
+        found = dict(json.loads(path.read_bytes())["made_of"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ResultError(
+            f"{path}: expected the result of `mrcn-fast study cqc`. Give another folder (--out), or move the "
+            "file away"
+        ) from None
+    asked = _made_of(config)
+    if differing := [name for name in asked if found.get(name) != asked[name]]:
+        raise ResultError(
+            f"{out}: holds a study with another value of {', '.join(differing)}. Give another folder (--out)"
+        )
+
+
+def markdown(result: Mapping[str, Any]) -> str:
+    """A study as Markdown: rank-1 in percent by each pairing, mean ± standard error, and the gain."""
+    header = ["Row", "seeds", *(TITLES[pairing] for pairing in PAIRINGS), "gain of CQC", "accepted"]
+    lines = [_line(header), _line(["---"] * len(header))]
+    for row in result["rows"].values():
+        by_pairing = row["over_seeds"][DIRECTION]
+        cells = [_cell(by_pairing[p]["rank1"]) if p in by_pairing else "" for p in PAIRINGS]
+        gain = row.get("gain")
+        cells += [_cell(gain), "yes" if gain["accepted"] else "no"] if gain else ["", ""]
+        lines.append(_line([row["title"], ", ".join(row["scores"]), *cells]))
+    made_of = result["made_of"]
+    notes = [
+        "",
+        f"Synthetic data; {DIRECTION}, rank-1 in percent, mean ± standard error over the seeds; "
+        f"{made_of['steps']} steps.",
+        "The gain is over MRCN without CQC at the same seeds, by the paper's pairing. It is accepted if it",
+        f"is positive at each of at least {_LEAST_SEEDS} seeds and its mean is above {_STANDARD_ERRORS} "
+        "standard errors.",
+    ]
+    if result["not run"]:
+        notes += [f"Not run: {', '.join(result['not run'])}."]
+    return "\n".join([*lines, *notes])
+
+
+def _cell(told: Mapping[str, Any]) -> str:
+    error = told["standard_error"]
+    return f"{100 * told['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,168 @@
+"""Training batches: pairs of images of one person, in the order of the paired sampler."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from mrcn_fast.reid.data import PairedIdentitySampler, PersonImages, Sample, TrainingSet
+from mrcn_fast.reid.data.cache import cached
+from mrcn_fast.reid.data.images import check_left, readable
+from mrcn_fast.reid.data.loading import Batches
+from mrcn_fast.reid.data.types import pair_modalities
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+
+Row = tuple[Tensor, Tensor, int, int, int]
+
+
+class Batch(NamedTuple):
+    """B pairs of images of the same person; the two indices name the files in the training set."""
+
+    visible: Tensor  # (B, 3, H, W) uint8
+    infrared: Tensor
+    labels: Tensor  # (B,) class indices
+    visible_index: Tensor
+    infrared_index: Tensor
+
+    def files(self, training: TrainingSet) -> list[str]:
+        """The paths of the batch's images, the visible ones first."""
+        paths = [training.visible[i].path for i in self.visible_index.tolist()]
+        paths += [training.infrared[i].path for i in self.infrared_index.tolist()]
+        return list(map(str, paths))
+
+
+class PairedImages(Dataset[Row]):
+    """Images of a training set as the paired sampler indexes them: (visible, infrared) -> a row of a Batch.
+
+    used: the samples that are drawn, which the pair counts; the row's indices and class are those of
+    `training`, all samples and identities.
+    """
+
+    def __init__(
+        self, training: TrainingSet, used: TrainingSet, visible: Dataset[Tensor], infrared: Dataset[Tensor]
+    ) -> None:
+        self.visible = visible
+        self.infrared = infrared
+        classes = {identity: index for index, identity in enumerate(training.identities)}
+        self.labels = [classes[sample.identity] for sample in used.visible]
+        self.visible_index = _places(training.visible, used.visible)
+        self.infrared_index = _places(training.infrared, used.infrared)
+
+    def __getitem__(self, pair: tuple[int, int]) -> Row:
+        i, j = pair
+        return (
+            self.visible[i],
+            self.infrared[j],
+            self.labels[i],
+            self.visible_index[i],
+            self.infrared_index[j],
+        )
+
+
+class TrainingBatches:
+    """The batches of an epoch, from any of them on: `for batch in batches.of(epoch, first)`.
+
+    `len()` is the number of batches in a whole epoch. The stream depends on the configuration's seed and the
+    epoch alone, so a run that goes on in the middle of an epoch meets the batches it would have met.
+
+    name: of the data set and its split, "regdb-split3", for the cache's name and for messages.
+
+    With `config.skip_unreadable` every image is decoded once now. Those that can't be read (`unreadable`),
+    and identities that have one modality left, are named, counted and left out; classes and indices of a
+    batch stay those of `training`. Raises DatasetError where a cache is made and an image can't be read, or
+    where fewer identities are left than a batch needs; ValueError for fewer from the start.
+    """
+
+    def __init__(
+        self, training: TrainingSet, config: TrainConfig, *, name: str, pin_memory: bool = False
+    ) -> None:
+        # Before images are read, which takes minutes.
+        if len(training.identities) < config.identities:
+            raise ConfigError(
+                f"{name}: a batch needs {config.identities} distinct identities; got "
+                f"{len(training.identities)}. Train on more people, or take fewer for a batch (identities)"
+            )
+        used = training
+        self.unreadable: tuple[Sample, ...] = ()
+        if config.skip_unreadable:
+            used, self.unreadable = without_unreadable(
+                training, name, workers=config.workers, identities=config.identities
+            )
+        self._sampler = PairedIdentitySampler(
+            [sample.identity for sample in used.visible],
+            [sample.identity for sample in used.infrared],
+            identities=config.identities,
+            images=config.images,
+            seed=config.seed,
+            batches=config.batches,
+        )
+        self._rest = _RestOfEpoch(self._sampler)
+        visible, infrared = (
+            _images(samples, config, f"{name}-train-{modality}")
+            for samples, modality in ((used.visible, "visible"), (used.infrared, "infrared"))
+        )
+        self._batches = Batches(
+            PairedImages(training, used, visible, infrared),
+            collate,
+            batch_sampler=self._rest,
+            batch_bytes=config.identities * config.images * 2 * 3 * config.height * config.width,
+            workers=config.workers,
+            pin_memory=pin_memory,
+        )
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def of(self, epoch: int, first: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, counted from 0, without those before `first`."""
+        self._sampler.set_epoch(epoch)
+        self._rest.first = first
+        return iter(self._batches)
+
+
+def collate(rows: list[Row]) -> Batch:
+    """Rows as a batch; a process that makes it puts it into shared memory."""
+    return Batch(*default_collate(rows))
+
+
+class _RestOfEpoch(Sampler[list[tuple[int, int]]]):
+    """The sampler's batches without an epoch's first ones; their images are not read."""
+
+    def __init__(self, sampler: PairedIdentitySampler) -> None:
+        self.sampler = sampler
+        self.first = 0
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return itertools.islice(iter(self.sampler), self.first, None)
+
+    def __len__(self) -> int:
+        return len(self.sampler) - self.first
+
+
+def _images(samples: tuple[Sample, ...], config: TrainConfig, name: str) -> Dataset[Tensor]:
+    size = (config.height, config.width)
+    if config.cache is None:
+        return PersonImages(samples, size, filter=config.filter)
+    return cached(samples, size, filter=config.filter, folder=config.cache, name=name, workers=config.workers)
+
+
+def without_unreadable(
+    training: TrainingSet, name: str, *, workers: int = 0, identities: int = 1
+) -> tuple[TrainingSet, tuple[Sample, ...]]:
+    """The training set of the images that can be read, paired again, and the images that can't.
+
+    name: of the data set, for messages. Raises DatasetError where less than `identities` are left.
+    """
+    kept, unreadable = readable((*training.visible, *training.infrared), workers=workers)
+    check_left(kept, unreadable, "training", identities=identities)
+    return (pair_modalities(kept, name) if unreadable else training), tuple(unreadable)
+
+
+def _places(samples: tuple[Sample, ...], used: tuple[Sample, ...]) -> list[int]:
+    """Where each of `used` stands in `samples`."""
+    place = {sample: index for index, sample in enumerate(samples)}
+    return [place[sample] for sample in used]

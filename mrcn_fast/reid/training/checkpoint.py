@@ -1,0 +1,473 @@
+"""Checkpoints: all of a run's state in one file, written whole or not at all, refused where unfit.
+
+A file is a dictionary that torch.save wrote: `format`, the fields of `Checkpoint`, and `digest`, the SHA-256
+of each field. Where processors have instructions for it, SHA-256 is the fastest of hashlib's digests: it
+takes 0.2 s for the 200 MB of a ResNet-50 and its momentum.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import random
+import re
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import torch
+from lightning_fabric.utilities import move_data_to_device
+from pydantic import Field, FiniteFloat, InstanceOf, WithJsonSchema
+from torch import Tensor, nn
+
+from mrcn_fast.files import write_atomically
+from mrcn_fast.reid.data.sampler import batches_of_epoch
+from mrcn_fast.reid.data.types import PersonDataset, Sample, TrainingSet
+from mrcn_fast.reid.kinds import Count, CountOrZero, Weight
+from mrcn_fast.reid.messages import refused, shown
+from mrcn_fast.reid.models.network import ReIDModel
+from mrcn_fast.reid.settings import SettingError, checked, record
+from mrcn_fast.reid.stored import StoredError, read_torch
+from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainConfig
+from mrcn_fast.reid.training.journal import LINE
+from mrcn_fast.reid.training.optimizer import make_optimizer
+
+FORMAT = 4
+CHECKPOINT_NAME = "checkpoint.pth"
+# The results of scoring, beside it.
+RESULT_NAMES = "test-*.json"
+# Images of a data set whose contents go into its fingerprint.
+_READ = 16
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is missing, unreadable, or of another architecture or data set."""
+
+
+class DataIdentity(NamedTuple):
+    """Which data set a model was trained on, so that it isn't scored on another by mistake."""
+
+    name: str
+    split: int
+    fingerprint: str  # of the training files, see `fingerprint`
+    identities: tuple[int, ...]  # sorted; class i of the classifier is identities[i]
+    images: tuple[int, int]  # visible, infrared
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}, split {self.split}, {len(self.identities)} identities, {self.images[0]} visible "
+            f"and {self.images[1]} infrared training images, fingerprint {self.fingerprint[:12]}"
+        )
+
+
+def data_identity(dataset: PersonDataset, training: TrainingSet) -> DataIdentity:
+    """The identity of a training set."""
+    counts = (len(training.visible), len(training.infrared))
+    digest = fingerprint(dataset.root, (*training.visible, *training.infrared))
+    return DataIdentity(dataset.name, dataset.split, digest, tuple(training.identities), counts)
+
+
+def fingerprint(root: Path, samples: Iterable[Sample]) -> str:
+    """SHA-256 over each image's place below the data set's root, size and person, in their order.
+
+    Sizes stand for the contents, for reading every image would take minutes on the real data. Of some 16 to
+    31 images, evenly from all of them, the contents count too: bitmaps are all of one size.
+    """
+    samples = tuple(samples)
+    digest = hashlib.sha256()
+    for sample in samples:
+        place = Path(sample.path).relative_to(root).as_posix()
+        # Names of files are bytes, and need not be UTF-8.
+        line = f"{place}\t{_size(sample.path)}\t{sample.identity}\n"
+        digest.update(line.encode(errors="surrogateescape"))
+    for sample in samples[:: max(1, len(samples) // _READ)]:
+        # An image that can't be read is refused or left out by whoever needs it.
+        with contextlib.suppress(OSError):
+            digest.update(Path(sample.path).read_bytes())
+    return digest.hexdigest()
+
+
+def _size(path: Path) -> int | None:
+    try:
+        return os.path.getsize(path)
+    except OSError:
+        # A link to nowhere, or in a circle, is an unreadable image: who reads it refuses it or leaves it out.
+        return None
+
+
+def weights_fingerprint(path: str | Path | None) -> str | None:
+    """SHA-256 of a file of initial weights; none for random ones. Raises OSError where it can't be read."""
+    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+class Checkpoint(NamedTuple):
+    """All of a run's state after `step` steps; `epoch` and `batch` name the batch that comes next."""
+
+    config: TrainConfig
+    data: DataIdentity
+    weights: str | None  # `weights_fingerprint` of what the run began from
+    model: dict[str, Any]
+    optimizer: dict[str, Any]
+    scaler: dict[str, Any]  # of the precision plugin: the gradient scaler's state in 16-mixed
+    random: dict[str, Any]
+    step: int
+    epoch: int
+    batch: int
+    metrics: dict[str, float]
+
+
+def random_state() -> dict[str, Any]:
+    """State of the generators that training draws from: torch's, on every device, and Python's."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Put back what `random_state` read; CUDA's only where there are as many devices as then."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])
+    random.setstate(_python_state(state["python"]))
+
+
+def _python_state(state: Sequence[Any]) -> tuple[Any, ...]:
+    """A state for `random.setstate`. Raises ValueError and TypeError for what can't be one."""
+    version, internal, gauss = state
+    return version, tuple(internal), None if gauss is None else float(gauss)
+
+
+def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
+    """Write a checkpoint atomically. Raises OSError when the disk doesn't take it; the one before stays."""
+    fields = checkpoint._asdict() | {
+        "config": checkpoint.config.as_dict(),
+        "data": checkpoint.data._asdict(),
+    }
+    fields = move_data_to_device(fields, torch.device("cpu"))
+    content = {"format": FORMAT, "digest": _digests(fields), **fields}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def load_checkpoint(path: str | Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU; nothing in the file is executed.
+
+    A folder stands for the checkpoint in it. All of it is checked: types and ranges of its fields, whether
+    they fit one another, and whether it is bit by bit what was written. Raises CheckpointError naming the
+    path, the field, what was expected and what was found.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / CHECKPOINT_NAME
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file; expected a checkpoint that `mrcn-fast train` wrote")
+    content = _read(path)
+    try:
+        checkpoint = _conforming(content)
+    except SettingError as error:
+        raise CheckpointError(f"{path}: this checkpoint was damaged or edited: {error}") from error
+    found = _digests(content)
+    if changed := [name for name, digest in found.items() if content["digest"][name] != digest]:
+        raise CheckpointError(
+            f"{path}: this checkpoint was damaged or edited: {', '.join(changed)}: expected what was "
+            "written (by its SHA-256), found something else. Copy the file again, or take another checkpoint"
+        )
+    return checkpoint
+
+
+def _read(path: Path) -> Mapping[str, Any]:
+    """The dictionary in the file, of this format. Raises CheckpointError."""
+    try:
+        content = read_torch(path)
+    except StoredError as error:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found a file that can't be read as "
+            f"one: {error}"
+        ) from None
+    if not isinstance(content, Mapping) or "format" not in content:
+        found = (
+            f"the keys {', '.join(sorted(map(str, content))[:8])}"
+            if isinstance(content, Mapping)
+            else type(content).__name__
+        )
+        raise CheckpointError(f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found {found}")
+    found = content["format"]
+    if type(found) is not int or found != FORMAT:
+        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {shown(found)}")
+    return content
+
+
+def _digests(fields: Mapping[str, Any]) -> dict[str, str]:
+    """The SHA-256 of each field of a checkpoint, as hexadecimal digits."""
+    return {name: content_digest(fields[name]) for name in Checkpoint._fields}
+
+
+def content_digest(value: object) -> str:
+    """SHA-256 of plain values and tensors on the CPU: of their types, shapes, order and bytes."""
+    tensors: list[Tensor] = []
+    digest = hashlib.sha256(repr(_without_tensors(value, tensors)).encode())
+    for tensor in tensors:
+        digest.update(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _without_tensors(value: object, tensors: list[Tensor]) -> object:
+    """The same of lists alone, with a tensor's type in its place; the tensors are added to `tensors`."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return [str(value.dtype), *value.shape]
+    if isinstance(value, Mapping):
+        return [(name, _without_tensors(item, tensors)) for name, item in value.items()]
+    if isinstance(value, (list, tuple)):
+        return [_without_tensors(item, tensors) for item in value]
+    return value
+
+
+_AnyTensor = Annotated[InstanceOf[Tensor], WithJsonSchema({"format": "tensor"})]
+
+# The kind of a checkpoint: the types of its fields. What they must hold besides is checked below.
+_STORED = record(
+    "checkpoint",
+    {
+        "format": int,
+        "digest": record("digest", dict.fromkeys(Checkpoint._fields, str)),
+        "config": dict[str, Any],
+        "data": record("data", get_type_hints(DataIdentity)),
+        "weights": str | None,
+        "model": dict[str, _AnyTensor],
+        "optimizer": record("optimizer", {"state": Any, "param_groups": list[dict[str, Any]]}),
+        "scaler": dict[str, Any],
+        "random": record("random", {"torch": _AnyTensor, "cuda": list[_AnyTensor], "python": Any}),
+        "step": int,
+        "epoch": int,
+        "batch": int,
+        "metrics": dict[str, Any],
+    },
+)
+_ABOVE_ZERO = Annotated[FiniteFloat, Field(ge=sys.float_info.min)]
+_SCALER = record(
+    "scaler",
+    {
+        "scale": _ABOVE_ZERO,
+        "growth_factor": _ABOVE_ZERO,
+        "backoff_factor": _ABOVE_ZERO,
+        "growth_interval": Count,
+        "_growth_tracker": CountOrZero,
+    },
+)
+_MOMENTUM = record("momentum", {"momentum_buffer": Any})
+# What `make_optimizer` sets; a later torch may have more.
+_GROUP = ("params", "scale", "lr", "momentum", "weight_decay", "nesterov")
+_CUDA_STATE = 16  # bytes: seed and offset
+_DIGEST = re.compile("[0-9a-f]{64}")
+
+
+def _conforming(content: Mapping[str, Any]) -> Checkpoint:
+    """The checkpoint of a file's dictionary. Raises SettingError at the first value that can't be one's."""
+    values = checked(_STORED, content, "")
+    values["config"] = _config(values["config"])
+    values["data"] = DataIdentity(**values["data"])
+    checkpoint = Checkpoint(**{name: values[name] for name in Checkpoint._fields})
+    _check_identity(checkpoint)
+    _check_place(checkpoint)
+    parts = sum(name.endswith("classifier.weight") for name in checkpoint.model)
+    _check(
+        checkpoint.config.parts == parts, "config.parts", checkpoint.config.parts, f"{parts}, as in the model"
+    )
+    try:
+        # On no device: names, shapes and types alone.
+        with torch.device("meta"):
+            network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
+        optimizer = make_optimizer(network, checkpoint.config)
+    except ValueError as error:
+        raise SettingError(f"config: {error}") from error
+    _check_weights(checkpoint.model, network.state_dict())
+    _check_optimizer(checkpoint.optimizer, optimizer)
+    _check_scaler(checkpoint)
+    _check_random(checkpoint.random)
+    return checkpoint
+
+
+def _check(holds: bool, place: str, value: object, expected: str) -> None:
+    if not holds:
+        raise SettingError(refused(place, value, expected))
+
+
+def _config(values: dict[str, Any]) -> TrainConfig:
+    try:
+        return TrainConfig.from_dict(values)
+    except ConfigError as error:
+        raise SettingError(f"config: {error}") from error
+
+
+def _check_identity(checkpoint: Checkpoint) -> None:
+    config, data = checkpoint.config, checkpoint.data
+    _check(data.name == config.dataset, "data.name", data.name, repr(config.dataset))
+    _check(data.split == config.split, "data.split", data.split, str(config.split))
+    _check(_DIGEST.fullmatch(data.fingerprint) is not None, "data.fingerprint", data.fingerprint, "a SHA-256")
+    people = list(data.identities)
+    _check(people != [] and people == sorted(set(people)), "data.identities", people, "ascending numbers")
+    _check(min(data.images) > 0, "data.images", data.images, "at least one of each modality")
+    began, digest = config.weights, checkpoint.weights
+    if began is None:
+        _check(digest is None, "weights", digest, "none, as in the configuration")
+    else:
+        _check(_DIGEST.fullmatch(digest or "") is not None, "weights", digest, f"the SHA-256 of {began}")
+
+
+def _check_place(checkpoint: Checkpoint) -> None:
+    """Whether step, epoch and batch are of one place in the run."""
+    config, step, epoch, batch = checkpoint.config, checkpoint.step, checkpoint.epoch, checkpoint.batch
+    pairs = config.identities * config.images
+    batches = config.batches or batches_of_epoch(max(checkpoint.data.images), pairs)
+    _check(0 <= batch < batches, "batch", batch, f"0 to {batches - 1}, a batch of an epoch")
+    _check(0 <= epoch <= config.epochs, "epoch", epoch, f"0 to {config.epochs}, an epoch of the run")
+    # Where images were left out, an epoch may have fewer batches than it has by their number.
+    least = epoch * (1 if config.skip_unreadable and config.batches is None else batches) + batch
+    most = min(epoch * batches + batch, config.steps or sys.maxsize)
+    expected = f"{least}" if least == most else f"{least} to {most}"
+    _check(least <= step <= most, "step", step, f"{expected}, after {epoch} epochs and {batch} batches")
+    if checkpoint.metrics:
+        line = checked(LINE, checkpoint.metrics, "metrics")
+        _check(0 < line["step"] <= step, "metrics.step", line["step"], f"1 to {step}")
+        _check(0 <= line["epoch"] <= epoch, "metrics.epoch", line["epoch"], f"0 to {epoch}")
+
+
+def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    for name, tensor in found.items():
+        _check(name in expected, f"model.{name}", tensor, "no value of this name")
+    for name, wanted in expected.items():
+        if name not in found:
+            raise SettingError(f"got no model.{name}, expected {_described(wanted)}")
+        _check_tensor(found[name], wanted, f"model.{name}")
+        if name.endswith(("running_var", "num_batches_tracked")) and bool((found[name] < 0).any()):
+            raise SettingError(f"got model.{name} with values below 0, expected none")
+
+
+def _check_tensor(found: object, expected: Tensor, place: str) -> None:
+    wanted = (expected.dtype, expected.shape, torch.strided, "cpu")
+    if not isinstance(found, Tensor) or (found.dtype, found.shape, found.layout, found.device.type) != wanted:
+        raise SettingError(refused(place, found, _described(expected)))
+    if not all_finite(found):
+        raise SettingError(f"got {place} with values that are not finite, expected finite ones")
+
+
+def _described(tensor: Tensor) -> str:
+    return f"a dense tensor of {tensor.dtype} {tuple(tensor.shape)} on the CPU"
+
+
+def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    expected, groups = optimizer.state_dict()["param_groups"], found["param_groups"]
+    _check(len(groups) == len(expected), "optimizer.param_groups", groups, f"{len(expected)} of them")
+    for number, (group, own) in enumerate(zip(groups, expected, strict=True)):
+        _check_group(group, own, f"optimizer.param_groups[{number}]")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for key, values in checked(dict[int, Any], found["state"], "optimizer.state").items():
+        place = f"optimizer.state[{key}]"
+        momentum = checked(_MOMENTUM, values, place)["momentum_buffer"]
+        _check(0 <= key < len(parameters), place, values, f"one of {len(parameters)} parameters")
+        if momentum is not None:
+            _check_tensor(momentum, parameters[key], f"{place}.momentum_buffer")
+
+
+def _check_group(values: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
+    """All values are the configuration's, but for the learning rate, which the schedule moves."""
+    for name in values.keys() | set(_GROUP):
+        there = values.get(name)
+        if name == "lr":
+            checked(Weight, there, f"{place}.lr")
+            continue
+        wanted = expected.get(name, "nothing")
+        _check(type(there) is type(wanted) and there == wanted, f"{place}.{name}", there, f"{wanted!r}")
+
+
+def _check_scaler(checkpoint: Checkpoint) -> None:
+    if checkpoint.config.precision == "16-mixed":
+        checked(_SCALER, checkpoint.scaler, "scaler")
+    else:
+        _check(not checkpoint.scaler, "scaler", checkpoint.scaler, "nothing in it: only 16-mixed has one")
+
+
+def _check_random(state: Mapping[str, Any]) -> None:
+    try:
+        torch.Generator().set_state(state["torch"])
+    except (RuntimeError, TypeError):
+        _check(False, "random.torch", state["torch"], "a state of torch's generator")
+    for place, tensor in enumerate(state["cuda"]):
+        _check_tensor(tensor, torch.empty(_CUDA_STATE, dtype=torch.uint8), f"random.cuda[{place}]")
+    try:
+        random.Random().setstate(_python_state(state["python"]))
+    except (TypeError, ValueError, OverflowError):
+        _check(False, "random.python", state["python"], "a state of Python's generator")
+
+
+def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) -> None:
+    """Refuse a tree other than the one trained on. Raises CheckpointError with both."""
+    if checkpoint.data != given:
+        raise CheckpointError(
+            f"{path}: this checkpoint belongs to another data set.\n"
+            f"  expected (trained on): {checkpoint.data}\n"
+            f"  found (given):         {given}\n"
+            "Give the tree it was trained on."
+        )
+
+
+def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -> None:
+    """Refuse to go on with a run under other values than it began with.
+
+    The initial weights are the same wherever their file lies. Raises CheckpointError naming the values, and
+    OSError where the weights can't be read.
+    """
+    began, now = checkpoint.config.as_dict(), given.as_dict()
+    differing = [
+        f"{name}: expected {began[name]!r} (checkpoint), found {now[name]!r} (given)"
+        for name in began
+        if name not in FREE_ON_RESUME and began[name] != now[name]
+    ]
+    weights = weights_fingerprint(given.weights)
+    if checkpoint.weights != weights:
+        expected = _told_weights(checkpoint.config.weights, checkpoint.weights)
+        found = _told_weights(given.weights, weights)
+        differing.append(f"weights: expected {expected} (checkpoint), found {found} (given)")
+    if differing:
+        raise CheckpointError(
+            f"{path}: can't go on with this run under other values than it began with:\n  "
+            + "\n  ".join(differing)
+        )
+
+
+def _told_weights(path: str | None, digest: str | None) -> str:
+    return "random ones" if digest is None else f"{path!r} with fingerprint {digest[:12]}"
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite. Both extremes are NaN if any value is, and they need no mask."""
+    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+
+
+def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -> None:
+    """Load all of a checkpoint's weights. Raises CheckpointError for a network of another architecture."""
+    try:
+        _check_weights(state, model.state_dict())
+    except SettingError as error:
+        raise CheckpointError(f"{path}: this checkpoint is of another architecture: {error}") from error
+    model.load_state_dict(state)
+
+
+def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load a checkpoint's optimiser state. Raises CheckpointError when it is of other parameters."""
+    try:
+        optimizer.load_state_dict(dict(state))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the optimiser's state doesn't fit the network.\n{error}") from error
+
+
+def build_model(path: str | Path, checkpoint: Checkpoint, backend: str | None = None) -> ReIDModel:
+    """The trained network of a checkpoint, from nothing but its own configuration.
+
+    `backend` replaces the block's: that isn't part of the architecture.
+    """
+    arguments = checkpoint.config.model_arguments() | {"backend": backend}
+    model = ReIDModel(len(checkpoint.data.identities), **arguments)
+    load_weights(path, model, checkpoint.model)
+    return model

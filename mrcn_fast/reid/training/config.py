@@ -1,0 +1,243 @@
+"""Every value of a training run in one dataclass: flags, YAML, checkpoint and results all hold this.
+
+Each field says where its value comes from: "paper" (its Implementation Details and ablations), "field"
+(shared by the field's code and silent in the paper), "ours" (a choice of this library).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from mrcn_fast.reid.kinds import (
+    INCREASING,
+    NUMPY,
+    BackendName,
+    Count,
+    CountOrZero,
+    Depth,
+    GateName,
+    Height,
+    PathOrEmpty,
+    PathText,
+    Precision,
+    RestituteTo,
+    Seed,
+    Several,
+    Share,
+    Split,
+    Stage,
+    Weight,
+    Width,
+    Workers,
+)
+from mrcn_fast.reid.models.network import ModelName
+from mrcn_fast.reid.settings import SettingError, check_fields, checked, kinds_of, record
+
+# Bytes of a batch's images of one modality: more is a slip of a digit.
+_LARGEST_BATCH: Final = 2**32
+
+
+class ConfigError(ValueError):
+    """A configuration that can't be trained."""
+
+
+@dataclass
+class TrainConfig:
+    """Values of a training run."""
+
+    data: PathOrEmpty
+    """Root of the data set's tree, as its owners ship it."""
+    out: PathText = "runs/train"
+    """Folder for checkpoint, metrics and results."""
+    dataset: Literal["sysu-mm01", "regdb", "llcm"] = "sysu-mm01"
+    """Data set whose tree `data` is."""
+    split: Split = 1
+    """RegDB's split, 1 to 10; the other data sets have one."""
+    filter: Literal["bilinear", "bicubic", "lanczos"] = "lanczos"
+    """Pillow's filter that resizes images (field: lanczos, which Pillow long called ANTIALIAS)."""
+    cache: PathText | None = None
+    """Folder for a memory-mapped cache of the resized images; none: images are decoded each time."""
+    skip_unreadable: bool = False
+    """Leave out images that can't be read, named and counted, instead of stopping at one."""
+
+    model: ModelName = "mrcn"
+    """mrcn; mrm or mcm, half of it; snr; baseline, the plain two-stream network (paper, Tables 2 and 4)."""
+    depth: Depth = 50
+    """Layers of the ResNet (paper: 50)."""
+    stages: Annotated[Several[Stage], INCREASING] = (0,)
+    """Stages with a block behind them, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
+    gate: GateName = "se"
+    """Attention of restitution and compensation: se, eca, cbam or cbam-channel (paper: se)."""
+    reduction: Count = 16
+    """Dimension reduction of the gate (paper)."""
+    restitute_to: RestituteTo = "normalized"
+    """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
+    parts: Count = 1
+    """Horizontal stripes with a head each; above 1 this is MRCN-P (the authors' earlier code: 4)."""
+    pool: Literal["average", "gem"] = "average"
+    """Pooling of the last feature map (field: average)."""
+    weights: PathText | None = None
+    """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
+
+    height: Height = 288
+    """Image height in pixels (paper)."""
+    width: Width = 128
+    """Image width in pixels (paper)."""
+    identities: Annotated[int, Field(ge=2, le=10**9), NUMPY] = 4
+    """P, identities in a batch (paper); a triplet needs two."""
+    images: Count = 4
+    """K, images of an identity and modality in a batch (paper)."""
+    batches: Count | None = None
+    """Batches in an epoch; none: floor(N / (P K)) + 1, N the larger modality's image count (field)."""
+    padding: CountOrZero = 10
+    """Pixels of padding before the random crop (field)."""
+    flip: Share = 0.5
+    """Probability of the horizontal flip (paper: flip; field: .5)."""
+    erase: Share = 0.5
+    """Probability of random erasing (paper: erasing; field: .5)."""
+    channel_augmentation: Share = 0.0
+    """Probability that a visible image becomes one of its channels or its grey (CAJ's; paper: none)."""
+
+    label_smoothing: Share = 0.1
+    """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
+    triplet_weight: Weight = 1.0
+    """lambda1 (paper)."""
+    triplet_margin: Weight = 0.3
+    """Margin of the batch-hard triplet loss (field; the paper is silent)."""
+    soft_margin: bool = False
+    """Soft margin in place of the triplet's hinge (ours, an option)."""
+    cqc_weight: Weight = 1.2
+    """lambda2 (paper, Figure 4)."""
+    cqc_margin: Weight = 0.2
+    """alpha, the margin of the CQC loss (paper)."""
+    cqc_features: Literal["pooled", "unit"] = "pooled"
+    """What the CQC loss compares: pooled features, or unit ones, divided by their length (paper: silent)."""
+    cqc_reduction: Literal["sum", "mean"] = "sum"
+    """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
+    detach_negative: bool = False
+    """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
+    causality_weight: Weight = 0.1
+    """Weight of SNR's dual causality loss at each plug, for model snr (Jin et al. 2020, first stages)."""
+
+    epochs: Count = 80
+    """Epochs (paper)."""
+    steps: Count | None = None
+    """Stop after this many steps in all, whatever `epochs` says; none: no limit."""
+    lr: Weight = 0.1
+    """Learning rate of BNNeck and classifier after the warm-up (paper)."""
+    warmup_lr: Weight = 0.01
+    """Learning rate of the first epoch (paper)."""
+    warmup_epochs: CountOrZero = 10
+    """Epochs of linear warm-up from warmup_lr to lr (paper)."""
+    milestones: Annotated[Several[CountOrZero], INCREASING] = (20, 60)
+    """Epochs from which the learning rate is `decay` times what it was (paper: .01 from 20, .001 from 60)."""
+    decay: Weight = 0.1
+    """Factor of the learning rate at a milestone (paper)."""
+    trunk_lr: Weight = 0.1
+    """Learning rate of everything but BNNeck and classifier, as a share of theirs (field)."""
+    momentum: Share = 0.9
+    """SGD momentum (paper), Nesterov's (field)."""
+    weight_decay: Weight = 5e-4
+    """Weight decay (field)."""
+
+    seed: Seed = 0
+    """Seed of the initial weights, the sampler and the augmentation."""
+    backend: BackendName | None = None
+    """Backend of the block: reference, cpu, ...; none: the best that serves."""
+    accelerator: str = "auto"
+    """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
+    precision: Precision = "32-true"
+    """Precision, as lightning-fabric names it."""
+    channels_last: bool = False
+    """Keep activations in the channels_last memory layout."""
+    workers: Workers = 4
+    """Processes that decode images; 0: the training process itself."""
+    log_every: Count = 50
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_every: Count = 500
+    """Steps between two checkpoints, besides one at the end of each epoch."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError)
+        if self.split != 1 and self.dataset != "regdb":
+            raise ConfigError(
+                f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
+            )
+        if not self.stages and self.model != "baseline":
+            raise ConfigError(f"got stages=(), expected at least one stage for the blocks of {self.model}")
+        side = max(self.height, self.width)
+        if self.padding > side:
+            raise ConfigError(f"got padding={self.padding}, expected at most {side}, an image's longer side")
+        # The trunk halves the rows four times.
+        rows = -(-self.height // 16)
+        if self.parts > rows:
+            raise ConfigError(
+                f"got parts={self.parts}, expected at most {rows} at height={self.height}: the last feature "
+                "map has a row for 16 pixels, and each part needs a row"
+            )
+        batch = self.identities * self.images * self.height * self.width * 3
+        if batch > _LARGEST_BATCH:
+            raise ConfigError(
+                f"got identities={self.identities}, images={self.images}, height={self.height} and "
+                f"width={self.width}, which make a batch of {batch} bytes of pixels in each modality, "
+                f"expected at most {_LARGEST_BATCH}"
+            )
+
+    def model_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ReIDModel that this run fixes."""
+        names = (
+            "model", "depth", "stages", "gate", "reduction", "restitute_to", "parts", "pool", "backend",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def loss_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ReIDLoss."""
+        names = (
+            "label_smoothing", "triplet_weight", "triplet_margin", "soft_margin",
+            "cqc_weight", "cqc_margin", "cqc_features", "cqc_reduction", "detach_negative",
+            "causality_weight", "backend",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only, for a checkpoint or JSON."""
+        return asdict(self) | {"milestones": list(self.milestones), "stages": list(self.stages)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `as_dict`. Raises ConfigError naming a value that is missing, new or doesn't fit."""
+        try:
+            return cls(**checked(_kind(), dict(values), ""))
+        except SettingError as error:
+            raise ConfigError(str(error)) from None
+
+
+@functools.cache
+def _kind() -> Any:
+    return record("TrainConfig", kinds_of(TrainConfig))
+
+
+# What may differ when a run goes on: where things are and how far or how fast it runs, not what it computes.
+# Data and weights lie anywhere, but must be those it began with: the checkpoint holds their fingerprints.
+FREE_ON_RESUME = frozenset(
+    (
+        "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers",
+        "log_every", "checkpoint_every",
+    )
+)  # fmt: skip
+
+
+def learning_rate(config: TrainConfig, epoch: int) -> float:
+    """Learning rate of BNNeck and classifier in an epoch, counted from 0.
+
+    The paper's schedule: linear from `warmup_lr` in epoch 0 to `lr` in epoch `warmup_epochs`, then times
+    `decay` from each milestone on.
+    """
+    if epoch < config.warmup_epochs:
+        return config.warmup_lr + (config.lr - config.warmup_lr) * epoch / config.warmup_epochs
+    return config.lr * config.decay ** sum(epoch >= milestone for milestone in config.milestones)

@@ -1,0 +1,329 @@
+"""Training: paired batches, SGD with the paper's schedule, checkpoints, and what goes wrong told at once."""
+
+from __future__ import annotations
+
+import logging
+import random
+import time
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+
+import torch
+from rich.progress import Progress, TaskID
+from torch import Tensor
+
+from mrcn_fast.memory import MemoryShortageError, enough_memory
+from mrcn_fast.outputs import check_folder
+from mrcn_fast.reid.console import progress_bars
+from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
+from mrcn_fast.reid.devices import open_fabric, serving_backend
+from mrcn_fast.reid.models.network import ReIDModel, use_layout
+from mrcn_fast.reid.models.resnet import check_weights_file
+from mrcn_fast.reid.training.batches import Batch, TrainingBatches
+from mrcn_fast.reid.training.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    all_finite,
+    check_config,
+    check_data,
+    data_identity,
+    load_checkpoint,
+    load_optimizer,
+    load_weights,
+    random_state,
+    restore_random_state,
+    save_checkpoint,
+    weights_fingerprint,
+)
+from mrcn_fast.reid.training.config import TrainConfig, learning_rate
+from mrcn_fast.reid.training.journal import (
+    DAMAGED_NAME,
+    METRICS_NAME,
+    CollapseWatch,
+    Journal,
+    StepResult,
+    embedding_spread,
+)
+from mrcn_fast.reid.training.losses import ReIDLoss
+from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.run_folder import held, run_files
+from mrcn_fast.reid.training.transfers import Readings, to_device
+
+log = logging.getLogger(__name__)
+
+_LESS = (
+    "Less is needed for fewer people or images of each in a batch (--identities, --images), for smaller "
+    "images (--height, --width) and for fewer --workers"
+)
+
+
+class TrainingError(RuntimeError):
+    """Training that can't go on: a loss that isn't finite, a run that would overwrite another."""
+
+
+def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuse, before anything is computed, a run that would overwrite another, or can't be written.
+
+    Raises TrainingError, FolderInUseError, OSError, and WeightsError for initial weights that can't be read.
+    """
+    if resume and overwrite:
+        raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
+    out = Path(config.out)
+    check_folder(out, "the run")
+    if out.is_dir():
+        with held(out, "trains"):
+            _replaced_files(out, resume=resume, overwrite=overwrite)
+    if config.cache is not None:
+        check_folder(config.cache, "the cache")
+    if config.weights is not None:
+        check_weights_file(config.weights)
+
+
+def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
+    """The files of an earlier run that a run into `out` replaces; none where it goes on from a checkpoint.
+
+    Raises TrainingError for such files without `overwrite`.
+    """
+    there = run_files(out)
+    if resume and out / CHECKPOINT_NAME in there:
+        return []
+    if resume:
+        # The steps that a run measured before its first checkpoint are taken again.
+        there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
+    if there and not overwrite:
+        raise TrainingError(
+            f"{there[0]}: a run is already there. Go on with it (--resume), replace it (--overwrite), or "
+            "give another folder (--out)."
+        )
+    return there
+
+
+class Trainer:
+    """A training run: everything it needs, built from a TrainConfig; one step, and the loop.
+
+    `fit()` trains to the end and returns the checkpoint's path. Raises DatasetError and WeightsError for bad
+    files, ValueError for values that don't fit (fewer identities than P, an unknown gate, an accelerator that
+    there is not, one process of several), and BackendError for a backend that can't serve.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.out = Path(config.out)
+        self.checkpoint_path = self.out / CHECKPOINT_NAME
+        # What the machine can't do is refused before any image is looked for.
+        self.fabric = open_fabric(config.accelerator, config.precision)
+        serving_backend(config, config.backend, self.fabric, config.precision)
+        dataset = open_dataset(config.dataset, config.data, split=config.split)
+        self.training = dataset.training()
+        self.data = data_identity(dataset, self.training)
+
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        self.model = ReIDModel(len(self.training.identities), **config.model_arguments())
+        if config.weights is not None:
+            self.model.trunk.load_imagenet(config.weights)
+        self.weights = weights_fingerprint(config.weights)
+        self.layout = use_layout(self.model, config.channels_last)
+        self.optimizer = make_optimizer(self.model, config)
+        # The wrapped pair brings device and precision; the plain one keeps the names for checkpoints.
+        self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
+        self.loss = ReIDLoss(**config.loss_arguments())
+        size = (config.height, config.width)
+        augment = partial(Augmentation, size, padding=config.padding, flip=config.flip, erase=config.erase)
+        self.augment: dict[Modality, Augmentation] = {
+            "visible": augment(channel=config.channel_augmentation),
+            "infrared": augment(),
+        }
+        self.batches = TrainingBatches(
+            self.training,
+            config,
+            name=f"{dataset.name}-split{dataset.split}",
+            pin_memory=self.fabric.device.type == "cuda",
+        )
+        self.journal = Journal(self.out / METRICS_NAME)
+        self._watch = CollapseWatch()
+        # Steps done, and the place of the next batch.
+        self.step_count = self.epoch = self.batch = 0
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run."""
+        total = self.config.epochs * len(self.batches)
+        return total if self.config.steps is None else min(total, self.config.steps)
+
+    def step(self, batch: Batch) -> StepResult:
+        """One optimisation step on a batch of uint8 images.
+
+        Raises TrainingError, before the weights are touched, when the loss isn't finite.
+        """
+        labels = to_device(batch.labels, self.fabric.device)
+        self._model.train()
+        output = self._model(
+            self.prepared(batch.visible, "visible"), self.prepared(batch.infrared, "infrared")
+        )
+        parts = self.loss(output, labels)
+        with torch.no_grad():
+            right = output.logits.argmax(2) == labels.repeat(self.model.sets)
+            measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
+            # One transfer from the device a step, for the check below and the journal alike.
+            readings = Readings(torch.stack(measured))
+        self._optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(parts.total)
+        # Asked for when the backward is on its way: a GPU that waited for the host's answer would stand idle.
+        result = StepResult(*readings.values())
+        if not result.finite:
+            raise TrainingError(self._not_finite(batch, result))
+        self._optimizer.step()
+        return result
+
+    def prepared(self, images: Tensor, modality: Modality) -> Tensor:
+        """A batch of uint8 images as the network takes it: on the device, augmented, in the run's layout."""
+        images = images.to(self.fabric.device, non_blocking=True)
+        augmented: Tensor = self.augment[modality](images)
+        return augmented.contiguous(memory_format=self.layout)
+
+    def fit(self, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> Path:
+        """Train to the last step, writing checkpoint and metrics on the way; returns the checkpoint's path.
+
+        `resume` goes on from the checkpoint in `out`, exactly: on the CPU the weights end bitwise as if the
+        run had never stopped; a run that was stopped before its first checkpoint begins anew. Without
+        `resume`, an `out` that holds a checkpoint is refused unless `overwrite`, which removes that run with
+        its scores.
+
+        Raises TrainingError and CheckpointError, FolderInUseError where another process trains into `out`,
+        and MemoryShortageError. That and Ctrl-C leave the last checkpoint whole, and its place is logged.
+        """
+        check_new_run(self.config, resume=resume, overwrite=overwrite)
+        with held(self.out, "trains"):
+            self._begin(resume=resume, overwrite=overwrite)
+            self._introduce()
+            bars = progress_bars() if progress is None else progress
+            with bars if progress is None else nullcontext():
+                self._run(bars)
+        return self.checkpoint_path
+
+    def _begin(self, *, resume: bool, overwrite: bool) -> None:
+        """Go on with the run that is there, or make way for this one."""
+        if resume and self.checkpoint_path.exists():
+            self._resume()
+            return
+        if resume:
+            log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
+        there = _replaced_files(self.out, resume=resume, overwrite=overwrite)
+        # An old run goes as a whole: its scores beside this one's metrics would be wrong.
+        for path in there:
+            path.unlink(missing_ok=True)
+        self.journal.clear()
+
+    def _run(self, bars: Progress) -> None:
+        task = bars.add_task(self.config.model, total=self.total_steps, completed=self.step_count, status="")
+        try:
+            with enough_memory("a training step", _LESS):
+                while self.step_count < self.total_steps:
+                    self._run_epoch(bars, task)
+        except (KeyboardInterrupt, MemoryShortageError):
+            log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
+            raise
+
+    def _introduce(self) -> None:
+        config = self.config
+        log.info(
+            "%s, ResNet-%d, on %s in %s: %d steps on %s",
+            *(self._title(), config.depth, self.fabric.device, config.precision, self.total_steps, self.data),
+        )
+        if config.weights is None:
+            log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
+
+    def _title(self) -> str:
+        config = self.config
+        plugs = "" if config.model == "baseline" else f" after stage {', '.join(map(str, config.stages))}"
+        return f"{config.model}{plugs}" + (f", {config.parts} parts" if config.parts > 1 else "")
+
+    def _run_epoch(self, bars: Progress, task: TaskID) -> None:
+        """Train from the current place to the epoch's end, or to the run's."""
+        rate = learning_rate(self.config, self.epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate * group["scale"]
+        asked = time.perf_counter()
+        for batch in self.batches.of(self.epoch, self.batch):
+            begun = time.perf_counter()
+            result = self.step(batch)
+            self.step_count += 1
+            self.batch += 1
+            self.journal.add(result, time.perf_counter() - begun, begun - asked)
+            self._watch.look(self.step_count, result)
+            status = f"epoch {self.epoch + 1} loss {result.loss:.3f} accuracy {result.accuracy:.2f}"
+            bars.update(task, completed=self.step_count, status=status)
+            if self._ends_here():
+                break
+            self._write_within_epoch(rate)
+            asked = time.perf_counter()
+        self.journal.write(self.step_count, self.epoch, rate)
+        if self.batch >= len(self.batches):
+            self.epoch, self.batch = self.epoch + 1, 0
+        self.save()
+        log.info(
+            "%s, step %d of %d, epoch %d of %d: %s",
+            *(self.config.model, self.step_count, self.total_steps, self.epoch, self.config.epochs),
+            self.journal.summary(),
+        )
+
+    def _ends_here(self) -> bool:
+        return self.batch >= len(self.batches) or self.step_count == self.total_steps
+
+    def _write_within_epoch(self, rate: float) -> None:
+        if self.step_count % self.config.log_every == 0:
+            self.journal.write(self.step_count, self.epoch, rate)
+        if self.step_count % self.config.checkpoint_every == 0:
+            self.save()
+
+    def save(self) -> None:
+        """Write the checkpoint. When a weight isn't finite, TrainingError: the one before stays."""
+        state = self.model.state_dict()
+        if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
+            raise TrainingError(
+                f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
+                f"Lower the learning rate. {self._last_checkpoint()}"
+            )
+        checkpoint = Checkpoint(
+            config=self.config,
+            data=self.data,
+            weights=self.weights,
+            model=state,
+            optimizer=self.optimizer.state_dict(),
+            scaler=self.fabric.strategy.precision.state_dict(),
+            random=random_state(),
+            step=self.step_count,
+            epoch=self.epoch,
+            batch=self.batch,
+            metrics=self.journal.lines[-1] if self.journal.lines else {},
+        )
+        save_checkpoint(self.checkpoint_path, checkpoint)
+
+    def _resume(self) -> None:
+        path = self.checkpoint_path
+        checkpoint = load_checkpoint(path)
+        check_config(path, checkpoint, self.config)
+        check_data(path, checkpoint, self.data)
+        load_weights(path, self.model, checkpoint.model)
+        load_optimizer(path, self.optimizer, checkpoint.optimizer)
+        self.fabric.strategy.precision.load_state_dict(checkpoint.scaler)
+        self.step_count, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
+        self.journal.return_to(self.step_count)
+        restore_random_state(checkpoint.random)
+        log.info("Going on from %s: step %d of %d", path, self.step_count, self.total_steps)
+
+    def _not_finite(self, batch: Batch, result: StepResult) -> str:
+        return (
+            f"step {self.step_count + 1} (epoch {self.epoch + 1}): the loss isn't finite "
+            f"(total {result.loss}, identity {result.identity}, triplet {result.triplet}, cqc {result.cqc}, "
+            f"causality {result.causality}). "
+            f"The weights were not touched. {self._last_checkpoint()} The batch's files:\n  "
+            + "\n  ".join(batch.files(self.training))
+        )
+
+    def _last_checkpoint(self) -> str:
+        if not self.checkpoint_path.exists():
+            return "No checkpoint had been written yet."
+        return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."

@@ -1,0 +1,200 @@
+"""The whole step's measurement: every plan computes the habit's step, a wrong one isn't timed."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrcn_fast import cli
+from mrcn_fast.autograd import BlockFunction
+from mrcn_fast.benchmark.suites import training_step
+from mrcn_fast.benchmark.suites.baselines import LoopedCQC
+from mrcn_fast.benchmark.suites.training_step import ADDITIONS, HABIT, Captured, JoinedPlug, Plan, Step, plans
+from mrcn_fast.reid.models.blocks import MRCNPlug, Plugged
+from mrcn_fast.reid.training.config import TrainConfig
+
+# Not 32 x 16 pixels: see SIZE in test_devices.py.
+SMALL = {"depth": 18, "identities": 2, "images": 2, "height": 64, "width": 32}
+
+
+def test_one_thing_is_added_at_a_time() -> None:
+    on_cpu, on_gpu = plans("mrcn", "cpu"), plans("mrcn", "cuda")
+    assert on_cpu[0] == Plan(HABIT, frozenset())
+    for before, after in itertools.pairwise(on_gpu):
+        assert before.added < after.added and after.added - before.added == {after.name.removeprefix("+ ")}
+    assert [plan.name for plan in on_gpu[:-1]] == [plan.name for plan in on_cpu]
+    assert on_gpu[-1].name == "+ CUDA graphs"
+
+
+def test_a_plan_is_judged_by_what_it_rounds_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    habit, *_, last = plans("mrcn", "cuda")
+    assert {habit.precision("cpu"), last.precision("cpu")} == {"32", "bf16"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    assert {habit.precision("cuda"), last.precision("cuda")} == {"tf32", "bf16"}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert habit.precision("cuda") == "32"
+
+
+def test_a_step_has_what_its_plan_says() -> None:
+    config = TrainConfig(data="", model="mrcn", **SMALL)  # type: ignore[arg-type]
+    habit = Step(config, Plan(HABIT, frozenset()), "cpu")
+    (plug,) = habit.model.plugs
+    assert isinstance(plug, JoinedPlug) and plug.backend == "reference"
+    assert isinstance(habit.loss.cqc, LoopedCQC)
+    ours = Step(
+        config, Plan("all", frozenset(("fused block", "concat", "fused CQC", "channels_last"))), "cpu"
+    )
+    (plug,) = ours.model.plugs
+    assert not isinstance(plug, JoinedPlug) and isinstance(plug, MRCNPlug) and plug.backend is None
+    assert not isinstance(ours.loss.cqc, LoopedCQC)
+    assert ours.images[0].is_contiguous(memory_format=torch.channels_last)
+    for name, tensor in habit.model.state_dict().items():
+        assert torch.equal(tensor, ours.model.state_dict()[name])
+
+
+def test_a_line_a_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # To compile a ResNet takes minutes.
+    fewer = {model: tuple(n for n in names if n != "compiled trunk") for model, names in ADDITIONS.items()}
+    monkeypatch.setattr(training_step, "ADDITIONS", fewer)
+    file = tmp_path / "results" / "steps.jsonl"
+    words = [f"--{name}={value}" for name, value in SMALL.items()]
+    assert cli.main(["bench", "--step", *words, "--seconds", "0", "--out", str(file)]) == 0
+    printed = capsys.readouterr().out
+    baseline, mrcn = map(json.loads, file.read_text().splitlines())
+    assert (baseline["case"], mrcn["case"]) == ("step baseline 2x2 64x32", "step mrcn 2x2 64x32")
+    for line, model in ((baseline, "baseline"), (mrcn, "mrcn")):
+        names = [plan.name for plan in plans(model, "cpu")]  # type: ignore[arg-type]
+        assert list(line["ms"]) == list(line["ratios"]) == names
+        assert line["ratios"][HABIT] == 1
+        assert all(error < 2e-2 for error in line["first_loss_error"].values())
+        assert all(f"| {name} |" in printed for name in names)
+    assert not baseline["block_share"] and set(mrcn["block_share"]) == set(mrcn["ms"])
+    assert cli.main(["bench", "--step", "--table", str(file)]) == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def halved(self: MRCNPlug, visible: torch.Tensor, infrared: torch.Tensor) -> Plugged:
+        return Plugged(0.5 * self(visible, infrared, concat=True))
+
+    monkeypatch.setattr(MRCNPlug, "first", halved)
+    with pytest.raises(RuntimeError, match=r"\+ concat: the first loss is .*, the habit's is"):
+        training_step.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        (torch.zeros_like, "plugs is 0 long"),
+        (lambda g: None if g.dim() < 4 else g, "plugs is 0 long"),
+        (lambda g: g * float("nan"), "trunk is nan long"),
+    ],
+    ids=["zeros", "none", "nan"],
+)
+def test_a_step_with_wrong_gradients_is_not_timed(
+    wrong: Callable[[torch.Tensor], Any], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backward = BlockFunction.backward
+
+    def spoiled(ctx: Any, *gradients: torch.Tensor | None) -> tuple[Any, ...]:
+        return tuple(None if g is None else wrong(g) for g in backward(ctx, *gradients))
+
+    monkeypatch.setattr(BlockFunction, "backward", staticmethod(spoiled))
+    with pytest.raises(RuntimeError, match=rf"\+ fused block: the gradient of the {told}"):
+        training_step.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
+
+
+def test_a_graph_is_captured_when_everything_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a GPU that notes what it is told."""
+    told: list[str] = []
+
+    class Stream:
+        def wait_stream(self, other: Stream) -> None:
+            told.append("wait")
+
+    class Graph:
+        def replay(self) -> None:
+            told.append("replay")
+
+    @contextlib.contextmanager
+    def entered(what: Stream | Graph) -> Iterator[None]:
+        told.append(f"in {type(what).__name__}")
+        yield
+        told.append(f"out of {type(what).__name__}")
+
+    gpu = {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": entered,
+        "CUDAGraph": Graph,
+        "graph": entered,
+    }
+    memory = {
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 5,
+        "max_memory_allocated": lambda: 7,
+    }
+    for name, fake in (gpu | memory).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    results = iter(map(torch.tensor, range(9)))
+
+    def work() -> torch.Tensor:
+        told.append("work")
+        return next(results)
+
+    captured = Captured(work)
+    warm = ["wait", "in Stream", "work", "work", "work", "out of Stream", "wait"]
+    assert told == [*warm, "in Graph", "work", "out of Graph"]
+    told.clear()
+    assert captured().item() == captured().item() == 3 and captured.peak_bytes == 2
+    assert told == ["replay", "replay"]
+
+
+def test_a_step_that_fails_is_named_and_the_others_are_timed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_step, "ADDITIONS", {"mrcn": ("fused block", "compiled trunk")})
+
+    def no_compiler(*_: object, **__: object) -> None:
+        raise OSError("no compiler")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "forward", no_compiler))
+    words = [f"--{name}={value}" for name, value in SMALL.items()]
+    file = tmp_path / "steps.jsonl"
+    assert cli.main(["bench", "--step", "--model=mrcn", *words, "--seconds=0", f"--out={file}"]) == 0
+    line = json.loads(file.read_text())
+    assert list(line["ms"]) == [HABIT, "+ fused block"]
+    assert line["failed"] == {"+ compiled trunk": "OSError: no compiler"}
+    assert "+ compiled trunk failed: OSError: no compiler" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", ["", "nothing of ours\n", '{"case": "a", "ms": {"fused": [1, 1, 1]}}\n'])
+def test_a_file_without_steps(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_text(content)
+    assert cli.main(["bench", "--step", "--table", str(file)]) == 2
+    assert f"{file}: expected lines as --step --out writes them" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "--step", "--device", "cuda"]) == 2
+    assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("device", ["gpu", "mps", "tpu", "cuda:x"])
+def test_a_device_that_nothing_is_measured_on_is_refused(
+    device: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rest in (["--step"], ["--loader", "tree"], []):
+        assert cli.main(["bench", *rest, "--device", device]) == 2
+        assert f"got --device {device}, expected cpu, cuda or cuda:N" in capsys.readouterr().err

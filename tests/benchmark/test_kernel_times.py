@@ -1,0 +1,49 @@
+"""benchmarks/kernel_times.py: what it makes of the profiler's events; the events need a GPU."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "kernel_times.py"
+
+
+@pytest.fixture(scope="module")
+def kernel_times() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("kernel_times", FILE)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_kernel_is_known_by_its_place_in_a_call(kernel_times: ModuleType) -> None:
+    """A name may stand in a call twice; one slow call of three leaves the median."""
+    found = [
+        kernel_times.Kernel(name, 10.0 * call + place, time + (100.0 if call == 1 else 0.0))
+        for call in range(3)
+        for place, (name, time) in enumerate([("sums", 4.0), ("copy", 1.0), ("sums", 6.0)])
+    ]
+    assert kernel_times.medians(found, 3) == [("sums", 4.0), ("copy", 1.0), ("sums", 6.0)]
+
+
+def test_where_calls_differ_the_mean_of_a_name_is_told(kernel_times: ModuleType) -> None:
+    found = [kernel_times.Kernel(name, 0.0, 3.0) for name in ("a", "b", "a")]
+    assert kernel_times.medians(found, 2) == [("a", 3.0), ("b", 1.5)]
+    assert kernel_times.medians([], 2) == []
+
+
+def test_what_is_told(kernel_times: ModuleType) -> None:
+    lines = kernel_times.told("case", [("first", 4.0), ("second", 6.0)], 5.0)
+    assert lines == ["case: 10.0 us, 2.00 floors of 5.0 us", "       4.0  first", "       6.0  second"]
+    assert kernel_times.told("case", [("first", 4.0)], None)[0] == "case: 4.0 us"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(kernel_times: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert kernel_times.main([]) == 2
+    assert "there is no GPU here that torch can use" in capsys.readouterr().err

@@ -1,0 +1,149 @@
+"""The three ways to compare the two test features of an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.progress import Progress
+
+from mrcn_fast.reid.evaluation import extraction, scoring
+from mrcn_fast.reid.evaluation.pairings import (
+    HEADLINE_PAIRING,
+    PAIRINGS,
+    Pairing,
+    exchange,
+    paired,
+    pairings_of,
+)
+from mrcn_fast.reid.evaluation.results import kept_result
+from mrcn_fast.reid.evaluation.scoring import describe, open_trained, score_checkpoint
+from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.trainer import Trainer
+
+QUIET: dict[str, Any] = {"progress": Progress(disable=True)}
+
+
+@pytest.fixture(scope="module")
+def finished(tiny_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    config = dataclasses.replace(tiny_run, out=str(tmp_path_factory.mktemp("run")), steps=1)
+    return Trainer(config).fit(progress=Progress(disable=True))
+
+
+@pytest.mark.parametrize("pairing", PAIRINGS)
+def test_a_pairing_is_its_sum_of_products(pairing: Pairing) -> None:
+    query, gallery = torch.randn(5, 12, dtype=torch.float64), torch.randn(7, 12, dtype=torch.float64)
+    (v, v_plus), (n, n_plus) = query.chunk(2, dim=1), gallery.chunk(2, dim=1)
+    paper, crossed = v @ n.T + v_plus @ n_plus.T, v @ n_plus.T + v_plus @ n.T
+    expected = {"paper": paper, "crossed": crossed, "all": paper + crossed}[pairing]
+    first, second = paired(query, gallery, pairing)
+    torch.testing.assert_close(first @ second.T, expected)
+
+
+def test_one_set_has_one_pairing() -> None:
+    assert pairings_of(1) == (HEADLINE_PAIRING,)
+    assert pairings_of(2) == PAIRINGS
+
+
+def test_exchange_is_told_above_ten_points() -> None:
+    assert exchange({"paper": 0.5}) is None
+    assert exchange({"paper": 0.5, "crossed": 0.59, "all": 0.9}) is None
+    assert exchange({"paper": 0.9, "crossed": 0.5, "all": 0.9}) is None
+    told = exchange({"paper": 0.712, "crossed": 0.934, "all": 0.9})
+    assert told is not None
+    assert told.startswith("modalities exchanged: rank-1 is 71.2 by the paper's pairing")
+    assert "93.4 by the crossed one" in told
+
+
+def test_results_have_all_pairings(
+    finished: Path, tiny_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A network whose features are exchanged: the pairings' scores change places, and all stays."""
+    own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
+    plain = score_checkpoint(own, tiny_tree, mode="both", trials=2, **QUIET)
+    extract = extraction.extract
+
+    def exchanged(model, samples, modality, *arguments, **options):  # type: ignore[no-untyped-def]
+        features = extract(model, samples, modality, *arguments, **options)
+        return features.roll(features.shape[1] // 2, dims=1) if modality == "infrared" else features
+
+    monkeypatch.setattr(scoring, "extract", exchanged)
+    result = score_checkpoint(own, tiny_tree, mode="both", trials=2, **QUIET)
+    assert list(result["searches"]) == ["all-search", "indoor-search"]
+    for name, search in result["searches"].items():
+        before = plain["searches"][name]
+        assert list(search["pairings"]) == ["crossed", "all"]
+        for statistic in ("mean", "std"):
+            assert search["pairings"]["crossed"][statistic] == before[statistic]
+            assert search[statistic] == before["pairings"]["crossed"][statistic]
+            assert search["pairings"]["all"][statistic] == before["pairings"]["all"][statistic]
+    told = describe(result)
+    crossed = 100 * result["searches"]["all-search"]["pairings"]["crossed"]["mean"]["rank1"]
+    assert f"v·n₊ + v₊·n: Rank-1 {crossed:.2f}, mAP " in told
+
+
+@pytest.mark.parametrize(
+    ("pairings", "told"),
+    [
+        (None, "got searches.all-search.pairings=None, expected values by name"),
+        ({"crossed": {}}, "got no searches.all-search.pairings.crossed.mean, expected values by name"),
+        ({"all": {"mean": {}}}, "got no searches.all-search.pairings.all.mean.rank1, expected a number"),
+    ],
+)
+def test_a_result_without_whole_pairings_is_not_kept(
+    finished: Path,
+    tiny_tree: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    pairings: Any,
+    told: str,
+) -> None:
+    own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
+    score_checkpoint(own, tiny_tree, trials=1, **QUIET)
+    (path,) = tmp_path.glob("test-*.json")
+    result = json.loads(path.read_text())
+    assert kept_result(tmp_path, result) == result
+    result["searches"]["all-search"]["pairings"] = pairings
+    path.write_text(json.dumps(result))
+    assert kept_result(tmp_path, result) is None
+    assert f"{path}: not taken for a result: {told}" in caplog.text
+
+
+def test_an_exchange_is_warned_of(
+    finished: Path,
+    tiny_tree: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Features in which each image's F is alone, and F₊ of one modality is F of the other."""
+    own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
+    size = open_trained(own, tiny_tree).model.feature_size // 2
+
+    def met_the_wrong_way(model, samples, modality, *_, **__):  # type: ignore[no-untyped-def]
+        of_person = torch.eye(size)[[sample.identity % size for sample in samples]]
+        others = of_person.roll(size // 2, dims=1)
+        sets = (of_person, others) if modality == "visible" else (others, of_person)
+        return torch.cat(sets, dim=1)
+
+    monkeypatch.setattr(scoring, "extract", met_the_wrong_way)
+    with caplog.at_level(logging.WARNING):
+        result = score_checkpoint(own, tiny_tree, trials=2, **QUIET)
+    assert result["searches"]["all-search"]["pairings"]["crossed"]["mean"]["rank1"] == 1
+    warnings = [record.message for record in caplog.records if "modalities exchanged" in record.message]
+    assert len(warnings) == 1
+    assert "all-search" in warnings[0]
+
+
+def test_a_network_of_one_set_has_no_other_pairing(
+    tiny_config: TrainConfig, tiny_tree: Path, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, out=str(tmp_path), model="baseline", steps=1)
+    result = score_checkpoint(Trainer(config).fit(progress=Progress(disable=True)), tiny_tree, **QUIET)
+    assert result["searches"]["all-search"]["pairings"] == {}
