@@ -3,9 +3,10 @@
 MRCN_FAST_NATIVE=auto (default): build the library; where that fails, install without it and record why.
 MRCN_FAST_NATIVE=1: a failed build is an error. MRCN_FAST_NATIVE=0: do not build.
 
-MRCN_FAST_CUDA says the same of the CUDA part, a library of its own, which nvcc compiles for the GPUs of
-MRCN_FAST_CUDA_ARCHS; it needs no GPU to be built, and auto leaves it out where there is no nvcc. Neither part
-is lost by the other's failure, but that the CUDA part is of no use without the first.
+MRCN_FAST_CUDA says the same of the CUDA part, a library of its own, which nvcc compiles. By default it is
+built where it can serve: where torch is a build for CUDA and there is nvcc, for the GPUs that torch sees.
+MRCN_FAST_CUDA=1, for CUDA_ARCHS, and MRCN_FAST_CUDA_ARCHS ask for it on a machine without a GPU. The first
+part is built even if the second fails; the second is of no use without the first.
 
 The outcome stands in mrcn_fast/_native_build.json: {"built": bool, "reason": str, "log": str, "cuda": {the
 same, "archs": list, "left_out": list, "nvcc": version}}, a reason with what is missing and how to get it, a
@@ -15,10 +16,12 @@ log with the end of the failed command's output. mrcn_fast.backends() and `mrcn-
 from __future__ import annotations
 
 import hashlib
+import importlib.machinery
 import importlib.util
 import json
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -52,6 +55,7 @@ GET_COMPILER = (
     "macOS: xcode-select --install"
 )
 GET_AGAIN = "then install again: make install, or pip install --no-build-isolation -e ."
+BUILD_TOOLS = "setuptools wheel cmake ninja pybind11"
 GET_NVCC = "it is in NVIDIA's CUDA toolkit, 12.4 or newer: https://developer.nvidia.com/cuda-downloads"
 OLD_COMPILER = f"Should the compiler be too old: g++ 11 or clang++ 14 is needed ({GET_COMPILER})"
 NEW_COMPILER = "Should the C++ compiler be too new for this nvcc: name an older one in CXX"
@@ -95,21 +99,41 @@ def find_compiler() -> str:
     )
 
 
+def find_torch() -> Path:
+    """torch's folder: of the torch that this Python imports, or of the one that pip's isolation hides.
+
+    An isolated build of pip has its own packages on sys.path, and sysconfig still names the environment that
+    pip installs into.
+    """
+    hidden = [sysconfig.get_path(name) for name in ("platlib", "purelib")]
+    spec = importlib.util.find_spec("torch") or importlib.machinery.PathFinder.find_spec("torch", hidden)
+    if spec is None or not spec.submodule_search_locations:
+        raise NativeBuildError(
+            f"torch is not in the environment that builds ({sys.executable}); install torch there first; "
+            "where it is installed, the build was isolated from it: "
+            f"pip install {BUILD_TOOLS}, then pip install --no-build-isolation mrcn-fast"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def is_isolated() -> bool:
+    """Whether torch is in the environment that pip installs into, and not on this build's sys.path."""
+    return importlib.util.find_spec("torch") is None
+
+
 def require_headers() -> None:
-    """Python's headers, torch and pybind11: what the build compiles and links against."""
+    """Python's headers and pybind11, which the build compiles against."""
     headers = sysconfig.get_path("include")
     if not Path(headers, "Python.h").is_file():
         raise NativeBuildError(
             f"Python's headers were not found ({headers}/Python.h); get them (Debian, Ubuntu: "
             f"sudo apt install python3-dev; Fedora, RHEL: sudo dnf install python3-devel), {GET_AGAIN}"
         )
-    for name in ("torch", "pybind11"):
-        if importlib.util.find_spec(name) is None:
-            raise NativeBuildError(
-                f"{name} is not in the environment that builds ({sys.executable}); get it: "
-                f"{sys.executable} -m pip install {name}; and build without isolation: "
-                "pip install --no-build-isolation"
-            )
+    if importlib.util.find_spec("pybind11") is None:
+        raise NativeBuildError(
+            f"pybind11 is not in the environment that builds ({sys.executable}); get it: "
+            f"{sys.executable} -m pip install pybind11; {GET_AGAIN}"
+        )
 
 
 class Cuda(NamedTuple):
@@ -187,8 +211,37 @@ def choose_archs(
     return tuple(arch for arch in wanted or CUDA_ARCHS if arch in known), unknown
 
 
-def find_cuda() -> Cuda:
-    """What the CUDA part is to be compiled with; an error that says why there can't be one."""
+def seen_gpus(torch: Path) -> tuple[int, ...]:
+    """The compute capabilities, without their point, of the GPUs that torch sees; none without CUDA."""
+    if runpy.run_path(str(torch / "version.py")).get("cuda") is None:
+        return ()
+    question = (
+        "import torch; count = torch.cuda.device_count(); "
+        "print(*(10 * a + b for a, b in map(torch.cuda.get_device_capability, range(count))))"
+    )
+    paths = [str(torch.parent), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+    done = subprocess.run(
+        [sys.executable, "-c", question], capture_output=True, text=True, errors="replace", env=environment
+    )
+    return tuple(sorted(set(map(int, done.stdout.split())))) if done.returncode == 0 else ()
+
+
+def require_a_use(torch: Path) -> tuple[int, ...]:
+    """The GPUs that an unasked CUDA part is built for; an error that says why it would be of no use."""
+    if gpus := seen_gpus(torch):
+        return gpus
+    raise NativeBuildError(
+        "torch sees no NVIDIA GPU here, so the CUDA part was left out; MRCN_FAST_CUDA=1 builds it all the "
+        "same, for the GPUs of MRCN_FAST_CUDA_ARCHS"
+    )
+
+
+def find_cuda(gpus: tuple[int, ...] = ()) -> Cuda:
+    """What the CUDA part is to be compiled with; an error that says why there can't be one.
+
+    For MRCN_FAST_CUDA_ARCHS, else for those of `gpus` that this nvcc knows, else for CUDA_ARCHS.
+    """
     nvcc = find_nvcc()
     told = ask_nvcc(nvcc, "--version")
     release = re.search(r"release (\d+)\.(\d+)", told)
@@ -197,8 +250,9 @@ def find_cuda() -> Cuda:
     version = f"{release[1]}.{release[2]}"
     if (int(release[1]), int(release[2])) < OLDEST_NVCC:
         raise NativeBuildError(f"nvcc {version} ({nvcc}) is too old; {GET_NVCC}; {GET_AGAIN}")
-    known = map(int, re.findall(r"\bsm_(\d+)\b", ask_nvcc(nvcc, "--list-gpu-code")))
-    return Cuda(nvcc, version, *choose_archs(wanted_archs(), known, version))
+    known = sorted(map(int, re.findall(r"\bsm_(\d+)\b", ask_nvcc(nvcc, "--list-gpu-code"))))
+    wanted = wanted_archs() or tuple(gpu for gpu in gpus if gpu in known)
+    return Cuda(nvcc, version, *choose_archs(wanted, known, version))
 
 
 def call(step: str, command: list[str], advice: str = OLD_COMPILER) -> None:
@@ -246,12 +300,12 @@ def configure(directory: Path, cmake: str, ninja: str, compiler: str, cuda: Cuda
         *(cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"),
         f"-DCMAKE_MAKE_PROGRAM={ninja}",
         f"-DPython_EXECUTABLE={sys.executable}",
+        f"-DTORCH_ROOT={find_torch()}",
         "-DCMAKE_BUILD_TYPE=Release",
         *shlex.split(os.environ.get("CMAKE_ARGS", "")),
     ]
     flags = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
-    torch = importlib.util.find_spec("torch")
-    now = [[command, compiler, flags, str(torch and torch.origin)], [*cuda.arguments(), cuda.version]]
+    now = [[command, compiler, flags], [*cuda.arguments(), cuda.version]]
     stamp = directory / "configured.json"
     found = stamp.is_file() and (directory / "build.ninja").is_file()
     before = json.loads(stamp.read_text()) if found else []
@@ -271,7 +325,9 @@ def build_directory() -> Path:
     """Where the objects stay from build to build: a directory for each Python and environment."""
     tag = sysconfig.get_config_var("SOABI") or f"cp{sys.version_info.major}{sys.version_info.minor}"
     environment = hashlib.sha256(sys.prefix.encode()).hexdigest()[:8]
-    return ROOT / "build" / f"native-{tag}-{environment}"
+    # An isolated build brings its own CMake, at another path each time: it keeps no other build's objects.
+    isolated = "-isolated" if is_isolated() else ""
+    return ROOT / "build" / f"native-{tag}-{environment}{isolated}"
 
 
 def build_native(prefix: Path, cuda: Cuda) -> NativeBuildError | None:
@@ -328,7 +384,8 @@ def build(prefix: Path, library: Path) -> tuple[NativeBuildError | None, NativeB
         if cuda_choice == "0":
             raise NativeBuildError(switched_off.format("MRCN_FAST_CUDA"))
         if native_choice != "0":
-            cuda = find_cuda()
+            asked = cuda_choice == "1" or wanted_archs()
+            cuda = find_cuda(() if asked else require_a_use(find_torch()))
     except NativeBuildError as error:
         no_cuda = error
     try:

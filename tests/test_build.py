@@ -207,6 +207,19 @@ def test_a_change_rebuilds_only_what_it_must(small_checkout: Path) -> None:
 # --- the CUDA part ----------------------------------------------------------------------------------------
 
 
+def write_torch(folder: Path, *gpus: int, cuda: str | None = "13.0") -> str:
+    """A folder with a torch that is a build for CUDA and sees these GPUs."""
+    package = folder / "packages" / "torch"
+    package.mkdir(parents=True)
+    (package / "version.py").write_text(f"cuda = {cuda!r}\n")
+    (package / "__init__.py").write_text("from torch import cuda\n")
+    (package / "cuda.py").write_text(
+        f"def device_count(): return {len(gpus)}\n"
+        f"def get_device_capability(index): return divmod({list(gpus)}[index], 10)\n"
+    )
+    return str(package.parent)
+
+
 @pytest.fixture
 def nvcc(tmp_path: Path) -> dict[str, Any]:
     """Settings that name an nvcc of 12.4, which answers what setup.py asks and compiles nothing."""
@@ -216,11 +229,12 @@ def nvcc(tmp_path: Path) -> dict[str, Any]:
         '[ "$1" = --list-gpu-code ] && printf "sm_%d\\n" 50 80 86 87 89 90\nexit 0\n'
     )
     program.chmod(0o755)
-    return {"MRCN_FAST_CUDA": "auto", "CUDACXX": str(program)}
+    return {"MRCN_FAST_CUDA": "auto", "CUDACXX": str(program), "PYTHONPATH": write_torch(tmp_path, 90)}
 
 
-def test_without_nvcc_the_cpu_part_alone(small_checkout: Path) -> None:
-    done = build(small_checkout, MRCN_FAST_CUDA="auto", CUDACXX="no-such-nvcc")
+def test_without_nvcc_the_cpu_part_alone(small_checkout: Path, tmp_path: Path) -> None:
+    torch = write_torch(tmp_path, 90)
+    done = build(small_checkout, MRCN_FAST_CUDA="auto", CUDACXX="no-such-nvcc", PYTHONPATH=torch)
     told = record(small_checkout)
     assert told["built"] and not told["cuda"]["built"]
     for reason in (told["cuda"]["reason"], done.stderr):
@@ -229,6 +243,25 @@ def test_without_nvcc_the_cpu_part_alone(small_checkout: Path) -> None:
         )
     assert compiled(done) == ["one", "two"]
     assert not (small_checkout / "mrcn_fast" / CUDA_LIBRARY).exists()
+
+
+@pytest.mark.parametrize("cuda", [None, "13.0"], ids=["a build for the CPU", "no GPU"])
+def test_the_cuda_part_is_left_out_where_torch_sees_no_gpu(
+    cuda: str | None, small_checkout: Path, nvcc: dict[str, Any], tmp_path: Path
+) -> None:
+    auto = nvcc | {"PYTHONPATH": write_torch(tmp_path / "other", cuda=cuda)}
+    assert compiled(build(small_checkout, **auto)) == ["one", "two"]
+    reason = record(small_checkout)["cuda"]["reason"]
+    assert "torch sees no NVIDIA GPU" in reason and "MRCN_FAST_CUDA=1" in reason
+
+    assert compiled(build(small_checkout, **(auto | {"MRCN_FAST_CUDA_ARCHS": "80"}))) == ["kernels"]
+    assert record(small_checkout)["cuda"]["archs"] == [80]
+    done = build(small_checkout, **(auto | {"MRCN_FAST_CUDA": "1"}))
+    assert record(small_checkout)["cuda"] == {
+        **{"built": True, "reason": "", "log": ""},
+        **{"archs": [80, 86, 89, 90], "left_out": [100, 120], "nvcc": "12.4"},
+    }
+    assert "leaves out sm_100, sm_120, which nvcc 12.4" in done.stderr
 
 
 def test_a_required_cuda_part_without_nvcc_is_an_error(small_checkout: Path) -> None:
@@ -241,13 +274,12 @@ def test_a_required_cuda_part_without_nvcc_is_an_error(small_checkout: Path) -> 
 def test_a_failed_cuda_part_leaves_the_other_and_no_older_one(
     small_checkout: Path, nvcc: dict[str, Any]
 ) -> None:
-    done = build(small_checkout, **nvcc)
+    build(small_checkout, **nvcc)
     told = record(small_checkout)
     assert told["cuda"] == {
         **{"built": True, "reason": "", "log": ""},
-        **{"archs": [80, 86, 89, 90], "left_out": [100, 120], "nvcc": "12.4"},
+        **{"archs": [90], "left_out": [], "nvcc": "12.4"},
     }
-    assert "leaves out sm_100, sm_120, which nvcc 12.4" in done.stderr
     libraries = [small_checkout / "mrcn_fast" / name for name in (LIBRARY, CUDA_LIBRARY)]
     assert [library.is_file() for library in libraries] == [True, True]
 
@@ -275,7 +307,8 @@ def test_a_failed_library_takes_the_cuda_part_along(small_checkout: Path, nvcc: 
 
 
 def test_what_concerns_the_cuda_part_rebuilds_it_alone(small_checkout: Path, nvcc: dict[str, Any]) -> None:
-    assert compiled(build(small_checkout)) == ["one", "two"]
+    without = nvcc | {"MRCN_FAST_CUDA": "0"}
+    assert compiled(build(small_checkout, **without)) == ["one", "two"]
     assert compiled(build(small_checkout, **nvcc)) == ["kernels"]
     assert compiled(build(small_checkout, **nvcc)) == []
     chosen = nvcc | {"MRCN_FAST_CUDA_ARCHS": "90;80"}
@@ -283,7 +316,7 @@ def test_what_concerns_the_cuda_part_rebuilds_it_alone(small_checkout: Path, nvc
     assert record(small_checkout)["cuda"]["archs"] == [80, 90]
     (small_checkout / "csrc" / "kernels.cpp").write_text("int kernels() { return 2; }\n")
     assert compiled(build(small_checkout, **chosen)) == ["kernels"]
-    assert compiled(build(small_checkout, MRCN_FAST_CUDA="0")) == []
+    assert compiled(build(small_checkout, **without)) == []
     assert not (small_checkout / "mrcn_fast" / CUDA_LIBRARY).exists()
     assert "MRCN_FAST_CUDA=0" in record(small_checkout)["cuda"]["reason"]
 

@@ -142,6 +142,34 @@ def test_wrong_architectures(value: str, setup: Any, monkeypatch: pytest.MonkeyP
         setup.wanted_archs()
 
 
+@pytest.mark.parametrize(
+    ("gpus", "archs"),
+    [((90,), (90,)), ((80, 90), (80, 90)), ((80, 121), (80,)), ((121,), (80, 90))],
+    ids=["one", "two", "one unknown to nvcc", "only unknown ones: the default"],
+)
+def test_what_the_gpus_here_are_built_for(
+    gpus: tuple[int, ...], archs: tuple[int, ...], setup: Any, nowhere: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    write_nvcc(tmp_path / "path")
+    assert setup.find_cuda(gpus).archs == archs
+    nowhere.setenv("MRCN_FAST_CUDA_ARCHS", "90")
+    assert setup.find_cuda(gpus).archs == (90,)
+
+
+def test_torch_is_found_where_an_isolated_build_hides_it(
+    setup: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").touch()
+    assert not setup.is_isolated()
+    monkeypatch.setattr(setup.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert setup.is_isolated() and setup.find_torch() == tmp_path / "torch"
+    monkeypatch.setattr(setup.sysconfig, "get_path", lambda name: str(tmp_path / "elsewhere"))
+    with pytest.raises(setup.NativeBuildError, match="--no-build-isolation"):
+        setup.find_torch()
+
+
 def test_architectures_that_an_nvcc_does_not_know(setup: Any) -> None:
     known = (50, 80, 86, 89, 90)
     assert setup.choose_archs((), known, "12.4") == ((80, 86, 89, 90), (100, 120))
