@@ -16,6 +16,8 @@ build_requirements = $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.
 
 # What an install depends on: these files, and where the checkout lies (an editable install points to it).
 fingerprint = { pwd; cat pyproject.toml setup.py mrcn_fast/__init__.py; } | cksum
+# Which packages an install brings: those that run the library, or with EXTRAS=all those of the tests too.
+EXTRAS = reid
 installed = $(VENV)/.mrcn-fast-installed
 kept = $(VENV)/.mrcn-fast-constraints.txt
 
@@ -34,8 +36,12 @@ help:  ## this list
 	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH='$(TORCH)'"
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
-install: environment torch requirements native  ## make the environment VENV, build the libraries, install all there
+test lint regression format: EXTRAS = all
+
+install: environment torch requirements native  ## make the environment VENV, build the libraries, install there what runs them
 	@"$(bin)/mrcn-fast" info
+	@echo
+	@echo "Installed in $(VENV). To have the command mrcn-fast: source $(bin)/activate"
 
 # Of a failed try only a folder is removed that was not there before.
 environment:
@@ -67,11 +73,12 @@ torch:
 	@"$(bin)/python" -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > "$(kept)"
 
 requirements:
-	@if [ ! -x "$(bin)/mrcn-fast" ] || [ "$$(cat "$(installed)" 2>/dev/null)" != "$$($(fingerprint))" ]; then \
-	  echo "Installing mrcn-fast and what it needs into $(VENV)"; \
+	@is_of() { [ "$$(cat "$(installed)-$$1" 2>/dev/null)" = "$$($(fingerprint))" ]; }; \
+	if [ ! -x "$(bin)/mrcn-fast" ] || ! { is_of $(EXTRAS) || is_of all; }; then \
+	  echo "Installing mrcn-fast[$(EXTRAS)] and what it needs into $(VENV)"; \
 	  $(pip) install -q -c "$(kept)" $(foreach r,$(build_requirements),"$(r)") \
-	  && MRCN_FAST_NATIVE=0 MRCN_FAST_CUDA=0 $(pip) install -q -c "$(kept)" --no-build-isolation -e '.[all]' \
-	  && $(fingerprint) > "$(installed)"; \
+	  && MRCN_FAST_NATIVE=0 MRCN_FAST_CUDA=0 $(pip) install -q -c "$(kept)" --no-build-isolation -e '.[$(EXTRAS)]' \
+	  && $(fingerprint) > "$(installed)-$(EXTRAS)"; \
 	fi
 
 # Not by pip, which would hide the compilers' output. Ninja rebuilds only what changed.
