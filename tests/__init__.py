@@ -1,1 +1,1 @@
-"""Tests of the core; `tests.cases` draws the problems and holds the tolerance rule."""
+"""Tests of the core; `tests.support.cases` draws the problems and holds the tolerance rule."""

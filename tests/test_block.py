@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, dispatch, reference
 from mrcn_fast.gates import FUSED
-from tests import cases
-from tests.cases import (
+from tests.support import cases
+from tests.support.cases import (
     DEVICE,
     DTYPES,
     GATES,

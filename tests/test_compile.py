@@ -13,8 +13,8 @@ from torch._inductor import lowering
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from mrcn_fast import CQCLoss, MRCNBlock, MRCNFeatures, SNRBlock
-from tests import cases
-from tests.cases import DEVICE, KERNEL_BACKENDS
+from tests.support import cases
+from tests.support.cases import DEVICE, KERNEL_BACKENDS
 
 
 @pytest.fixture(autouse=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mrcn_fast import CQCLoss, MRCNFeatures, cqc_loss, dispatch, reference
-from tests import cases
-from tests.cases import (
+from tests.support import cases
+from tests.support.cases import (
     DEVICE,
     DTYPES,
     FEATURE_LAYOUTS,

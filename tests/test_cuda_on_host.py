@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import CUDA_ON_HOST
 from tests.cuda_on_host import library
-from tests.processes import run_pytest
+from tests.support.cases import CUDA_ON_HOST
+from tests.support.processes import run_pytest
 
 pytestmark = [
     pytest.mark.slow,

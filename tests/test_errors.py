@@ -28,8 +28,8 @@ from mrcn_fast import (
     snr_block,
 )
 from mrcn_fast.backends import cpu, triton
-from tests import cases
-from tests.cases import KERNEL_BACKENDS
+from tests.support import cases
+from tests.support.cases import KERNEL_BACKENDS
 
 SHAPE = (2, 4, 3, 3)
 both_backends = cases.backends("reference", *KERNEL_BACKENDS)

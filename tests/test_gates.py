@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, SNRBlock, dispatch, mrcn_restitution, reference
 from mrcn_fast.gates import GATES, CBAMGate, ECAGate, SEGate, make_gate
-from tests import cases
-from tests.cases import DEVICE, KERNEL_BACKENDS, random
+from tests.support import cases
+from tests.support.cases import DEVICE, KERNEL_BACKENDS, random
 
 
 def test_the_known_gates() -> None:

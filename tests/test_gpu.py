@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import MRCNBlock, backends, cqc_loss, mrcn_block, reference
-from tests import cases
+from tests.support import cases
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU, and torch.cuda.is_available() is False"

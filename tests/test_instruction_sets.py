@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mrcn_fast.backends import cpu
-from tests.processes import INSTRUCTION_SETS, instruction_set, run_pytest
+from tests.support.processes import INSTRUCTION_SETS, instruction_set, run_pytest
 
 OTHERS = [isa for isa in INSTRUCTION_SETS if isa != cpu.build_info().get("isa")]
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.processes import run_pytest
+from tests.support.processes import run_pytest
 
 # Triton has builds for Linux alone, and there it is no accident that it is missing: [dev] brings it.
 ABSENT = importlib.util.find_spec("triton") is None

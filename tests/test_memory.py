@@ -17,8 +17,8 @@ from mrcn_fast import MRCNBlock, release_memory
 from mrcn_fast.backends import cpu
 from mrcn_fast.backends.cpu import memory_in_use
 from mrcn_fast.benchmark.timing import bytes_in_use, growth
-from tests import cases
-from tests.processes import ROOT
+from tests.support import cases
+from tests.support.processes import ROOT
 
 PAGE = 4096
 # 2 MiB a map, the least that is kept; in the second one a map is half as large again.

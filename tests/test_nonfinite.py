@@ -15,8 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests import cases
-from tests.cases import DTYPES, GATES, KERNEL_BACKENDS, MODES, Case
+from tests.support import cases
+from tests.support.cases import DTYPES, GATES, KERNEL_BACKENDS, MODES, Case
 
 # Planes of two elements and kernels of ECA wider than the channels are among them; the last one has whole
 # vectors of channels and of pixels.

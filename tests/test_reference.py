@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, reference
-from tests import cases, extended
-from tests.cases import Case, CQCCase
+from tests.support import cases, extended
+from tests.support.cases import Case, CQCCase
 
 LN3 = math.log(3.0)  # sigmoid(ln 3) = 3 / 4
 

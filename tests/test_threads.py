@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import cases
-from tests.cases import DTYPES, KERNEL_BACKENDS, MODES, Case, CQCCase
+from tests.support import cases
+from tests.support.cases import DTYPES, KERNEL_BACKENDS, MODES, Case, CQCCase
 
 THREADS = (1, 2, 3, 5)
 

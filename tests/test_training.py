@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import CQCLoss, MRCNBlock
-from tests import cases
-from tests.cases import KERNEL_BACKENDS
+from tests.support import cases
+from tests.support.cases import KERNEL_BACKENDS
 
 STEPS = 50
 IDENTITIES, IMAGES = 4, 3

@@ -16,8 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrcn_fast import CQCLoss, MRCNBlock, SNRBlock, cqc_loss
 from mrcn_fast.operations import OPERATIONS
-from tests import cases
-from tests.cases import DEVICE, KERNEL_BACKENDS, MODES, Case, random
+from tests.support import cases
+from tests.support.cases import DEVICE, KERNEL_BACKENDS, MODES, Case, random
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:

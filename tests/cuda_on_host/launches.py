@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import cqc_loss, mrcn_block
-from tests import cases
-from tests.cases import GATES, MODES, Case, CQCCase
 from tests.cuda_on_host import library
+from tests.support import cases
+from tests.support.cases import GATES, MODES, Case, CQCCase
 
 BACKEND = "cuda"
 L2 = 1 << 20

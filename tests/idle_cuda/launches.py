@@ -13,8 +13,9 @@ import pytest
 import torch
 from triton.runtime import JITFunction
 
-from tests import cases, idle_cuda
-from tests.cases import Case, CQCCase
+from tests import idle_cuda
+from tests.support import cases
+from tests.support.cases import Case, CQCCase
 
 # Every operation, gate and layout that the kernels read, and the launches of a call and its backward.
 CALLS: dict[str, tuple[Case | CQCCase, int]] = {

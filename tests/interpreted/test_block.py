@@ -1,4 +1,4 @@
-"""The block's Triton kernels against the reference, by the rule of tests/cases.py."""
+"""The block's Triton kernels against the reference, by the rule of tests/support/cases.py."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from mrcn_fast import MRCNBlock, dispatch
 from mrcn_fast.backends import triton as backend
 from mrcn_fast.backends.triton import block
 from mrcn_fast.gates import FUSED
-from tests import cases, test_nonfinite
-from tests.cases import GATES, MODES, RESTITUTE_TO, Case
+from tests import test_nonfinite
+from tests.support import cases
+from tests.support.cases import GATES, MODES, RESTITUTE_TO, Case
 
 OPERATIONS = [
     (mode, gate, restitute_to)

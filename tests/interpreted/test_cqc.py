@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mrcn_fast import cqc_loss, dispatch, reference
 from mrcn_fast.backends.triton import cqc
-from tests import cases
-from tests.cases import DTYPES, FEATURE_LAYOUTS, FORMS, CQCCase
+from tests.support import cases
+from tests.support.cases import DTYPES, FEATURE_LAYOUTS, FORMS, CQCCase
 
 BACKEND = "triton"
 NOTHING = torch.iinfo(torch.int64).max

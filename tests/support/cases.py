@@ -7,7 +7,7 @@ A `Case` names an operation with its shapes, dtypes and layouts; `problem` makes
 
 where eager is the reference in the case's own dtype, eps belongs to the dtype of the tensor compared, and
 truth is the reference in float64 from the upcast inputs. For float64 itself that would compare a rounding
-error with zero: there truth is `tests.extended`, the equations in numpy's long double.
+error with zero: there truth is `tests.support.extended`, the equations in numpy's long double.
 
 Both sides are rounding errors, and of a tensor of a few numbers the eager one is now and then zero by luck.
 So what breaks the rule is drawn again `DRAWS` times with other values: the rule must hold for the median of
@@ -35,7 +35,7 @@ from torch.nn import functional as F
 import mrcn_fast
 from mrcn_fast import MRCNFeatures, SNRFeatures, cqc_loss, dispatch, mrcn_block, mrcn_restitution, snr_block
 from mrcn_fast.plain import run_reference
-from tests import extended
+from tests.support import extended
 
 REQUIRED = os.environ.get("MRCN_FAST_REQUIRE_CPU") == "1"
 

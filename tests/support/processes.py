@@ -13,7 +13,7 @@ import pytest
 
 from mrcn_fast.backends import cpu
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # Those that the library carries, or one that says why there are none.
 INSTRUCTION_SETS: list[str] = cpu.build_info().get("isas", ["none"])
 
