@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mrcn_fast import autograd, dispatch
-from tests.support.cases import CUDA_ON_HOST
+from tests.support.matrix import CUDA_ON_HOST
 
 if CUDA_ON_HOST:
     from tests.cuda_on_host import library

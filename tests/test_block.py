@@ -18,18 +18,20 @@ from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, dispatch, reference
 from mrcn_fast.gates import FUSED
-from tests.support import cases
-from tests.support.cases import (
+from tests.support import block_cases, matrix, tensors
+from tests.support.block_cases import NETWORK_VALUES, Case, Problem
+from tests.support.matrix import (
+    CUDA_ON_HOST,
     DEVICE,
     DTYPES,
     GATES,
     KERNEL_BACKENDS,
-    LAYOUTS,
     MODES,
     PRECISE_DTYPES,
     RESTITUTE_TO,
-    Case,
 )
+from tests.support.rule import DRAWS, Verdict, judge, verdicts
+from tests.support.tensors import LAYOUTS, different_bits, misaligned, nonfinite, same_bits
 
 # Every mode with every gate, and where it is known both readings of eq. 5.
 OPERATIONS = [
@@ -58,7 +60,7 @@ def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return cases.random(*shape, seed=seed, dtype=dtype)
+    return tensors.random(*shape, seed=seed, dtype=dtype)
 
 
 def randomized(module: nn.Module) -> nn.Module:
@@ -75,7 +77,7 @@ def mrcn(backend: str, channels: int = 8, **settings: Any) -> MRCNBlock:
     return block
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize(("gate", "restitute_to"), list(itertools.product(GATES, RESTITUTE_TO)))
 def test_module_gives_the_papers_six_sets(backend: str, gate: str, restitute_to: str) -> None:
     block = mrcn(backend, gate=gate, restitute_to=restitute_to, dtype=torch.float64, eps=1e-3)
@@ -100,7 +102,7 @@ def test_module_gives_the_papers_six_sets(backend: str, gate: str, restitute_to:
     )
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("gate", GATES)
 def test_restitution_alone_is_bitwise_the_pairs(backend: str, gate: str) -> None:
     """Training and inference see the same features."""
@@ -112,10 +114,10 @@ def test_restitution_alone_is_bitwise_the_pairs(backend: str, gate: str) -> None
         (block.restitute(infrared, "infrared"), features.infrared_restituted),
         (block(visible, infrared, concat=True), torch.cat(features)),
     ):
-        assert cases.same_bits(got, want)
+        assert same_bits(got, want)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_restitution_takes_any_batch_and_trains_only_its_own_parameters(backend: str) -> None:
     block = mrcn(backend)
     for batch in (1, 2, 7):
@@ -129,7 +131,7 @@ def test_restitution_takes_any_batch_and_trains_only_its_own_parameters(backend:
         assert not p.grad[others].any(), name
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("gate", GATES)
 def test_snr_module(backend: str, gate: str) -> None:
     block = randomized(
@@ -187,7 +189,7 @@ def test_reset_parameters_starts_over() -> None:
     assert all(torch.equal(first[name], p) for name, p in block.state_dict().items())
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("gate", GATES)
 def test_copies_run_like_the_original(backend: str, gate: str) -> None:
     block = mrcn(backend, gate=gate, eps=1e-3, restitute_to="input")
@@ -209,38 +211,38 @@ def test_copies_run_like_the_original(backend: str, gate: str) -> None:
         "state_dict": loaded,
     }
     for name, other in copies.items():
-        assert cases.same_bits(other(visible, infrared, concat=True), expected), name
+        assert same_bits(other(visible, infrared, concat=True), expected), name
         assert all(p is not q for p, q in zip(other.parameters(), block.parameters(), strict=True)), name
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_functional_call(backend: str) -> None:
     block, other = mrcn(backend), MRCNBlock(8, reduction=4, backend=backend, device=DEVICE)
     visible, infrared = random(2, 8, 5, 4, seed=1), random(2, 8, 5, 4, seed=2)
     parameters = {name: p.detach().clone().requires_grad_() for name, p in block.named_parameters()}
     got = torch.func.functional_call(other, parameters, (visible, infrared), {"concat": True})
-    assert cases.same_bits(got, block(visible, infrared, concat=True))
+    assert same_bits(got, block(visible, infrared, concat=True))
     got.square().sum().backward()
     assert all(p.grad is not None and bool(p.grad.any()) for p in parameters.values())
     assert all(p.grad is None for p in other.parameters())
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_no_graph_is_kept_where_none_is_wanted(backend: str, mode: str) -> None:
-    p = cases.problem(Case(mode))
+    p = block_cases.problem(Case(mode))
     with torch.no_grad():
-        assert not any(o.requires_grad for o in cases.call(p.case, p.inputs, p.parameters, backend))
+        assert not any(o.requires_grad for o in block_cases.call(p.case, p.inputs, p.parameters, backend))
     with torch.inference_mode():
-        silent = cases.call(p.case, p.inputs, p.parameters, backend)
-    for a, b in zip(silent, cases.call(p.case, p.inputs, p.parameters, backend), strict=True):
-        assert cases.same_bits(a, b)
+        silent = block_cases.call(p.case, p.inputs, p.parameters, backend)
+    for a, b in zip(silent, block_cases.call(p.case, p.inputs, p.parameters, backend), strict=True):
+        assert same_bits(a, b)
 
 
 # --- derivatives ------------------------------------------------------------------------------------------
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
 def test_gradcheck(
@@ -255,27 +257,27 @@ def test_gradcheck(
         layouts=(layout, layout),
         gradient_layout=layout,
     )
-    p = cases.problem(case)
-    assert not cases.near_kink(p)
+    p = block_cases.problem(case)
+    assert not block_cases.near_kink(p)
     count = len(p.inputs)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return cases.call(case, tensors[:count], tensors[count:], backend)
+        return block_cases.call(case, tensors[:count], tensors[count:], backend)
 
     assert torch.autograd.gradcheck(run, (*p.inputs, *p.parameters))
     assert {f"{OPS[mode]}_forward", f"{OPS[mode]}_backward"} <= set(ops_run)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
 def test_gradgradcheck(mode: str, gate: str, restitute_to: str, backend: str, ops_run: list[str]) -> None:
     case = Case(mode, gate, restitute_to, (1, 2, 1, 3), torch.float64, eps=0.1)
-    p = cases.problem(case)
-    assert not cases.near_kink(p)
+    p = block_cases.problem(case)
+    assert not block_cases.near_kink(p)
     count = len(p.inputs)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return cases.call(case, tensors[:count], tensors[count:], backend)
+        return block_cases.call(case, tensors[:count], tensors[count:], backend)
 
     assert torch.autograd.gradgradcheck(run, (*p.inputs, *p.parameters))
     assert f"{OPS[mode]}_forward" in ops_run
@@ -289,7 +291,7 @@ def second_order(backend: str, visible: Tensor, make: Callable[[Tensor], Tensor]
     return torch.autograd.grad(first.square().sum(), visible)[0]
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("related", ["the same tensor", "a function of it"])
 def test_double_backward_where_one_input_depends_on_the_other(backend: str, related: str) -> None:
     visible = random(2, 3, 4, 3, dtype=torch.float64).requires_grad_()
@@ -300,12 +302,12 @@ def test_double_backward_where_one_input_depends_on_the_other(backend: str, rela
     torch.testing.assert_close(second_order(backend, visible, make), second_order("reference", visible, make))
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_first_gradients_are_the_same_with_create_graph(mode: str, backend: str) -> None:
-    p = cases.problem(Case(mode, dtype=torch.float64))
+    p = block_cases.problem(Case(mode, dtype=torch.float64))
     leaves = (*p.inputs, *p.parameters)
-    outputs = cases.call(p.case, p.inputs, p.parameters, backend)
+    outputs = block_cases.call(p.case, p.inputs, p.parameters, backend)
     plain = torch.autograd.grad(outputs, leaves, p.gradients, retain_graph=True)
     graphed = torch.autograd.grad(outputs, leaves, p.gradients, create_graph=True)
     for a, b in zip(plain, graphed, strict=True):
@@ -313,13 +315,13 @@ def test_first_gradients_are_the_same_with_create_graph(mode: str, backend: str)
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
     """In float32 as without: the sums over planes are beyond float16, and its parameters are float32."""
     case = Case("concat", shape=(16, 4, 72, 32), dtype=torch.float16, parameter_dtype=torch.float32)
-    p = cases.problem(case)
+    p = block_cases.problem(case)
     leaves, gradients = (*p.inputs, *p.parameters), [g + 2 for g in p.gradients]
-    outputs = cases.call(case, p.inputs, p.parameters, backend)
+    outputs = block_cases.call(case, p.inputs, p.parameters, backend)
     plain = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
     graphed = torch.autograd.grad(outputs, leaves, gradients, create_graph=True)
     assert max(float(g.abs().max()) for g in plain[2:]) > torch.finfo(torch.float16).max
@@ -327,17 +329,17 @@ def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
         torch.testing.assert_close(a, b.detach(), rtol=1e-3, atol=1e-3 * float(a.abs().max()))
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", ["pair", "snr"])
 def test_any_outputs_may_be_left_out_of_the_loss(mode: str, backend: str) -> None:
-    p = cases.problem(Case(mode, dtype=torch.float64))
+    p = block_cases.problem(Case(mode, dtype=torch.float64))
     leaves = (*p.inputs, *p.parameters)
     number = len(p.gradients)
     for size in range(1, number):
         for chosen in itertools.combinations(range(number), size):
             found = []
             for name in (backend, "reference"):
-                outputs = cases.call(p.case, p.inputs, p.parameters, name)
+                outputs = block_cases.call(p.case, p.inputs, p.parameters, name)
                 found.append(
                     torch.autograd.grad(
                         [outputs[i] for i in chosen],
@@ -353,45 +355,45 @@ def test_any_outputs_may_be_left_out_of_the_loss(mode: str, backend: str) -> Non
                 )
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_single_tensor_may_require_gradients(mode: str, backend: str) -> None:
-    p = cases.problem(Case(mode))
-    everything = cases.evaluate(p, backend)
-    names = (*cases.input_names(mode), *cases.parameter_names(p.case.gate))
+    p = block_cases.problem(Case(mode))
+    everything = block_cases.evaluate(p, backend)
+    names = (*block_cases.input_names(mode), *block_cases.parameter_names(p.case.gate))
     for position, name in enumerate(names):
         leaves = [x.detach().requires_grad_(i == position) for i, x in enumerate((*p.inputs, *p.parameters))]
-        outputs = cases.call(p.case, leaves[: len(p.inputs)], leaves[len(p.inputs) :], backend)
+        outputs = block_cases.call(p.case, leaves[: len(p.inputs)], leaves[len(p.inputs) :], backend)
         used = [(o, g) for o, g in zip(outputs, p.gradients, strict=True) if o.requires_grad]
         (gradient,) = torch.autograd.grad([o for o, _ in used], leaves[position], [g for _, g in used])
-        assert cases.same_bits(gradient, everything[f"grad {name}"]), name
+        assert same_bits(gradient, everything[f"grad {name}"]), name
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradients_accumulate_over_calls(mode: str, backend: str) -> None:
-    p = cases.problem(Case(mode, dtype=torch.float64))
-    once = cases.evaluate(p, backend)
+    p = block_cases.problem(Case(mode, dtype=torch.float64))
+    once = block_cases.evaluate(p, backend)
     for _ in range(2):
-        torch.autograd.backward(cases.call(p.case, p.inputs, p.parameters, backend), p.gradients)
-    for name, leaf in zip(cases.input_names(mode), p.inputs, strict=True):
+        torch.autograd.backward(block_cases.call(p.case, p.inputs, p.parameters, backend), p.gradients)
+    for name, leaf in zip(block_cases.input_names(mode), p.inputs, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * once[f"grad {name}"])
-    for name, leaf in zip(cases.parameter_names("se"), p.parameters, strict=True):
+    for name, leaf in zip(block_cases.parameter_names("se"), p.parameters, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * once[f"grad {name}"])
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_an_input_changed_before_the_backward_is_noticed(mode: str, backend: str) -> None:
-    p = cases.problem(Case(mode))
+    p = block_cases.problem(Case(mode))
     first = p.inputs[0] * 1
-    outputs = cases.call(p.case, (first, *p.inputs[1:]), p.parameters, backend)
+    outputs = block_cases.call(p.case, (first, *p.inputs[1:]), p.parameters, backend)
     first.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(outputs, p.gradients)
 
 
-def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
+def op_arguments(p: Problem) -> tuple[list[Any], list[Any], str]:
     """Arguments of the forward operation, those of the gate and flags for the backward, the operation."""
     case = p.case
     norm_weight, norm_bias, *gate_parameters = (q.detach() for q in p.parameters)
@@ -400,7 +402,7 @@ def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
     return tensors, flags, OPS[case.mode]
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize(
     ("mode", "gate", "restitute_to", "layout"),
     [(*operation, "contiguous") for operation in OPERATIONS]
@@ -411,9 +413,9 @@ def op_arguments(p: cases.Problem) -> tuple[list[Any], list[Any], str]:
     ],
 )
 def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: str) -> None:
-    p = cases.problem(Case(mode, gate, restitute_to, layouts=(layout, layout), gradient_layout=layout))
+    p = block_cases.problem(Case(mode, gate, restitute_to, layouts=(layout, layout), gradient_layout=layout))
     tensors, flags, op = op_arguments(p)
-    forward, backward = cases.operations(op, backend)
+    forward, backward = matrix.operations(op, backend)
     arguments = (*tensors, FUSED.index(gate), p.case.eps, *flags)
     torch.library.opcheck(forward, arguments)
     *_, statistics = forward(*arguments)
@@ -423,13 +425,13 @@ def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: 
     )
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dtype, backend: str) -> None:
-    p = cases.problem(Case(mode, "cbam-channel", dtype=dtype))
+    p = block_cases.problem(Case(mode, "cbam-channel", dtype=dtype))
     tensors, flags, op = op_arguments(p)
-    forward, backward = cases.operations(op, backend)
+    forward, backward = matrix.operations(op, backend)
     arguments = (*tensors, FUSED.index(p.case.gate), p.case.eps, *flags)
     torch.library.opcheck(forward, arguments)
     *_, statistics = forward(*arguments)
@@ -445,33 +447,33 @@ def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dt
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory is aligned by its allocator")
 @pytest.mark.filterwarnings("ignore:The given buffer")
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 def test_memory_that_begins_anywhere(mode: str, dtype: torch.dtype, backend: str) -> None:
-    p = cases.problem(Case(mode, dtype=dtype))
+    p = block_cases.problem(Case(mode, dtype=dtype))
     moved = p._replace(
-        inputs=tuple(map(cases.misaligned, p.inputs)),
-        parameters=tuple(map(cases.misaligned, p.parameters)),
-        gradients=tuple(map(cases.misaligned, p.gradients)),
+        inputs=tuple(map(misaligned, p.inputs)),
+        parameters=tuple(map(misaligned, p.parameters)),
+        gradients=tuple(map(misaligned, p.gradients)),
     )
     assert all(t.data_ptr() % t.element_size() == 1 for t in (*moved.inputs, *moved.parameters))
-    assert cases.different_bits(cases.evaluate(p, backend), cases.evaluate(moved, backend)) == []
+    assert different_bits(block_cases.evaluate(p, backend), block_cases.evaluate(moved, backend)) == []
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize("mode", MODES)
-@cases.examples(25)
+@matrix.examples(25)
 @given(data=st.data())
 def test_accuracy(backend: str, mode: str, dtype: torch.dtype, data: st.DataObject) -> None:
-    cases.check_accuracy(data.draw(cases.block_cases(mode, dtype)), backend)
+    block_cases.check_accuracy(data.draw(block_cases.cases(mode, dtype)), backend)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
@@ -481,22 +483,22 @@ def test_accuracy_in_every_layout(mode: str, layout: str, dtype: torch.dtype, ba
             case = Case(
                 mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout, seed=2
             )
-            cases.check_accuracy(case, backend)
+            block_cases.check_accuracy(case, backend)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", ["pair", "concat"])
 @pytest.mark.parametrize(
     "layouts", list(itertools.permutations(("contiguous", "channels_last", "transposed"), 2))
 )
 def test_accuracy_where_the_pair_has_two_layouts(layouts: tuple[str, str], mode: str, backend: str) -> None:
     for gradient_layout in ("contiguous", "channels_last", "expanded scalar"):
-        cases.check_accuracy(
+        block_cases.check_accuracy(
             Case(mode, shape=(2, 5, 7, 9), layouts=layouts, gradient_layout=gradient_layout), backend
         )
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize(
@@ -510,10 +512,10 @@ def test_accuracy_of_shapes_at_the_edges(
             case = Case(
                 mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout, seed=5
             )
-            cases.check_accuracy(case, backend)
+            block_cases.check_accuracy(case, backend)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
@@ -524,7 +526,7 @@ def test_accuracy_where_the_mean_is_large(mode: str, layout: str, dtype: torch.d
     """
     for gate in GATES:
         for shape in ((2, 5, 17, 15), (1, 2, 67, 61)):
-            cases.check_accuracy(
+            block_cases.check_accuracy(
                 Case(
                     mode,
                     gate,
@@ -538,7 +540,7 @@ def test_accuracy_where_the_mean_is_large(mode: str, layout: str, dtype: torch.d
             )
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) -> None:
@@ -550,12 +552,12 @@ def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) 
     case = Case(
         mode, shape=(2, 5, 17, 15), values="large mean", layouts=(layout, layout), gradient_layout=layout
     )
-    p = cases.problem(case)
+    p = block_cases.problem(case)
     with torch.no_grad():
         for q in p.parameters[2:]:
             q.zero_()
-    results, truth = cases.evaluate(p, backend), cases.evaluate_reference(p, torch.float64)
-    for name in cases.output_names(mode):
+    results, truth = block_cases.evaluate(p, backend), block_cases.evaluate_reference(p, torch.float64)
+    for name in block_cases.output_names(mode):
         got, want = results[name].double(), truth[name]
         got, want = (x - x.mean(dim=(2, 3), keepdim=True) for x in (got, want))
         # A float32 near 1000 is rounded by up to 3e-5, F̃ has slopes γ / σ of 10 to 20: 20 · 3e-5 · a few.
@@ -564,20 +566,20 @@ def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_the_rule_notices_a_wrong_result(mode: str) -> None:
-    p = cases.problem(Case(mode, shape=(2, 3, 4, 5)))
-    eager, truth = cases.evaluate_reference(p, torch.float32), cases.block_truth(p)
-    assert all(v.ratio <= 1 for v in cases.verdicts(eager, eager, truth).values())
+    p = block_cases.problem(Case(mode, shape=(2, 3, 4, 5)))
+    eager, truth = block_cases.evaluate_reference(p, torch.float32), block_cases.truth(p)
+    assert all(v.ratio <= 1 for v in verdicts(eager, eager, truth).values())
     for name, result in eager.items():
         for wrong in (result + 1e-5 * result.abs().max(), result * math.nan, torch.zeros_like(result)):
-            found = cases.verdicts(eager | {name: wrong}, eager, truth)
+            found = verdicts(eager | {name: wrong}, eager, truth)
             assert [other for other, v in found.items() if v.ratio > 1] == [name]
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 def test_the_rule_knows_what_cancelled(backend: str) -> None:
     """The truth has 9e-19 for γ's gradient, eager 0 and the kernels 4e-15, where other values are 322."""
     case = Case("snr", "eca", shape=(5, 1, 8, 2), dtype=torch.float64, gradient_layout="expanded scalar")
-    cases.check_accuracy(case._replace(values="uneven", hidden=5, seed=11819), backend)
+    block_cases.check_accuracy(case._replace(values="uneven", hidden=5, seed=11819), backend)
 
 
 def test_the_rule_looks_twice_before_it_fails() -> None:
@@ -585,12 +587,12 @@ def test_the_rule_looks_twice_before_it_fails() -> None:
 
     def run(*ratios: float) -> None:
         drawn = iter(ratios)
-        cases.judge(Case(), "none", lambda case: {"loss": cases.Verdict(next(drawn), "loss", 0.0, 0.0, 0.0)})
+        judge(Case(), "none", lambda case: {"loss": Verdict(next(drawn), "loss", 0.0, 0.0, 0.0)})
 
-    rest = [0.5] * cases.DRAWS
+    rest = [0.5] * DRAWS
     run(0.9)
     run(1.1, *rest)
-    for ratios in ((1.1, *[1.1] * cases.DRAWS), (65.0, *rest), (1.1, 65.0, *rest), (math.inf, *rest)):
+    for ratios in ((1.1, *[1.1] * DRAWS), (65.0, *rest), (1.1, 65.0, *rest), (math.inf, *rest)):
         with pytest.raises(pytest.fail.Exception, match=r"loss; .* of the bound, over 25 draws"):
             run(*ratios)
 
@@ -606,37 +608,37 @@ RESULT_LAYOUTS = {
 }
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", RESULT_LAYOUTS)
 @pytest.mark.parametrize("mode", MODES)
 def test_results_have_their_inputs_layout(mode: str, layout: str, backend: str) -> None:
-    p = cases.problem(Case(mode, shape=(2, 5, 4, 3), layouts=(layout, layout), gradient_layout=layout))
-    results = cases.evaluate(p, backend)
-    for name in (*cases.output_names(mode), *(f"grad {n}" for n in cases.input_names(mode))):
+    p = block_cases.problem(Case(mode, shape=(2, 5, 4, 3), layouts=(layout, layout), gradient_layout=layout))
+    results = block_cases.evaluate(p, backend)
+    for name in (*block_cases.output_names(mode), *(f"grad {n}" for n in block_cases.input_names(mode))):
         assert results[name].is_contiguous(memory_format=RESULT_LAYOUTS[layout]), (
             f"{name} has strides {results[name].stride()}"
         )
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_large_results(mode: str, layout: str, dtype: torch.dtype, backend: str) -> None:
     """Written past the caches, odd planes too; a sample alone is not, and has the same bits."""
     case = Case(mode, shape=(8, 32, 83, 101), dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
-    p = cases.problem(case)
+    p = block_cases.problem(case)
 
     def results(samples: slice) -> list[Tensor]:
         inputs = [x[samples] for x in p.inputs]
-        outputs = cases.call(case, inputs, p.parameters, backend)
+        outputs = block_cases.call(case, inputs, p.parameters, backend)
         of_outputs = [g.unflatten(0, (-1, 8))[:, samples].flatten(0, 1) for g in p.gradients]
         return [*outputs, *torch.autograd.grad(outputs, inputs, of_outputs)]
 
     whole = results(slice(None))
     for i in (0, 5):
         for large, small in zip(whole, results(slice(i, i + 1)), strict=True):
-            assert cases.same_bits(large[i::8], small)
+            assert same_bits(large[i::8], small)
 
     for result in whole:
         assert result.is_contiguous(memory_format=RESULT_LAYOUTS[layout])
@@ -662,7 +664,7 @@ def empty_is_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("mode", MODES)
@@ -671,28 +673,30 @@ def test_every_element_of_every_result_is_written(
 ) -> None:
     assert torch.empty(3, device=DEVICE).isnan().all()
     for gate, shape in itertools.product(GATES, [(1, 1, 1, 2), (2, 3, 5, 7), (1, 17, 3, 3), (2, 2, 67, 61)]):
-        p = cases.problem(
+        p = block_cases.problem(
             Case(mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
         )
-        for name, result in cases.evaluate(p, backend).items():
+        for name, result in block_cases.evaluate(p, backend).items():
             assert result.isfinite().all(), f"{name} of {p.case}"
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_left_over_from_freed_memory(mode: str, layout: str, backend: str) -> None:
     """Scratch buffers that torch doesn't allocate are poisoned too, by what was freed before."""
     for gate, shape in itertools.product(GATES, [(2, 3, 5, 7), (1, 17, 3, 3)]):
-        p = cases.problem(Case(mode, gate, shape=shape, layouts=(layout, layout), gradient_layout=layout))
-        clean = cases.evaluate(p, backend)
+        p = block_cases.problem(
+            Case(mode, gate, shape=shape, layouts=(layout, layout), gradient_layout=layout)
+        )
+        clean = block_cases.evaluate(p, backend)
         for _ in range(5):
-            cases.poison_memory(p)
-            assert cases.different_bits(clean, cases.evaluate(p, backend)) == []
+            block_cases.poison_memory(p)
+            assert different_bits(clean, block_cases.evaluate(p, backend)) == []
 
 
-@cases.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("values", [*cases.NETWORK_VALUES, "large mean", "constant planes"])
+@matrix.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("values", [*NETWORK_VALUES, "large mean", "constant planes"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_accuracy_of_what_networks_make_in_every_layout(
@@ -703,13 +707,13 @@ def test_accuracy_of_what_networks_make_in_every_layout(
     case = Case(
         mode, gate, shape=shape, layouts=(layout, layout), gradient_layout=layout, values=values, hidden=4
     )
-    cases.check_distribution(case, backend, draws=20 if cases.CUDA_ON_HOST else 60)
+    block_cases.check_distribution(case, backend, draws=20 if CUDA_ON_HOST else 60)
 
 
 # --- values that are not finite, planes without variance --------------------------------------------------
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
@@ -736,21 +740,21 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
             layouts=(layout, layout),
             gradient_layout=layout,
         )
-        fresh = cases.problem(case)
+        fresh = block_cases.problem(case)
         where = (0, 17, -1) if dtype == torch.float32 else (17,)
         places = [("inputs", i, at) for i in range(len(fresh.inputs)) for at in where]
         places += [("gradients", i, at) for i in range(len(fresh.gradients)) for at in where]
         places += [("parameters", i, 0) for i in range(len(fresh.parameters))]
         for kind, index, at in places:
-            p = cases.problem(case)
+            p = block_cases.problem(case)
             target = getattr(p, kind)[index].detach()
             coordinates = torch.unravel_index(torch.tensor(at % target.numel()), target.shape)
             target[coordinates] = value
-            results = {name: x.cpu() for name, x in cases.evaluate(p, backend).items()}
-            expected = cases.evaluate_reference(p, torch.float32 if gate == "eca" else dtype, "cpu")
+            results = {name: x.cpu() for name, x in block_cases.evaluate(p, backend).items()}
+            expected = block_cases.evaluate_reference(p, torch.float32 if gate == "eca" else dtype, "cpu")
             for name, result in results.items():
                 if not name.startswith("grad "):
-                    same = torch.equal(cases.nonfinite(result), cases.nonfinite(expected[name]))
+                    same = torch.equal(nonfinite(result), nonfinite(expected[name]))
                 else:
                     same = math.isinf(value) or torch.equal(result.isfinite(), expected[name].isfinite())
                 if not same:
@@ -762,7 +766,7 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
     assert not lines, "\n".join(lines)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_any_nan_of_a_parameter_stays_one_in_bf16_in_every_layout(
@@ -770,17 +774,17 @@ def test_any_nan_of_a_parameter_stays_one_in_bf16_in_every_layout(
 ) -> None:
     """Rounding by adding half of the last place would make a number of a NaN whose bits are all set."""
     case = Case(shape=(2, 64, 12, 11), dtype=torch.bfloat16, layouts=(layout, layout), gradient_layout=layout)
-    drawn = cases.problem(case)
+    drawn = block_cases.problem(case)
     for index in (0, 1):  # norm_weight, norm_bias
         parameters = [p.detach().float().requires_grad_() for p in drawn.parameters]
         parameters[index].detach().view(torch.int32)[0, 37] = bits
         p = drawn._replace(parameters=tuple(parameters))
-        results, expected = cases.evaluate(p, backend), cases.evaluate_reference(p, torch.float32)
+        results, expected = block_cases.evaluate(p, backend), block_cases.evaluate_reference(p, torch.float32)
         for name, result in results.items():
             assert torch.equal(result.isnan(), expected[name].isnan()), f"parameter {index}: {name}"
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("values", ["zero planes", "constant planes"])
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
@@ -798,9 +802,9 @@ def test_constant_planes(
             gradient_layout=layout,
             values=values,
         )
-        results = cases.evaluate(cases.problem(case), backend)
+        results = block_cases.evaluate(block_cases.problem(case), backend)
         assert all(r.isfinite().all() for r in results.values())
-        cases.check_accuracy(case, backend)
+        block_cases.check_accuracy(case, backend)
 
 
 # --- memory, autocast -------------------------------------------------------------------------------------
@@ -822,7 +826,7 @@ def kept_for_backward(run: Callable[[], Any], given: set[int]) -> int:
     return sum(kept.values())
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"])
 @pytest.mark.parametrize("shape", [(16, 256, 72, 32), (16, 64, 72, 32), (8, 512, 36, 16)])
 def test_under_one_percent_of_a_volume_is_kept_for_backward(
@@ -850,14 +854,14 @@ def test_what_is_kept_is_counted() -> None:
     assert extra > 4 * visible.numel() * visible.element_size()
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("mode", MODES)
 def test_under_autocast_the_block_keeps_its_inputs_dtype(mode: str, dtype: torch.dtype, backend: str) -> None:
-    p = cases.problem(Case(mode, dtype=dtype, parameter_dtype=torch.float32))
-    plain = cases.evaluate(p, backend)
+    p = block_cases.problem(Case(mode, dtype=dtype, parameter_dtype=torch.float32))
+    plain = block_cases.evaluate(p, backend)
     with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
-        outputs = cases.call(p.case, p.inputs, p.parameters, backend)
-    cast = cases.with_gradients(p, outputs)
+        outputs = block_cases.call(p.case, p.inputs, p.parameters, backend)
+    cast = block_cases.with_gradients(p, outputs)
     assert all(o.dtype == dtype for o in outputs)
-    assert cases.different_bits(plain, cast) == []
+    assert different_bits(plain, cast) == []

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.cuda_on_host import library
-from tests.support.cases import CUDA_ON_HOST
+from tests.support.matrix import CUDA_ON_HOST
 from tests.support.processes import run_pytest
 
 pytestmark = [

@@ -28,11 +28,12 @@ from mrcn_fast import (
     snr_block,
 )
 from mrcn_fast.backends import cpu, triton
-from tests.support import cases
-from tests.support.cases import KERNEL_BACKENDS
+from tests.support import matrix
+from tests.support.matrix import KERNEL_BACKENDS
+from tests.support.tensors import same_bits
 
 SHAPE = (2, 4, 3, 3)
-both_backends = cases.backends("reference", *KERNEL_BACKENDS)
+both_backends = matrix.backends("reference", *KERNEL_BACKENDS)
 
 
 def refuses(error: type[Exception], *told: str) -> Any:
@@ -494,7 +495,7 @@ def test_a_choice_that_cant_serve_raises_with_the_reason(
         call(**settings)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_a_kernel_refuses_what_it_doesnt_serve(backend: str, fresh: pytest.MonkeyPatch) -> None:
     meta = torch.ones(SHAPE, device="meta")
     with refuses(RuntimeError, "backend 'cpu' can't serve this call", "CPU tensors", "'meta'"):
@@ -518,14 +519,14 @@ def test_the_automatic_choice_falls_back_and_says_so_once(
         torch.manual_seed(0)
         first = call(backend=backend)
         torch.manual_seed(0)
-        assert cases.same_bits(first, call(backend="reference"))
+        assert same_bits(first, call(backend="reference"))
         call(backend=backend)
     told = [r for r in caplog.records if r.name == "mrcn_fast"]
     assert len(told) == 1 and told[0].levelno == logging.INFO
     assert "reference" in told[0].getMessage() and "no compiler was found" in told[0].getMessage()
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @CALLS
 def test_the_automatic_choice_takes_the_kernels_silently(
     call: Callable[..., Tensor],
@@ -537,7 +538,7 @@ def test_the_automatic_choice_takes_the_kernels_silently(
         torch.manual_seed(0)
         automatic = call()
     torch.manual_seed(0)
-    assert cases.same_bits(automatic, call(backend=backend))
+    assert same_bits(automatic, call(backend=backend))
     assert not caplog.records
     assert dispatch.choose(None, "cpu", torch.float32) == backend
 

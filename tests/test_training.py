@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import CQCLoss, MRCNBlock
-from tests.support import cases
-from tests.support.cases import KERNEL_BACKENDS
+from tests.support import matrix
+from tests.support.matrix import GATES, KERNEL_BACKENDS
+from tests.support.tensors import different_bits
 
 STEPS = 50
 IDENTITIES, IMAGES = 4, 3
@@ -56,11 +57,11 @@ def train(
     return {name: p.detach() for name, p in network.named_parameters()}, losses
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
 )
-@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize("gate", GATES)
 def test_fused_and_reference_end_at_the_same_weights(
     gate: str, memory_format: torch.memory_format, backend: str
 ) -> None:
@@ -78,12 +79,12 @@ def test_fused_and_reference_end_at_the_same_weights(
     torch.testing.assert_close(fused_losses, plain_losses, rtol=1e-4, atol=0)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_a_seed_gives_the_same_weights_to_the_bit(backend: str) -> None:
     first, first_losses = train(backend, torch.contiguous_format)
     second, second_losses = train(backend, torch.contiguous_format)
     assert first_losses == second_losses
-    assert cases.different_bits(first, second) == []
+    assert different_bits(first, second) == []
 
 
 def test_the_block_learns() -> None:

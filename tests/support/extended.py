@@ -149,7 +149,7 @@ def block(
     input_names: Sequence[str],
     parameter_names: Sequence[str],
 ) -> dict[str, Array]:
-    """Outputs and gradients of a block operation, named as `tests.support.cases.evaluate` names them."""
+    """Outputs and gradients of a block operation, named as `block_cases.evaluate` names them."""
     norm_weight, norm_bias, *gate_parameters = parameters
     # Gates in the order A_v1, A_n1, A_v2, A_n2: modality m has m and m + 2.
     owned = ((0, 2), (1, 3)) if len(inputs) == 2 else ((0,),)
@@ -239,7 +239,7 @@ def cqc(
     detach_negative: bool,
     normalize: bool,
 ) -> dict[str, Array]:
-    """Loss and gradients of eq. 8-10, named as `tests.support.cases.evaluate_cqc` names them."""
+    """Loss and gradients of eq. 8-10, named as `cqc_cases.evaluate` names them."""
     visible, infrared = len(labels), len(infrared_labels)
     ends = np.cumsum([visible] * 3 + [infrared] * 3)[:-1]
     sets = np.split(features[0], ends) if len(features) == 1 else list(features)
