@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, dispatch, reference
 from mrcn_fast.gates import FUSED
+from mrcn_fast.operations import OPERATIONS
 from tests.support import block_cases, matrix, tensors
 from tests.support.block_cases import NETWORK_VALUES, Case, Problem
 from tests.support.matrix import (
@@ -29,17 +30,10 @@ from tests.support.matrix import (
     MODES,
     PRECISE_DTYPES,
     RESTITUTE_TO,
+    SETTINGS,
 )
 from tests.support.rule import DRAWS, Verdict, judge, verdicts
 from tests.support.tensors import LAYOUTS, different_bits, misaligned, nonfinite, same_bits
-
-# Every mode with every gate, and where it is known both readings of eq. 5.
-OPERATIONS = [
-    (mode, gate, restitute_to)
-    for mode, gate, restitute_to in itertools.product(MODES, GATES, RESTITUTE_TO)
-    if mode != "snr" or restitute_to == "normalized"
-]
-OPS = {"pair": "block", "concat": "block_concat", "restitute": "restitute", "snr": "snr"}
 
 
 @pytest.fixture
@@ -244,7 +238,7 @@ def test_no_graph_is_kept_where_none_is_wanted(backend: str, mode: str) -> None:
 
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
+@pytest.mark.parametrize(("mode", "gate", "restitute_to"), SETTINGS)
 def test_gradcheck(
     mode: str, gate: str, restitute_to: str, layout: str, backend: str, ops_run: list[str]
 ) -> None:
@@ -265,11 +259,11 @@ def test_gradcheck(
         return block_cases.call(case, tensors[:count], tensors[count:], backend)
 
     assert torch.autograd.gradcheck(run, (*p.inputs, *p.parameters))
-    assert {f"{OPS[mode]}_forward", f"{OPS[mode]}_backward"} <= set(ops_run)
+    assert {f"{OPERATIONS[mode].op}_forward", f"{OPERATIONS[mode].op}_backward"} <= set(ops_run)
 
 
 @matrix.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
+@pytest.mark.parametrize(("mode", "gate", "restitute_to"), SETTINGS)
 def test_gradgradcheck(mode: str, gate: str, restitute_to: str, backend: str, ops_run: list[str]) -> None:
     case = Case(mode, gate, restitute_to, (1, 2, 1, 3), torch.float64, eps=0.1)
     p = block_cases.problem(case)
@@ -280,7 +274,7 @@ def test_gradgradcheck(mode: str, gate: str, restitute_to: str, backend: str, op
         return block_cases.call(case, tensors[:count], tensors[count:], backend)
 
     assert torch.autograd.gradgradcheck(run, (*p.inputs, *p.parameters))
-    assert f"{OPS[mode]}_forward" in ops_run
+    assert f"{OPERATIONS[mode].op}_forward" in ops_run
 
 
 def second_order(backend: str, visible: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -330,7 +324,7 @@ def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
 
 
 @matrix.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("mode", ["pair", "snr"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if OPERATIONS[mode].results > 1])
 def test_any_outputs_may_be_left_out_of_the_loss(mode: str, backend: str) -> None:
     p = block_cases.problem(Case(mode, dtype=torch.float64))
     leaves = (*p.inputs, *p.parameters)
@@ -398,14 +392,14 @@ def op_arguments(p: Problem) -> tuple[list[Any], list[Any], str]:
     case = p.case
     norm_weight, norm_bias, *gate_parameters = (q.detach() for q in p.parameters)
     tensors = [*(x.detach() for x in p.inputs), norm_weight, norm_bias, gate_parameters]
-    flags = [] if case.mode == "snr" else [case.restitute_to == "input"]
-    return tensors, flags, OPS[case.mode]
+    flags = [case.restitute_to == "input"] if OPERATIONS[case.mode].restitutes else []
+    return tensors, flags, OPERATIONS[case.mode].op
 
 
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize(
     ("mode", "gate", "restitute_to", "layout"),
-    [(*operation, "contiguous") for operation in OPERATIONS]
+    [(*operation, "contiguous") for operation in SETTINGS]
     + [
         (mode, "se", "normalized", layout)
         for mode in MODES
@@ -487,7 +481,7 @@ def test_accuracy_in_every_layout(mode: str, layout: str, dtype: torch.dtype, ba
 
 
 @matrix.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("mode", ["pair", "concat"])
+@pytest.mark.parametrize("mode", [mode for mode in MODES if len(OPERATIONS[mode].inputs) == 2])
 @pytest.mark.parametrize(
     "layouts", list(itertools.permutations(("contiguous", "channels_last", "transposed"), 2))
 )
@@ -716,7 +710,7 @@ def test_accuracy_of_what_networks_make_in_every_layout(
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
+@pytest.mark.parametrize(("mode", "gate", "restitute_to"), SETTINGS)
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     mode: str, gate: str, restitute_to: str, dtype: torch.dtype, value: float, backend: str
 ) -> None:
@@ -787,7 +781,7 @@ def test_any_nan_of_a_parameter_stays_one_in_bf16_in_every_layout(
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("values", ["zero planes", "constant planes"])
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
-@pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
+@pytest.mark.parametrize(("mode", "gate", "restitute_to"), SETTINGS)
 def test_constant_planes(
     mode: str, gate: str, restitute_to: str, dtype: torch.dtype, values: str, backend: str
 ) -> None:

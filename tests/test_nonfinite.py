@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mrcn_fast.operations import OPERATIONS
 from tests.support import block_cases, matrix
 from tests.support.block_cases import Case, Problem
 from tests.support.matrix import DTYPES, GATES, KERNEL_BACKENDS, MODES, RESTITUTE_TO
@@ -54,7 +55,7 @@ def draw(
     case = Case(
         mode,
         gate,
-        chance.choice(RESTITUTE_TO) if mode != "snr" else "normalized",
+        chance.choice(RESTITUTE_TO) if OPERATIONS[mode].restitutes else "normalized",
         chance.choice(shapes),
         dtype,
         layouts=(layout, layout),

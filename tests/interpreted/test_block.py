@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,18 +17,13 @@ from mrcn_fast import MRCNBlock, dispatch
 from mrcn_fast.backends import triton as backend
 from mrcn_fast.backends.triton import block
 from mrcn_fast.gates import FUSED
+from mrcn_fast.operations import OPERATIONS
 from tests import test_nonfinite
 from tests.support import block_cases, matrix
 from tests.support.block_cases import Case
-from tests.support.matrix import GATES, MODES, RESTITUTE_TO
+from tests.support.matrix import GATES, MODES, SETTINGS
 from tests.support.tensors import LAYOUTS, arrange, different_bits, nonfinite, same_bits
 
-OPERATIONS = [
-    (mode, gate, restitute_to)
-    for mode, gate, restitute_to in itertools.product(MODES, GATES, RESTITUTE_TO)
-    if mode != "snr" or restitute_to == "normalized"
-]
-OPS = {"pair": "block", "concat": "block_concat", "restitute": "restitute", "snr": "snr"}
 SMALL = (2, 3, 3, 5)
 
 
@@ -69,7 +63,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
+@pytest.mark.parametrize(("mode", "gate", "restitute_to"), SETTINGS)
 def test_accuracy(mode: str, gate: str, restitute_to: str, way: str) -> None:
     dtype, layout = WAYS[way]
     shape = SMALL if dtype == torch.float32 else (1, *SMALL[1:])
@@ -306,9 +300,9 @@ def test_opcheck(mode: str, gate: str) -> None:
     p = block_cases.problem(case(mode, gate, shape=(1, 2, 2, 3), layout="channels_last"))
     norm_weight, norm_bias, *gate_parameters = (q.detach() for q in p.parameters)
     inputs = [x.detach() for x in p.inputs]
-    flags = [] if mode == "snr" else [False]
+    flags = [False] if OPERATIONS[mode].restitutes else []
     parameters = (norm_weight, norm_bias, gate_parameters, FUSED.index(gate))
-    forward, backward = (operation(f"{OPS[mode]}_{way}") for way in ("forward", "backward"))
+    forward, backward = (operation(f"{OPERATIONS[mode].op}_{way}") for way in ("forward", "backward"))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(forward, (*inputs, *parameters, 1e-5, *flags), test_utils=tests)
     *_, statistics = forward(*inputs, *parameters, 1e-5, *flags)
