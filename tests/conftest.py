@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -50,6 +51,20 @@ def choices_anew() -> Iterator[None]:
     for known in (dispatch._choose, dispatch._tell, autograd.block_call):
         known.cache_clear()
     yield
+
+
+@pytest.fixture
+def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the compiled operations as they are called."""
+    names: list[str] = []
+    for module in dispatch.KERNELS.values():
+
+        def operation(name: str, original: Callable[..., Any] = module.operation) -> Callable[..., Any]:
+            names.append(name)
+            return original(name)
+
+        monkeypatch.setattr(module, "operation", operation)
+    return names
 
 
 @pytest.hookimpl(wrapper=True)

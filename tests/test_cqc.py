@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from mrcn_fast import CQCLoss, MRCNFeatures, cqc_loss, dispatch, reference
+from mrcn_fast import CQCLoss, MRCNFeatures, cqc_loss, reference
 from tests.support import cqc_cases, matrix
 from tests.support.cqc_cases import FORMS, LENGTHS, CQCCase, CQCProblem
 from tests.support.matrix import DEVICE, DTYPES, KERNEL_BACKENDS, PRECISE_DTYPES
@@ -28,20 +28,6 @@ COUNTS = {
     "identities in one modality only": ((2, 0, 3, 1), (1, 2, 2, 0)),
     "one identity, one sample": ((1,), (1,)),
 }
-
-
-@pytest.fixture
-def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the compiled operations as they are called."""
-    names: list[str] = []
-    for module in dispatch.KERNELS.values():
-
-        def operation(name: str, original: Callable[..., Any] = module.operation) -> Callable[..., Any]:
-            names.append(name)
-            return original(name)
-
-        monkeypatch.setattr(module, "operation", operation)
-    return names
 
 
 # --- what the loss takes and gives ------------------------------------------------------------------------

@@ -78,16 +78,16 @@ def test_a_sanitizer_sees_what_is_wrong(fault: str, sanitize: str, told: str) ->
 
 
 # A choice, for the processor runs a kernel's threads in turn, and tests/cuda_on_host/launches.py
-# has every operation. All of them: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block.py
+# has every operation. All of them: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block*.py
 RUNS = {
     "block": (
-        "tests/test_block.py",
+        *("tests/test_block.py", "tests/test_block_accuracy.py", "tests/test_block_memory.py"),
         "-k",
         "(shapes_at_the_edges and float32) or (in_every_layout and pair and bfloat16) "
         "or where_the_mean_is_large or every_element or bitwise or (nonfinite and pair and se and not input)",
     ),
     "derivatives": (
-        "tests/test_block.py",
+        "tests/test_block_derivatives.py",
         "-k",
         "(test_gradcheck and se and normalized and contiguous) "
         "or (test_opcheck_of_every_dtype_and_missing_gradients and float32)",

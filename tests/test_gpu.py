@@ -1,7 +1,7 @@
 """What only a GPU can show: graphs, streams, devices, sizes, launches, waiting. `make gpu-check` runs it.
 
-The values are the business of test_block.py and test_cqc.py, which run there with MRCN_FAST_TEST_DEVICE=cuda.
-Problems here are made on the GPU whatever that variable says.
+Values are compared by test_block*.py and test_cqc.py, which run there with MRCN_FAST_TEST_DEVICE=cuda.
+The problems here are on the GPU whatever the value of that variable.
 """
 
 from __future__ import annotations

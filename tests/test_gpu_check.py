@@ -181,6 +181,6 @@ def test_the_sanitized_choice_names_tests(gpu_check: ModuleType) -> None:
         check=False,
     )
     assert listed.returncode == 0, listed.stdout + listed.stderr
-    for name in ("test_block.py", "test_cqc.py"):
+    for name in ("test_block_accuracy.py", "test_cqc.py"):
         assert f"tests/{name}::test_accuracy_in_every_layout[" in listed.stdout
     assert "triton" not in listed.stdout

@@ -13,6 +13,5 @@ OTHERS = [isa for isa in INSTRUCTION_SETS if isa != cpu.build_info().get("isa")]
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHERS)
 def test_accuracy_with_the_other_instruction_sets(isa: str) -> None:
-    run_pytest(
-        "tests/test_block.py", "tests/test_cqc.py", "-k", "in_every_layout", environment=instruction_set(isa)
-    )
+    files = ("tests/test_block_accuracy.py", "tests/test_cqc.py")
+    run_pytest(*files, "-k", "in_every_layout", environment=instruction_set(isa))

@@ -263,7 +263,7 @@ def test_restitution_alone_is_bitwise_the_pairs(gate: str) -> None:
     [("pair", g, v) for g in GATES for v in (math.nan, math.inf)] + [("snr", "se", -math.inf)],
 )
 def test_nonfinite_values_come_out_where_the_reference_has_them(mode: str, gate: str, value: float) -> None:
-    """One such value in a tensor in turn: the rule of tests/test_block.py.
+    """One such value in a tensor in turn: the rule of tests/test_block_accuracy.py.
 
     With two samples: with one, torch's convolution, ECA's reference, lets the padding meet a NaN.
     """

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrcn_fast import mrcn_block, mrcn_restitution, snr_block
@@ -25,7 +25,7 @@ from mrcn_fast.plain import run_reference
 from tests.support import extended
 from tests.support.matrix import DEVICE, GATES, RESTITUTE_TO
 from tests.support.rule import Verdict, array, judge, ratio, verdicts
-from tests.support.tensors import LAYOUTS, arrange
+from tests.support.tensors import LAYOUTS, arrange, random
 
 
 class Case(NamedTuple):
@@ -344,6 +344,14 @@ def cases(
         hidden=draw(st.integers(1, 5)),
         seed=draw(st.integers(0, 2**16)),
     )
+
+
+def randomized(module: nn.Module) -> nn.Module:
+    """``module`` with parameters unlike the initial ones, the same at each call."""
+    with torch.no_grad():
+        for i, p in enumerate(module.parameters()):
+            p.copy_(random(*p.shape, seed=100 + i, dtype=torch.float32) * 0.5 + 0.3)
+    return module
 
 
 def poison_memory(p: Problem, times: int = 4) -> None:
