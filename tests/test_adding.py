@@ -18,8 +18,8 @@ import pytest
 
 from tests.support.processes import ROOT
 
-# Compares each setting of the new entry with the equations in long double, and prints the numbers of settings,
-# modes and gates. It hides the compiled library, which an editable install would find outside the copy.
+# Compares each setting of the new entry with the equations in long double, and prints the number of settings,
+# modes and gates. It hides the compiled library, which an editable install finds outside the copy.
 CHECK = """
 import sys
 import torch

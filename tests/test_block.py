@@ -57,7 +57,7 @@ def test_module_gives_the_papers_six_sets(backend: str, gate: str, restitute_to:
 @matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("gate", GATES)
 def test_restitution_alone_is_bitwise_the_pairs(backend: str, gate: str) -> None:
-    """Training and inference see the same features."""
+    """Training and inference compute the same features."""
     block = mrcn(backend, gate=gate)
     visible, infrared = random(3, 8, 5, 4, seed=1), random(3, 8, 5, 4, seed=2)
     features = block(visible, infrared)

@@ -73,7 +73,7 @@ def test_accuracy_of_shapes_at_the_edges(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_accuracy_where_the_mean_is_large(mode: str, layout: str, dtype: torch.dtype, backend: str) -> None:
-    """Mean 1000, σ 0.1: the rule as everywhere, against float64 of the same float32 inputs.
+    """With a mean of 1000 and σ = 0.1 the rule holds as elsewhere: the truth is float64 of the same inputs.
 
     E[x²] - E[x]² would leave no correct digit of the variance in float32 (1e6 · 6e-8 > 0.1²).
     """
@@ -97,7 +97,7 @@ def test_accuracy_where_the_mean_is_large(mode: str, layout: str, dtype: torch.d
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) -> None:
-    """The normalized part by itself, which beside a mean of 1000 the rule above can't see.
+    """The normalized part is accurate by itself, which the rule can't see beside a mean of 1000.
 
     With s = 1/2 in every gate and restitution to F̃, F₊ = F̃ / 2 + F / 2; with SNR F̃ is an output. What is
     compared is F̃'s deviation from its own mean over a plane, which is γ n whatever the mean of F.
@@ -162,12 +162,12 @@ def test_constant_planes(
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     mode: str, gate: str, restitute_to: str, dtype: torch.dtype, value: float, backend: str
 ) -> None:
-    """One such value in each tensor in turn; in inputs and gradients in a vector's body and in the tail.
+    """Each tensor in turn has one such value; inputs and gradients have it in a vector's body or in its tail.
 
-    The outputs have NaN, inf and -inf at the reference's places, and after a NaN the gradients are finite
+    The outputs have NaN, inf and -inf where the reference has them, and after a NaN the gradients are finite
     where the reference's are. (After an infinity the order of a sum decides between inf and inf - inf.) ECA's
-    reference is taken in float32 on the CPU: torch's convolutions differ by dtype and device in whether the
-    padding meets a NaN or an infinity.
+    reference is computed in float32 on the CPU: torch's convolutions differ by dtype and device in whether
+    they multiply the padding by a NaN or an infinity.
     """
     lines = []
     for layout in (
@@ -214,7 +214,7 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 def test_any_nan_of_a_parameter_stays_one_in_bf16_in_every_layout(
     layout: str, bits: int, backend: str
 ) -> None:
-    """Rounding by adding half of the last place would make a number of a NaN whose bits are all set."""
+    """Rounding by adding half of the last place would turn a NaN whose bits are all set into a number."""
     case = Case(shape=(2, 64, 12, 11), dtype=torch.bfloat16, layouts=(layout, layout), gradient_layout=layout)
     drawn = block_cases.problem(case)
     for index in (0, 1):  # norm_weight, norm_bias

@@ -61,7 +61,7 @@ def test_gradgradcheck(mode: str, gate: str, restitute_to: str, backend: str, op
 
 
 def second_order(backend: str, visible: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """Gradient of a gradient penalty where infrared is a function of visible."""
+    """The gradient of a gradient penalty where infrared is a function of visible."""
     block = randomized(MRCNBlock(3, reduction=4, backend=backend, device=DEVICE, dtype=torch.float64))
     features = block(visible, make(visible))
     first = torch.autograd.grad(sum(f.pow(3).sum() for f in features), visible, create_graph=True)[0]
@@ -94,7 +94,7 @@ def test_first_gradients_are_the_same_with_create_graph(mode: str, backend: str)
 
 @matrix.backends(*KERNEL_BACKENDS)
 def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
-    """In float32 as without: the sums over planes are beyond float16, and its parameters are float32."""
+    """They are computed in float32 as without it: sums over planes overflow float16."""
     case = Case("concat", shape=(16, 4, 72, 32), dtype=torch.float16, parameter_dtype=torch.float32)
     p = block_cases.problem(case)
     leaves, gradients = (*p.inputs, *p.parameters), [g + 2 for g in p.gradients]
@@ -171,7 +171,7 @@ def test_an_input_changed_before_the_backward_is_noticed(mode: str, backend: str
 
 
 def op_arguments(p: Problem) -> tuple[list[Any], list[Any], str]:
-    """Arguments of the forward operation, those of the gate and flags for the backward, the operation."""
+    """The tensors that the forward operation takes, the flags of both operations, and their name."""
     case = p.case
     norm_weight, norm_bias, *gate_parameters = (q.detach() for q in p.parameters)
     tensors = [*(x.detach() for x in p.inputs), norm_weight, norm_bias, gate_parameters]

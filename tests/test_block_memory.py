@@ -42,7 +42,10 @@ def test_results_have_their_inputs_layout(mode: str, layout: str, backend: str) 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_large_results(mode: str, layout: str, dtype: torch.dtype, backend: str) -> None:
-    """Written past the caches, odd planes too; a sample alone is not, and has the same bits."""
+    """Large results are written past the caches, odd planes too, with the bits of a small result.
+
+    The results of one sample are small, and are written through the caches.
+    """
     case = Case(mode, shape=(8, 32, 83, 101), dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
     p = block_cases.problem(case)
 
@@ -88,7 +91,7 @@ def test_memory_that_begins_anywhere(mode: str, dtype: torch.dtype, backend: str
 
 @pytest.fixture
 def empty_is_nan() -> Iterator[None]:
-    """torch fills what it allocates with NaN."""
+    """torch fills the memory that it allocates with NaN."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -114,7 +117,7 @@ def test_every_element_of_every_result_is_written(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_nothing_is_left_over_from_freed_memory(mode: str, layout: str, backend: str) -> None:
-    """Scratch buffers that torch doesn't allocate are poisoned too, by what was freed before."""
+    """Memory that was freed before holds NaN, and so do scratch buffers that torch doesn't allocate."""
     for gate, shape in itertools.product(GATES, [(2, 3, 5, 7), (1, 17, 3, 3)]):
         p = block_cases.problem(
             Case(mode, gate, shape=shape, layouts=(layout, layout), gradient_layout=layout)
@@ -126,7 +129,7 @@ def test_nothing_is_left_over_from_freed_memory(mode: str, layout: str, backend:
 
 
 def kept_for_backward(run: Callable[[], Any], given: set[int]) -> int:
-    """Bytes of the storages that autograd keeps besides those in ``given`` (data pointers)."""
+    """The bytes of the storages that autograd keeps, without those in ``given`` (data pointers)."""
     kept: dict[int, int] = {}
 
     def pack(x: Tensor) -> Tensor:

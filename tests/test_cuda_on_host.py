@@ -1,8 +1,8 @@
 """The CUDA backend without a GPU: its kernels on the processor (tests/cuda_on_host).
 
-The tests of the kernels themselves are those of every backend, in processes of their own that have the
-emulated one in the place of "cuda": as it is, and under the sanitizers, which see races between the kernels'
-threads and what runs over their memory.
+The kernels are tested by every backend's tests, in processes of their own in which the emulator serves as
+the backend "cuda": once plainly, and once under the sanitizers, which find races between the kernels' threads
+and accesses outside their memory.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run_toys(sanitize: str, *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("sanitize", ["", *SANITIZERS])
 def test_the_emulator(sanitize: str) -> None:
-    """Barriers, exchanges, counters, deadlocks that are told, threads that leave too early."""
+    """Barriers, exchanges, counters, deadlocks that are reported, and threads that leave too early."""
     run = run_toys(sanitize)
     assert run.returncode == 0, run.stdout
 
@@ -72,13 +72,13 @@ def test_the_emulator(sanitize: str) -> None:
     ],
 )
 def test_a_sanitizer_sees_what_is_wrong(fault: str, sanitize: str, told: str) -> None:
-    """Else the kernels would pass under it whatever they did."""
+    """If it did not, the kernels would pass under it whatever they did."""
     run = run_toys(sanitize, fault)
     assert run.returncode != 0 and told in run.stdout, run.stdout
 
 
-# A choice, for the processor runs a kernel's threads in turn, and tests/cuda_on_host/launches.py
-# has every operation. All of them: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block*.py
+# A choice of the tests, because the processor runs a kernel's threads in turn; tests/cuda_on_host/launches.py
+# has every operation. This runs all: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block*.py
 RUNS = {
     "block": (
         *("tests/test_block.py", "tests/test_block_accuracy.py", "tests/test_block_memory.py"),

@@ -1,4 +1,4 @@
-"""The instruction sets of this machine that the other tests don't use, each in a process of its own."""
+"""The instruction sets of this machine that the other tests don't use, each in its own process."""
 
 from __future__ import annotations
 

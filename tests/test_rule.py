@@ -26,13 +26,13 @@ def test_the_rule_notices_a_wrong_result(mode: str) -> None:
 
 @matrix.backends("cpu")
 def test_the_rule_knows_what_cancelled(backend: str) -> None:
-    """The truth has 9e-19 for γ's gradient, eager 0 and the kernels 4e-15, where other values are 322."""
+    """γ's gradient is 9e-19 in the truth, 0 in eager PyTorch and 4e-15 in the kernels; others are 322."""
     case = Case("snr", "eca", shape=(5, 1, 8, 2), dtype=torch.float64, gradient_layout="expanded scalar")
     block_cases.check_accuracy(case._replace(values="uneven", hidden=5, seed=11819), backend)
 
 
 def test_the_rule_looks_twice_before_it_fails() -> None:
-    """Once too far is luck, mostly too far or once much too far is not."""
+    """A single draw may exceed the bound; the median may not, and no draw may exceed it by far."""
 
     def run(*ratios: float) -> None:
         drawn = iter(ratios)
