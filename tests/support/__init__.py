@@ -6,4 +6,5 @@
 - `rule`: the rule by which an error is judged
 - `extended`: the equations in long double, the truth for float64
 - `processes`: tests in a process of their own
+- `errors`: expecting an error by its message
 """
