@@ -51,7 +51,7 @@ def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(run: Any, network: nn.Module, size: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """Loss, gradients of the parameters and of the images by name."""
+    """The loss, and the gradients of the parameters and of the images, by name."""
     visible, infrared, labels = batch(size, seed)
     leaves = {"visible": visible.requires_grad_(), "infrared": infrared.requires_grad_()}
     leaves |= dict(network.named_parameters())
@@ -92,7 +92,7 @@ def test_inductor(memory_format: torch.memory_format, backend: str) -> None:
 @matrix.backends("cpu")
 @pytest.mark.parametrize("ci", ["", "true"], ids=["desk", "ci"])
 def test_inductor_takes_no_operation_apart(ci: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the environment has CI or not: there torch refuses what has a decomposition for exporters."""
+    """Nor with CI in the environment, where torch refuses operations that are decomposed for export."""
     network = MRCNBlock(4, reduction=2, backend=backend)
     monkeypatch.setenv("CI", ci)
     monkeypatch.delitem(lowering.lowerings, torch.ops.mrcn_fast.block_forward.default, raising=False)
@@ -139,7 +139,7 @@ def test_a_dynamic_batch_is_compiled_once(backend: str) -> None:
 
 @matrix.backends("reference", *KERNEL_BACKENDS)
 def test_growing_batches_recompile_at_most_once(backend: str) -> None:
-    """Without a mark: the second size makes the batch dynamic, and that is all."""
+    """Nothing is marked dynamic: the second size makes the batch dynamic, and nothing is compiled again."""
     block = MRCNBlock(8, reduction=4, backend=backend, device=DEVICE)
     counter = CompileCounter()
     compiled = torch.compile(block, backend=counter, fullgraph=True)
@@ -152,7 +152,7 @@ def test_growing_batches_recompile_at_most_once(backend: str) -> None:
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_tensor_in_two_places(normalize: bool, backend: str) -> None:
-    """Dynamo traces no autograd Function that gets a tensor twice."""
+    """Dynamo can't trace an autograd Function that gets one tensor twice."""
     block, loss = MRCNBlock(3, backend=backend, device=DEVICE), CQCLoss(normalize=normalize, backend=backend)
     x, labels = torch.randn(4, 3, 5, 4, device=DEVICE), torch.tensor([0, 0, 1, 1], device=DEVICE)
 

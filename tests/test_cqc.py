@@ -78,7 +78,7 @@ def test_module_is_the_function(backend: str) -> None:
 
 @matrix.backends("reference", *KERNEL_BACKENDS)
 def test_defaults_are_the_papers(backend: str) -> None:
-    """Margin 0.2 and the sum over identities: all distances equal leaves four margins an identity."""
+    """The margin is 0.2 and the loss a sum: equal distances make it four margins per identity."""
     features = [torch.zeros(4, 3, device=DEVICE)] * 6
     loss = cqc_loss(features, torch.tensor([0, 0, 5, 5], device=DEVICE), backend=backend)
     torch.testing.assert_close(loss, torch.tensor(8 * 0.2, device=DEVICE))
@@ -106,7 +106,7 @@ def test_labels_may_be_strided_and_large(backend: str) -> None:
 
 @matrix.backends(*KERNEL_BACKENDS)
 def test_many_identities(backend: str) -> None:
-    """More identities and samples than any block or table of a kernel."""
+    """There are more identities and samples than any block or table of a kernel holds."""
     labels = torch.arange(3000).repeat_interleave(2)[torch.randperm(6000)].to(DEVICE)
     infrared_labels = torch.arange(1500, 4500, device=DEVICE).flip(0)
     sets = [random(6000, 2, seed=i) for i in range(3)] + [random(3000, 2, seed=i + 3) for i in range(3)]
@@ -123,7 +123,7 @@ def test_many_identities(backend: str) -> None:
 
 @matrix.backends("reference", *KERNEL_BACKENDS)
 def test_coinciding_centers_give_finite_gradients(backend: str) -> None:
-    """Distances of zero: D² is clamped at 1e-12, its gradient there is zero."""
+    """Where distances are zero, D² is clamped at 1e-12 and has no gradient."""
     features = [torch.ones(4, 3, dtype=torch.float64, device=DEVICE).requires_grad_() for _ in range(6)]
     loss = cqc_loss(features, torch.tensor([0, 0, 1, 1], device=DEVICE), backend=backend)
     torch.testing.assert_close(loss, torch.tensor(1.6, dtype=torch.float64, device=DEVICE))
@@ -153,7 +153,7 @@ def test_samples_of_an_identity_in_one_modality_only_get_no_gradient(
 @matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normalized_features_may_have_any_length(dtype: torch.dtype, backend: str) -> None:
-    """Powers of two leave the loss's bits, and scale the gradient of each row by their inverse."""
+    """Rows scaled by powers of two give the loss's same bits, and gradients scaled by their inverse."""
     p = cqc_cases.problem(CQCCase((2, 3), (1, 2), 33, dtype, margin=1.0, normalize=True))
     scales = [2.0 ** torch.randint(-3, 4, (f.shape[0], 1), device=DEVICE).to(dtype) for f in p.features]
     scaled = p._replace(
@@ -163,7 +163,7 @@ def test_normalized_features_may_have_any_length(dtype: torch.dtype, backend: st
     assert same_bits(one["loss"], other["loss"])
     for i, s in enumerate(scales):
         back = other[f"grad {i}"] * s
-        # Where float16 has fewer bits, below 2^-14, scaling back rounds.
+        # Below 2^-14 float16 has fewer bits, and scaling back rounds.
         torch.testing.assert_close(back, one[f"grad {i}"], rtol=0, atol=0 if dtype != torch.float16 else 1e-6)
 
 
@@ -187,7 +187,7 @@ def test_normalizing_is_torchs(stacked: bool, normalize: bool, backend: str) -> 
 def test_rows_that_are_clamped_or_overflow(
     length: float, stacked: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    """Alone in its center or beside others, such a row has the reference's value and gradient."""
+    """A short or long row, alone in its center or not, has the reference's value and gradient."""
     case = CQCCase((2, 1), (1, 2), 9, dtype, stacked, "none", margin=3.0, normalize=True)
     for row in (0, 4, 10, 17) if stacked else (0, 1, 2):
         cqc_cases.check_short_rows(case, row, length, backend)
@@ -195,7 +195,7 @@ def test_rows_that_are_clamped_or_overflow(
 
 @matrix.backends("reference", *KERNEL_BACKENDS)
 def test_a_row_of_zeros_gets_the_gradient_of_a_constant_divisor(backend: str) -> None:
-    """As with torch's own normalize: g / 1e-12. Unlike there, second derivatives are finite too."""
+    """The gradient is g / 1e-12, as of torch's own normalize, whose second derivatives are not finite."""
     sets = [random(2, 3, seed=i).requires_grad_() for i in range(6)]
     sets[1].detach()[0] = 0
     labels = torch.tensor([0, 1], device=DEVICE)
@@ -241,7 +241,7 @@ def test_gradcheck(
 def test_gradgradcheck(
     stacked: bool, normalize: bool, reduction: str, detach_negative: bool, backend: str, ops_run: list[str]
 ) -> None:
-    # In two dimensions a row of length 1 has one direction to go.
+    # In two dimensions a row of length 1 can move in one direction only.
     dimensions = 3 if normalize else 2
     case = CQCCase((1, 2), (2, 1), dimensions, torch.float64, stacked, reduction, detach_negative)
     p = cqc_cases.problem(case._replace(margin=1.0, seed=3, normalize=normalize))
@@ -257,7 +257,7 @@ def test_gradgradcheck(
 def test_detached_negatives_have_the_references_gradient(
     stacked: bool, normalize: bool, reduction: str, counts: str, backend: str
 ) -> None:
-    """Finite differences can't see a detach, so autograd of the reference is the judge."""
+    """Finite differences can't see a detach, so the gradients are compared with the reference's."""
     case = CQCCase(*COUNTS[counts], 4, torch.float64, stacked, reduction, margin=1.0, normalize=normalize)
     detached = cqc_cases.problem(case._replace(detach_negative=True))
     results, expected = (cqc_cases.evaluate(detached, name) for name in (backend, "reference"))
@@ -337,7 +337,7 @@ def test_accuracy(backend: str, dtype: torch.dtype, detach_negative: bool, data:
 def test_accuracy_in_every_layout(
     stacked: bool, normalize: bool, layout: str, dtype: torch.dtype, backend: str
 ) -> None:
-    # With all rows of all six sets the same there is nothing but ties.
+    # If all rows of all six sets were the same, all distances would tie.
     if stacked and layout == "expanded rows":
         layout = "contiguous"
     case = CQCCase((4,) * 4, (4,) * 4, 257, dtype, stacked, layout=layout, seed=1, normalize=normalize)
@@ -346,7 +346,7 @@ def test_accuracy_in_every_layout(
 
 @matrix.backends(*KERNEL_BACKENDS)
 def test_one_dimension(backend: str) -> None:
-    """Directions are 1 and -1, and their sums whole numbers by the count of samples."""
+    """The directions are 1 and -1, and their sums are whole numbers divided by the count of samples."""
     p = cqc_cases.problem(CQCCase((1, 2), (2, 1), 1, torch.float64))
     results, expected = (cqc_cases.evaluate(p, name) for name in (backend, "reference"))
     for name, result in results.items():
@@ -365,7 +365,7 @@ def test_accuracy_at_the_papers_size(dtype: torch.dtype, backend: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_loss_is_computed_in_float32_or_better(normalize: bool, dtype: torch.dtype, backend: str) -> None:
-    """Also under autocast, forward and what it keeps for the backward."""
+    """The loss and the tensors kept for the backward are precise under autocast too."""
     p = cqc_cases.problem(CQCCase(dimensions=64, dtype=dtype, normalize=normalize))
     plain = cqc_cases.evaluate(p, backend)
     assert plain["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
@@ -375,7 +375,7 @@ def test_the_loss_is_computed_in_float32_or_better(normalize: bool, dtype: torch
     for i, gradient in enumerate(torch.autograd.grad(loss, p.features, p.gradient)):
         assert gradient.dtype == dtype and same_bits(gradient, plain[f"grad {i}"])
     wide = cqc_cases.truth(p)["loss"]
-    # bfloat16 would be wrong by some 4e-3, float16 by 5e-4.
+    # The error would be some 4e-3 in bfloat16 and 5e-4 in float16.
     assert abs(array(plain["loss"]) - wide) <= 1e-5 * abs(wide)
 
 
@@ -396,7 +396,7 @@ def test_memory_that_begins_anywhere(stacked: bool, backend: str) -> None:
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     stacked: bool, normalize: bool, dtype: torch.dtype, value: float, backend: str
 ) -> None:
-    """Losses have the reference's kind of value; after a NaN gradients are finite where its are."""
+    """Losses are finite, infinite or NaN as the reference's; after a NaN so are finite gradients."""
     case = CQCCase((2, 1), (1, 2), 9, dtype, stacked, "none", normalize=normalize)
     lines = []
     for index in range(len(cqc_cases.problem(case).features)):

@@ -35,8 +35,8 @@ def run_tests(*arguments: str, sanitize: str = "") -> None:
     if sanitize:
         name, options = SANITIZERS[sanitize]
         environment |= options | {"LD_PRELOAD": runtime(name)}
-    told = run_pytest(*arguments, environment=environment)
-    assert "WARNING: ThreadSanitizer" not in told and "ERROR: AddressSanitizer" not in told
+    printed = run_pytest(*arguments, environment=environment)
+    assert "WARNING: ThreadSanitizer" not in printed and "ERROR: AddressSanitizer" not in printed
 
 
 def runtime(name: str) -> str:
@@ -64,17 +64,17 @@ def test_the_emulator(sanitize: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("fault", "sanitize", "told"),
+    ("fault", "sanitize", "report"),
     [
         ("barrier", "thread", "ThreadSanitizer: data race"),
         ("order", "thread", "ThreadSanitizer: data race"),
         ("bounds", "address", "AddressSanitizer: heap-buffer-overflow"),
     ],
 )
-def test_a_sanitizer_sees_what_is_wrong(fault: str, sanitize: str, told: str) -> None:
+def test_a_sanitizer_sees_what_is_wrong(fault: str, sanitize: str, report: str) -> None:
     """If it did not, the kernels would pass under it whatever they did."""
     run = run_toys(sanitize, fault)
-    assert run.returncode != 0 and told in run.stdout, run.stdout
+    assert run.returncode != 0 and report in run.stdout, run.stdout
 
 
 # A choice of the tests, because the processor runs a kernel's threads in turn; tests/cuda_on_host/launches.py

@@ -29,7 +29,7 @@ LABELS = torch.tensor([0, 0, 1, 1])
 
 @pytest.fixture
 def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """No choice in the environment."""
+    """The environment chooses no backend."""
     monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
     yield monkeypatch
 
@@ -56,7 +56,7 @@ def test_backends_tells_why() -> None:
 
 @pytest.fixture
 def triton_asked_anew(fresh: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """What was found out about Triton is forgotten, before and after."""
+    """The cached facts about Triton are dropped, before the test and after."""
     triton._find_triton.cache_clear()
     yield fresh
     triton._find_triton.cache_clear()
@@ -88,7 +88,7 @@ def test_triton_without_a_gpu(fresh: pytest.MonkeyPatch) -> None:
 
 
 def test_triton_serves_gpus_by_itself(fresh: pytest.MonkeyPatch) -> None:
-    """As far as can be told without one: ROCm's device type is "cuda" too."""
+    """Triton is chosen for a GPU's tensors, as far as a machine without one shows; ROCm's are "cuda" too."""
     fresh.setattr(triton, "status", lambda: (True, "Triton 3.9.0 on a GPU"))
     fresh.setattr(triton, "_register", lambda: None)
     assert dispatch.choose(None, "cuda", torch.bfloat16) == "triton"
@@ -171,9 +171,9 @@ def test_the_automatic_choice_falls_back_and_says_so_once(
         torch.manual_seed(0)
         assert same_bits(first, call(backend="reference"))
         call(backend=backend)
-    told = [r for r in caplog.records if r.name == "mrcn_fast"]
-    assert len(told) == 1 and told[0].levelno == logging.INFO
-    assert "reference" in told[0].getMessage() and "no compiler was found" in told[0].getMessage()
+    records = [r for r in caplog.records if r.name == "mrcn_fast"]
+    assert len(records) == 1 and records[0].levelno == logging.INFO
+    assert "reference" in records[0].getMessage() and "no compiler was found" in records[0].getMessage()
 
 
 @matrix.backends(*KERNEL_BACKENDS)

@@ -71,7 +71,7 @@ BAD_MAPS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
 @both_backends
 @pytest.mark.parametrize("kind", BAD_MAPS)
 def test_feature_maps(kind: str, backend: str) -> None:
-    bad, error, told = BAD_MAPS[kind]
+    bad, error, parts = BAD_MAPS[kind]
     good = torch.ones(SHAPE)
     norm_weight, norm_bias, *gate = parameters(modalities=1, gates=1)
     calls: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -87,7 +87,7 @@ def test_feature_maps(kind: str, backend: str) -> None:
         "snr_block": ("features", lambda: snr_block(bad, norm_weight, norm_bias, gate, backend=backend)),
     }
     for name, call in calls.values():
-        with refuses(error, f"{name}: ", *told):
+        with refuses(error, f"{name}: ", *parts):
             call()
 
 
@@ -108,7 +108,7 @@ def test_pairs(backend: str) -> None:
 @both_backends
 @pytest.mark.parametrize(("channels", "reduction"), [(4, 16), (512, 1)])
 def test_an_empty_batch_gives_empty_sets(channels: int, reduction: int, backend: str) -> None:
-    """No sample is no mistake: a rank of a distributed run may have none."""
+    """A batch without samples is allowed: a rank of a distributed run may have none."""
     block = MRCNBlock(channels, reduction=reduction, backend=backend)
     empty = torch.ones(0, channels, 3, 3, requires_grad=True)
     assert block(empty, empty.detach(), concat=True).shape == (0, channels, 3, 3)
@@ -323,15 +323,15 @@ BAD_LOSSES: dict[str, tuple[Any, Any, Any, type[Exception], tuple[str, ...]]] = 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("kind", BAD_LOSSES)
 def test_losses(kind: str, reduction: str, backend: str) -> None:
-    features, labels, infrared_labels, error, told = BAD_LOSSES[kind]
-    with refuses(error, *told):
+    features, labels, infrared_labels, error, parts = BAD_LOSSES[kind]
+    with refuses(error, *parts):
         cqc_loss(features, labels, infrared_labels, reduction=reduction, backend=backend)
-    with refuses(error, *told):
+    with refuses(error, *parts):
         CQCLoss(reduction=reduction, backend=backend)(features, labels, infrared_labels)
 
 
 def test_the_plain_loss_stays_where_its_features_are() -> None:
-    """Whatever device new tensors are made on."""
+    """The loss is on the features' device, whatever device new tensors are made on by default."""
     features = six()
     with torch.device("meta"):
         loss = cqc_loss(features, LABELS, reduction="mean", backend="reference")

@@ -1,4 +1,4 @@
-"""The gates: their parameters, initialization, what the kernels make of them, and which they can't fuse."""
+"""The gates: their parameters, their initialization, their kernels, and the gate that kernels can't fuse."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_eca_chooses_its_kernel_by_the_channels(channels: int, size: int) -> Non
 
 
 def test_initialization_is_linears() -> None:
-    """Uniform in ±1/√fan_in: bounds held and nearly reached, mean and variance those of the distribution."""
+    """Values are uniform in ±1/√fan_in: they nearly reach the bounds, with the mean and variance expected."""
     torch.manual_seed(0)
     gate = SEGate(256, 4, reduction=4)
     for p, fan_in in (
@@ -109,7 +109,7 @@ def test_each_whole_cbam_drives_its_own_set() -> None:
 
 
 def check_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
-    """A_v1, A_n1, A_v2, A_n2: a change in gate i moves v+, n+, n-, v- in this order and nothing else."""
+    """A change in one of the gates A_v1, A_n1, A_v2, A_n2 moves one set: v+, n+, n-, v- in this order."""
     block = MRCNBlock(6, reduction=2, gate=kind, backend=backend, device=DEVICE, dtype=torch.float64)
     visible, infrared = random(2, 6, 3, 4, seed=1), random(2, 6, 3, 4, seed=2)
     before = block(visible, infrared)
@@ -131,9 +131,9 @@ def check_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("kind", matrix.GATES)
 def test_a_saturated_gate_is_exact(kind: str, backend: str) -> None:
-    """s = 1 gives the input back (F̃ + M = F), s = 0 leaves F̃; logits of ±1000 overflow no exponential."""
+    """s = 1 gives the input (F̃ + M = F) and s = 0 gives F̃; logits of ±1000 overflow no exponential."""
     block = SNRBlock(5, reduction=1, gate=kind, backend=backend, device=DEVICE, dtype=torch.float64)
-    # Positive means and logits with their sign: ECA has no bias, so its weight decides.
+    # ECA has no bias, so the sign of its weight decides where all means are positive.
     features = random(2, 5, 3, 4).abs() + 1
     for logit in (1000.0, -1000.0):
         with torch.no_grad():
@@ -152,7 +152,7 @@ def test_a_saturated_gate_is_exact(kind: str, backend: str) -> None:
 
 @matrix.backends(*KERNEL_BACKENDS)
 def test_wide_kernels_and_hidden_layers(backend: str) -> None:
-    """ECA's kernel wider than the channels; more hidden units than channels."""
+    """ECA's kernel is longer than the number of channels, or there are more hidden units than channels."""
     for case in (
         Case(gate="eca", shape=(2, 3, 3, 4), hidden=5),
         Case(gate="se", shape=(2, 3, 3, 4), hidden=19),
@@ -167,7 +167,7 @@ def test_wide_kernels_and_hidden_layers(backend: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_cbams_gradient_at_tied_maxima(mode: str, layout: str, backend: str) -> None:
-    """Few values, so that most planes reach their maximum and minimum in several places."""
+    """There are few values, so that most planes reach their maximum and minimum in several places."""
     for seed in range(4):
         p = block_cases.problem(
             Case(
@@ -192,9 +192,9 @@ def test_cbams_gradient_at_tied_maxima(mode: str, layout: str, backend: str) -> 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("constant", [True, False])
 def test_cbams_gradient_below_the_rounding_of_the_residual(constant: bool, layout: str, backend: str) -> None:
-    """Planes of 1e-28 beside β: eager PyTorch finds the maximum of M in all pixels, the kernels where it is.
+    """With planes of 1e-28 beside β, eager PyTorch finds the maximum of M in all pixels, the kernels in one.
 
-    What a plane's pixels get together is the same, and so is all else.
+    The sum of the gradient over a plane is the same, and so are all other results.
     """
     p = block_cases.problem(Case("restitute", "cbam-channel", shape=(2, 5, 4, 3), layouts=(layout, layout)))
     (x,) = p.inputs
@@ -210,8 +210,8 @@ def test_cbams_gradient_below_the_rounding_of_the_residual(constant: bool, layou
     torch.testing.assert_close(
         got.sum(dim=(2, 3)), want.sum(dim=(2, 3)), rtol=1e-4, atol=1e-4 * float(want.abs().max())
     )
-    # M slopes against the input here (γ/σ is some 300): its maximum is where the input has its minimum or
-    # maximum, and no other pixel differs from eager's gradient by more than its even share.
+    # M decreases with the input here (γ/σ is some 300): its maximum is where the input has its minimum or its
+    # maximum, and no other pixel differs from eager PyTorch's gradient by more than its even share.
     share = (got - want).flatten(2)
     lowest, highest = x.flatten(2).argmin(dim=2), x.flatten(2).argmax(dim=2)
     at = share.abs().argmax(dim=2)
@@ -221,7 +221,7 @@ def test_cbams_gradient_below_the_rounding_of_the_residual(constant: bool, layou
 @matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("kind", matrix.GATES)
 def test_snrs_restitution_alone_is_bitwise_the_first_of_three(kind: str, backend: str) -> None:
-    """Training and inference see the same features; the gradients are those of the first output."""
+    """Training and inference compute the same features; the gradients are those of the first output."""
     block = SNRBlock(8, reduction=4, gate=kind, backend=backend, device=DEVICE)
     features = random(3, 8, 5, 4, dtype=torch.float32)
     assert same_bits(block.restitute(features), block(features).restituted)
@@ -304,10 +304,10 @@ def test_whole_cbam_takes_the_reference_and_says_why_once(
         for backend in (None, "auto"):
             got = whole_cbam(backend).restitute(features, "visible")
             assert same_bits(got, whole_cbam("reference").restitute(features, "visible"))
-    (told,) = (r for r in caplog.records if r.name == "mrcn_fast")
-    assert told.levelno == logging.INFO
-    assert told.getMessage().startswith("using the reference backend (CBAM's spatial part")
-    # The loss and the other gates have their kernels still.
+    (record,) = (r for r in caplog.records if r.name == "mrcn_fast")
+    assert record.levelno == logging.INFO
+    assert record.getMessage().startswith("using the reference backend (CBAM's spatial part")
+    # Kernels still serve the loss and the other gates.
     assert dispatch.unserved("reference", DEVICE, torch.float32, "cbam") is None
     assert dispatch.choose("reference", DEVICE, torch.float32, "cbam") == "reference"
 
@@ -337,7 +337,7 @@ def test_whole_cbam_is_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "told"),
+    ("shapes", "message"),
     [
         ([(1, 2, 4), (1, 2), (1, 4, 2), (1, 4)], "got (Tensor, Tensor, Tensor, Tensor), expected 5 tensors"),
         (
@@ -346,19 +346,19 @@ def test_whole_cbam_is_one_graph() -> None:
         ),
     ],
 )
-def test_whole_cbams_parameters_are_checked(shapes: list[tuple[int, ...]], told: str) -> None:
+def test_whole_cbams_parameters_are_checked(shapes: list[tuple[int, ...]], message: str) -> None:
     features = random(2, 4, 3, 3)
     with pytest.raises(ValueError) as error:
         mrcn_restitution(
             features, random(1, 4), random(1, 4), [random(*shape) for shape in shapes], gate="cbam"
         )
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_far_out_and_not_finite(backend: str, dtype: torch.dtype) -> None:
-    """Gates from one end to the other, beyond where e^x overflows; infinite and NaN as eager has them."""
+    """Logits of any size, beyond the overflow of e^x too; infinities and NaN are as in eager PyTorch."""
     torch.manual_seed(0)
     block, plain = (
         MRCNBlock(19, device=DEVICE, dtype=dtype, backend=name) for name in (backend, "reference")
@@ -384,7 +384,7 @@ def test_what_is_left_out_of_weight_decay(kind: str) -> None:
     names = dict(block.named_parameters())
     left_out = block.no_weight_decay()
     assert left_out <= set(names)
-    # As in modules of their own: γ, β and biases are vectors; of all else only ECA's kernel is one.
+    # In separate modules γ, β and biases would be vectors; of the other parameters only ECA's kernel is one.
     vectors = {name for name, p in names.items() if p[0].dim() <= 1}
     assert vectors - left_out == ({"gate.weight"} if kind == "eca" else set())
 
@@ -465,7 +465,7 @@ def test_hooks_on_a_gate_fire() -> None:
 
 @matrix.backends("reference", *KERNEL_BACKENDS)
 def test_a_gate_without_a_gradient_has_none(backend: str) -> None:
-    """Zeros would let weight decay and momentum move it."""
+    """With zeros as its gradient, weight decay and momentum would move it."""
     snr = SNRBlock(6, backend=backend, device=DEVICE)
     snr(random(2, 6, 4, 3, dtype=torch.float32)).normalized.sum().backward()
     assert all(p.grad is None for p in snr.gate.parameters())

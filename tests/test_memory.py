@@ -1,4 +1,4 @@
-"""Memory of CPU calls: that of freed outputs is used again, none is left behind, storages are torch's own."""
+"""Memory of CPU calls: freed outputs' memory is used again, nothing leaks, and storages are torch's own."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from tests.support.matrix import MODES
 from tests.support.processes import ROOT
 
 PAGE = 4096
-# 2 MiB a map, the least that is kept; in the second one a map is half as large again.
+# Maps of 2 MiB, the least that is kept for later outputs, and maps of 3 MiB.
 SHAPE, LARGER = (4, 64, 64, 32), (6, 64, 64, 32)
 
-# MB that a release returns to the system, of maps of 8, then of 12 MB, four at once.
+# Prints how many MB a release returns to the system, after calls with four maps of 8 MB, then of 12 MB.
 KEPT = """
 import ctypes, torch, mrcn_fast
 from mrcn_fast import MRCNBlock
@@ -55,7 +55,7 @@ def pair(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
 
 
 def places(maps: tuple[Tensor, ...]) -> list[int]:
-    """Where the made maps lie; the first and last are the inputs."""
+    """The addresses of the maps that the block makes, which are all but the first and the last."""
     return sorted(x.data_ptr() for x in maps[1:5])
 
 
@@ -108,7 +108,7 @@ def test_no_more_is_kept_than_was_in_use_at_once(backend: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", KEPT], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
-    # Four maps of 12 MB, without the four of 8 before them; pages beside them may come and go.
+    # Four maps of 12 MB, without the earlier four of 8 MB; the allocator may use or free some pages besides.
     assert 46 < float(run.stdout) < 54
 
 
@@ -118,7 +118,7 @@ counts_bytes = pytest.mark.skipif(bytes_in_use() is None, reason="no mallinfo2: 
 
 
 def left_behind(call: Callable[[], object], calls: int) -> float:
-    """Bytes that stay in use after a call; the least of six measurements: torch's tables grow too."""
+    """The bytes still in use after a call: the least of six measurements, since torch's tables grow too."""
     least = math.inf
     for _ in range(6):
         found = growth(call, calls, before=100)
@@ -154,7 +154,7 @@ def test_a_loss_call_leaves_no_byte(stacked: bool, backend: str) -> None:
     assert left_behind(lambda: cqc_cases.evaluate(p, backend), 300) < 1
 
 
-# Resident MB after so many calls, of maps whose shapes change and of maps with one shape.
+# Prints the resident MB after calls whose shapes change, and after calls with one shape.
 RESIDENT = """
 import sys, torch, mrcn_fast
 from mrcn_fast import MRCNBlock
@@ -218,7 +218,7 @@ def test_the_library_makes_storages_here(backend: str) -> None:
 @matrix.backends("cpu")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_large_outputs_can_be_resized(backend: str, layout: torch.memory_format, block: MRCNBlock) -> None:
-    """FSDP1 and some checkpointing wrappers free a storage so, and fill it again later."""
+    """FSDP1 and some checkpointing wrappers free a storage in this way, and fill it again later."""
     release_memory()
     made = block(*(x.contiguous(memory_format=layout) for x in pair(SHAPE, 0))).visible_restituted
     before, storage = made.clone(), made.untyped_storage()
@@ -274,7 +274,7 @@ print(cpu.build_info()["memory"])
 @matrix.backends("cpu")
 @pytest.mark.parametrize("rows", [2**42, 2**42 + 1, 2**43 - 1])
 def test_a_view_of_any_size_is_refused(rows: int, backend: str) -> None:
-    """Its bytes pass what 64 bits count, or no machine has them."""
+    """The view has more bytes than 64 bits count, or than any machine has."""
     block = MRCNBlock(1, backend=backend).requires_grad_(False)
     view = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**20, rows)
     with pytest.raises(RuntimeError, match=r"more bytes than 64 bits count; use smaller maps"):

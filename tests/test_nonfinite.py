@@ -21,14 +21,14 @@ from tests.support.block_cases import Case, Problem
 from tests.support.matrix import DTYPES, GATES, KERNEL_BACKENDS, MODES, RESTITUTE_TO
 from tests.support.tensors import nonfinite
 
-# Planes of two elements and kernels of ECA wider than the channels are among them; the last one has whole
-# vectors of channels and of pixels.
+# Among the shapes are planes of two elements and fewer channels than ECA's kernel is long; the last shape has
+# whole vectors of channels and of pixels.
 SHAPES = [(2, 5, 4, 3), (1, 3, 1, 2), (3, 17, 3, 3), (2, 2, 5, 7), (1, 40, 9, 5)]
 DRAWS = 12
 
 
 def subset_gradients(p: Problem, outputs: Sequence[Tensor], given: Sequence[int]) -> list[Tensor | None]:
-    """Gradients of the inputs and parameters, for a loss of some outputs alone; None where they have none."""
+    """The gradients of the inputs and parameters for a loss of some outputs; None where there is none."""
     made, upstream = [outputs[k] for k in given], [p.gradients[k] for k in given]
     return list(torch.autograd.grad(made, (*p.inputs, *p.parameters), upstream, allow_unused=True))
 
@@ -80,17 +80,17 @@ def draw(
 
 
 def differences(p: Problem, given: list[int], put: list[str], backend: str) -> list[str]:
-    """What is not finite where the reference is, or is where it is not."""
+    """The results that are not finite where the reference is, or finite where the reference is not."""
     outputs = block_cases.call(p.case, p.inputs, p.parameters, backend)
-    # Half dtypes in float32, where the reference overflows no earlier than the kernels.
+    # The reference of half dtypes is computed in float32, which overflows no earlier than the kernels.
     precise = torch.float64 if p.case.dtype == torch.float64 else torch.float32
     known = reference_problem(p, precise)
     expected = block_cases.call(known.case, known.inputs, known.parameters, "reference")
-    told = f"{p.case}, gradients of {given}, {', '.join(put)}"
+    drawn = f"{p.case}, gradients of {given}, {', '.join(put)}"
     lines = []
     for name, got, want in zip(block_cases.output_names(p.case.mode), outputs, expected, strict=True):
         if not torch.equal(nonfinite(got.cpu()), nonfinite(want.to(p.case.dtype))):
-            lines.append(f"{told}: {name}")
+            lines.append(f"{drawn}: {name}")
     infinite = any("inf" in line for line in put)
     if infinite and not all(x.isfinite().all() for x in expected):
         return lines
@@ -99,16 +99,16 @@ def differences(p: Problem, given: list[int], put: list[str], backend: str) -> l
     wanted = subset_gradients(known, expected, given)
     for name, got_g, want_g in zip(names, found, wanted, strict=True):
         if got_g is None or want_g is None:
-            # The reference takes slices of the stacked parameters: what it leaves unused is zero, not None.
+            # The reference slices the stacked parameters: the gradient of an unused slice is zero, not None.
             zero = got_g is None and (want_g is None or bool((want_g == 0).all()))
             if not zero:
-                lines.append(f"{told}: grad {name} is {got_g} and not {want_g}")
+                lines.append(f"{drawn}: grad {name} is {got_g} and not {want_g}")
         elif infinite:
             if not torch.equal(got_g.cpu().isfinite(), want_g.isfinite()):
-                lines.append(f"{told}: grad {name} is finite elsewhere")
+                lines.append(f"{drawn}: grad {name} is finite elsewhere")
         elif not torch.equal(got_g.cpu().isnan(), want_g.isnan()):
             lines.append(
-                f"{told}: grad {name}, {int(got_g.isnan().sum())} for {int(want_g.isnan().sum())} NaN"
+                f"{drawn}: grad {name}, {int(got_g.isnan().sum())} for {int(want_g.isnan().sum())} NaN"
             )
     return lines
 
@@ -140,9 +140,9 @@ def test_a_set_without_a_gradient_brings_no_nan(layout: str, gradients: list[int
 
 
 def assert_large_values_stay_finite(gate: str, layout: str, value: float, backend: str) -> None:
-    """Their squares are beyond float32: variances are infinite, and what is normalized by them is zero.
+    """The squares overflow float32: variances are infinite, and the normalized features are zero.
 
-    Where the reference's own sums overflow, as some do beside the largest number, it says nothing.
+    Where the reference's own sums overflow, as some do beside the largest number, nothing is compared.
     """
     p = block_cases.problem(Case("pair", gate, shape=(2, 8, 12, 6), layouts=(layout, layout)))
     for x in p.inputs:
@@ -155,7 +155,7 @@ def assert_large_values_stay_finite(gate: str, layout: str, value: float, backen
     for name, got in zip(block_cases.output_names("pair"), outputs, strict=True):
         known = expected[name].isfinite()
         assert known.any() and (value > 1e38 or known.all())
-        # How large they are the gates decide, by the sign of means that are rounding errors of such values.
+        # Their size depends on the gates, and so on the sign of means that are rounding errors.
         assert got[known].isfinite().all(), f"{name}: {int((~got[known].isfinite()).sum())} are not finite"
 
 

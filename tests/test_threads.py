@@ -23,7 +23,7 @@ def keep_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# The last two are large enough that one sample, or one plane, is worth sharing.
+# The last two are so large that several threads share one sample, or one plane.
 SHAPES = [(1, 7, 5, 3), (5, 13, 9, 7), (1, 64, 40, 24), (2, 3, 151, 149)]
 
 
@@ -32,7 +32,7 @@ SHAPES = [(1, 7, 5, 3), (5, 13, 9, 7), (1, 64, 40, 24), (2, 3, 151, 149)]
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_block(mode: str, shape: tuple[int, int, int, int], layout: str, backend: str) -> None:
-    # Each dtype with one gate: the gates see a plane's sums, which have one dtype for three of the four.
+    # Each dtype has one gate, because a gate reads a plane's sums, which three of the dtypes hold in float32.
     for gate, dtype in zip((*GATES, "cbam-channel"), DTYPES, strict=True):
         p = block_cases.problem(
             Case(mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
@@ -72,7 +72,7 @@ def test_cqc(
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_sample_doesnt_depend_on_its_batch(mode: str, backend: str) -> None:
-    """Each sample alone gives the same bits as in the batch: the order of its sums is its own."""
+    """A sample alone gives the same bits as in a batch: the order of its sums does not depend on others."""
     case = Case(mode, shape=(4, 7, 9, 5))
     p = block_cases.problem(case)
     together = block_cases.call(case, p.inputs, p.parameters, backend)
@@ -82,8 +82,8 @@ def test_a_sample_doesnt_depend_on_its_batch(mode: str, backend: str) -> None:
             assert same_bits(whole[i::4] if mode == "concat" else whole[i : i + 1], one)
 
 
-# The weights of both layers are 0.3 and 8 MB: samples share their reading, and in the second case 19 of them
-# don't fit one group.
+# The weights of both layers take 0.3 and 8 MB, which several samples read together; in the second case 19
+# samples don't fit in one group.
 @matrix.backends("cpu")
 @pytest.mark.parametrize("hidden", [21, 512])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])

@@ -65,13 +65,13 @@ def train(
 def test_fused_and_reference_end_at_the_same_weights(
     gate: str, memory_format: torch.memory_format, backend: str
 ) -> None:
-    """50 steps of SGD in float32, within 1e-4 of each tensor's largest weight.
+    """After 50 steps of SGD in float32 the weights agree within 1e-4 of each tensor's largest weight.
 
-    One step rounds by some 1e-7; momentum and 50 steps that feed on each other make 1e-6 to 1e-5 of it.
+    One step rounds by some 1e-7, which momentum and the later steps increase to 1e-6 or 1e-5.
     """
     fused, fused_losses = train(backend, memory_format, gate=gate)
     plain, plain_losses = train("reference", memory_format, gate=gate)
-    # The comparison means something only where training went somewhere.
+    # The comparison means something only if training changed the weights.
     assert sum(plain_losses[-5:]) < 0.9 * sum(plain_losses[:5])
     for name, weight in plain.items():
         error = (fused[name] - weight).abs().max() / weight.abs().max()
@@ -88,7 +88,7 @@ def test_a_seed_gives_the_same_weights_to_the_bit(backend: str) -> None:
 
 
 def test_the_block_learns() -> None:
-    """Every parameter of the block moves away from where it started."""
+    """Training changes every parameter of the block."""
     torch.manual_seed(0)
     start = {name: p.detach().clone() for name, p in Network("reference").named_parameters()}
     end, _ = train("reference", torch.contiguous_format)

@@ -1,6 +1,6 @@
 """`torch.func`, forward-mode derivatives, batched gradients, and tracers other than torch.compile.
 
-What the transforms give is held against the same without them, or against plain loops.
+The results of the transforms are compared with those without them, or with plain loops.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def same(got: Any, want: Any) -> None:
 
 
 def mapped(case: Case, *seeds: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Problem]]:
-    """Inputs and parameters of several problems, each stacked, and the problems."""
+    """The stacked inputs and parameters of several problems, and the problems."""
     problems = [block_cases.problem(case._replace(seed=seed)) for seed in seeds]
     inputs = tuple(torch.stack(x).detach() for x in zip(*(p.inputs for p in problems), strict=True))
     parameters = tuple(torch.stack(x).detach() for x in zip(*(p.parameters for p in problems), strict=True))

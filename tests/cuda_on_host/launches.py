@@ -1,7 +1,7 @@
 """What only the emulator can show of the CUDA kernels: tests/test_cuda_on_host.py runs it.
 
-Blocks start in any order, and only some are there at once: the results must be the same bits, and no wait may
-last for ever.
+Blocks start in any order, and only some are resident at once: the results must have the same bits, and no
+wait may last for ever.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tests.support.tensors import different_bits
 
 BACKEND = "cuda"
 L2 = 1 << 20
-# Blocks that the device says it holds, and how many of them run at once.
+# The number of blocks that the device claims to hold, and the number that run at once.
 CROWDS = ((1, 1), (2, 1), (5, 2), (7, 7))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -52,8 +52,8 @@ def loss(drawn: CQCCase) -> Callable[[], dict[str, Tensor]]:
     return lambda: cqc_cases.evaluate(p, BACKEND)
 
 
-# Small: a launch takes its threads in turn, in this one. Several samples, blocks of channels and chunks,
-# and lines that are full, half full and unaligned.
+# The problems are small, because the emulator runs the threads of a launch in turn. They have several
+# samples, blocks of channels and chunks, and cache lines that are full, half full and unaligned.
 PROBLEMS = {
     f"{mode} {gate} {layout}": block(
         case(mode, gate, shape=(3, 9, height, width), layout=layout, dtype=dtype, hidden=3)
@@ -127,8 +127,8 @@ def test_an_error_names_kernel_shape_and_device(emulator: Any) -> None:
     visible, infrared = p.inputs
     norm_weight, norm_bias, *gate = p.parameters
     emulator.cuda_on_host_fail(719)
-    told = r"the block's forward on device .* for 2 samples of 5 channels of 12 pixels, float32: error 719"
-    with pytest.raises(RuntimeError, match=told):
+    message = r"the block's forward on device .* for 2 samples of 5 channels of 12 pixels, float32: error 719"
+    with pytest.raises(RuntimeError, match=message):
         mrcn_block(visible, infrared, norm_weight, norm_bias, gate, backend=BACKEND)
     outputs = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
     emulator.cuda_on_host_fail(700)

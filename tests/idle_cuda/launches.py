@@ -1,4 +1,4 @@
-"""Launches as Triton itself makes them, on a driver that runs none.
+"""Launches through Triton's own host code, on a driver that runs no kernel.
 
 tests/test_triton_launching.py runs this.
 """
@@ -18,7 +18,7 @@ from tests.support import block_cases, cqc_cases
 from tests.support.block_cases import Case
 from tests.support.cqc_cases import CQCCase
 
-# Every operation, gate and layout that the kernels read, and the launches of a call and its backward.
+# Cases with every operation, gate and layout of the kernels, and the launches of a call with its backward.
 CALLS: dict[str, tuple[Case | CQCCase, int]] = {
     "pair se": (Case("pair", "se"), 6),
     "concat eca bf16": (Case("concat", "eca", dtype=torch.bfloat16, layouts=("channels_last",) * 2), 6),
@@ -38,7 +38,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> idle_cuda.Launches:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that Triton was asked for, and not what it had compiled of them."""
+    """The kernels that were launched through Triton's own `run`, and not through a remembered launch."""
     names: list[str] = []
     run = JITFunction.run
 
@@ -47,7 +47,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(JITFunction, "run", recorded)
-    # On a GPU nobody waits for the number of identities, which nobody has written here.
+    # The number of identities, for which the check would wait, is written by no kernel here.
     monkeypatch.setattr(sys.modules["mrcn_fast.cqc"], "_check_count", lambda *_: None)
     return names
 

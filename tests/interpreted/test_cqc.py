@@ -28,13 +28,13 @@ COUNTS = {
     "identities in one modality only": ((2, 0, 3, 1), (1, 2, 2, 0)),
     "one identity, one sample": ((1,), (1,)),
 }
-# Two of `FORMS`, where each test takes long.
+# Two of `FORMS`, because each test takes long.
 SOME_FORMS = pytest.mark.parametrize(("stacked", "normalize"), [(True, False), (False, True)])
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of labels, of members and of columns at a handful of samples."""
+    """Blocks so small that a handful of samples has several of labels, of members and of columns."""
     original = cqc.constants
 
     def constants(*arguments: Any) -> dict[str, Any]:
@@ -119,7 +119,7 @@ def test_labels_may_be_strided_and_large() -> None:
 
 
 def test_coinciding_centers_have_no_direction() -> None:
-    """Their distance is exactly zero however large they are, and clamped."""
+    """Their distance is exactly zero, however large they are, and so it is clamped."""
     features = [torch.full((6, 5), 1e3 / 3).requires_grad_() for _ in range(6)]
     loss = cqc_loss(features, torch.tensor([0, 0, 0, 1, 1, 1]), backend=BACKEND)
     assert isinstance(loss, Tensor)
@@ -128,7 +128,7 @@ def test_coinciding_centers_have_no_direction() -> None:
 
 
 def test_a_distance_below_the_clamp_has_no_gradient() -> None:
-    """1e-8 in one set: D² is under the 1e-12 at which it is clamped, and the loss that of D = 1e-6."""
+    """With 1e-8 in one set, D² is below 1e-12, where it is clamped, and the loss is that of D = 1e-6."""
     features = [torch.ones(4, 3, dtype=torch.float64).requires_grad_() for _ in range(6)]
     features[1].detach()[:, 0] += 1e-8
     labels = torch.tensor([0, 0, 1, 1])
