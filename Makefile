@@ -27,7 +27,7 @@ nvcc = $(if $(filter 0,$(MRCN_FAST_CUDA)),,$(shell "$(bin)/python" -c "import se
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install environment torch requirements native demo test bench regression gpu-check lint ruff mypy \
+.PHONY: help install environment torch requirements native wheel demo test bench regression gpu-check lint ruff mypy \
   clang-format warnings format clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
@@ -84,6 +84,15 @@ requirements:
 # Not by pip, which would hide the compilers' output. Ninja rebuilds only what changed.
 native:
 	@"$(bin)/python" setup.py -q build_ext --inplace
+
+# auditwheel, where it is installed, checks that the wheel runs on other distributions, and marks it so.
+wheel: environment torch requirements  ## build a wheel into dist/, for machines without a compiler
+	@rm -rf build/wheel && mkdir -p dist
+	$(pip) wheel -q --no-deps --no-build-isolation -w build/wheel .
+	@if command -v "$(bin)/auditwheel" >/dev/null; then \
+	  "$(bin)/auditwheel" repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl; \
+	else mv build/wheel/*.whl dist/; fi
+	@ls dist
 
 demo: install  ## train and score the baseline and MRCN on synthetic images (6 minutes after the install)
 	@"$(bin)/mrcn-fast" demo $(ARGS)

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-TESTS = tuple(f"tests/test_{name}.py" for name in ("gpu", "cqc", "block", "gates", "compile"))
+BLOCK_TESTS = tuple(f"tests/test_block{part}.py" for part in ("", "_accuracy", "_derivatives", "_memory"))
+TESTS = (*BLOCK_TESTS, *(f"tests/test_{name}.py" for name in ("gpu", "cqc", "gates", "compile", "rule")))
 # That a training step waits for nothing; where the packages of [reid] are.
 TRAINING_TESTS = ("tests/reid/training/test_transfers.py",)
 TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
@@ -32,7 +33,7 @@ BUILD_PACKAGES = ("pybind11", "setuptools", "ninja")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
 # Each kernel at edges and in every layout; under a sanitizer a test takes up to a hundred times as long.
 SANITIZED = (
-    *("tests/test_block.py", "tests/test_cqc.py"),
+    *("tests/test_block_accuracy.py", "tests/test_cqc.py"),
     *("-k", "cuda and float32 and (shapes_at_the_edges or in_every_layout)"),
 )
 

@@ -21,7 +21,7 @@ from mrcn_fast.benchmark import check
 from mrcn_fast.benchmark.results import newest
 from mrcn_fast.benchmark.suites.kernels import cases
 from mrcn_fast.benchmark.timing import keep_pages_warm
-from tests.processes import INSTRUCTION_SETS, instruction_set, run_pytest
+from tests.support.processes import INSTRUCTION_SETS, instruction_set, run_pytest
 
 RESULTS = Path(__file__).parent / "results" / "cpu-amd-epyc-zen4-2-threads.jsonl"
 # Case -> the plain form that it is held against.

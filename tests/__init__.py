@@ -1,1 +1,1 @@
-"""Tests of the core; `tests.cases` draws the problems and holds the tolerance rule."""
+"""Tests of the package: a module per subject; `tests.support` holds what several of them share."""

@@ -156,15 +156,15 @@ def test_no_compiler_leaves_the_reference_and_a_reason(checkout: Path, tmp_path:
     assert record(checkout)["built"] is False
     usable, reason = cpu_status(checkout)
     assert not usable
-    for told in (reason, done.stderr):
-        assert "no C++20 compiler was found" in told
-        assert "apt install g++" in told and "dnf install gcc-c++" in told and "xcode-select" in told
+    for message in (reason, done.stderr):
+        assert "no C++20 compiler was found" in message
+        assert "apt install g++" in message and "dnf install gcc-c++" in message and "xcode-select" in message
 
 
 def test_a_failed_build_leaves_a_reason_its_log_and_no_older_library(small_checkout: Path) -> None:
     build(small_checkout)
-    told = record(small_checkout)
-    assert (told["built"], told["reason"], told["log"]) == (True, "", "")
+    found = record(small_checkout)
+    assert (found["built"], found["reason"], found["log"]) == (True, "", "")
     library = small_checkout / "mrcn_fast" / LIBRARY
     assert library.is_file()
 
@@ -235,9 +235,9 @@ def nvcc(tmp_path: Path) -> dict[str, Any]:
 def test_without_nvcc_the_cpu_part_alone(small_checkout: Path, tmp_path: Path) -> None:
     torch = write_torch(tmp_path, 90)
     done = build(small_checkout, MRCN_FAST_CUDA="auto", CUDACXX="no-such-nvcc", PYTHONPATH=torch)
-    told = record(small_checkout)
-    assert told["built"] and not told["cuda"]["built"]
-    for reason in (told["cuda"]["reason"], done.stderr):
+    found = record(small_checkout)
+    assert found["built"] and not found["cuda"]["built"]
+    for reason in (found["cuda"]["reason"], done.stderr):
         assert (
             "nvcc was not found" in reason and "CUDACXX=no-such-nvcc" in reason and "make install" in reason
         )
@@ -275,8 +275,8 @@ def test_a_failed_cuda_part_leaves_the_other_and_no_older_one(
     small_checkout: Path, nvcc: dict[str, Any]
 ) -> None:
     build(small_checkout, **nvcc)
-    told = record(small_checkout)
-    assert told["cuda"] == {
+    found = record(small_checkout)
+    assert found["cuda"] == {
         **{"built": True, "reason": "", "log": ""},
         **{"archs": [90], "left_out": [], "nvcc": "12.4"},
     }
@@ -285,9 +285,9 @@ def test_a_failed_cuda_part_leaves_the_other_and_no_older_one(
 
     (small_checkout / "csrc" / "kernels.cpp").write_text("int kernels() { return undeclared; }\n")
     build(small_checkout, **nvcc)
-    told = record(small_checkout)
-    assert (told["built"], told["reason"], told["log"]) == (True, "", "")
-    failed = told["cuda"]
+    found = record(small_checkout)
+    assert (found["built"], found["reason"], found["log"]) == (True, "", "")
+    failed = found["cuda"]
     assert not failed["built"] and failed["archs"] == []
     assert "undeclared" in failed["reason"] and "CXX" in failed["reason"] and "kernels.cpp" in failed["log"]
     assert [library.is_file() for library in libraries] == [True, False]
@@ -300,9 +300,9 @@ def test_a_failed_library_takes_the_cuda_part_along(small_checkout: Path, nvcc: 
     build(small_checkout, **nvcc)
     (small_checkout / "csrc" / "two.cpp").write_text("int two() { return undeclared; }\n")
     build(small_checkout, **nvcc)
-    told = record(small_checkout)
-    assert "undeclared" in told["reason"] and "two.cpp" in told["log"]
-    assert told["cuda"]["reason"].startswith("the native library was not built")
+    found = record(small_checkout)
+    assert "undeclared" in found["reason"] and "two.cpp" in found["log"]
+    assert found["cuda"]["reason"].startswith("the native library was not built")
     assert not list((small_checkout / "mrcn_fast").glob("_*.so"))
 
 
@@ -322,7 +322,7 @@ def test_what_concerns_the_cuda_part_rebuilds_it_alone(small_checkout: Path, nvc
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "message"),
     [
         ({"MRCN_FAST_CUDA": "maybe"}, "MRCN_FAST_CUDA: got 'maybe', expected auto"),
         ({"MRCN_FAST_CUDA_ARCHS": "80,ninety"}, "MRCN_FAST_CUDA_ARCHS: got '80,ninety', expected"),
@@ -332,10 +332,10 @@ def test_what_concerns_the_cuda_part_rebuilds_it_alone(small_checkout: Path, nvc
     ],
 )
 def test_a_wrong_setting_of_the_cuda_part_is_refused(
-    settings: dict[str, str], told: str, small_checkout: Path, nvcc: dict[str, Any]
+    settings: dict[str, str], message: str, small_checkout: Path, nvcc: dict[str, Any]
 ) -> None:
     done = build(small_checkout, check=False, **(nvcc | settings))
-    assert done.returncode != 0 and told in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode != 0 and message in done.stderr and "Traceback" not in done.stderr
     assert not (small_checkout / "build").exists()
 
 
@@ -356,8 +356,8 @@ def test_a_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
     assert {f"mrcn_fast/{LIBRARY}", f"mrcn_fast/{RECORD}", "mrcn_fast/py.typed", *recipes} <= inside
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mrcn_fast").rglob("*.py")}
     assert {name for name in inside if name.endswith(".py")} == sources
-    told = json.loads(zipfile.ZipFile(wheel).read(f"mrcn_fast/{RECORD}"))["cuda"]
-    assert (f"mrcn_fast/{CUDA_LIBRARY}" in inside) == told["built"], told["reason"]
+    found = json.loads(zipfile.ZipFile(wheel).read(f"mrcn_fast/{RECORD}"))["cuda"]
+    assert (f"mrcn_fast/{CUDA_LIBRARY}" in inside) == found["built"], found["reason"]
 
     elsewhere = tmp_path / "elsewhere"
     zipfile.ZipFile(wheel).extractall(elsewhere)

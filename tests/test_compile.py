@@ -13,8 +13,9 @@ from torch._inductor import lowering
 from torch._inductor.utils import fresh_cache, run_and_get_code
 
 from mrcn_fast import CQCLoss, MRCNBlock, MRCNFeatures, SNRBlock
-from tests import cases
-from tests.cases import DEVICE, KERNEL_BACKENDS
+from tests.support import block_cases, matrix
+from tests.support.block_cases import Case
+from tests.support.matrix import DEVICE, GATES, KERNEL_BACKENDS, MODES
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +51,7 @@ def batch(size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def gradients(run: Any, network: nn.Module, size: int = 4, seed: int = 0) -> dict[str, Tensor]:
-    """Loss, gradients of the parameters and of the images by name."""
+    """The loss, and the gradients of the parameters and of the images, by name."""
     visible, infrared, labels = batch(size, seed)
     leaves = {"visible": visible.requires_grad_(), "infrared": infrared.requires_grad_()}
     leaves |= dict(network.named_parameters())
@@ -66,8 +67,8 @@ def assert_equal_within_rounding(got: dict[str, Tensor], want: dict[str, Tensor]
         )
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
-@pytest.mark.parametrize("gate", cases.GATES)
+@matrix.backends("reference", *KERNEL_BACKENDS)
+@pytest.mark.parametrize("gate", GATES)
 def test_the_whole_network_is_one_graph(gate: str, backend: str) -> None:
     network = Network(backend, gate=gate)
     counter = CompileCounterWithBackend("aot_eager")
@@ -78,7 +79,7 @@ def test_the_whole_network_is_one_graph(gate: str, backend: str) -> None:
     assert explained.graph_break_count == 0 and explained.graph_count == 1
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
 )
@@ -88,10 +89,10 @@ def test_inductor(memory_format: torch.memory_format, backend: str) -> None:
     assert_equal_within_rounding(gradients(compiled, network), gradients(network, network))
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("ci", ["", "true"], ids=["desk", "ci"])
 def test_inductor_takes_no_operation_apart(ci: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether the environment has CI or not: there torch refuses what has a decomposition for exporters."""
+    """Nor with CI in the environment, where torch refuses operations that are decomposed for export."""
     network = MRCNBlock(4, reduction=2, backend=backend)
     monkeypatch.setenv("CI", ci)
     monkeypatch.delitem(lowering.lowerings, torch.ops.mrcn_fast.block_forward.default, raising=False)
@@ -102,25 +103,25 @@ def test_inductor_takes_no_operation_apart(ci: str, backend: str, monkeypatch: p
     torch.testing.assert_close(tuple(made), tuple(network(x, x)))
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
-@pytest.mark.parametrize("gate", cases.GATES)
-@pytest.mark.parametrize("mode", cases.MODES)
+@matrix.backends("reference", *KERNEL_BACKENDS)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("mode", MODES)
 def test_every_operation_in_one_graph(mode: str, gate: str, backend: str) -> None:
-    p = cases.problem(cases.Case(mode, gate, dtype=torch.float64, layouts=("channels_last",) * 2))
+    p = block_cases.problem(Case(mode, gate, dtype=torch.float64, layouts=("channels_last",) * 2))
 
     @torch.compile(backend="aot_eager", fullgraph=True)
     def compiled(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return cases.call(p.case, tensors[: len(p.inputs)], tensors[len(p.inputs) :], backend)
+        return block_cases.call(p.case, tensors[: len(p.inputs)], tensors[len(p.inputs) :], backend)
 
     outputs = compiled(*p.inputs, *p.parameters)
-    eager = cases.evaluate(p, backend)
-    for output, name in zip(outputs, cases.output_names(mode), strict=True):
+    eager = block_cases.evaluate(p, backend)
+    for output, name in zip(outputs, block_cases.output_names(mode), strict=True):
         assert output.stride() == eager[name].stride(), name
-    for name, got in cases.with_gradients(p, outputs).items():
+    for name, got in block_cases.with_gradients(p, outputs).items():
         torch.testing.assert_close(got, eager[name], rtol=1e-11, atol=1e-11)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_a_dynamic_batch_is_compiled_once(backend: str) -> None:
     network = Network(backend)
     counter = CompileCounterWithBackend("aot_eager")
@@ -136,9 +137,9 @@ def test_a_dynamic_batch_is_compiled_once(backend: str) -> None:
     assert counter.frame_count == 1
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_growing_batches_recompile_at_most_once(backend: str) -> None:
-    """Without a mark: the second size makes the batch dynamic, and that is all."""
+    """Nothing is marked dynamic: the second size makes the batch dynamic, and nothing is compiled again."""
     block = MRCNBlock(8, reduction=4, backend=backend, device=DEVICE)
     counter = CompileCounter()
     compiled = torch.compile(block, backend=counter, fullgraph=True)
@@ -148,10 +149,10 @@ def test_growing_batches_recompile_at_most_once(backend: str) -> None:
     assert counter.frame_count <= 2
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_tensor_in_two_places(normalize: bool, backend: str) -> None:
-    """Dynamo traces no autograd Function that gets a tensor twice."""
+    """Dynamo can't trace an autograd Function that gets one tensor twice."""
     block, loss = MRCNBlock(3, backend=backend, device=DEVICE), CQCLoss(normalize=normalize, backend=backend)
     x, labels = torch.randn(4, 3, 5, 4, device=DEVICE), torch.tensor([0, 0, 1, 1], device=DEVICE)
 
@@ -167,7 +168,7 @@ def test_one_tensor_in_two_places(normalize: bool, backend: str) -> None:
     torch.testing.assert_close(got, want)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.skipif(DEVICE != "cpu", reason="an assertion that fails on a GPU ends the process's use of it")
 def test_no_identity_in_both_modalities_is_an_error_inside_a_graph(backend: str) -> None:
     loss = CQCLoss(backend=backend)
@@ -178,7 +179,7 @@ def test_no_identity_in_both_modalities_is_an_error_inside_a_graph(backend: str)
         compiled(features, labels, labels + 5)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_autocast_in_a_graph(backend: str) -> None:
     network = Network(backend)
     compiled = torch.compile(network, backend="aot_eager", fullgraph=True)
@@ -210,7 +211,7 @@ class Retrieval(nn.Module):
         return self.block.restitute(self.style(v).restituted, "visible").mean(dim=(2, 3))
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_export(training: bool, backend: str) -> None:
     module = Retrieval(backend).train(training)

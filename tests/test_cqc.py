@@ -14,18 +14,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from mrcn_fast import CQCLoss, MRCNFeatures, cqc_loss, dispatch, reference
-from tests import cases
-from tests.cases import (
-    DEVICE,
-    DTYPES,
-    FEATURE_LAYOUTS,
-    FORMS,
-    KERNEL_BACKENDS,
-    PRECISE_DTYPES,
-    CQCCase,
-    random,
-)
+from mrcn_fast import CQCLoss, MRCNFeatures, cqc_loss, reference
+from tests.support import cqc_cases, matrix
+from tests.support.cqc_cases import FORMS, LENGTHS, CQCCase, CQCProblem
+from tests.support.matrix import DEVICE, DTYPES, KERNEL_BACKENDS, PRECISE_DTYPES
+from tests.support.rule import array
+from tests.support.tensors import FEATURE_LAYOUTS, different_bits, misaligned, nonfinite, random, same_bits
 
 REDUCTIONS = ("sum", "mean", "none")
 COUNTS = {
@@ -36,27 +30,13 @@ COUNTS = {
 }
 
 
-@pytest.fixture
-def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the compiled operations as they are called."""
-    names: list[str] = []
-    for module in dispatch.KERNELS.values():
-
-        def operation(name: str, original: Callable[..., Any] = module.operation) -> Callable[..., Any]:
-            names.append(name)
-            return original(name)
-
-        monkeypatch.setattr(module, "operation", operation)
-    return names
-
-
 # --- what the loss takes and gives ------------------------------------------------------------------------
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @FORMS
 def test_reductions(stacked: bool, normalize: bool, backend: str) -> None:
-    p = cases.cqc_problem(CQCCase((2, 0, 3, 1), (1, 2, 2, 4), dtype=torch.float64, stacked=stacked))
+    p = cqc_cases.problem(CQCCase((2, 0, 3, 1), (1, 2, 2, 4), dtype=torch.float64, stacked=stacked))
     features = p.features[0] if stacked else p.features
     rows = [6] * 3 + [9] * 3
     sets = p.features[0].split(rows) if stacked else p.features
@@ -78,7 +58,7 @@ def test_reductions(stacked: bool, normalize: bool, backend: str) -> None:
         torch.testing.assert_close(got, expected)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_module_is_the_function(backend: str) -> None:
     features = MRCNFeatures(*(random(4, 3, seed=i) for i in range(6)))
     labels = torch.tensor([1, 0, 1, 0], device=DEVICE)
@@ -93,18 +73,18 @@ def test_module_is_the_function(backend: str) -> None:
         for other in (None, labels):
             function = cqc_loss(features, labels, other, **settings_, backend=backend)
             assert isinstance(got, Tensor) and isinstance(function, Tensor)
-            assert cases.same_bits(got, function)
+            assert same_bits(got, function)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_defaults_are_the_papers(backend: str) -> None:
-    """Margin 0.2 and the sum over identities: all distances equal leaves four margins an identity."""
+    """The margin is 0.2 and the loss a sum: equal distances make it four margins per identity."""
     features = [torch.zeros(4, 3, device=DEVICE)] * 6
     loss = cqc_loss(features, torch.tensor([0, 0, 5, 5], device=DEVICE), backend=backend)
     torch.testing.assert_close(loss, torch.tensor(8 * 0.2, device=DEVICE))
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8])
 def test_any_integer_labels(dtype: torch.dtype, backend: str) -> None:
     features = [random(4, 3, seed=i) for i in range(6)]
@@ -114,7 +94,7 @@ def test_any_integer_labels(dtype: torch.dtype, backend: str) -> None:
     torch.testing.assert_close(cqc_loss(features, labels.to(dtype), backend=backend), expected)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_labels_may_be_strided_and_large(backend: str) -> None:
     features = [random(4, 3, seed=i) for i in range(6)]
     labels = torch.tensor([2**62, 0, -(2**62), 0, 2**62, 0, 5, 0], device=DEVICE)[::2]
@@ -124,9 +104,9 @@ def test_labels_may_be_strided_and_large(backend: str) -> None:
     torch.testing.assert_close(losses, expected)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_many_identities(backend: str) -> None:
-    """More identities and samples than any block or table of a kernel."""
+    """There are more identities and samples than any block or table of a kernel holds."""
     labels = torch.arange(3000).repeat_interleave(2)[torch.randperm(6000)].to(DEVICE)
     infrared_labels = torch.arange(1500, 4500, device=DEVICE).flip(0)
     sets = [random(6000, 2, seed=i) for i in range(3)] + [random(3000, 2, seed=i + 3) for i in range(3)]
@@ -141,9 +121,9 @@ def test_many_identities(backend: str) -> None:
         torch.testing.assert_close(got, want)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_coinciding_centers_give_finite_gradients(backend: str) -> None:
-    """Distances of zero: D² is clamped at 1e-12, its gradient there is zero."""
+    """Where distances are zero, D² is clamped at 1e-12 and has no gradient."""
     features = [torch.ones(4, 3, dtype=torch.float64, device=DEVICE).requires_grad_() for _ in range(6)]
     loss = cqc_loss(features, torch.tensor([0, 0, 1, 1], device=DEVICE), backend=backend)
     torch.testing.assert_close(loss, torch.tensor(1.6, dtype=torch.float64, device=DEVICE))
@@ -151,7 +131,7 @@ def test_coinciding_centers_give_finite_gradients(backend: str) -> None:
         assert not gradient.any()
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("lonely_modality", [0, 1])
 def test_samples_of_an_identity_in_one_modality_only_get_no_gradient(
@@ -159,8 +139,8 @@ def test_samples_of_an_identity_in_one_modality_only_get_no_gradient(
 ) -> None:
     counts = ((2, 3), (2, 0))
     case = CQCCase(counts[lonely_modality], counts[1 - lonely_modality], dtype=torch.float64, margin=3.0)
-    p = cases.cqc_problem(case._replace(normalize=normalize))
-    found = cases.evaluate_cqc(p, backend)
+    p = cqc_cases.problem(case._replace(normalize=normalize))
+    found = cqc_cases.evaluate(p, backend)
     for i, labels in enumerate([p.labels] * 3 + [p.infrared_labels] * 3):
         lonely = ~torch.isin(labels, p.labels) | ~torch.isin(labels, p.infrared_labels)
         gradient = found[f"grad {i}"]
@@ -170,28 +150,28 @@ def test_samples_of_an_identity_in_one_modality_only_get_no_gradient(
 # --- normalized features -----------------------------------------------------------------------------------
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_normalized_features_may_have_any_length(dtype: torch.dtype, backend: str) -> None:
-    """Powers of two leave the loss's bits, and scale the gradient of each row by their inverse."""
-    p = cases.cqc_problem(CQCCase((2, 3), (1, 2), 33, dtype, margin=1.0, normalize=True))
+    """Rows scaled by powers of two give the loss's same bits, and gradients scaled by their inverse."""
+    p = cqc_cases.problem(CQCCase((2, 3), (1, 2), 33, dtype, margin=1.0, normalize=True))
     scales = [2.0 ** torch.randint(-3, 4, (f.shape[0], 1), device=DEVICE).to(dtype) for f in p.features]
     scaled = p._replace(
         features=tuple((f.detach() * s).requires_grad_() for f, s in zip(p.features, scales, strict=True))
     )
-    one, other = cases.evaluate_cqc(p, backend), cases.evaluate_cqc(scaled, backend)
-    assert cases.same_bits(one["loss"], other["loss"])
+    one, other = cqc_cases.evaluate(p, backend), cqc_cases.evaluate(scaled, backend)
+    assert same_bits(one["loss"], other["loss"])
     for i, s in enumerate(scales):
         back = other[f"grad {i}"] * s
-        # Where float16 has fewer bits, below 2^-14, scaling back rounds.
+        # Below 2^-14 float16 has fewer bits, and scaling back rounds.
         torch.testing.assert_close(back, one[f"grad {i}"], rtol=0, atol=0 if dtype != torch.float16 else 1e-6)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @FORMS
 def test_normalizing_is_torchs(stacked: bool, normalize: bool, backend: str) -> None:
-    p = cases.cqc_problem(CQCCase((2, 0, 3), (1, 2, 4), 33, torch.float64, stacked, normalize=normalize))
-    found = cases.evaluate_cqc(p, backend)
+    p = cqc_cases.problem(CQCCase((2, 0, 3), (1, 2, 4), 33, torch.float64, stacked, normalize=normalize))
+    found = cqc_cases.evaluate(p, backend)
     units = [F.normalize(f) if normalize else f for f in p.features]
     loss = cqc_loss(units[0] if stacked else units, p.labels, p.infrared_labels, backend="reference")
     assert isinstance(loss, Tensor)
@@ -200,22 +180,22 @@ def test_normalizing_is_torchs(stacked: bool, normalize: bool, backend: str) -> 
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("stacked", [False, True])
-@pytest.mark.parametrize("length", cases.LENGTHS)
+@pytest.mark.parametrize("length", LENGTHS)
 def test_rows_that_are_clamped_or_overflow(
     length: float, stacked: bool, dtype: torch.dtype, backend: str
 ) -> None:
-    """Alone in its center or beside others, such a row has the reference's value and gradient."""
+    """A short or long row, alone in its center or not, has the reference's value and gradient."""
     case = CQCCase((2, 1), (1, 2), 9, dtype, stacked, "none", margin=3.0, normalize=True)
     for row in (0, 4, 10, 17) if stacked else (0, 1, 2):
-        cases.check_short_rows(case, row, length, backend)
+        cqc_cases.check_short_rows(case, row, length, backend)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_a_row_of_zeros_gets_the_gradient_of_a_constant_divisor(backend: str) -> None:
-    """As with torch's own normalize: g / 1e-12. Unlike there, second derivatives are finite too."""
+    """The gradient is g / 1e-12, as of torch's own normalize, whose second derivatives are not finite."""
     sets = [random(2, 3, seed=i).requires_grad_() for i in range(6)]
     sets[1].detach()[0] = 0
     labels = torch.tensor([0, 1], device=DEVICE)
@@ -232,15 +212,15 @@ def test_a_row_of_zeros_gets_the_gradient_of_a_constant_divisor(backend: str) ->
 # --- derivatives -------------------------------------------------------------------------------------------
 
 
-def loss_of(p: cases.CQCProblem, backend: str) -> Callable[..., Tensor]:
+def loss_of(p: CQCProblem, backend: str) -> Callable[..., Tensor]:
     def run(*features: Tensor) -> Tensor:
-        loss = cases.call_cqc(p, features, backend)
+        loss = cqc_cases.call(p, features, backend)
         return loss[0] if isinstance(loss, tuple) else loss
 
     return run
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @FORMS
@@ -248,47 +228,47 @@ def test_gradcheck(
     stacked: bool, normalize: bool, reduction: str, counts: str, backend: str, ops_run: list[str]
 ) -> None:
     case = CQCCase(*COUNTS[counts], 4, torch.float64, stacked, reduction, margin=1.0, normalize=normalize)
-    p = cases.cqc_problem(case._replace(seed=3))
-    assert not cases.cqc_near_kink(p)
+    p = cqc_cases.problem(case._replace(seed=3))
+    assert not cqc_cases.near_kink(p)
     assert torch.autograd.gradcheck(loss_of(p, backend), p.features)
     assert {"cqc_forward", "cqc_backward"} <= set(ops_run)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("detach_negative", [False, True])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @FORMS
 def test_gradgradcheck(
     stacked: bool, normalize: bool, reduction: str, detach_negative: bool, backend: str, ops_run: list[str]
 ) -> None:
-    # In two dimensions a row of length 1 has one direction to go.
+    # In two dimensions a row of length 1 can move in one direction only.
     dimensions = 3 if normalize else 2
     case = CQCCase((1, 2), (2, 1), dimensions, torch.float64, stacked, reduction, detach_negative)
-    p = cases.cqc_problem(case._replace(margin=1.0, seed=3, normalize=normalize))
-    assert not cases.cqc_near_kink(p)
+    p = cqc_cases.problem(case._replace(margin=1.0, seed=3, normalize=normalize))
+    assert not cqc_cases.near_kink(p)
     assert torch.autograd.gradgradcheck(loss_of(p, backend), p.features)
     assert "cqc_forward" in ops_run
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("counts", COUNTS)
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @FORMS
 def test_detached_negatives_have_the_references_gradient(
     stacked: bool, normalize: bool, reduction: str, counts: str, backend: str
 ) -> None:
-    """Finite differences can't see a detach, so autograd of the reference is the judge."""
+    """Finite differences can't see a detach, so the gradients are compared with the reference's."""
     case = CQCCase(*COUNTS[counts], 4, torch.float64, stacked, reduction, margin=1.0, normalize=normalize)
-    detached = cases.cqc_problem(case._replace(detach_negative=True))
-    results, expected = (cases.evaluate_cqc(detached, name) for name in (backend, "reference"))
-    attached = cases.evaluate_cqc(cases.cqc_problem(case), backend)
-    assert cases.same_bits(results["loss"], attached["loss"])
+    detached = cqc_cases.problem(case._replace(detach_negative=True))
+    results, expected = (cqc_cases.evaluate(detached, name) for name in (backend, "reference"))
+    attached = cqc_cases.evaluate(cqc_cases.problem(case), backend)
+    assert same_bits(results["loss"], attached["loss"])
     for name, result in results.items():
         torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12)
     assert any(not torch.allclose(results[name], attached[name]) for name in results)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 @pytest.mark.parametrize("related", ["the same tensor", "a function of it"])
 def test_double_backward_where_one_set_depends_on_another(
@@ -307,19 +287,19 @@ def test_double_backward_where_one_set_depends_on_another(
     torch.testing.assert_close(*found)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("position", range(6))
 def test_a_single_set_may_require_gradients(position: int, backend: str) -> None:
-    p = cases.cqc_problem(CQCCase(normalize=position % 2 == 0))
-    everything = cases.evaluate_cqc(p, backend)
+    p = cqc_cases.problem(CQCCase(normalize=position % 2 == 0))
+    everything = cqc_cases.evaluate(p, backend)
     leaves = [f.detach().requires_grad_(i == position) for i, f in enumerate(p.features)]
-    loss = cases.call_cqc(p, leaves, backend)
+    loss = cqc_cases.call(p, leaves, backend)
     assert isinstance(loss, Tensor)
     (gradient,) = torch.autograd.grad(loss, leaves[position], p.gradient)
-    assert cases.same_bits(gradient, everything[f"grad {position}"])
+    assert same_bits(gradient, everything[f"grad {position}"])
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("detach_negative", [False, True])
 @FORMS
@@ -327,9 +307,9 @@ def test_opcheck(
     stacked: bool, normalize: bool, detach_negative: bool, dtype: torch.dtype, backend: str
 ) -> None:
     layout = "transposed" if stacked == normalize else "contiguous"
-    p = cases.cqc_problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked, layout=layout))
+    p = cqc_cases.problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked, layout=layout))
     features = [f.detach() for f in p.features]
-    forward, backward = cases.operations("cqc", backend)
+    forward, backward = matrix.operations("cqc", backend)
     labels = (p.labels, p.infrared_labels)
     arguments = (features, *labels, 0.2, detach_negative, normalize)
     torch.library.opcheck(forward, arguments)
@@ -341,92 +321,92 @@ def test_opcheck(
 # --- accuracy, non-finite values, stale memory --------------------------------------------------------------
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("detach_negative", [False, True])
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
-@cases.examples(40)
+@matrix.examples(40)
 @given(data=st.data())
 def test_accuracy(backend: str, dtype: torch.dtype, detach_negative: bool, data: st.DataObject) -> None:
-    cases.check_cqc_accuracy(data.draw(cases.cqc_cases(dtype, detach_negative)), backend)
+    cqc_cases.check_accuracy(data.draw(cqc_cases.cases(dtype, detach_negative)), backend)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize("layout", FEATURE_LAYOUTS)
 @FORMS
 def test_accuracy_in_every_layout(
     stacked: bool, normalize: bool, layout: str, dtype: torch.dtype, backend: str
 ) -> None:
-    # With all rows of all six sets the same there is nothing but ties.
+    # If all rows of all six sets were the same, all distances would tie.
     if stacked and layout == "expanded rows":
         layout = "contiguous"
     case = CQCCase((4,) * 4, (4,) * 4, 257, dtype, stacked, layout=layout, seed=1, normalize=normalize)
-    cases.check_cqc_accuracy(case, backend)
+    cqc_cases.check_accuracy(case, backend)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_one_dimension(backend: str) -> None:
-    """Directions are 1 and -1, and their sums whole numbers by the count of samples."""
-    p = cases.cqc_problem(CQCCase((1, 2), (2, 1), 1, torch.float64))
-    results, expected = (cases.evaluate_cqc(p, name) for name in (backend, "reference"))
+    """The directions are 1 and -1, and their sums are whole numbers divided by the count of samples."""
+    p = cqc_cases.problem(CQCCase((1, 2), (2, 1), 1, torch.float64))
+    results, expected = (cqc_cases.evaluate(p, name) for name in (backend, "reference"))
     for name, result in results.items():
         torch.testing.assert_close(result, expected[name], rtol=1e-13, atol=1e-13)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 def test_accuracy_at_the_papers_size(dtype: torch.dtype, backend: str) -> None:
     for stacked, normalize in itertools.product([False, True], [False, True]):
         case = CQCCase((4,) * 4, (4,) * 4, 2048, dtype, stacked, normalize=normalize)
-        cases.check_cqc_accuracy(case, backend)
+        cqc_cases.check_accuracy(case, backend)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_loss_is_computed_in_float32_or_better(normalize: bool, dtype: torch.dtype, backend: str) -> None:
-    """Also under autocast, forward and what it keeps for the backward."""
-    p = cases.cqc_problem(CQCCase(dimensions=64, dtype=dtype, normalize=normalize))
-    plain = cases.evaluate_cqc(p, backend)
+    """The loss and the tensors kept for the backward are precise under autocast too."""
+    p = cqc_cases.problem(CQCCase(dimensions=64, dtype=dtype, normalize=normalize))
+    plain = cqc_cases.evaluate(p, backend)
     assert plain["loss"].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     with torch.autocast(torch.device(DEVICE).type, torch.bfloat16):
-        loss = cases.call_cqc(p, p.features, backend)
-    assert isinstance(loss, Tensor) and cases.same_bits(loss, plain["loss"])
+        loss = cqc_cases.call(p, p.features, backend)
+    assert isinstance(loss, Tensor) and same_bits(loss, plain["loss"])
     for i, gradient in enumerate(torch.autograd.grad(loss, p.features, p.gradient)):
-        assert gradient.dtype == dtype and cases.same_bits(gradient, plain[f"grad {i}"])
-    wide = cases.cqc_truth(p)["loss"]
-    # bfloat16 would be wrong by some 4e-3, float16 by 5e-4.
-    assert abs(cases.array(plain["loss"]) - wide) <= 1e-5 * abs(wide)
+        assert gradient.dtype == dtype and same_bits(gradient, plain[f"grad {i}"])
+    wide = cqc_cases.truth(p)["loss"]
+    # The error would be some 4e-3 in bfloat16 and 5e-4 in float16.
+    assert abs(array(plain["loss"]) - wide) <= 1e-5 * abs(wide)
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="a GPU's memory is aligned by its allocator")
 @pytest.mark.filterwarnings("ignore:The given buffer")
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("stacked", [False, True])
 def test_memory_that_begins_anywhere(stacked: bool, backend: str) -> None:
-    p = cases.cqc_problem(CQCCase((2, 3), (2, 3), 5, torch.float32, stacked))
-    moved = p._replace(features=tuple(map(cases.misaligned, p.features)))
-    assert cases.different_bits(cases.evaluate_cqc(p, backend), cases.evaluate_cqc(moved, backend)) == []
+    p = cqc_cases.problem(CQCCase((2, 3), (2, 3), 5, torch.float32, stacked))
+    moved = p._replace(features=tuple(map(misaligned, p.features)))
+    assert different_bits(cqc_cases.evaluate(p, backend), cqc_cases.evaluate(moved, backend)) == []
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES)
 @FORMS
 def test_nonfinite_values_come_out_where_the_reference_has_them(
     stacked: bool, normalize: bool, dtype: torch.dtype, value: float, backend: str
 ) -> None:
-    """Losses have the reference's kind of value; after a NaN gradients are finite where its are."""
+    """Losses are finite, infinite or NaN as the reference's; after a NaN so are finite gradients."""
     case = CQCCase((2, 1), (1, 2), 9, dtype, stacked, "none", normalize=normalize)
     lines = []
-    for index in range(len(cases.cqc_problem(case).features)):
+    for index in range(len(cqc_cases.problem(case).features)):
         for at in (0, 11, -1):
-            p = cases.cqc_problem(case)
+            p = cqc_cases.problem(case)
             target = p.features[index].detach()
             target.view(-1)[at] = value
-            results, expected = (cases.evaluate_cqc(p, name) for name in (backend, "reference"))
+            results, expected = (cqc_cases.evaluate(p, name) for name in (backend, "reference"))
             for name, result in results.items():
-                got, want = cases.nonfinite(result), cases.nonfinite(expected[name])
+                got, want = nonfinite(result), nonfinite(expected[name])
                 if name != "loss" and math.isinf(value) and not normalize:
                     continue
                 if name != "loss":
@@ -436,7 +416,7 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
     assert not lines, "\n".join(lines)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @FORMS
 def test_every_element_of_every_result_is_written(
@@ -446,8 +426,8 @@ def test_every_element_of_every_result_is_written(
     try:
         assert torch.empty(3, device=DEVICE).isnan().all()
         for counts, dimensions in itertools.product(COUNTS.values(), (1, 5, 257)):
-            p = cases.cqc_problem(CQCCase(*counts, dimensions, dtype, stacked, normalize=normalize))
-            for name, result in cases.evaluate_cqc(p, backend).items():
+            p = cqc_cases.problem(CQCCase(*counts, dimensions, dtype, stacked, normalize=normalize))
+            for name, result in cqc_cases.evaluate(p, backend).items():
                 assert result.isfinite().all(), name
     finally:
         torch.use_deterministic_algorithms(False)

@@ -23,13 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrcn_fast import dispatch
 from mrcn_fast.backends import cpu, cuda
-from mrcn_fast.gates import FUSED
+from mrcn_fast.gates import FUSED, GATES
 from mrcn_fast.operations import OPERATIONS
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = [
     f"{op}_{way}"
-    for op in ("block", "block_concat", "restitute", "snr", "cqc")
+    for op in (*(operation.op for operation in OPERATIONS.values()), "cqc")
     for way in ("forward", "backward")
 ]
 
@@ -322,7 +322,7 @@ def test_build_info(asked_anew: pytest.MonkeyPatch) -> None:
     assert info["built for"] == "sm_80, sm_90" and info["nvcc"] == "12.4" and "sm_120" in info["left out"]
 
 
-@pytest.mark.parametrize("gate", ["se", "eca", "cbam-channel"])
+@pytest.mark.parametrize("gate", FUSED)
 @pytest.mark.parametrize("mode", list(OPERATIONS))
 def test_a_forward_saves_what_its_device_wants(mode: str, gate: str) -> None:
     """Traced tensors are on a GPU that need not be there."""
@@ -336,7 +336,7 @@ def test_a_forward_saves_what_its_device_wants(mode: str, gate: str) -> None:
             parameter = torch.empty(gates, 5, 8, device=device)
             return fake(*[x] * modalities, norm, norm, [parameter], FUSED.index(gate), 1e-5)[-1].shape
 
-    hidden = {"se": 1, "eca": 0, "cbam-channel": 2}[gate] * gates * 5
+    hidden = GATES[gate].hidden_layers * gates * 5
     assert saved("cpu") == (modalities, 3, 8, 2)
     assert saved("cuda") == (3, 2 * modalities * 8 + hidden)
 

@@ -1,8 +1,8 @@
 """The CUDA backend without a GPU: its kernels on the processor (tests/cuda_on_host).
 
-The tests of the kernels themselves are those of every backend, in processes of their own that have the
-emulated one in the place of "cuda": as it is, and under the sanitizers, which see races between the kernels'
-threads and what runs over their memory.
+The kernels are tested by every backend's tests, in processes of their own in which the emulator serves as
+the backend "cuda": once plainly, and once under the sanitizers, which find races between the kernels' threads
+and accesses outside their memory.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.cases import CUDA_ON_HOST
 from tests.cuda_on_host import library
-from tests.processes import run_pytest
+from tests.support.matrix import CUDA_ON_HOST
+from tests.support.processes import run_pytest
 
 pytestmark = [
     pytest.mark.slow,
@@ -35,8 +35,8 @@ def run_tests(*arguments: str, sanitize: str = "") -> None:
     if sanitize:
         name, options = SANITIZERS[sanitize]
         environment |= options | {"LD_PRELOAD": runtime(name)}
-    told = run_pytest(*arguments, environment=environment)
-    assert "WARNING: ThreadSanitizer" not in told and "ERROR: AddressSanitizer" not in told
+    printed = run_pytest(*arguments, environment=environment)
+    assert "WARNING: ThreadSanitizer" not in printed and "ERROR: AddressSanitizer" not in printed
 
 
 def runtime(name: str) -> str:
@@ -58,36 +58,36 @@ def run_toys(sanitize: str, *arguments: str) -> subprocess.CompletedProcess[str]
 
 @pytest.mark.parametrize("sanitize", ["", *SANITIZERS])
 def test_the_emulator(sanitize: str) -> None:
-    """Barriers, exchanges, counters, deadlocks that are told, threads that leave too early."""
+    """Barriers, exchanges, counters, deadlocks that are reported, and threads that leave too early."""
     run = run_toys(sanitize)
     assert run.returncode == 0, run.stdout
 
 
 @pytest.mark.parametrize(
-    ("fault", "sanitize", "told"),
+    ("fault", "sanitize", "report"),
     [
         ("barrier", "thread", "ThreadSanitizer: data race"),
         ("order", "thread", "ThreadSanitizer: data race"),
         ("bounds", "address", "AddressSanitizer: heap-buffer-overflow"),
     ],
 )
-def test_a_sanitizer_sees_what_is_wrong(fault: str, sanitize: str, told: str) -> None:
-    """Else the kernels would pass under it whatever they did."""
+def test_a_sanitizer_sees_what_is_wrong(fault: str, sanitize: str, report: str) -> None:
+    """If it did not, the kernels would pass under it whatever they did."""
     run = run_toys(sanitize, fault)
-    assert run.returncode != 0 and told in run.stdout, run.stdout
+    assert run.returncode != 0 and report in run.stdout, run.stdout
 
 
-# A choice, for the processor runs a kernel's threads in turn, and tests/cuda_on_host/launches.py
-# has every operation. All of them: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block.py
+# A choice of the tests, because the processor runs a kernel's threads in turn; tests/cuda_on_host/launches.py
+# has every operation. This runs all: MRCN_FAST_TEST_CUDA_ON_HOST=1 python -m pytest tests/test_block*.py
 RUNS = {
     "block": (
-        "tests/test_block.py",
+        *("tests/test_block.py", "tests/test_block_accuracy.py", "tests/test_block_memory.py"),
         "-k",
         "(shapes_at_the_edges and float32) or (in_every_layout and pair and bfloat16) "
         "or where_the_mean_is_large or every_element or bitwise or (nonfinite and pair and se and not input)",
     ),
     "derivatives": (
-        "tests/test_block.py",
+        "tests/test_block_derivatives.py",
         "-k",
         "(test_gradcheck and se and normalized and contiguous) "
         "or (test_opcheck_of_every_dtype_and_missing_gradients and float32)",

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import logging
-import os
-import re
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
-from importlib import metadata
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -20,24 +13,17 @@ from mrcn_fast import (
     CQCLoss,
     MRCNBlock,
     SNRBlock,
-    backends,
     cqc_loss,
-    dispatch,
     mrcn_block,
     mrcn_restitution,
     snr_block,
 )
-from mrcn_fast.backends import cpu, triton
-from tests import cases
-from tests.cases import KERNEL_BACKENDS
+from tests.support import matrix
+from tests.support.errors import refuses
+from tests.support.matrix import KERNEL_BACKENDS
 
 SHAPE = (2, 4, 3, 3)
-both_backends = cases.backends("reference", *KERNEL_BACKENDS)
-
-
-def refuses(error: type[Exception], *told: str) -> Any:
-    """Expect ``error`` whose message holds every part of ``told`` in this order."""
-    return pytest.raises(error, match=re.compile(".*".join(map(re.escape, told)), re.DOTALL))
+both_backends = matrix.backends("reference", *KERNEL_BACKENDS)
 
 
 def parameters(channels: int = 4, modalities: int = 2, gates: int = 4, **options: Any) -> list[Tensor]:
@@ -85,7 +71,7 @@ BAD_MAPS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
 @both_backends
 @pytest.mark.parametrize("kind", BAD_MAPS)
 def test_feature_maps(kind: str, backend: str) -> None:
-    bad, error, told = BAD_MAPS[kind]
+    bad, error, parts = BAD_MAPS[kind]
     good = torch.ones(SHAPE)
     norm_weight, norm_bias, *gate = parameters(modalities=1, gates=1)
     calls: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -101,7 +87,7 @@ def test_feature_maps(kind: str, backend: str) -> None:
         "snr_block": ("features", lambda: snr_block(bad, norm_weight, norm_bias, gate, backend=backend)),
     }
     for name, call in calls.values():
-        with refuses(error, f"{name}: ", *told):
+        with refuses(error, f"{name}: ", *parts):
             call()
 
 
@@ -122,7 +108,7 @@ def test_pairs(backend: str) -> None:
 @both_backends
 @pytest.mark.parametrize(("channels", "reduction"), [(4, 16), (512, 1)])
 def test_an_empty_batch_gives_empty_sets(channels: int, reduction: int, backend: str) -> None:
-    """No sample is no mistake: a rank of a distributed run may have none."""
+    """A batch without samples is allowed: a rank of a distributed run may have none."""
     block = MRCNBlock(channels, reduction=reduction, backend=backend)
     empty = torch.ones(0, channels, 3, 3, requires_grad=True)
     assert block(empty, empty.detach(), concat=True).shape == (0, channels, 3, 3)
@@ -337,15 +323,15 @@ BAD_LOSSES: dict[str, tuple[Any, Any, Any, type[Exception], tuple[str, ...]]] = 
 @pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
 @pytest.mark.parametrize("kind", BAD_LOSSES)
 def test_losses(kind: str, reduction: str, backend: str) -> None:
-    features, labels, infrared_labels, error, told = BAD_LOSSES[kind]
-    with refuses(error, *told):
+    features, labels, infrared_labels, error, parts = BAD_LOSSES[kind]
+    with refuses(error, *parts):
         cqc_loss(features, labels, infrared_labels, reduction=reduction, backend=backend)
-    with refuses(error, *told):
+    with refuses(error, *parts):
         CQCLoss(reduction=reduction, backend=backend)(features, labels, infrared_labels)
 
 
 def test_the_plain_loss_stays_where_its_features_are() -> None:
-    """Whatever device new tensors are made on."""
+    """The loss is on the features' device, whatever device new tensors are made on by default."""
     features = six()
     with torch.device("meta"):
         loss = cqc_loss(features, LABELS, reduction="mean", backend="reference")
@@ -371,196 +357,3 @@ def test_flags_of_the_loss() -> None:
         with refuses(ValueError, f"normalize: got {flag!r}", "expected True or False"):
             cqc_loss(six(), LABELS, normalize=flag)  # type: ignore[arg-type]
     assert cqc_loss(six(), LABELS, normalize=1) == cqc_loss(six(), LABELS, normalize=True)  # type: ignore[arg-type]
-
-
-# --- backends ---------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def fresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """No choice in the environment."""
-    monkeypatch.delenv(dispatch.ENVIRONMENT_VARIABLE, raising=False)
-    yield monkeypatch
-
-
-def call_block(**settings: Any) -> Tensor:
-    return MRCNBlock(4, **settings)(torch.ones(SHAPE), torch.ones(SHAPE), concat=True)
-
-
-def call_loss(**settings: Any) -> Tensor:
-    loss = CQCLoss(**settings)(six(), LABELS)
-    assert isinstance(loss, Tensor)
-    return loss
-
-
-CALLS = pytest.mark.parametrize("call", [call_block, call_loss])
-
-
-def test_backends_tells_why() -> None:
-    known = backends()
-    assert set(KERNEL_BACKENDS) | {"reference"} <= set(known) == set(dispatch.NAMES)
-    assert known["reference"].usable
-    assert all(status.reason for status in known.values())
-
-
-@pytest.fixture
-def triton_asked_anew(fresh: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """What was found out about Triton is forgotten, before and after."""
-    triton._find_triton.cache_clear()
-    yield fresh
-    triton._find_triton.cache_clear()
-
-
-def test_triton_is_absent(triton_asked_anew: pytest.MonkeyPatch) -> None:
-    triton_asked_anew.setattr(importlib.util, "find_spec", lambda name: None)
-    usable, reason = triton.status()
-    assert not usable and "not installed" in reason and "3.6" in reason
-    with refuses(RuntimeError, "backend 'triton' can't serve this call", "not installed"):
-        call_block(backend="triton")
-
-
-def test_triton_is_too_old(triton_asked_anew: pytest.MonkeyPatch) -> None:
-    triton_asked_anew.setattr(importlib.util, "find_spec", lambda name: object())
-    triton_asked_anew.setattr(metadata, "version", lambda name: "3.5.1")
-    usable, reason = triton.status()
-    assert not usable and "3.5.1 is too old" in reason and "3.6 or newer" in reason
-    triton._find_triton.cache_clear()
-    triton_asked_anew.setattr(metadata, "version", lambda name: "3.10.0+git")
-    assert triton._find_triton() == ("3.10.0+git", "")
-
-
-def test_triton_without_a_gpu(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(triton, "_find_triton", lambda: ("3.9.0", ""))
-    fresh.setattr(torch.cuda, "is_available", lambda: False)
-    with refuses(RuntimeError, "backend 'triton' can't serve this call", "no GPU", "TRITON_INTERPRET=1"):
-        call_block(backend="triton")
-
-
-def test_triton_serves_gpus_by_itself(fresh: pytest.MonkeyPatch) -> None:
-    """As far as can be told without one: ROCm's device type is "cuda" too."""
-    fresh.setattr(triton, "status", lambda: (True, "Triton 3.9.0 on a GPU"))
-    fresh.setattr(triton, "_register", lambda: None)
-    assert dispatch.choose(None, "cuda", torch.bfloat16) == "triton"
-    assert dispatch.choose("auto", "cuda", torch.float64) == "triton"
-    assert dispatch.choose(None, "cuda", torch.float8_e5m2) == "reference"
-    assert dispatch.choose(None, "xpu", torch.float32) == "reference"
-    with refuses(RuntimeError, "backend 'triton'", "CUDA and ROCm tensors", "'cpu'", "TRITON_INTERPRET=1"):
-        dispatch.choose("triton", "cpu", torch.float32)
-
-
-def test_import_does_not_import_triton() -> None:
-    code = "import sys, mrcn_fast; mrcn_fast.backends(); print('triton' in sys.modules)"
-    got = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert got.stdout.split() == ["False"]
-
-
-def test_backends_says_that_the_library_is_absent(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setattr(cpu, "_library", None)
-    usable, reason = cpu.status()
-    assert not usable and "native library" in reason
-
-
-@CALLS
-@pytest.mark.parametrize("by", ["argument", "environment"])
-def test_an_unknown_backend(call: Callable[..., Tensor], by: str, fresh: pytest.MonkeyPatch) -> None:
-    def run() -> Tensor:
-        if by == "argument":
-            return call(backend="gpu")
-        fresh.setenv("MRCN_FAST_BACKEND", "gpu")
-        return call()
-
-    with refuses(
-        ValueError, "backend: got 'gpu'", "expected one of 'cpu'", "'triton'", "'reference'", "'auto'"
-    ):
-        run()
-
-
-@CALLS
-@pytest.mark.parametrize("by", ["argument", "environment"])
-def test_a_choice_that_cant_serve_raises_with_the_reason(
-    call: Callable[..., Tensor], by: str, fresh: pytest.MonkeyPatch
-) -> None:
-    fresh.setattr(cpu, "status", lambda: (False, "no compiler was found"))
-    settings = {"backend": "cpu"} if by == "argument" else {}
-    if by == "environment":
-        fresh.setenv("MRCN_FAST_BACKEND", "cpu")
-    with refuses(RuntimeError, "backend 'cpu' can't serve this call", "no compiler was found", "unset"):
-        call(**settings)
-
-
-@cases.backends(*KERNEL_BACKENDS)
-def test_a_kernel_refuses_what_it_doesnt_serve(backend: str, fresh: pytest.MonkeyPatch) -> None:
-    meta = torch.ones(SHAPE, device="meta")
-    with refuses(RuntimeError, "backend 'cpu' can't serve this call", "CPU tensors", "'meta'"):
-        MRCNBlock(4, backend=backend, device="meta")(meta, meta)
-    with refuses(
-        RuntimeError, "backend 'cpu' can't serve this call", "torch.float32", "got torch.float8_e5m2"
-    ):
-        dispatch.choose(backend, "cpu", torch.float8_e5m2)
-
-
-@CALLS
-@pytest.mark.parametrize("backend", [None, "auto"])
-def test_the_automatic_choice_falls_back_and_says_so_once(
-    call: Callable[..., Tensor],
-    backend: str | None,
-    fresh: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    fresh.setattr(cpu, "status", lambda: (False, "no compiler was found"))
-    with caplog.at_level(logging.INFO, "mrcn_fast"):
-        torch.manual_seed(0)
-        first = call(backend=backend)
-        torch.manual_seed(0)
-        assert cases.same_bits(first, call(backend="reference"))
-        call(backend=backend)
-    told = [r for r in caplog.records if r.name == "mrcn_fast"]
-    assert len(told) == 1 and told[0].levelno == logging.INFO
-    assert "reference" in told[0].getMessage() and "no compiler was found" in told[0].getMessage()
-
-
-@cases.backends(*KERNEL_BACKENDS)
-@CALLS
-def test_the_automatic_choice_takes_the_kernels_silently(
-    call: Callable[..., Tensor],
-    backend: str,
-    fresh: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    with caplog.at_level(logging.INFO, "mrcn_fast"):
-        torch.manual_seed(0)
-        automatic = call()
-    torch.manual_seed(0)
-    assert cases.same_bits(automatic, call(backend=backend))
-    assert not caplog.records
-    assert dispatch.choose(None, "cpu", torch.float32) == backend
-
-
-def test_the_argument_goes_before_the_environment(fresh: pytest.MonkeyPatch) -> None:
-    fresh.setenv("MRCN_FAST_BACKEND", "nonsense")
-    call_block(backend="reference")
-    fresh.setenv("MRCN_FAST_BACKEND", "reference")
-    assert dispatch.choose(None, "cpu", torch.float32) == "reference"
-    fresh.setenv("MRCN_FAST_BACKEND", "")
-    assert dispatch.choose(None, "meta", torch.float32) == "reference"
-
-
-def test_the_environment_of_a_process_is_read() -> None:
-    code = (
-        "import torch; from mrcn_fast import dispatch; "
-        "print('chose', dispatch.choose(None, 'cpu', torch.float32))"
-    )
-    got = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"MRCN_FAST_BACKEND": "reference", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert got.stdout.split() == ["chose", "reference"]

@@ -49,7 +49,7 @@ def test_how_flags_may_be_written(words: str, given: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("", "--out is missing: give --out and a path"),
         ("--out", "got --out without a value, expected a path"),
@@ -69,12 +69,12 @@ def test_how_flags_may_be_written(words: str, given: dict[str, Any]) -> None:
         ("--help=3", "got -h/--help with a value, which it doesn't take"),
     ],
 )
-def test_wrong_flags_are_refused(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags_are_refused(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as end:
         flags().values(words.split())
     printed = capsys.readouterr()
     assert end.value.code == 2 and printed.out == ""
-    assert printed.err.startswith("mrcn-fast try: error: ") and told in printed.err
+    assert printed.err.startswith("mrcn-fast try: error: ") and message in printed.err
     assert len(printed.err.splitlines()) == 1
 
 
@@ -84,13 +84,13 @@ def test_words_without_a_flag(capsys: pytest.CaptureFixture[str]) -> None:
     made.add("--out", TEXT)
     for words in (["2", "--out", "x"], ["--out", "x", "2"]):
         assert made.values(words) == {"table": "2", "out": "x"}
-    for wrong, told in (
+    for wrong, message in (
         ([], "TABLE is missing: give one of 1, 2"),
         (["3"], "got TABLE 3, expected one of 1, 2"),
     ):
         with pytest.raises(SystemExit):
             made.values(wrong)
-        assert told in capsys.readouterr().err
+        assert message in capsys.readouterr().err
 
 
 def test_help_has_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
@@ -127,7 +127,7 @@ def test_plain_flags(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
         ("", "--out is missing: give --out and a path"),
         ("--out=", "got --out '', expected a path that is not empty"),
@@ -140,7 +140,7 @@ def test_plain_flags(monkeypatch: pytest.MonkeyPatch) -> None:
         ("--out x --liste", "did you mean --list?"),
     ],
 )
-def test_wrong_plain_flags(words: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_plain_flags(words: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         plain().values(words.split())
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err

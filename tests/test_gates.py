@@ -1,4 +1,4 @@
-"""The gates: their parameters, initialization, what the kernels make of them, and which they can't fuse."""
+"""The gates: their parameters, their initialization, their kernels, and the gate that kernels can't fuse."""
 
 from __future__ import annotations
 
@@ -13,16 +13,18 @@ from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, SNRBlock, dispatch, mrcn_restitution, reference
 from mrcn_fast.gates import GATES, CBAMGate, ECAGate, SEGate, make_gate
-from tests import cases
-from tests.cases import DEVICE, KERNEL_BACKENDS, random
+from tests.support import block_cases, matrix
+from tests.support.block_cases import Case
+from tests.support.matrix import DEVICE, KERNEL_BACKENDS, MODES
+from tests.support.tensors import random, same_bits
 
 
 def test_the_known_gates() -> None:
-    assert tuple(kind for kind, gate in GATES.items() if gate.unfused is None) == cases.GATES
-    assert set(GATES) - set(cases.GATES) == {"cbam"}
+    assert tuple(kind for kind, gate in GATES.items() if gate.unfused is None) == matrix.GATES
+    assert set(GATES) - set(matrix.GATES) == {"cbam"}
 
 
-@pytest.mark.parametrize("kind", cases.GATES)
+@pytest.mark.parametrize("kind", matrix.GATES)
 @pytest.mark.parametrize("count", [1, 4])
 def test_parameters_come_in_order_with_a_slice_a_gate(kind: str, count: int) -> None:
     gate = make_gate(kind, 24, count, reduction=8, dtype=torch.float64)
@@ -67,7 +69,7 @@ def test_eca_chooses_its_kernel_by_the_channels(channels: int, size: int) -> Non
 
 
 def test_initialization_is_linears() -> None:
-    """Uniform in ±1/√fan_in: bounds held and nearly reached, mean and variance those of the distribution."""
+    """Values are uniform in ±1/√fan_in: they nearly reach the bounds, with the mean and variance expected."""
     torch.manual_seed(0)
     gate = SEGate(256, 4, reduction=4)
     for p, fan_in in (
@@ -91,13 +93,13 @@ def test_initialization_is_linears() -> None:
 
 
 def test_the_four_gates_start_differently() -> None:
-    for kind in cases.GATES:
+    for kind in matrix.GATES:
         first = make_gate(kind, 64, 4).parameter_list()[0]
         assert not any(torch.equal(first[0], first[i]) for i in (1, 2, 3))
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
-@pytest.mark.parametrize("kind", cases.GATES)
+@matrix.backends("reference", *KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", matrix.GATES)
 def test_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
     check_each_gate_drives_its_own_set(kind, backend)
 
@@ -107,7 +109,7 @@ def test_each_whole_cbam_drives_its_own_set() -> None:
 
 
 def check_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
-    """A_v1, A_n1, A_v2, A_n2: a change in gate i moves v+, n+, n-, v- in this order and nothing else."""
+    """A change in one of the gates A_v1, A_n1, A_v2, A_n2 moves one set: v+, n+, n-, v- in this order."""
     block = MRCNBlock(6, reduction=2, gate=kind, backend=backend, device=DEVICE, dtype=torch.float64)
     visible, infrared = random(2, 6, 3, 4, seed=1), random(2, 6, 3, 4, seed=2)
     before = block(visible, infrared)
@@ -126,12 +128,12 @@ def check_each_gate_drives_its_own_set(kind: str, backend: str) -> None:
             assert same == (name != moved), f"gate {i}: {name}"
 
 
-@cases.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("kind", cases.GATES)
+@matrix.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", matrix.GATES)
 def test_a_saturated_gate_is_exact(kind: str, backend: str) -> None:
-    """s = 1 gives the input back (F̃ + M = F), s = 0 leaves F̃; logits of ±1000 overflow no exponential."""
+    """s = 1 gives the input (F̃ + M = F) and s = 0 gives F̃; logits of ±1000 overflow no exponential."""
     block = SNRBlock(5, reduction=1, gate=kind, backend=backend, device=DEVICE, dtype=torch.float64)
-    # Positive means and logits with their sign: ECA has no bias, so its weight decides.
+    # ECA has no bias, so the sign of its weight decides where all means are positive.
     features = random(2, 5, 3, 4).abs() + 1
     for logit in (1000.0, -1000.0):
         with torch.no_grad():
@@ -148,27 +150,27 @@ def test_a_saturated_gate_is_exact(kind: str, backend: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in block.parameters())
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_wide_kernels_and_hidden_layers(backend: str) -> None:
-    """ECA's kernel wider than the channels; more hidden units than channels."""
+    """ECA's kernel is longer than the number of channels, or there are more hidden units than channels."""
     for case in (
-        cases.Case(gate="eca", shape=(2, 3, 3, 4), hidden=5),
-        cases.Case(gate="se", shape=(2, 3, 3, 4), hidden=19),
-        cases.Case(gate="cbam-channel", shape=(2, 40, 2, 2), hidden=37),
-        cases.Case(gate="se", shape=(5, 66, 2, 3), hidden=21),
-        cases.Case(gate="se", shape=(5, 66, 2, 3), hidden=21, dtype=torch.float64),
+        Case(gate="eca", shape=(2, 3, 3, 4), hidden=5),
+        Case(gate="se", shape=(2, 3, 3, 4), hidden=19),
+        Case(gate="cbam-channel", shape=(2, 40, 2, 2), hidden=37),
+        Case(gate="se", shape=(5, 66, 2, 3), hidden=21),
+        Case(gate="se", shape=(5, 66, 2, 3), hidden=21, dtype=torch.float64),
     ):
-        cases.check_accuracy(case, backend)
+        block_cases.check_accuracy(case, backend)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_cbams_gradient_at_tied_maxima(mode: str, layout: str, backend: str) -> None:
-    """Few values, so that most planes reach their maximum and minimum in several places."""
+    """There are few values, so that most planes reach their maximum and minimum in several places."""
     for seed in range(4):
-        p = cases.problem(
-            cases.Case(
+        p = block_cases.problem(
+            Case(
                 mode,
                 "cbam-channel",
                 shape=(2, 5, 9, 7),
@@ -180,24 +182,24 @@ def test_cbams_gradient_at_tied_maxima(mode: str, layout: str, backend: str) -> 
         )
         for x in p.inputs:
             x.detach().mul_(2).round_().div_(2)
-        assert not cases.near_kink(p)
-        results, truth = cases.evaluate(p, backend), cases.evaluate_reference(p, torch.float64)
+        assert not block_cases.near_kink(p)
+        results, truth = block_cases.evaluate(p, backend), block_cases.evaluate_reference(p, torch.float64)
         for name, result in results.items():
             torch.testing.assert_close(result, truth[name], rtol=1e-11, atol=1e-11)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("constant", [True, False])
 def test_cbams_gradient_below_the_rounding_of_the_residual(constant: bool, layout: str, backend: str) -> None:
-    """Planes of 1e-28 beside β: eager PyTorch finds the maximum of M in all pixels, the kernels where it is.
+    """With planes of 1e-28 beside β, eager PyTorch finds the maximum of M in all pixels, the kernels in one.
 
-    What a plane's pixels get together is the same, and so is all else.
+    The sum of the gradient over a plane is the same, and so are all other results.
     """
-    p = cases.problem(cases.Case("restitute", "cbam-channel", shape=(2, 5, 4, 3), layouts=(layout, layout)))
+    p = block_cases.problem(Case("restitute", "cbam-channel", shape=(2, 5, 4, 3), layouts=(layout, layout)))
     (x,) = p.inputs
     x.detach().copy_(torch.full_like(x, 1e-28) if constant else 1e-28 * x.detach())
-    results, eager = cases.evaluate(p, backend), cases.evaluate_reference(p, torch.float32)
+    results, eager = block_cases.evaluate(p, backend), block_cases.evaluate_reference(p, torch.float32)
     got, want = results.pop("grad features"), eager.pop("grad features")
     for name, result in results.items():
         scale = float(eager[name].abs().max())
@@ -208,21 +210,21 @@ def test_cbams_gradient_below_the_rounding_of_the_residual(constant: bool, layou
     torch.testing.assert_close(
         got.sum(dim=(2, 3)), want.sum(dim=(2, 3)), rtol=1e-4, atol=1e-4 * float(want.abs().max())
     )
-    # M slopes against the input here (γ/σ is some 300): its maximum is where the input has its minimum or
-    # maximum, and no other pixel differs from eager's gradient by more than its even share.
+    # M decreases with the input here (γ/σ is some 300): its maximum is where the input has its minimum or its
+    # maximum, and no other pixel differs from eager PyTorch's gradient by more than its even share.
     share = (got - want).flatten(2)
     lowest, highest = x.flatten(2).argmin(dim=2), x.flatten(2).argmax(dim=2)
     at = share.abs().argmax(dim=2)
     assert bool(((at == lowest) | (at == highest)).all())
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
-@pytest.mark.parametrize("kind", cases.GATES)
+@matrix.backends("reference", *KERNEL_BACKENDS)
+@pytest.mark.parametrize("kind", matrix.GATES)
 def test_snrs_restitution_alone_is_bitwise_the_first_of_three(kind: str, backend: str) -> None:
-    """Training and inference see the same features; the gradients are those of the first output."""
+    """Training and inference compute the same features; the gradients are those of the first output."""
     block = SNRBlock(8, reduction=4, gate=kind, backend=backend, device=DEVICE)
     features = random(3, 8, 5, 4, dtype=torch.float32)
-    assert cases.same_bits(block.restitute(features), block(features).restituted)
+    assert same_bits(block.restitute(features), block(features).restituted)
     weight = random(3, 8, 5, 4, seed=1, dtype=torch.float32)
     leaves = tuple(block.parameters())
     alone = torch.autograd.grad((block.restitute(features) * weight).sum(), leaves)
@@ -244,7 +246,7 @@ def snr_cbam(dtype: torch.dtype = torch.float64) -> SNRBlock:
     return SNRBlock(4, reduction=2, gate="cbam", device=DEVICE, dtype=dtype)
 
 
-@pytest.mark.parametrize("mode", [*cases.MODES, "snr restitute"])
+@pytest.mark.parametrize("mode", [*MODES, "snr restitute"])
 def test_whole_cbams_derivatives(mode: str) -> None:
     mrcn, snr = whole_cbam(), snr_cbam()
     functions: dict[str, Callable[..., tuple[Tensor, ...]]] = {
@@ -301,11 +303,11 @@ def test_whole_cbam_takes_the_reference_and_says_why_once(
     with caplog.at_level(logging.INFO, "mrcn_fast"):
         for backend in (None, "auto"):
             got = whole_cbam(backend).restitute(features, "visible")
-            assert cases.same_bits(got, whole_cbam("reference").restitute(features, "visible"))
-    (told,) = (r for r in caplog.records if r.name == "mrcn_fast")
-    assert told.levelno == logging.INFO
-    assert told.getMessage().startswith("using the reference backend (CBAM's spatial part")
-    # The loss and the other gates have their kernels still.
+            assert same_bits(got, whole_cbam("reference").restitute(features, "visible"))
+    (record,) = (r for r in caplog.records if r.name == "mrcn_fast")
+    assert record.levelno == logging.INFO
+    assert record.getMessage().startswith("using the reference backend (CBAM's spatial part")
+    # Kernels still serve the loss and the other gates.
     assert dispatch.unserved("reference", DEVICE, torch.float32, "cbam") is None
     assert dispatch.choose("reference", DEVICE, torch.float32, "cbam") == "reference"
 
@@ -335,7 +337,7 @@ def test_whole_cbam_is_one_graph() -> None:
 
 
 @pytest.mark.parametrize(
-    ("shapes", "told"),
+    ("shapes", "message"),
     [
         ([(1, 2, 4), (1, 2), (1, 4, 2), (1, 4)], "got (Tensor, Tensor, Tensor, Tensor), expected 5 tensors"),
         (
@@ -344,19 +346,19 @@ def test_whole_cbam_is_one_graph() -> None:
         ),
     ],
 )
-def test_whole_cbams_parameters_are_checked(shapes: list[tuple[int, ...]], told: str) -> None:
+def test_whole_cbams_parameters_are_checked(shapes: list[tuple[int, ...]], message: str) -> None:
     features = random(2, 4, 3, 3)
     with pytest.raises(ValueError) as error:
         mrcn_restitution(
             features, random(1, 4), random(1, 4), [random(*shape) for shape in shapes], gate="cbam"
         )
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize("backend", KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_logits_far_out_and_not_finite(backend: str, dtype: torch.dtype) -> None:
-    """Gates from one end to the other, beyond where e^x overflows; infinite and NaN as eager has them."""
+    """Logits of any size, beyond the overflow of e^x too; infinities and NaN are as in eager PyTorch."""
     torch.manual_seed(0)
     block, plain = (
         MRCNBlock(19, device=DEVICE, dtype=dtype, backend=name) for name in (backend, "reference")
@@ -382,7 +384,7 @@ def test_what_is_left_out_of_weight_decay(kind: str) -> None:
     names = dict(block.named_parameters())
     left_out = block.no_weight_decay()
     assert left_out <= set(names)
-    # As in modules of their own: γ, β and biases are vectors; of all else only ECA's kernel is one.
+    # In separate modules γ, β and biases would be vectors; of the other parameters only ECA's kernel is one.
     vectors = {name for name, p in names.items() if p[0].dim() <= 1}
     assert vectors - left_out == ({"gate.weight"} if kind == "eca" else set())
 
@@ -461,9 +463,9 @@ def test_hooks_on_a_gate_fire() -> None:
     assert len(calls) == 2
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_a_gate_without_a_gradient_has_none(backend: str) -> None:
-    """Zeros would let weight decay and momentum move it."""
+    """With zeros as its gradient, weight decay and momentum would move it."""
     snr = SNRBlock(6, backend=backend, device=DEVICE)
     snr(random(2, 6, 4, 3, dtype=torch.float32)).normalized.sum().backward()
     assert all(p.grad is None for p in snr.gate.parameters())

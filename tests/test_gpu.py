@@ -1,7 +1,7 @@
 """What only a GPU can show: graphs, streams, devices, sizes, launches, waiting. `make gpu-check` runs it.
 
-The values are the business of test_block.py and test_cqc.py, which run there with MRCN_FAST_TEST_DEVICE=cuda.
-Problems here are made on the GPU whatever that variable says.
+Values are compared by test_block*.py and test_cqc.py, which run there with MRCN_FAST_TEST_DEVICE=cuda.
+The problems here are on the GPU whatever the value of that variable.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import MRCNBlock, backends, cqc_loss, mrcn_block, reference
-from tests import cases
+from tests.support.tensors import same_bits
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="needs a GPU, and torch.cuda.is_available() is False"
@@ -114,7 +114,7 @@ def make(name: str, device: str = "cuda", seed: int = 0) -> Work:
 
 
 def assert_same(got: Sequence[Tensor], want: Sequence[Tensor]) -> None:
-    different = [i for i, (g, w) in enumerate(zip(got, want, strict=True)) if not cases.same_bits(g, w)]
+    different = [i for i, (g, w) in enumerate(zip(got, want, strict=True)) if not same_bits(g, w)]
     assert not different, f"results {different} of {len(want)} differ"
 
 

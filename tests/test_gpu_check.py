@@ -1,4 +1,4 @@
-"""`make gpu-check` where there is no GPU: what it says, and what it would run."""
+"""`make gpu-check` without a GPU: its messages, and the commands that it would run."""
 
 from __future__ import annotations
 
@@ -77,9 +77,9 @@ def runs(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> Runs:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so() -> None:
-    """From make, with nothing installed or built on the way."""
+    """make says so, and installs and builds nothing first."""
     done = subprocess.run(
-        # ARGS too: `make test ARGS=...` hands its own down to every make below it.
+        # ARGS is empty, because `make test ARGS=...` passes its own on to every make that it starts.
         ["make", "gpu-check", f"PYTHON={sys.executable}", "VENV=no-such-environment", "ARGS="],
         cwd=ROOT,
         env=os.environ | {"MAKEFLAGS": ""},
@@ -157,21 +157,21 @@ def test_what_can_be_neither_built_nor_sanitized_is_left_out_and_told(
     gpu.setenv("CUDACXX", "no-such-nvcc")
     assert gpu_check.main([]) == 0
     assert [command[:3] for command in runs.taken()] == [PYTEST, BENCHMARK]
-    told = capsys.readouterr().out
-    assert "without build: nvcc was not found: CUDACXX=no-such-nvcc" in told
-    assert "without sanitizer: the CUDA C++ backend can't run: cuda: False" in told
+    printed = capsys.readouterr().out
+    assert "without build: nvcc was not found: CUDACXX=no-such-nvcc" in printed
+    assert "without sanitizer: the CUDA C++ backend can't run: cuda: False" in printed
 
     found(gpu, triton=True, cuda=True)
     gpu.setattr(gpu_check.shutil, "which", lambda name: None)
     assert gpu_check.main([]) == 0
     assert [command[:3] for command in runs.taken()] == [PYTEST, BENCHMARK]
-    told = capsys.readouterr().out
-    assert "without build: it is built" in told
-    assert "without sanitizer: compute-sanitizer is not on PATH" in told
+    printed = capsys.readouterr().out
+    assert "without build: it is built" in printed
+    assert "without sanitizer: compute-sanitizer is not on PATH" in printed
 
 
 def test_the_sanitized_choice_names_tests(gpu_check: ModuleType) -> None:
-    """A choice that had lost its tests would stop every run, on machines with a GPU only."""
+    """A choice without any test would stop every run, and only on machines with a GPU."""
     listed = subprocess.run(
         [*PYTEST, *gpu_check.SANITIZED, "--collect-only", "-q", "-p", "no:cacheprovider"],
         cwd=ROOT,
@@ -181,6 +181,6 @@ def test_the_sanitized_choice_names_tests(gpu_check: ModuleType) -> None:
         check=False,
     )
     assert listed.returncode == 0, listed.stdout + listed.stderr
-    for name in ("test_block.py", "test_cqc.py"):
+    for name in ("test_block_accuracy.py", "test_cqc.py"):
         assert f"tests/{name}::test_accuracy_in_every_layout[" in listed.stdout
     assert "triton" not in listed.stdout

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from tests.processes import run_pytest
+from tests.support.processes import run_pytest
 
-# Triton has builds for Linux alone, and there it is no accident that it is missing: [dev] brings it.
+# Triton has builds for Linux alone, where [dev] installs it, so that there it must not be missing.
 ABSENT = importlib.util.find_spec("triton") is None
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(ABSENT and sys.platform != "linux", reason="Triton has no build for this machine")
 def test_the_triton_kernels_in_the_interpreter() -> None:
-    told = run_pytest("tests/interpreted", environment={"TRITON_INTERPRET": "1"})
-    assert "skipped" not in told.splitlines()[-1], "skipped where it must run"
+    printed = run_pytest("tests/interpreted", environment={"TRITON_INTERPRET": "1"})
+    assert "skipped" not in printed.splitlines()[-1], "skipped where it must run"

@@ -1,4 +1,4 @@
-"""Memory of CPU calls: that of freed outputs is used again, none is left behind, storages are torch's own."""
+"""Memory of CPU calls: freed outputs' memory is used again, nothing leaks, and storages are torch's own."""
 
 from __future__ import annotations
 
@@ -17,14 +17,17 @@ from mrcn_fast import MRCNBlock, release_memory
 from mrcn_fast.backends import cpu
 from mrcn_fast.backends.cpu import memory_in_use
 from mrcn_fast.benchmark.timing import bytes_in_use, growth
-from tests import cases
-from tests.processes import ROOT
+from tests.support import block_cases, cqc_cases, matrix, tensors
+from tests.support.block_cases import Case
+from tests.support.cqc_cases import CQCCase
+from tests.support.matrix import MODES
+from tests.support.processes import ROOT
 
 PAGE = 4096
-# 2 MiB a map, the least that is kept; in the second one a map is half as large again.
+# Maps of 2 MiB, the least that is kept for later outputs, and maps of 3 MiB.
 SHAPE, LARGER = (4, 64, 64, 32), (6, 64, 64, 32)
 
-# MB that a release returns to the system, of maps of 8, then of 12 MB, four at once.
+# Prints how many MB a release returns to the system, after calls with four maps of 8 MB, then of 12 MB.
 KEPT = """
 import ctypes, torch, mrcn_fast
 from mrcn_fast import MRCNBlock
@@ -47,12 +50,12 @@ print(before - resident())
 
 
 def pair(shape: tuple[int, ...], seed: int) -> tuple[Tensor, Tensor]:
-    first, second = (cases.random(*shape, seed=seed + i, dtype=torch.float32) for i in range(2))
+    first, second = (tensors.random(*shape, seed=seed + i, dtype=torch.float32) for i in range(2))
     return first, second
 
 
 def places(maps: tuple[Tensor, ...]) -> list[int]:
-    """Where the made maps lie; the first and last are the inputs."""
+    """The addresses of the maps that the block makes, which are all but the first and the last."""
     return sorted(x.data_ptr() for x in maps[1:5])
 
 
@@ -62,7 +65,7 @@ def block() -> MRCNBlock:
     return MRCNBlock(SHAPE[1], backend="cpu").requires_grad_(False)
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_freed_outputs_serve_the_next(backend: str, layout: torch.memory_format, block: MRCNBlock) -> None:
     inputs = [x.contiguous(memory_format=layout) for x in pair(SHAPE, 0)]
@@ -73,7 +76,7 @@ def test_freed_outputs_serve_the_next(backend: str, layout: torch.memory_format,
     assert all(abs(a - b) < PAGE for a, b in zip(first, second, strict=True))
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 def test_what_lives_is_nobody_elses(backend: str, block: MRCNBlock) -> None:
     kept = [block(*pair(SHAPE, seed)) for seed in (0, 10)]
     before = [[x.clone() for x in maps] for maps in kept]
@@ -85,7 +88,7 @@ def test_what_lives_is_nobody_elses(backend: str, block: MRCNBlock) -> None:
     assert torch.equal(view, before[1][1][0])
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 def test_several_threads_take_and_give_back(backend: str, block: MRCNBlock) -> None:
     def results(seed: int) -> list[Tensor]:
         x, y = (x.requires_grad_() for x in pair(SHAPE, seed))
@@ -99,13 +102,13 @@ def test_several_threads_take_and_give_back(backend: str, block: MRCNBlock) -> N
                 assert all(map(torch.equal, found, wanted))
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_no_more_is_kept_than_was_in_use_at_once(backend: str) -> None:
     run = subprocess.run(
         [sys.executable, "-c", KEPT], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
-    # Four maps of 12 MB, without the four of 8 before them; pages beside them may come and go.
+    # Four maps of 12 MB, without the earlier four of 8 MB; the allocator may use or free some pages besides.
     assert 46 < float(run.stdout) < 54
 
 
@@ -115,7 +118,7 @@ counts_bytes = pytest.mark.skipif(bytes_in_use() is None, reason="no mallinfo2: 
 
 
 def left_behind(call: Callable[[], object], calls: int) -> float:
-    """Bytes that stay in use after a call; the least of six measurements: torch's tables grow too."""
+    """The bytes still in use after a call: the least of six measurements, since torch's tables grow too."""
     least = math.inf
     for _ in range(6):
         found = growth(call, calls, before=100)
@@ -127,16 +130,16 @@ def left_behind(call: Callable[[], object], calls: int) -> float:
 
 
 @counts_bytes
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("gradients", [True, False], ids=["training", "inference"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "spatially sliced"])
-@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("mode", MODES)
 def test_a_block_call_leaves_no_byte(mode: str, layout: str, gradients: bool, backend: str) -> None:
-    p = cases.problem(cases.Case(mode, shape=(2, 16, 6, 5), layouts=(layout, layout)))
+    p = block_cases.problem(Case(mode, shape=(2, 16, 6, 5), layouts=(layout, layout)))
 
     def call() -> None:
         with torch.set_grad_enabled(gradients):
-            outputs = cases.call(p.case, p.inputs, p.parameters, backend)
+            outputs = block_cases.call(p.case, p.inputs, p.parameters, backend)
             if gradients:
                 torch.autograd.grad(outputs, (*p.inputs, *p.parameters), p.gradients)
 
@@ -144,14 +147,14 @@ def test_a_block_call_leaves_no_byte(mode: str, layout: str, gradients: bool, ba
 
 
 @counts_bytes
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("stacked", [True, False])
 def test_a_loss_call_leaves_no_byte(stacked: bool, backend: str) -> None:
-    p = cases.cqc_problem(cases.CQCCase((4, 4), (4, 4), 16, torch.float32, stacked, normalize=not stacked))
-    assert left_behind(lambda: cases.evaluate_cqc(p, backend), 300) < 1
+    p = cqc_cases.problem(CQCCase((4, 4), (4, 4), 16, torch.float32, stacked, normalize=not stacked))
+    assert left_behind(lambda: cqc_cases.evaluate(p, backend), 300) < 1
 
 
-# Resident MB after so many calls, of maps whose shapes change and of maps with one shape.
+# Prints the resident MB after calls whose shapes change, and after calls with one shape.
 RESIDENT = """
 import sys, torch, mrcn_fast
 from mrcn_fast import MRCNBlock
@@ -176,7 +179,7 @@ print(*marks)
 """
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("release", [0, 1], ids=["kept", "released"])
 @pytest.mark.parametrize("gradients", [0, 1], ids=["inference", "training"])
@@ -188,7 +191,7 @@ def test_resident_memory_is_flat(changing: int, gradients: int, release: int, ba
     assert max(later) < 1.1 * first
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 def test_a_release_gives_back_all_that_is_kept(backend: str, block: MRCNBlock) -> None:
     release_memory()
     assert memory_in_use()[1] == 0
@@ -206,16 +209,16 @@ def test_a_release_gives_back_all_that_is_kept(backend: str, block: MRCNBlock) -
 # --- storages are torch's own -----------------------------------------------------------------------------
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 def test_the_library_makes_storages_here(backend: str) -> None:
     """Without it large outputs would be slow, and no other test would fail."""
     assert cpu.build_info()["memory"].startswith("that of freed outputs")
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_large_outputs_can_be_resized(backend: str, layout: torch.memory_format, block: MRCNBlock) -> None:
-    """FSDP1 and some checkpointing wrappers free a storage so, and fill it again later."""
+    """FSDP1 and some checkpointing wrappers free a storage in this way, and fill it again later."""
     release_memory()
     made = block(*(x.contiguous(memory_format=layout) for x in pair(SHAPE, 0))).visible_restituted
     before, storage = made.clone(), made.untyped_storage()
@@ -231,7 +234,7 @@ def test_large_outputs_can_be_resized(backend: str, layout: torch.memory_format,
     assert torch.equal(made, before)
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 def test_large_outputs_are_saved_shared_and_viewed(backend: str, block: MRCNBlock) -> None:
     made = block(*pair(SHAPE, 0)).infrared_restituted
     file = io.BytesIO()
@@ -245,7 +248,7 @@ def test_large_outputs_are_saved_shared_and_viewed(backend: str, block: MRCNBloc
         assert block(*pair(SHAPE, 0)).infrared_restituted.is_inference()
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.slow
 def test_a_torch_that_it_was_not_compiled_for_works_without_it(backend: str) -> None:
     code = """
@@ -268,10 +271,10 @@ print(cpu.build_info()["memory"])
 # --- too much ---------------------------------------------------------------------------------------------
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("rows", [2**42, 2**42 + 1, 2**43 - 1])
 def test_a_view_of_any_size_is_refused(rows: int, backend: str) -> None:
-    """Its bytes pass what 64 bits count, or no machine has them."""
+    """The view has more bytes than 64 bits count, or than any machine has."""
     block = MRCNBlock(1, backend=backend).requires_grad_(False)
     view = torch.zeros(1, 1, 1, 1).expand(1, 1, 2**20, rows)
     with pytest.raises(RuntimeError, match=r"more bytes than 64 bits count; use smaller maps"):
@@ -279,7 +282,7 @@ def test_a_view_of_any_size_is_refused(rows: int, backend: str) -> None:
     assert block.restitute(torch.randn(1, 1, 2, 2), "visible").isfinite().all()
 
 
-@cases.backends("cpu")
+@matrix.backends("cpu")
 @pytest.mark.parametrize("shape", [(2**40, 1, 2, 2), (1, 1, 2**20, 2**22)])
 def test_an_allocation_that_fails_says_how_much_it_wanted(shape: tuple[int, ...], backend: str) -> None:
     block = MRCNBlock(1, backend=backend).requires_grad_(False)

@@ -12,7 +12,7 @@ HUGE = 1 << 60
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "amount"),
     [
         (
             torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.50 GiB. GPU 0 has"),
@@ -26,8 +26,8 @@ HUGE = 1 << 60
     ],
     ids=["CUDA", "shared", "numpy"],
 )
-def test_the_bytes_are_reported(error: Exception, told: str) -> None:
-    expected = pytest.raises(MemoryShortageError, match=rf"work, could not allocate {told} bytes\. Less")
+def test_the_bytes_are_reported(error: Exception, amount: str) -> None:
+    expected = pytest.raises(MemoryShortageError, match=rf"work, could not allocate {amount} bytes\. Less")
     with expected as raised, enough_memory("work", "Less"):
         raise error
     assert raised.value.__cause__ is error

@@ -10,8 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock, reference
-from tests import cases, extended
-from tests.cases import Case, CQCCase
+from tests.support import block_cases, cqc_cases, extended
+from tests.support.block_cases import Case
+from tests.support.cqc_cases import CQCCase
+from tests.support.matrix import GATES, MODES, RESTITUTE_TO
+from tests.support.rule import array
 
 LN3 = math.log(3.0)  # sigmoid(ln 3) = 3 / 4
 
@@ -263,7 +266,7 @@ def test_snr_by_hand() -> None:
         close(g, e)
 
 
-@pytest.mark.parametrize("gate", [*cases.GATES, "cbam"])
+@pytest.mark.parametrize("gate", [*GATES, "cbam"])
 def test_restituted_is_between_input_and_normalized(gate: str) -> None:
     """F₊ = s · F + (1 - s) · F̃."""
     features = random(3, 8, 5, 4)
@@ -401,13 +404,13 @@ needs_long_double = pytest.mark.skipif(
 
 
 @needs_long_double
-@pytest.mark.parametrize("restitute_to", cases.RESTITUTE_TO)
-@pytest.mark.parametrize("gate", cases.GATES)
-@pytest.mark.parametrize("mode", cases.MODES)
+@pytest.mark.parametrize("restitute_to", RESTITUTE_TO)
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("mode", MODES)
 def test_block_agrees_with_long_double(mode: str, gate: str, restitute_to: str) -> None:
     case = Case(mode, gate, restitute_to, (3, 7, 5, 4), torch.float64, hidden=3)
-    p = cases.problem(case)
-    check_relative(cases.evaluate(p, "reference"), cases.block_truth(p))
+    p = block_cases.problem(case)
+    check_relative(block_cases.evaluate(p, "reference"), block_cases.truth(p))
 
 
 @needs_long_double
@@ -418,15 +421,15 @@ def test_cqc_agrees_with_long_double(normalize: bool, reduction: str, detach_neg
     case = CQCCase(
         (2, 0, 3, 1), (1, 2, 2, 4), 6, torch.float64, reduction=reduction, detach_negative=detach_negative
     )
-    p = cases.cqc_problem(case._replace(normalize=normalize))
-    check_relative(cases.evaluate_cqc(p, "reference"), cases.cqc_truth(p))
+    p = cqc_cases.problem(case._replace(normalize=normalize))
+    check_relative(cqc_cases.evaluate(p, "reference"), cqc_cases.truth(p))
 
 
 def check_relative(results: dict[str, Tensor], truth: dict[str, extended.Array]) -> None:
     """Within 1e-14 of the largest value: some 50 rounding errors of float64, no place for a wrong term."""
     assert results.keys() == truth.keys()
     for name, result in results.items():
-        error = abs(cases.array(result) - truth[name]).max()
+        error = abs(array(result) - truth[name]).max()
         assert error <= 1e-14 * abs(truth[name]).max(), name
         assert abs(truth[name]).max() > 0, name
 

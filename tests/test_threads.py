@@ -7,8 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests import cases
-from tests.cases import DTYPES, KERNEL_BACKENDS, MODES, Case, CQCCase
+from tests.support import block_cases, cqc_cases, matrix
+from tests.support.block_cases import Case
+from tests.support.cqc_cases import FORMS, CQCCase
+from tests.support.matrix import DTYPES, GATES, KERNEL_BACKENDS, MODES
+from tests.support.tensors import different_bits, same_bits
 
 THREADS = (1, 2, 3, 5)
 
@@ -20,32 +23,32 @@ def keep_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-# The last two are large enough that one sample, or one plane, is worth sharing.
+# The last two are so large that several threads share one sample, or one plane.
 SHAPES = [(1, 7, 5, 3), (5, 13, 9, 7), (1, 64, 40, 24), (2, 3, 151, 149)]
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("mode", MODES)
 def test_block(mode: str, shape: tuple[int, int, int, int], layout: str, backend: str) -> None:
-    # Each dtype with one gate: the gates see a plane's sums, which have one dtype for three of the four.
-    for gate, dtype in zip((*cases.GATES, "cbam-channel"), DTYPES, strict=True):
-        p = cases.problem(
+    # Each dtype has one gate, because a gate reads a plane's sums, which three of the dtypes hold in float32.
+    for gate, dtype in zip((*GATES, "cbam-channel"), DTYPES, strict=True):
+        p = block_cases.problem(
             Case(mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout)
         )
         torch.set_num_threads(THREADS[0])
-        first = cases.evaluate(p, backend)
+        first = block_cases.evaluate(p, backend)
         for threads in (*THREADS, THREADS[-1]):
             torch.set_num_threads(threads)
             assert torch.get_num_threads() == threads
-            different = cases.different_bits(first, cases.evaluate(p, backend))
+            different = different_bits(first, block_cases.evaluate(p, backend))
             assert not different, f"{p.case} with {threads} threads: {', '.join(different)}"
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@cases.FORMS
+@FORMS
 @pytest.mark.parametrize(
     ("counts", "dimensions"), [((4, 4, 4, 4), 2048), ((1,), 5), ((3,) * 40, 33), ((64,), 512)]
 )
@@ -57,44 +60,44 @@ def test_cqc(
     dtype: torch.dtype,
     backend: str,
 ) -> None:
-    p = cases.cqc_problem(CQCCase(counts, counts, dimensions, dtype, stacked, normalize=normalize))
+    p = cqc_cases.problem(CQCCase(counts, counts, dimensions, dtype, stacked, normalize=normalize))
     torch.set_num_threads(THREADS[0])
-    first = cases.evaluate_cqc(p, backend)
+    first = cqc_cases.evaluate(p, backend)
     for threads in (*THREADS, THREADS[-1]):
         torch.set_num_threads(threads)
-        different = cases.different_bits(first, cases.evaluate_cqc(p, backend))
+        different = different_bits(first, cqc_cases.evaluate(p, backend))
         assert not different, f"{p.case} with {threads} threads: {', '.join(different)}"
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_a_sample_doesnt_depend_on_its_batch(mode: str, backend: str) -> None:
-    """Each sample alone gives the same bits as in the batch: the order of its sums is its own."""
+    """A sample alone gives the same bits as in a batch: the order of its sums does not depend on others."""
     case = Case(mode, shape=(4, 7, 9, 5))
-    p = cases.problem(case)
-    together = cases.call(case, p.inputs, p.parameters, backend)
+    p = block_cases.problem(case)
+    together = block_cases.call(case, p.inputs, p.parameters, backend)
     for i in range(4):
-        alone = cases.call(case, [x[i : i + 1] for x in p.inputs], p.parameters, backend)
+        alone = block_cases.call(case, [x[i : i + 1] for x in p.inputs], p.parameters, backend)
         for whole, one in zip(together, alone, strict=True):
-            assert cases.same_bits(whole[i::4] if mode == "concat" else whole[i : i + 1], one)
+            assert same_bits(whole[i::4] if mode == "concat" else whole[i : i + 1], one)
 
 
-# The weights of both layers are 0.3 and 8 MB: samples share their reading, and in the second case 19 of them
-# don't fit one group.
-@cases.backends("cpu")
+# The weights of both layers take 0.3 and 8 MB, which several samples read together; in the second case 19
+# samples don't fit in one group.
+@matrix.backends("cpu")
 @pytest.mark.parametrize("hidden", [21, 512])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_samples_that_share_the_gates_weights(layout: str, hidden: int, backend: str) -> None:
     case = Case(shape=(19, 512, 3, 2), layouts=(layout, layout), gradient_layout=layout, hidden=hidden)
-    p = cases.problem(case)
+    p = block_cases.problem(case)
     torch.set_num_threads(1)
-    first = cases.evaluate(p, backend)
+    first = block_cases.evaluate(p, backend)
     for threads in THREADS:
         torch.set_num_threads(threads)
-        different = cases.different_bits(first, cases.evaluate(p, backend))
+        different = different_bits(first, block_cases.evaluate(p, backend))
         assert not different, f"{case} with {threads} threads: {', '.join(different)}"
-    together = cases.call(case, p.inputs, p.parameters, backend)
+    together = block_cases.call(case, p.inputs, p.parameters, backend)
     for i in (0, 9, 10, 18):
-        alone = cases.call(case, [x[i : i + 1] for x in p.inputs], p.parameters, backend)
+        alone = block_cases.call(case, [x[i : i + 1] for x in p.inputs], p.parameters, backend)
         for whole, one in zip(together, alone, strict=True):
-            assert cases.same_bits(whole[i : i + 1], one)
+            assert same_bits(whole[i : i + 1], one)

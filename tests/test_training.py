@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from mrcn_fast import CQCLoss, MRCNBlock
-from tests import cases
-from tests.cases import KERNEL_BACKENDS
+from tests.support import matrix
+from tests.support.matrix import GATES, KERNEL_BACKENDS
+from tests.support.tensors import different_bits
 
 STEPS = 50
 IDENTITIES, IMAGES = 4, 3
@@ -56,21 +57,21 @@ def train(
     return {name: p.detach() for name, p in network.named_parameters()}, losses
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=["NCHW", "NHWC"]
 )
-@pytest.mark.parametrize("gate", cases.GATES)
+@pytest.mark.parametrize("gate", GATES)
 def test_fused_and_reference_end_at_the_same_weights(
     gate: str, memory_format: torch.memory_format, backend: str
 ) -> None:
-    """50 steps of SGD in float32, within 1e-4 of each tensor's largest weight.
+    """After 50 steps of SGD in float32 the weights agree within 1e-4 of each tensor's largest weight.
 
-    One step rounds by some 1e-7; momentum and 50 steps that feed on each other make 1e-6 to 1e-5 of it.
+    One step rounds by some 1e-7, which momentum and the later steps increase to 1e-6 or 1e-5.
     """
     fused, fused_losses = train(backend, memory_format, gate=gate)
     plain, plain_losses = train("reference", memory_format, gate=gate)
-    # The comparison means something only where training went somewhere.
+    # The comparison means something only if training changed the weights.
     assert sum(plain_losses[-5:]) < 0.9 * sum(plain_losses[:5])
     for name, weight in plain.items():
         error = (fused[name] - weight).abs().max() / weight.abs().max()
@@ -78,16 +79,16 @@ def test_fused_and_reference_end_at_the_same_weights(
     torch.testing.assert_close(fused_losses, plain_losses, rtol=1e-4, atol=0)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_a_seed_gives_the_same_weights_to_the_bit(backend: str) -> None:
     first, first_losses = train(backend, torch.contiguous_format)
     second, second_losses = train(backend, torch.contiguous_format)
     assert first_losses == second_losses
-    assert cases.different_bits(first, second) == []
+    assert different_bits(first, second) == []
 
 
 def test_the_block_learns() -> None:
-    """Every parameter of the block moves away from where it started."""
+    """Training changes every parameter of the block."""
     torch.manual_seed(0)
     start = {name: p.detach().clone() for name, p in Network("reference").named_parameters()}
     end, _ = train("reference", torch.contiguous_format)

@@ -1,6 +1,6 @@
 """`torch.func`, forward-mode derivatives, batched gradients, and tracers other than torch.compile.
 
-What the transforms give is held against the same without them, or against plain loops.
+The results of the transforms are compared with those without them, or with plain loops.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mrcn_fast import CQCLoss, MRCNBlock, SNRBlock, cqc_loss
 from mrcn_fast.operations import OPERATIONS
-from tests import cases
-from tests.cases import DEVICE, KERNEL_BACKENDS, MODES, Case, random
+from tests.support import block_cases, matrix
+from tests.support.block_cases import Case, Problem
+from tests.support.matrix import DEVICE, KERNEL_BACKENDS, MODES
+from tests.support.tensors import random
 
 
 def parameters_of(module: nn.Module) -> dict[str, Tensor]:
@@ -33,15 +35,15 @@ def same(got: Any, want: Any) -> None:
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-def mapped(case: Case, *seeds: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[cases.Problem]]:
-    """Inputs and parameters of several problems, each stacked, and the problems."""
-    problems = [cases.problem(case._replace(seed=seed)) for seed in seeds]
+def mapped(case: Case, *seeds: int) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...], list[Problem]]:
+    """The stacked inputs and parameters of several problems, and the problems."""
+    problems = [block_cases.problem(case._replace(seed=seed)) for seed in seeds]
     inputs = tuple(torch.stack(x).detach() for x in zip(*(p.inputs for p in problems), strict=True))
     parameters = tuple(torch.stack(x).detach() for x in zip(*(p.parameters for p in problems), strict=True))
     return inputs, parameters, problems
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
@@ -50,14 +52,14 @@ def test_vmap_takes_more_samples(mode: str, layout: str, gradients: bool, backen
     inputs, _, problems = mapped(case, 0, 1, 2)
     parameters = problems[0].parameters
     with torch.set_grad_enabled(gradients):
-        got = torch.func.vmap(lambda *x: cases.call(case, x, parameters, backend))(*inputs)
-        want = [cases.call(case, x, parameters, backend) for x in zip(*inputs, strict=True)]
+        got = torch.func.vmap(lambda *x: block_cases.call(case, x, parameters, backend))(*inputs)
+        want = [block_cases.call(case, x, parameters, backend) for x in zip(*inputs, strict=True)]
     for of_vmap, each in zip(got, zip(*want, strict=True), strict=True):
         same(of_vmap, torch.stack(each))
         assert of_vmap.requires_grad == gradients
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_vmap_of_one_input_alone(backend: str) -> None:
     block, (x, y) = block_of(backend), random(2, 3, 2, 5, 4, 3).unbind()
     got = torch.func.vmap(lambda a: block(a, y[0], concat=True))(x)
@@ -66,15 +68,15 @@ def test_vmap_of_one_input_alone(backend: str) -> None:
     same(got, torch.stack([block(a, y[0], concat=True) for a in x]))
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_vmap_over_parameters_is_an_ensemble(mode: str, backend: str) -> None:
     case = Case(mode, shape=(2, 5, 4, 3), dtype=torch.float64)
     _, parameters, problems = mapped(case, 0, 1, 2)
     inputs = tuple(x.detach() for x in problems[0].inputs)
-    got = torch.func.vmap(lambda *p: cases.call(case, inputs, p, backend))(*parameters)
+    got = torch.func.vmap(lambda *p: block_cases.call(case, inputs, p, backend))(*parameters)
     for i, p in enumerate(problems):
-        for of_vmap, alone in zip(got, cases.call(case, inputs, p.parameters, backend), strict=True):
+        for of_vmap, alone in zip(got, block_cases.call(case, inputs, p.parameters, backend), strict=True):
             same(of_vmap[i], alone)
 
 
@@ -84,7 +86,7 @@ def cubed(block: nn.Module, parameters: dict[str, Tensor], *inputs: Tensor) -> T
     return total
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_grad_and_gradients_of_each_sample(backend: str) -> None:
     block, (x, y) = block_of(backend), random(2, 3, 2, 5, 4, 3).unbind()
     known = parameters_of(block)
@@ -102,23 +104,23 @@ def test_grad_and_gradients_of_each_sample(backend: str) -> None:
     same(each, {name: torch.stack([w[name] for w in want]) for name in known})
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("mode", MODES)
 def test_jacobians_both_ways(mode: str, backend: str) -> None:
     case = Case(mode, shape=(1, 2, 2, 2), dtype=torch.float64, eps=0.1)
-    p = cases.problem(case)
+    p = block_cases.problem(case)
     first, *others = (x.detach() for x in p.inputs)
     parameters = tuple(q.detach() for q in p.parameters)
 
     def run(x: Tensor, name: str = backend) -> Tensor:
-        return torch.cat(cases.call(case, (x, *others), parameters, name))
+        return torch.cat(block_cases.call(case, (x, *others), parameters, name))
 
     want = torch.autograd.functional.jacobian(lambda x: run(x, "reference"), first)
     same(torch.func.jacrev(run)(first), want)
     same(torch.func.jacfwd(run)(first), want)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
 def test_forward_mode(gradients: bool, backend: str) -> None:
     block, x, tangent = block_of(backend), random(2, 5, 4, 3), random(2, 5, 4, 3, seed=1)
@@ -130,10 +132,10 @@ def test_forward_mode(gradients: bool, backend: str) -> None:
             same(torch.autograd.forward_ad.unpack_dual(block(dual, dual, concat=True)).tangent, want)
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_batched_gradients(backend: str) -> None:
-    p = cases.problem(Case("pair", dtype=torch.float64))
-    outputs = cases.call(p.case, p.inputs, p.parameters, backend)
+    p = block_cases.problem(Case("pair", dtype=torch.float64))
+    outputs = block_cases.call(p.case, p.inputs, p.parameters, backend)
     leaves = (*p.inputs, *p.parameters)
     given = [torch.stack([g, 2 * g, g.flip(0)]) for g in p.gradients]
     batched = torch.autograd.grad(outputs, leaves, given, is_grads_batched=True, retain_graph=True)
@@ -146,7 +148,7 @@ def six(seed: int = 0) -> Tensor:
     return random(6, 4, 8, seed=seed)
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_transforms_of_the_loss(normalize: bool, backend: str) -> None:
     labels, others = torch.tensor([[0, 0, 1, 1], [2, 0, 2, 0]], device=DEVICE)
@@ -167,7 +169,7 @@ def test_transforms_of_the_loss(normalize: bool, backend: str) -> None:
     same(torch.func.jvp(loss, (sets[0],), (tangent,))[1], (gradient * tangent).sum())
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_the_loss_without_data(normalize: bool, backend: str) -> None:
     """Only `reduction="none"` has a shape that depends on the labels' values."""
@@ -208,7 +210,7 @@ def images(batch: int = 2) -> tuple[Tensor, Tensor]:
     return visible, infrared
 
 
-@cases.backends("reference", *KERNEL_BACKENDS)
+@matrix.backends("reference", *KERNEL_BACKENDS)
 def test_symbolic_trace(backend: str) -> None:
     network = Network(backend)
     traced = torch.fx.symbolic_trace(network)
@@ -226,7 +228,7 @@ def test_symbolic_trace(backend: str) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
 @pytest.mark.skipif(DEVICE != "cpu", reason="torch.ao quantizes for processors")
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_prepare_fx(backend: str) -> None:
     from torch.ao.quantization import get_default_qconfig_mapping
     from torch.ao.quantization.quantize_fx import prepare_fx
@@ -237,7 +239,7 @@ def test_prepare_fx(backend: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_a_traced_module_has_gradients(backend: str) -> None:
     network = Network(backend)
     traced = torch.jit.trace(network, images())
@@ -256,7 +258,7 @@ def forget() -> Iterator[None]:
 
 
 @pytest.mark.slow
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_training_through_cpp_wrapper(backend: str, forget: None) -> None:
     network = Network(backend)
     leaves = list(network.parameters())

@@ -24,7 +24,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mrcn_fast.backends.triton import block  # noqa: E402
 from mrcn_fast.backends.triton.launch import Arguments, Launcher  # noqa: E402
-from mrcn_fast.gates import FUSED  # noqa: E402
+from mrcn_fast.gates import FUSED, GATES  # noqa: E402
 from mrcn_fast.operations import OPERATIONS  # noqa: E402
 
 TARGETS = {
@@ -80,8 +80,8 @@ def run(
         return torch.empty(sizes, dtype=precise, device="meta")
 
     norm = empty(modalities, channels)
-    layers = [(hidden, channels), (hidden,), (channels, hidden), (channels,)]
-    parameters = [empty(gates, 5)] if gate == "eca" else [empty(gates, *size) for size in layers]
+    shapes = GATES[gate].shapes(channels, 5 if gate == "eca" else hidden)
+    parameters = [empty(gates, *size) for size in shapes.values()]
     inputs = [x] * modalities
     *made, statistics = block._forward(mode, inputs, norm, norm, parameters, FUSED.index(gate), 1e-5)
     block._backward(mode, made, inputs, statistics, norm, norm, parameters, FUSED.index(gate))

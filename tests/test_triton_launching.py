@@ -18,7 +18,7 @@ pytest.importorskip("triton", reason="Triton has no build for this machine")
 
 from mrcn_fast.backends.triton import launch as launching
 from mrcn_fast.backends.triton.launch import Arguments, Launcher
-from tests.processes import run_pytest
+from tests.support.processes import run_pytest
 
 CPU = torch.device("cpu")
 INTEGERS = (512, 64, 16)

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from tests.processes import ROOT
+from tests.support.processes import ROOT
 
 SCRIPT = ROOT / "benchmarks" / "host_time.py"
 TRITON = pytest.param(

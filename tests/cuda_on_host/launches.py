@@ -1,7 +1,7 @@
 """What only the emulator can show of the CUDA kernels: tests/test_cuda_on_host.py runs it.
 
-Blocks start in any order, and only some are there at once: the results must be the same bits, and no wait may
-last for ever.
+Blocks start in any order, and only some are resident at once: the results must have the same bits, and no
+wait may last for ever.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import cqc_loss, mrcn_block
-from tests import cases
-from tests.cases import GATES, MODES, Case, CQCCase
 from tests.cuda_on_host import library
+from tests.support import block_cases, cqc_cases
+from tests.support.block_cases import Case
+from tests.support.cqc_cases import CQCCase
+from tests.support.matrix import GATES, MODES
+from tests.support.tensors import different_bits
 
 BACKEND = "cuda"
 L2 = 1 << 20
-# Blocks that the device says it holds, and how many of them run at once.
+# The number of blocks that the device claims to hold, and the number that run at once.
 CROWDS = ((1, 1), (2, 1), (5, 2), (7, 7))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -40,17 +43,17 @@ def case(mode: str, gate: str, **settings: Any) -> Case:
 
 
 def block(drawn: Case) -> Callable[[], dict[str, Tensor]]:
-    p = cases.problem(drawn)
-    return lambda: cases.evaluate(p, BACKEND)
+    p = block_cases.problem(drawn)
+    return lambda: block_cases.evaluate(p, BACKEND)
 
 
 def loss(drawn: CQCCase) -> Callable[[], dict[str, Tensor]]:
-    p = cases.cqc_problem(drawn)
-    return lambda: cases.evaluate_cqc(p, BACKEND)
+    p = cqc_cases.problem(drawn)
+    return lambda: cqc_cases.evaluate(p, BACKEND)
 
 
-# Small: a launch takes its threads in turn, in this one. Several samples, blocks of channels and chunks,
-# and lines that are full, half full and unaligned.
+# The problems are small, because the emulator runs the threads of a launch in turn. They have several
+# samples, blocks of channels and chunks, and cache lines that are full, half full and unaligned.
 PROBLEMS = {
     f"{mode} {gate} {layout}": block(
         case(mode, gate, shape=(3, 9, height, width), layout=layout, dtype=dtype, hidden=3)
@@ -77,7 +80,7 @@ def test_the_same_bits_in_any_order_and_crowd(name: str, emulator: Any) -> None:
         emulator.cuda_on_host_set(blocks, resident, seed, L2)
         results = PROBLEMS[name]()
         first = first or results
-        assert not cases.different_bits(first, results), f"{blocks} blocks, {resident} resident, seed {seed}"
+        assert not different_bits(first, results), f"{blocks} blocks, {resident} resident, seed {seed}"
 
 
 @pytest.mark.parametrize("l2_bytes", [1, 1 << 12, 1 << 30])
@@ -86,7 +89,7 @@ def test_the_same_bits_with_any_number_of_samples_ahead(l2_bytes: int, emulator:
     emulator.cuda_on_host_set(1, 1, 0, 1)
     first = run()
     emulator.cuda_on_host_set(9, 3, 1, l2_bytes)
-    assert not cases.different_bits(first, run())
+    assert not different_bits(first, run())
 
 
 @pytest.mark.parametrize("name", [*PROBLEMS][::3])
@@ -101,9 +104,9 @@ def test_sanitized(name: str, emulator: Any) -> None:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_one_launch_forward_and_one_backward(mode: str, emulator: Any) -> None:
-    p = cases.problem(case(mode, "se"))
+    p = block_cases.problem(case(mode, "se"))
     before = emulator.cuda_on_host_launches()
-    outputs = cases.call(p.case, p.inputs, p.parameters, BACKEND)
+    outputs = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
     assert emulator.cuda_on_host_launches() == before + 1
     torch.autograd.grad(outputs, (*p.inputs, *p.parameters), p.gradients)
     assert emulator.cuda_on_host_launches() == before + 2
@@ -111,7 +114,7 @@ def test_one_launch_forward_and_one_backward(mode: str, emulator: Any) -> None:
 
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_launch_of_the_loss_each_way(normalize: bool, emulator: Any) -> None:
-    p = cases.cqc_problem(CQCCase())
+    p = cqc_cases.problem(CQCCase())
     before = emulator.cuda_on_host_launches()
     total = cqc_loss(p.features, p.labels, p.infrared_labels, normalize=normalize, backend=BACKEND)
     assert isinstance(total, Tensor) and emulator.cuda_on_host_launches() == before + 1
@@ -120,18 +123,18 @@ def test_one_launch_of_the_loss_each_way(normalize: bool, emulator: Any) -> None
 
 
 def test_an_error_names_kernel_shape_and_device(emulator: Any) -> None:
-    p = cases.problem(case("pair", "se", shape=(2, 5, 4, 3)))
+    p = block_cases.problem(case("pair", "se", shape=(2, 5, 4, 3)))
     visible, infrared = p.inputs
     norm_weight, norm_bias, *gate = p.parameters
     emulator.cuda_on_host_fail(719)
-    told = r"the block's forward on device .* for 2 samples of 5 channels of 12 pixels, float32: error 719"
-    with pytest.raises(RuntimeError, match=told):
+    message = r"the block's forward on device .* for 2 samples of 5 channels of 12 pixels, float32: error 719"
+    with pytest.raises(RuntimeError, match=message):
         mrcn_block(visible, infrared, norm_weight, norm_bias, gate, backend=BACKEND)
-    outputs = cases.call(p.case, p.inputs, p.parameters, BACKEND)
+    outputs = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
     emulator.cuda_on_host_fail(700)
     with pytest.raises(RuntimeError, match=r"the block's backward on device .*: error 700"):
         torch.autograd.grad(outputs, visible, p.gradients)
-    q = cases.cqc_problem(CQCCase())
+    q = cqc_cases.problem(CQCCase())
     emulator.cuda_on_host_fail(2)
     with pytest.raises(RuntimeError, match="error 2"):
         cqc_loss(q.features, q.labels, q.infrared_labels, backend=BACKEND)

@@ -1,7 +1,7 @@
 """Triton's own way to a launch without a GPU: its CUDA driver on a libcuda.so.1 that runs nothing.
 
-The kernels are compiled as for an H100; their launches get as far as `cuLaunchKernelEx`, which counts them.
-A process that has called `use` serves CPU tensors with the backend "triton" so, and computes nothing.
+The kernels are compiled for an H100; their launches get as far as `cuLaunchKernelEx`, which counts them.
+After `use` was called, the backend "triton" serves the process's CPU tensors, and computes nothing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CAPABILITY = (9, 0)
 
 
 class Launches:
-    """What has been launched."""
+    """The launches that the library has counted."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
@@ -38,12 +38,12 @@ class Launches:
 
 
 def use(directory: Path) -> Launches:
-    """Let Triton launch on the library from now on; it is built in ``directory``."""
+    """Build the library in ``directory``, and let Triton launch on it from now on."""
     os.environ["TRITON_LIBCUDA_PATH"] = str(directory)
-    # Who asks for libcuda.so.1 from now on gets this one.
+    # From now on, loading libcuda.so.1 gives this library.
     library = ctypes.CDLL(str(_build(directory)), mode=ctypes.RTLD_GLOBAL)
     triton.runtime.driver.set_active(_driver())
-    # It takes CPU tensors only where they are interpreted; whether kernels are is Triton's to say.
+    # The backend takes CPU tensors only if this is set. Triton itself decides whether it interprets kernels.
     vars(dispatch.KERNELS["triton"])["INTERPRETED"] = True
     return Launches(library)
 

@@ -1,4 +1,4 @@
-"""Launches as Triton itself makes them, on a driver that runs none.
+"""Launches through Triton's own host code, on a driver that runs no kernel.
 
 tests/test_triton_launching.py runs this.
 """
@@ -13,10 +13,12 @@ import pytest
 import torch
 from triton.runtime import JITFunction
 
-from tests import cases, idle_cuda
-from tests.cases import Case, CQCCase
+from tests import idle_cuda
+from tests.support import block_cases, cqc_cases
+from tests.support.block_cases import Case
+from tests.support.cqc_cases import CQCCase
 
-# Every operation, gate and layout that the kernels read, and the launches of a call and its backward.
+# Cases with every operation, gate and layout of the kernels, and the launches of a call with its backward.
 CALLS: dict[str, tuple[Case | CQCCase, int]] = {
     "pair se": (Case("pair", "se"), 6),
     "concat eca bf16": (Case("concat", "eca", dtype=torch.bfloat16, layouts=("channels_last",) * 2), 6),
@@ -36,7 +38,7 @@ def launches(tmp_path_factory: pytest.TempPathFactory) -> idle_cuda.Launches:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that Triton was asked for, and not what it had compiled of them."""
+    """The kernels that were launched through Triton's own `run`, and not through a remembered launch."""
     names: list[str] = []
     run = JITFunction.run
 
@@ -45,17 +47,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return run(self, *arguments, **options)
 
     monkeypatch.setattr(JITFunction, "run", recorded)
-    # On a GPU nobody waits for the number of identities, which nobody has written here.
+    # The number of identities, for which the check would wait, is written by no kernel here.
     monkeypatch.setattr(sys.modules["mrcn_fast.cqc"], "_check_count", lambda *_: None)
     return names
 
 
 def evaluation(case: Case | CQCCase) -> Callable[[], object]:
     if isinstance(case, CQCCase):
-        loss = cases.cqc_problem(case)
-        return lambda: cases.evaluate_cqc(loss, "triton")
-    block = cases.problem(case)
-    return lambda: cases.evaluate(block, "triton")
+        loss = cqc_cases.problem(case)
+        return lambda: cqc_cases.evaluate(loss, "triton")
+    block = block_cases.problem(case)
+    return lambda: block_cases.evaluate(block, "triton")
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -74,10 +76,10 @@ def test_the_second_call_launches_what_the_first_one_did(
 
 
 def test_gradients_that_are_not_there(launches: idle_cuda.Launches, asked: list[str]) -> None:
-    p = cases.problem(Case("pair", "se"))
+    p = block_cases.problem(Case("pair", "se"))
     before = launches.count()
     for _ in range(2):
-        outputs = cases.call(p.case, p.inputs, p.parameters, "triton")
+        outputs = block_cases.call(p.case, p.inputs, p.parameters, "triton")
         torch.autograd.grad(outputs[2], p.inputs[1], p.gradients[2])
     assert launches.count() - before == 12
 
@@ -85,12 +87,12 @@ def test_gradients_that_are_not_there(launches: idle_cuda.Launches, asked: list[
 def test_addresses_that_are_no_multiple_of_16(launches: idle_cuda.Launches, asked: list[str]) -> None:
     """Triton compiles anew for them, whatever it compiled before, and is asked at every call."""
     case = Case("pair", "se", shape=(2, 5, 4, 4))
-    aligned, odd = cases.problem(case), cases.problem(case)
+    aligned, odd = block_cases.problem(case), block_cases.problem(case)
     buffer = torch.zeros(odd.inputs[0].numel() + 1)
     moved = buffer[1:].view(case.shape).requires_grad_()
     odd = odd._replace(inputs=(moved, odd.inputs[1]))
     for _ in range(2):
-        cases.evaluate(aligned, "triton")
+        block_cases.evaluate(aligned, "triton")
         asked.clear()
-        cases.evaluate(odd, "triton")
+        block_cases.evaluate(odd, "triton")
         assert len(asked) == 6

@@ -1,8 +1,7 @@
-"""The block's Triton kernels against the reference, by the rule of tests/cases.py."""
+"""The block's Triton kernels against the reference, by the rule of tests/support/rule.py."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -18,15 +17,13 @@ from mrcn_fast import MRCNBlock, dispatch
 from mrcn_fast.backends import triton as backend
 from mrcn_fast.backends.triton import block
 from mrcn_fast.gates import FUSED
-from tests import cases, test_nonfinite
-from tests.cases import GATES, MODES, RESTITUTE_TO, Case
+from mrcn_fast.operations import OPERATIONS
+from tests import test_nonfinite
+from tests.support import block_cases, matrix
+from tests.support.block_cases import Case
+from tests.support.matrix import GATES, MODES, SETTINGS
+from tests.support.tensors import LAYOUTS, arrange, different_bits, nonfinite, same_bits
 
-OPERATIONS = [
-    (mode, gate, restitute_to)
-    for mode, gate, restitute_to in itertools.product(MODES, GATES, RESTITUTE_TO)
-    if mode != "snr" or restitute_to == "normalized"
-]
-OPS = {"pair": "block", "concat": "block_concat", "restitute": "restitute", "snr": "snr"}
 SMALL = (2, 3, 3, 5)
 
 
@@ -66,11 +63,13 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("mode", "gate", "restitute_to"), OPERATIONS)
+@pytest.mark.parametrize(("mode", "gate", "restitute_to"), SETTINGS)
 def test_accuracy(mode: str, gate: str, restitute_to: str, way: str) -> None:
     dtype, layout = WAYS[way]
     shape = SMALL if dtype == torch.float32 else (1, *SMALL[1:])
-    cases.check_accuracy(case(mode, gate, restitute_to, dtype=dtype, layout=layout, shape=shape), "triton")
+    block_cases.check_accuracy(
+        case(mode, gate, restitute_to, dtype=dtype, layout=layout, shape=shape), "triton"
+    )
 
 
 @pytest.mark.parametrize(
@@ -84,7 +83,7 @@ def test_accuracy(mode: str, gate: str, restitute_to: str, way: str) -> None:
 )
 def test_accuracy_of_the_other_ways(dtype: torch.dtype, layout: str) -> None:
     drawn = case("pair", "cbam-channel", dtype=dtype, layout=layout, parameter_dtype=None)
-    cases.check_accuracy(drawn, "triton")
+    block_cases.check_accuracy(drawn, "triton")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -92,28 +91,28 @@ def test_accuracy_of_the_other_ways(dtype: torch.dtype, layout: str) -> None:
     ("mode", "gate"), [("pair", "se"), ("concat", "cbam-channel"), ("snr", "eca"), ("restitute", "se")]
 )
 def test_accuracy_over_many_tiles(mode: str, gate: str, layout: str, tiny: None) -> None:
-    cases.check_accuracy(case(mode, gate, shape=(1, 5, 3, 5), layout=layout, hidden=3), "triton")
+    block_cases.check_accuracy(case(mode, gate, shape=(1, 5, 3, 5), layout=layout, hidden=3), "triton")
 
 
 @pytest.mark.parametrize("gate", ["se", "eca"])
 def test_accuracy_where_tiles_end_with_the_plane(gate: str, tiny: None) -> None:
-    cases.check_accuracy(case("pair", gate, shape=(1, 4, 2, 8), hidden=4), "triton")
+    block_cases.check_accuracy(case("pair", gate, shape=(1, 4, 2, 8), hidden=4), "triton")
 
 
 @pytest.mark.parametrize("mode", MODES)
-@cases.examples(3)
+@matrix.examples(3)
 @given(data=st.data())
 def test_accuracy_of_anything(mode: str, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
-    cases.check_accuracy(data.draw(cases.block_cases(mode, dtype, elements=100)), "triton")
+    block_cases.check_accuracy(data.draw(block_cases.cases(mode, dtype, elements=100)), "triton")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_accuracy_where_the_mean_is_large(layout: str, tiny: None) -> None:
     drawn = case("snr", shape=(1, 2, 7, 5), values="large mean", layout=layout)
-    cases.check_accuracy(drawn, "triton")
-    results = cases.evaluate(cases.problem(drawn), "triton")
-    truth = cases.evaluate_reference(cases.problem(drawn), torch.float64)
+    block_cases.check_accuracy(drawn, "triton")
+    results = block_cases.evaluate(block_cases.problem(drawn), "triton")
+    truth = block_cases.evaluate_reference(block_cases.problem(drawn), torch.float64)
     # F̃ by itself, which has lost the mean of 1000: E[x²] - E[x]² would leave it no digit.
     torch.testing.assert_close(results["normalized"].double(), truth["normalized"], rtol=2e-3, atol=2e-3)
 
@@ -139,17 +138,19 @@ def test_large_values_stay_finite(value: float, layout: str) -> None:
 def test_accuracy_of_planes_without_variance(values: str) -> None:
     for gate in GATES:
         drawn = case("pair", gate, shape=(1, 3, 3, 5), values=values)
-        assert all(r.isfinite().all() for r in cases.evaluate(cases.problem(drawn), "triton").values())
-        cases.check_accuracy(drawn, "triton")
+        assert all(
+            r.isfinite().all() for r in block_cases.evaluate(block_cases.problem(drawn), "triton").values()
+        )
+        block_cases.check_accuracy(drawn, "triton")
 
 
 # --- layouts ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", cases.LAYOUTS[2:])
+@pytest.mark.parametrize("layout", LAYOUTS[2:])
 def test_accuracy_in_every_layout(layout: str) -> None:
     mode = "pair" if "sliced" in layout else "snr"
-    cases.check_accuracy(case(mode, shape=(2, 3, 3, 4), layout=layout), "triton")
+    block_cases.check_accuracy(case(mode, shape=(2, 3, 3, 4), layout=layout), "triton")
 
 
 def test_accuracy_where_every_map_has_its_own_layout() -> None:
@@ -158,25 +159,27 @@ def test_accuracy_where_every_map_has_its_own_layout() -> None:
         (("channels_last", "channel-sliced"), "expanded scalar"),
     ):
         drawn = Case("pair", shape=SMALL, layouts=layouts, gradient_layout=gradient_layout)
-        cases.check_accuracy(drawn, "triton")
+        block_cases.check_accuracy(drawn, "triton")
 
 
 @pytest.mark.parametrize("layout", ["channel-sliced", "channels_last channel-sliced"])
 @pytest.mark.parametrize("mode", MODES)
 def test_results_have_their_inputs_layout(mode: str, layout: str) -> None:
-    results = cases.evaluate(cases.problem(case(mode, shape=(2, 5, 4, 3), layout=layout)), "triton")
+    results = block_cases.evaluate(
+        block_cases.problem(case(mode, shape=(2, 5, 4, 3), layout=layout)), "triton"
+    )
     memory_format = torch.channels_last if "channels_last" in layout else torch.contiguous_format
-    for name in (*cases.output_names(mode), *(f"grad {n}" for n in cases.input_names(mode))):
+    for name in (*block_cases.output_names(mode), *(f"grad {n}" for n in block_cases.input_names(mode))):
         assert results[name].is_contiguous(memory_format=memory_format), name
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_no_samples(mode: str) -> None:
-    p = cases.problem(case(mode, shape=(0, 3, 4, 5)))
-    results = cases.evaluate(p, "triton")
+    p = block_cases.problem(case(mode, shape=(0, 3, 4, 5)))
+    results = block_cases.evaluate(p, "triton")
     for name, leaf in zip(("norm_weight", "norm_bias"), p.parameters, strict=False):
         assert torch.equal(results[f"grad {name}"], torch.zeros_like(leaf))
-    assert all(r.numel() == 0 for name, r in results.items() if name in cases.output_names(mode))
+    assert all(r.numel() == 0 for name, r in results.items() if name in block_cases.output_names(mode))
 
 
 # --- derivatives ------------------------------------------------------------------------------------------
@@ -185,12 +188,12 @@ def test_no_samples(mode: str) -> None:
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("mode", MODES)
 def test_gradcheck(mode: str, gate: str) -> None:
-    drawn = cases.away_from_kinks(case(mode, gate, shape=(1, 2, 1, 3), dtype=torch.float64, eps=0.1))
-    p = cases.problem(drawn)
+    drawn = block_cases.away_from_kinks(case(mode, gate, shape=(1, 2, 1, 3), dtype=torch.float64, eps=0.1))
+    p = block_cases.problem(drawn)
     count = len(p.inputs)
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return cases.call(drawn, tensors[:count], tensors[count:], "triton")
+        return block_cases.call(drawn, tensors[:count], tensors[count:], "triton")
 
     assert torch.autograd.gradcheck(run, (*p.inputs, *p.parameters), fast_mode=True)
 
@@ -199,11 +202,11 @@ def test_gradcheck(mode: str, gate: str) -> None:
     ("mode", "chosen"), [("pair", c) for c in ((0,), (1,), (2,), (3,), (0, 2))] + [("snr", (1,))]
 )
 def test_any_outputs_may_be_left_out_of_the_loss(mode: str, chosen: tuple[int, ...]) -> None:
-    p = cases.problem(case(mode, "cbam-channel", dtype=torch.float64))
+    p = block_cases.problem(case(mode, "cbam-channel", dtype=torch.float64))
     leaves = (*p.inputs, *p.parameters)
     found = []
     for name in ("triton", "reference"):
-        outputs = cases.call(p.case, p.inputs, p.parameters, name)
+        outputs = block_cases.call(p.case, p.inputs, p.parameters, name)
         wanted = [outputs[i] for i in chosen], leaves, [p.gradients[i] for i in chosen]
         found.append(torch.autograd.grad(*wanted, allow_unused=True))
     for leaf, got, want in zip(leaves, *found, strict=True):
@@ -229,17 +232,17 @@ def empty_is_nan() -> Iterator[None]:
 def test_every_element_of_every_result_is_written(mode: str, layout: str, empty_is_nan: None) -> None:
     assert torch.empty(3).isnan().all()
     for gate, shape in zip(GATES, [(1, 1, 1, 2), (2, 3, 5, 7), (1, 6, 3, 3)], strict=True):
-        p = cases.problem(case(mode, gate, shape=shape, layout=layout))
-        for name, result in cases.evaluate(p, "triton").items():
+        p = block_cases.problem(case(mode, gate, shape=shape, layout=layout))
+        for name, result in block_cases.evaluate(p, "triton").items():
             assert result.isfinite().all(), f"{name} of {p.case}"
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_two_runs_give_the_same_bits(mode: str, tiny: None) -> None:
-    p = cases.problem(case(mode, "cbam-channel", shape=(1, 3, 2, 5)))
-    first = cases.evaluate(p, "triton")
-    cases.poison_memory(p)
-    assert cases.different_bits(first, cases.evaluate(p, "triton")) == []
+    p = block_cases.problem(case(mode, "cbam-channel", shape=(1, 3, 2, 5)))
+    first = block_cases.evaluate(p, "triton")
+    block_cases.poison_memory(p)
+    assert different_bits(first, block_cases.evaluate(p, "triton")) == []
 
 
 @pytest.mark.parametrize("gate", GATES)
@@ -247,9 +250,9 @@ def test_restitution_alone_is_bitwise_the_pairs(gate: str) -> None:
     module = MRCNBlock(3, reduction=1, gate=gate, backend="triton")
     visible, infrared = torch.randn(2, 2, 3, 4, 5).unbind()
     features = module(visible, infrared)
-    assert cases.same_bits(module.restitute(visible, "visible"), features.visible_restituted)
-    assert cases.same_bits(module.restitute(infrared, "infrared"), features.infrared_restituted)
-    assert cases.same_bits(module(visible, infrared, concat=True), torch.cat(features))
+    assert same_bits(module.restitute(visible, "visible"), features.visible_restituted)
+    assert same_bits(module.restitute(infrared, "infrared"), features.infrared_restituted)
+    assert same_bits(module(visible, infrared, concat=True), torch.cat(features))
 
 
 # --- values that are not finite ---------------------------------------------------------------------------
@@ -260,22 +263,25 @@ def test_restitution_alone_is_bitwise_the_pairs(gate: str) -> None:
     [("pair", g, v) for g in GATES for v in (math.nan, math.inf)] + [("snr", "se", -math.inf)],
 )
 def test_nonfinite_values_come_out_where_the_reference_has_them(mode: str, gate: str, value: float) -> None:
-    """One such value in a tensor in turn: the rule of tests/test_block.py.
+    """One such value in a tensor in turn: the rule of tests/test_block_accuracy.py.
 
     With two samples: with one, torch's convolution, ECA's reference, lets the padding meet a NaN.
     """
     drawn = case(mode, gate)
-    fresh = cases.problem(drawn)
+    fresh = block_cases.problem(drawn)
     places = [("inputs", 0, 17), ("inputs", 0, 0), ("gradients", 1, -1)]
     places += [("parameters", i, 0) for i in range(len(fresh.parameters))]
     for kind, index, at in places:
-        p = cases.problem(drawn)
+        p = block_cases.problem(drawn)
         target = getattr(p, kind)[index].detach()
         target[torch.unravel_index(torch.tensor(at % target.numel()), target.shape)] = value
-        results, expected = cases.evaluate(p, "triton"), cases.evaluate_reference(p, torch.float32)
+        results, expected = (
+            block_cases.evaluate(p, "triton"),
+            block_cases.evaluate_reference(p, torch.float32),
+        )
         for name, result in results.items():
             if not name.startswith("grad "):
-                same = torch.equal(cases.nonfinite(result), cases.nonfinite(expected[name]))
+                same = torch.equal(nonfinite(result), nonfinite(expected[name]))
             else:
                 same = math.isinf(value) or torch.equal(result.isfinite(), expected[name].isfinite())
             assert same, f"{value} in {kind}[{index}] at {at}: {name}"
@@ -291,12 +297,12 @@ def operation(name: str) -> Any:
 @pytest.mark.parametrize("gate", ["se", "cbam-channel"])
 @pytest.mark.parametrize("mode", MODES)
 def test_opcheck(mode: str, gate: str) -> None:
-    p = cases.problem(case(mode, gate, shape=(1, 2, 2, 3), layout="channels_last"))
+    p = block_cases.problem(case(mode, gate, shape=(1, 2, 2, 3), layout="channels_last"))
     norm_weight, norm_bias, *gate_parameters = (q.detach() for q in p.parameters)
     inputs = [x.detach() for x in p.inputs]
-    flags = [] if mode == "snr" else [False]
+    flags = [False] if OPERATIONS[mode].restitutes else []
     parameters = (norm_weight, norm_bias, gate_parameters, FUSED.index(gate))
-    forward, backward = (operation(f"{OPS[mode]}_{way}") for way in ("forward", "backward"))
+    forward, backward = (operation(f"{OPERATIONS[mode].op}_{way}") for way in ("forward", "backward"))
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(forward, (*inputs, *parameters, 1e-5, *flags), test_utils=tests)
     *_, statistics = forward(*inputs, *parameters, 1e-5, *flags)
@@ -328,7 +334,7 @@ def test_a_fake_has_the_strides_of_the_result() -> None:
     module = MRCNBlock(3, reduction=1, backend="triton")
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     for layout in ("contiguous", "channels_last", "transposed"):
-        visible, infrared = (cases.arrange(torch.randn(2, 3, 4, 5), layout) for _ in range(2))
+        visible, infrared = (arrange(torch.randn(2, 3, 4, 5), layout) for _ in range(2))
         for a, b in zip(compiled(visible, infrared), module(visible, infrared), strict=True):
             assert a.stride() == b.stride()
 

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from mrcn_fast import cqc_loss, dispatch, reference
 from mrcn_fast.backends.triton import cqc
-from tests import cases
-from tests.cases import DTYPES, FEATURE_LAYOUTS, FORMS, CQCCase
+from tests.support import cqc_cases, tensors
+from tests.support.cqc_cases import FORMS, LENGTHS, CQCCase, CQCProblem
+from tests.support.matrix import DTYPES, PRECISE_DTYPES
+from tests.support.tensors import FEATURE_LAYOUTS, different_bits, nonfinite
 
 BACKEND = "triton"
 NOTHING = torch.iinfo(torch.int64).max
@@ -26,13 +28,13 @@ COUNTS = {
     "identities in one modality only": ((2, 0, 3, 1), (1, 2, 2, 0)),
     "one identity, one sample": ((1,), (1,)),
 }
-# Two of `FORMS`, where each test takes long.
+# Two of `FORMS`, because each test takes long.
 SOME_FORMS = pytest.mark.parametrize(("stacked", "normalize"), [(True, False), (False, True)])
 
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks of labels, of members and of columns at a handful of samples."""
+    """Blocks so small that a handful of samples has several of labels, of members and of columns."""
     original = cqc.constants
 
     def constants(*arguments: Any) -> dict[str, Any]:
@@ -45,7 +47,7 @@ def operation(name: str) -> Any:
     return dispatch.KERNELS[BACKEND].operation(name)
 
 
-def raw_forward(p: cases.CQCProblem) -> tuple[Tensor, ...]:
+def raw_forward(p: CQCProblem) -> tuple[Tensor, ...]:
     features = [f.detach() for f in p.features]
     made: tuple[Tensor, ...] = operation("cqc_forward")(
         features, p.labels, p.infrared_labels, 0.2, False, p.case.normalize
@@ -56,17 +58,17 @@ def raw_forward(p: cases.CQCProblem) -> tuple[Tensor, ...]:
 # --- values -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", cases.PRECISE_DTYPES)
+@pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @pytest.mark.parametrize(
     ("counts", "normalize"),
     [*((counts, False) for counts in COUNTS), ("unequal counts", True), ("one identity, one sample", True)],
 )
 def test_accuracy(counts: str, normalize: bool, dtype: torch.dtype) -> None:
     case = CQCCase(*COUNTS[counts], 17, dtype, stacked=True, seed=1, normalize=normalize)
-    cases.check_cqc_accuracy(case, BACKEND)
+    cqc_cases.check_accuracy(case, BACKEND)
 
 
-@pytest.mark.parametrize("dtype", cases.PRECISE_DTYPES)
+@pytest.mark.parametrize("dtype", PRECISE_DTYPES)
 @FORMS
 @pytest.mark.parametrize("detach_negative", [False, True])
 def test_accuracy_in_small_blocks(
@@ -74,7 +76,7 @@ def test_accuracy_in_small_blocks(
 ) -> None:
     reduction = "mean" if stacked == normalize else "none"
     case = CQCCase((5, 0, 3, 1), (1, 2, 6, 0), 19, dtype, stacked, reduction, detach_negative, margin=1.0)
-    cases.check_cqc_accuracy(case._replace(normalize=normalize), BACKEND)
+    cqc_cases.check_accuracy(case._replace(normalize=normalize), BACKEND)
 
 
 @pytest.mark.parametrize("layout", FEATURE_LAYOUTS)
@@ -83,13 +85,13 @@ def test_accuracy_in_every_layout(stacked: bool, normalize: bool, layout: str) -
     if stacked and layout == "expanded rows":  # all rows of all sets the same: nothing but ties
         layout = "contiguous"
     case = CQCCase(stacked=stacked, layout=layout, dimensions=33, seed=1, normalize=normalize)
-    cases.check_cqc_accuracy(case, BACKEND)
+    cqc_cases.check_accuracy(case, BACKEND)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("normalize", [False, True])
 def test_accuracy_at_the_papers_size(normalize: bool, dtype: torch.dtype) -> None:
-    cases.check_cqc_accuracy(CQCCase((4,) * 4, (4,) * 4, 2048, dtype, normalize=normalize), BACKEND)
+    cqc_cases.check_accuracy(CQCCase((4,) * 4, (4,) * 4, 2048, dtype, normalize=normalize), BACKEND)
 
 
 def test_many_identities(small_blocks: None) -> None:
@@ -97,7 +99,7 @@ def test_many_identities(small_blocks: None) -> None:
         torch.randperm(60, generator=torch.Generator().manual_seed(0))
     ]
     infrared_labels = torch.arange(15, 45).flip(0)
-    sets = [cases.random(b, 2, seed=i).requires_grad_() for i, b in enumerate([60] * 3 + [30] * 3)]
+    sets = [tensors.random(b, 2, seed=i).requires_grad_() for i, b in enumerate([60] * 3 + [30] * 3)]
     found = []
     for name in (BACKEND, "reference"):
         losses, identities = cqc_loss(sets, labels, infrared_labels, reduction="none", backend=name)
@@ -108,7 +110,7 @@ def test_many_identities(small_blocks: None) -> None:
 
 
 def test_labels_may_be_strided_and_large() -> None:
-    features = [cases.random(4, 3, seed=i) for i in range(6)]
+    features = [tensors.random(4, 3, seed=i) for i in range(6)]
     labels = torch.tensor([2**62, 0, -(2**62), 0, NOTHING, 0, 5, 0])[::2]
     losses, identities = cqc_loss(features, labels, reduction="none", backend=BACKEND)
     expected, known = reference.cqc_loss(features, labels, labels)
@@ -117,7 +119,7 @@ def test_labels_may_be_strided_and_large() -> None:
 
 
 def test_coinciding_centers_have_no_direction() -> None:
-    """Their distance is exactly zero however large they are, and clamped."""
+    """Their distance is exactly zero, however large they are, and so it is clamped."""
     features = [torch.full((6, 5), 1e3 / 3).requires_grad_() for _ in range(6)]
     loss = cqc_loss(features, torch.tensor([0, 0, 0, 1, 1, 1]), backend=BACKEND)
     assert isinstance(loss, Tensor)
@@ -126,7 +128,7 @@ def test_coinciding_centers_have_no_direction() -> None:
 
 
 def test_a_distance_below_the_clamp_has_no_gradient() -> None:
-    """1e-8 in one set: D² is under the 1e-12 at which it is clamped, and the loss that of D = 1e-6."""
+    """With 1e-8 in one set, D² is below 1e-12, where it is clamped, and the loss is that of D = 1e-6."""
     features = [torch.ones(4, 3, dtype=torch.float64).requires_grad_() for _ in range(6)]
     features[1].detach()[:, 0] += 1e-8
     labels = torch.tensor([0, 0, 1, 1])
@@ -136,14 +138,14 @@ def test_a_distance_below_the_clamp_has_no_gradient() -> None:
     assert not any(gradient.any() for gradient in torch.autograd.grad(losses[0], features))
 
 
-@pytest.mark.parametrize("length", cases.LENGTHS)
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(("stacked", "dtype"), [(False, torch.float32), (True, torch.float64)])
 def test_rows_that_are_clamped_or_overflow(
     stacked: bool, dtype: torch.dtype, length: float, small_blocks: None
 ) -> None:
     case = CQCCase((2, 1), (1, 2), 9, dtype, stacked, "none", margin=3.0, normalize=True)
     for row in (0, 10) if stacked else (0,):
-        cases.check_short_rows(case, row, length, BACKEND)
+        cqc_cases.check_short_rows(case, row, length, BACKEND)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
@@ -154,10 +156,10 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 ) -> None:
     case = CQCCase((2, 1), (1, 2), 9, torch.float32, stacked, "none", detach_negative, normalize=normalize)
     for index, at in itertools.product(range(1 if stacked else 6), (0, 11)):
-        p = cases.cqc_problem(case)
+        p = cqc_cases.problem(case)
         p.features[index].detach().view(-1)[at] = value
-        results, expected = (cases.evaluate_cqc(p, name) for name in (BACKEND, "reference"))
-        assert torch.equal(cases.nonfinite(results["loss"]), cases.nonfinite(expected["loss"]))
+        results, expected = (cqc_cases.evaluate(p, name) for name in (BACKEND, "reference"))
+        assert torch.equal(nonfinite(results["loss"]), nonfinite(expected["loss"]))
         if math.isnan(value) or normalize:
             for name, result in results.items():
                 assert torch.equal(result.isfinite(), expected[name].isfinite()), (index, at, name)
@@ -171,15 +173,15 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 def test_gradcheck(stacked: bool, normalize: bool, reduction: str) -> None:
     """Along random directions; whole gradients are compared with the reference's."""
     case = CQCCase((1, 3, 0), (2, 1, 1), 3, torch.float64, stacked, reduction, margin=1.0, seed=4)
-    p = cases.cqc_problem(case._replace(normalize=normalize))
-    assert not cases.cqc_near_kink(p)
+    p = cqc_cases.problem(case._replace(normalize=normalize))
+    assert not cqc_cases.near_kink(p)
 
     def loss(*features: Tensor) -> Tensor:
-        found = cases.call_cqc(p, features, BACKEND)
+        found = cqc_cases.call(p, features, BACKEND)
         return found[0] if isinstance(found, tuple) else found
 
     assert torch.autograd.gradcheck(loss, p.features, fast_mode=True)
-    results, expected = (cases.evaluate_cqc(p, name) for name in (BACKEND, "reference"))
+    results, expected = (cqc_cases.evaluate(p, name) for name in (BACKEND, "reference"))
     for name, result in results.items():
         torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12)
 
@@ -187,11 +189,11 @@ def test_gradcheck(stacked: bool, normalize: bool, reduction: str) -> None:
 @pytest.mark.parametrize("normalize", [False, True])
 def test_gradgradcheck(normalize: bool) -> None:
     case = CQCCase((1, 2), (2, 1), 3, torch.float64, reduction="none", margin=1.0, seed=3)
-    p = cases.cqc_problem(case._replace(normalize=normalize))
-    assert not cases.cqc_near_kink(p)
+    p = cqc_cases.problem(case._replace(normalize=normalize))
+    assert not cqc_cases.near_kink(p)
 
     def loss(*features: Tensor) -> Tensor:
-        return cases.call_cqc(p, features, BACKEND)[0]
+        return cqc_cases.call(p, features, BACKEND)[0]
 
     assert torch.autograd.gradgradcheck(loss, p.features, fast_mode=True)
 
@@ -199,7 +201,7 @@ def test_gradgradcheck(normalize: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @SOME_FORMS
 def test_opcheck(stacked: bool, normalize: bool, dtype: torch.dtype) -> None:
-    p = cases.cqc_problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked, normalize=normalize))
+    p = cqc_cases.problem(CQCCase((2, 0, 3), (1, 2, 2), dtype=dtype, stacked=stacked, normalize=normalize))
     features = [f.detach() for f in p.features]
     labels = (p.labels, p.infrared_labels)
     torch.library.opcheck(operation("cqc_forward"), (features, *labels, 0.2, False, normalize))
@@ -214,7 +216,7 @@ def test_opcheck(stacked: bool, normalize: bool, dtype: torch.dtype) -> None:
 
 def test_a_slot_is_the_first_visible_sample_of_its_identity() -> None:
     labels, infrared_labels = torch.tensor([7, 3, 9, 3, 7]), torch.tensor([3, 4, 7])
-    features = [cases.random(b, 3, seed=i) for i, b in enumerate([5] * 3 + [3] * 3)]
+    features = [tensors.random(b, 3, seed=i) for i, b in enumerate([5] * 3 + [3] * 3)]
     total, losses, identities, count, _ = operation("cqc_forward")(
         features, labels, infrared_labels, 0.2, False, False
     )
@@ -225,7 +227,7 @@ def test_a_slot_is_the_first_visible_sample_of_its_identity() -> None:
 
 
 def test_no_identity_in_both_modalities_is_counted_as_none() -> None:
-    p = cases.cqc_problem(CQCCase((2, 0), (0, 3)))
+    p = cqc_cases.problem(CQCCase((2, 0), (0, 3)))
     total, losses, identities, count, _ = raw_forward(p)
     assert total == 0 and not losses.any() and (identities == NOTHING).all() and count == 0
 
@@ -237,8 +239,8 @@ def test_every_element_of_every_result_is_written(stacked: bool, normalize: bool
     try:
         assert torch.empty(3).isnan().all()
         for counts, dimensions in itertools.product(COUNTS.values(), (1, 21)):
-            p = cases.cqc_problem(CQCCase(*counts, dimensions, dtype, stacked, normalize=normalize))
-            for name, result in cases.evaluate_cqc(p, BACKEND).items():
+            p = cqc_cases.problem(CQCCase(*counts, dimensions, dtype, stacked, normalize=normalize))
+            for name, result in cqc_cases.evaluate(p, BACKEND).items():
                 assert result.isfinite().all(), name
             assert all(result.isfinite().all() for result in raw_forward(p))
     finally:
@@ -249,11 +251,11 @@ def test_every_element_of_every_result_is_written(stacked: bool, normalize: bool
 def test_one_counter_serves_launch_after_launch(normalize: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     counter = torch.zeros((), dtype=torch.int32)
     monkeypatch.setattr(cqc, "arrivals_counter", lambda device: counter)
-    p = cases.cqc_problem(CQCCase(*COUNTS["unequal counts"], normalize=normalize))
-    first = cases.evaluate_cqc(p, BACKEND)
+    p = cqc_cases.problem(CQCCase(*COUNTS["unequal counts"], normalize=normalize))
+    first = cqc_cases.evaluate(p, BACKEND)
     for _ in range(2):
         assert counter == 0
-        assert not cases.different_bits(first, cases.evaluate_cqc(p, BACKEND))
+        assert not different_bits(first, cqc_cases.evaluate(p, BACKEND))
 
 
 def test_a_stream_keeps_its_counter_and_a_captured_launch_gets_its_own(

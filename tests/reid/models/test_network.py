@@ -15,7 +15,7 @@ from mrcn_fast.gates import GATES
 from mrcn_fast.reid.models.heads import Head, PartPool, stripes
 from mrcn_fast.reid.models.network import MODELS, ReIDModel, TrainingOutput, use_layout
 from mrcn_fast.reid.training.losses import ReIDLoss
-from tests.cases import backends
+from tests.support.matrix import backends
 
 # Where a pair's training sets hold the test sets, (visible, infrared) each.
 TEST_SETS = {

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from mrcn_fast import SNRFeatures, reference
 from mrcn_fast.reid.models.network import TrainingOutput
 from mrcn_fast.reid.training.losses import BatchHardTriplet, ReIDLoss, dual_causality
-from tests.cases import backends
+from tests.support.matrix import backends
 
 # Two people on a line: 0 and 1, 3 and 7. Furthest positives 1, 1, 4, 4; nearest negatives 3, 2, 2, 6.
 POINTS = torch.tensor([[0.0], [1.0], [3.0], [7.0]])

@@ -1,4 +1,4 @@
-"""Tests in a process of their own, where what they need is decided when a process starts."""
+"""Tests in a process of their own, for choices that are made when a process starts."""
 
 from __future__ import annotations
 
@@ -13,13 +13,16 @@ import pytest
 
 from mrcn_fast.backends import cpu
 
-ROOT = Path(__file__).resolve().parents[1]
-# Those that the library carries, or one that says why there are none.
+ROOT = Path(__file__).resolve().parents[2]
+# The instruction sets that the library is compiled for, or "none".
 INSTRUCTION_SETS: list[str] = cpu.build_info().get("isas", ["none"])
 
 
 def run_pytest(*arguments: str, environment: Mapping[str, str]) -> str:
-    """What pytest printed, of tests that all passed; ``environment`` is added to this process's."""
+    """Run pytest, with ``environment`` added to this process's, and give what it printed.
+
+    The calling test fails unless at least one test ran and all passed.
+    """
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
@@ -36,7 +39,7 @@ def run_pytest(*arguments: str, environment: Mapping[str, str]) -> str:
 
 
 def instruction_set(isa: str) -> dict[str, str]:
-    """The environment in which the kernels use it; skips where the machine doesn't have it."""
+    """The environment in which the kernels use ``isa``; skips the test where the machine doesn't have it."""
     environment = {"MRCN_FAST_ISA": isa}
     ask = "from mrcn_fast import backends; status = backends()['cpu']; print(status.usable, status.reason)"
     run = subprocess.run(

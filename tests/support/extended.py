@@ -1,7 +1,7 @@
 """The block and the loss in numpy's long double, forward and backward by hand: the truth for float64.
 
-Independent of `mrcn_fast.reference`, which it also checks: the backward here is the chain rule written out
-step by step through the literal equations, with the normalized features and the residual as arrays. On a
+It is independent of `mrcn_fast.reference`, which it also checks: the backward here is the chain rule written
+out step by step through the literal equations, with the normalized features and the residual as arrays. On a
 machine whose long double is a float64, `PRECISE` is False and these results are no better than float64.
 """
 
@@ -20,7 +20,7 @@ PLANE = (2, 3)
 
 
 class Normalization:
-    """Eq. 1, 2: forward in the constructor."""
+    """F̃ (eq. 1, 2); the constructor computes the forward."""
 
     def __init__(self, x: Array, weight: Array, bias: Array, eps: float) -> None:
         centered = x - x.mean(axis=PLANE, keepdims=True)
@@ -41,7 +41,7 @@ class Normalization:
 
 
 class Gate:
-    """A(M) of one modality and one gate: forward in the constructor."""
+    """A(M) of one modality and one gate; the constructor computes the forward."""
 
     def __init__(self, kind: str, residual: Array, parameters: Sequence[Array]) -> None:
         self.kind, self.residual, self.parameters = kind, residual, parameters
@@ -149,7 +149,7 @@ def block(
     input_names: Sequence[str],
     parameter_names: Sequence[str],
 ) -> dict[str, Array]:
-    """Outputs and gradients of a block operation, named as `tests.cases.evaluate` names them."""
+    """Outputs and gradients of a block operation, named as `block_cases.evaluate` names them."""
     norm_weight, norm_bias, *gate_parameters = parameters
     # Gates in the order A_v1, A_n1, A_v2, A_n2: modality m has m and m + 2.
     owned = ((0, 2), (1, 3)) if len(inputs) == 2 else ((0,),)
@@ -171,7 +171,7 @@ def block(
 
 
 def _restituted(m: Modality, index: int, gradient: Array, restitute_to: str) -> Array:
-    """Eq. 5 and its gradients."""
+    """The restituted features (eq. 5); their gradients are added to the modality's."""
     to_input = restitute_to == "input"
     (m.of_input if to_input else m.of_normalized)[...] += gradient
     m.distilled_backward(index, gradient)
@@ -179,7 +179,7 @@ def _restituted(m: Modality, index: int, gradient: Array, restitute_to: str) -> 
 
 
 def _compensated(m: Modality, other: Modality, index: int, gradient: Array) -> Array:
-    """Eq. 7 and its gradients."""
+    """The compensated features (eq. 7); their gradients are added to the modalities'."""
     m.of_normalized += gradient
     other.distilled_backward(index, gradient)
     return m.normalized + other.distilled(index)
@@ -217,7 +217,7 @@ def _snr(modalities: list[Modality], gradients: list[Array], restitute_to: str) 
 
 
 class UnitRows:
-    """Rows of length 1, none shorter than 1e-12: forward in the constructor."""
+    """Rows divided by their length, which must be at least 1e-12; the constructor computes the forward."""
 
     def __init__(self, x: Array) -> None:
         self.length = np.sqrt((x**2).sum(axis=1, keepdims=True))
@@ -239,7 +239,7 @@ def cqc(
     detach_negative: bool,
     normalize: bool,
 ) -> dict[str, Array]:
-    """Loss and gradients of eq. 8-10, named as `tests.cases.evaluate_cqc` names them."""
+    """Loss and gradients of eq. 8-10, named as `cqc_cases.evaluate` names them."""
     visible, infrared = len(labels), len(infrared_labels)
     ends = np.cumsum([visible] * 3 + [infrared] * 3)[:-1]
     sets = np.split(features[0], ends) if len(features) == 1 else list(features)
@@ -278,7 +278,7 @@ def cqc(
 
 
 def _distance(a: Array, b: Array) -> tuple[np.longdouble, Array]:
-    """D(a, b) and its gradient in a, zero where the clamp holds."""
+    """D(a, b) and its gradient with respect to a, which is zero where D is clamped."""
     square = ((a - b) ** 2).sum()
     if square < 1e-12:
         return np.sqrt(np.longdouble(1e-12)), np.zeros_like(a)
