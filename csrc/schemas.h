@@ -8,7 +8,7 @@ namespace mrcn {
 template <class Library>
 void define_operations(Library& library) {
   // Blocks. norm_weight, norm_bias: (modalities, C); gate_parameters: those of mrcn_fast/gates.py; gate: the
-  // number of `Gate` in block/block.h. No argument is a string, because torch's stable headers copy one at
+  // number of `Gate` in block/params.h. No argument is a string, because torch's stable headers copy one at
   // every call and never free the copy. The last result of a forward is what its backward takes of it, in a
   // shape of the kernels' own. A gradient may be missing.
   //

@@ -3,7 +3,7 @@
 
 #include <cmath>
 
-#include "common/elements.h"
+#include "elements.h"
 
 namespace mrcn::MRCN_ISA {
 namespace {

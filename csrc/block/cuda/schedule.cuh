@@ -1,0 +1,462 @@
+// What the forward and the backward of a block call share on a GPU: how the work is cut and handed out, its
+// planes, its gates.
+//
+// One launch. Its blocks of threads take items in the order of a ticket counter. A first item reads the
+// pixels of a block of channels of one sample and reduces them; the last first item of a sample to end makes
+// what its gates need of all channels. A second item waits for that, reads the pixels once more, from L2 as
+// long as few enough samples are under way, and writes. Whoever waits, waits for tickets before its own,
+// which running blocks hold: with any number of blocks and in any order somebody goes on. Nothing is added
+// atomically but integers, and every sum has an order that depends on the shape alone, and not on the batch.
+#pragma once
+
+#include <cmath>
+
+#include "block/coefficients.h"
+#include "block/cuda/kernels.h"
+#include "block/params.h"
+#include "cuda/runtime.h"
+#include "elements.h"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+// Elements of a line.
+template <class T>
+constexpr int width = int(sizeof(Line) / sizeof(T));
+// Channels that a thread sees at once: one plane's pixels, or one pixel's channels.
+template <class T, bool pixels>
+constexpr int seen = pixels ? width<T> : 1;
+
+// --- how the work is cut ------------------------------------------------------------------------------
+
+constexpr int most_channels = 64;  // of an item
+constexpr int most_across = 8;     // lanes side by side over the channels of a pixel
+constexpr int most_blocks = 32;  // of channels, as far as the other limits allow: all are added up in the end
+constexpr int steps_an_item = 4;  // places that a thread of a second item takes, about
+
+// Of the numbers that warps leave for the block to join.
+template <class T>
+constexpr int most_parts = most<int>(most_channels, block_warps* least(most_across, warp_lanes) * width<T>);
+
+// A place is a line of a plane, or a pixel.
+struct Cut {
+  int across;      // lanes over the channels of a pixel; 1 in planes
+  int channels;    // of an item
+  int blocks;      // of channels, a sample
+  int64_t places;  // a plane's lines, or the pixels
+  int64_t chunk;   // places of a second item
+  int64_t chunks;
+};
+
+inline int64_t divided(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+inline int power_of_two(int64_t n) {
+  int power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// Depends neither on the batch nor on the mode: a sample gives the same bits wherever it stands.
+template <class T>
+inline Cut cut(const BlockShape& shape) {
+  Cut c;
+  int64_t abreast;  // threads of an item that take places side by side
+  if (shape.pixels) {
+    const int64_t lines = divided(shape.channels, width<T>);
+    // 32 bytes are what memory gives at once.
+    c.across = power_of_two(most<int64_t>(least<int64_t>(lines, 2), divided(lines, most_blocks)));
+    c.across = least(c.across, least(most_across, warp_lanes));
+    c.channels = c.across * width<T>;
+    c.places = shape.length;
+    abreast = block_threads / c.across;
+  } else {
+    c.across = 1;
+    const int64_t planes_a_warp = divided(shape.channels, int64_t(most_blocks) * block_warps);
+    c.channels = block_warps * int(least<int64_t>(planes_a_warp, most_channels / block_warps));
+    c.places = divided(shape.length, width<T>);
+    abreast = warp_lanes;
+  }
+  c.blocks = int(divided(shape.channels, c.channels));
+  c.chunks = divided(c.places, steps_an_item * abreast);
+  c.chunk = divided(divided(c.places, c.chunks), abreast) * abreast;
+  c.chunks = divided(c.places, c.chunk);
+  return c;
+}
+
+// A parameter, or its gradient: numbers of the accumulation type or of the maps'. Read where they lie, for a
+// conversion of each before the launch takes longer than the launch.
+template <class A>
+struct Numbers {
+  void* data;
+  Dtype dtype;
+  int64_t first;
+
+  MRCN_DEVICE Numbers from(int64_t n) const { return {data, dtype, first + n}; }
+  MRCN_DEVICE A operator[](int64_t n) const {
+    return in_dtype([&](auto* numbers) { return A(get(numbers + first + n)); });
+  }
+  MRCN_DEVICE void set(int64_t n, A value) const {
+    in_dtype([&](auto* numbers) {
+      put(numbers + first + n, value);
+      return A(0);
+    });
+  }
+
+ private:
+  template <class F>
+  MRCN_DEVICE A in_dtype(const F& f) const {
+    if constexpr (sizeof(A) < 8) {
+      if (dtype == Dtype::bf16) return f(static_cast<bf16*>(data));
+      if (dtype == Dtype::f16) return f(static_cast<f16*>(data));
+    }
+    return f(static_cast<A*>(data));
+  }
+};
+
+inline int branches(const BlockShape& shape) { return shape.gate == Gate::cbam_channel ? 2 : 1; }
+// Width of the hidden layers of one gate, or 0.
+inline int64_t hidden(const BlockShape& shape) { return shape.gate == Gate::eca ? 0 : shape.hidden; }
+
+// --- the arguments of both kernels --------------------------------------------------------------------
+
+template <class A>
+struct Common {
+  int64_t N, C, L;
+  int R;  // width of the gates' hidden layer, or of ECA's kernel
+  Gate gate;
+  bool to_input;
+  bool wide;  // every line of every map lies at a multiple of 16 bytes
+  Cut cut;
+  int firsts, seconds;  // items a sample
+  int64_t ahead;        // samples whose first items come before the second items of a sample
+  int64_t tickets;
+  Numbers<A> gamma, beta, parameters[4];
+  A* saved;    // rows of saved_row numbers
+  A* scratch;  // rows of scratch_row numbers
+  int64_t saved_row, scratch_row;
+  // Bits of the made sets that have a gradient, and of the gates and inputs that they were made of.
+  unsigned given_sets, given_gates, given_inputs;
+  int* counters;  // the ticket, second items that have left what the parameters' gradients need, and a sample
+                  // each
+
+  MRCN_DEVICE int branches() const { return gate == Gate::cbam_channel ? 2 : 1; }
+  MRCN_DEVICE int hidden() const { return gate == Gate::eca ? 0 : R; }
+  MRCN_DEVICE int* arrivals(int64_t sample) const { return counters + 2 + sample; }
+};
+
+inline int64_t counter_bytes(int64_t samples) {
+  return divided((2 + samples) * int64_t(sizeof(int)), 16) * 16;
+}
+
+// Whether every line of the maps that are there lies at a multiple of 16 bytes.
+template <class T, int n>
+inline bool lines_aligned(const FeatureMap (&maps)[n], const BlockShape& shape) {
+  const auto whole = [](int64_t stride, int64_t count) { return count == 1 || stride % width<T> == 0; };
+  for (const FeatureMap& map : maps) {
+    if (map.data == nullptr) continue;
+    const bool steps = shape.pixels ? whole(map.pixel, shape.length) : whole(map.channel, shape.channels);
+    if (reinterpret_cast<uintptr_t>(map.data) % sizeof(Line) != 0 || !steps) return false;
+    if (!whole(map.sample, shape.samples)) return false;
+  }
+  return true;
+}
+
+// What stands in a call for a parameter or for its gradient.
+template <class A, class Call>
+inline Numbers<A> numbers(const Call& call, const void* data) {
+  constexpr Dtype wide = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
+  return {const_cast<void*>(data), call.parameters.precise ? wide : call.shape.dtype, 0};
+}
+
+// `row` is of scratch; `last` tickets follow those of the samples.
+template <class T, class Call>
+inline Common<acc_t<T>> common(
+    const Call& call, int firsts_a_block, int64_t last, int64_t row, const void* saved, void* scratch) {
+  using A = acc_t<T>;
+  const BlockShape& s = call.shape;
+  Common<A> c{};
+  c.N = s.samples;
+  c.C = s.channels;
+  c.L = s.length;
+  c.R = int(s.hidden);
+  c.gate = s.gate;
+  c.to_input = s.to_input;
+  c.cut = cut<T>(s);
+  c.firsts = firsts_a_block * c.cut.blocks;
+  c.seconds = int(c.cut.blocks * c.cut.chunks);
+  c.tickets = c.N * (c.firsts + c.seconds) + last;
+  c.gamma = numbers<A>(call, call.parameters.norm_weight);
+  c.beta = numbers<A>(call, call.parameters.norm_bias);
+  for (int i = 0; i < 4; ++i) c.parameters[i] = numbers<A>(call, call.parameters.gate[i]);
+  c.saved = static_cast<A*>(const_cast<void*>(saved));
+  c.counters = static_cast<int*>(scratch);
+  c.scratch = reinterpret_cast<A*>(static_cast<char*>(scratch) + counter_bytes(c.N));
+  c.saved_row = saved_row(s);
+  c.scratch_row = row;
+  return c;
+}
+
+// As many samples ahead as keep every block busy, while half of L2 holds the maps that they read.
+template <class T>
+inline int64_t samples_ahead(const Common<acc_t<T>>& c, const Device& device, int maps) {
+  const int64_t bytes = maps * c.C * c.L * int64_t(sizeof(T));
+  const int64_t busy = divided(device.blocks, c.firsts) + 1;
+  const int64_t fit = device.l2_bytes / 2 / most<int64_t>(bytes, 1);
+  return least(c.N, most<int64_t>(1, least(busy, fit)));
+}
+
+// --- tickets ------------------------------------------------------------------------------------------
+
+enum class Phase { first, second, last };
+
+struct Item {
+  Phase phase;
+  int64_t sample;
+  int64_t number;  // among those of its sample and phase
+};
+
+// With the first items of sample t come the second items of sample t - ahead.
+template <class A>
+MRCN_DEVICE Item item_of(const Common<A>& a, int64_t ticket) {
+  const int64_t head = a.ahead * a.firsts, both = a.firsts + a.seconds;
+  if (ticket < head) return {Phase::first, ticket / a.firsts, ticket % a.firsts};
+  ticket -= head;
+  const int64_t body = (a.N - a.ahead) * both;
+  if (ticket < body) {
+    const int64_t sample = ticket / both, number = ticket % both;
+    if (number < a.firsts) return {Phase::first, a.ahead + sample, number};
+    return {Phase::second, sample, number - a.firsts};
+  }
+  ticket -= body;
+  if (ticket < a.ahead * a.seconds) {
+    return {Phase::second, a.N - a.ahead + ticket / a.seconds, ticket % a.seconds};
+  }
+  return {Phase::last, 0, ticket - a.ahead * a.seconds};
+}
+
+// The blocks of a launch: as many as there is room for, if there is a ticket for each. None, which is no
+// launch and told as one that failed, where an int does not count the tickets.
+template <class A>
+inline int blocks_of(const Common<A>& c, const Device& device) {
+  const int64_t asked_for = c.tickets + device.blocks;  // a block asks for one more than it gets
+  return asked_for < int64_t(1) << 31 ? int(least<int64_t>(c.tickets, device.blocks)) : 0;
+}
+
+// f(item) for every ticket that the block gets, until there are no more. The next one is asked for while an
+// item is done. It may lie idle that long: what anybody waits for are lower tickets, and the lowest that is
+// not done is never an idle one.
+template <class A, class F>
+MRCN_DEVICE void over_items(const Common<A>& a, int* shared, const F& f) {
+  int next = threadIdx.x == 0 ? add_relaxed(a.counters, 1) : 0;
+  for (;;) {
+    if (threadIdx.x == 0) *shared = next;
+    __syncthreads();
+    const int ticket = *shared;
+    if (ticket >= a.tickets) return;
+    if (threadIdx.x == 0) next = add_relaxed(a.counters, 1);
+    f(item_of(a, ticket));
+    __syncthreads();  // the block is done with its shared memory
+  }
+}
+
+// Whether this block is the last of `number` to count itself in; if so it sees what the others have written.
+MRCN_DEVICE bool arrives_last(int* counter, int number, int* shared) {
+  __syncthreads();
+  if (threadIdx.x == 0) *shared = add_acquire_release(counter, 1);
+  __syncthreads();
+  return *shared == number - 1;
+}
+
+MRCN_DEVICE void wait_for(const int* counter, int number) {
+  if (threadIdx.x == 0) {
+    while (load_acquire(counter) < number) pause();
+  }
+  __syncthreads();
+}
+
+// --- pixels -------------------------------------------------------------------------------------------
+
+// A thread's share of an item. Planes: a warp takes whole channels one after the other, its lanes the lines.
+// Pixels: a thread keeps to one line of channels, and shares the pixels with those of the same.
+template <class T, bool pixels>
+struct Share {
+  int64_t c;      // its first channel
+  int channel;    // the same within the item
+  int64_t place;  // its first place, from the item's first
+  int step;
+
+  MRCN_DEVICE int64_t offset(const FeatureMap& map, int64_t at) const {
+    return pixels ? at * map.pixel + c : c * map.channel + at * width<T>;
+  }
+  // How many elements of the line at a place there are.
+  MRCN_DEVICE int filled(int64_t C, int64_t L, int64_t at) const {
+    return int(least<int64_t>(width<T>, pixels ? C - c : L - at * width<T>));
+  }
+};
+
+// f(share) for each channel, or line of channels, of the thread. All threads of a warp call it together; past
+// the last channel of pixels with nothing filled.
+template <class T, bool pixels, class A, class F>
+MRCN_DEVICE void over_shares(const Common<A>& a, int64_t block, const F& f) {
+  const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
+  const int64_t c0 = block * a.cut.channels;
+  if constexpr (pixels) {
+    const int channel = lane % a.cut.across * width<T>;
+    const int rows = warp_lanes / a.cut.across;
+    f(Share<T, pixels>{c0 + channel, channel, warp * rows + lane / a.cut.across, block_warps * rows});
+  } else {
+    for (int channel = warp; channel < a.cut.channels && c0 + channel < a.C; channel += block_warps) {
+      f(Share<T, pixels>{c0 + channel, channel, lane, warp_lanes});
+    }
+  }
+}
+
+enum class Reuse { soon, never };
+
+// The line at p, zeros behind the `filled` first elements.
+template <Reuse reuse, class T>
+MRCN_DEVICE Line fetch(const T* p, int filled, bool wide) {
+  if (wide && filled == width<T>) {
+    const Line* line = reinterpret_cast<const Line*>(p);
+    return reuse == Reuse::soon ? load_first(line) : load_last(line);
+  }
+  T elements[width<T>];
+  Line line{};
+  std::memcpy(elements, &line, sizeof(line));
+  unroll<width<T>>([&](auto j) {
+    if (j.v < filled) elements[j.v] = p[j.v];
+  });
+  std::memcpy(&line, elements, sizeof(line));
+  return line;
+}
+
+template <class T>
+MRCN_DEVICE void keep(T* p, Line line, int filled, bool wide) {
+  if (wide && filled == width<T>) return store_once(reinterpret_cast<Line*>(p), line);
+  T elements[width<T>];
+  std::memcpy(elements, &line, sizeof(line));
+  unroll<width<T>>([&](auto j) {
+    if (j.v < filled) p[j.v] = elements[j.v];
+  });
+}
+
+template <class T, class A>
+MRCN_DEVICE void widen(Line line, A (&values)[width<T>]) {
+  T elements[width<T>];
+  std::memcpy(elements, &line, sizeof(line));
+  unroll<width<T>>([&](auto j) { values[j.v] = get(&elements[j.v]); });
+}
+
+template <class T, class A>
+MRCN_DEVICE Line narrow(const A (&values)[width<T>]) {
+  T elements[width<T>];
+  unroll<width<T>>([&](auto j) { put(&elements[j.v], values[j.v]); });
+  Line line;
+  std::memcpy(&line, elements, sizeof(line));
+  return line;
+}
+
+template <class T>
+MRCN_DEVICE T* sample_of(const FeatureMap& map, int64_t i) {
+  return static_cast<T*>(map.data) + i * map.sample;
+}
+
+// --- planes and gates ---------------------------------------------------------------------------------
+
+// Gate g belongs to the residual of this modality: A_v1, A_n1, A_v2, A_n2.
+template <class P>
+MRCN_DEVICE int modality(int g) {
+  return g % P::inputs;
+}
+
+// A sample's row of what the forward saves.
+template <class P, class A>
+struct Saved {
+  const Common<A>& a;
+  A* row;
+
+  MRCN_DEVICE Saved(const Common<A>& all, int64_t i) : a(all), row(all.saved + i * all.saved_row) {}
+  MRCN_DEVICE A* mean(int m) const { return row + 2 * m * a.C; }
+  MRCN_DEVICE A* r(int m) const { return row + (2 * m + 1) * a.C; }
+  MRCN_DEVICE A* hidden(int g, int b) const {
+    return row + 2 * P::inputs * a.C + int64_t(g * a.branches() + b) * a.R;
+  }
+  // Without the offset of its mean.
+  MRCN_DEVICE Plane<A> plane(int m, int64_t c) const {
+    const int64_t at = m * a.C + c;
+    return describe(
+        load_shared_by_blocks(mean(m) + c), A(0), load_shared_by_blocks(r(m) + c), a.gamma[at], a.beta[at]);
+  }
+};
+
+template <class A>
+MRCN_DEVICE A sigmoid(A x) {
+  return A(1) / (A(1) + std::exp(-x));
+}
+
+// s of gate g for channel c, from the hidden layers, or from its neighbours' pooled residuals (ECA).
+template <class P, class A>
+MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
+  const Common<A>& a = saved.a;
+  if (a.gate == Gate::eca) {
+    A x(0);
+    for (int t = 0; t < a.R; ++t) {
+      const int64_t from = c + t - a.R / 2;
+      // The padding's zeros too: a weight that is not finite makes NaN of them.
+      const bool inside = from >= 0 && from < a.C;
+      const A z = inside ? pooled_residual(saved.plane(modality<P>(g), from)) : A(0);
+      x += a.parameters[0][g * a.R + t] * z;
+    }
+    return sigmoid(x);
+  }
+  const Numbers<A> weight = a.parameters[2].from((g * a.C + c) * a.R);
+  A x = A(a.branches()) * a.parameters[3][g * a.C + c];
+  for (int b = 0; b < a.branches(); ++b) {  // not W (h + h'): infinity times zero would be lost in the sum
+    const A* h = saved.hidden(g, b);
+    for (int j = 0; j < a.R; ++j) x += weight[j] * load_shared_by_blocks(h + j);
+  }
+  return sigmoid(x);
+}
+
+// f(n) for the numbers below `count`, spread over the block.
+template <class F>
+MRCN_DEVICE void over_threads(int64_t count, const F& f) {
+  for (int64_t n = threadIdx.x; n < count; n += block_threads) f(n);
+}
+
+// The numbers that all blocks of channels left at p, p + stride, ..., in their order.
+template <class A>
+MRCN_DEVICE A add_shares(const A* p, int64_t blocks, int64_t stride) {
+  A total(0);
+  for (int64_t n = 0; n < blocks; ++n) total += load_shared_by_blocks(p + n * stride);
+  return total;
+}
+
+// A plane's coefficients. Planes keep theirs in registers; those of a pixel's channels would fill them all.
+template <class A, class Shared, int slots>
+MRCN_DEVICE void read_coefficients(const Shared& shared, int channel, A (&k)[slots]) {
+  unroll<slots>([&](auto slot) { k[slot.v] = shared.k[slot.v][channel]; });
+}
+
+// --- dtypes -------------------------------------------------------------------------------------------
+
+// f(Pattern, whether channels are contiguous); what `concat` makes is what `pair` does.
+template <class F>
+inline int with_pattern(const BlockShape& shape, const F& f) {
+  const auto layout = [&](auto pattern) {
+    return shape.pixels ? f(pattern, std::true_type{}) : f(pattern, std::false_type{});
+  };
+  switch (shape.mode) {
+    case Mode::pair:
+    case Mode::concat:
+      return layout(Pattern<Mode::pair>{});
+    case Mode::restitute:
+      return layout(Pattern<Mode::restitute>{});
+    case Mode::snr:
+      break;
+  }
+  return layout(Pattern<Mode::snr>{});
+}
+
+}  // namespace
+}  // namespace mrcn::MRCN_ISA
