@@ -8,68 +8,56 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// The made sets in the order of Mode, without those handed through: at[set][input] says what a set is made
-// of, gate_of[set] by which gate, -1 by none.
+// A mode's entry of the table as constants, and the places of its coefficients and sums.
 template <Mode mode>
-struct Uses;
-template <>
-struct Uses<Mode::pair> {
-  static constexpr int inputs = 2, sets = 4;
-  static constexpr bool at[4][2] = {{true, false}, {true, true}, {true, true}, {false, true}};
-  static constexpr int gate_of[4] = {0, 3, 2, 1};
-};
-template <>
-struct Uses<Mode::concat> : Uses<Mode::pair> {};
-template <>
-struct Uses<Mode::restitute> {
-  static constexpr int inputs = 1, sets = 1;
-  static constexpr bool at[1][1] = {{true}};
-  static constexpr int gate_of[1] = {0};
-};
-template <>
-struct Uses<Mode::snr> {
-  static constexpr int inputs = 1, sets = 3;
-  static constexpr bool at[3][1] = {{true}, {true}, {true}};
-  static constexpr int gate_of[3] = {0, 0, -1};
-};
+struct Pattern {
+  static constexpr Sets entry = sets_of(mode);
+  static constexpr int inputs = entry.inputs, sets = entry.made, gate_count = entry.gates;
+  static constexpr bool concat = entry.concat;
+  static constexpr int first = entry.first_made(), all = entry.all();
+  using Made = Pattern<entry.made_as>;
 
-template <Mode mode_>
-struct Pattern : Uses<mode_> {
-  using U = Uses<mode_>;
-  static constexpr Mode mode = mode_;
-  static constexpr bool passes = mode == Mode::concat;  // hands the inputs on as first and last set
-  static constexpr int first = passes ? 1 : 0;          // the first made set among all
-  static constexpr int all = U::sets + (passes ? 2 : 0);
-  static constexpr int gate_count = U::inputs == 2 ? 4 : 1;
+  static constexpr Part part(int set, int input) { return entry.parts[set][input]; }
+  static constexpr bool uses(int set, int input) { return part(set, input).term != Term::none; }
 
+  // How many parts stand before this one.
   static constexpr int rank(int set, int input) {
     int n = 0;
-    for (int k = 0; k < U::sets; ++k) {
-      for (int j = 0; j < U::inputs; ++j) {
+    for (int k = 0; k < sets; ++k) {
+      for (int j = 0; j < inputs; ++j) {
         if (k == set && j == input) return n;
-        n += U::at[k][j] ? 1 : 0;
+        n += uses(k, j) ? 1 : 0;
       }
     }
     return n;
   }
-  static constexpr int maps = rank(U::sets, 0);
+  static constexpr int maps = rank(sets, 0);
 
   // Coefficients of the elementwise passes.
   static constexpr int mean(int j) { return j; }
-  static constexpr int scale(int k, int j) { return U::inputs + rank(k, j); }
-  static constexpr int shift(int k) { return U::inputs + maps + k; }
-  static constexpr int forward_slots = U::inputs + maps + U::sets;
-  static constexpr int k1(int j) { return U::inputs + maps + j; }
-  static constexpr int k2(int j) { return k1(U::inputs) + j; }
-  static constexpr int extreme(int j) { return k2(U::inputs) + j; }
-  static constexpr int k3(int j) { return extreme(U::inputs) + j; }
-  static constexpr int backward_slots = k3(U::inputs);
+  static constexpr int scale(int k, int j) { return inputs + rank(k, j); }
+  static constexpr int shift(int k) { return inputs + maps + k; }
+  static constexpr int forward_slots = inputs + maps + sets;
+  static constexpr int k1(int j) { return inputs + maps + j; }
+  static constexpr int k2(int j) { return k1(inputs) + j; }
+  static constexpr int extreme(int j) { return k2(inputs) + j; }
+  static constexpr int k3(int j) { return extreme(inputs) + j; }
+  static constexpr int backward_slots = k3(inputs);
 
   // Sums of the reduction pass.
   static constexpr int S(int k) { return k; }
-  static constexpr int T(int k, int j) { return U::sets + rank(k, j); }
-  static constexpr int sums = U::sets + maps;
+  static constexpr int T(int k, int j) { return sets + rank(k, j); }
+  static constexpr int sums = sets + maps;
 };
+
+// f(Pattern) for a call's mode.
+template <int number = 0, class F>
+inline auto with_pattern(Mode mode, const F& f) {
+  if constexpr (number + 1 < modes) {
+    if (int(mode) != number) return with_pattern<number + 1>(mode, f);
+  }
+  return f(Pattern<Mode(number)>{});
+}
 
 // The made sets that have a gradient, and the gates and inputs that any of them was made of. What only the
 // others were made of gets no share of a gradient: not even the NaN that a zero times a NaN would be.
@@ -82,9 +70,11 @@ struct Given {
   explicit Given(const F& has) {
     for (int s = 0; s < P::sets; ++s) {
       sets[s] = has(s);
-      if (!sets[s]) continue;
-      if (P::gate_of[s] >= 0) gates[P::gate_of[s]] = true;
-      for (int j = 0; j < P::inputs; ++j) inputs[j] = inputs[j] || P::at[s][j];
+      for (int j = 0; j < P::inputs && sets[s]; ++j) {
+        const Part part = P::part(s, j);
+        inputs[j] = inputs[j] || part.term != Term::none;
+        if (part.gate >= 0) gates[part.gate] = true;
+      }
     }
   }
 };
@@ -96,7 +86,7 @@ template <class P, int s, class V>
 MRCN_INLINE V made_set(const V* k, const V* x) {
   V value = k[P::shift(s)];
   unroll<P::inputs>([&](auto j) MRCN_BODY {
-    if constexpr (P::at[s][j.v]) value += k[P::scale(s, j.v)] * (x[j.v] - k[P::mean(j.v)]);
+    if constexpr (P::uses(s, j.v)) value += k[P::scale(s, j.v)] * (x[j.v] - k[P::mean(j.v)]);
   });
   return value;
 }
@@ -110,7 +100,7 @@ template <class P, int s, class V, class S>
 MRCN_INLINE void add_sums_of(const V* mean, const V* x, V g, S* sums) {
   sums[P::S(s)] += g;
   unroll<P::inputs>([&](auto j) MRCN_BODY {
-    if constexpr (P::at[s][j.v]) sums[P::T(s, j.v)] += g * (x[j.v] - mean[j.v]);
+    if constexpr (P::uses(s, j.v)) sums[P::T(s, j.v)] += g * (x[j.v] - mean[j.v]);
   });
 }
 template <class P, class V, class S>
@@ -127,7 +117,7 @@ MRCN_INLINE void start_gradients(const V* k, const V* x, V* dx) {
 template <class P, int s, class V>
 MRCN_INLINE void add_gradient(const V* k, V g, V* dx) {
   unroll<P::inputs>([&](auto j) MRCN_BODY {
-    if constexpr (P::at[s][j.v]) dx[j.v] += k[P::scale(s, j.v)] * g;
+    if constexpr (P::uses(s, j.v)) dx[j.v] += k[P::scale(s, j.v)] * g;
   });
 }
 template <class P, class V>
@@ -138,74 +128,106 @@ MRCN_INLINE void make_gradients(const V* k, const V* x, const V* g, V* dx) {
 
 // --- one plane, or a vector of them (V): coefficients from statistics and gates -------------------------
 
-// The affine maps of one (sample, channel), shared by the forward and the backward; shifts where asked for.
-template <class P, class V>
-MRCN_INLINE void make_maps(const Plane<V>* p, const V* s, bool to_input, V* k, bool shifts) {
-  const auto set = [&](int slot_scale, int slot_shift, Affine<V> map, bool add = false) {
-    k[slot_scale] = map.scale;
-    if (shifts) k[slot_shift] = (add ? k[slot_shift] : V{}) + map.shift;
-  };
-  unroll<P::inputs>([&](auto j) MRCN_BODY { k[P::mean(j.v)] = p[j.v].mean; });
-  if constexpr (P::inputs == 2) {
-    set(P::scale(0, 0), P::shift(0), restituted(p[0], s[0], to_input));
-    set(P::scale(1, 0), P::shift(1), normalized(p[0]));
-    set(P::scale(1, 1), P::shift(1), distilled(p[1], s[3]), true);
-    set(P::scale(2, 1), P::shift(2), normalized(p[1]));
-    set(P::scale(2, 0), P::shift(2), distilled(p[0], s[2]), true);
-    set(P::scale(3, 1), P::shift(3), restituted(p[1], s[1], to_input));
+// Sets and inputs are constants below: a GPU has no table to look into, and where nvcc does not know the
+// place when it compiles, it makes a trap of it.
+
+// f(set, input) for each input that a made set is made of.
+template <class P, class F>
+MRCN_INLINE void over_parts(const F& f) {
+  unroll<P::sets>([&](auto k) MRCN_BODY {
+    unroll<P::inputs>([&](auto j) MRCN_BODY {
+      if constexpr (P::uses(k.v, j.v)) f(k, j);
+    });
+  });
+}
+
+// The value of a part's gate; of no use where the part has none.
+template <int gate, class V>
+MRCN_INLINE V gate_of([[maybe_unused]] const V* s) {
+  if constexpr (gate >= 0) {
+    return s[gate];
   } else {
-    set(P::scale(0, 0), P::shift(0), restituted(p[0], s[0], to_input));
-    if constexpr (P::mode == Mode::snr) {
-      set(P::scale(1, 0), P::shift(1), restituted<V>(p[0], 1 - s[0], false));
-      set(P::scale(2, 0), P::shift(2), normalized(p[0]));
-    }
+    return V{};
   }
 }
 
-// Sets and inputs are constants below: a GPU has no table `at` to look into, and where nvcc does not know the
-// place when it compiles, it makes a trap of it.
+// The map of a term, s being the value of its gate.
+template <Term term, class V>
+MRCN_INLINE Affine<V> map_of(const Plane<V>& p, [[maybe_unused]] V s, [[maybe_unused]] bool to_input) {
+  if constexpr (term == Term::normalized) {
+    return normalized(p);
+  } else if constexpr (term == Term::restituted) {
+    return restituted(p, s, to_input);
+  } else if constexpr (term == Term::contaminated) {
+    return restituted<V>(p, 1 - s, false);
+  } else {
+    static_assert(term == Term::distilled);
+    return distilled(p, s);
+  }
+}
 
-// ∂s of every gate.
+// The affine maps of one (sample, channel), shared by the forward and the backward; shifts where asked for.
+template <class P, class V>
+MRCN_INLINE void make_maps(const Plane<V>* p, const V* s, bool to_input, V* k, bool shifts) {
+  unroll<P::inputs>([&](auto j) MRCN_BODY { k[P::mean(j.v)] = p[j.v].mean; });
+  if (shifts) unroll<P::sets>([&](auto set) MRCN_BODY { k[P::shift(set.v)] = V{}; });
+  over_parts<P>([&](auto set, auto j) MRCN_BODY {
+    constexpr Part part = P::part(set.v, j.v);
+    const Affine<V> map = map_of<part.term>(p[j.v], gate_of<part.gate>(s), to_input);
+    k[P::scale(set.v, j.v)] = map.scale;
+    if (shifts) k[P::shift(set.v)] += map.shift;
+  });
+}
+
+// ∂s of every gate. Where s M and (1 - s) M go to two sets, s M comes first.
 template <class P, class V>
 MRCN_INLINE void make_gate_gradients(const Plane<V>* p, const V* sums, V* ds) {
-  const auto of = [&](auto k, auto j) MRCN_BODY {
-    constexpr int S = P::S(k.v), T = P::T(k.v, j.v);
-    return gate_gradient<V>(p[j.v], {sums[S], sums[T]});
-  };
-  constexpr constant<0> first{}, visible{};
-  ds[0] = of(first, visible);
-  if constexpr (P::inputs == 2) {
-    constexpr constant<1> infrared{};
-    ds[1] = of(constant<3>{}, infrared);
-    ds[2] = of(constant<2>{}, visible);
-    ds[3] = of(constant<1>{}, infrared);
-  } else if constexpr (P::mode == Mode::snr) {
-    ds[0] -= of(constant<1>{}, visible);
+  over_parts<P>([&](auto set, auto j) MRCN_BODY {
+    constexpr Part part = P::part(set.v, j.v);
+    if constexpr (part.gate >= 0) {
+      constexpr int S = P::S(set.v), T = P::T(set.v, j.v);
+      const V gradient = gate_gradient<V>(p[j.v], {sums[S], sums[T]});
+      if constexpr (part.term == Term::contaminated) {
+        ds[part.gate] -= gradient;
+      } else {
+        ds[part.gate] = gradient;
+      }
+    }
+  });
+}
+
+// How much of the gradient of a set reaches F̃ through a term, s being the value of the term's gate.
+template <Term term, class R>
+MRCN_INLINE R share_of([[maybe_unused]] R s, [[maybe_unused]] bool to_input) {
+  if constexpr (term == Term::normalized) {
+    return R{} + 1;
+  } else if constexpr (term == Term::restituted) {
+    return share_of_normalized(s, to_input);
+  } else if constexpr (term == Term::contaminated) {
+    return s;
+  } else {
+    static_assert(term == Term::distilled);
+    return -s;
   }
 }
 
 // U = Σ H c and V = Σ H of every input.
 template <class P, class R>
 MRCN_INLINE void make_moments(const R* s, bool to_input, const R* sums, R* U, R* V) {
-  const auto add = [&](auto weight, auto k, auto j) MRCN_BODY {
-    constexpr int S = P::S(k.v), T = P::T(k.v, j.v);
-    U[j.v] += weight * sums[T];
-    V[j.v] += weight * sums[S];
-  };
-  constexpr constant<0> first{}, visible{};
-  unroll<P::inputs>([&](auto j) MRCN_BODY { U[j.v] = V[j.v] = R{}; });
-  add(share_of_normalized(s[0], to_input), first, visible);
-  if constexpr (P::inputs == 2) {
-    constexpr constant<1> infrared{};
-    add(share_of_normalized(s[1], to_input), constant<3>{}, infrared);
-    add(1, constant<1>{}, visible);
-    add(1, constant<2>{}, infrared);
-    add(-s[2], constant<2>{}, visible);
-    add(-s[3], constant<1>{}, infrared);
-  } else if constexpr (P::mode == Mode::snr) {
-    add(s[0], constant<1>{}, visible);
-    add(1, constant<2>{}, visible);
-  }
+  unroll<P::inputs>([&](auto j) MRCN_BODY {
+    U[j.v] = V[j.v] = R{};
+    unroll<P::sets>([&](auto n) MRCN_BODY {
+      // Either modality's own sets first: exchanged modalities give the same bits.
+      constexpr int set = j.v == 0 ? n.v : P::sets - 1 - n.v;
+      if constexpr (P::uses(set, j.v)) {
+        constexpr Part part = P::part(set, j.v);
+        constexpr int S = P::S(set), T = P::T(set, j.v);
+        const R share = share_of<part.term>(gate_of<part.gate>(s), to_input);
+        U[j.v] += share * sums[T];
+        V[j.v] += share * sums[S];
+      }
+    });
+  });
 }
 
 }  // namespace

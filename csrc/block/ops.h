@@ -123,7 +123,7 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
 
   const Gate kind = gate_of(gate);
   const size_t expected = kind == Gate::eca ? 1 : 4;
-  const int64_t count = gates(mode);
+  const int64_t modalities = sets_of(mode).inputs, count = sets_of(mode).gates;
   check(gate_parameters.size() == expected, "gate_parameters of gate ", gate, ": got ",
       gate_parameters.size(), " tensors, expected ", expected);
   const int64_t width = gate_parameters[0].dim() > 1 ? gate_parameters[0].size(1) : 0;
@@ -137,8 +137,8 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
     return ready.keep(converted(p, ready.of_parameters));
   };
   ready.kept.reserve(2 + expected);
-  ready.parameters.norm_weight = keep(norm_weight, "norm_weight", {modalities(mode), C});
-  ready.parameters.norm_bias = keep(norm_bias, "norm_bias", {modalities(mode), C});
+  ready.parameters.norm_weight = keep(norm_weight, "norm_weight", {modalities, C});
+  ready.parameters.norm_bias = keep(norm_bias, "norm_bias", {modalities, C});
   const void** to = ready.parameters.gate;
   const auto keep_gate = [&](size_t i, std::initializer_list<int64_t> sizes) {
     to[i] = keep(gate_parameters[i], "gate_parameters", sizes);
@@ -155,11 +155,14 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
   return ready;
 }
 
-// --- forward --------------------------------------------------------------------------------------------
+// --- results --------------------------------------------------------------------------------------------
 
-constexpr int sets_of(Mode mode) {
-  return mode == Mode::concat ? 6 : mode == Mode::pair ? 4 : mode == Mode::snr ? 3 : 1;
-}
+// How many tensors the operations of a mode return: of the forward, the sets and what its backward takes of
+// it; of the backward, the gradients of the inputs, of norm_weight, norm_bias and the gate's parameters.
+constexpr size_t forward_results(Mode mode) { return sets_of(mode).all() / sets_of(mode).stacked() + 1; }
+constexpr size_t backward_results(Mode mode) { return sets_of(mode).inputs + 2 + most_gate_parameters; }
+
+// --- forward --------------------------------------------------------------------------------------------
 
 // The made sets, each a tensor or (concat) six in one, and then what the backward takes.
 template <class Device>
@@ -169,7 +172,7 @@ Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, con
       make_ready<Device>(mode, inputs, norm_weight, norm_bias, gate_parameters, gate, to_input);
   const int64_t N = ready.shape.samples;
   const bool pixels = ready.shape.pixels;
-  const int sets = sets_of(mode);
+  const int sets = sets_of(mode).all(), stacked = sets_of(mode).stacked();
   BlockForward call{};
   call.shape = ready.shape;
   call.parameters = ready.parameters;
@@ -180,12 +183,11 @@ Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, con
     call.inputs[j] = map_of(ready.inputs[j], pixels);
     read.push_back(call.inputs[j].data);
   }
-  const int tensors = mode == Mode::concat ? 1 : sets;
   std::vector<int64_t> sizes = ready.sizes;
-  sizes[0] *= sets / tensors;
-  Tensors results = Device::maps(tensors, sizes, inputs[0], pixels, read);
+  sizes[0] *= stacked;
+  Tensors results = Device::maps(sets / stacked, sizes, inputs[0], pixels, read);
   for (int k = 0; k < sets; ++k) {
-    call.outputs[k] = tensors == 1 ? map_of(results[0], pixels, k * N) : map_of(results[k], pixels);
+    call.outputs[k] = map_of(results[k / stacked], pixels, k % stacked * N);
   }
   results.push_back(Device::empty(Device::statistics(ready.shape), ready.sums, inputs[0], false));
   call.statistics = results.back().data_ptr();
@@ -214,20 +216,18 @@ Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients,
       "statistics: expected what the forward gave for these inputs");
   call.statistics = statistics.data_ptr();
 
+  const int stacked = sets_of(mode).stacked();
   Tensors readable;  // owns the copies of gradients in neither layout
   for (size_t k = 0; k < gradients.size(); ++k) {
     if (!gradients[k].has_value()) continue;
     const Tensor& g = *gradients[k];
-    const int64_t batch = mode == Mode::concat ? 6 * N : N;
-    check(g.dim() == 4 && g.size(0) == batch && g.size(1) == C && g.size(2) == ready.sizes[2] &&
+    check(g.dim() == 4 && g.size(0) == stacked * N && g.size(1) == C && g.size(2) == ready.sizes[2] &&
               g.size(3) == ready.sizes[3],
         "gradient ", k, ": got another shape than the forward's output");
     check(g.scalar_type() == ready.dtype, "gradient ", k, ": got another dtype than the forward's output");
     readable.push_back(in_layout(g, pixels));
-    if (mode == Mode::concat) {
-      for (int s = 0; s < 6; ++s) call.gradients[s] = map_of(readable.back(), pixels, s * N);
-    } else {
-      call.gradients[k] = map_of(readable.back(), pixels);
+    for (int s = 0; s < stacked; ++s) {
+      call.gradients[k * stacked + s] = map_of(readable.back(), pixels, s * N);
     }
   }
 
@@ -254,7 +254,7 @@ Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients,
   for (size_t k = inputs.size(); k < results.size(); ++k) {
     results[k] = converted(results[k], norm_weight.scalar_type());
   }
-  while (results.size() < inputs.size() + 2 + most_gate_parameters) {
+  while (results.size() < backward_results(mode)) {
     results.push_back(Device::empty({0}, norm_weight.scalar_type(), inputs[0], false));
   }
   return results;
@@ -273,7 +273,6 @@ template <size_t n>
 auto results_of(const Tensors& t) {
   return tuple_of(t, std::make_index_sequence<n>{});
 }
-constexpr size_t parameter_gradients = 2 + most_gate_parameters;
 
 // Device is what the operations need of one:
 //
@@ -288,25 +287,25 @@ template <class Device>
 struct Operations {
   static auto block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
       Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<5>(forward<Device>(
+    return results_of<forward_results(Mode::pair)>(forward<Device>(
         Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
   }
 
   static auto block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
       Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<2>(forward<Device>(
+    return results_of<forward_results(Mode::concat)>(forward<Device>(
         Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
   }
 
   static auto restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
       Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<2>(forward<Device>(
+    return results_of<forward_results(Mode::restitute)>(forward<Device>(
         Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
   }
 
   static auto snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters,
       int64_t gate, double eps) {
-    return results_of<4>(
+    return results_of<forward_results(Mode::snr)>(
         forward<Device>(Mode::snr, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false));
   }
 
@@ -314,26 +313,26 @@ struct Operations {
       Optional infrared_compensated, Optional infrared_restituted, Tensor visible, Tensor infrared,
       Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate,
       bool to_input) {
-    return results_of<2 + parameter_gradients>(backward<Device>(Mode::pair,
+    return results_of<backward_results(Mode::pair)>(backward<Device>(Mode::pair,
         {visible_restituted, visible_compensated, infrared_compensated, infrared_restituted},
         {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
   }
 
   static auto block_concat_backward(Optional features, Tensor visible, Tensor infrared, Tensor statistics,
       Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
-    return results_of<2 + parameter_gradients>(backward<Device>(Mode::concat, {features}, {visible, infrared},
-        statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
+    return results_of<backward_results(Mode::concat)>(backward<Device>(Mode::concat, {features},
+        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
   }
 
   static auto restitute_backward(Optional restituted, Tensor features, Tensor statistics, Tensor norm_weight,
       Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
-    return results_of<1 + parameter_gradients>(backward<Device>(Mode::restitute, {restituted}, {features},
-        statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
+    return results_of<backward_results(Mode::restitute)>(backward<Device>(Mode::restitute, {restituted},
+        {features}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
   }
 
   static auto snr_backward(Optional restituted, Optional contaminated, Optional normalized, Tensor features,
       Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate) {
-    return results_of<1 + parameter_gradients>(
+    return results_of<backward_results(Mode::snr)>(
         backward<Device>(Mode::snr, {restituted, contaminated, normalized}, {features}, statistics,
             norm_weight, norm_bias, gate_parameters, gate, false));
   }

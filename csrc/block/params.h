@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "block/sets.h"
 #include "cpu/threads.h"
 #include "dtype.h"
 
@@ -11,15 +12,7 @@ namespace mrcn {
 // In the order of FUSED in mrcn_fast/gates.py: operations take a gate by its number.
 enum class Gate { se, eca, cbam_channel };
 
-constexpr int most_gate_parameters = 4, most_sets = 6;
-
-// Which feature sets an operation makes (in this order) from which inputs.
-enum class Mode {
-  pair,       // (v, n) -> v+, v-, n-, n+
-  concat,     // (v, n) -> v, v+, v-, n-, n+, n
-  restitute,  // x -> x+
-  snr,        // x -> restituted, contaminated, normalized
-};
+constexpr int most_gate_parameters = 4;
 
 // A feature map in memory, strides in elements. Planes: the pixels of a plane are contiguous, `channel` lies
 // between planes. Pixels: the channels of a pixel are contiguous, `pixel` lies between pixels.
@@ -55,7 +48,7 @@ struct BlockForward {
   BlockShape shape;
   BlockParameters parameters;
   double eps;
-  FeatureMap inputs[2];
+  FeatureMap inputs[most_inputs];
   FeatureMap outputs[most_sets];
   void* statistics;  // accumulation type. CPU: (modalities, N, C, 2), mean and 1/σ; CUDA: (N, saved_row)
   bool stream;       // outputs beyond the cache: stores that don't read what they overwrite
@@ -64,17 +57,14 @@ struct BlockForward {
 struct BlockBackward {
   BlockShape shape;
   BlockParameters parameters;
-  FeatureMap inputs[2];
+  FeatureMap inputs[most_inputs];
   FeatureMap gradients[most_sets];  // data null: no gradient
   const void* statistics;
-  FeatureMap input_gradients[2];
+  FeatureMap input_gradients[most_inputs];
   void* norm_weight_gradient;  // in the parameters' type
   void* norm_bias_gradient;
   void* gate_gradient[most_gate_parameters];
   bool stream;
 };
-
-constexpr int modalities(Mode mode) { return mode == Mode::pair || mode == Mode::concat ? 2 : 1; }
-constexpr int gates(Mode mode) { return mode == Mode::pair || mode == Mode::concat ? 4 : 1; }
 
 }  // namespace mrcn

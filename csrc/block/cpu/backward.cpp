@@ -213,7 +213,7 @@ class Backward : Call<P, A> {
       if (given_.sets[set.v]) return;
       found[P::S(set.v)] = V{};
       unroll<P::inputs>([&](auto j) MRCN_BODY {
-        if constexpr (P::at[set.v][j.v]) found[P::T(set.v, j.v)] = V{};
+        if constexpr (P::uses(set.v, j.v)) found[P::T(set.v, j.v)] = V{};
       });
     });
     for (int g = 0; g < P::gate_count; ++g) {
@@ -244,7 +244,7 @@ class Backward : Call<P, A> {
       unroll<P::sets>([&](auto set) MRCN_BODY {
         if (given_.sets[set.v]) return;
         unroll<P::inputs>([&](auto j) MRCN_BODY {
-          if constexpr (P::at[set.v][j.v]) k[P::scale(set.v, j.v)] = R{};
+          if constexpr (P::uses(set.v, j.v)) k[P::scale(set.v, j.v)] = R{};
         });
       });
       make_moments<P>(s, this->shape_.to_input, found, U, V);
@@ -325,26 +325,13 @@ class Backward : Call<P, A> {
   FeatureMap gradients_[most_sets];
 };
 
-template <Mode mode, Mode shared = mode>
-void run(const BlockBackward& call) {
-  with_element(call.shape.dtype, [&]<class T>(T) {
-    Backward<Pattern<shared>, acc_t<T>>(call, backward_passes<Pattern<mode>, T>()).run();
-  });
-}
-
 }  // namespace
 
 void block_backward(const BlockBackward& call) {
-  switch (call.shape.mode) {
-    case Mode::pair:
-      return run<Mode::pair>(call);
-    case Mode::concat:
-      return run<Mode::concat, Mode::pair>(call);
-    case Mode::restitute:
-      return run<Mode::restitute>(call);
-    case Mode::snr:
-      return run<Mode::snr>(call);
-  }
+  with_pattern(call.shape.mode, [&]<class P>(P) {
+    with_element(call.shape.dtype,
+        [&]<class T>(T) { Backward<typename P::Made, acc_t<T>>(call, backward_passes<P, T>()).run(); });
+  });
 }
 
 }  // namespace mrcn::MRCN_ISA

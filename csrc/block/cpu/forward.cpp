@@ -161,26 +161,13 @@ class Forward : Call<P, A> {
   A* statistics_;
 };
 
-template <Mode mode, Mode shared = mode>
-void run(const BlockForward& call) {
-  with_element(call.shape.dtype, [&]<class T>(T) {
-    Forward<Pattern<shared>, acc_t<T>>(call, forward_passes<Pattern<mode>, T>()).run();
-  });
-}
-
 }  // namespace
 
 void block_forward(const BlockForward& call) {
-  switch (call.shape.mode) {
-    case Mode::pair:
-      return run<Mode::pair>(call);
-    case Mode::concat:
-      return run<Mode::concat, Mode::pair>(call);
-    case Mode::restitute:
-      return run<Mode::restitute>(call);
-    case Mode::snr:
-      return run<Mode::snr>(call);
-  }
+  with_pattern(call.shape.mode, [&]<class P>(P) {
+    with_element(call.shape.dtype,
+        [&]<class T>(T) { Forward<typename P::Made, acc_t<T>>(call, forward_passes<P, T>()).run(); });
+  });
 }
 
 }  // namespace mrcn::MRCN_ISA

@@ -33,7 +33,7 @@ class Gates {
 
   Gates(const BlockShape& shape, const BlockParameters& parameters, bool backward)
       : shape_(shape),
-        count_(gates(shape.mode)),
+        count_(sets_of(shape.mode).gates),
         branches_(shape.gate == Gate::cbam_channel ? 2 : 1),
         N_(shape.samples),
         C_(shape.channels),
@@ -42,7 +42,7 @@ class Gates {
         hidden_pitch_(pitch_of(shape.hidden)),
         blocks_((C_ + block_channels - 1) / block_channels) {
     for (int i = 0; i < 4; ++i) weights_[i] = static_cast<const A*>(parameters.gate[i]);
-    const int64_t pooled = int64_t(modalities(shape.mode)) * N_ * branches_ * pitch_;
+    const int64_t pooled = int64_t(sets_of(shape.mode).inputs) * N_ * branches_ * pitch_;
     const int64_t hidden = shape.gate == Gate::eca ? 0 : N_ * count_ * branches_ * hidden_pitch_;
     state.pooled.allocate(pooled);
     state.activation.allocate(hidden);
@@ -281,7 +281,7 @@ class Gates {
   }
 
   void backward_eca(ParallelFor pool, int64_t first, int64_t last) const {
-    const int M = modalities(shape_.mode);
+    const int M = sets_of(shape_.mode).inputs;
     parallel(pool, last - first, grain(count_ * C_ * R_), [&](int64_t begin, int64_t end) {
       for (int64_t i = first + begin; i < first + end; ++i) {
         for (int m = 0; m < M; ++m) {

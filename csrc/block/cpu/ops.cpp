@@ -33,14 +33,14 @@ struct Cpu {
     return make_maps(count, sizes, like, channels_last, std::move(beside));
   }
   static std::vector<int64_t> statistics(const BlockShape& shape) {
-    return {modalities(shape.mode), shape.samples, shape.channels, 2};
+    return {sets_of(shape.mode).inputs, shape.samples, shape.channels, 2};
   }
   static void forward(BlockForward& call, const Tensor& like) {
-    call.stream = streams(call.shape, sets_of(call.shape.mode), like);
+    call.stream = streams(call.shape, sets_of(call.shape.mode).all(), like);
     kernels(call.shape.dtype).block_forward(call);
   }
   static void backward(BlockBackward& call, const Tensor& like) {
-    call.stream = streams(call.shape, modalities(call.shape.mode), like);
+    call.stream = streams(call.shape, sets_of(call.shape.mode).inputs, like);
     kernels(call.shape.dtype).block_backward(call);
   }
 };

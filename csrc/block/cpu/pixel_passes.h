@@ -63,9 +63,9 @@ MRCN_INLINE void keep_maps(Pointers map, int64_t at, constant<vectors> n, const 
 // Set s of all, those handed through among them.
 template <class P, int s, class V>
 MRCN_INLINE V set_of(const V* k, const V* x) {
-  if constexpr (P::passes && s == 0) {
+  if constexpr (P::concat && s == 0) {
     return x[0];
-  } else if constexpr (P::passes && s == P::all - 1) {
+  } else if constexpr (P::concat && s == P::all - 1) {
     return x[P::inputs - 1];
   } else {
     return made_set<P, s - P::first, V>(k, x);
@@ -91,7 +91,7 @@ MRCN_INLINE void make_at(
 // Sets that share a tensor mostly lie at the same place of a page, where lines that are written in pieces
 // hinder each other (cpu/output_memory.cpp): so many lines of a set are written before the next set's.
 template <class P>
-constexpr bool sets_in_turn = P::passes && vector_bytes < line_bytes;
+constexpr bool sets_in_turn = P::concat && vector_bytes < line_bytes;
 constexpr int64_t lines_in_turn = 8;
 
 // f(constant<from>, constant<to>, begin, end, head, distance) for the sets of a stretch of maps: all in one,
@@ -139,7 +139,7 @@ MRCN_INLINE void gradient_at(
     fetch(static_cast<const T*>(g[P::first + s.v]) + at, n, of, distance);
     unroll<parts>([&](auto part) MRCN_BODY { add_gradient<P, s.v, V>(k(part), of[part.v], out[part.v]); });
   });
-  if constexpr (P::passes) {
+  if constexpr (P::concat) {
     void* const ends[] = {g[0], g[P::all - 1]};
     V more[parts][P::inputs];
     fetch_maps<T, P::inputs>(ends, at, n, more, distance);
@@ -606,8 +606,8 @@ Passes<acc_t<T>> forward_passes() {
 
 template <class P, class T>
 Passes<acc_t<T>> backward_passes() {
-  // What is handed through takes no part in the sums: those of concat are the pair's.
-  using Sums = Pattern<P::mode == Mode::concat ? Mode::pair : P::mode>;
+  // Inputs that are handed through take no part in the sums.
+  using Sums = typename P::Made;
   Passes<acc_t<T>> passes{};
   passes.plane_moments = plane_moments<T>;
   passes.rows_moments = rows_moments<T>;

@@ -84,8 +84,8 @@ class Call {
       const Passes<A>& passes, bool backward)
       : shape_(shape),
         passes_(passes),
-        all_(P::sets + (shape.mode == Mode::concat ? 2 : 0)),
-        made_(shape.mode == Mode::concat ? 1 : 0),
+        all_(sets_of(shape.mode).all()),
+        made_(sets_of(shape.mode).first_made()),
         N_(shape.samples),
         C_(shape.channels),
         L_(shape.length),

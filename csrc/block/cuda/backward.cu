@@ -72,7 +72,7 @@ struct BackwardScratch {
 };
 
 inline int64_t backward_row(const BlockShape& shape, int blocks) {
-  const int b = branches(shape), m = modalities(shape.mode), g = gates(shape.mode);
+  const int b = branches(shape), m = sets_of(shape.mode).inputs, g = sets_of(shape.mode).gates;
   return ((b == 2 ? 6 : 4) * m + 2 * g) * shape.channels + (b + blocks) * g * hidden(shape);
 }
 
@@ -196,7 +196,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
     if (has(a.given_sets, set.v)) return;
     sums[P::S(set.v)] = A(0);
     unroll<P::inputs>([&](auto m) {
-      if constexpr (P::at[set.v][m.v]) sums[P::T(set.v, m.v)] = A(0);
+      if constexpr (P::uses(set.v, m.v)) sums[P::T(set.v, m.v)] = A(0);
     });
   });
   unroll<P::gate_count>([&](auto g) {
@@ -312,7 +312,7 @@ MRCN_DEVICE void map_gradients(
   unroll<P::sets>([&](auto set) {
     if (has(a.given_sets, set.v)) return;
     unroll<P::inputs>([&](auto m) {
-      if constexpr (P::at[set.v][m.v]) k[P::scale(set.v, m.v)] = A(0);
+      if constexpr (P::uses(set.v, m.v)) k[P::scale(set.v, m.v)] = A(0);
     });
   });
   unroll<P::inputs>([&](auto m) {
@@ -505,11 +505,11 @@ MRCN_DEVICE void eca_gradient(const BackwardArguments<T>& arguments, int64_t n) 
 // Numbers that threads take one each, and (ECA) numbers that warps take.
 inline int64_t single_parameters(const BlockShape& s) {
   const int64_t layers =
-      hidden(s) == 0 ? 0 : gates(s.mode) * (2 * s.channels * s.hidden + s.hidden + s.channels);
-  return 2 * modalities(s.mode) * s.channels + layers;
+      hidden(s) == 0 ? 0 : sets_of(s.mode).gates * (2 * s.channels * s.hidden + s.hidden + s.channels);
+  return 2 * sets_of(s.mode).inputs * s.channels + layers;
 }
 inline int64_t last_items(const BlockShape& s) {
-  const int64_t of_eca = s.gate == Gate::eca ? gates(s.mode) * s.hidden : 0;
+  const int64_t of_eca = s.gate == Gate::eca ? sets_of(s.mode).gates * s.hidden : 0;
   return divided(single_parameters(s), block_threads) + divided(of_eca, block_warps);
 }
 
@@ -558,13 +558,13 @@ int run_backward(const BlockBackward& call, void* scratch, void* stream) {
   const int64_t row = backward_row(call.shape, cut<T>(call.shape).blocks);
   a.common = common<T>(call, 1, last_items(call.shape), row, call.statistics, scratch);
   a.singles = single_parameters(call.shape);
-  const bool passes = call.shape.mode == Mode::concat;
+  const Sets& sets = sets_of(call.shape.mode);
   for (int m = 0; m < P::inputs; ++m) {
     a.inputs[m] = call.inputs[m];
     a.input_gradients[m] = call.input_gradients[m];
-    if (passes) a.passed[m] = call.gradients[m == 0 ? 0 : P::sets + 1];
+    if (sets.concat) a.passed[m] = call.gradients[m == 0 ? 0 : sets.all() - 1];
   }
-  for (int set = 0; set < P::sets; ++set) a.gradients[set] = call.gradients[set + (passes ? 1 : 0)];
+  for (int set = 0; set < P::sets; ++set) a.gradients[set] = call.gradients[sets.first_made() + set];
   const Given<P> given([&](int set) { return a.gradients[set].data != nullptr; });
   for (int set = 0; set < P::sets; ++set) a.common.given_sets |= unsigned(given.sets[set]) << set;
   for (int g = 0; g < P::gate_count; ++g) a.common.given_gates |= unsigned(given.gates[g]) << g;
@@ -598,7 +598,7 @@ int64_t backward_scratch(const BlockShape& shape) {
 
 int block_backward(const BlockBackward& call, void* scratch, void* stream) {
   return with_element(call.shape.dtype, [&](auto element) {
-    return with_pattern(call.shape, [&](auto pattern, auto pixels) {
+    return with_kernel(call.shape, [&](auto pattern, auto pixels) {
       return run_backward<decltype(element), decltype(pattern), decltype(pixels)::value>(
           call, scratch, stream);
     });

@@ -119,8 +119,8 @@ struct ForwardScratch {
 };
 
 inline int64_t forward_row(const BlockShape& shape, int blocks) {
-  return modalities(shape.mode) * shape.channels +
-         blocks * gates(shape.mode) * branches(shape) * hidden(shape);
+  return sets_of(shape.mode).inputs * shape.channels +
+         blocks * sets_of(shape.mode).gates * branches(shape) * hidden(shape);
 }
 
 // --- first items: statistics --------------------------------------------------------------------------
@@ -352,12 +352,12 @@ int run_forward(const BlockForward& call, void* scratch, void* stream) {
   const int blocks = cut<T>(call.shape).blocks;
   a.common = common<T>(call, P::inputs, 0, forward_row(call.shape, blocks), call.statistics, scratch);
   a.eps = acc_t<T>(call.eps);
-  const bool passes = call.shape.mode == Mode::concat;
+  const Sets& sets = sets_of(call.shape.mode);
   for (int m = 0; m < P::inputs; ++m) {
     a.inputs[m] = call.inputs[m];
-    if (passes) a.passed[m] = call.outputs[m == 0 ? 0 : P::sets + 1];
+    if (sets.concat) a.passed[m] = call.outputs[m == 0 ? 0 : sets.all() - 1];
   }
-  for (int set = 0; set < P::sets; ++set) a.made[set] = call.outputs[set + (passes ? 1 : 0)];
+  for (int set = 0; set < P::sets; ++set) a.made[set] = call.outputs[sets.first_made() + set];
   a.common.wide = lines_aligned<T>(a.inputs, call.shape) && lines_aligned<T>(a.made, call.shape) &&
                   lines_aligned<T>(a.passed, call.shape);
 
@@ -374,7 +374,8 @@ int run_forward(const BlockForward& call, void* scratch, void* stream) {
 const char* launch_error(int error) { return error_text(error); }
 
 int64_t saved_row(const BlockShape& shape) {
-  return 2 * modalities(shape.mode) * shape.channels + gates(shape.mode) * branches(shape) * hidden(shape);
+  return 2 * sets_of(shape.mode).inputs * shape.channels +
+         sets_of(shape.mode).gates * branches(shape) * hidden(shape);
 }
 
 int64_t forward_scratch(const BlockShape& shape) {
@@ -390,7 +391,7 @@ int64_t forward_scratch(const BlockShape& shape) {
 
 int block_forward(const BlockForward& call, void* scratch, void* stream) {
   return with_element(call.shape.dtype, [&](auto element) {
-    return with_pattern(call.shape, [&](auto pattern, auto pixels) {
+    return with_kernel(call.shape, [&](auto pattern, auto pixels) {
       return run_forward<decltype(element), decltype(pattern), decltype(pixels)::value>(
           call, scratch, stream);
     });

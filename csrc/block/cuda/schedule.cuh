@@ -440,22 +440,13 @@ MRCN_DEVICE void read_coefficients(const Shared& shared, int channel, A (&k)[slo
 
 // --- dtypes -------------------------------------------------------------------------------------------
 
-// f(Pattern, whether channels are contiguous); what `concat` makes is what `pair` does.
+// f(Pattern, whether channels are contiguous). Another mode that makes the same sets runs the same kernels.
 template <class F>
-inline int with_pattern(const BlockShape& shape, const F& f) {
-  const auto layout = [&](auto pattern) {
-    return shape.pixels ? f(pattern, std::true_type{}) : f(pattern, std::false_type{});
-  };
-  switch (shape.mode) {
-    case Mode::pair:
-    case Mode::concat:
-      return layout(Pattern<Mode::pair>{});
-    case Mode::restitute:
-      return layout(Pattern<Mode::restitute>{});
-    case Mode::snr:
-      break;
-  }
-  return layout(Pattern<Mode::snr>{});
+inline int with_kernel(const BlockShape& shape, const F& f) {
+  return with_pattern(shape.mode, [&](auto pattern) {
+    using Made = typename decltype(pattern)::Made;
+    return shape.pixels ? f(Made{}, std::true_type{}) : f(Made{}, std::false_type{});
+  });
 }
 
 }  // namespace
