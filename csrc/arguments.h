@@ -1,4 +1,5 @@
-// From torch's tensors to pointers: checks with plain messages, dtypes, layouts, outputs, threads.
+// What every operation does with its arguments: checks with plain messages, dtypes, memory that the kernels
+// can read, and the threads to run on.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -42,18 +43,18 @@ inline Dtype dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// What sums and parameters of a dtype are held in.
+// The type of sums and parameters for a dtype of maps: the accumulation type.
 inline ScalarType precise(Dtype dtype) {
   return dtype == Dtype::f64 ? ScalarType::Double : ScalarType::Float;
 }
 
-// Whether elements lie at multiples of their size, as the kernels read them. Memory that others allocated,
-// such as a file's that torch.frombuffer looks at, may begin anywhere.
+// Whether elements lie at multiples of their size, which the kernels require. Memory that torch did not
+// allocate, such as that of torch.frombuffer, may begin anywhere.
 inline bool is_aligned(const Tensor& t) {
   return reinterpret_cast<uintptr_t>(t.data_ptr()) % uintptr_t(t.element_size()) == 0;
 }
 
-// The tensor in dense, aligned memory: itself, or a copy.
+// Returns `t` itself if its memory is dense and aligned, otherwise a copy that is.
 inline Tensor dense(const Tensor& t) {
   if (!t.is_contiguous()) return torch::stable::contiguous(t);
   return is_aligned(t) ? t : torch::stable::clone(t);
@@ -63,7 +64,7 @@ inline Tensor converted(const Tensor& t, ScalarType dtype) {
   return dense(t.scalar_type() == dtype ? t : torch::stable::to(t, dtype));
 }
 
-// Refuses a result whose bytes 64 bits can't count: views may be expanded to any size.
+// Refuses a result whose size in bytes exceeds 64 bits: a view may be expanded to any size.
 inline void check_countable(const std::vector<int64_t>& sizes, int64_t element_size) {
   int64_t bytes = element_size;
   bool countable = true;
@@ -74,8 +75,8 @@ inline void check_countable(const std::vector<int64_t>& sizes, int64_t element_s
       "use smaller maps or fewer samples");
 }
 
-// Calls the function on torch's threads. What it throws in one of them is thrown here: torch would only say
-// that a call failed, and print the rest.
+// Calls the function on torch's threads. An exception of any thread is thrown again here, because torch would
+// print its message and only report that a call failed.
 inline void pool(int64_t count, int64_t grain, RangeFunction function, void* context) {
   std::exception_ptr failure;
   std::mutex failing;

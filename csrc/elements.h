@@ -1,4 +1,4 @@
-// Elements of every dtype, one at a time, and loops that are unrolled: for processors and GPUs alike.
+// Elements of every dtype, one at a time, and unrolled loops, for CPUs and GPUs.
 //
 // Everything lives in the namespace MRCN_ISA: what is compiled for one instruction set must never be linked
 // into code for another.
@@ -25,8 +25,8 @@ namespace mrcn::MRCN_ISA {
 #define MRCN_BODY
 #else
 #define MRCN_INLINE inline __attribute__((always_inline))
-// After the arguments of a lambda that is a loop's body: left to itself the compiler makes calls of some of
-// them.
+// Stands after the arguments of a lambda that is the body of a loop. Without it, the compiler does not inline
+// some of them.
 #define MRCN_BODY __attribute__((always_inline))
 #endif
 
@@ -37,7 +37,7 @@ struct f16 {
   uint16_t bits;
 };
 
-// Accumulation type of a dtype.
+// The accumulation type of an element's type.
 template <class T>
 struct accumulate {
   using type = float;
@@ -49,7 +49,7 @@ struct accumulate<double> {
 template <class T>
 using acc_t = typename accumulate<T>::type;
 
-// f(T{}) for the dtype's element.
+// f(T{}), where T is the type of the elements.
 template <class F>
 inline auto with_element([[maybe_unused]] Dtype dtype, const F& f) {
 #if defined(MRCN_BF16_ALONE)

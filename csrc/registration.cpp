@@ -1,7 +1,7 @@
-// The operations' names, and the Python module _C with what is no tensor operation.
+// Registers the names of the operations, and defines the Python module _C with all other functions.
 //
-// Python adds the shapes for tracing (mrcn_fast/backends/cpu.py) and the derivatives
-// (mrcn_fast/autograd.py).
+// The shapes for tracing (mrcn_fast/backends/cpu.py) and the derivatives (mrcn_fast/autograd.py) are in
+// Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

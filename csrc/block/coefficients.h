@@ -1,4 +1,5 @@
-// Which made set is a map of which input, mode by mode, and where its coefficients and sums stand.
+// From the table of sets to numbers: where the coefficients and sums of each mode stand, how coefficients are
+// made from a plane's statistics and gates, and how pixels are made from coefficients.
 #pragma once
 
 #include "block/formulas.h"
@@ -59,13 +60,14 @@ inline auto with_pattern(Mode mode, const F& f) {
   return f(Pattern<Mode(number)>{});
 }
 
-// The made sets that have a gradient, and the gates and inputs that any of them was made of. What only the
-// others were made of gets no share of a gradient: not even the NaN that a zero times a NaN would be.
+// The made sets that have a gradient, and the gates and inputs that they depend on. All other gates and
+// inputs get a gradient of exactly zero; multiplying by a gradient of zeros instead could make NaN of values
+// not finite.
 template <class P>
 struct Given {
   bool sets[P::sets] = {}, gates[P::gate_count] = {}, inputs[P::inputs] = {};
 
-  // has(set): whether the set has a gradient. On the host, for a GPU has no tables to look into.
+  // has(set): whether the set has a gradient. For the host only, because a GPU cannot read the table.
   template <class F>
   explicit Given(const F& has) {
     for (int s = 0; s < P::sets; ++s) {
@@ -95,7 +97,7 @@ MRCN_INLINE void make_sets(const V* k, const V* x, V* y) {
   unroll<P::sets>([&](auto s) MRCN_BODY { y[s.v] = made_set<P, s.v>(k, x); });
 }
 
-// What set s adds; `sums` are numbers, or what keeps more digits of theirs.
+// Adds the terms of set s to `sums`, which are numbers or (`Total`) numbers with more digits.
 template <class P, int s, class V, class S>
 MRCN_INLINE void add_sums_of(const V* mean, const V* x, V g, S* sums) {
   sums[P::S(s)] += g;
@@ -108,7 +110,7 @@ MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, S* sums) {
   unroll<P::sets>([&](auto s) MRCN_BODY { add_sums_of<P, s.v>(mean, x, g[s.v], sums); });
 }
 
-// The inputs' gradients: what comes through the statistics, and what set s adds.
+// The gradients of the inputs: the terms that come through the statistics, and the term of set s.
 template <class P, class V>
 MRCN_INLINE void start_gradients(const V* k, const V* x, V* dx) {
   unroll<P::inputs>(
@@ -128,8 +130,8 @@ MRCN_INLINE void make_gradients(const V* k, const V* x, const V* g, V* dx) {
 
 // --- one plane, or a vector of them (V): coefficients from statistics and gates -------------------------
 
-// Sets and inputs are constants below: a GPU has no table to look into, and where nvcc does not know the
-// place when it compiles, it makes a trap of it.
+// Below, sets and inputs are compile-time constants: a GPU cannot read the host's table, and nvcc compiles an
+// access whose place it does not know to a trap, without a warning.
 
 // f(set, input) for each input that a made set is made of.
 template <class P, class F>
@@ -166,7 +168,7 @@ MRCN_INLINE Affine<V> map_of(const Plane<V>& p, [[maybe_unused]] V s, [[maybe_un
   }
 }
 
-// The affine maps of one (sample, channel), shared by the forward and the backward; shifts where asked for.
+// The affine maps of one (sample, channel). The backward needs no shifts.
 template <class P, class V>
 MRCN_INLINE void make_maps(const Plane<V>* p, const V* s, bool to_input, V* k, bool shifts) {
   unroll<P::inputs>([&](auto j) MRCN_BODY { k[P::mean(j.v)] = p[j.v].mean; });

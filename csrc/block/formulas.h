@@ -1,23 +1,24 @@
-// The coefficient formulas of the block, written once for every backend (host and device).
+// The formulas of the block's coefficients, for the CPU (host) and for CUDA (device).
 //
-// A plane of L pixels x with mean μ, r = 1/sqrt(var + ε), a = γ r, z = mean(M) = μ - β. With the centered
-// pixel c = x - μ everything the block makes is affine in c with coefficients a (sample, channel):
+// Let a plane of L pixels x have the mean μ; let r = 1/sqrt(var + ε), a = γ r and z = mean(M) = μ - β. Then
+// everything that the block makes is affine in the centered pixel c = x - μ, with coefficients that are
+// constant within a sample's channel:
 //
 //   F̃      = a c + β                                                                     (eq. 1, 2)
 //   M      = (1 - a) c + z                                                               (eq. 3)
 //   F_{v+} = F̃_v + s1 M_v      = p c_v + s1 μ_v + (1 - s1) β_v,  p = a + s1 (1 - a)       (eq. 4, 5)
 //   F_{v-} = F̃_v + s2_n M_n    = a_v c_v + R_n c_n + β_v + s2_n z_n,  R = s2 (1 - a)      (eq. 6, 7)
 //
-// Centered, nothing cancels where a is large (a flat plane far from zero), as a x + (β - a μ) would.
+// Where a is large (a flat plane far from zero), a x + (β - a μ) would cancel; the centered form does not.
 //
-// Backward: H is the gradient that reaches F̃, S the plane's sum of a gradient G, T that of G c. With U = Σ H
-// c and V = Σ H over the plane, without the part that comes through z,
+// Backward: G is the gradient of a set, with the sums S = Σ G and T = Σ G c over the plane. H is the gradient
+// that reaches F̃, and U = Σ H c and V = Σ H are its sums, without the part that comes through z. Then
 //
-//   ∂x = (the affine map transposed) + k1 + k2 c,   k1 = (∂z - a V) / L,   k2 = -a r² U / L
+//   ∂x = (the transposed affine maps of every G) + k1 + k2 c,   k1 = (∂z - a V) / L,   k2 = -a r² U / L
 //   ∂γ = r U,   ∂β = V - ∂z
 //
-// R is the type these few operations a plane are done in: on the host double, or a vector of doubles for as
-// many planes.
+// R is the type in which these few operations per plane are computed. On the host it is double, or a vector
+// of doubles, one per plane.
 #pragma once
 
 #if defined(__CUDACC__) || defined(__HIPCC__)
@@ -27,12 +28,12 @@
 #endif
 
 namespace mrcn {
-namespace {  // one copy a translation unit: files differ in their instruction set
+namespace {  // one copy per translation unit: files differ in their instruction set
 
 template <class R>
 struct Plane {
-  R mean;    // μ as the elementwise pass subtracts it
-  R offset;  // what rounding left of it: the true mean is mean + offset
+  R mean;    // μ, rounded to the type in which the elementwise pass subtracts it
+  R offset;  // the rounding error: the true mean is mean + offset
   R r;       // 1/σ
   R a;       // γ r
   R beta;
@@ -44,27 +45,28 @@ MRCN_HOST_DEVICE Plane<R> describe(R mean, R offset, R r, R gamma, R beta) {
   return {mean, offset, r, gamma * r, beta, (mean - beta) + offset};
 }
 
-// Not a number where x is not finite, else 0: added where the closed forms here drop a term that cancels in
-// exact arithmetic, and with it what is not finite in the literal equations.
+// NaN where x is not finite, otherwise 0. It is added where a closed form below has dropped a term that
+// cancels in exact arithmetic: in the literal equations, a term that is not finite makes the result NaN.
 template <class R>
 MRCN_HOST_DEVICE R nothing_if_finite(R x) {
   return 0 * x;
 }
 
-// What a gate sees of the plane, GAP(M).
+// GAP(M), the input of a gate.
 template <class R>
 MRCN_HOST_DEVICE R pooled_residual(const Plane<R>& p) {
   return p.mean - p.beta + nothing_if_finite(p.a);
 }
 
-// The share of a map's shift that makes up for the rounding of the mean.
+// What a map's shift must subtract because the elementwise pass subtracts a rounded mean.
 template <class R>
 MRCN_HOST_DEVICE R correction(const Plane<R>& p, R scale) {
   const R term = scale * p.offset;
   return term - term == 0 ? term : R{};
 }
 
-// GMP(M): M is affine in x, so its maximum lies at the plane's maximum or minimum, whichever way it slopes.
+// GMP(M) = residual_at(extreme_pixel): M is affine in x, so its maximum lies at the plane's maximum or
+// minimum, depending on the sign of its slope.
 template <class R>
 MRCN_HOST_DEVICE R extreme_pixel(const Plane<R>& p, R maximum, R minimum) {
   return 1 - p.a >= 0 ? maximum : minimum;
@@ -81,7 +83,7 @@ struct Affine {
   R shift;
 };
 
-// F̃, as a function of its own input (eq. 1, 2).
+// F̃ (eq. 1, 2).
 template <class R>
 MRCN_HOST_DEVICE Affine<R> normalized(const Plane<R>& p) {
   return {p.a, p.beta - correction(p, p.a)};
@@ -96,33 +98,33 @@ MRCN_HOST_DEVICE Affine<R> restituted(const Plane<R>& p, R s, bool to_input) {
   return {scale, shift - correction(p, scale)};
 }
 
-// s M, what the other modality's F̃ is compensated with (eq. 6, 7).
+// s M, which compensates F̃ of the other modality (eq. 6, 7).
 template <class R>
 MRCN_HOST_DEVICE Affine<R> distilled(const Plane<R>& p, R s) {
   const R scale = s * (1 - p.a);
   return {scale, s * p.z - correction(p, scale)};
 }
 
-// Gradient sums of a plane.
+// The sums of a set's gradient over a plane.
 template <class R>
 struct Sums {
   R S;  // Σ G
   R T;  // Σ G c
 };
 
-// ∂s of s M, where G is the gradient of what s M was added to.
+// ∂s, where G is the gradient of the set to which s M was added.
 template <class R>
 MRCN_HOST_DEVICE R gate_gradient(const Plane<R>& p, Sums<R> g) {
   return (1 - p.a) * g.T + p.z * g.S;
 }
 
-// Share of the gradient of F₊ that reaches F̃ (the rest goes to x directly).
+// The share of the gradient of F₊ that reaches F̃; the remainder goes to x directly.
 template <class R>
 MRCN_HOST_DEVICE R share_of_normalized(R s, bool to_input) {
   return to_input ? -s : 1 - s;
 }
 
-// The terms of ∂x that are no map of the gradients, and the instance norm's parameter gradients.
+// The terms of ∂x that come through the statistics, and the gradients of the instance norm's parameters.
 template <class R>
 struct PlaneGradient {
   R k1;

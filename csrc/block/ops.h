@@ -1,4 +1,5 @@
-// The block's operations on tensors: layouts, outputs and parameters made ready for a device's kernels.
+// The block's operations on tensors, for any device: checks the arguments, brings them into a layout that the
+// kernels read, and allocates the results.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -31,8 +32,7 @@ inline bool is_pixels(const Tensor& x) {
          (height == 1 || width == 1 || x.stride(2) == width * pixel_pitch(x));
 }
 
-// `x` readable in the call's layout: itself, or a dense copy where it is in neither, in the other one, or not
-// aligned.
+// `x` in the layout of the call: `x` itself, or a dense copy where `x` is in another layout or not aligned.
 inline Tensor in_layout(const Tensor& x, bool pixels) {
   if ((pixels ? is_pixels(x) : is_planes(x)) && is_aligned(x)) return x;
   Tensor copy = torch::stable::empty(x.sizes(), x.scalar_type(), std::nullopt, x.device(), std::nullopt,
@@ -56,7 +56,7 @@ inline Gate gate_of(int64_t number) {
   return Gate(number);
 }
 
-// A call's inputs, made ready; the tensors here own what the kernels' pointers point to.
+// The arguments of a call as the kernels read them. The tensors own the memory that the pointers refer to.
 struct Ready {
   BlockShape shape;
   BlockParameters parameters;
@@ -70,8 +70,8 @@ struct Ready {
   }
 };
 
-// What block.py's checks ask for, at a fraction of their time: they only say more clearly what a call was
-// refused for.
+// Requires what mrcn_fast/checks.py requires, in a fraction of the time; the messages of checks.py are
+// clearer.
 template <class Device>
 void check_features(const Tensors& inputs) {
   const Tensor& first = inputs[0];
@@ -91,7 +91,8 @@ void check_features(const Tensors& inputs) {
   check(length >= 2, "features: got planes of ", length, " element(s), expected at least 2");
 }
 
-// A parameter of these sizes where the features are, in their dtype or float32 (float64: their dtype alone).
+// A parameter must have these sizes, lie on the features' device, and have their dtype or float32 (only their
+// dtype, where that is float64).
 template <class Device>
 void check_parameter(const Tensor& p, const char* name, std::initializer_list<int64_t> sizes,
     const Tensor& features, ScalarType dtype) {
@@ -164,7 +165,7 @@ constexpr size_t backward_results(Mode mode) { return sets_of(mode).inputs + 2 +
 
 // --- forward --------------------------------------------------------------------------------------------
 
-// The made sets, each a tensor or (concat) six in one, and then what the backward takes.
+// Returns the sets, each in a tensor or (concat) all in one, and then what the backward needs.
 template <class Device>
 Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, const Tensor& norm_bias,
     const Tensors& gate_parameters, int64_t gate, double eps, bool to_input) {
@@ -197,8 +198,8 @@ Tensors forward(Mode mode, const Tensors& inputs, const Tensor& norm_weight, con
 
 // --- backward -------------------------------------------------------------------------------------------
 
-// Gradients of the inputs, of norm_weight and norm_bias, and of four gate parameters, of which those that the
-// gate does not have are empty.
+// Returns the gradients of the inputs, of norm_weight and norm_bias, and of four gate parameters. Where the
+// gate has fewer parameters, the others are empty.
 template <class Device>
 Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients, const Tensors& inputs,
     const Tensor& statistics, const Tensor& norm_weight, const Tensor& norm_bias,
@@ -217,7 +218,7 @@ Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients,
   call.statistics = statistics.data_ptr();
 
   const int stacked = sets_of(mode).stacked();
-  Tensors readable;  // owns the copies of gradients in neither layout
+  Tensors readable;  // owns the copies of gradients in another layout
   for (size_t k = 0; k < gradients.size(); ++k) {
     if (!gradients[k].has_value()) continue;
     const Tensor& g = *gradients[k];
@@ -264,7 +265,7 @@ Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients,
 
 using Optional = std::optional<Tensor>;
 
-// The results of an operation, as torch takes them.
+// The results of an operation as a tuple, which torch takes.
 template <size_t... i>
 auto tuple_of(const Tensors& t, std::index_sequence<i...>) {
   return std::make_tuple(t[i]...);
@@ -274,15 +275,16 @@ auto results_of(const Tensors& t) {
   return tuple_of(t, std::make_index_sequence<n>{});
 }
 
-// Device is what the operations need of one:
+// The operations of a device. `Device` provides:
 //
-//   tensor                          its tensors, in words; serves(t): whether t is one
-//   converts                        whether its kernels take parameters in the accumulation type alone
-//   threads(), parallel             the processor's threads, or none
-//   empty(sizes, dtype, like, channels_last)
-//   maps(count, sizes, like, channels_last, beside)   as many such, of `like`'s dtype; see make_maps
-//   statistics(shape)               the sizes of what a forward leaves to its backward
-//   forward(call, like), backward(call, like)
+//   tensor               what its tensors are called in messages
+//   serves(t)            whether t is such a tensor
+//   converts             whether its kernels need parameters in the accumulation type
+//   threads(), parallel  the threads that the kernels run on; none for a GPU
+//   empty(sizes, dtype, like, channels_last)         a new tensor
+//   maps(count, sizes, like, channels_last, beside)  new feature maps of `like`'s dtype; see make_maps
+//   statistics(shape)    the shape of what a forward leaves to its backward
+//   forward(call, like), backward(call, like)        run the kernels
 template <class Device>
 struct Operations {
   static auto block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,

@@ -1,4 +1,4 @@
-// Scratch memory of one call. No std::vector: see simd.h on functions shared between instruction sets.
+// Scratch memory of one call. std::vector would not do: simd.h says why nothing of the C++ library is used.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// A line of memory at a time: as many vectors as it takes.
+// Reading and writing whole cache lines, each as several vectors, and bands of rows.
 //
-// A tag's value says how many vectors are handled at once; 0 is one element.
+// A constant<n> says how many vectors are handled at once; constant<0> stands for a single element.
 #pragma once
 
 #include <type_traits>
@@ -12,11 +12,11 @@ namespace {
 
 constexpr int line_bytes = 64;
 
-// Vectors of T that fill a line: a part of one that is streamed goes to memory by itself, unless the rest
-// follows at once.
+// How many vectors of T fill a cache line. Streaming stores must write a whole line at once, or its parts go
+// to memory one by one.
 template <class T, int bytes = lanes<acc_t<T>> * int(sizeof(T))>
 constexpr int line_vectors = can_stream<bytes> ? line_bytes / bytes : 1;
-// As many, where there are registers for so many sums.
+// How many vectors are summed at once: a whole line, where there are enough registers.
 template <class T>
 constexpr int summed_vectors = vector_bytes == line_bytes ? line_vectors<T> : 1;
 
@@ -25,9 +25,10 @@ using one_or_vector = std::conditional_t<(vectors > 0), vec<A>, A>;
 template <int vectors>
 constexpr int parts_of = vectors > 0 ? vectors : 1;
 
-// f(at, constant<vectors>) from `head` on over whole lines, with whole vectors before and after them;
-// f(at, constant<0>) over the elements left at both ends. What is streamed needs the vectors at the ends: a
-// plane of bf16 often starts in the middle of the line in which another one ended.
+// Calls f(at, constant<vectors>) for whole lines from `head` on, f(at, constant<1>) for whole vectors before
+// and after them, and f(at, constant<0>) for the remaining elements at both ends. Vectors at the ends matter
+// to streaming stores: a plane of bf16 often starts in the middle of the line in which the previous plane
+// ended.
 template <class T, int vectors = line_vectors<T>, class F>
 MRCN_INLINE void over_lines(int64_t head, int64_t n, const F& f) {
   constexpr int64_t W = lanes<acc_t<T>>, line = vectors * W;
@@ -39,13 +40,14 @@ MRCN_INLINE void over_lines(int64_t head, int64_t n, const F& f) {
   for (int64_t l = start > 0 ? 0 : at; l < n; l = l + 1 == start ? at : l + 1) f(l, constant<0>{});
 }
 
-// Where vectors of bf16 are read in pairs, one has their even elements, the other the odd ones: an operation
-// each, where elements in order take three. What stands beside them has to be put into the same order.
+// Vectors of bf16 are read in pairs: one vector gets the even elements of the pair, the other the odd ones.
+// That takes one instruction per vector instead of three. Values that are combined with them need the same
+// order.
 template <class T, int parts>
 constexpr bool by_parity = std::is_same_v<T, bf16> && vector_bytes >= 32 && parts % 2 == 0;
 
 #if defined(__AVX2__)
-// Every second lane of two vectors in a row, from `first` on.
+// Every second lane of two consecutive vectors, from lane `first` on.
 template <int first>
 MRCN_INLINE vec<float> every_second(vec<float> a, vec<float> b) {
 #if defined(__AVX512F__)
@@ -58,7 +60,7 @@ MRCN_INLINE vec<float> every_second(vec<float> a, vec<float> b) {
   return (vec<float>)_mm256_permute4x64_pd((__m256d)pairs, 0xd8);
 #endif
 }
-// a[0], b[0], a[1], b[1], ... and where those that have no room there go on.
+// Interleaves the lanes: a gets a[0], b[0], a[1], b[1], ... and b gets the second halves likewise.
 MRCN_INLINE void alternate(vec<float>& a, vec<float>& b) {
 #if defined(__AVX512F__)
   alignas(64) static constexpr int index[2][16] = {{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23},
@@ -74,9 +76,9 @@ MRCN_INLINE void alternate(vec<float>& a, vec<float>& b) {
 #endif
 }
 
-// To nearest, ties to even, in each word's upper half. A NaN stays one if its lower half is empty, as it is
-// of one that an operation makes, of bf16 and of a block's coefficients (block/cpu/schedule.h); of others the
-// addition would make numbers.
+// Rounds to nearest, ties to even, into the upper half of each word. A NaN stays NaN only if its lower half
+// is zero. That holds for NaNs that an instruction makes, for those of bf16 and for those of a block's
+// coefficients (block/cpu/schedule.h).
 MRCN_INLINE words rounded_to_bf16(vec<float> v) {
   const words bits = (words)v;
   return bits + 0x7fffu + ((bits >> 16) & 1u);
@@ -99,7 +101,8 @@ MRCN_INLINE words both_to_bf16(vec<float> even, vec<float> odd) {
 }
 #endif
 
-// In place of a distance: nothing is asked for, or what is read for the last time.
+// Distances of prefetches other than plain bytes: no prefetch, or a prefetch of data that is read for the
+// last time.
 struct Nowhere {};
 struct Last {
   int64_t bytes;
@@ -110,22 +113,22 @@ MRCN_INLINE void ask(const void* p, Last distance) {
   prefetch_last(static_cast<const char*>(p) + distance.bytes);
 }
 
-// Rows and channels that are read a line of each row after the other.
+// A rectangle of rows and channels. It is read column by column, a line of each row after the other.
 struct Band {
   int64_t row, rows, channel, width;
 };
 
-// From what is read, a line of the band's channel c in one of its rows, to what is asked for in the next
-// band, which begins `step` elements further. Up to `ordered_bytes` of a row are asked for in the order in
-// which memory has them: a processor's own prefetcher can follow that. Of more, too much would be on its way
-// at once.
+// The distance in bytes from the line that is read (channel c of a row of the band) to the line to prefetch
+// in the next band, which begins `step` elements further. Up to `ordered_bytes` of each row are prefetched in
+// the order of memory, which the CPU's own prefetcher can follow. With more, too many lines would be under
+// way at once.
 template <class T, int64_t rows>
 class NextBand {
   static constexpr int64_t ordered_bytes = 2 << 10;
   static constexpr int64_t size = sizeof(T), line = line_vectors<T> * lanes<acc_t<T>> * size;
 
  public:
-  // Channels of a band where a row has more.
+  // The most channels of a band.
   static constexpr int64_t most = ordered_bytes / size;
 
   MRCN_INLINE NextBand(int64_t step, int64_t pitch, int64_t width) : all_(step * size) {
@@ -144,7 +147,7 @@ class NextBand {
   int64_t all_, a_channel_ = 0, a_full_row_ = 0, a_row_ = 0;
 };
 
-// f(band, NextBand) for bands of `most_rows` rows, those below one another first.
+// Calls f(band, NextBand) for bands of at most `most_rows` rows: down the rows first, then to the right.
 template <class T, int64_t most_rows, class F>
 MRCN_INLINE void each_band(int64_t rows, int64_t pitch, int64_t channels, const F& f) {
   using Next = NextBand<T, most_rows>;
@@ -162,7 +165,7 @@ MRCN_INLINE void each_band(int64_t rows, int64_t pitch, int64_t channels, const 
   }
 }
 
-// The parts of values that stand in order, as so many vectors of T are read, and back.
+// Brings values from the order of memory into the order in which vectors of T are read (by parity), and back.
 template <class T, class V, int parts>
 MRCN_INLINE void to_parts([[maybe_unused]] V (&v)[parts]) {
 #if defined(__AVX2__)
@@ -185,7 +188,7 @@ MRCN_INLINE void to_order([[maybe_unused]] V (&v)[parts]) {
 #endif
 }
 
-// One of so many vectors that are read at once.
+// Vector `part` of the `vectors` that are read at once.
 template <int vectors, int part, class T>
 MRCN_INLINE vec<acc_t<T>> one_of(const T* p) {
   if constexpr (by_parity<T, vectors>) {
@@ -198,7 +201,7 @@ MRCN_INLINE vec<acc_t<T>> one_of(const T* p) {
 template <int vectors, int part>
 struct OneOf {};
 
-// The parts of what such a tag stands for.
+// How many vectors (or elements) a tag stands for.
 template <class Count>
 constexpr int parts_in = 1;
 template <int vectors>
@@ -217,8 +220,8 @@ MRCN_INLINE void read(const T* p, OneOf<vectors, part>, V (&out)[1]) {
   out[0] = one_of<vectors, part>(p);
 }
 
-// Reads one element, a vector or a line, or one vector of a line, and asks for what stands `distance` bytes
-// beyond a vector.
+// Reads an element, one or several vectors, or one vector of a line. Except for an element, it prefetches
+// what lies `distance` bytes further.
 template <class T, class Count, class V, int parts, class Distance = Nowhere>
 MRCN_INLINE void fetch(const T* p, Count count, V (&out)[parts], [[maybe_unused]] Distance distance = {}) {
   static_assert(parts == parts_in<Count>);
@@ -226,7 +229,7 @@ MRCN_INLINE void fetch(const T* p, Count count, V (&out)[parts], [[maybe_unused]
   read(p, count, out);
 }
 
-// Single elements are stored plainly whatever `stream` says.
+// Writes what `fetch` reads. Single elements are never streamed.
 template <bool stream = false, class T, int vectors, class V, int parts>
 MRCN_INLINE void keep(T* p, constant<vectors>, const V (&v)[parts]) {
   static_assert(parts == parts_of<vectors>);

@@ -26,7 +26,7 @@ constexpr Kernels carried[] = {MRCN_ISAS};
 #undef X
 
 #if defined(__x86_64__)
-// What not every compiler knows by name in __builtin_cpu_supports (clang before 18 no f16c).
+// Features that not every compiler knows in __builtin_cpu_supports (clang before 18 does not know f16c).
 // CPUID leaf 7, subleaf 1, EAX bit 5.
 bool has_avx512bf16() {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
@@ -45,7 +45,7 @@ bool runs_here(const std::string& isa) {
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
                       __builtin_cpu_supports("fma") && has_f16c();
   if (isa == "avx512") return avx512;
-  // Carried only by a library whose compiler knows the name.
+  // A library has these kernels only if its compiler knew the name.
   if (isa == "avx512bf16") return avx512 && has_avx512bf16();
   if (isa == "avx2") return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
 #endif
@@ -85,7 +85,7 @@ const Kernels& kernels() {
 }
 
 const Kernels& kernels(Dtype dtype) {
-  // CMakeLists.txt compiles it for bf16 alone.
+  // CMakeLists.txt compiles avx512bf16 for bf16 alone.
   static const Kernels& others = std::string(kernels().isa) == "avx512bf16" ? named("avx512") : kernels();
   return dtype == Dtype::bf16 ? kernels() : others;
 }

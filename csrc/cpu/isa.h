@@ -1,4 +1,4 @@
-// Which of the instruction sets that the library carries runs here.
+// The kernels of each compiled instruction set, and the choice of the best one that this CPU supports.
 #pragma once
 
 #include <string>
@@ -17,12 +17,13 @@ struct Kernels {
   void (*cqc_backward)(const CqcBackward&);
 };
 
-// The kernels of the best instruction set this processor has, or of MRCN_FAST_ISA; chosen once.
+// The kernels of the best instruction set that this CPU supports, or of MRCN_FAST_ISA. Chosen once.
 const Kernels& kernels();
-// Those that take such elements: an instruction set that adds to another what concerns bf16 has them alone.
+// The kernels for a dtype: an extension for bf16 (avx512bf16) is compiled for bf16 alone, and all other
+// dtypes use the instruction set that it extends.
 const Kernels& kernels(Dtype dtype);
 
-// The instruction sets in the library, worst first.
+// The compiled instruction sets, slowest first.
 std::vector<std::string> carried_isas();
 
 }  // namespace mrcn

@@ -21,7 +21,7 @@ namespace {
 
 constexpr int64_t huge_page = int64_t(2) << 20, page = 4096, line = 64;
 
-// A hint: where the system has no huge pages to give, or the range is in use already, nothing happens.
+// Only a hint: where the system has no huge pages, or the range is already in use, it has no effect.
 void ask_for_huge_pages(void* data, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
   constexpr auto size = uintptr_t(huge_page);
@@ -40,8 +40,8 @@ struct Pages {
   int64_t bytes;
 };
 
-// What large outputs leave when they are freed, for the next ones. Outputs that live and pages that are kept
-// are never more together than the outputs were at once.
+// The memory of large outputs that were freed, for the next outputs. Outputs in use and kept pages together
+// never exceed the most that outputs have used at once.
 class Reserve {
  public:
   Pages take(int64_t bytes) {
@@ -132,7 +132,7 @@ constexpr Lender lender{
 
 MakeTensor make_tensor = nullptr;  // of the library _storage, once it is connected
 
-// The line of a page that lies furthest from those of `taken`, to either side.
+// The cache line of a page that is furthest from the lines of `taken`, in both directions.
 int64_t furthest_line(const std::vector<const void*>& taken) {
   constexpr int64_t lines = page / line;
   int64_t best = 0, most = -1;
@@ -191,16 +191,17 @@ Tensor make_output(
     Tensor output = torch::stable::empty(sizes, dtype, std::nullopt, like.device(), std::nullopt, format);
     ask_for_huge_pages(output.mutable_data_ptr(), output.numel() * int64_t(output.element_size()));
     return output;
-  } catch (const std::exception&) {  // the stable headers' error says only which of torch's functions failed
+  } catch (const std::exception&) {
+    // The error of the stable headers only says which of torch's functions failed.
     const Tensor one = torch::stable::empty({1}, dtype, std::nullopt, like.device());
     no_memory(elements(sizes) * int64_t(one.element_size()));
   }
 }
 
-// A processor takes a read for one of what was written last, and waits, where both have the same address
-// within their pages; and lines written past the caches hinder each other there. Large tensors all begin at
-// one place of a page, or a line or two apart, as the C library gives them memory: up to twice the time of a
-// pass.
+// A CPU delays a read that has the same address within its page as a recent write, because it takes the read
+// for one of the written value. Streaming stores with the same address within their pages hinder each other,
+// too. The C library lets all large tensors begin at nearly the same place of a page, which costs up to twice
+// the time of a pass.
 std::vector<Tensor> make_maps(int count, const std::vector<int64_t>& sizes, const Tensor& like,
     bool channels_last, std::vector<const void*> beside) {
   const int64_t bytes = elements(sizes) * int64_t(like.element_size());

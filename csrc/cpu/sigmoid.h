@@ -1,4 +1,4 @@
-// The logistic function of vectors of any length.
+// The logistic function, for numbers and for vectors.
 #pragma once
 
 #include <cmath>
@@ -28,8 +28,8 @@ constexpr double factorial = n * factorial<n - 1>;
 template <>
 constexpr double factorial<0> = 1;
 
-// e^x for |x| <= limit, the limit's beyond it; a NaN stays one. With x = n ln 2 + r and |r| <= ln 2 / 2 it is
-// 2^n e^r, and e^r is its Taylor series, as long as its next term is below rounding.
+// e^x, with x clamped to [-limit, limit]; NaN stays NaN. With x = n ln 2 + r and |r| <= ln 2 / 2, e^x = 2^n
+// e^r. The Taylor series of e^r has as many terms as are above the rounding error.
 template <class A, class V>
 MRCN_INLINE V exponential(V x) {
   using E = Exponent<A>;

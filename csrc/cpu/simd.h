@@ -1,8 +1,8 @@
-// Vectors of the instruction set a file is compiled for, with loads and stores from every dtype.
+// Vectors of the instruction set for which a file is compiled, with loads and stores for every dtype.
 //
-// Everything lives in the namespace MRCN_ISA, and nothing from the C++ library is used that could be emitted
-// as a shared function where it is optimized: one compiled with AVX-512 must never be linked into the
-// baseline's code.
+// Everything lives in the namespace MRCN_ISA. Nothing of the C++ library is used that the compiler might emit
+// as a function shared between files: the linker might take the copy that was compiled for AVX-512 for the
+// baseline too.
 #pragma once
 
 #include <cstdint>
@@ -130,7 +130,7 @@ MRCN_INLINE halves narrow(const f16*, vec<float> v) {
 #endif
 }
 
-// Whether an instruction stores so many bytes, at most a vector's, past the cache.
+// Whether there is a streaming store (one that bypasses the caches) of this many bytes.
 template <int bytes>
 #if defined(__x86_64__)
 constexpr bool can_stream = bytes >= 16;
@@ -138,7 +138,7 @@ constexpr bool can_stream = bytes >= 16;
 constexpr bool can_stream = false;
 #endif
 
-// Stores of whole vectors; `stream` ones want an address that is a multiple of their size.
+// Stores a whole vector. With `stream`, the address must be a multiple of its size.
 template <bool stream, class V>
 MRCN_INLINE void copy_out(void* p, V v) {
 #if defined(__x86_64__)
@@ -181,14 +181,14 @@ MRCN_INLINE void store(f16* p, vec<float> v) {
   copy_out<stream>(p, narrow(p, v));
 }
 
-// After streaming stores, before another thread may read them.
+// Stands between streaming stores and another thread that reads what they wrote.
 MRCN_INLINE void stream_fence() {
 #if defined(__x86_64__)
   _mm_sfence();
 #endif
 }
 
-// Halves are added to halves, so that the order is the same whatever the vector's width allows.
+// The lanes of a vector are added half to half, in the same order for every width.
 #if defined(__AVX2__)
 MRCN_INLINE float sum_of(__m256 v) {
   const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -283,8 +283,8 @@ MRCN_INLINE vec<double> root(vec<double> x) {
 #endif
 }
 
-// A sum in the type of its terms, one or a vector. In double, where there is no wider one to add parts up in,
-// it comes with what rounding left of it (Knuth): equal terms would all leave the same.
+// A sum in the type of its terms, which are numbers or vectors. In double, for which there is no wider type
+// to add partial sums in, the rounding errors are summed too (Knuth): those of equal terms would not cancel.
 template <class V>
 struct Total {
   V value{};
@@ -369,19 +369,19 @@ MRCN_INLINE void add_scaled(A* y, A k, const A* x, int64_t n) {
   for (; i < n; ++i) y[i] += k * x[i];
 }
 
-// Asks for a line that will be read soon, into the second-level cache: the first is too small to hold what
-// several streams ask for ahead. Maps are read as short runs, plane by plane, and a processor's own
-// prefetcher starts anew at each page. An address outside any memory does no harm.
+// Prefetches a line that will be read soon into the second-level cache; the first-level cache is too small
+// for several streams. The CPU's own prefetcher does not suffice: maps are read as short runs, plane by
+// plane, and it starts anew at each page. An invalid address does no harm.
 MRCN_INLINE void prefetch(const void* p) { __builtin_prefetch(p, 0, 2); }
-// The same for a line that is read for the last time, into the first-level cache alone: it drives nothing out
-// of the others.
+// The same for a line that is read for the last time: it goes into the first-level cache alone and evicts
+// nothing from the others.
 MRCN_INLINE void prefetch_last(const void* p) { __builtin_prefetch(p, 0, 0); }
 
-// Bytes between what is read and what is asked for; for the last time, so much as the first-level cache holds
-// of several maps.
+// Bytes from what is read to what is prefetched. For the last reading, it is as much as the first-level cache
+// holds of several maps.
 constexpr int64_t ahead = 4096, ahead_of_last = 2048;
 
-// Runs f(begin, end) over parts of [0, count) on the threads of torch's pool.
+// Runs f(begin, end) for parts of [0, count) on the threads of torch's pool.
 template <class Pool, class F>
 inline void parallel(Pool pool, int64_t count, int64_t grain, const F& f) {
   pool(

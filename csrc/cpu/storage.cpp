@@ -1,9 +1,10 @@
 // The library _storage: tensors with ordinary resizable storages over the memory that _C lends.
 //
-// torch's stable headers have no way to say what allocates a storage. A tensor made with from_blob can't be
-// resized, which FSDP1 and some checkpointing wrappers do to free it. So this file alone uses torch's own C++
-// classes. Their layout differs from one torch to the next: the library is loaded only beside the very torch
-// that it was compiled for (mrcn_fast/backends/cpu.py), and nothing depends on it but speed.
+// torch's stable headers cannot choose the allocator of a storage, and a tensor made with from_blob cannot be
+// resized, which FSDP1 and some checkpointing wrappers do to free it. So this file, and no other, uses
+// torch's own C++ classes. Their layout differs from one torch to the next: the library is loaded only with
+// the torch for which it was compiled (mrcn_fast/backends/cpu.py). Without it everything works, but more
+// slowly.
 #include "cpu/storage.h"
 
 #include <ATen/core/Tensor.h>

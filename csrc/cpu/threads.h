@@ -1,5 +1,5 @@
-// The thread pool as the kernels see it: a plain function, so that files compiled once an instruction set
-// include no torch header.
+// The thread pool as the kernels see it: a plain function, so that files that are compiled once per
+// instruction set include no header of torch.
 #pragma once
 
 #include <cstdint>

@@ -8,8 +8,8 @@
 
 namespace mrcn {
 
-// The samples of the shared identities, grouped: those of identity i are order[m][start[m][i] .. start[m][i +
-// 1]).
+// The samples of the identities that both modalities have, grouped: the samples of identity i in modality m
+// are order[m][start[m][i]] to order[m][start[m][i + 1] - 1].
 struct CqcGroups {
   int64_t identities;
   const int64_t* order[2];  // visible, infrared
@@ -30,7 +30,7 @@ struct CqcForward {
   double margin;
   bool detach_negative;
   void* losses;   // (identities,), accumulation type
-  void* weights;  // (identities, 8), accumulation type: of each distance, see cqc/cpu/kernels.cpp
+  void* weights;  // (identities, 8), accumulation type: one per distance, see cqc/cpu/kernels.cpp
   ParallelFor parallel;
 };
 
@@ -41,7 +41,7 @@ struct CqcBackward {
   const void* gradient;  // (identities,) or one for all, accumulation type
   bool detach_negative;
   int64_t gradient_stride;     // 0: one for all
-  void* feature_gradients[6];  // rows of D, contiguous; those of an identity that isn't shared are left alone
+  void* feature_gradients[6];  // contiguous rows of D; rows of identities that aren't shared are not written
   ParallelFor parallel;
 };
 

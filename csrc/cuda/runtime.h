@@ -1,9 +1,9 @@
-// What the kernels take from CUDA, by a few names of their own.
+// Everything that the kernels use of CUDA, under names of our own.
 //
-// The .cu files use CUDA's words for threads and barriers (threadIdx.x, blockIdx.x, __syncthreads) and, from
-// here, what depends on the machine: the widths of warps and blocks, warp exchange, memory order, cache hints
-// and the launch. tests/cuda_on_host/cuda_on_host.h gives all of it on the processor, so that the same
-// files run where no GPU is.
+// The .cu files use CUDA's names for threads and barriers (threadIdx.x, blockIdx.x, __syncthreads).
+// Everything else that depends on the machine is here: the sizes of warps and blocks, exchange within a warp,
+// memory order, cache hints, and launches. tests/cuda_on_host/cuda_on_host.h provides all of it on the CPU,
+// so that the same files run where there is no GPU.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ constexpr int warp_lanes = 32;
 constexpr int block_warps = 8;
 constexpr int block_threads = warp_lanes * block_warps;
 
-// 16 bytes, what a thread reads or writes at once.
+// 16 bytes, the most that a thread reads or writes at once.
 using Line = uint4;
 
 // --- on the device ------------------------------------------------------------------------------------
@@ -34,19 +34,20 @@ MRCN_DEVICE char* shared_memory() {
   return memory;
 }
 
-// The value of the lane whose number differs by `mask`; every lane of the warp has to call it. Neither this
-// nor `ballot` orders memory: __syncwarp() does.
+// The value of the lane whose number differs in the bits of `mask`. Every lane of the warp must call it.
+// Neither `exchange` nor `ballot` orders memory: __syncwarp() does.
 template <class V>
 MRCN_DEVICE V exchange(V value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
 }
-// In every lane, bit i tells whether lane i said yes; every lane of the warp has to call it.
+// Every lane gets the bits of all lanes: bit i is `yes` of lane i. Every lane of the warp must call it.
 MRCN_DEVICE uint32_t ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
 MRCN_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
-// Counters that blocks share. The order of memory is what `add_release` and `load_acquire` make: what a
-// block's threads wrote before a barrier and one thread's `add_acquire_release` after it is seen by the
-// threads of whoever saw the sum by `load_acquire` (or added to it) before a barrier.
+// Counters that blocks share, and the memory order that they provide. Suppose that the threads of a block
+// write, wait at a barrier, and one of them calls `add_acquire_release`. If a thread of another block sees
+// the sum by `load_acquire` (or adds to it), then all threads of its block see these writes after their next
+// barrier.
 MRCN_DEVICE int add_relaxed(int* counter, int n) { return atomicAdd(counter, n); }
 MRCN_DEVICE int add_acquire_release(int* counter, int n) {
   int before;
@@ -63,28 +64,29 @@ MRCN_DEVICE int load_acquire(const int* counter) {
 }
 MRCN_DEVICE void pause() { __nanosleep(64); }
 
-// What another block wrote during this launch: from L2, the first cache that all blocks share.
+// Reads what another block wrote during this launch: from L2, the first cache that all blocks share.
 template <class V>
 MRCN_DEVICE V load_shared_by_blocks(const V* p) {
   return __ldcg(p);
 }
-// What will be read again soon, by another multiprocessor: kept in L2.
+// Reads what another multiprocessor will soon read again: kept in L2.
 MRCN_DEVICE Line load_first(const Line* p) { return __ldcg(p); }
-// What nobody reads again.
+// Reads or writes what no thread reads again.
 MRCN_DEVICE Line load_last(const Line* p) { return __ldcs(p); }
 MRCN_DEVICE void store_once(Line* p, Line value) { __stcs(p, value); }
 
 // --- on the host --------------------------------------------------------------------------------------
 
-// What a block may have without asking for more.
+// The most shared memory, in bytes, that a block may have without a special request.
 constexpr int most_shared = 48 << 10;
 
 struct Device {
-  int blocks;  // of a kernel that the device holds at once
+  int blocks;  // how many blocks of a kernel run on the device at once
   int64_t l2_bytes;
 };
 
-// Asked for once a kernel and device: the calls take longer than a launch. `shared` may not change between.
+// Asks CUDA once per kernel and device, because the calls take longer than a launch. `shared`, the bytes of
+// shared memory, must be the same at every call for a kernel.
 template <auto kernel>
 inline int device_of(int shared, Device* device) {
   constexpr int devices = 64;
@@ -113,13 +115,13 @@ inline int device_of(int shared, Device* device) {
   return 0;
 }
 
-// Zeros on the stream, before what follows there.
+// Sets memory to zero on the stream.
 inline int clear(void* memory, int64_t bytes, void* stream) {
   return int(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
 }
 
-// `blocks` blocks of `block_threads` with `shared` bytes, `most_shared` at most; 0 or CUDA's number of what
-// went wrong.
+// Launches `blocks` blocks of `block_threads` threads with `shared` (at most `most_shared`) bytes of shared
+// memory. Returns 0 or CUDA's error code.
 template <auto kernel, class Arguments>
 inline int launch(const Arguments& arguments, int blocks, int shared, void* stream) {
   void* pointers[] = {const_cast<Arguments*>(&arguments)};

@@ -12,7 +12,7 @@ namespace {
 #if !defined(MRCN_CUDA_ON_HOST)
 using CurrentStream = AOTITorchError (*)(int32_t device, void** stream);
 
-// Of the library that only a torch with CUDA has, so that this one links without it. torch has it loaded.
+// Looked up at run time, because only a torch with CUDA has libtorch_cuda.so. torch has loaded it.
 CurrentStream find_current_stream() {
   void* torch_cuda = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
   void* found = torch_cuda != nullptr ? dlsym(torch_cuda, "aoti_torch_get_current_cuda_stream") : nullptr;

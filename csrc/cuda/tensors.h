@@ -1,6 +1,6 @@
-// Tensors on a GPU, made ready for launches: allocation, device and stream.
+// What the operations for CUDA need of torch: allocation, device and stream, and errors of launches.
 //
-// Built with MRCN_CUDA_ON_HOST for tests/cuda_on_host: then the tensors are the processor's.
+// For tests/cuda_on_host it is compiled with MRCN_CUDA_ON_HOST. Then the tensors are CPU tensors.
 #pragma once
 
 #include <optional>
@@ -9,7 +9,7 @@
 
 #include "arguments.h"
 
-// Where the operations are registered.
+// The namespace and the dispatch key under which the operations are registered.
 #if defined(MRCN_CUDA_ON_HOST)
 #define MRCN_CUDA_NAMESPACE mrcn_fast_cuda_on_host
 #define MRCN_CUDA_KEY CPU
@@ -30,16 +30,16 @@ inline bool is_cuda_tensor(const Tensor& t) {
 #endif
 }
 
-// torch.Tensor with uninitialized memory on the device of `like`, at a fraction of the time that torch.empty
+// A tensor with uninitialized memory on the device of `like`, in a fraction of the time that torch.empty
 // takes through the dispatcher.
 Tensor cuda_empty(
     const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last = false);
 
-// Makes the device of `like` the current one while it lives.
+// Makes the device of `like` the current device for the lifetime of the object.
 class OnDevice {
  public:
   explicit OnDevice(const Tensor& like);
-  // torch's current stream there.
+  // torch's current stream on that device.
   void* stream() const;
 
  private:
@@ -51,7 +51,8 @@ class OnDevice {
 
 [[noreturn]] void launch_failed(int error, const char* kernel, const Tensor& like, const std::string& shape);
 
-// An error that names kernel, shape() and device where `error`, a launch's result, is not 0.
+// Throws an error that names the kernel, the device and shape(), unless `error`, the result of a launch, is
+// 0.
 template <class Shape>
 inline void check_launch(int error, const char* kernel, const Tensor& like, const Shape& shape) {
   if (error != 0) launch_failed(error, kernel, like, shape());

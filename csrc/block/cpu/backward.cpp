@@ -1,5 +1,6 @@
-// The block's backward on the CPU, compiled once an instruction set: per group of samples the sums of the
-// gradients over every plane, the gates' gradients, then one pass that writes the inputs' gradients.
+// The block's backward on the CPU, compiled once per instruction set. For each group of samples it computes
+// the sums of the gradients over every plane, then the gradients of the gates, and then, in one pass, those
+// of the inputs.
 #include "block/cpu/schedule.h"
 
 namespace mrcn::MRCN_ISA {
@@ -63,7 +64,7 @@ class Backward : Call<P, A> {
   };
   using Samples = Group<Scratch>;
 
-  // Of a sample's part: its chunk of rows, or part 0 for whole planes.
+  // The sums over a part of a sample: a chunk of rows, or (part 0) whole planes.
   MRCN_INLINE double* sums(const Samples& group, int64_t i, int64_t part = 0) const {
     return group.scratch.sums.data + ((i - group.first) * this->parts_ + part) * P::sums * this->array_pitch_;
   }
@@ -83,7 +84,7 @@ class Backward : Call<P, A> {
     return norm_.data + ((j * this->N_ + i) * 2 + which) * this->C_;
   }
 
-  // A gradient that was not given is read as one plane or row of zeros, over and over.
+  // In place of a missing gradient, one plane or row of zeros is read again and again.
   void read_missing_as_zero() {
     bool missing = false;
     for (int k = 0; k < this->all_; ++k) missing = missing || gradients_[k].data == nullptr;
@@ -100,7 +101,7 @@ class Backward : Call<P, A> {
     return A(this->extreme(this->plane(statistics_, j, i, c), j, i, c));
   }
 
-  // Sought once more: kept from the forward they would double what the block holds for its backward.
+  // The extremes are found again: if the forward saved them, it would save twice as much.
   void find_extremes(const Samples& group) const {
     const int64_t C = this->C_;
     this->each_unit(group.pool, group.first, group.last, [&](int64_t i, int64_t unit) {
@@ -206,7 +207,8 @@ class Backward : Call<P, A> {
     leave_out_missing(found, s);
   }
 
-  // Sums of gradients that were not given are none, and the gates that only such sets have make nothing.
+  // Sets zero in place of the sums of missing gradients, and of the gates that only sets without a gradient
+  // use.
   template <class V>
   MRCN_INLINE void leave_out_missing(V* found, V* s) const {
     unroll<P::sets>([&](auto set) MRCN_BODY {
@@ -268,7 +270,7 @@ class Backward : Call<P, A> {
     });
   }
 
-  // The gradient of GMP(M) goes to M where its maximum is, evenly where several pixels share it.
+  // The gradient of GMP(M) goes to the pixel at which M has its maximum, in equal parts if there are several.
   template <class R>
   MRCN_INLINE void add_extreme(
       const Samples& group, const Plane<R>& p, int64_t i, int j, int64_t c, R* k, R& U, R& V) const {

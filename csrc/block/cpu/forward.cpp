@@ -1,5 +1,5 @@
-// The block's forward on the CPU, compiled once an instruction set: per group of samples the statistics of
-// every plane, the gates of every sample, then one pass that writes every set.
+// The block's forward on the CPU, compiled once per instruction set. For each group of samples it computes
+// the statistics of every plane, then the gates of every sample, and then, in one pass, every set.
 #include <cmath>
 
 #include "block/cpu/schedule.h"
@@ -35,7 +35,7 @@ class Forward : Call<P, A> {
   struct Scratch {
     Buffer<double> moments;  // (samples, inputs, parts, 2, C): mean, squares
     Buffer<A> extremes;      // (samples, inputs, parts, 2, C): maximum, minimum
-    Buffer<double> offsets;  // (samples, inputs, C): what rounding left of the means
+    Buffer<double> offsets;  // (samples, inputs, C): the rounding errors of the means
     Buffer<A> coefficients;  // (samples, slots, C)
 
     Scratch(const Base& call, int64_t samples)
@@ -93,7 +93,7 @@ class Forward : Call<P, A> {
     });
   }
 
-  // Planes' statistics, and what the gates see of them, from the moments of their parts.
+  // Joins the moments of the parts of each plane to its statistics, and computes the gates' inputs.
   void join(const Samples& group) const {
     this->each_channels(group, [&]<int wide>(int64_t i, int64_t c, constant<wide>) {
       using V = one_or_more<wide>;
@@ -113,7 +113,7 @@ class Forward : Call<P, A> {
     });
   }
 
-  // The largest and smallest pixels of so many planes from c on.
+  // The largest and the smallest pixel of `channels` planes from c on.
   MRCN_INLINE void join_extremes(const Samples& group, int j, int64_t i, int64_t c, int64_t channels) const {
     for (const int64_t to = c + channels; c < to; ++c) {
       A* e = this->extreme_values(j, i, c);

@@ -1,7 +1,7 @@
-// Channel gates on (N, C): the forms that reference.py calls se_gate, eca_gate and cbam_channel_gate.
+// The channel gates on (N, C), forward and backward: se_gate, eca_gate and cbam_channel_gate of reference.py.
 //
-// A group of samples is done at once, so that a row of weights is read once for all of them; work is split by
-// rows and channels, never by threads, so that every sum has one order.
+// A group of samples is processed at once, so that each row of weights is read once for all of them. The work
+// is split by rows and channels, independently of the number of threads, so that every sum has a fixed order.
 #pragma once
 
 #include "block/cpu/matmul.h"
@@ -13,8 +13,9 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// The pooled residuals of every sample and, for the backward, what the weights' gradients need of each.
-// Arrays of C channels, or of R hidden numbers, lie `Gates::pitch_of` them apart.
+// The pooled residuals of every sample and, for the backward, what the gradients of the weights need. The
+// stride between arrays of C channels is `Gates::pitch_of(C)`, between arrays of R hidden units
+// `Gates::pitch_of(R)`.
 template <class A>
 struct GateState {
   Buffer<A> pooled;      // (modalities, N, branches, C): GAP(M), (CBAM) GMP(M)
@@ -28,7 +29,7 @@ struct GateState {
 template <class A>
 class Gates {
  public:
-  // Channels whose weights stay in the first-level cache while every sample has its turn.
+  // Channels per block: their weights stay in the first-level cache for all samples of a group.
   static constexpr int64_t block_channels = 64;
 
   Gates(const BlockShape& shape, const BlockParameters& parameters, bool backward)
@@ -54,17 +55,17 @@ class Gates {
     }
   }
 
-  // The gates that a gradient came through, all unless said otherwise: the others get zeros.
+  // Restricts the backward to the gates that have a gradient (by default all); the others get zeros.
   void use_only(const bool* used) {
     for (int g = 0; g < count_; ++g) used_[g] = used[g];
   }
 
-  // What every group of samples reads once more.
+  // The bytes of weights that every group of samples reads again.
   int64_t weight_bytes() const {
     return shape_.gate == Gate::eca ? 0 : 2 * count_ * R_ * C_ * int64_t(sizeof(A));
   }
 
-  // Gate g belongs to the residual of this modality: A_v1, A_n1, A_v2, A_n2.
+  // The modality whose residual gate g sees; the gates are A_v1, A_n1, A_v2, A_n2.
   static MRCN_INLINE int modality(int g) { return g % 2; }
 
   MRCN_INLINE A* pooled(int m, int64_t i, int branch = 0) const {
@@ -76,14 +77,14 @@ class Gates {
   MRCN_INLINE A* value(int64_t i, int g) const { return state.value.data + (i * count_ + g) * pitch_; }
   MRCN_INLINE A* before(int64_t i, int g) const { return state.before.data + (i * count_ + g) * pitch_; }
 
-  // From one array of so many elements to the next, a line more than they take: arrays of 1024 channels would
-  // all begin at the same place of a page, and push one another out of the first-level cache.
+  // The stride between arrays of `count` elements, a line more than they need. Otherwise arrays of 1024
+  // channels would all begin at the same place of a page and evict one another from the first-level cache.
   static int64_t pitch_of(int64_t count) {
     constexpr int64_t line = line_bytes / sizeof(A);
     return (count + line - 1) / line * line + line;
   }
 
-  // Hidden layers of the samples [first, last): value = σ(...) is left to `excite`, some channels at a time.
+  // Computes the hidden layers of the samples [first, last). `excite` computes the gates from them.
   void squeeze(ParallelFor pool, int64_t first, int64_t last) const {
     if (shape_.gate == Gate::eca) return;
     const int64_t samples = last - first, units = row_units();
@@ -104,14 +105,14 @@ class Gates {
         });
   }
 
-  // s of the channels [c0, c1) for the samples [first, last); c0 is a multiple of `block_channels`.
+  // Computes s of the channels [c0, c1) of the samples [first, last); c0 is a multiple of `block_channels`.
   void excite(int64_t first, int64_t last, int64_t c0, int64_t c1) const {
     for (; c0 < c1; c0 += block_channels) {
       for (int g = 0; g < count_; ++g) excite_block(first, last, g, c0, least(c0 + block_channels, c1));
     }
   }
 
-  // From `before` of the samples [first, last) to `of_pooled`.
+  // Computes `of_pooled` of the samples [first, last) from `before`.
   void backward(ParallelFor pool, int64_t first, int64_t last) const {
     if (shape_.gate == Gate::eca) return backward_eca(pool, first, last);
     const int64_t samples = last - first, units = (R_ + unit_columns - 1) / unit_columns;
@@ -129,7 +130,7 @@ class Gates {
     });
   }
 
-  // Gradients of the gates' parameters over all samples, into `out` in the order of gates.py.
+  // Writes the gradients of the gates' parameters over all samples to `out`, in the order of gates.py.
   void parameter_gradients(void* const* out) const {
     A* gradient[4];
     for (int i = 0; i < 4; ++i) gradient[i] = static_cast<A*>(out[i]);
@@ -174,7 +175,7 @@ class Gates {
   GateState<A> state;
 
  private:
-  // Rows for at least some 16,000 multiplications a thread.
+  // Units of work for at least about 16,000 multiplications per thread.
   static int64_t grain(int64_t work) { return most<int64_t>(1, 16384 / most<int64_t>(work, 1)); }
 
   MRCN_INLINE A* activation(int64_t i, int g, int b) const {
@@ -184,7 +185,7 @@ class Gates {
     return state.inner.data + ((i * count_ + g) * branches_ + b) * hidden_pitch_;
   }
 
-  // Rows of a matrix with R rows, or columns of one with R columns, that are done together.
+  // How many rows of a matrix with R rows, or columns of a matrix with R columns, make a unit of work.
   static constexpr int64_t unit_rows = 16, unit_columns = 64;
   int64_t row_units() const { return (R_ + unit_rows - 1) / unit_rows; }
 
@@ -211,7 +212,7 @@ class Gates {
     }
   }
 
-  // Σ over samples and branches of k x, and of k: the gradients of a layer's weights and biases.
+  // The gradients of a layer's weights, Σ k x, and biases, Σ k, over samples and branches.
   template <class K, class X>
   void outer_products(
       const K& k, const X& x, Matrix<A> weights, int64_t rows, int64_t columns, A* biases) const {
@@ -240,14 +241,14 @@ class Gates {
     for (int64_t t = 0; t < R_; ++t) {
       const int64_t shift = t - R_ / 2, begin = most(c0, -shift), end = least(c1, C_ - shift);
       if (begin < end) add_scaled(to + begin, weight[t], z + begin + shift, end - begin);
-      // The padding's zeros, which a weight that is not finite makes NaN.
+      // The zeros of the padding count too: a weight that is not finite makes them NaN.
       const A nothing = weight[t] * A(0);
       for (int64_t c = c0; c < least(begin, c1); ++c) to[c] += nothing;
       for (int64_t c = most(end, c0); c < c1; ++c) to[c] += nothing;
     }
   }
 
-  // Hidden numbers [j0, j1).
+  // Computes the gradient before the ReLU of the hidden units [j0, j1).
   void backward_hidden(int64_t first, int64_t last, int g, int64_t j0, int64_t j1) const {
     if (!used_[g]) return;
     add_products<A>({before(first, g), count_ * pitch_, 1}, {weights_[2] + g * C_ * R_ + j0, R_}, C_,
@@ -263,7 +264,7 @@ class Gates {
     }
   }
 
-  // Channels [c0, c1).
+  // Computes `of_pooled` of the channels [c0, c1).
   void backward_pooled(int64_t first, int64_t last, int64_t c0, int64_t c1) const {
     for (int g = 0; g < count_; ++g) {
       for (int b = 0; b < branches_; ++b) {
@@ -310,7 +311,7 @@ class Gates {
         for (int64_t i = 0; i < N_ && used_[g]; ++i) {
           const A* gradient = before(i, g);
           if (c0 < c1) total += dot(gradient + c0, pooled(modality(g), i) + c0 + shift, c1 - c0);
-          // The padding's zeros, which a gradient that is not finite makes NaN.
+          // The zeros of the padding count too: a gradient that is not finite makes them NaN.
           for (int64_t c = 0; c < least(c0, C_); ++c) total += gradient[c] * A(0);
           for (int64_t c = most<int64_t>(c1, 0); c < C_; ++c) total += gradient[c] * A(0);
         }
@@ -323,9 +324,9 @@ class Gates {
   const A* weights_[4];
   const int count_, branches_;
   const int64_t N_, C_;
-  const int64_t pitch_;  // from one array of channels to the next
+  const int64_t pitch_;  // between arrays of channels
   const int64_t R_;
-  const int64_t hidden_pitch_;  // from one array of hidden numbers to the next
+  const int64_t hidden_pitch_;  // between arrays of hidden units
   const int64_t blocks_;        // of channels
   bool used_[4] = {true, true, true, true};
 };

@@ -1,5 +1,5 @@
-// Products of the gates' small matrices. Sums stay in registers, several of them side by side, and each has
-// one order whatever stands beside it.
+// Products of the gates' small matrices. Several sums are kept in registers at once. The order of each sum is
+// the same, whichever other sums are computed with it.
 #pragma once
 
 #include "cpu/cache_lines.h"
@@ -13,7 +13,7 @@ struct Matrix {
   T* at;
   int64_t pitch;
 };
-// One that is read an element at a time: (row, term) is at[row * row_pitch + term * term_pitch].
+// A matrix that is read one element at a time: (row, term) is at[row * row_pitch + term * term_pitch].
 template <class A>
 struct Factors {
   const A* at;
@@ -24,7 +24,7 @@ struct Factors {
   }
 };
 
-// a0 b0 a1 b1 ..., the vectors' first or second halves.
+// Interleaves the first (half = 0) or second halves of two vectors: a0 b0 a1 b1 ...
 template <class A, int half>
 MRCN_INLINE vec<A> interleave(vec<A> a, vec<A> b) {
   constexpr int W = lanes<A>;
@@ -40,7 +40,7 @@ MRCN_INLINE vec<A> interleave(vec<A> a, vec<A> b) {
 #endif
 }
 
-// Each vector's sum in its lane, added up as `sum` does.
+// Lane i of the result is the sum of vector i, added up in the same order as by `sum`.
 template <class A, int count = lanes<A>>
 MRCN_INLINE vec<A> sums_of(const vec<A>* of) {
   if constexpr (count == 1) {
@@ -55,8 +55,8 @@ MRCN_INLINE vec<A> sums_of(const vec<A>* of) {
   }
 }
 
-// Terms added up before they join what came before: long sums would be less exact. So many rows of x are also
-// what stays in cache while every row of the result has its turn.
+// How many terms are summed before they are added to the result: longer sums would be less exact. That many
+// rows of x also stay in the cache while all rows of the result are computed.
 constexpr int64_t product_terms = 256;
 
 template <int rows, int vectors, class A>
@@ -103,7 +103,7 @@ __attribute__((noinline)) void add_rows(
   add_blocks<rows, 0>(k, x, terms, out, column, columns, fresh);
 }
 
-// out[row][column] = Σ_term k[row][term] x[term][column], or added to it unless it is `fresh`.
+// out[row][column] = Σ_term k[row][term] x[term][column]; unless `fresh`, it is added to out.
 template <class A>
 void add_products(Factors<A> k, Matrix<const A> x, int64_t terms, Matrix<A> out, int64_t rows,
     int64_t columns, bool fresh) {

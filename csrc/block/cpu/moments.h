@@ -1,9 +1,9 @@
-// Mean and squared deviations of planes, from one reading of memory.
+// The mean and the sum of squared deviations of each plane, from one reading of memory.
 //
-// Deviations are from the mean of few values that are read again while they are in the first-level cache:
-// E[x²] - E[x]² would lose everything on a plane far from zero, and deviations from some first values lose
-// where those are not like the rest, as they seldom are on a map after a ReLU. What is so made of parts of a
-// plane is joined (Chan et al.), long sums of parts in double precision.
+// A plane is processed in parts that fit the first-level cache. Each part is read twice: for its mean, and
+// for the deviations from it. The moments of the parts are then joined (Chan et al.), in double precision
+// where there are many. E[x²] - E[x]² would lose all digits on a plane far from zero; deviations from the
+// first values would lose digits where these are unlike the others, which is common after a ReLU.
 #pragma once
 
 #include "cpu/buffer.h"
@@ -13,8 +13,9 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// Of one plane (R is double) or of as many as a vector has doubles. The mean is kept as the first part's and
-// what it is off by: far from zero, each part's share would be rounded to the last place of the mean.
+// The moments of one plane (R is double), or of as many planes as a vector has doubles. The mean is kept as
+// the mean of the first part and the difference from it: far from zero, the share of each part would be
+// rounded to the last place of the mean.
 template <class R>
 struct MomentsOf {
   double count = 0;
@@ -33,7 +34,7 @@ struct MomentsOf {
     count = total;
   }
   MRCN_INLINE R mean() const { return first + off; }
-  // What the mean is beyond `rounded`.
+  // The mean minus `rounded`.
   MRCN_INLINE R beyond(R rounded) const { return (first - rounded) + off; }
 };
 using Moments = MomentsOf<double>;
@@ -43,16 +44,16 @@ struct Extremes {
   A maximum, minimum;
 };
 
-// As many values as a sum takes in its own type before it is added to another: PyTorch's sums are as exact.
-// So many rows a channel's sums stay in registers for.
+// How many values are summed in the accumulation type before the sum is added to another one; PyTorch's sums
+// are as exact. It is also the number of rows for which the sums of a channel stay in registers.
 constexpr int64_t single_terms = 16;
 
-// The moments of as many values as the first-level cache holds, which are read twice.
+// Joins the moments of a part, which the first-level cache must hold, to `moments`.
 template <class T>
 MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>, line = line_vectors<T>;
-  // Sums don't ask for the order of their terms, but each has its place.
+  // Any order of the terms would do for the sums; this one is fixed by the place of each vector.
   const auto each_line = [](int64_t i, int64_t end, const auto& step) MRCN_BODY {
     for (; i + 4 * W <= end; i += 4 * W) {
       unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
@@ -71,7 +72,7 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   for (; rest < n; ++rest) last += get(x + rest);
   const A shift = (sum<A>((s[0] + s[1]) + (s[2] + s[3])) + last) / A(n);
 
-  // Sums of sums: where a few values are far from all others, each of the others would be rounded as those.
+  // Sums of sums: next to a few values far from all others, each of the others would be rounded like those.
   vec<A> all_e{}, all_q{};
   const vec<A> shifts = all<A>(shift);
   for (rest = 0; rest + W <= n;) {
@@ -121,7 +122,7 @@ MRCN_INLINE void part_extremes(const T* x, int64_t n, Extremes<acc_t<T>>& extrem
   }
 }
 
-// Moments of one contiguous plane, and its extremes where asked for.
+// The moments of a contiguous plane and, unless the pointer is null, its extremes.
 template <class T>
 Moments plane_moments(const void* plane, int64_t n, Extremes<acc_t<T>>* extremes) {
   constexpr int64_t part = 4096;
@@ -135,7 +136,7 @@ Moments plane_moments(const void* plane, int64_t n, Extremes<acc_t<T>>* extremes
   return moments;
 }
 
-// Moments of every channel over rows of pixels, held as arrays over the channels.
+// The moments of every channel over rows of pixels, as arrays over the channels.
 template <class A>
 struct ChannelMoments {
   double* mean;
@@ -144,11 +145,11 @@ struct ChannelMoments {
   A* minimum;
 };
 
-// Rows whose moments are joined in the pixels' own accumulation type, before those are joined in double.
+// How many rows are joined in the accumulation type before the result is joined in double.
 constexpr int64_t joined_rows = 256;
 
-// The moments of n more rows, of the mean `shift` + `offset` and with `squares` = Σ (x - mean)², join those
-// of the `before` first.
+// Joins the moments of n more rows, with the mean `shift` + `offset` and `squares` = Σ (x - mean)², to those
+// of the first `before` rows.
 template <class T, int vectors, class V, int parts>
 MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, double before, double n,
     V (&shift)[parts], V (&offset)[parts], V (&squares)[parts]) {
@@ -171,7 +172,7 @@ MRCN_INLINE void join_channels(const ChannelMoments<acc_t<T>>& out, int64_t c, d
   }
 }
 
-// The largest and the smallest of every channel.
+// The largest and the smallest value of every channel.
 template <class T>
 void rows_extremes(const T* x, int64_t rows, int64_t pitch, int64_t channels, ChannelMoments<acc_t<T>> out) {
   using A = acc_t<T>;
@@ -193,7 +194,8 @@ void rows_extremes(const T* x, int64_t rows, int64_t pitch, int64_t channels, Ch
       });
 }
 
-// `scratch` holds 3 · channels values; rows lie `pitch` elements apart.
+// The moments of every channel and, with `extremes`, its extremes. `scratch` has room for 3 · channels
+// values; `pitch` is the stride between rows, in elements.
 template <class T>
 void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t channels, acc_t<T>* scratch,
     ChannelMoments<acc_t<T>> out, bool extremes) {

@@ -6,11 +6,11 @@
 namespace mrcn {
 namespace {
 
-// Beyond this many bytes written, outputs leave the caches before anybody reads them.
+// Larger outputs are evicted from the caches before they are read.
 constexpr int64_t stream_bytes = int64_t(16) << 20;
 
-// Whether `maps` outputs of this size are to be written past the caches. Rows of pixels can be only where
-// each starts at a whole vector.
+// Whether `maps` outputs of this size are written by stores that bypass the caches. For rows of pixels it
+// requires that each row starts at a whole vector.
 bool streams(const BlockShape& s, int maps, const Tensor& like) {
   const int64_t size = like.element_size();
   const bool aligned = !s.pixels || s.channels * size % 64 == 0;

@@ -1,7 +1,8 @@
-// The passes over pixels: each made set, each sum and each gradient, for a plane or for rows of pixels.
+// The passes over pixels, for a plane or for rows of pixels: statistics, sets, sums of gradients, and
+// gradients.
 //
-// Only these functions know a dtype; what surrounds them (schedule.h) knows the accumulation type alone and
-// reaches them through `Passes`, so that the code is not compiled once more for every dtype.
+// Only these functions depend on the dtype. The code around them (schedule.h) depends on the accumulation
+// type alone and calls them through `Passes`, so that it is not compiled again for every dtype.
 #pragma once
 
 #include <type_traits>
@@ -15,7 +16,8 @@ namespace {
 
 using Pointers = void* const*;
 
-// Rows of pixels: where each map's first row stands and how far apart, in elements, rows lie.
+// Rows of pixels of several maps: where each map's first row starts, and the stride between its rows in
+// elements.
 struct Rows {
   Pointers start;
   const int64_t* pitch;
@@ -60,7 +62,7 @@ MRCN_INLINE void keep_maps(Pointers map, int64_t at, constant<vectors> n, const 
   });
 }
 
-// Set s of all, those handed through among them.
+// Set s of all sets, including the inputs that are handed through.
 template <class P, int s, class V>
 MRCN_INLINE V set_of(const V* k, const V* x) {
   if constexpr (P::concat && s == 0) {
@@ -72,8 +74,8 @@ MRCN_INLINE V set_of(const V* k, const V* x) {
   }
 }
 
-// The sets from `from` to before `to`. k(part): the coefficients there, one pixel's or a vector's (V). A set
-// is written as soon as it is made, all of them at once don't fit the registers.
+// Makes the sets [from, to). k(part) gives the coefficients of part of the vectors, in the type V. Each set
+// is written as soon as it is made, because the registers cannot hold all sets.
 template <class P, class T, bool stream, int from, int to, class V, int vectors, class K, class Distance>
 MRCN_INLINE void make_at(
     const K& k, Pointers x, Pointers y, int64_t at, constant<vectors> n, Distance distance) {
@@ -88,14 +90,16 @@ MRCN_INLINE void make_at(
   });
 }
 
-// Sets that share a tensor mostly lie at the same place of a page, where lines that are written in pieces
-// hinder each other (cpu/output_memory.cpp): so many lines of a set are written before the next set's.
+// Sets that share a tensor usually begin at the same place of a page, where lines that are written in pieces
+// hinder each other (cpu/output_memory.cpp). Therefore several lines of a set are written before those of the
+// next set.
 template <class P>
 constexpr bool sets_in_turn = P::concat && vector_bytes < line_bytes;
 constexpr int64_t lines_in_turn = 8;
 
-// f(constant<from>, constant<to>, begin, end, head, distance) for the sets of a stretch of maps: all in one,
-// or each in turn, some lines at a time from `head` elements on.
+// Calls f(constant<from>, constant<to>, begin, end, head, distance) for the sets of the pixels [begin, end):
+// either once for all sets, or for each set in turn, `lines_in_turn` lines at a time after the first `head`
+// elements.
 template <class P, class T, class F>
 MRCN_INLINE void each_turn(int64_t begin, int64_t end, int64_t head, Last distance, const F& f) {
   if constexpr (sets_in_turn<P>) {
@@ -112,7 +116,7 @@ MRCN_INLINE void each_turn(int64_t begin, int64_t end, int64_t head, Last distan
   }
 }
 
-// mean(part), sums(part): where they stand.
+// Adds the terms of the pixels at `at` to the sums. mean(part) and sums(part) point to those of a vector.
 template <class P, class T, class V, class Count, class M, class S, class Distance>
 MRCN_INLINE void sum_at(
     const M& mean, Pointers x, Pointers g, int64_t at, const S& sums, Count n, Distance distance) {
@@ -161,7 +165,7 @@ MRCN_INLINE void gradient_at(
 
 // --- planes ---------------------------------------------------------------------------------------------
 
-// Pixels until every one of the n maps stands at a whole line's address; -1 where they never do together.
+// The number of pixels before all n maps reach the start of a cache line; -1 if they never do so together.
 template <class T, int n>
 MRCN_INLINE int64_t until_aligned(Pointers p, int64_t length) {
   constexpr uintptr_t size = line_vectors<T> * lanes<acc_t<T>> * sizeof(T);
@@ -174,7 +178,7 @@ MRCN_INLINE int64_t until_aligned(Pointers p, int64_t length) {
   return head <= length ? head : -1;
 }
 
-// The same coefficients as one value and as a vector of it.
+// Coefficients as numbers, and as vectors whose lanes are all equal.
 template <class A, int n>
 struct Spread {
   A one[n];
@@ -222,7 +226,7 @@ void make_plane(const acc_t<T>* k, Pointers x, Pointers y, int64_t n, bool strea
   }
 }
 
-// How many terms a `Total` takes; in double, all of them.
+// How many terms a `Total` sums; in double, all of them.
 template <class A>
 constexpr int64_t terms = sizeof(A) == sizeof(double) ? int64_t(1) << 40 : single_terms;
 
@@ -286,8 +290,8 @@ double plane_count(const void* x, int64_t n, acc_t<T> value) {
 
 // --- rows of pixels: coefficients and sums are arrays over the channels --------------------------------------
 
-// The pointers of `count` rows from `row` on, n maps each. Unrolled by hand: GCC 12 would keep them in
-// memory, to add to several at once.
+// The pointers to `count` rows from `row` on, in each of n maps. They are unrolled by hand, because GCC 12
+// would keep them in memory in order to add to several at once.
 template <class T, int n, int count>
 struct RowsAt {
   void* of[count][n];
@@ -296,7 +300,7 @@ struct RowsAt {
     each([&](auto r, auto k)
              MRCN_BODY { of[r.v][k.v] = static_cast<T*>(maps.start[k.v]) + (row + r.v) * maps.pitch[k.v]; });
   }
-  // One row on.
+  // Moves on by one row.
   MRCN_INLINE void step(Rows maps) {
     each([&](auto r, auto k) MRCN_BODY { of[r.v][k.v] = static_cast<T*>(of[r.v][k.v]) + maps.pitch[k.v]; });
   }
@@ -308,7 +312,7 @@ struct RowsAt {
   }
 };
 
-// Each part's n coefficients from channel c on, as lines of T are read: `kv(part)`.
+// The n coefficients of the vectors from channel c on, in the order in which lines of T are read: `kv(part)`.
 template <class T, int n, int vectors>
 struct Coefficients {
   using A = acc_t<T>;
@@ -329,15 +333,15 @@ struct Coefficients {
   }
 };
 
-// Where the registers have room for a line's coefficients, sets are made of so many rows at once. Else, and
-// for gradients, coefficients are read where they stand, a row at a time: fewer rows at once are longer runs
-// of memory.
+// How many rows of sets are made at once, where the registers have room for the coefficients of a line.
+// Otherwise, and for gradients, coefficients are read from memory, one row at a time: fewer rows at once mean
+// longer runs of memory.
 constexpr int rows_of_sets = vector_registers == 32 ? 4 : 1;
-// Bytes of coefficients that the first-level cache keeps beside the maps.
+// How many bytes of coefficients the first-level cache can hold beside the maps.
 constexpr int64_t near_bytes = 16 << 10;
 
-// Rows of maps, so many at once, and the coefficients of their channels, n a channel; those of a line are put
-// side by side once for all rows.
+// Rows of maps, `row_block` at a time, and the n coefficients of each channel. The coefficients of each line
+// are stored side by side once, for all rows.
 template <class T, int n, int row_block>
 class RowsOfLines {
   static constexpr bool in_registers = row_block > 1;
@@ -358,14 +362,14 @@ class RowsOfLines {
     for (int64_t i = 0; i < channels / line; ++i) ::new (lines_.data + i) Line(k, channels, i * line);
   }
 
-  // From a row to what is asked for: some `bytes` further, at least so many rows.
+  // The distance from a row to what is prefetched: about `bytes` further, and at least `rows` rows.
   MRCN_INLINE int64_t distance(int64_t pitch, int64_t bytes, int64_t rows) const {
     constexpr int64_t size = sizeof(T);
     return most(rows, bytes / (width_ * size)) * pitch * size;
   }
 
-  // f(row, constant<rows at once>, first channel, where they end) for as many channels at a time as stay
-  // near.
+  // Calls f(row, constant<rows at once>, first channel, end of the channels), with as many channels at a time
+  // as have their coefficients in the first-level cache.
   template <class F>
   MRCN_INLINE void each(const F& f) const {
     for (int64_t first = 0; first < channels_; first += width_) {
@@ -375,7 +379,7 @@ class RowsOfLines {
       for (; row < rows_; ++row) f(row, constant<1>{}, first, end);
     }
   }
-  // f(channel, constant<vectors>, coefficients)
+  // Calls f(channel, constant<vectors>, coefficients) for the channels [first, end).
   template <class F>
   MRCN_INLINE void across(int64_t first, int64_t end, const F& f) const {
     over_lines<T>(
@@ -425,14 +429,14 @@ void make_rows(const acc_t<T>* k, Rows x, Rows y, int64_t rows, int64_t channels
   }
 }
 
-// Lines of maps in so many rows, side by side: where the rows stand, most of their lines share a few sets of
-// the first-level cache, and are gone before they are read once more.
+// Copies of lines of several rows, side by side. In their own places most of these lines share a few sets of
+// the first-level cache and are evicted before they are read again.
 template <class T, int maps>
 class LinesNear {
   static constexpr int64_t size = lanes<acc_t<T>> * int64_t(sizeof(T)) * line_vectors<T>;
 
  public:
-  // The lines at p + at, as maps `to` and following, without what is read before.
+  // Copies the lines at p + at as maps `to`, `to` + 1, ..., without their first `before` bytes.
   template <int to, int count, int64_t before>
   MRCN_INLINE void bring(Pointers p, int64_t at, int64_t row) {
     unroll<count>([&](auto k) MRCN_BODY {
@@ -449,7 +453,7 @@ class LinesNear {
   alignas(line_bytes) char lines_[single_terms][maps][size];
 };
 
-// The sums of so many vectors of channels from c on.
+// The sums of several vectors of channels from c on.
 template <class P, class T, int vectors>
 class LineSums {
   using A = acc_t<T>;
@@ -459,8 +463,8 @@ class LineSums {
  public:
   MRCN_INLINE LineSums(const A* mean, int64_t channels, int64_t c) : means_(mean, channels, c) {}
 
-  // Those of the parts from `first` on that `count` stands for; row_at(row, add) calls add(x, g, at,
-  // distance).
+  // Computes the sums of the vectors from `first` on for which `count` stands. row_at(row, add) calls
+  // add(x, g, at, distance).
   template <int first, class Count, class F>
   MRCN_INLINE void over(int64_t rows, Count count, const F& row_at) {
     Total<V> acc[parts_in<Count>][P::sums];
@@ -475,7 +479,7 @@ class LineSums {
     });
   }
 
-  // Adds them to an array (sums, channels) at c.
+  // Adds the sums to an array (sums, channels) at channel c.
   MRCN_INLINE void add_to(double* sums, int64_t channels) const {
     unroll<P::sums>([&](auto s) MRCN_BODY {
       V one[parts];
@@ -491,14 +495,15 @@ class LineSums {
   V found_[parts][P::sums];
 };
 
-// Adds the sums of so many vectors of channels from c on over `count` rows: all at once, or those of a line's
-// vectors in turn where not all fit the registers. next(row): from what is read there to what is asked for.
+// Adds the sums of several vectors of channels from c on over `count` rows: all vectors at once or, where the
+// registers cannot hold so many sums, one vector after the other. next(row) is the distance to what is
+// prefetched.
 template <class P, class T, int vectors, class Near, class Next>
 MRCN_INLINE void sum_line(const acc_t<T>* mean, Rows x, Rows g, int64_t first, int64_t count,
     int64_t channels, int64_t c, constant<vectors> n, Near& near, const Next& next, double* sums) {
   constexpr int parts = parts_of<vectors>;
   constexpr bool in_turn = parts > summed_vectors<T>;
-  // Of a line that comes near, what the first of its vectors has read already.
+  // What need not be copied of a line, because the first of its vectors has read it already.
   [[maybe_unused]] constexpr int64_t read = sizeof(T) == sizeof(acc_t<T>) ? vector_bytes : 0;
   LineSums<P, T, vectors> line(mean, channels, c);
   RowsAt<T, P::inputs, 1> in(x, first);
@@ -529,7 +534,7 @@ MRCN_INLINE void sum_line(const acc_t<T>* mean, Rows x, Rows g, int64_t first, i
   line.add_to(sums + c, channels);
 }
 
-// A channel's sums over as many rows as one takes in its own type stay in registers.
+// The sums over rows of pixels. The sums of a channel stay in registers for `single_terms` rows.
 template <class P, class T>
 void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channels, double* sums) {
   constexpr bool few = terms<acc_t<T>> == single_terms;
@@ -545,7 +550,7 @@ void sum_rows(const acc_t<T>* mean, Rows x, Rows g, int64_t rows, int64_t channe
   if constexpr (few) {
     each_band<T, single_terms>(rows, pitch, channels, sum);
   } else {
-    // In double all rows are read a line of each, too many to keep near or to ask for in another order.
+    // In double, a line of every row is read in turn: too many to copy, or to prefetch in another order.
     sum(Band{0, rows, 0, channels},
         [&](int64_t, int64_t) MRCN_BODY { return single_terms * pitch * int64_t(sizeof(T)); });
   }
@@ -555,8 +560,8 @@ template <class P, class T, bool stream, bool extremes>
 __attribute__((noinline)) void gradient_rows_as(
     const acc_t<T>* k, Rows x, Rows g, Rows dx, int64_t rows, int64_t channels) {
   const RowsOfLines<T, extremes ? P::backward_slots : P::extreme(0), 1> lines(k, rows, channels);
-  // Not as what is read for the last time: of so many maps, mostly at the same place of a page, and their
-  // coefficients the first-level cache would lose some.
+  // Not prefetched as data that is read for the last time: so many maps, usually at the same place of a page,
+  // and their coefficients do not fit the first-level cache together.
   const int64_t next = lines.distance(x.pitch[0], ahead, 2);
   lines.each([&]<int count>(int64_t row, constant<count>, int64_t first, int64_t end) MRCN_BODY {
     const RowsAt<T, P::inputs, count> in(x, row), out(dx, row);
@@ -593,7 +598,7 @@ void rows_count(
 
 // --- which dtype ------------------------------------------------------------------------------------------
 
-// Forward and backward are separate files: each fills in what it uses.
+// The forward and the backward are separate files; each fills in the functions that it uses.
 template <class P, class T>
 Passes<acc_t<T>> forward_passes() {
   Passes<acc_t<T>> passes{};

@@ -1,12 +1,13 @@
-// What the forward and the backward of a block call share: its shape, its maps, its statistics, its gates,
-// and how the work is cut.
+// What the forward and the backward of the block share on the CPU: the call's shape, maps, statistics and
+// gates, and how its work is divided.
 //
-// A group of samples at a time, so that the second read of its pixels comes from cache. Where there are
-// samples enough and the cache holds one a thread, each thread takes groups of its own and nobody waits
-// before the end; else the threads share every step of a group. Where the gates' weights, which every group
-// reads anew, are not small beside its maps, groups are larger and the threads share them. Either way the
-// work is cut into planes, or into chunks of rows whose size depends on the shape alone, and partial results
-// are joined in a fixed order: any number of threads gives the same bits.
+// The samples are processed in groups, so that the second reading of a group's pixels comes from the cache.
+// Where there are enough samples and the cache holds a group for each thread, each thread takes groups of its
+// own and waits for no other thread; otherwise the threads share every step of a group. Every group reads the
+// gates' weights again: where these are not small compared with its maps, the groups are larger and the
+// threads share them. In any case the work is divided into planes, or into chunks of rows whose size depends
+// on the shape alone, and partial results are joined in a fixed order. The results are therefore the same
+// bits for any number of threads.
 #pragma once
 
 #include <type_traits>
@@ -19,11 +20,11 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// Bytes of a group's feature maps that are to stay in the outer cache until they are read again.
+// The most bytes of a group's feature maps that stay in the outer cache until they are read again.
 constexpr int64_t group_bytes = 4 << 20;
-// Up to here the groups of several threads stay there side by side.
+// The most bytes of the groups of all threads that stay there together.
 constexpr int64_t cache_bytes = 16 << 20;
-// Elements a thread should have to do before another one is woken.
+// Another thread is woken for at least this many elements.
 constexpr int64_t thread_elements = 16384;
 
 inline void serial(int64_t count, int64_t, RangeFunction function, void* context) {
@@ -59,7 +60,7 @@ using one_or_more = std::conditional_t<wide == 1, vec<double>, double>;
 
 inline int64_t element_size(Dtype dtype) { return dtype == Dtype::f64 ? 8 : dtype == Dtype::f32 ? 4 : 2; }
 
-// Samples that take each step together, the threads that share the steps, and their scratch memory.
+// Samples that are processed together, the threads that share each step, and their scratch memory.
 template <class Scratch>
 struct Group {
   ParallelFor pool;
@@ -69,11 +70,11 @@ struct Group {
   MRCN_INLINE int64_t samples() const { return last - first; }
 };
 
-// P: the operation's pattern (pair serves concat too); A: accumulation type.
+// P: the pattern of the mode that makes the sets (for concat, the pair's); A: the accumulation type.
 template <class P, class A>
 class Call {
  public:
-  // What scratch memory is measured by.
+  // What the size of scratch memory depends on.
   int64_t channels() const { return C_; }
   int64_t parts() const { return parts_; }
   int64_t array_pitch() const { return array_pitch_; }
@@ -101,8 +102,8 @@ class Call {
     if (extremes_) extreme_values_.allocate(P::inputs * N_ * C_ * 2);
   }
 
-  // f(group) for groups of samples that read `maps` maps. Scratch(call, samples), room for a group of so
-  // many, is made once for the groups that follow one another.
+  // Calls f(group) for groups of samples that read `maps` maps. Scratch(call, samples), the memory for a
+  // group of that many samples, is made once for consecutive groups.
   template <class Scratch, class F>
   void each_group(int maps, const F& f) const {
     const int64_t threads = shape_.threads, rounds = (N_ + threads - 1) / threads;
@@ -122,19 +123,19 @@ class Call {
         [&](int64_t begin, int64_t end) { groups(serial, begin, end); });
   }
 
-  // Whether a group that reads so many bytes of maps may read the gates' weights beside them.
+  // Whether the gates' weights are small compared with this many bytes of maps.
   bool light(int64_t bytes) const { return 4 * gates_.weight_bytes() <= bytes; }
 
-  // Samples of a group. Where the weights are heavy beside all that the cache holds, the maps are rather read
-  // from memory twice than the weights for a few samples at a time.
+  // How many samples a group has. Where the weights are not small compared with the cache, it is better to
+  // read the maps from memory twice than to read the weights for every few samples.
   int64_t samples_of(int64_t sample_bytes) const {
     constexpr int64_t many = 16;
     if (!light(cache_bytes)) return many;
     return (light(group_bytes) ? group_bytes : cache_bytes) / sample_bytes;
   }
 
-  // The size of as few groups of `count` samples as may be, none much smaller than another and none larger
-  // than `most_samples`; fours, which the gates do at once, where it can be.
+  // The size of groups of `count` samples: as few groups as possible, of similar sizes, none larger than
+  // `most_samples`, and multiples of four where possible, because the gates compute four samples at once.
   static int64_t even_share(int64_t count, int64_t most_samples) {
     const int64_t fours = most_samples < 4 ? most_samples : most_samples / 4 * 4;
     const int64_t groups = most<int64_t>(1, (count + fours - 1) / fours),
@@ -142,7 +143,7 @@ class Call {
     return size < 4 ? size : least((size + 3) / 4 * 4, count);
   }
 
-  // f(sample, channel) over planes, or f(sample, chunk of rows).
+  // Calls f(sample, channel) for every plane, or f(sample, chunk) for every chunk of rows.
   template <class F>
   void each_unit(ParallelFor pool, int64_t first, int64_t last, const F& f) const {
     const int64_t units = shape_.pixels ? chunks_ : C_;
@@ -153,15 +154,15 @@ class Call {
     });
   }
 
-  // For each sample of the group and as many channels at once as a vector has doubles:
-  // f(sample, first channel, constant<1>), and f(sample, channel, constant<0>) for the last ones, whatever
-  // the number of threads.
+  // For each sample of the group, calls f(sample, first channel, constant<1>) for as many channels as a
+  // vector has doubles, and f(sample, channel, constant<0>) for the remaining channels. The number of threads
+  // has no influence on which these are.
   template <class Samples, class F>
   void each_channels(const Samples& group, const F& f) const {
     each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) { over_channels(group, c0, c1, f); });
   }
 
-  // The same, each after its gates.
+  // The same, after the gates of these channels.
   template <class Samples, class F>
   void each_channels_gated(const Samples& group, const F& f) const {
     each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) {
@@ -170,7 +171,7 @@ class Call {
     });
   }
 
-  // f(first channel, last channel) over blocks of them.
+  // Calls f(first channel, last channel) for blocks of channels.
   template <class F>
   void each_block(ParallelFor pool, int64_t samples, const F& f) const {
     constexpr int64_t width = Gates<A>::block_channels;
@@ -196,7 +197,7 @@ class Call {
   MRCN_INLINE int64_t part_pixels(int64_t part) const { return shape_.pixels ? chunk_rows(part) : L_; }
   MRCN_INLINE int64_t at(int j, int64_t i, int64_t c) const { return (j * N_ + i) * C_ + c; }
 
-  // Where sample i of a map starts for the unit: its plane, or the chunk's first row.
+  // Where a unit of sample i of a map starts: its plane, or its chunk's first row.
   MRCN_INLINE void* unit_of(const FeatureMap& map, int64_t i, int64_t unit) const {
     const int64_t offset = i * map.sample + (shape_.pixels ? unit * chunk_ * map.pixel : unit * map.channel);
     return static_cast<char*>(map.data) + offset * element_size(shape_.dtype);
@@ -209,7 +210,7 @@ class Call {
     }
   }
 
-  // Of one channel, or of as many from c on.
+  // The plane of channel c, or (V) of as many channels from c on.
   template <class V = double>
   MRCN_INLINE Plane<V> plane(const A* statistics, int j, int64_t i, int64_t c, V offset = V{}) const {
     V mean{}, r{};
@@ -217,17 +218,18 @@ class Call {
     return describe<V>(mean, offset, r, doubles<V>(gamma_ + j * C_ + c), doubles<V>(beta_ + j * C_ + c));
   }
 
-  // What the gates see of a plane.
+  // Stores the gates' inputs of a plane.
   template <class V>
   MRCN_INLINE void pool(const Plane<V>& p, int j, int64_t i, int64_t c) const {
     put_doubles(gates_.pooled(j, i) + c, pooled_residual<V>(p));
     if (extremes_) put_doubles(gates_.pooled(j, i, 1) + c, residual_at<V>(p, extreme<V>(p, j, i, c)));
   }
 
-  // The largest and the smallest pixel of a plane, and the one where M has its maximum.
+  // The largest and the smallest pixel of a plane.
   MRCN_INLINE A* extreme_values(int j, int64_t i, int64_t c) const {
     return extreme_values_.data + at(j, i, c) * 2;
   }
+  // The pixel at which M has its maximum.
   template <class V>
   MRCN_INLINE V extreme(const Plane<V>& p, int j, int64_t i, int64_t c) const {
     V maximum{}, minimum{};
@@ -240,7 +242,8 @@ class Call {
     for (int g = 0; g < P::gate_count; ++g) s[g] = doubles<V>(gates_.value(i, g) + c);
   }
 
-  // Puts down the coefficients of so many channels. Their NaNs are all the one that rounding to bf16 keeps.
+  // Stores the coefficients of one or several channels. Every NaN becomes the one that survives rounding to
+  // bf16.
   template <class V, int n>
   MRCN_INLINE void put_coefficients(A* of_sample, int64_t c, const V (&k)[n]) const {
     const V nan = V{} + __builtin_nan("");
@@ -251,16 +254,15 @@ class Call {
 
   const BlockShape& shape_;
   const Passes<A> passes_;
-  const int all_;   // sets, with those handed through
-  const int made_;  // the first that is made
+  const int all_;   // how many sets there are, with the inputs that are handed through
+  const int made_;  // the first computed set
   const int64_t N_, C_, L_;
-  // From a coefficient's or a sum's array of channels to the next one's: C for rows of pixels, as
-  // pixel_passes.h has them; of planes one element of each is read or written at once, so they are a line
-  // more apart.
+  // The stride between the arrays of channels of two coefficients or sums. For rows of pixels it is C, as
+  // pixel_passes.h expects. For planes, which access one element of each array at a time, it is a line more.
   const int64_t array_pitch_;
-  const bool extremes_;           // the gate asks for the maximum of M
-  const int64_t chunk_, chunks_;  // rows of pixels a unit, and how many units a sample
-  const int64_t parts_;           // that the sums over a plane are joined of
+  const bool extremes_;           // the gate needs GMP(M)
+  const int64_t chunk_, chunks_;  // rows per chunk, and chunks per sample
+  const int64_t parts_;           // partial sums per plane
   const FeatureMap* inputs_;
   const A* gamma_;
   const A* beta_;

@@ -1,5 +1,5 @@
-// The block's backward on a GPU: sums, gates, the inputs' and the parameters' gradients in one launch
-// (schedule.cuh says how).
+// The block's backward on a GPU, in one launch (see schedule.cuh). First items sum the gradients over planes,
+// second items write the gradients of the inputs, and last items those of the parameters.
 #include <type_traits>
 
 #include "block/cuda/schedule.cuh"
@@ -9,7 +9,8 @@ namespace {
 
 // --- memory -------------------------------------------------------------------------------------------
 
-// The largest of ±x, whichever M's maximum is, and how often it occurs (CBAM). A NaN is not the largest.
+// For CBAM: the largest value of x, or of -x where M has its maximum at the smallest x, and how often it
+// occurs. NaNs are ignored.
 template <class A>
 struct Extreme {
   A value = -A(INFINITY), count{};
@@ -37,14 +38,14 @@ template <class T>
 struct BackwardArguments {
   Common<acc_t<T>> common;
   FeatureMap inputs[2];
-  FeatureMap gradients[4];  // of the made sets; without data where none was given
-  FeatureMap passed[2];     // (concat) of the inputs as they were handed through
+  FeatureMap gradients[4];  // of the made sets; without data where missing
+  FeatureMap passed[2];     // (concat) of the inputs that are handed through
   FeatureMap input_gradients[2];
   Numbers<acc_t<T>> of_gamma, of_beta, of_parameters[4];
-  int64_t singles;  // numbers of the parameters that a thread each adds up
+  int64_t singles;  // how many numbers of the gradients of parameters are summed by one thread each
 };
 
-// A sample's row of scratch, planes of C numbers and then the hidden layers'.
+// A sample's row of scratch memory: arrays of C numbers, then arrays for the hidden layers.
 template <class P, class A>
 struct BackwardScratch {
   const Common<A>& a;
@@ -55,17 +56,18 @@ struct BackwardScratch {
   MRCN_DEVICE A* plane(int number) const { return row + number * a.C; }
   MRCN_DEVICE A* U(int m) const { return plane(m); }
   MRCN_DEVICE A* V(int m) const { return plane(P::inputs + m); }
-  // Of γ and of β, the sample's part.
+  // The sample's part of ∂γ (which = 0) or ∂β.
   MRCN_DEVICE A* norm(int m, int which) const { return plane(2 * P::inputs + 2 * m + which); }
   MRCN_DEVICE A* s(int g) const { return plane(4 * P::inputs + g); }
   MRCN_DEVICE A* before(int g) const { return plane(4 * P::inputs + P::gate_count + g); }
   MRCN_DEVICE A* extreme(int m) const { return plane(4 * P::inputs + 2 * P::gate_count + m); }
   MRCN_DEVICE A* count(int m) const { return plane(5 * P::inputs + 2 * P::gate_count + m); }
   MRCN_DEVICE A* layers() const { return plane((a.branches() == 2 ? 6 : 4) * P::inputs + 2 * P::gate_count); }
-  // Gradient before the ReLU of the hidden layer.
+  // The gradient before the ReLU of the hidden layer.
   MRCN_DEVICE A* inner(int g, int b) const { return layers() + int64_t(g * a.branches() + b) * a.R; }
   MRCN_DEVICE int64_t layer() const { return int64_t(P::gate_count) * a.hidden(); }
-  // What a block of channels gives to the gradient of the hidden layers, which both branches share.
+  // The part of a block of channels in the gradient of the hidden layers, which is the same for both
+  // branches.
   MRCN_DEVICE A* share(int64_t block, int g) const {
     return layers() + (a.branches() + block) * layer() + int64_t(g) * a.R;
   }
@@ -78,7 +80,7 @@ inline int64_t backward_row(const BlockShape& shape, int blocks) {
 
 // --- pixels -------------------------------------------------------------------------------------------
 
-// The lines of every map at one place; zeros of a map that is not there.
+// Reads the lines of all maps at one place; zeros where a map has no data.
 template <Reuse reuse, class T, bool pixels, class A, int n>
 MRCN_DEVICE void fetch_all(const Common<A>& a, const FeatureMap (&maps)[n], int64_t i,
     const Share<T, pixels>& share, int64_t at, int filled, int count, Line (&lines)[n]) {
@@ -93,27 +95,27 @@ MRCN_DEVICE void fetch_all(const Common<A>& a, const FeatureMap (&maps)[n], int6
 
 // --- first items: sums --------------------------------------------------------------------------------
 
-// Places whose terms a thread adds one after the other: longer sums would be less exact than eager ones. A
-// map of 72 x 32 has 18 a thread in channels_last.
-constexpr int places_a_sum = 20;
+// How many places a thread sums one after the other: longer sums would be less exact than those of eager
+// PyTorch. A map of 72 x 32 in channels_last has 18 per thread.
+constexpr int places_per_sum = 20;
 
-// From the place `begin` on, as many.
+// Adds the terms of `places_per_sum` places from `begin` on.
 template <class T, class P, bool pixels, class A>
 MRCN_DEVICE void add_up(const BackwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
     int64_t begin, const A (&mean)[seen<T, pixels>][P::inputs], const A (&sign)[seen<T, pixels>][P::inputs],
     A (&sums)[seen<T, pixels>][P::sums], Extreme<A> (&extremes)[seen<T, pixels>][P::inputs]) {
   const Common<A>& a = arguments.common;
-  const int64_t end = least<int64_t>(begin + places_a_sum * share.step, a.cut.places);
+  const int64_t end = least<int64_t>(begin + places_per_sum * share.step, a.cut.places);
   for (int64_t at = begin + share.place; at < end; at += share.step) {
     const int filled = share.filled(a.C, a.L, at);
     Line x_lines[2], g_lines[4];
     fetch_all<Reuse::soon>(a, arguments.inputs, i, share, at, filled, P::inputs, x_lines);
     fetch_all<Reuse::soon>(a, arguments.gradients, i, share, at, filled, P::sets, g_lines);
-    // Widened one at a time: all of six lines would not fit into registers.
+    // The elements are converted one at a time: those of six lines would not fit into registers.
     T x[P::inputs][width<T>], g[P::sets][width<T>];
     unroll<P::inputs>([&](auto m) { std::memcpy(x[m.v], &x_lines[m.v], sizeof(Line)); });
     unroll<P::sets>([&](auto set) { std::memcpy(g[set.v], &g_lines[set.v], sizeof(Line)); });
-    A line[P::sums]{};  // of a plane's pixels: one term of its sums
+    A line[P::sums]{};  // sums over a line of a plane, which are one term of the plane's sums
     unroll<width<T>>([&](auto j) {
       constexpr int own = pixels ? j.v : 0;
       A from[P::inputs], given[P::sets];
@@ -128,7 +130,7 @@ MRCN_DEVICE void add_up(const BackwardArguments<T>& arguments, int64_t i, const 
   }
 }
 
-// Every sum of the planes of the item, each in as many parts as warps share it, into shared memory.
+// Writes the sums of the planes of the item to shared memory, one part for each warp that shares a plane.
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int64_t block, Shared& shared) {
   using A = acc_t<T>;
@@ -150,7 +152,7 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
     });
     const bool leaves = lane < a.cut.across;
     const int first = (pixels ? warp * a.cut.channels : 0) + share.channel;
-    for (int64_t begin = 0; begin < a.cut.places; begin += places_a_sum * share.step) {
+    for (int64_t begin = 0; begin < a.cut.places; begin += places_per_sum * share.step) {
       A sums[K][P::sums]{};
       if (share.c < a.C) add_up<T, P, pixels>(arguments, i, share, begin, mean, sign, sums, extremes);
       unroll<K>([&](auto k) {
@@ -178,7 +180,8 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
 
 MRCN_DEVICE bool has(unsigned bits, int number) { return (bits >> number & 1u) != 0; }
 
-// Keeps what the second items need of a plane, and puts the gradients before the sigmoids into shared memory.
+// Writes what the second items need of a plane to scratch memory, and the gradients before the sigmoids to
+// shared memory.
 template <class P, bool pixels, class A, class Shared>
 MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channel, Shared& shared) {
   const Saved<P, A> saved(a, i);
@@ -191,7 +194,8 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
   unroll<P::sums>([&](auto n) {
     for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.channels + channel];
   });
-  // Of a gradient that was not given not even a NaN may show, nor of a gate that only such sets have.
+  // Sets zero in place of the sums of missing gradients, and of the gates that only sets without a gradient
+  // use: not even a NaN of theirs may reach a result.
   unroll<P::sets>([&](auto set) {
     if (has(a.given_sets, set.v)) return;
     sums[P::S(set.v)] = A(0);
@@ -223,7 +227,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
   });
 }
 
-// These channels' part of the gradient of the hidden layers.
+// Writes the part of these channels in the gradient of the hidden layers.
 template <class P, class A, class Shared>
 MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, const Shared& shared) {
   const BackwardScratch<P, A> scratch(a, i);
@@ -276,7 +280,7 @@ MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& i
 
 // --- second items: gradients of the inputs ------------------------------------------------------------
 
-// ∂ of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through every gate that reads it.
+// The gradient of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through all gates that see it.
 template <class P, class A>
 MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
   const Common<A>& a = scratch.a;
@@ -298,7 +302,7 @@ MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int6
   return total;
 }
 
-// The maps of ∂x of channel c, and (in the first chunk) the sample's part of ∂γ and ∂β.
+// Computes the coefficients of ∂x of channel c and, if `leaves`, the sample's part of ∂γ and ∂β.
 template <class P, class A, class Shared>
 MRCN_DEVICE void map_gradients(
     const Common<A>& a, int64_t i, int64_t c, int channel, bool leaves, Shared& shared) {
@@ -319,8 +323,8 @@ MRCN_DEVICE void map_gradients(
     const bool used = has(a.given_inputs, m.v);
     const Plane<A>& plane = planes[m.v];
     A U = load_shared_by_blocks(scratch.U(m.v) + c), V = load_shared_by_blocks(scratch.V(m.v) + c);
-    if (a.gate ==
-        Gate::cbam_channel) {  // goes to M where its maximum is, evenly where several pixels share it
+    if (a.gate == Gate::cbam_channel) {
+      // The gradient of GMP(M) goes to the pixel with the maximum of M, in equal parts if there are several.
       const A extreme = load_shared_by_blocks(scratch.extreme(m.v) + c),
               of = shared.of_pooled[m.v][1][channel];
       U -= (extreme - plane.mean) * of;
@@ -401,7 +405,7 @@ MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& 
 
 // --- last items: gradients of the parameters ----------------------------------------------------------
 
-// What a gate's first layer sees of the plane in branch b.
+// The input of a gate from a plane: GAP(M) (b = 0) or GMP(M) (b = 1).
 template <class P, class A>
 MRCN_DEVICE A pooled(
     const Saved<P, A>& saved, const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
@@ -410,7 +414,7 @@ MRCN_DEVICE A pooled(
   return residual_at(plane, load_shared_by_blocks(scratch.extreme(m) + c));
 }
 
-// to[n] = f(saved, scratch) added up over the samples in their order, or 0 where no gradient came there.
+// to[n] = the sum of f(saved, scratch) over the samples, in their order; 0 unless `used`.
 template <class P, class A, class F>
 MRCN_DEVICE void add_samples(const Common<A>& a, bool used, const Numbers<A>& to, int64_t n, const F& f) {
   A total(0);
@@ -418,7 +422,8 @@ MRCN_DEVICE void add_samples(const Common<A>& a, bool used, const Numbers<A>& to
   to.set(n, total);
 }
 
-// The parameters of both kinds as one row: γ, β, and of SE and CBAM both layers' weights and biases.
+// Computes number n of the gradients of the parameters, which are counted in this order: γ, β and, of SE and
+// CBAM, the weights of both layers, then their biases.
 template <class T, class P>
 MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64_t n) {
   using A = acc_t<T>;
@@ -481,7 +486,7 @@ MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64
   });
 }
 
-// One weight of ECA's kernels, by a warp.
+// A warp computes the gradient of weight n of ECA's convolutions.
 template <class T, class P>
 MRCN_DEVICE void eca_gradient(const BackwardArguments<T>& arguments, int64_t n) {
   using A = acc_t<T>;
@@ -493,7 +498,7 @@ MRCN_DEVICE void eca_gradient(const BackwardArguments<T>& arguments, int64_t n) 
     const int64_t i = at / a.C, c = at % a.C;
     if (!has(a.given_gates, g)) break;
     const BackwardScratch<P, A> scratch(a, i);
-    // The padding's zeros too: a gradient that is not finite makes NaN of them.
+    // The zeros of the padding count too: a gradient that is not finite makes them NaN.
     const bool inside = c + shift >= 0 && c + shift < a.C;
     const A z = inside ? pooled_residual(Saved<P, A>(a, i).plane(modality<P>(g), c + shift)) : A(0);
     total += load_shared_by_blocks(scratch.before(g) + c) * z;
@@ -502,7 +507,8 @@ MRCN_DEVICE void eca_gradient(const BackwardArguments<T>& arguments, int64_t n) 
   if (lane == 0) arguments.of_parameters[0].set(n, total);
 }
 
-// Numbers that threads take one each, and (ECA) numbers that warps take.
+// How many numbers are computed by one thread each; and how many last items there are, with those of ECA,
+// whose numbers are computed by one warp each.
 inline int64_t single_parameters(const BlockShape& s) {
   const int64_t layers =
       hidden(s) == 0 ? 0 : sets_of(s.mode).gates * (2 * s.channels * s.hidden + s.hidden + s.channels);
@@ -529,7 +535,7 @@ MRCN_DEVICE void last_item(const BackwardArguments<T>& arguments, int64_t number
 
 // --- the kernel ---------------------------------------------------------------------------------------
 
-// Blocks a multiprocessor whose registers must suffice: ten sums for each channel of a line leave room for
+// How many blocks per multiprocessor must find enough registers: with ten sums for each channel of a line,
 // one.
 template <class T, class P, bool pixels>
 constexpr int backward_blocks = sizeof(T) == 8 || pixels ? 1 : 2;

@@ -1,4 +1,5 @@
-// The block's forward on a GPU: statistics, gates and outputs in one launch (schedule.cuh says how).
+// The block's forward on a GPU, in one launch (see schedule.cuh). First items compute the statistics and the
+// gates' hidden layers, second items the gates and the sets.
 #include <type_traits>
 
 #include "block/cuda/schedule.cuh"
@@ -8,23 +9,23 @@ namespace {
 
 // --- moments ------------------------------------------------------------------------------------------
 
-// Of a plane's pixels less the plane's first one, so that the mean keeps its digits far from zero.
+// The moments of a plane minus its first pixel, so that the mean keeps its digits far from zero.
 template <class A>
 struct Moments {
   A count{}, mean{}, squares{};  // squares = Σ (x - mean)²
 
-  // Chan et al.
+  // Joins the moments of more pixels (Chan et al.).
   MRCN_DEVICE void join(const Moments& other) {
     if (other.count == 0) return;
     const A total = count + other.count, delta = other.mean - mean, part = other.count / total;
     mean += delta * part;
-    // In this order: the square alone may be infinite, and with no values yet it is to be multiplied by 0.
+    // The parentheses matter: delta * delta may be infinite, and before the first values count is 0.
     squares += other.squares + delta * (delta * (count * part));
     count = total;
   }
 };
 
-// CBAM's. A NaN is neither.
+// The largest and the smallest pixel, for CBAM. NaNs are ignored.
 template <class A>
 struct Extremes {
   A maximum = -A(INFINITY), minimum = A(INFINITY);
@@ -35,7 +36,7 @@ struct Extremes {
   }
 };
 
-// What a plane's part, and then the plane, comes to.
+// The statistics of a part of a plane, and finally of the plane.
 template <class A>
 struct Found {
   Moments<A> moments;
@@ -51,7 +52,7 @@ struct Found {
   }
 };
 
-// One plane's line: as a group, whose own mean spares a division a pixel.
+// Adds a line of a plane. It is joined as a group with its own mean, which saves a division per pixel.
 template <class A, int n>
 MRCN_DEVICE void add_line(const A (&x)[n], A pivot, int filled, Found<A> (&found)[1]) {
   A sum(0), squares(0);
@@ -67,7 +68,7 @@ MRCN_DEVICE void add_line(const A (&x)[n], A pivot, int filled, Found<A> (&found
   found[0].moments.join({A(filled), mean, squares});
 }
 
-// One pixel's channels (Welford).
+// Adds the channels of a pixel (Welford).
 template <class A, int n>
 MRCN_DEVICE void add_line(const A (&x)[n], const A (&pivot)[n], Found<A> (&found)[n]) {
   const A count = found[0].moments.count + 1, part = A(1) / count;
@@ -88,7 +89,7 @@ struct ForwardShared {
   int ticket, arrived;
   Found<A> part[most_parts<T>];
   A pivot[most_channels];
-  A z[2][most_channels];  // what the gates see of a plane, a branch each
+  A z[2][most_channels];  // the gates' inputs of a plane, one per branch
   A s[P::gate_count][most_channels];
   A k[P::forward_slots][most_channels];
 };
@@ -99,11 +100,11 @@ struct ForwardArguments {
   acc_t<T> eps;
   FeatureMap inputs[2];
   FeatureMap made[4];
-  FeatureMap passed[2];  // (concat) where the inputs go, else without data
+  FeatureMap passed[2];  // (concat) where the inputs are copied to; otherwise without data
 };
 
-// A sample's row of scratch: what rounding left of the means, then what each block of channels gives to
-// the hidden layers.
+// A sample's row of scratch memory: the rounding errors of the means, then the part of each block of channels
+// in the hidden layers.
 template <class P, class A>
 struct ForwardScratch {
   const Common<A>& a;
@@ -125,7 +126,7 @@ inline int64_t forward_row(const BlockShape& shape, int blocks) {
 
 // --- first items: statistics --------------------------------------------------------------------------
 
-constexpr int lines_under_way = 4;  // that a thread has asked for before it takes the first of them
+constexpr int lines_under_way = 4;  // how many lines a thread requests before it uses the first
 
 template <class T, bool pixels, class A>
 MRCN_DEVICE void find(const Common<A>& a, const FeatureMap& map, const T* x, const Share<T, pixels>& share,
@@ -160,7 +161,8 @@ MRCN_DEVICE void find(const Common<A>& a, const FeatureMap& map, const T* x, con
   }
 }
 
-// Moments of every plane of the item, each in as many parts as warps share it, into shared memory.
+// Writes the statistics of the planes of the item to shared memory, one part for each warp that shares a
+// plane.
 template <class T, bool pixels, class A, class Shared>
 MRCN_DEVICE void find_parts(
     const Common<A>& a, const FeatureMap& map, int64_t i, int64_t block, Shared& shared) {
@@ -185,7 +187,7 @@ MRCN_DEVICE void find_parts(
   });
 }
 
-// Keeps the statistics of a plane, and puts what the gates see of it into shared memory.
+// Saves the statistics of a plane, and writes the gates' inputs to shared memory.
 template <class T, class P, bool pixels, class A, class Shared>
 MRCN_DEVICE void describe_plane(
     const ForwardArguments<T>& arguments, int64_t i, int m, int64_t c, int channel, Shared& shared) {
@@ -196,7 +198,7 @@ MRCN_DEVICE void describe_plane(
   }
   const A pivot = shared.pivot[channel], shift = found.moments.mean;
   const A mean = pivot + shift, kept = mean - pivot;
-  const A offset = (pivot - (mean - kept)) + (shift - kept);  // exactly what the addition lost
+  const A offset = (pivot - (mean - kept)) + (shift - kept);  // the exact rounding error
   const A r = A(1) / std::sqrt(found.moments.squares / A(a.L) + arguments.eps);
   const Saved<P, A> saved(a, i);
   saved.mean(m)[c] = mean;
@@ -208,7 +210,7 @@ MRCN_DEVICE void describe_plane(
   shared.z[1][channel] = residual_at(plane, extreme);
 }
 
-// These channels' part of the hidden layers of the modality's gates.
+// Writes the part of these channels in the hidden layers of the modality's gates.
 template <class P, class A, class Shared>
 MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int m, int64_t block, const Shared& shared) {
   const ForwardScratch<P, A> scratch(a, i);
@@ -259,7 +261,7 @@ MRCN_DEVICE void first_item(const ForwardArguments<T>& arguments, const Item& it
 
 // --- second items: outputs ----------------------------------------------------------------------------
 
-// The maps of every plane of the item, into shared memory.
+// Writes the coefficients of the planes of the item to shared memory.
 template <class P, class A, class Shared>
 MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i, int64_t block, Shared& shared) {
   const Saved<P, A> saved(a, i);

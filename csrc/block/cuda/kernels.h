@@ -1,24 +1,24 @@
-// The block's operations on a GPU as plain pointers and sizes: what ops.cpp hands to the kernels.
+// The block's kernels for CUDA, as ops.cpp calls them: with plain pointers and sizes.
 #pragma once
 
 #include "block/params.h"
 
 namespace mrcn::cuda {
 
-// Numbers of the accumulation type that a sample's forward leaves to its backward: mean and 1/σ of every
-// plane, and the gates' hidden layers. `saved_row` in mrcn_fast/backends/shapes.py says the same.
+// How many numbers of the accumulation type a forward leaves to its backward for each sample: mean and 1/σ of
+// every plane, and the gates' hidden layers. Equals `saved_row` in mrcn_fast/backends/shapes.py.
 int64_t saved_row(const BlockShape& shape);
 
-// Bytes of scratch memory, not cleared.
+// The bytes of scratch memory that the kernels need. It need not be cleared.
 int64_t forward_scratch(const BlockShape& shape);
 int64_t backward_scratch(const BlockShape& shape);
 
-// One launch each, of tensors with at least one sample; `statistics` are rows as long as `saved_row`. 0 or
-// CUDA's number of what went wrong.
+// One kernel launch each, for at least one sample. `statistics` has the shape (N, saved_row). Returns 0 or
+// CUDA's error code.
 int block_forward(const BlockForward& call, void* scratch, void* stream);
 int block_backward(const BlockBackward& call, void* scratch, void* stream);
 
-// What the number of any launch means.
+// The message for the error code of any launch.
 const char* launch_error(int error);
 
 }  // namespace mrcn::cuda

@@ -1,4 +1,4 @@
-// The block's operations on tensors of a GPU.
+// The block's operations on CUDA tensors.
 #include "block/cuda/kernels.h"
 
 #include "block/ops.h"

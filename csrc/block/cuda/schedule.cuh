@@ -1,12 +1,13 @@
-// What the forward and the backward of a block call share on a GPU: how the work is cut and handed out, its
-// planes, its gates.
+// What the forward and the backward of the block share on a GPU: how the work is divided into work items and
+// scheduled, planes, and gates.
 //
-// One launch. Its blocks of threads take items in the order of a ticket counter. A first item reads the
-// pixels of a block of channels of one sample and reduces them; the last first item of a sample to end makes
-// what its gates need of all channels. A second item waits for that, reads the pixels once more, from L2 as
-// long as few enough samples are under way, and writes. Whoever waits, waits for tickets before its own,
-// which running blocks hold: with any number of blocks and in any order somebody goes on. Nothing is added
-// atomically but integers, and every sum has an order that depends on the shape alone, and not on the batch.
+// A call is one kernel launch. Its thread blocks take work items in the order of a ticket counter. A first
+// item reads the pixels of a block of channels of one sample and reduces them. The last of a sample's first
+// items to finish computes what the gates need of all channels. A second item waits for that, reads the
+// pixels again (from L2, as long as few samples are under way) and writes the results. There is no deadlock:
+// a block waits only for tickets before its own, which are held by blocks that run, so that with any number
+// of blocks and in any order some block makes progress. Only integers are added atomically, and the order of
+// every sum depends on the shape alone, without the batch size.
 #pragma once
 
 #include <cmath>
@@ -20,31 +21,31 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// Elements of a line.
+// How many elements a `Line` has.
 template <class T>
 constexpr int width = int(sizeof(Line) / sizeof(T));
-// Channels that a thread sees at once: one plane's pixels, or one pixel's channels.
+// How many channels a line belongs to: the pixels of one plane, or the channels of one pixel.
 template <class T, bool pixels>
 constexpr int seen = pixels ? width<T> : 1;
 
 // --- how the work is cut ------------------------------------------------------------------------------
 
-constexpr int most_channels = 64;  // of an item
-constexpr int most_across = 8;     // lanes side by side over the channels of a pixel
-constexpr int most_blocks = 32;  // of channels, as far as the other limits allow: all are added up in the end
-constexpr int steps_an_item = 4;  // places that a thread of a second item takes, about
+constexpr int most_channels = 64;  // per work item
+constexpr int most_across = 8;     // lanes that share the channels of a pixel
+constexpr int most_blocks = 32;    // blocks of channels, within the other limits: all are summed at the end
+constexpr int steps_per_item = 4;  // places per thread of a second item, approximately
 
-// Of the numbers that warps leave for the block to join.
+// The most partial results that the warps leave in shared memory.
 template <class T>
 constexpr int most_parts = most<int>(most_channels, block_warps* least(most_across, warp_lanes) * width<T>);
 
-// A place is a line of a plane, or a pixel.
+// How a sample is divided. A place is a line of a plane, or a pixel.
 struct Cut {
-  int across;      // lanes over the channels of a pixel; 1 in planes
-  int channels;    // of an item
-  int blocks;      // of channels, a sample
-  int64_t places;  // a plane's lines, or the pixels
-  int64_t chunk;   // places of a second item
+  int across;      // lanes that share the channels of a pixel; 1 for planes
+  int channels;    // per work item
+  int blocks;      // blocks of channels
+  int64_t places;  // lines per plane, or pixels
+  int64_t chunk;   // places per second item
   int64_t chunks;
 };
 
@@ -56,14 +57,14 @@ inline int power_of_two(int64_t n) {
   return power;
 }
 
-// Depends neither on the batch nor on the mode: a sample gives the same bits wherever it stands.
+// Depends neither on the batch size nor on the mode, so that a sample gives the same bits in any batch.
 template <class T>
 inline Cut cut(const BlockShape& shape) {
   Cut c;
-  int64_t abreast;  // threads of an item that take places side by side
+  int64_t abreast;  // threads of an item that take different places
   if (shape.pixels) {
     const int64_t lines = divided(shape.channels, width<T>);
-    // 32 bytes are what memory gives at once.
+    // Memory is read in sectors of 32 bytes.
     c.across = power_of_two(most<int64_t>(least<int64_t>(lines, 2), divided(lines, most_blocks)));
     c.across = least(c.across, least(most_across, warp_lanes));
     c.channels = c.across * width<T>;
@@ -71,20 +72,20 @@ inline Cut cut(const BlockShape& shape) {
     abreast = block_threads / c.across;
   } else {
     c.across = 1;
-    const int64_t planes_a_warp = divided(shape.channels, int64_t(most_blocks) * block_warps);
-    c.channels = block_warps * int(least<int64_t>(planes_a_warp, most_channels / block_warps));
+    const int64_t planes_per_warp = divided(shape.channels, int64_t(most_blocks) * block_warps);
+    c.channels = block_warps * int(least<int64_t>(planes_per_warp, most_channels / block_warps));
     c.places = divided(shape.length, width<T>);
     abreast = warp_lanes;
   }
   c.blocks = int(divided(shape.channels, c.channels));
-  c.chunks = divided(c.places, steps_an_item * abreast);
+  c.chunks = divided(c.places, steps_per_item * abreast);
   c.chunk = divided(divided(c.places, c.chunks), abreast) * abreast;
   c.chunks = divided(c.places, c.chunk);
   return c;
 }
 
-// A parameter, or its gradient: numbers of the accumulation type or of the maps'. Read where they lie, for a
-// conversion of each before the launch takes longer than the launch.
+// A parameter, or its gradient: numbers of the accumulation type or of the type of the maps. The kernels
+// convert them, because converting them before the launch takes longer than the launch.
 template <class A>
 struct Numbers {
   void* data;
@@ -114,7 +115,7 @@ struct Numbers {
 };
 
 inline int branches(const BlockShape& shape) { return shape.gate == Gate::cbam_channel ? 2 : 1; }
-// Width of the hidden layers of one gate, or 0.
+// The width of the hidden layer of one gate, or 0.
 inline int64_t hidden(const BlockShape& shape) { return shape.gate == Gate::eca ? 0 : shape.hidden; }
 
 // --- the arguments of both kernels --------------------------------------------------------------------
@@ -122,22 +123,23 @@ inline int64_t hidden(const BlockShape& shape) { return shape.gate == Gate::eca 
 template <class A>
 struct Common {
   int64_t N, C, L;
-  int R;  // width of the gates' hidden layer, or of ECA's kernel
+  int R;  // width of the gates' hidden layer, or of ECA's convolution
   Gate gate;
   bool to_input;
-  bool wide;  // every line of every map lies at a multiple of 16 bytes
+  bool wide;  // every line of every map starts at a multiple of 16 bytes
   Cut cut;
-  int firsts, seconds;  // items a sample
-  int64_t ahead;        // samples whose first items come before the second items of a sample
+  int firsts, seconds;  // work items per sample
+  int64_t ahead;        // how many samples the first items are ahead of the second items
   int64_t tickets;
   Numbers<A> gamma, beta, parameters[4];
   A* saved;    // rows of saved_row numbers
   A* scratch;  // rows of scratch_row numbers
   int64_t saved_row, scratch_row;
-  // Bits of the made sets that have a gradient, and of the gates and inputs that they were made of.
+  // `Given` as bits.
   unsigned given_sets, given_gates, given_inputs;
-  int* counters;  // the ticket, second items that have left what the parameters' gradients need, and a sample
-                  // each
+  // The ticket; how many second items have written what the gradients of the parameters need; and for each
+  // sample how many of its first items have finished, plus one once its gates can be computed.
+  int* counters;
 
   MRCN_DEVICE int branches() const { return gate == Gate::cbam_channel ? 2 : 1; }
   MRCN_DEVICE int hidden() const { return gate == Gate::eca ? 0 : R; }
@@ -148,7 +150,7 @@ inline int64_t counter_bytes(int64_t samples) {
   return divided((2 + samples) * int64_t(sizeof(int)), 16) * 16;
 }
 
-// Whether every line of the maps that are there lies at a multiple of 16 bytes.
+// Whether every line of the maps that have data starts at a multiple of 16 bytes.
 template <class T, int n>
 inline bool lines_aligned(const FeatureMap (&maps)[n], const BlockShape& shape) {
   const auto whole = [](int64_t stride, int64_t count) { return count == 1 || stride % width<T> == 0; };
@@ -161,14 +163,14 @@ inline bool lines_aligned(const FeatureMap (&maps)[n], const BlockShape& shape) 
   return true;
 }
 
-// What stands in a call for a parameter or for its gradient.
+// The numbers at `data`, a parameter of the call or its gradient.
 template <class A, class Call>
 inline Numbers<A> numbers(const Call& call, const void* data) {
   constexpr Dtype wide = sizeof(A) == 8 ? Dtype::f64 : Dtype::f32;
   return {const_cast<void*>(data), call.parameters.precise ? wide : call.shape.dtype, 0};
 }
 
-// `row` is of scratch; `last` tickets follow those of the samples.
+// `last` is how many tickets follow those of the samples; `row` is the length of a row of scratch memory.
 template <class T, class Call>
 inline Common<acc_t<T>> common(
     const Call& call, int firsts_a_block, int64_t last, int64_t row, const void* saved, void* scratch) {
@@ -196,7 +198,7 @@ inline Common<acc_t<T>> common(
   return c;
 }
 
-// As many samples ahead as keep every block busy, while half of L2 holds the maps that they read.
+// As many samples ahead as keep every block busy, but not more than have their maps in half of L2.
 template <class T>
 inline int64_t samples_ahead(const Common<acc_t<T>>& c, const Device& device, int maps) {
   const int64_t bytes = maps * c.C * c.L * int64_t(sizeof(T));
@@ -212,10 +214,10 @@ enum class Phase { first, second, last };
 struct Item {
   Phase phase;
   int64_t sample;
-  int64_t number;  // among those of its sample and phase
+  int64_t number;  // among the items of its sample and phase
 };
 
-// With the first items of sample t come the second items of sample t - ahead.
+// The first items of sample t are followed by the second items of sample t - ahead.
 template <class A>
 MRCN_DEVICE Item item_of(const Common<A>& a, int64_t ticket) {
   const int64_t head = a.ahead * a.firsts, both = a.firsts + a.seconds;
@@ -234,17 +236,17 @@ MRCN_DEVICE Item item_of(const Common<A>& a, int64_t ticket) {
   return {Phase::last, 0, ticket - a.ahead * a.seconds};
 }
 
-// The blocks of a launch: as many as there is room for, if there is a ticket for each. None, which is no
-// launch and told as one that failed, where an int does not count the tickets.
+// How many blocks a launch has: as many as run at once, but no more than there are tickets. 0, which makes
+// the launch fail, where the tickets exceed an int.
 template <class A>
 inline int blocks_of(const Common<A>& c, const Device& device) {
-  const int64_t asked_for = c.tickets + device.blocks;  // a block asks for one more than it gets
+  const int64_t asked_for = c.tickets + device.blocks;  // every block asks once more than it gets a ticket
   return asked_for < int64_t(1) << 31 ? int(least<int64_t>(c.tickets, device.blocks)) : 0;
 }
 
-// f(item) for every ticket that the block gets, until there are no more. The next one is asked for while an
-// item is done. It may lie idle that long: what anybody waits for are lower tickets, and the lowest that is
-// not done is never an idle one.
+// Calls f(item) for every ticket that the block gets, until there are no more. The block takes its next
+// ticket while it works on an item. That ticket may lie idle meanwhile: blocks wait for lower tickets only,
+// and the lowest unfinished ticket is never an idle one.
 template <class A, class F>
 MRCN_DEVICE void over_items(const Common<A>& a, int* shared, const F& f) {
   int next = threadIdx.x == 0 ? add_relaxed(a.counters, 1) : 0;
@@ -259,7 +261,8 @@ MRCN_DEVICE void over_items(const Common<A>& a, int* shared, const F& f) {
   }
 }
 
-// Whether this block is the last of `number` to count itself in; if so it sees what the others have written.
+// Counts this block at `counter`. True for the last of `number` blocks, which then sees what the others have
+// written.
 MRCN_DEVICE bool arrives_last(int* counter, int number, int* shared) {
   __syncthreads();
   if (threadIdx.x == 0) *shared = add_acquire_release(counter, 1);
@@ -276,26 +279,27 @@ MRCN_DEVICE void wait_for(const int* counter, int number) {
 
 // --- pixels -------------------------------------------------------------------------------------------
 
-// A thread's share of an item. Planes: a warp takes whole channels one after the other, its lanes the lines.
-// Pixels: a thread keeps to one line of channels, and shares the pixels with those of the same.
+// A thread's share of a work item. Planes: each warp takes one channel after the other, and its lanes take
+// the lines. Pixels: each thread keeps to one line of channels, and threads with the same line share the
+// pixels.
 template <class T, bool pixels>
 struct Share {
   int64_t c;      // its first channel
-  int channel;    // the same within the item
-  int64_t place;  // its first place, from the item's first
+  int channel;    // the same channel, counted within the item
+  int64_t place;  // its first place, counted within the item
   int step;
 
   MRCN_DEVICE int64_t offset(const FeatureMap& map, int64_t at) const {
     return pixels ? at * map.pixel + c : c * map.channel + at * width<T>;
   }
-  // How many elements of the line at a place there are.
+  // How many elements of the line at a place exist.
   MRCN_DEVICE int filled(int64_t C, int64_t L, int64_t at) const {
     return int(least<int64_t>(width<T>, pixels ? C - c : L - at * width<T>));
   }
 };
 
-// f(share) for each channel, or line of channels, of the thread. All threads of a warp call it together; past
-// the last channel of pixels with nothing filled.
+// Calls f(share) for each channel, or line of channels, of the thread. All threads of a warp call f together;
+// for pixels also those beyond the last channel, whose lines have no elements.
 template <class T, bool pixels, class A, class F>
 MRCN_DEVICE void over_shares(const Common<A>& a, int64_t block, const F& f) {
   const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
@@ -313,7 +317,7 @@ MRCN_DEVICE void over_shares(const Common<A>& a, int64_t block, const F& f) {
 
 enum class Reuse { soon, never };
 
-// The line at p, zeros behind the `filled` first elements.
+// Reads the line at p. Elements after the first `filled` are zeros.
 template <Reuse reuse, class T>
 MRCN_DEVICE Line fetch(const T* p, int filled, bool wide) {
   if (wide && filled == width<T>) {
@@ -363,13 +367,13 @@ MRCN_DEVICE T* sample_of(const FeatureMap& map, int64_t i) {
 
 // --- planes and gates ---------------------------------------------------------------------------------
 
-// Gate g belongs to the residual of this modality: A_v1, A_n1, A_v2, A_n2.
+// The modality whose residual gate g sees; the gates are A_v1, A_n1, A_v2, A_n2.
 template <class P>
 MRCN_DEVICE int modality(int g) {
   return g % P::inputs;
 }
 
-// A sample's row of what the forward saves.
+// What the forward saves of a sample.
 template <class P, class A>
 struct Saved {
   const Common<A>& a;
@@ -381,7 +385,7 @@ struct Saved {
   MRCN_DEVICE A* hidden(int g, int b) const {
     return row + 2 * P::inputs * a.C + int64_t(g * a.branches() + b) * a.R;
   }
-  // Without the offset of its mean.
+  // The plane without the offset of its mean.
   MRCN_DEVICE Plane<A> plane(int m, int64_t c) const {
     const int64_t at = m * a.C + c;
     return describe(
@@ -394,7 +398,8 @@ MRCN_DEVICE A sigmoid(A x) {
   return A(1) / (A(1) + std::exp(-x));
 }
 
-// s of gate g for channel c, from the hidden layers, or from its neighbours' pooled residuals (ECA).
+// s of gate g for channel c, from the hidden layers or (ECA) from the pooled residuals of neighboring
+// channels.
 template <class P, class A>
 MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
   const Common<A>& a = saved.a;
@@ -402,7 +407,7 @@ MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
     A x(0);
     for (int t = 0; t < a.R; ++t) {
       const int64_t from = c + t - a.R / 2;
-      // The padding's zeros too: a weight that is not finite makes NaN of them.
+      // The zeros of the padding count too: a weight that is not finite makes them NaN.
       const bool inside = from >= 0 && from < a.C;
       const A z = inside ? pooled_residual(saved.plane(modality<P>(g), from)) : A(0);
       x += a.parameters[0][g * a.R + t] * z;
@@ -411,20 +416,20 @@ MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
   }
   const Numbers<A> weight = a.parameters[2].from((g * a.C + c) * a.R);
   A x = A(a.branches()) * a.parameters[3][g * a.C + c];
-  for (int b = 0; b < a.branches(); ++b) {  // not W (h + h'): infinity times zero would be lost in the sum
+  for (int b = 0; b < a.branches(); ++b) {  // W (h + h') would lose the NaN of infinity times zero
     const A* h = saved.hidden(g, b);
     for (int j = 0; j < a.R; ++j) x += weight[j] * load_shared_by_blocks(h + j);
   }
   return sigmoid(x);
 }
 
-// f(n) for the numbers below `count`, spread over the block.
+// Calls f(n) for the numbers below `count`, distributed over the threads of the block.
 template <class F>
 MRCN_DEVICE void over_threads(int64_t count, const F& f) {
   for (int64_t n = threadIdx.x; n < count; n += block_threads) f(n);
 }
 
-// The numbers that all blocks of channels left at p, p + stride, ..., in their order.
+// The sum of what all blocks of channels wrote at p, p + stride, ..., in this order.
 template <class A>
 MRCN_DEVICE A add_shares(const A* p, int64_t blocks, int64_t stride) {
   A total(0);
@@ -432,7 +437,8 @@ MRCN_DEVICE A add_shares(const A* p, int64_t blocks, int64_t stride) {
   return total;
 }
 
-// A plane's coefficients. Planes keep theirs in registers; those of a pixel's channels would fill them all.
+// Reads the coefficients of a plane from shared memory. For planes it is called once per plane. For pixels it
+// is called for every pixel, because the coefficients of all channels of a line would fill the registers.
 template <class A, class Shared, int slots>
 MRCN_DEVICE void read_coefficients(const Shared& shared, int channel, A (&k)[slots]) {
   unroll<slots>([&](auto slot) { k[slot.v] = shared.k[slot.v][channel]; });
@@ -440,7 +446,7 @@ MRCN_DEVICE void read_coefficients(const Shared& shared, int channel, A (&k)[slo
 
 // --- dtypes -------------------------------------------------------------------------------------------
 
-// f(Pattern, whether channels are contiguous). Another mode that makes the same sets runs the same kernels.
+// Calls f(Pattern, whether channels are contiguous). Modes that make the same sets run the same kernels.
 template <class F>
 inline int with_kernel(const BlockShape& shape, const F& f) {
   return with_pattern(shape.mode, [&](auto pattern) {

@@ -1,11 +1,12 @@
-// The CQC loss on the CPU, compiled once an instruction set.
+// The CQC loss on the CPU, compiled once per instruction set.
 //
-// Identities are independent: one reads its samples of the six sets once, makes the six centers, and from
-// them the eight distances of equations 8 and 9. Per hinge h the pulled distance is D(center, other
-// original), the pushed one D(center, own original); weights[2h] and weights[2h + 1] are their ∂loss/∂D
-// divided by D, so that the backward multiplies differences of centers and nothing else.
+// Identities are independent of each other. For each one, the samples of the six sets are read once to make
+// the six centers, and from them the eight distances of equations 8 and 9. The pulled distance of hinge h is
+// D(center, original of the other modality), the pushed distance is D(center, original of the same modality).
+// weights[2h] and weights[2h + 1] are ∂loss/∂D divided by D of these two: the backward only has to multiply
+// them by differences of centers.
 //
-// A row that is normalized is scaled once its length is known: it is read again, from the first-level cache.
+// A row that is normalized is read twice, the second time from the first-level cache: first for its length.
 
 #include "cpu/buffer.h"
 #include "cpu/simd.h"
@@ -20,8 +21,8 @@ MRCN_INLINE const T* row(const CqcFeatures& features, int set, int64_t sample) {
   return static_cast<const T*>(features.sets[set]) + sample * features.row_stride[set];
 }
 
-// f(d, constant<1>) for whole vectors, f(d, constant<0>) for what is left of D. Plain loops would not do:
-// with a trip count that it does not know, GCC vectorizes none at -O2.
+// Calls f(d, constant<1>) for whole vectors and f(d, constant<0>) for the remaining dimensions. Plain loops
+// would not do, because at -O2 GCC vectorizes no loop whose trip count it does not know.
 template <class A, class F>
 MRCN_INLINE void over_dimensions(int64_t D, const F& f) {
   int64_t d = 0;
@@ -87,11 +88,11 @@ inline void make_center(
   over_dimensions<A>(features.dimensions, [&](int64_t d, auto w) {
     auto total = fetch(row<T>(features, set, sample[begin]) + d, w);
     for (int64_t i = begin + 1; i < end; ++i) total += fetch(row<T>(features, set, sample[i]) + d, w);
-    keep(center + d, total / number, w);  // not times 1 / number, which would round twice
+    keep(center + d, total / number, w);  // multiplying by 1 / number would round twice
   });
 }
 
-// The same of normalized rows.
+// The same with normalized rows.
 template <class T>
 inline void make_unit_center(
     const CqcFeatures& features, const CqcGroups& groups, int set, int64_t identity, acc_t<T>* center) {
@@ -125,7 +126,7 @@ inline void make_centers(
   }
 }
 
-// Identities a thread should have to do before another one is woken.
+// Another thread is woken for at least this many identities.
 inline int64_t identity_grain(int64_t dimensions, const CqcGroups& groups) {
   constexpr int64_t elements = 131072;
   const int64_t n = groups.identities;
@@ -178,7 +179,7 @@ MRCN_INLINE void pull(A k, const A* a, const A* b, A* da, A* db, int64_t D) {
   });
 }
 
-// The gradient of a row from that of what it was normalized to, u: (g - u (u·g)) / length.
+// The gradient of a row, given the gradient g of the normalized row u: (g - u (u·g)) / length.
 template <class T>
 inline void write_unit_gradient(const T* row, const acc_t<T>* g, int64_t D, T* out) {
   using A = acc_t<T>;

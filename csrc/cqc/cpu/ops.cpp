@@ -1,4 +1,4 @@
-// The CQC loss on CPU tensors: samples grouped by identity, outputs made.
+// The CQC loss on CPU tensors: groups the samples by identity and allocates the results.
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -154,7 +154,7 @@ Tensor cqc_backward(Tensor gradient, Tensors features, Tensor labels, Tensor inf
   call.gradient = scale.data_ptr();
   call.gradient_stride = gradient.dim() == 0 ? 0 : 1;
   call.weights = own.data_ptr();
-  // Every row is written but those of identities that only one modality has.
+  // The kernels write every row, except those of identities that only one modality has.
   const bool whole =
       int64_t(groups.order[0].size()) == visible && int64_t(groups.order[1].size()) == infrared;
   const std::vector<int64_t> sizes{3 * (visible + infrared), call.features.dimensions};

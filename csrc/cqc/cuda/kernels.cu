@@ -1,16 +1,17 @@
-// The CQC loss on a GPU: one launch forward, one backward.
+// The CQC loss on a GPU: one kernel launch for the forward, one for the backward.
 //
-// No identity goes to the host and none is sorted: the earliest visible sample of an identity that both
-// modalities have leads it, and the leader's number is the identity's slot in every padded result. A block
-// finds out what its sample is by searching the labels; only the blocks of leaders read features.
+// Identities are neither copied to the host nor sorted. Instead, the earliest visible sample of an identity
+// that both modalities have is its leader, and the leader's number is the identity's slot in every padded
+// result. Each block searches the labels for the samples of its sample's identity; only the blocks of leaders
+// read features.
 //
-// The weights are those of cqc/cpu/kernels.cpp: ∂loss/∂D divided by D of the pulled and the pushed distance
-// of each hinge. The losses are added up by whichever block is the last to arrive, in the order of the slots:
-// nothing depends on which one that is, and every run gives the same bits.
+// The weights are those of cqc/cpu/kernels.cpp: for the pulled and the pushed distance D of each hinge,
+// ∂loss/∂D divided by D. The last block to finish sums the losses in the order of the slots. The result does
+// not depend on which block that is: every run gives the same bits.
 //
-// Where rows are normalized, a leader's block measures those of its identity before it makes the centers, and
-// leaves their scales to the backward. There a row's gradient wants the whole row: each sample has one block,
-// which makes its three rows and reads all of its identity's twice.
+// Where rows are normalized, the leader's block computes the lengths of its identity's rows before the
+// centers, and saves the scales for the backward. The backward then needs whole rows: it has one block per
+// sample, which computes the sample's three rows and reads all rows of the identity twice.
 #include <limits>
 
 #include "cqc/cuda/kernels.h"
@@ -23,14 +24,15 @@ namespace {
 
 constexpr int distances = 2 * hinges;
 
-// What a sample is. The forward leaves it behind the weights, and the backward of a follower is one load.
+// The role of a sample. The forward saves it after the weights, so that the backward of a follower is a
+// single load.
 enum Role : int {
   lonely,    // only one modality has its identity
   leader,    // the earliest visible sample of an identity that both modalities have
-  follower,  // of such an identity, but another sample leads it
+  follower,  // another sample leads its identity, which both modalities have
 };
 
-// The identity of a slot that has none: the last one in order.
+// The identity of an unused slot: the largest, so that it comes last in order.
 constexpr int64_t no_identity = std::numeric_limits<int64_t>::max();
 
 MRCN_DEVICE int thread() { return int(threadIdx.x); }
@@ -39,7 +41,7 @@ MRCN_DEVICE int lane() { return thread() % warp_lanes; }
 
 // --- the samples of an identity -----------------------------------------------------------------------
 
-// Labels of each modality that a thread looks at before the block exchanges what it found.
+// How many labels of each modality a thread reads before the block exchanges what it found.
 constexpr int rounds = 4;
 constexpr int tile = block_threads * rounds;
 
@@ -48,14 +50,14 @@ struct Members {
   int list[2][tile];
 };
 
-// The samples of an identity, those of a tile of labels at a time, in ascending order. The batch of a
-// training step is one tile: then the labels are searched once.
+// The samples of an identity in ascending order, for one tile of labels at a time. The batch of a training
+// step is a single tile, whose labels are searched once.
 struct Search {
   const CqcSamples& samples;
   Members& members;
   int64_t identity;
-  int begin = -1;          // of the tile whose samples are listed
-  int number[2] = {0, 0};  // of them
+  int begin = -1;          // where the tile whose samples are listed begins
+  int number[2] = {0, 0};  // how many samples are listed
 
   MRCN_DEVICE int end() const { return most(samples.count[0], samples.count[1]); }
 
@@ -128,7 +130,7 @@ MRCN_DEVICE Role role_of(Search& search, int sample) {
   return first == sample ? leader : follower;
 }
 
-// Where a sample's row of a set stands in a stack of all of them.
+// The number of a sample's row of a set when all rows are stacked.
 MRCN_DEVICE int64_t stacked_row(const CqcSamples& samples, int set, int sample) {
   const int64_t visible = samples.count[0], infrared = samples.count[1];
   return (set < 3 ? set * visible : 3 * visible + (set - 3) * infrared) + sample;
@@ -141,7 +143,8 @@ MRCN_DEVICE A* roles(const CqcSamples& samples, A* saved) {
   return saved + int64_t(samples.count[0]) * distances;
 }
 
-// Of the stacked rows, where they are normalized: a row's factor, with a minus where it is a constant.
+// The scales of the stacked rows, where rows are normalized: each is the row's factor, negative where the
+// factor is a constant.
 template <class A>
 MRCN_DEVICE A* scales(const CqcSamples& samples, A* saved) {
   return roles(samples, saved) + samples.count[0] + samples.count[1];
@@ -157,9 +160,9 @@ MRCN_DEVICE A factor_of(A packed) {
 
 // --- rows ---------------------------------------------------------------------------------------------
 
-// How a block shares rows: a thread has the same 16 bytes of all rows; `groups` threads of a warp have the
-// same bytes and take turns at the members; and each fetches the rows of `rows` members before it adds them.
-// `unit`: rows are normalized.
+// How the threads of a block share rows. Each thread reads the same 16 bytes of all rows. `groups` threads of
+// a warp read the same bytes and take turns at the members. Each thread reads the rows of `rows` members
+// before it adds them. `unit` says whether rows are normalized.
 template <class T_, int groups_, int rows_, bool unit_>
 struct Layout {
   using T = T_;
@@ -168,14 +171,14 @@ struct Layout {
   static constexpr bool unit = unit_;
   static constexpr int width = 16 / int(sizeof(T));
   static constexpr int lanes = warp_lanes / groups;
-  static constexpr int columns = block_warps * lanes * width;  // of a block
+  static constexpr int columns = block_warps * lanes * width;  // per block
   using Columns = A[sets][width];
 
   static MRCN_DEVICE int group() { return lane() / lanes; }
   static MRCN_DEVICE int column() { return (warp() * lanes + lane() % lanes) * width; }
 };
 
-// 16 bytes from `p` on; by elements, `left` of them and then zeros.
+// Reads 16 bytes at `p`; unless `wide`, element by element, with zeros after the first `left` elements.
 template <class L, bool wide>
 MRCN_DEVICE Line fetch(const typename L::T* p, int64_t left) {
   if constexpr (wide) {
@@ -203,14 +206,15 @@ MRCN_DEVICE void keep(typename L::T* p, const Line& line, int64_t left, bool wid
   });
 }
 
-// The `r`th member that a thread takes of those from the listed one `from` on, or -1.
+// Of the listed members from number `from` on, the `r`th that this thread reads, or -1.
 template <class L>
 MRCN_DEVICE int member_at(const Search& search, int m, int from, int r) {
   const int i = from + r * L::groups, number = m == 0 ? search.number[0] : search.number[1];
   return i < number ? search.members.list[m][i] : -1;
 }
 
-// Of the members from the listed one `from` on, each set's rows; zeros for members that aren't there.
+// Reads the rows of all sets of the listed members from number `from` on; zeros where there are no more
+// members.
 template <class L, bool wide>
 MRCN_DEVICE void fetch_members(const Search& search, int from, int64_t column, Line (&lines)[sets][L::rows]) {
   const CqcFeatures& features = search.samples.features;
@@ -239,7 +243,7 @@ MRCN_DEVICE void fetch_members(const Search& search, int from, int64_t column, L
   }
 }
 
-// f(i, value) for each element of a line.
+// Calls f(i, value) for each element of a line.
 template <class L, class F>
 MRCN_DEVICE void for_elements(const Line& line, const F& f) {
   typename L::T elements[L::width];
@@ -309,8 +313,8 @@ struct ForwardShared {
   bool last;
 };
 
-// Leaves the sums of each warp, of which `sum_of_warps` makes the block's: in an order that is always the
-// same.
+// Writes the sums of each warp to shared memory. `sum_of_warps` adds them to the sums of the block, always in
+// the same order.
 template <class V, int n>
 MRCN_DEVICE void add_up_warps(V (&values)[n], V (&sums)[block_warps][n]) {
   unroll<n>([&](auto i) {
@@ -341,7 +345,7 @@ MRCN_DEVICE void add_squared_lengths(
   }
 }
 
-// The scales of all rows of the identity, which the block may read from here on.
+// Computes the scales of all rows of the identity. Afterwards all threads of the block may read them.
 template <class L>
 MRCN_DEVICE void measure_rows(
     Search& search, typename L::A (&lengths)[block_warps][sets * L::rows], typename L::A* scales) {
@@ -428,7 +432,7 @@ MRCN_DEVICE void leave_empty(const CqcCudaForward& call, int slot) {
   }
 }
 
-// Of the rows of a sample that nobody measures.
+// Clears the scales of a sample whose rows no block measures.
 template <class A>
 MRCN_DEVICE void clear_scales(const CqcCudaForward& call, int sample) {
   const int visible = call.samples.count[0], m = sample < visible ? 0 : 1;
@@ -438,7 +442,7 @@ MRCN_DEVICE void clear_scales(const CqcCudaForward& call, int sample) {
   scales(call.samples, static_cast<A*>(call.saved))[row] = A(0);
 }
 
-// Whether all other blocks have arrived before this one: then what they wrote is there to be read.
+// Whether this block is the last to arrive. It may then read what all others have written.
 MRCN_DEVICE bool arrive(int64_t* counter, bool& last) {
   __syncthreads();
   if (thread() == 0) {
@@ -465,8 +469,8 @@ MRCN_DEVICE void add_up_losses(const CqcCudaForward& call, ForwardShared<A>& sha
   *call.number = sum_of_warps(shared.leaders, 0);
 }
 
-// A block for each sample. A leader reads its identity's rows by itself: it may have all registers of a
-// multiprocessor to have many on their way.
+// There is one block per sample. A leader's block reads all rows of its identity; it may use all registers of
+// a multiprocessor, so that it can request many rows at once.
 template <class T, bool unit>
 MRCN_KERNEL(1)
 forward_kernel(const CqcCudaForward call) {
@@ -489,16 +493,16 @@ forward_kernel(const CqcCudaForward call) {
 
 // --- backward -----------------------------------------------------------------------------------------
 
-// Few columns a block, to have many blocks at an identity.
+// Few columns per block, so that many blocks work on an identity.
 template <class T>
 using BackwardLayout = Layout<T, 4, 2, false>;
 
-// Blocks of a sample, each with every `parts`th of its columns: enough for any GPU, with as many samples as
-// one launch can have.
+// The most blocks per sample; each computes every `parts`th of its columns. They are enough for any GPU, and
+// the blocks of the most samples fit one launch.
 constexpr int64_t most_parts = 64;
 
-// A thread's columns of the six gradients that a sample of the identity gets. k: the weights times the
-// gradient of the loss.
+// Computes a thread's columns of the six gradients that each sample of the identity gets. k are the weights
+// times the gradient of the loss.
 template <class L>
 MRCN_DEVICE void make_gradients(const typename L::Columns& center, const typename L::A (&k)[distances],
     const typename L::A (&share)[2], bool detach_negative, typename L::Columns& gradients) {
@@ -508,7 +512,7 @@ MRCN_DEVICE void make_gradients(const typename L::Columns& center, const typenam
     unroll<hinges>([&](auto n) {
       constexpr Hinge h = hinge[n.v];
       const A pull = k[2 * n.v] * (center[h.center][i.v] - center[h.pulled][i.v]);
-      // Left out and not times zero: what is detached may be infinite.
+      // Not multiplied by zero, because what is detached may be infinite.
       const A push =
           detach_negative ? A(0) : k[2 * n.v + 1] * (center[h.center][i.v] - center[h.pushed][i.v]);
       gradient[h.center] = pull + push;
@@ -575,7 +579,7 @@ MRCN_DEVICE void take_weights(const CqcCudaBackward& call, int slot, A (&k)[dist
   unroll<distances>([&](auto n) { k[n.v] = scale * weights[n.v]; });
 }
 
-// `parts` blocks for each sample; a leader's write the rows of all samples of its identity.
+// There are `parts` blocks per sample. Those of a leader write the rows of all samples of its identity.
 template <class T>
 MRCN_KERNEL(2)
 backward_kernel(const CqcCudaBackward call) {
@@ -607,7 +611,7 @@ backward_kernel(const CqcCudaBackward call) {
 
 // --- backward of normalized rows ----------------------------------------------------------------------
 
-// One block has all columns of a sample; what it computes beside the centers leaves registers for few rows.
+// A block computes all columns of a sample. Besides what it computes, there are registers for few rows.
 template <class T>
 using UnitLayout = Layout<T, 1, 2, true>;
 
@@ -627,7 +631,7 @@ struct OwnRows {
   bool visible;
   const T* values[3];
   T* gradients[3];
-  A scale[3];  // packed
+  A scale[3];  // as `scales` has them
 
   MRCN_DEVICE OwnRows(const CqcCudaBackward& call, int sample)
       : call(call), visible(sample < call.samples.count[0]) {
@@ -644,7 +648,7 @@ struct OwnRows {
     });
   }
 
-  // Whether the length of row i has no gradient; that of a NaN has one.
+  // Whether the length of row i has no gradient. (A length of NaN has one.)
   MRCN_DEVICE bool constant(int i) const { return scale[i] < A(0); }
 
   MRCN_DEVICE void add_products(int64_t column, const typename L::Columns& g, A (&along)[3]) const {
@@ -662,7 +666,8 @@ struct OwnRows {
   }
 
  private:
-  // f(i, d, u, g): element d of the line at `column` of row i, normalized, and the gradient of it.
+  // Calls f(i, d, u, g) for each element d of the line at `column` of row i: u is the normalized element, g
+  // its gradient.
   template <class F>
   MRCN_DEVICE void for_units(int64_t column, const typename L::Columns& g, const F& f) const {
     const int64_t left = call.samples.features.dimensions - column;
@@ -679,8 +684,8 @@ struct OwnRows {
   }
 };
 
-// The gradients of a sample's rows from those of what they are normalized to, u: (g - u (u·g)) / length. All
-// columns are gone through for the products u·g, and then once more.
+// Writes the gradients of a sample's rows, given the gradients g of the normalized rows u: (g - u (u·g)) /
+// length. It processes all columns twice, first for the products u·g.
 template <class L>
 MRCN_DEVICE void write_own(const CqcCudaBackward& call, Search& search, UnitShared<typename L::A>& shared,
     int sample, const typename L::A (&k)[distances]) {
@@ -717,7 +722,7 @@ MRCN_DEVICE int leader_of(Search& search) {
   return search.members.list[0][0];
 }
 
-// A block for each sample.
+// There is one block per sample.
 template <class T>
 MRCN_KERNEL(1)
 unit_backward_kernel(const CqcCudaBackward call) {

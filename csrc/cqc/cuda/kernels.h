@@ -1,4 +1,4 @@
-// The CQC loss on a GPU as plain pointers and sizes: what ops.cpp hands to the kernels.
+// The kernels of the CQC loss for CUDA, as ops.cpp calls them: with plain pointers and sizes.
 #pragma once
 
 #include "cqc/params.h"
@@ -12,22 +12,22 @@ struct CqcSamples {
   int count[2];
 };
 
-// Results in the accumulation type, but where integers.
+// Results are in the accumulation type, except integers.
 struct CqcCudaForward {
   CqcSamples samples;
   double margin;
-  void* losses;         // (B_v,): a slot for each visible sample, 0 in those left over
-  int64_t* identities;  // (B_v,): the largest int64 in those left over
-  // (9 B_v + B_n,): the weights of each slot's eight distances, each sample's role; where features are
-  // normalized, (3 B_v + 3 B_n,) more: each row's scale.
+  void* losses;         // (B_v,): one slot for each visible sample; 0 in unused slots
+  int64_t* identities;  // (B_v,): the largest int64 in unused slots
+  // (9 B_v + B_n,): the weights of the eight distances of each slot, then the role of each sample. Where the
+  // features are normalized, (3 B_v + 3 B_n,) more: the scale of each row.
   void* saved;
   void* total;
-  int64_t* number;  // of identities; before it is known, blocks count themselves in it
+  int64_t* number;  // how many identities there are; the kernel first counts its finished blocks in it
 };
 
 struct CqcCudaBackward {
   CqcSamples samples;
-  const void* gradient;     // one a slot, or one for all; accumulation type
+  const void* gradient;     // one number per slot, or one for all; accumulation type
   int64_t gradient_stride;  // 0: one for all
   const void* saved;
   bool detach_negative;
@@ -36,7 +36,7 @@ struct CqcCudaBackward {
 
 namespace cuda {
 
-// One launch each, and zeros for the forward's counter; 0 or CUDA's number of what went wrong.
+// One kernel launch each; the forward also clears its counter. Returns 0 or CUDA's error code.
 int cqc_forward(const CqcCudaForward& call, void* stream);
 int cqc_backward(const CqcCudaBackward& call, void* stream);
 

@@ -1,4 +1,4 @@
-// The CQC loss on CUDA tensors: checks, pointers to rows and labels, outputs made.
+// The CQC loss on CUDA tensors: checks the arguments and allocates the results.
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -15,14 +15,14 @@ namespace {
 
 using Tensors = std::vector<Tensor>;
 
-// Far more than memory holds rows for, and the backward's blocks can be counted in 32 bits.
+// Memory cannot hold rows for so many samples, and 32 bits suffice for the number of blocks of the backward.
 constexpr int64_t most_samples = int64_t(1) << 24;
 
 Tensor readable_rows(const Tensor& f) {
   return (f.size(1) == 1 || f.stride(1) == 1) && is_aligned(f) ? f : dense(f);
 }
 
-// What both directions are called with; the tensors here own what the pointers point to.
+// The arguments of the forward and of the backward. The tensors own the memory that the pointers refer to.
 class Ready {
  public:
   CqcSamples samples{};
