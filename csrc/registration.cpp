@@ -1,12 +1,12 @@
-// The operations' names, and the Python module _C with what is no tensor operation.
+// Registers the names of the operations, and defines the Python module _C with all other functions.
 //
-// Python adds the shapes for tracing (mrcn_fast/backends/native.py) and the derivatives
-// (mrcn_fast/autograd.py).
+// The shapes for tracing (mrcn_fast/backends/cpu.py) and the derivatives (mrcn_fast/autograd.py) are in
+// Python.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "common/isa.h"
-#include "common/output_memory.h"
+#include "cpu/isa.h"
+#include "cpu/output_memory.h"
 #include "schemas.h"
 
 STABLE_TORCH_LIBRARY(mrcn_fast, library) { mrcn::define_operations(library); }

@@ -1,4 +1,4 @@
-// Every operation's schema, once.
+// The schema of every operation. No other file spells one.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -7,14 +7,15 @@ namespace mrcn {
 
 template <class Library>
 void define_operations(Library& library) {
-  // Blocks. norm_weight, norm_bias: (modalities, C); gate_parameters: those of mrcn_fast/gates.py; gate: the
-  // number of `Gate` in block/block.h. No argument is a string, because torch's stable headers copy one at
-  // every call and never free the copy. The last result of a forward is what its backward takes of it, in a
-  // shape of the kernels' own. A gradient may be missing.
+  // The blocks. norm_weight and norm_bias have the shape (modalities, C). gate_parameters are the parameters
+  // of a gate in mrcn_fast/gates.py, and gate is its number in `Gate` (block/params.h). No argument is a
+  // string, because torch's stable headers copy a string at every call and never free the copy. The last
+  // result of a forward is what its backward needs; each backend chooses its shape. Any gradient may be
+  // missing.
   //
-  // A backward gives the gradients of the inputs, of norm_weight and norm_bias, and of four gate parameters;
-  // those that the gate does not have are tensors without elements. The results are no list, which Inductor's
-  // cpp_wrapper refuses.
+  // A backward returns the gradients of the inputs, of norm_weight and norm_bias, and of four gate
+  // parameters. Where the gate has fewer, the others are tensors without elements. The results are separate
+  // tensors, because Inductor's cpp_wrapper refuses a list.
   library.def(
       "block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias, "
       "Tensor[] gate_parameters, int gate, float eps, bool to_input) "
@@ -45,10 +46,11 @@ void define_operations(Library& library) {
       "snr_backward(Tensor? restituted, Tensor? contaminated, Tensor? normalized, Tensor features, "
       "Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
-  // The loss. features: the six sets, or all stacked in one; normalize: their rows are divided by their
-  // lengths first. Results of the forward: the sum; a slot for each visible sample with a loss and its
-  // identity, in any order, those left over with loss 0 and the largest int64; how many identities there are;
-  // and what the backward wants. It gives the gradient of all sets, stacked.
+  // The CQC loss. features are the six sets, or one tensor that stacks them. With normalize, each row is
+  // first divided by its length. The forward returns the sum of the losses; the loss of each identity and the
+  // identity, in one slot for each visible sample (in any order; unused slots hold the loss 0 and the largest
+  // int64); the number of identities; and what the backward needs. The backward returns the gradient of all
+  // sets, stacked.
   library.def(
       "cqc_forward(Tensor[] features, Tensor labels, Tensor infrared_labels, float margin, "
       "bool detach_negative, bool normalize) -> (Tensor, Tensor, Tensor, Tensor, Tensor)");

@@ -1,6 +1,6 @@
 """What a call is refused for, in the caller's terms: what was given, what was expected, what to do.
 
-The kernels check again what they must not get wrong, in C++ (csrc/block/block_ops.h), at a fraction of the
+The kernels check again what they must not get wrong, in C++ (csrc/block/ops.h), at a fraction of the
 time. A call that they refuse is checked here for its message.
 """
 

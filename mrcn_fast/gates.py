@@ -1,7 +1,7 @@
 """Gates A, which say how much of the residual M (N, C, H, W) is distilled, by channel or by place too.
 
 A gate here is its parameters and their initialization. The computation stands in `reference.GATES` (plain
-PyTorch) and in csrc/block/gates.h (kernels): both read the parameters in the order of `parameter_list`.
+PyTorch) and in csrc/block/cpu/gates.h (kernels): both read the parameters in the order of `parameter_list`.
 Every parameter has a leading dimension, one slice an independent gate. A block calls no gate as a module,
 unless a hook is registered on it; `Gate.forward` serves those who want to see the attention.
 """
@@ -199,7 +199,7 @@ class ECAGate(Gate):
 
 
 GATES: dict[str, type[Gate]] = {gate.kind: gate for gate in (SEGate, ECAGate, CBAMChannelGate, CBAMGate)}
-# The gates that kernels fuse. An operation takes a gate by its place here: `Gate` in csrc/block/block.h.
+# The gates that kernels fuse. An operation takes a gate by its place here: `Gate` in csrc/block/params.h.
 FUSED = tuple(kind for kind, gate in GATES.items() if gate.unfused is None)
 # Gradients of gate parameters that a backward gives; of a gate with fewer parameters the last are empty.
 MOST_PARAMETERS = 4

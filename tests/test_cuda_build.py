@@ -182,10 +182,10 @@ def test_architectures_that_an_nvcc_does_not_know(setup: Any) -> None:
 @pytest.mark.parametrize(
     "line",
     [
-        'csrc/block/forward_kernels.cu(12): error: identifier "x" is undefined',
+        'csrc/block/cuda/forward.cu(12): error: identifier "x" is undefined',
         "nvcc fatal   : Unsupported gpu architecture 'compute_999'",
         "ptxas fatal   : Unresolved extern function 'x'",
-        'csrc/block/forward_kernels.cu(9): error #177-D: variable "x" was declared but never referenced',
+        'csrc/block/cuda/forward.cu(9): error #177-D: variable "x" was declared but never referenced',
         "ptxas error   : Entry function 'x' uses too much shared data",
         "/usr/bin/ld: cannot find -lcudart_static: No such file or directory",
     ],

@@ -1,9 +1,9 @@
-// What the CQC loss is made of, for processors and GPUs alike: its distances (eq. 8, 9), and unit features.
+// The formulas of the CQC loss, for CPUs and GPUs: its distances (eq. 8, 9), and the lengths of features.
 #pragma once
 
 #include <cmath>
 
-#include "common/elements.h"
+#include "elements.h"
 
 namespace mrcn::MRCN_ISA {
 namespace {
@@ -19,13 +19,14 @@ struct Hinge {
 constexpr int hinges = 4;
 constexpr Hinge hinge[hinges] = {{1, 5, 0}, {4, 0, 5}, {2, 5, 0}, {3, 0, 5}};
 
-// Below it the root's gradient is not finite: the distance is clamped and its gradient zero.
+// A smaller squared distance is clamped and has the gradient zero: near 0 the gradient of the root is not
+// finite.
 constexpr double least_square = 1e-12;
 
 template <class A>
 struct Distance {
   A value;
-  A weight;  // 1 / value, or 0 where the clamp holds: for a NaN too, as in torch.clamp
+  A weight;  // 1 / value; 0 where the square is clamped or NaN, as in torch.clamp
 
   explicit MRCN_INLINE Distance(A square) {
     value = std::sqrt(square < A(least_square) ? A(least_square) : square);
@@ -33,17 +34,17 @@ struct Distance {
   }
 };
 
-// What a row of features is multiplied with to have length 1. The square of its length is clamped as a
-// distance's is, so that a shorter row is divided by a constant.
+// The factor by which a row of features is multiplied to have length 1. The squared length is clamped like a
+// squared distance: a shorter row is divided by a constant.
 constexpr double least_squared_length = 1e-24;
 
 template <class A>
 struct RowScale {
   A factor;
-  bool constant;  // the clamp holds, and the length has no gradient
+  bool constant;  // the squared length is clamped, and has no gradient
 
   explicit MRCN_INLINE RowScale(A square) {
-    constant = square < A(least_squared_length);  // not for a NaN, as in torch.clamp
+    constant = square < A(least_squared_length);  // false for NaN, as in torch.clamp
     factor = A(1) / std::sqrt(constant ? A(least_squared_length) : square);
   }
 };

@@ -36,7 +36,7 @@ except ImportError as error:
     _failure = str(error)
 
 
-# What makes ordinary storages of kept memory (csrc/common/storage.cpp); _no_storage: why it can't be used.
+# What makes ordinary storages of kept memory (csrc/cpu/storage.cpp); _no_storage: why it can't be used.
 STORAGE_LIBRARY = Path(__file__).parents[1] / "_storage.so"
 _no_storage = (
     _failure

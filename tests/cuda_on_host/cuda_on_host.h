@@ -1,4 +1,4 @@
-// The library's .cu files on the processor: every name of csrc/common/cuda.h, and the words of CUDA that the
+// The library's .cu files on the processor: every name of csrc/cuda/runtime.h, and the words of CUDA that the
 // kernels use. A kernel's threads are fibers, each with a stack of its own, of the thread that launches: one
 // runs until it comes to a barrier, an exchange or a counter, then the next one, in an order that is drawn.
 //

@@ -1,5 +1,5 @@
 // The operations' names in the namespace of tests.
-#include "common/cuda_tensors.h"
+#include "cuda/tensors.h"
 #include "schemas.h"
 
 #define MRCN_DEFINE_IN(name) \

@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "common/cuda.h"
+#include "cuda/runtime.h"
 
 namespace mrcn::cuda {
 namespace {

@@ -1,4 +1,4 @@
-"""What the block's kernels are made of: tiles, small vectors and the formulas of csrc/block/algebra.h."""
+"""What the block's kernels are made of: tiles, small vectors and the formulas of csrc/block/formulas.h."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def inverse_deviation(variance, K: tl.constexpr):
     return r
 
 
-# --- algebra.h --------------------------------------------------------------------------------------------
+# --- formulas.h -------------------------------------------------------------------------------------------
 
 
 @triton.jit

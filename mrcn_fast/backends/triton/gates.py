@@ -1,4 +1,4 @@
-"""Channel gates in Triton, forward: csrc/block/gates.h for a few channels of one sample, or for all."""
+"""Channel gates in Triton, forward: csrc/block/cpu/gates.h for a few channels of one sample, or for all."""
 
 from __future__ import annotations
 

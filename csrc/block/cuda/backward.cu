@@ -1,0 +1,614 @@
+// The block's backward on a GPU, in one launch (see schedule.cuh). First items sum the gradients over planes,
+// second items write the gradients of the inputs, and last items those of the parameters.
+#include <type_traits>
+
+#include "block/cuda/schedule.cuh"
+
+namespace mrcn::MRCN_ISA {
+namespace {
+
+// --- memory -------------------------------------------------------------------------------------------
+
+// For CBAM: the largest value of x, or of -x where M has its maximum at the smallest x, and how often it
+// occurs. NaNs are ignored.
+template <class A>
+struct Extreme {
+  A value = -A(INFINITY), count{};
+
+  MRCN_DEVICE void join(const Extreme& other) {
+    count = other.value > value ? other.count : other.value == value ? count + other.count : count;
+    value = other.value > value ? other.value : value;
+  }
+  MRCN_DEVICE Extreme from_lane(int mask) const { return {exchange(value, mask), exchange(count, mask)}; }
+};
+
+template <class T, class P>
+struct BackwardShared {
+  using A = acc_t<T>;
+  int ticket, arrived;
+  A part[P::sums][most_parts<T>];
+  Extreme<A> extreme_part[P::inputs][most_parts<T>];
+  A s[P::gate_count][most_channels];
+  A before[P::gate_count][most_channels];  // gradient before the sigmoid
+  A of_pooled[P::inputs][2][most_channels];
+  A k[P::backward_slots][most_channels];
+};
+
+template <class T>
+struct BackwardArguments {
+  Common<acc_t<T>> common;
+  FeatureMap inputs[2];
+  FeatureMap gradients[4];  // of the made sets; without data where missing
+  FeatureMap passed[2];     // (concat) of the inputs that are handed through
+  FeatureMap input_gradients[2];
+  Numbers<acc_t<T>> of_gamma, of_beta, of_parameters[4];
+  int64_t singles;  // how many numbers of the gradients of parameters are summed by one thread each
+};
+
+// A sample's row of scratch memory: arrays of C numbers, then arrays for the hidden layers.
+template <class P, class A>
+struct BackwardScratch {
+  const Common<A>& a;
+  A* row;
+
+  MRCN_DEVICE BackwardScratch(const Common<A>& all, int64_t i)
+      : a(all), row(all.scratch + i * all.scratch_row) {}
+  MRCN_DEVICE A* plane(int number) const { return row + number * a.C; }
+  MRCN_DEVICE A* U(int m) const { return plane(m); }
+  MRCN_DEVICE A* V(int m) const { return plane(P::inputs + m); }
+  // The sample's part of ∂γ (which = 0) or ∂β.
+  MRCN_DEVICE A* norm(int m, int which) const { return plane(2 * P::inputs + 2 * m + which); }
+  MRCN_DEVICE A* s(int g) const { return plane(4 * P::inputs + g); }
+  MRCN_DEVICE A* before(int g) const { return plane(4 * P::inputs + P::gate_count + g); }
+  MRCN_DEVICE A* extreme(int m) const { return plane(4 * P::inputs + 2 * P::gate_count + m); }
+  MRCN_DEVICE A* count(int m) const { return plane(5 * P::inputs + 2 * P::gate_count + m); }
+  MRCN_DEVICE A* layers() const { return plane((a.branches() == 2 ? 6 : 4) * P::inputs + 2 * P::gate_count); }
+  // The gradient before the ReLU of the hidden layer.
+  MRCN_DEVICE A* inner(int g, int b) const { return layers() + int64_t(g * a.branches() + b) * a.R; }
+  MRCN_DEVICE int64_t layer() const { return int64_t(P::gate_count) * a.hidden(); }
+  // The part of a block of channels in the gradient of the hidden layers, which is the same for both
+  // branches.
+  MRCN_DEVICE A* share(int64_t block, int g) const {
+    return layers() + (a.branches() + block) * layer() + int64_t(g) * a.R;
+  }
+};
+
+inline int64_t backward_row(const BlockShape& shape, int blocks) {
+  const int b = branches(shape), m = sets_of(shape.mode).inputs, g = sets_of(shape.mode).gates;
+  return ((b == 2 ? 6 : 4) * m + 2 * g) * shape.channels + (b + blocks) * g * hidden(shape);
+}
+
+// --- pixels -------------------------------------------------------------------------------------------
+
+// Reads the lines of all maps at one place; zeros where a map has no data.
+template <Reuse reuse, class T, bool pixels, class A, int n>
+MRCN_DEVICE void fetch_all(const Common<A>& a, const FeatureMap (&maps)[n], int64_t i,
+    const Share<T, pixels>& share, int64_t at, int filled, int count, Line (&lines)[n]) {
+  unroll<n>([&](auto m) {
+    if (m.v >= count) return;
+    const FeatureMap& map = maps[m.v];
+    lines[m.v] = map.data == nullptr
+                     ? Line{}
+                     : fetch<reuse>(sample_of<const T>(map, i) + share.offset(map, at), filled, a.wide);
+  });
+}
+
+// --- first items: sums --------------------------------------------------------------------------------
+
+// How many places a thread sums one after the other: longer sums would be less exact than those of eager
+// PyTorch. A map of 72 x 32 in channels_last has 18 per thread.
+constexpr int places_per_sum = 20;
+
+// Adds the terms of `places_per_sum` places from `begin` on.
+template <class T, class P, bool pixels, class A>
+MRCN_DEVICE void add_up(const BackwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
+    int64_t begin, const A (&mean)[seen<T, pixels>][P::inputs], const A (&sign)[seen<T, pixels>][P::inputs],
+    A (&sums)[seen<T, pixels>][P::sums], Extreme<A> (&extremes)[seen<T, pixels>][P::inputs]) {
+  const Common<A>& a = arguments.common;
+  const int64_t end = least<int64_t>(begin + places_per_sum * share.step, a.cut.places);
+  for (int64_t at = begin + share.place; at < end; at += share.step) {
+    const int filled = share.filled(a.C, a.L, at);
+    Line x_lines[2], g_lines[4];
+    fetch_all<Reuse::soon>(a, arguments.inputs, i, share, at, filled, P::inputs, x_lines);
+    fetch_all<Reuse::soon>(a, arguments.gradients, i, share, at, filled, P::sets, g_lines);
+    // The elements are converted one at a time: those of six lines would not fit into registers.
+    T x[P::inputs][width<T>], g[P::sets][width<T>];
+    unroll<P::inputs>([&](auto m) { std::memcpy(x[m.v], &x_lines[m.v], sizeof(Line)); });
+    unroll<P::sets>([&](auto set) { std::memcpy(g[set.v], &g_lines[set.v], sizeof(Line)); });
+    A line[P::sums]{};  // sums over a line of a plane, which are one term of the plane's sums
+    unroll<width<T>>([&](auto j) {
+      constexpr int own = pixels ? j.v : 0;
+      A from[P::inputs], given[P::sets];
+      unroll<P::inputs>([&](auto m) { from[m.v] = get(&x[m.v][j.v]); });
+      unroll<P::sets>([&](auto set) { given[set.v] = get(&g[set.v][j.v]); });
+      add_sums<P>(mean[own], from, given, pixels ? sums[own] : line);
+      if (a.gate == Gate::cbam_channel && j.v < filled) {
+        unroll<P::inputs>([&](auto m) { extremes[own][m.v].join({from[m.v] * sign[own][m.v], A(1)}); });
+      }
+    });
+    if (!pixels) unroll<P::sums>([&](auto n) { sums[0][n.v] += line[n.v]; });
+  }
+}
+
+// Writes the sums of the planes of the item to shared memory, one part for each warp that shares a plane.
+template <class T, class P, bool pixels, class Shared>
+MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int64_t block, Shared& shared) {
+  using A = acc_t<T>;
+  constexpr int K = seen<T, pixels>;
+  const Common<A>& a = arguments.common;
+  const Saved<P, A> saved(a, i);
+  const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
+  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+    A mean[K][P::inputs]{}, sign[K][P::inputs]{};
+    Extreme<A> extremes[K][P::inputs];
+    unroll<K>([&](auto k) {
+      unroll<P::inputs>([&](auto m) {
+        extremes[k.v][m.v] = {};  // nvcc 13.0 leaves zeros in all rows of such an array but the first
+        if (share.c + k.v >= a.C) return;
+        const Plane<A> plane = saved.plane(m.v, share.c + k.v);
+        mean[k.v][m.v] = plane.mean;
+        sign[k.v][m.v] = extreme_pixel(plane, A(1), A(-1));
+      });
+    });
+    const bool leaves = lane < a.cut.across;
+    const int first = (pixels ? warp * a.cut.channels : 0) + share.channel;
+    for (int64_t begin = 0; begin < a.cut.places; begin += places_per_sum * share.step) {
+      A sums[K][P::sums]{};
+      if (share.c < a.C) add_up<T, P, pixels>(arguments, i, share, begin, mean, sign, sums, extremes);
+      unroll<K>([&](auto k) {
+        unroll<P::sums>([&](auto n) {
+          for (int mask = a.cut.across; mask < warp_lanes; mask *= 2) {
+            sums[k.v][n.v] += exchange(sums[k.v][n.v], mask);
+          }
+          if (!leaves) return;
+          A& part = shared.part[n.v][first + k.v];
+          part = (begin == 0 ? A(0) : part) + sums[k.v][n.v];
+        });
+      });
+    }
+    if (a.gate != Gate::cbam_channel) return;
+    unroll<K>([&](auto k) {
+      unroll<P::inputs>([&](auto m) {
+        for (int mask = a.cut.across; mask < warp_lanes; mask *= 2) {
+          extremes[k.v][m.v].join(extremes[k.v][m.v].from_lane(mask));
+        }
+        if (leaves) shared.extreme_part[m.v][first + k.v] = extremes[k.v][m.v];
+      });
+    });
+  });
+}
+
+MRCN_DEVICE bool has(unsigned bits, int number) { return (bits >> number & 1u) != 0; }
+
+// Writes what the second items need of a plane to scratch memory, and the gradients before the sigmoids to
+// shared memory.
+template <class P, bool pixels, class A, class Shared>
+MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channel, Shared& shared) {
+  const Saved<P, A> saved(a, i);
+  const BackwardScratch<P, A> scratch(a, i);
+  const int parts = pixels ? block_warps : 1;
+  Plane<A> planes[P::inputs];
+  A s[P::gate_count], sums[P::sums]{}, ds[P::gate_count], U[P::inputs], V[P::inputs];
+  unroll<P::inputs>([&](auto m) { planes[m.v] = saved.plane(m.v, c); });
+  unroll<P::gate_count>([&](auto g) { s[g.v] = shared.s[g.v][channel]; });
+  unroll<P::sums>([&](auto n) {
+    for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.channels + channel];
+  });
+  // Sets zero in place of the sums of missing gradients, and of the gates that only sets without a gradient
+  // use: not even a NaN of theirs may reach a result.
+  unroll<P::sets>([&](auto set) {
+    if (has(a.given_sets, set.v)) return;
+    sums[P::S(set.v)] = A(0);
+    unroll<P::inputs>([&](auto m) {
+      if constexpr (P::uses(set.v, m.v)) sums[P::T(set.v, m.v)] = A(0);
+    });
+  });
+  unroll<P::gate_count>([&](auto g) {
+    if (!has(a.given_gates, g.v)) s[g.v] = A(0);
+  });
+  make_gate_gradients<P>(planes, sums, ds);
+  make_moments<P>(s, a.to_input, sums, U, V);
+  unroll<P::inputs>([&](auto m) {
+    scratch.U(m.v)[c] = U[m.v];
+    scratch.V(m.v)[c] = V[m.v];
+    if (a.gate != Gate::cbam_channel) return;
+    Extreme<A> extreme;
+    for (int part = 0; part < parts; ++part) {
+      extreme.join(shared.extreme_part[m.v][part * a.cut.channels + channel]);
+    }
+    scratch.extreme(m.v)[c] = extreme.value * extreme_pixel(planes[m.v], A(1), A(-1));
+    scratch.count(m.v)[c] = extreme.count;
+  });
+  unroll<P::gate_count>([&](auto g) {
+    const A before = has(a.given_gates, g.v) ? ds[g.v] * s[g.v] * (1 - s[g.v]) : A(0);
+    scratch.s(g.v)[c] = s[g.v];
+    scratch.before(g.v)[c] = before;
+    shared.before[g.v][channel] = before;
+  });
+}
+
+// Writes the part of these channels in the gradient of the hidden layers.
+template <class P, class A, class Shared>
+MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, const Shared& shared) {
+  const BackwardScratch<P, A> scratch(a, i);
+  const int64_t c0 = block * a.cut.channels;
+  const int channels = int(least<int64_t>(a.cut.channels, a.C - c0));
+  over_threads(scratch.layer(), [&](int64_t n) {
+    const int g = int(n / a.R), row = int(n % a.R);
+    const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
+    A total(0);
+    for (int c = 0; c < channels && has(a.given_gates, g); ++c)
+      total += weight[int64_t(c) * a.R] * shared.before[g][c];
+    scratch.share(block, g)[row] = total;
+  });
+}
+
+template <class P, class A>
+MRCN_DEVICE void make_inner_gradients(const Common<A>& a, int64_t i) {
+  const BackwardScratch<P, A> scratch(a, i);
+  const Saved<P, A> saved(a, i);
+  over_threads(scratch.layer(), [&](int64_t n) {
+    const int g = int(n / a.R), row = int(n % a.R);
+    const A gradient = add_shares(scratch.share(0, g) + row, a.cut.blocks, scratch.layer());
+    for (int b = 0; b < a.branches(); ++b) {
+      scratch.inner(g, b)[row] = saved.hidden(g, b)[row] <= A(0) ? A(0) : gradient;
+    }
+  });
+}
+
+template <class T, class P, bool pixels, class Shared>
+MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
+  using A = acc_t<T>;
+  const Common<A>& a = arguments.common;
+  const int64_t i = item.sample, block = item.number, c0 = block * a.cut.channels;
+  add_parts<T, P, pixels>(arguments, i, block, shared);
+  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
+    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
+    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
+  });
+  __syncthreads();
+  over_threads(a.cut.channels, [&](int64_t channel) {
+    if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
+  });
+  __syncthreads();
+  leave_shares<P>(a, i, block, shared);
+  if (!arrives_last(a.arrivals(i), a.firsts, &shared.arrived)) return;
+  make_inner_gradients<P>(a, i);
+  __syncthreads();
+  if (threadIdx.x == 0) add_acquire_release(a.arrivals(i), 1);
+}
+
+// --- second items: gradients of the inputs ------------------------------------------------------------
+
+// The gradient of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through all gates that see it.
+template <class P, class A>
+MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
+  const Common<A>& a = scratch.a;
+  A total(0);
+  for (int g = m; g < P::gate_count; g += P::inputs) {
+    if (!has(a.given_gates, g)) continue;
+    if (a.gate == Gate::eca) {
+      for (int t = 0; t < a.R; ++t) {
+        const int64_t to = c - t + a.R / 2;
+        if (to < 0 || to >= a.C) continue;
+        total += a.parameters[0][g * a.R + t] * load_shared_by_blocks(scratch.before(g) + to);
+      }
+    } else {
+      const Numbers<A> weight = a.parameters[0].from(int64_t(g) * a.R * a.C + c);
+      const A* inner = scratch.inner(g, b);
+      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * load_shared_by_blocks(inner + row);
+    }
+  }
+  return total;
+}
+
+// Computes the coefficients of ∂x of channel c and, if `leaves`, the sample's part of ∂γ and ∂β.
+template <class P, class A, class Shared>
+MRCN_DEVICE void map_gradients(
+    const Common<A>& a, int64_t i, int64_t c, int channel, bool leaves, Shared& shared) {
+  const Saved<P, A> saved(a, i);
+  const BackwardScratch<P, A> scratch(a, i);
+  Plane<A> planes[P::inputs];
+  A s[P::gate_count], k[P::backward_slots]{};
+  unroll<P::inputs>([&](auto m) { planes[m.v] = saved.plane(m.v, c); });
+  unroll<P::gate_count>([&](auto g) { s[g.v] = load_shared_by_blocks(scratch.s(g.v) + c); });
+  make_maps<P>(planes, s, a.to_input, k, false);
+  unroll<P::sets>([&](auto set) {
+    if (has(a.given_sets, set.v)) return;
+    unroll<P::inputs>([&](auto m) {
+      if constexpr (P::uses(set.v, m.v)) k[P::scale(set.v, m.v)] = A(0);
+    });
+  });
+  unroll<P::inputs>([&](auto m) {
+    const bool used = has(a.given_inputs, m.v);
+    const Plane<A>& plane = planes[m.v];
+    A U = load_shared_by_blocks(scratch.U(m.v) + c), V = load_shared_by_blocks(scratch.V(m.v) + c);
+    if (a.gate == Gate::cbam_channel) {
+      // The gradient of GMP(M) goes to the pixel with the maximum of M, in equal parts if there are several.
+      const A extreme = load_shared_by_blocks(scratch.extreme(m.v) + c),
+              of = shared.of_pooled[m.v][1][channel];
+      U -= (extreme - plane.mean) * of;
+      V -= of;
+      k[P::extreme(m.v)] = extreme;
+      k[P::k3(m.v)] = (1 - plane.a) * of / load_shared_by_blocks(scratch.count(m.v) + c);
+    }
+    const PlaneGradient<A> of = plane_gradient(plane, U, V, shared.of_pooled[m.v][0][channel], A(a.L));
+    k[P::k1(m.v)] = used ? of.k1 : A(0);
+    k[P::k2(m.v)] = used ? of.k2 : A(0);
+    if (leaves) {
+      scratch.norm(m.v, 0)[c] = used ? of.gamma : A(0);
+      scratch.norm(m.v, 1)[c] = used ? of.beta : A(0);
+    }
+  });
+  unroll<P::backward_slots>([&](auto slot) { shared.k[slot.v][channel] = k[slot.v]; });
+}
+
+template <class P, class A, class Shared>
+MRCN_DEVICE void make_coefficients(
+    const Common<A>& a, int64_t i, int64_t block, bool leaves, Shared& shared) {
+  const BackwardScratch<P, A> scratch(a, i);
+  const int64_t c0 = block * a.cut.channels;
+  over_threads(int64_t(P::inputs) * a.branches() * a.cut.channels, [&](int64_t n) {
+    const int channel = int(n % a.cut.channels), m = int(n / a.cut.channels % P::inputs);
+    const int b = int(n / a.cut.channels / P::inputs);
+    if (c0 + channel < a.C) shared.of_pooled[m][b][channel] = of_pooled(scratch, m, b, c0 + channel);
+  });
+  __syncthreads();
+  over_threads(a.cut.channels, [&](int64_t channel) {
+    if (c0 + channel < a.C) map_gradients<P>(a, i, c0 + channel, int(channel), leaves, shared);
+  });
+  __syncthreads();
+}
+
+template <class T, class P, bool pixels, class Shared>
+MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
+  using A = acc_t<T>;
+  const Common<A>& a = arguments.common;
+  const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
+  wait_for(a.arrivals(i), a.firsts + 1);
+  make_coefficients<P>(a, i, block, chunk == 0, shared);
+  if (chunk == 0 && threadIdx.x == 0) add_acquire_release(a.counters + 1, 1);
+  const int64_t end = least((chunk + 1) * a.cut.chunk, a.cut.places);
+  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+    if (share.c >= a.C) return;
+    A k[P::backward_slots];
+    if (!pixels) read_coefficients(shared, share.channel, k);
+    for (int64_t at = chunk * a.cut.chunk + share.place; at < end; at += share.step) {
+      const int filled = share.filled(a.C, a.L, at);
+      Line x_lines[2], g_lines[4], passed_lines[2];
+      fetch_all<Reuse::never>(a, arguments.inputs, i, share, at, filled, P::inputs, x_lines);
+      fetch_all<Reuse::never>(a, arguments.gradients, i, share, at, filled, P::sets, g_lines);
+      fetch_all<Reuse::never>(a, arguments.passed, i, share, at, filled, P::inputs, passed_lines);
+      A x[P::inputs][width<T>], g[P::sets][width<T>], dx[P::inputs][width<T>];
+      unroll<P::inputs>([&](auto m) { widen<T>(x_lines[m.v], x[m.v]); });
+      unroll<P::inputs>([&](auto m) { widen<T>(passed_lines[m.v], dx[m.v]); });
+      unroll<P::sets>([&](auto set) { widen<T>(g_lines[set.v], g[set.v]); });
+      unroll<width<T>>([&](auto j) {
+        A from[P::inputs], given[P::sets], made[P::inputs];
+        if (pixels) read_coefficients(shared, share.channel + j.v, k);
+        unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
+        unroll<P::sets>([&](auto set) { given[set.v] = g[set.v][j.v]; });
+        make_gradients<P>(k, from, given, made);
+        unroll<P::inputs>([&](auto m) {
+          dx[m.v][j.v] += made[m.v];
+          const bool top = a.gate == Gate::cbam_channel && from[m.v] == k[P::extreme(m.v)];
+          if (top) dx[m.v][j.v] += k[P::k3(m.v)];
+        });
+      });
+      unroll<P::inputs>([&](auto m) {
+        const FeatureMap& map = arguments.input_gradients[m.v];
+        keep(sample_of<T>(map, i) + share.offset(map, at), narrow<T>(dx[m.v]), filled, a.wide);
+      });
+    }
+  });
+}
+
+// --- last items: gradients of the parameters ----------------------------------------------------------
+
+// The input of a gate from a plane: GAP(M) (b = 0) or GMP(M) (b = 1).
+template <class P, class A>
+MRCN_DEVICE A pooled(
+    const Saved<P, A>& saved, const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
+  const Plane<A> plane = saved.plane(m, c);
+  if (b == 0) return pooled_residual(plane);
+  return residual_at(plane, load_shared_by_blocks(scratch.extreme(m) + c));
+}
+
+// to[n] = the sum of f(saved, scratch) over the samples, in their order; 0 unless `used`.
+template <class P, class A, class F>
+MRCN_DEVICE void add_samples(const Common<A>& a, bool used, const Numbers<A>& to, int64_t n, const F& f) {
+  A total(0);
+  for (int64_t i = 0; i < a.N && used; ++i) total += f(Saved<P, A>(a, i), BackwardScratch<P, A>(a, i));
+  to.set(n, total);
+}
+
+// Computes number n of the gradients of the parameters, which are counted in this order: γ, β and, of SE and
+// CBAM, the weights of both layers, then their biases.
+template <class T, class P>
+MRCN_DEVICE void parameter_gradient(const BackwardArguments<T>& arguments, int64_t n) {
+  using A = acc_t<T>;
+  using Scratch = BackwardScratch<P, A>;
+  const Common<A>& a = arguments.common;
+  const int64_t norms = P::inputs * a.C, weights = P::gate_count * a.C * a.hidden();
+  if (n < 2 * norms) {
+    const int which = n < norms ? 0 : 1, m = int(n % norms / a.C);
+    const Numbers<A>& to = which == 0 ? arguments.of_gamma : arguments.of_beta;
+    add_samples<P>(a, true, to, n % norms, [&](const Saved<P, A>&, const Scratch& scratch) {
+      return load_shared_by_blocks(scratch.norm(m, which) + n % a.C);
+    });
+    return;
+  }
+  n -= 2 * norms;
+  if (n < weights) {
+    const int64_t c = n % a.C;
+    const int row = int(n / a.C % a.R), g = int(n / a.C / a.R);
+    const bool used = has(a.given_gates, g);
+    add_samples<P>(
+        a, used, arguments.of_parameters[0], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
+          A total(0);
+          for (int b = 0; b < a.branches(); ++b) {
+            total += load_shared_by_blocks(scratch.inner(g, b) + row) *
+                     pooled(saved, scratch, modality<P>(g), b, c);
+          }
+          return total;
+        });
+    return;
+  }
+  n -= weights;
+  if (n < weights) {
+    const int row = int(n % a.R), g = int(n / a.R / a.C);
+    const int64_t c = n / a.R % a.C;
+    const bool used = has(a.given_gates, g);
+    add_samples<P>(
+        a, used, arguments.of_parameters[2], n, [&](const Saved<P, A>& saved, const Scratch& scratch) {
+          const A before = load_shared_by_blocks(scratch.before(g) + c);
+          A total(0);
+          for (int b = 0; b < a.branches(); ++b) total += before * saved.hidden(g, b)[row];
+          return total;
+        });
+    return;
+  }
+  n -= weights;
+  if (n < P::gate_count * a.R) {
+    const int row = int(n % a.R), g = int(n / a.R);
+    add_samples<P>(a, true, arguments.of_parameters[1], n, [&](const Saved<P, A>&, const Scratch& scratch) {
+      A total(0);
+      for (int b = 0; b < a.branches(); ++b) total += load_shared_by_blocks(scratch.inner(g, b) + row);
+      return total;
+    });
+    return;
+  }
+  n -= P::gate_count * a.R;
+  const int64_t c = n % a.C;
+  const int g = int(n / a.C);
+  add_samples<P>(a, true, arguments.of_parameters[3], n, [&](const Saved<P, A>&, const Scratch& scratch) {
+    return A(a.branches()) * load_shared_by_blocks(scratch.before(g) + c);
+  });
+}
+
+// A warp computes the gradient of weight n of ECA's convolutions.
+template <class T, class P>
+MRCN_DEVICE void eca_gradient(const BackwardArguments<T>& arguments, int64_t n) {
+  using A = acc_t<T>;
+  const Common<A>& a = arguments.common;
+  const int lane = threadIdx.x % warp_lanes, g = int(n / a.R);
+  const int64_t shift = n % a.R - a.R / 2;
+  A total(0);
+  for (int64_t at = lane; at < a.N * a.C; at += warp_lanes) {
+    const int64_t i = at / a.C, c = at % a.C;
+    if (!has(a.given_gates, g)) break;
+    const BackwardScratch<P, A> scratch(a, i);
+    // The zeros of the padding count too: a gradient that is not finite makes them NaN.
+    const bool inside = c + shift >= 0 && c + shift < a.C;
+    const A z = inside ? pooled_residual(Saved<P, A>(a, i).plane(modality<P>(g), c + shift)) : A(0);
+    total += load_shared_by_blocks(scratch.before(g) + c) * z;
+  }
+  for (int mask = 1; mask < warp_lanes; mask *= 2) total += exchange(total, mask);
+  if (lane == 0) arguments.of_parameters[0].set(n, total);
+}
+
+// How many numbers are computed by one thread each; and how many last items there are, with those of ECA,
+// whose numbers are computed by one warp each.
+inline int64_t single_parameters(const BlockShape& s) {
+  const int64_t layers =
+      hidden(s) == 0 ? 0 : sets_of(s.mode).gates * (2 * s.channels * s.hidden + s.hidden + s.channels);
+  return 2 * sets_of(s.mode).inputs * s.channels + layers;
+}
+inline int64_t last_items(const BlockShape& s) {
+  const int64_t of_eca = s.gate == Gate::eca ? sets_of(s.mode).gates * s.hidden : 0;
+  return divided(single_parameters(s), block_threads) + divided(of_eca, block_warps);
+}
+
+template <class T, class P>
+MRCN_DEVICE void last_item(const BackwardArguments<T>& arguments, int64_t number, int64_t singles) {
+  const auto& a = arguments.common;
+  wait_for(a.counters + 1, int(a.N * a.cut.blocks));
+  const int64_t blocks = (singles + block_threads - 1) / block_threads;
+  if (number < blocks) {
+    const int64_t n = number * block_threads + threadIdx.x;
+    if (n < singles) parameter_gradient<T, P>(arguments, n);
+  } else {
+    const int64_t n = (number - blocks) * block_warps + threadIdx.x / warp_lanes;
+    if (n < int64_t(P::gate_count) * a.R) eca_gradient<T, P>(arguments, n);
+  }
+}
+
+// --- the kernel ---------------------------------------------------------------------------------------
+
+// How many blocks per multiprocessor must find enough registers: with ten sums for each channel of a line,
+// one.
+template <class T, class P, bool pixels>
+constexpr int backward_blocks = sizeof(T) == 8 || pixels ? 1 : 2;
+
+template <class T, class P, bool pixels>
+MRCN_KERNEL((backward_blocks<T, P, pixels>))
+backward_kernel(BackwardArguments<T> arguments) {
+  auto& shared = *reinterpret_cast<BackwardShared<T, P>*>(shared_memory());
+  over_items(arguments.common, &shared.ticket, [&](const Item& item) {
+    if (item.phase == Phase::first) {
+      first_item<T, P, pixels>(arguments, item, shared);
+    } else if (item.phase == Phase::second) {
+      second_item<T, P, pixels>(arguments, item, shared);
+    } else {
+      last_item<T, P>(arguments, item.number, arguments.singles);
+    }
+  });
+}
+
+template <class T, class P, bool pixels>
+int run_backward(const BlockBackward& call, void* scratch, void* stream) {
+  using A = acc_t<T>;
+  constexpr int shared = sizeof(BackwardShared<T, P>);
+  static_assert(shared <= most_shared);
+  BackwardArguments<T> a{};
+  const int64_t row = backward_row(call.shape, cut<T>(call.shape).blocks);
+  a.common = common<T>(call, 1, last_items(call.shape), row, call.statistics, scratch);
+  a.singles = single_parameters(call.shape);
+  const Sets& sets = sets_of(call.shape.mode);
+  for (int m = 0; m < P::inputs; ++m) {
+    a.inputs[m] = call.inputs[m];
+    a.input_gradients[m] = call.input_gradients[m];
+    if (sets.concat) a.passed[m] = call.gradients[m == 0 ? 0 : sets.all() - 1];
+  }
+  for (int set = 0; set < P::sets; ++set) a.gradients[set] = call.gradients[sets.first_made() + set];
+  const Given<P> given([&](int set) { return a.gradients[set].data != nullptr; });
+  for (int set = 0; set < P::sets; ++set) a.common.given_sets |= unsigned(given.sets[set]) << set;
+  for (int g = 0; g < P::gate_count; ++g) a.common.given_gates |= unsigned(given.gates[g]) << g;
+  for (int m = 0; m < P::inputs; ++m) a.common.given_inputs |= unsigned(given.inputs[m]) << m;
+  a.of_gamma = numbers<A>(call, call.norm_weight_gradient);
+  a.of_beta = numbers<A>(call, call.norm_bias_gradient);
+  for (int n = 0; n < 4; ++n) a.of_parameters[n] = numbers<A>(call, call.gate_gradient[n]);
+  a.common.wide = lines_aligned<T>(a.inputs, call.shape) && lines_aligned<T>(a.gradients, call.shape) &&
+                  lines_aligned<T>(a.passed, call.shape) && lines_aligned<T>(a.input_gradients, call.shape);
+
+  constexpr auto* kernel = backward_kernel<T, P, pixels>;
+  Device device;
+  if (int error = device_of<kernel>(shared, &device); error != 0) return error;
+  a.common.ahead = samples_ahead<T>(a.common, device, P::inputs + P::sets);
+  if (int error = clear(scratch, counter_bytes(call.shape.samples), stream); error != 0) return error;
+  return launch<kernel>(a, blocks_of(a.common, device), shared, stream);
+}
+
+}  // namespace
+
+int64_t backward_scratch(const BlockShape& shape) {
+  int64_t bytes = 0;
+  with_element(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t row = backward_row(shape, cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
+    bytes = counter_bytes(shape.samples) + shape.samples * row;
+    return 0;
+  });
+  return bytes;
+}
+
+int block_backward(const BlockBackward& call, void* scratch, void* stream) {
+  return with_element(call.shape.dtype, [&](auto element) {
+    return with_kernel(call.shape, [&](auto pattern, auto pixels) {
+      return run_backward<decltype(element), decltype(pattern), decltype(pixels)::value>(
+          call, scratch, stream);
+    });
+  });
+}
+
+}  // namespace mrcn::MRCN_ISA

@@ -1,0 +1,58 @@
+// The block's operations on CUDA tensors.
+#include "block/cuda/kernels.h"
+
+#include "block/ops.h"
+#include "cuda/tensors.h"
+
+namespace mrcn {
+namespace {
+
+std::string described(const BlockShape& s) {
+  constexpr const char* dtypes[] = {"float32", "float64", "bfloat16", "float16"};
+  std::ostringstream text;
+  text << s.samples << " samples of " << s.channels << " channels of " << s.length << " pixels, "
+       << dtypes[int(s.dtype)] << (s.pixels ? ", channels_last" : "");
+  return text.str();
+}
+
+struct Cuda {
+  static constexpr const char* tensor = "a CUDA tensor";
+  static constexpr bool converts = false;
+  static constexpr ParallelFor parallel = nullptr;
+
+  static bool serves(const Tensor& t) { return is_cuda_tensor(t); }
+  static int threads() { return 0; }
+  static Tensor empty(
+      const std::vector<int64_t>& sizes, ScalarType dtype, const Tensor& like, bool channels_last) {
+    return cuda_empty(sizes, dtype, like, channels_last);
+  }
+  static Tensors maps(int count, const std::vector<int64_t>& sizes, const Tensor& like, bool channels_last,
+      const std::vector<const void*>&) {
+    Tensors maps;
+    for (int k = 0; k < count; ++k) {
+      maps.push_back(cuda_empty(sizes, like.scalar_type(), like, channels_last));
+    }
+    return maps;
+  }
+  static std::vector<int64_t> statistics(const BlockShape& shape) {
+    return {shape.samples, cuda::saved_row(shape)};
+  }
+  static void forward(BlockForward& call, const Tensor& like) {
+    const Tensor scratch = cuda_empty({cuda::forward_scratch(call.shape)}, ScalarType::Byte, like);
+    const OnDevice device(like);
+    const int error = cuda::block_forward(call, scratch.data_ptr(), device.stream());
+    check_launch(error, "the block's forward", like, [&] { return described(call.shape); });
+  }
+  static void backward(BlockBackward& call, const Tensor& like) {
+    const Tensor scratch = cuda_empty({cuda::backward_scratch(call.shape)}, ScalarType::Byte, like);
+    const OnDevice device(like);
+    const int error = cuda::block_backward(call, scratch.data_ptr(), device.stream());
+    check_launch(error, "the block's backward", like, [&] { return described(call.shape); });
+  }
+};
+
+}  // namespace
+
+MRCN_CUDA_LIBRARY(library) { Operations<Cuda>::implement(library); }
+
+}  // namespace mrcn
