@@ -22,7 +22,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from mrcn_fast.backends.triton import block  # noqa: E402
+from mrcn_fast.backends.triton import operations  # noqa: E402
 from mrcn_fast.backends.triton.launch import Arguments, Launcher  # noqa: E402
 from mrcn_fast.gates import FUSED, GATES  # noqa: E402
 from mrcn_fast.operations import OPERATIONS  # noqa: E402
@@ -69,8 +69,7 @@ def run(
     mode: str, gate: str, shape: tuple[int, int, int, int], dtype: torch.dtype, channels_last: bool
 ) -> None:
     """Forward and backward of meta tensors; parameters in float32 as under autocast."""
-    operation = OPERATIONS[mode]
-    modalities, gates = len(operation.inputs), len(operation.gates)
+    modalities, gates = len(OPERATIONS[mode].inputs), len(OPERATIONS[mode].gates)
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.empty(shape, dtype=dtype, device="meta").to(memory_format=memory_format)
     channels, hidden = shape[1], max(1, shape[1] // 16)
@@ -83,8 +82,8 @@ def run(
     shapes = GATES[gate].shapes(channels, 5 if gate == "eca" else hidden)
     parameters = [empty(gates, *size) for size in shapes.values()]
     inputs = [x] * modalities
-    *made, statistics = block._forward(mode, inputs, norm, norm, parameters, FUSED.index(gate), 1e-5)
-    block._backward(mode, made, inputs, statistics, norm, norm, parameters, FUSED.index(gate))
+    *made, statistics = operations._forward(mode, inputs, norm, norm, parameters, FUSED.index(gate), 1e-5)
+    operations._backward(mode, made, inputs, statistics, norm, norm, parameters, FUSED.index(gate))
 
 
 def source(launch: Launch) -> Any:

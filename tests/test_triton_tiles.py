@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-block: Any = pytest.importorskip(
-    "mrcn_fast.backends.triton.block", reason="Triton has no build for this machine"
+tiles: Any = pytest.importorskip(
+    "mrcn_fast.backends.triton.tiles", reason="Triton has no build for this machine"
 )
 
 CHANNELS = (1, 3, 17, 64, 96, 256, 257, 768, 1024, 2048, 8192)
@@ -20,7 +20,7 @@ WAYS = pytest.mark.parametrize(("pixels", "element_size"), list(itertools.produc
 
 def configurations(pixels: bool, element_size: int) -> Iterator[tuple[int, int, Any]]:
     for channels, length in itertools.product(CHANNELS, LENGTHS):
-        yield channels, length, block.configure(channels, length, pixels, element_size)
+        yield channels, length, tiles.configure(channels, length, pixels, element_size)
 
 
 def power_of_two(n: int) -> bool:
@@ -35,9 +35,9 @@ def test_whoever_adds_up_a_sample_has_all_of_it(pixels: bool, element_size: int)
             assert power_of_two(between.channels), told
             if first.span < length:  # one program joins the parts of every channel
                 assert channels <= between.channels, told
-                assert -(-length // first.span) * between.channels <= block.MOST_PARTS, told
+                assert -(-length // first.span) * between.channels <= tiles.MOST_PARTS, told
             else:  # each block's share of a hidden layer is added up
-                assert -(-channels // first.channels) <= block.MOST_BLOCKS, told
+                assert -(-channels // first.channels) <= tiles.MOST_BLOCKS, told
 
 
 @WAYS

@@ -15,7 +15,8 @@ from torch import Tensor
 import mrcn_fast
 from mrcn_fast import MRCNBlock, dispatch
 from mrcn_fast.backends import triton as backend
-from mrcn_fast.backends.triton import block
+from mrcn_fast.backends.triton import plan as planning
+from mrcn_fast.backends.triton import tiles
 from mrcn_fast.gates import FUSED
 from mrcn_fast.operations import OPERATIONS
 from tests import test_nonfinite
@@ -38,19 +39,19 @@ def case(mode: str, gate: str = "se", restitute_to: str = "normalized", **settin
 def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Tiles so small that every loop, mask and partial sum has several rounds."""
 
-    def configure(channels: int, length: int, *_: Any) -> block.Config:
+    def configure(channels: int, length: int, *_: Any) -> tiles.Config:
         whole = request.param == "whole planes"
-        first = block.Tile(2, length if whole else 12, 4, 4, 2)
-        between = block.Tile(2 if whole else block._power(channels), 0, 0, 4)
-        last = block.Tile(2, 12, 4, 4, 2)
-        return block.Config(first, between, last, first, between, last)
+        first = tiles.Tile(2, length if whole else 12, 4, 4, 2)
+        between = tiles.Tile(2 if whole else tiles.next_power(channels), 0, 0, 4)
+        last = tiles.Tile(2, 12, 4, 4, 2)
+        return tiles.Config(first, between, last, first, between, last)
 
-    monkeypatch.setattr(block, "configure", configure)
-    monkeypatch.setattr(block, "LAYER_CHANNELS", 2)
-    monkeypatch.setattr(block, "LAYER_HIDDEN", 2)
-    block.plan.cache_clear()
+    monkeypatch.setattr(planning, "configure", configure)
+    monkeypatch.setattr(planning, "LAYER_CHANNELS", 2)
+    monkeypatch.setattr(planning, "LAYER_HIDDEN", 2)
+    planning.plan.cache_clear()
     yield
-    block.plan.cache_clear()
+    planning.plan.cache_clear()
 
 
 # --- accuracy ---------------------------------------------------------------------------------------------

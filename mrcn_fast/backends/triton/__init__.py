@@ -21,7 +21,7 @@ import torch
 from mrcn_fast.backends import batching, shapes
 
 NAMESPACE = "mrcn_fast_triton"
-KERNEL_MODULES = ("block", "cqc")
+KERNEL_MODULES = ("operations", "cqc")
 OLDEST = (3, 6)
 DEVICES = ("cuda",)  # whose tensors it takes by itself; torch calls ROCm's devices "cuda" too
 CHECKS = False  # whether its operations refuse what block.py's checks do
