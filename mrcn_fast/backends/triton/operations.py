@@ -1,6 +1,6 @@
 """The block's operations in Triton: three launches forward, three backward.
 
-The formulas are those of csrc/block/algebra.h, whose letters are used here. Forward, `statistics_kernel`
+The formulas are those of csrc/block/formulas.h, whose letters are used here. Forward, `statistics_kernel`
 reads every plane once and `output_kernel` writes every set; backward, `sums_kernel` and `gradient_kernel`.
 Between the two stands a small launch, `gates_kernel` or `coefficients_kernel`: it makes of O(N·C) sums what
 the last one multiplies and adds, once a sample, so that a program of the last one has nothing to do before
