@@ -146,12 +146,13 @@ def _info(argv: list[str]) -> int:
 def _synth(argv: list[str]) -> int:
     from mrcn_fast.reid.console import progress_bars
     from mrcn_fast.reid.data import WRITERS
+    from mrcn_fast.reid.data.synthetic.writers import OPTIONS
     from mrcn_fast.reid.kinds import OneOf, PathText
 
-    # The layout first: the other flags are those of its writer.
+    # The layout is read first, because the other flags depend on it.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--layout", nargs="?")
-    write = WRITERS.get(first.parse_known_args(argv)[0].layout, WRITERS["sysu"])
+    layout = first.parse_known_args(argv)[0].layout
     flags = _flags("synth")
     flags.add_setting("--out", PathText, help="folder for the tree; made where it isn't there")
     flags.add_setting(
@@ -160,15 +161,15 @@ def _synth(argv: list[str]) -> int:
         "sysu",
         "data set whose tree is written; --layout NAME --help lists the flags of each",
     )
-    flags.add_of(write, skip={"root", "progress"})
+    flags.add_of(OPTIONS.get(layout, OPTIONS["sysu"]))
     values = flags.values(argv)
-    values.pop("layout")
+    write = WRITERS[values.pop("layout")]
     check_folder(values["out"], "the tree")
     bars = progress_bars()
     task = bars.add_task("images", total=None, status="")
 
     def show(done: int, total: int) -> None:
-        bars.start()  # not before the parameters are found right
+        bars.start()  # only after the writer has checked its parameters
         bars.update(task, completed=done, total=total)
 
     try:
