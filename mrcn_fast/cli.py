@@ -218,7 +218,8 @@ def _train(argv: list[str]) -> int:
 
 def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.evaluation.scoring import describe, score_checkpoint
+    from mrcn_fast.reid.evaluation.results import describe
+    from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 
     flags = _flags("test")
     flags.add_of(score_checkpoint, skip={"progress"})

@@ -2,44 +2,36 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mrcn_fast.block import MODALITIES
 from mrcn_fast.files import write_json
 from mrcn_fast.memory import enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
-from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
-from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
-from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation import reranking
-from mrcn_fast.reid.evaluation.extraction import extract
-from mrcn_fast.reid.evaluation.pairings import (
-    HEADLINE_PAIRING,
-    TITLES,
-    Pairing,
-    exchange,
-    paired,
-    pairings_of,
+from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, Pairing, exchange, paired, pairings_of
+from mrcn_fast.reid.evaluation.protocol import (
+    images_by_modality,
+    only_readable,
+    search_fingerprint,
+    searches_of,
+    without,
 )
-from mrcn_fast.reid.evaluation.results import HEADLINE, result_name, slug
+from mrcn_fast.reid.evaluation.results import HEADLINE, describe, result_name, slug
 from mrcn_fast.reid.evaluation.scores import score
+from mrcn_fast.reid.evaluation.trained import Trained, open_trained
 from mrcn_fast.reid.kinds import (
     AnyPath,
     BackendName,
@@ -51,117 +43,25 @@ from mrcn_fast.reid.kinds import (
     Trials,
     Workers,
 )
-from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.settings import check_arguments
-from mrcn_fast.reid.training.checkpoint import (
-    CHECKPOINT_NAME,
-    Checkpoint,
-    CheckpointError,
-    build_model,
-    check_data,
-    content_digest,
-    data_identity,
-    fingerprint,
-    load_checkpoint,
-)
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.checkpoint import Checkpoint, content_digest
+
+# With the names that protocol.py, results.py and trained.py define, which have been importable from here.
+__all__ = [
+    "Conditions",
+    "Trained",
+    "describe",
+    "only_readable",
+    "open_trained",
+    "outline",
+    "score_checkpoint",
+    "score_trial",
+    "search_fingerprint",
+    "searches_of",
+    "without",
+]
 
 log = logging.getLogger(__name__)
-
-
-class Trained(NamedTuple):
-    """A checkpoint's network, ready to give features, and the data set it is looked at on."""
-
-    path: Path
-    state: Checkpoint
-    config: TrainConfig
-    dataset: PersonDataset
-    model: ReIDModel
-    fabric: Fabric
-    precision: Precision  # what the network computes in here; `config` has the training's
-    backend: str  # what serves its blocks here, "" without blocks
-
-    def features(
-        self,
-        samples: Sequence[Sample],
-        modality: Modality,
-        *,
-        batch_size: int = 64,
-        workers: int = 0,
-        images: Dataset[Tensor] | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Test features of images of one modality, in their order: (n, `model.feature_size`), float32, CPU.
-
-        `model.test_sets` names the equal chunks of a feature. `images` stands in for the files, such as a
-        cache of them. Raises ValueError for a sample of another modality, DatasetError for an image that
-        can't be read, MemoryShortageError where an allocation fails.
-        """
-        advance = None
-        if progress is not None:
-            task = progress.add_task(f"{modality} features", total=len(samples), status="")
-            advance = partial(progress.advance, task)
-        less = "Less is needed for a smaller --batch_size and for fewer --workers"
-        with enough_memory(f"{modality} features in batches of {batch_size}", less):
-            return extract(
-                self.model,
-                samples,
-                modality,
-                self.config,
-                fabric=self.fabric,
-                batch_size=batch_size,
-                workers=workers,
-                images=images,
-                advance=advance,
-            )
-
-
-@check_arguments
-def open_trained(
-    checkpoint: AnyPath,
-    data: AnyPath,
-    *,
-    split: Split | None = None,
-    other_data: bool = False,
-    backend: BackendName | None = None,
-    accelerator: str = "auto",
-    precision: Precision | None = None,
-    permutations: AnyPath | None = None,
-) -> Trained:
-    """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
-
-    `split` is only checked: a model is looked at on the split it was trained on. The network computes in
-    `precision`, by default the one it was trained in. Raises CheckpointError where the checkpoint can't be
-    used, is of another split or, unless `other_data`, of another data set; ConfigError and BackendError for
-    an accelerator, a precision or a backend that is not to be had here.
-    """
-    path = Path(checkpoint)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
-    state = load_checkpoint(path)
-    config = state.config
-    precision = precision or config.precision
-    fabric = open_fabric(accelerator, precision)
-    serving = serving_backend(config, backend, fabric, precision)
-    if split is not None and split != state.data.split:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
-            f"training images are test images of other splits. Give the checkpoint trained on split {split}"
-        )
-    found = recognize(data)
-    if found != config.dataset and not other_data:
-        raise CheckpointError(
-            f"{path}: this checkpoint belongs to another data set: expected a tree of {config.dataset}, "
-            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other_data"
-        )
-    dataset = open_dataset(
-        found, data, split=state.data.split if found == "regdb" else 1, permutations=permutations
-    )
-    if not other_data:
-        check_data(path, state, data_identity(dataset, dataset.training()))
-    model = build_model(path, state, backend)
-    use_layout(model, config.channels_last)
-    fabric.to_device(model)
-    return Trained(path, state, config, dataset, model, fabric, precision, serving)
 
 
 @check_arguments
@@ -255,7 +155,7 @@ def score_checkpoint(
     _check_neighbours(searches, conditions)
     result = outline(trained.state, trained.dataset, searches, conditions)
     written = trained.path.with_name(result_name(result, trained.path.stem))
-    samples = _by_modality(searches)
+    samples = images_by_modality(searches)
     unreadable: set[Path] = set()
     if skip_unreadable:
         samples, unreadable = only_readable(samples, workers=workers)
@@ -327,24 +227,8 @@ def outline(
     }
 
 
-def search_fingerprint(dataset: PersonDataset, search: Search) -> str:
-    """Of which images a search's scores are: `fingerprint` of the query and of each trial's gallery."""
-    return fingerprint(dataset.root, chain(search.query, *search.galleries))
-
-
 def _cache_name(searches: Sequence[Search]) -> str:
     return slug(["test", *(search.name for search in searches), searches[0].settings])
-
-
-def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:
-    """The searches of a data set's protocol. ValueError for an option that its protocol hasn't."""
-    known = inspect.signature(dataset.searches).parameters
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"{dataset.name}'s protocol has no {', '.join(unknown)}; "
-            + (f"it has {', '.join(known)}" if known else "nothing in it is to be chosen")
-        )
-    return dataset.searches(**options)
 
 
 def _check_neighbours(searches: Sequence[Search], conditions: Conditions) -> None:
@@ -379,62 +263,6 @@ class _FeatureTable:
 
     def of(self, samples: Iterable[Sample]) -> Tensor:
         return self._features[[self._rows[sample.path] for sample in samples]]
-
-
-def _by_modality(searches: Sequence[Search]) -> dict[Modality, list[Sample]]:
-    """Each image of the searches once, by modality: trials and directions share most of them.
-
-    Raises ValueError where a search doesn't go from one modality to the other.
-    """
-    found: dict[Modality, dict[Path, Sample]] = {}
-    for search in searches:
-        gallery = [sample for trial in search.galleries for sample in trial]
-        sides = [{sample.modality for sample in side} for side in (search.query, gallery)]
-        if not all(len(side) == 1 and side <= set(MODALITIES) for side in sides) or sides[0] == sides[1]:
-            raise ValueError(
-                f"{search.name}: got a query of {_names(sides[0])} and a gallery of {_names(sides[1])} "
-                "images, expected one modality against the other"
-            )
-        for sample in (*search.query, *gallery):
-            found.setdefault(sample.modality, {})[sample.path] = sample
-    return {modality: list(images.values()) for modality, images in found.items()}
-
-
-def _names(modalities: set[Modality]) -> str:
-    return " and ".join(sorted(map(str, modalities))) or "no"
-
-
-def only_readable(
-    samples: Mapping[Modality, Sequence[Sample]], *, workers: int = 0
-) -> tuple[dict[Modality, list[Sample]], set[Path]]:
-    """The test images that can be read, by modality, and the paths of those that can't.
-
-    `readable` logs the latter. Raises DatasetError where no identity has images of both modalities left.
-    """
-    every = [sample for images in samples.values() for sample in images]
-    kept, unreadable = readable(every, workers=workers)
-    check_left(kept, unreadable, "test")
-    by_modality = {m: [sample for sample in kept if sample.modality == m] for m in samples}
-    return by_modality, {sample.path for sample in unreadable}
-
-
-def without(search: Search, unreadable: Collection[Path]) -> Search:
-    """A search without the images at these paths.
-
-    Raises DatasetError where a gallery is left in which nobody is searched for, or no query.
-    """
-
-    if not unreadable:
-        return search
-
-    def kept(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-        return tuple(sample for sample in samples if sample.path not in unreadable)
-
-    left = search._replace(query=kept(search.query), galleries=tuple(map(kept, search.galleries)))
-    for before, after in zip(search.galleries, left.galleries, strict=True):
-        lost = [sample for sample in (*search.query, *before) if sample.path in unreadable]
-        check_left((*left.query, *after), lost, "test")
-    return left
 
 
 def _score_search(
@@ -501,39 +329,3 @@ def score_trial(
     )
     ranks = {f"rank{rank}": float(scores.cmc[rank - 1]) for rank in (1, 10, 20)}
     return ranks | {"mAP": scores.mAP, "mINP": scores.mINP, "valid_queries": scores.valid_queries}
-
-
-def describe(result: dict[str, Any]) -> str:
-    """A result in a few lines: what was measured, then the figures in percent, mean ± standard deviation."""
-    names = {"rank1": "Rank-1", "rank10": "Rank-10", "rank20": "Rank-20"}
-    lines = []
-    for name, search in result["searches"].items():
-        trials = search["trials"]
-        described = [f"{result['dataset']}, split {result['split']}", name, search["settings"]]
-        if result["rerank"]:
-            described.append(f"re-ranked with k1={result['k1']} and k2={result['k2']}")
-        described.append(f"{trials} trial{'s' * (trials > 1)}")
-        described += [
-            f"{_range(search['valid_queries'])} of {search['queries']} queries valid",
-            f"{_range(search['gallery_images'])} gallery images",
-        ]
-        lines.append(", ".join(filter(None, described)))
-        lines += [
-            f"  {names.get(key, key):8s}{100 * search['mean'][key]:6.2f} ± {100 * search['std'][key]:.2f}"
-            for key in HEADLINE
-        ]
-        lines += [
-            f"  {TITLES[pairing]}: "
-            + ", ".join(f"{names.get(key, key)} {100 * scores['mean'][key]:.2f}" for key in ("rank1", "mAP"))
-            for pairing, scores in search["pairings"].items()
-        ]
-    served = f", backend {result['backend']}" if result["backend"] else ""
-    lines.append(f"computed in {result['precision']} on {result['device']}{served}")
-    if result["unreadable"]:
-        lines.append(f"left out {len(result['unreadable'])} images that can't be read, named in the result")
-    return "\n".join([*lines, f"written to {result['path']}"])
-
-
-def _range(counts: Sequence[int]) -> str:
-    least, most = min(counts), max(counts)
-    return str(least) if least == most else f"{least} to {most}"

@@ -26,16 +26,10 @@ from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.evaluation.protocol import only_readable, search_fingerprint, searches_of, without
 from mrcn_fast.reid.evaluation.results import check_free
 from mrcn_fast.reid.evaluation.scores import skipped_images
-from mrcn_fast.reid.evaluation.scoring import (
-    Trained,
-    only_readable,
-    open_trained,
-    search_fingerprint,
-    searches_of,
-    without,
-)
+from mrcn_fast.reid.evaluation.trained import Trained, open_trained
 from mrcn_fast.reid.kinds import NUMPY, BackendName, Count, PathText, Precision, Split, Workers
 from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.paper import plots

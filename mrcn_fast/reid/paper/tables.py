@@ -22,14 +22,9 @@ from mrcn_fast.reid.data.types import PersonDataset
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.documents import DocumentError, read_json
 from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, PAIRINGS, TITLES, exchange
+from mrcn_fast.reid.evaluation.protocol import search_fingerprint, searches_of
 from mrcn_fast.reid.evaluation.results import HEADLINE, check_free, kept_result
-from mrcn_fast.reid.evaluation.scoring import (
-    Conditions,
-    outline,
-    score_checkpoint,
-    search_fingerprint,
-    searches_of,
-)
+from mrcn_fast.reid.evaluation.scoring import Conditions, outline, score_checkpoint
 from mrcn_fast.reid.kinds import AnyPath, Count, Share, Split
 from mrcn_fast.reid.messages import shown
 from mrcn_fast.reid.paper.recipes import Row, TableSpec, load_recipe, load_table
