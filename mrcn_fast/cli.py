@@ -219,10 +219,11 @@ def _train(argv: list[str]) -> int:
 def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.evaluation.results import describe
-    from mrcn_fast.reid.evaluation.scoring import score_checkpoint
+    from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_checkpoint
 
     flags = _flags("test")
-    flags.add_of(score_checkpoint, skip={"progress"})
+    flags.add_of(score_checkpoint, skip={"progress", "options"})
+    flags.add_of(ScoringOptions)
     values = flags.values(argv)
     log_to_console()
     print(describe(score_checkpoint(**values)))
@@ -295,10 +296,11 @@ def _table(argv: list[str]) -> int:
 
 def _figures(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.paper.figures import make_figures
+    from mrcn_fast.reid.paper.figures import FigureOptions, make_figures
 
     flags = _flags("figures")
-    flags.add_of(make_figures, skip={"progress"})
+    flags.add_of(make_figures, skip={"progress", "options"})
+    flags.add_of(FigureOptions)
     values = flags.values(argv)
     log_to_console()
     for path in make_figures(**values)["files"]:

@@ -6,6 +6,7 @@ import logging
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,17 +32,14 @@ from mrcn_fast.reid.evaluation.protocol import (
 )
 from mrcn_fast.reid.evaluation.results import HEADLINE, describe, result_name, slug
 from mrcn_fast.reid.evaluation.scores import score
-from mrcn_fast.reid.evaluation.trained import Trained, open_trained
+from mrcn_fast.reid.evaluation.trained import EvaluationOptions, Trained, open_trained
 from mrcn_fast.reid.kinds import (
     AnyPath,
-    BackendName,
     Count,
     Draw,
     PathText,
     Precision,
-    Split,
     Trials,
-    Workers,
 )
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.checkpoint import Checkpoint, content_digest
@@ -49,6 +47,7 @@ from mrcn_fast.reid.training.checkpoint import Checkpoint, content_digest
 # With the names that protocol.py, results.py and trained.py define, which have been importable from here.
 __all__ = [
     "Conditions",
+    "ScoringOptions",
     "Trained",
     "describe",
     "only_readable",
@@ -64,121 +63,123 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 
+class Conditions(NamedTuple):
+    """What scores depend on besides the network and the images."""
+
+    rerank: bool
+    k1: int | None
+    k2: int | None
+    skip_unreadable: bool
+    precision: Precision
+    backend: str
+    device: str
+
+
+@dataclass(kw_only=True)
+class ScoringOptions(EvaluationOptions):
+    """How a checkpoint is scored. An option of one data set is refused for the others.
+
+    Raises ValueError for a value that a field doesn't take, and for `k1` or `k2` without `rerank`.
+    """
+
+    mode: Literal["all", "indoor", "both"] | None = None
+    """SYSU-MM01: all, indoor or both: the gallery's cameras; none: all."""
+    shots: Count | None = None
+    """SYSU-MM01: gallery images per identity and camera: 1, or 10 for multi-shot; none: 1."""
+    draw: Draw | None = None
+    """SYSU-MM01: how a gallery is drawn: random (the field's PyTorch code) or official; none: random."""
+    trials: Trials | None = None
+    """SYSU-MM01, LLCM: gallery draws to average over; none: 10."""
+    rerank: bool = False
+    """Re-rank by k-reciprocal neighbours (Zhong et al. 2017); the result says so."""
+    k1: Count | None = None
+    """Neighbours that re-ranking encodes an image by; none: 20."""
+    k2: Count | None = None
+    """Neighbours whose encodings re-ranking averages, 1 for no average; none: 6."""
+    cache: PathText | None = None
+    """Folder for a memory-mapped cache of the resized images; none: no cache."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rerank and (self.k1, self.k2) != (None, None):
+            raise ValueError(
+                f"got k1={self.k1}, k2={self.k2} without rerank, which alone reads them: ask for --rerank"
+            )
+
+    def of_protocol(self) -> dict[str, Any]:
+        """The options of the data set's protocol that were given."""
+        options = {"mode": self.mode, "shots": self.shots, "draw": self.draw, "trials": self.trials}
+        return {name: value for name, value in options.items() if value is not None}
+
+    def conditions(self, trained: Trained) -> Conditions:
+        """The conditions of scoring an opened network with these options."""
+        return Conditions(
+            rerank=self.rerank,
+            k1=(self.k1 or reranking.K1) if self.rerank else None,
+            k2=(self.k2 or reranking.K2) if self.rerank else None,
+            skip_unreadable=self.skip_unreadable,
+            precision=trained.precision,
+            backend=trained.backend,
+            device=trained.fabric.device.type,
+        )
+
+
 @check_arguments
 def score_checkpoint(
-    checkpoint: AnyPath,
-    data: AnyPath,
-    *,
-    mode: Literal["all", "indoor", "both"] | None = None,
-    shots: Count | None = None,
-    draw: Draw | None = None,
-    trials: Trials | None = None,
-    permutations: PathText | None = None,
-    rerank: bool = False,
-    k1: Count | None = None,
-    k2: Count | None = None,
-    split: Split | None = None,
-    other_data: bool = False,
-    skip_unreadable: bool = False,
-    cache: PathText | None = None,
-    backend: BackendName | None = None,
-    accelerator: str = "auto",
-    precision: Precision | None = None,
-    batch_size: Count = 64,
-    workers: Workers = 0,
-    progress: Progress | None = None,
+    checkpoint: AnyPath, data: AnyPath, *, progress: Progress | None = None, **options: Any
 ) -> dict[str, Any]:
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
 
-    The file's name tells what was measured (see `results.result_name`), so that no result replaces one of
+    The file's name says what was measured (see `results.result_name`), so that no result replaces one of
     another measurement: of other options, images, steps or precision, on another backend or device. A run may
-    be scored while it trains; the result is of its last checkpoint then, whose step it names.
+    be scored while it trains; the result then is of its last checkpoint and names that checkpoint's step.
 
-    Everything about the network comes from the checkpoint. SYSU-MM01 searches the visible gallery for
-    infrared queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean
-    over the trials, with their standard deviation (of a sample). The headline is the paper's way to compare
-    F and F₊; the other two of `pairings` are under "pairings" of each search, and a crossed one far above the
-    headline is logged as a warning.
+    The checkpoint says everything about the network. SYSU-MM01 searches the visible gallery for infrared
+    queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean over the
+    trials, with their sample standard deviation. The headline is the paper's way to compare F and F₊. The two
+    other ways in `pairings` are under "pairings" of each search, and a warning is logged where the crossed
+    pairing scores far above the headline.
 
     Args:
-        checkpoint: the file `mrcn-fast train` wrote, or the folder it is in
+        checkpoint: the file that `mrcn-fast train` wrote, or its folder
         data: root of the data set's tree
-        mode: SYSU-MM01: all, indoor or both: the gallery's cameras; none: all
-        shots: SYSU-MM01: gallery images of an identity and camera: 1, or 10 for multi-shot; none: 1
-        draw: SYSU-MM01: how a gallery is drawn: random (the field's PyTorch code) or official; none: random
-        trials: SYSU-MM01, LLCM: gallery draws to average over; none: 10
-        permutations: path of the official draw, rand_perm_cam.mat; none: it lies in the tree
-        rerank: re-rank by k-reciprocal neighbours (Zhong et al. 2017); the result says so
-        k1: neighbours that re-ranking encodes an image by; none: 20
-        k2: neighbours whose encodings re-ranking averages, 1 for none; none: 6
-        split: refuse a checkpoint of another split than this
-        other_data: score on a tree other than the one trained on, which is refused else
-        skip_unreadable: leave out images that can't be read, named and counted, which are an error else
-        cache: folder for a memory-mapped cache of the resized images; none: no cache
-        backend: backend of the block; none: the best that serves
-        accelerator: where to compute, as lightning-fabric names it
-        precision: what to compute in, as lightning-fabric names it; none: as the checkpoint was trained
-        batch_size: images a pass
-        workers: processes that decode images; 0: this one
-        progress: bars to add to, in place of own ones
+        progress: bars to add to; by default this function shows its own
+        options: the fields of `ScoringOptions`
 
-    Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
-    `other_data`, the data set isn't the one trained on; DatasetError and ValueError for what the data set
-    can't give or, with `skip_unreadable`, what is left of it can't; OSError where the checkpoint's folder or
-    the cache's can't be written to, all of it before anything is computed; MemoryShortageError where an
-    allocation fails.
+    Returns:
+        the result, with its file as "path"
+
+    Raises:
+        CheckpointError: where the checkpoint or, unless `other_data`, the data set isn't the training's
+        DatasetError, ValueError: for options that the data set doesn't have, and where the readable images
+            are too few
+        OSError: where the checkpoint's folder or the cache's can't be written to
+        MemoryShortageError: where an allocation fails
+
+    All but the last are raised before anything is computed.
     """
-    if not rerank and (k1, k2) != (None, None):
-        raise ValueError(f"got k1={k1}, k2={k2} without rerank, which alone reads them: ask for --rerank")
-    if rerank:
-        k1, k2 = k1 or reranking.K1, k2 or reranking.K2
-    if cache is not None:
-        check_folder(cache, "the cache")
-    trained = open_trained(
-        checkpoint,
-        data,
-        split=split,
-        other_data=other_data,
-        backend=backend,
-        accelerator=accelerator,
-        precision=precision,
-        permutations=permutations,
-    )
-    options = {"mode": mode, "shots": shots, "draw": draw, "trials": trials}
-    searches = searches_of(
-        trained.dataset, {name: value for name, value in options.items() if value is not None}
-    )
+    chosen = ScoringOptions(**options)
+    if chosen.cache is not None:
+        check_folder(chosen.cache, "the cache")
+    trained = chosen.open(checkpoint, data)
+    searches = searches_of(trained.dataset, chosen.of_protocol())
     check_folder(trained.path.parent, "the scores beside the checkpoint")
-    conditions = Conditions(
-        *(rerank, k1, k2, skip_unreadable, trained.precision, trained.backend, trained.fabric.device.type)
-    )
+    conditions = chosen.conditions(trained)
     _check_neighbours(searches, conditions)
     result = outline(trained.state, trained.dataset, searches, conditions)
     written = trained.path.with_name(result_name(result, trained.path.stem))
     samples = images_by_modality(searches)
     unreadable: set[Path] = set()
-    if skip_unreadable:
-        samples, unreadable = only_readable(samples, workers=workers)
+    if chosen.skip_unreadable:
+        samples, unreadable = only_readable(samples, workers=chosen.workers)
     kept = [without(search, unreadable) for search in searches]
     _check_neighbours(kept, conditions)
-    tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
-        for modality, images in samples.items():
-            source = None
-            if cache is not None:
-                source = _cached(trained, images, cache, f"{_cache_name(searches)}-{modality}", workers)
-            features = trained.features(
-                images, modality, batch_size=batch_size, workers=workers, images=source, progress=bars
-            )
-            tables[modality] = _FeatureTable(images, features)
-    less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
-    pairings = pairings_of(len(trained.model.test_sets))
-    with enough_memory("the distances of queries and gallery images", less):
-        for search, left in zip(searches, kept, strict=True):
-            result["searches"][search.name] |= _score_search(left, tables, conditions, pairings)
-    for name, search in result["searches"].items():
-        if told := exchange(_rank1(search)):
-            log.warning("%s, %s: %s", trained.path, name, told)
+        tables = _feature_tables(trained, samples, _cache_name(searches), chosen, bars)
+    for search, scores in zip(searches, _score_searches(trained, kept, tables, conditions), strict=True):
+        result["searches"][search.name] |= scores
+        if warning := exchange(_rank1(scores)):
+            log.warning("%s, %s: %s", trained.path, search.name, warning)
     result |= {
         "headline": searches[0].name,
         "unreadable": sorted(map(str, unreadable)),
@@ -191,22 +192,10 @@ def score_checkpoint(
     return result
 
 
-class Conditions(NamedTuple):
-    """How scores are made: what they depend on besides the network and the images."""
-
-    rerank: bool
-    k1: int | None
-    k2: int | None
-    skip_unreadable: bool
-    precision: Precision
-    backend: str
-    device: str
-
-
 def outline(
     state: Checkpoint, dataset: PersonDataset, searches: Sequence[Search], conditions: Conditions
 ) -> dict[str, Any]:
-    """A result before there are scores in it: all that its measurement consists of."""
+    """Return a result without its scores: everything that says what is measured."""
     return {
         "dataset": dataset.name,
         "split": dataset.split,
@@ -232,7 +221,7 @@ def _cache_name(searches: Sequence[Search]) -> str:
 
 
 def _check_neighbours(searches: Sequence[Search], conditions: Conditions) -> None:
-    """Refuse more neighbours for re-ranking than a search has images. Raises ValueError."""
+    """Raise ValueError where re-ranking wants more neighbours than a search has images."""
     if conditions.k1 is None or conditions.k2 is None:
         return
     for search in searches:
@@ -240,22 +229,8 @@ def _check_neighbours(searches: Sequence[Search], conditions: Conditions) -> Non
             reranking.check_neighbours(len(search.query), len(gallery), conditions.k1, conditions.k2)
 
 
-def _cached(
-    trained: Trained, samples: Sequence[Sample], folder: str, part: str, workers: int
-) -> Dataset[Tensor]:
-    config, dataset = trained.config, trained.dataset
-    return cached(
-        samples,
-        (config.height, config.width),
-        filter=config.filter,
-        folder=folder,
-        name=f"{dataset.name}-split{dataset.split}-{part}",
-        workers=workers,
-    )
-
-
 class _FeatureTable:
-    """Features of images by the image's path."""
+    """The features of images, found by the path of the image."""
 
     def __init__(self, samples: Sequence[Sample], features: Tensor) -> None:
         self._rows = {sample.path: row for row, sample in enumerate(samples)}
@@ -265,13 +240,59 @@ class _FeatureTable:
         return self._features[[self._rows[sample.path] for sample in samples]]
 
 
+def _feature_tables(
+    trained: Trained,
+    samples: Mapping[Modality, Sequence[Sample]],
+    cache_name: str,
+    options: ScoringOptions,
+    bars: Progress,
+) -> dict[Modality, _FeatureTable]:
+    """Extract the features of the images of each modality."""
+    tables: dict[Modality, _FeatureTable] = {}
+    for modality, images in samples.items():
+        source: Dataset[Tensor] | None = None
+        if options.cache is not None:
+            config, dataset = trained.config, trained.dataset
+            source = cached(
+                images,
+                (config.height, config.width),
+                filter=config.filter,
+                folder=options.cache,
+                name=f"{dataset.name}-split{dataset.split}-{cache_name}-{modality}",
+                workers=options.workers,
+            )
+        features = trained.features(
+            images,
+            modality,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            images=source,
+            progress=bars,
+        )
+        tables[modality] = _FeatureTable(images, features)
+    return tables
+
+
+def _score_searches(
+    trained: Trained,
+    searches: Sequence[Search],
+    tables: Mapping[Modality, _FeatureTable],
+    conditions: Conditions,
+) -> list[dict[str, Any]]:
+    """Score each search by all pairings that the network's features have."""
+    less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
+    pairings = pairings_of(len(trained.model.test_sets))
+    with enough_memory("the distances of queries and gallery images", less):
+        return [_score_search(search, tables, conditions, pairings) for search in searches]
+
+
 def _score_search(
     search: Search,
-    tables: dict[Modality, _FeatureTable],
+    tables: Mapping[Modality, _FeatureTable],
     conditions: Conditions,
     pairings: Sequence[Pairing],
 ) -> dict[str, Any]:
-    """A search's scores by the paper's pairing, and under "pairings" those by the others."""
+    """Score a search by the paper's pairing and, under "pairings", by the others."""
     query = tables[search.query[0].modality].of(search.query)
     rows: dict[Pairing, list[dict[str, Any]]] = {pairing: [] for pairing in pairings}
     for gallery in search.galleries:
@@ -291,14 +312,14 @@ def _score_search(
 
 
 def _distance(query: Tensor, gallery: Tensor, conditions: Conditions) -> Tensor:
-    """Minus the dot product, which is the field's distance; or the re-ranked distance."""
+    """Return the field's distance, minus the dot product, or the re-ranked distance."""
     if conditions.k1 is None or conditions.k2 is None:
         return -(query @ gallery.T)
     return reranking.rerank(query, gallery, k1=conditions.k1, k2=conditions.k2)
 
 
 def _over_trials(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean of the trials' scores, and their standard deviation (of a sample; 0 with one trial)."""
+    """Mean and sample standard deviation of the scores over the trials; the latter is 0 for one trial."""
     values = {name: [row[name] for row in rows] for name in HEADLINE}
     return {
         "mean": {name: statistics.fmean(of_trials) for name, of_trials in values.items()},
@@ -309,7 +330,7 @@ def _over_trials(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, flo
 
 
 def _rank1(search: Mapping[str, Any]) -> dict[str, float]:
-    """A search's rank-1 by pairing."""
+    """The rank-1 of a search by each pairing."""
     others = {pairing: scores["mean"]["rank1"] for pairing, scores in search["pairings"].items()}
     return {HEADLINE_PAIRING: search["mean"]["rank1"], **others}
 
@@ -317,7 +338,7 @@ def _rank1(search: Mapping[str, Any]) -> dict[str, float]:
 def score_trial(
     distance: Tensor, query: Sequence[Sample], gallery: Sequence[Sample], protocol: str
 ) -> dict[str, Any]:
-    """Scores of one trial from (queries, gallery) distances: shares of 1 by the names in `HEADLINE`."""
+    """Score one trial from its (queries, gallery) distances: shares of 1 by the names in `HEADLINE`."""
     scores = score(
         distance,
         torch.tensor([sample.identity for sample in query]),

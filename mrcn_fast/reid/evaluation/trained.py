@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +18,9 @@ from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation.extraction import extract
-from mrcn_fast.reid.kinds import AnyPath, BackendName, Precision, Split
+from mrcn_fast.reid.kinds import AnyPath, BackendName, Count, PathText, Precision, Split, Workers
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
-from mrcn_fast.reid.settings import check_arguments
+from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -33,7 +34,7 @@ from mrcn_fast.reid.training.config import TrainConfig
 
 
 class Trained(NamedTuple):
-    """A checkpoint's network, ready to give features, and the data set it is looked at on."""
+    """A checkpoint's network, ready to give features, and the data set that it is evaluated on."""
 
     path: Path
     state: Checkpoint
@@ -41,8 +42,8 @@ class Trained(NamedTuple):
     dataset: PersonDataset
     model: ReIDModel
     fabric: Fabric
-    precision: Precision  # what the network computes in here; `config` has the training's
-    backend: str  # what serves its blocks here, "" without blocks
+    precision: Precision  # of the network here; `config` has the training's
+    backend: str  # that serves the network's blocks here; "" for a network without blocks
 
     def features(
         self,
@@ -54,11 +55,18 @@ class Trained(NamedTuple):
         images: Dataset[Tensor] | None = None,
         progress: Progress | None = None,
     ) -> Tensor:
-        """Test features of images of one modality, in their order: (n, `model.feature_size`), float32, CPU.
+        """Extract the test features of images of one modality, in their order.
 
-        `model.test_sets` names the equal chunks of a feature. `images` stands in for the files, such as a
-        cache of them. Raises ValueError for a sample of another modality, DatasetError for an image that
-        can't be read, MemoryShortageError where an allocation fails.
+        `images` replaces the files of the samples, for example with a cache of them. `model.test_sets` names
+        the chunks of equal length that a feature consists of.
+
+        Returns:
+            (len(samples), `model.feature_size`), float32, on the CPU
+
+        Raises:
+            ValueError: for a sample of another modality
+            DatasetError: for an image that can't be read
+            MemoryShortageError: where an allocation fails
         """
         advance = None
         if progress is not None:
@@ -91,12 +99,15 @@ def open_trained(
     precision: Precision | None = None,
     permutations: AnyPath | None = None,
 ) -> Trained:
-    """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
+    """Open a checkpoint (the file or its folder) for the data set under `data`.
 
-    `split` is only checked: a model is looked at on the split it was trained on. The network computes in
-    `precision`, by default the one it was trained in. Raises CheckpointError where the checkpoint can't be
-    used, is of another split or, unless `other_data`, of another data set; ConfigError and BackendError for
-    an accelerator, a precision or a backend that is not to be had here.
+    `split` is only checked, because a network is evaluated on the split that it was trained on. The network
+    computes in `precision`, by default the training's.
+
+    Raises:
+        CheckpointError: where the checkpoint can't be used, is of another split or, unless `other_data`, of
+            another data set
+        ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
     """
     path = Path(checkpoint)
     path = path / CHECKPOINT_NAME if path.is_dir() else path
@@ -125,3 +136,46 @@ def open_trained(
     use_layout(model, config.channels_last)
     fabric.to_device(model)
     return Trained(path, state, config, dataset, model, fabric, precision, serving)
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """How a trained network is opened and gives test features, for scoring and for figures alike.
+
+    Raises SettingError for a value that a field doesn't take.
+    """
+
+    permutations: PathText | None = None
+    """Path of SYSU-MM01's official gallery draw, rand_perm_cam.mat; none: it lies in the tree."""
+    split: Split | None = None
+    """Refuse a checkpoint of another split than this; none: any split."""
+    other_data: bool = False
+    """Take a tree other than the training data's, which is refused otherwise."""
+    skip_unreadable: bool = False
+    """Leave out images that can't be read, named and counted, instead of stopping at the first."""
+    backend: BackendName | None = None
+    """Backend of the block; none: the best that serves."""
+    accelerator: str = "auto"
+    """Where to compute, as lightning-fabric names it."""
+    precision: Precision | None = None
+    """What to compute in, as lightning-fabric names it; none: as the checkpoint was trained."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    workers: Workers = 0
+    """Processes that decode images; 0: this one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, SettingError)
+
+    def open(self, checkpoint: AnyPath, data: AnyPath) -> Trained:
+        """`open_trained` with these options."""
+        return open_trained(
+            checkpoint,
+            data,
+            split=self.split,
+            other_data=self.other_data,
+            backend=self.backend,
+            accelerator=self.accelerator,
+            precision=self.precision,
+            permutations=self.permutations,
+        )
