@@ -131,14 +131,12 @@ def score_checkpoint(
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
 
     The file's name says what was measured (see `results.result_name`), so that no result replaces one of
-    another measurement: of other options, images, steps or precision, on another backend or device. A run may
-    be scored while it trains; the result then is of its last checkpoint and names that checkpoint's step.
+    another measurement. A run may be scored while it trains; the result names the step of the checkpoint.
 
-    The checkpoint says everything about the network. SYSU-MM01 searches the visible gallery for infrared
-    queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean over the
-    trials, with their sample standard deviation. The headline is the paper's way to compare F and F₊. The two
-    other ways in `pairings` are under "pairings" of each search, and a warning is logged where the crossed
-    pairing scores far above the headline.
+    SYSU-MM01 searches the visible gallery for infrared queries; RegDB and LLCM are scored in both directions.
+    A score is the mean over the trials, with their sample standard deviation. The headline is the paper's way
+    to compare F and F₊; the two others of `pairings` are under "pairings" of each search. A warning is logged
+    where the crossed pairing scores far above the headline.
 
     Args:
         checkpoint: the file that `mrcn-fast train` wrote, or its folder
@@ -168,10 +166,7 @@ def score_checkpoint(
     _check_neighbours(searches, conditions)
     result = outline(trained.state, trained.dataset, searches, conditions)
     written = trained.path.with_name(result_name(result, trained.path.stem))
-    samples = images_by_modality(searches)
-    unreadable: set[Path] = set()
-    if chosen.skip_unreadable:
-        samples, unreadable = only_readable(samples, workers=chosen.workers)
+    samples, unreadable = _readable_images(searches, chosen)
     kept = [without(search, unreadable) for search in searches]
     _check_neighbours(kept, conditions)
     with progress_bars() if progress is None else nullcontext(progress) as bars:
@@ -238,6 +233,14 @@ class _FeatureTable:
 
     def of(self, samples: Iterable[Sample]) -> Tensor:
         return self._features[[self._rows[sample.path] for sample in samples]]
+
+
+def _readable_images(
+    searches: Sequence[Search], options: ScoringOptions
+) -> tuple[dict[Modality, list[Sample]], set[Path]]:
+    """The images of the searches by modality, and the paths of those left out as unreadable."""
+    samples = images_by_modality(searches)
+    return only_readable(samples, workers=options.workers) if options.skip_unreadable else (samples, set())
 
 
 def _feature_tables(

@@ -126,12 +126,7 @@ def make_figures(
         _save(figure, folder / name)
     result = {"made_of": made_of} | _numbers(subject, chosen.seed)
     result["columns"] = {
-        title: {
-            "checkpoint": str(trained.path),
-            "step": 0 if title == INITIAL else trained.state.step,
-            "precision": trained.precision,
-        }
-        | _column_numbers(subject, columns[title])
+        title: _network_numbers(title, trained) | _column_numbers(subject, columns[title])
         for title, trained in networks.items()
     }
     write_json(record, result)
@@ -402,6 +397,14 @@ def _numbers(subject: _Subject, seed: int) -> dict[str, Any]:
         "search": {"name": search.name, "settings": search.settings, "gallery": len(search.galleries[0])},
         "queries": [str(sample.path) for sample in subject.query()],
         "unreadable": sorted(map(str, subject.unreadable)),
+    }
+
+
+def _network_numbers(title: str, trained: Trained) -> dict[str, Any]:
+    return {
+        "checkpoint": str(trained.path),
+        "step": 0 if title == INITIAL else trained.state.step,
+        "precision": trained.precision,
     }
 
 
