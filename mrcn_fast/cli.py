@@ -233,12 +233,11 @@ def _test(argv: list[str]) -> int:
 def _table(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console, progress_bars
     from mrcn_fast.reid.kinds import Count, Draw, OneOf, PathText, Several, Split, Trials
+    from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
     from mrcn_fast.reid.paper.recipes import table_names
     from mrcn_fast.reid.paper.tables import (
         OVERLAY,
         check_table,
-        load_made_table,
-        markdown,
         run_table,
         synthetic_places,
         synthetic_trees,
