@@ -230,19 +230,13 @@ def _test(argv: list[str]) -> int:
     return 0
 
 
-def _table(argv: list[str]) -> int:
-    from mrcn_fast.reid.console import log_to_console, progress_bars
+# What a table sets in the configurations of its runs.
+_SET_BY_TABLE = frozenset(("data", "out", "dataset", "split"))
+
+
+def _table_flags() -> Flags:
     from mrcn_fast.reid.kinds import Count, Draw, OneOf, PathText, Several, Split, Trials
-    from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
     from mrcn_fast.reid.paper.recipes import table_names
-    from mrcn_fast.reid.paper.tables import (
-        OVERLAY,
-        check_table,
-        run_table,
-        synthetic_places,
-        synthetic_trees,
-    )
-    from mrcn_fast.reid.settings import kinds_of
     from mrcn_fast.reid.training.config import TrainConfig
 
     flags = _flags("table")
@@ -257,8 +251,24 @@ def _table(argv: list[str]) -> int:
     flags.add_setting("--shots", Count, 1, "SYSU-MM01: 1 or 10")
     flags.add_setting("--draw", Draw, "random", "SYSU-MM01's gallery draw")
     flags.add_setting("--overwrite", bool, False, "replace a table of other values in --out; its runs stay")
-    own = {"data", "out", "dataset", "split"}
-    flags.add_of(TrainConfig, skip=own)
+    flags.add_of(TrainConfig, skip=_SET_BY_TABLE)
+    return flags
+
+
+def _table(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import log_to_console, progress_bars
+    from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
+    from mrcn_fast.reid.paper.tables import (
+        OVERLAY,
+        check_table,
+        run_table,
+        synthetic_places,
+        synthetic_trees,
+    )
+    from mrcn_fast.reid.settings import kinds_of
+    from mrcn_fast.reid.training.config import TrainConfig
+
+    flags = _table_flags()
     values, given = flags.values(argv), flags.given(argv)
     sources = [flag for flag in ("--data", "--synthetic", "--from") if values[flag.removeprefix("--")]]
     if len(sources) != 1:
@@ -268,7 +278,7 @@ def _table(argv: list[str]) -> int:
     if values["from"]:
         print(markdown(load_made_table(values["from"], values["table"])))
         return 0
-    training = {name: given[name] for name in given.keys() & kinds_of(TrainConfig).keys() - own}
+    training = {name: given[name] for name in given.keys() & kinds_of(TrainConfig).keys() - _SET_BY_TABLE}
     plan: dict[str, Any] = {
         "out": values["out"],
         "splits": 1 if values["synthetic"] else values["splits"],

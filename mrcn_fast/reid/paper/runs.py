@@ -17,7 +17,9 @@ from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.protocol import searches_of
 from mrcn_fast.reid.evaluation.results import kept_result
 from mrcn_fast.reid.evaluation.scoring import Conditions, outline, score_checkpoint
+from mrcn_fast.reid.kinds import AnyPath, Count, Split
 from mrcn_fast.reid.paper.recipes import load_recipe
+from mrcn_fast.reid.settings import SettingError, check_fields
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
@@ -33,33 +35,45 @@ from mrcn_fast.reid.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-# Recipe values -> the configuration: where flags come in.
+# Makes a configuration from the values of a recipe; the command line adds its flags here.
 Configure = Callable[[Mapping[str, Any]], TrainConfig]
 
 
 class Run(NamedTuple):
-    """One training that a table needs."""
+    """A training that a table needs."""
 
     recipe: str
     config: TrainConfig
 
 
-def runs_of(
-    recipe: str,
-    dataset: str,
-    tree: Path,
-    out: Path,
-    splits: int,
-    overlay: str | None,
-    configure: Configure,
-) -> list[Run]:
-    values = load_recipe(recipe) | ({} if overlay is None else load_recipe(overlay))
+@dataclasses.dataclass(kw_only=True)
+class TablePlan:
+    """Which runs a table has, and where they are. Raises SettingError for a value that is unfit."""
+
+    out: AnyPath = "runs/tables"
+    """Folder for the runs and the table."""
+    splits: Split = 10
+    """RegDB's splits to train on: the first so many."""
+    seeds: Count = 1
+    """Trainings of each row: with its seed, and with the seeds after it under `out`/recipe-seed-N."""
+    overlay: str | None = None
+    """A recipe whose values override those of each row's."""
+    configure: Configure = lambda values: TrainConfig(**values)
+    """Makes the configuration of a run from the values of its recipe."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, SettingError)
+
+
+def runs_of(recipe: str, dataset: str, tree: Path, plan: TablePlan) -> list[Run]:
+    """The runs of a recipe on the tree of a data set: one per split of RegDB, or one."""
+    values = load_recipe(recipe) | ({} if plan.overlay is None else load_recipe(plan.overlay))
     several = dataset == "regdb"
     runs = []
-    for split in range(1, splits + 1) if several else (1,):
-        folder = out / (f"{recipe}-split-{split}" if several else recipe)
+    for split in range(1, plan.splits + 1) if several else (1,):
+        folder = Path(plan.out) / (f"{recipe}-split-{split}" if several else recipe)
         own = {"dataset": dataset, "data": str(tree), "out": str(folder), "split": split}
-        config = configure(values | own)
+        config = plan.configure(values | own)
         _check_own(config, own)
         check_device(config.accelerator, config.precision)
         runs.append(Run(recipe, config))
@@ -67,7 +81,7 @@ def runs_of(
 
 
 def repeated(run: Run, seeds: int) -> list[Run]:
-    """The run, and it again with each of the seeds after its own."""
+    """The run, and its repetitions with the next seeds after its own."""
     config = run.config
     others = [
         dataclasses.replace(config, seed=seed, out=f"{config.out}-seed-{seed}")
@@ -77,7 +91,7 @@ def repeated(run: Run, seeds: int) -> list[Run]:
 
 
 def _check_own(config: TrainConfig, own: Mapping[str, Any]) -> None:
-    """Refuse flags for what a table sets itself: it would count a run for another than it is."""
+    """Refuse flags for values that a table sets, because its columns would show the scores of other runs."""
     for name, value in own.items():
         if getattr(config, name) != value:
             raise ConfigError(
@@ -87,14 +101,14 @@ def _check_own(config: TrainConfig, own: Mapping[str, Any]) -> None:
 
 
 def result_of(run: Run, options: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
-    """The scores of a run, and whether it was "trained" for them; both done where that is missing."""
+    """Train and score a run where that is missing; the result says under "trained" whether it was."""
     config = run.config
     begun = time.perf_counter()
     dataset = open_dataset(config.dataset, config.data, split=config.split)
     checkpoint, trained = _trained(config, dataset, progress)
     options = options_of(config.dataset, options)
     searches = searches_of(dataset, options)
-    # Scores are taken over whatever the device and the backend were.
+    # Scores are taken over from any device and backend.
     conditions = Conditions(
         rerank=False,
         k1=None,
@@ -123,14 +137,14 @@ def result_of(run: Run, options: dict[str, Any], progress: Progress | None) -> d
 
 
 def options_of(dataset: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options of a data set's protocol, from the table's."""
+    """The options of the table that the protocol of this data set takes."""
     if dataset == "sysu-mm01":
         return {"mode": "both"} | options
     return {} if dataset == "regdb" else options
 
 
 def _trained(config: TrainConfig, dataset: PersonDataset, progress: Progress | None) -> tuple[Path, bool]:
-    """The checkpoint of a finished run, and whether it had to be begun or gone on with."""
+    """Train a run to its end; return its checkpoint, and whether there was anything to train."""
     path = Path(config.out) / CHECKPOINT_NAME
     if path.exists():
         state = load_checkpoint(path)
@@ -141,7 +155,7 @@ def _trained(config: TrainConfig, dataset: PersonDataset, progress: Progress | N
 
 
 def _check_run(path: Path, state: Checkpoint, config: TrainConfig, dataset: PersonDataset) -> None:
-    """Refuse a run in the way that isn't the table's, finished or not."""
+    """Refuse an existing run, finished or not, of other data or values than the table's."""
     try:
         check_data(path, state, data_identity(dataset, dataset.training()))
         check_config(path, state, config)
@@ -153,7 +167,7 @@ def _check_run(path: Path, state: Checkpoint, config: TrainConfig, dataset: Pers
 
 
 def _check_length(path: Path, state: Checkpoint, config: TrainConfig) -> None:
-    """A shorter run goes on to where it should end; a longer one can't go back."""
+    """Refuse a run that is longer than it should be; a shorter one goes on."""
     for name, reached, end in (("epochs", state.epoch, config.epochs), ("steps", state.step, config.steps)):
         if end is not None and reached > end:
             raise CheckpointError(f"{path}: expected a run of {end} {name}, found one of {reached}")

@@ -19,13 +19,13 @@ from mrcn_fast.reid.data.synthetic.writers import is_synthetic
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.protocol import search_fingerprint, searches_of
 from mrcn_fast.reid.evaluation.results import HEADLINE, check_free
-from mrcn_fast.reid.kinds import AnyPath, Count, Split
+from mrcn_fast.reid.kinds import AnyPath
 from mrcn_fast.reid.paper.made_tables import draw_curves, load_made_table, markdown
 from mrcn_fast.reid.paper.recipes import TableSpec, load_table
-from mrcn_fast.reid.paper.runs import Configure, Run, options_of, repeated, result_of, runs_of
+from mrcn_fast.reid.paper.runs import Run, TablePlan, options_of, repeated, result_of, runs_of
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.checkpoint import content_digest, data_identity
-from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainConfig
+from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError
 from mrcn_fast.reid.training.run_folder import held
 
 # With the names of made_tables.py, which have been importable from here.
@@ -51,61 +51,51 @@ def run_table(
     name: str,
     data: Sequence[AnyPath],
     *,
-    out: AnyPath = "runs/tables",
-    splits: Split = 10,
-    seeds: Count = 1,
     options: Mapping[str, Any] | None = None,
-    overlay: str | None = None,
-    configure: Configure = lambda values: TrainConfig(**values),
     overwrite: bool = False,
     progress: Progress | None = None,
+    **plan: Any,
 ) -> dict[str, Any]:
-    """Make a table of the paper from the trees under `data`; returns and writes `out`/table-`name`.json.
+    """Make a table of the paper from the trees under `data`, and write it to `out`/table-`name`.json.
 
-    Each row trains its recipe (RegDB: once for each of the first `splits` splits) under `out`/recipe, unless
-    a finished run of the same data and values is there; one that was interrupted goes on. With `seeds` above
-    1 each of these trainings is repeated with the next seeds, under `out`/recipe-seed-N. Rows of several
-    tables share their runs, and scores beside a run are taken over where they are of the same images.
-    `options` are the protocol's (mode, shots, draw, trials), where a data set has them. `overlay` is a recipe
-    laid over each row's; `configure` makes its TrainConfig. Columns whose data set is not among the trees
-    stay empty.
+    Each row trains its recipe under `out`/recipe, on RegDB once per split. A finished run of the same data
+    and values is not repeated, and an interrupted one goes on; tables share their runs and the scores beside
+    them. A column stays empty where its data set is not among the trees.
 
-    Where the paper draws curves, so does `out`/table-`name`.png.
+    A row has the mean and standard deviation over its runs by the paper's pairing of the test features, and
+    under "pairings" the means by the others. Where the paper draws curves, `out`/table-`name`.png has ours.
 
-    A row has the mean over its runs and, where there are several, their standard deviation, by the paper's
-    pairing of the test features; under "pairings" the means by the others
-    (`mrcn_fast.reid.evaluation.pairings`).
+    Args:
+        name: the table's name
+        data: roots of the data sets' trees
+        options: the protocol's options (mode, shots, draw, trials), for the data sets that have them
+        overwrite: replace a table of other options, plan, data sets or images; the runs stay
+        progress: bars to add to; by default this function shows its own
+        plan: the fields of `TablePlan`
 
-    The result counts the runs that were trained in this call, and the seconds it took. A table that is there
-    already, of other options, splits, seeds, data sets, values or images, is only replaced if `overwrite`;
-    the runs stay.
+    Returns:
+        the table, with the number of runs that this call trained and the seconds that it took
 
-    Raises ConfigError for an unknown table, for trees of which none is of its data sets, and where
-    `configure` sets a run's data set, data, out or split; CheckpointError for a run in the way that is of
-    another data set, of other initial weights or of other values; ResultError, before anything is trained,
-    for a table in the way.
+    Raises:
+        ConfigError: for an unknown table, trees of other data sets, and values that a table sets
+        CheckpointError: for an existing run of other data, initial weights or values
+        ResultError: before anything is trained, for an existing table that `overwrite` would replace
     """
-    spec = load_table(name)
+    planned, spec = TablePlan(**plan), load_table(name)
     trees = _trees(spec, data)
-    plan = check_table(name, trees, out=out, splits=splits, seeds=seeds, overlay=overlay, configure=configure)
-    record, chart = (Path(out) / f"table-{name}{suffix}" for suffix in (".json", ".png"))
-    made_of = _made_of([run for runs in plan for of in runs.values() for run in of], dict(options or {}))
+    runs_of_rows = check_table(name, trees, **plan)
+    record, chart = (Path(planned.out) / f"table-{name}{suffix}" for suffix in (".json", ".png"))
+    made_of = _made_of(runs_of_rows, dict(options or {}))
     if not overwrite:
         check_free(record, [chart] if spec.curve else [], made_of)
-    rows, trained = [], 0
     begun = time.perf_counter()
-    for row, runs in zip(spec.rows, plan, strict=True):
-        results: dict[str, list[dict[str, Any]]] = {}
-        for dataset, of in runs.items():
-            results[dataset] = [result_of(run, dict(options or {}), progress) for run in of]
-            trained += sum(result.pop("trained") for result in results[dataset])
-        rows.append({"title": row.title, **_over_runs(spec, results), "runs": _told(results)})
+    rows, trained = _make_rows(spec, runs_of_rows, dict(options or {}), progress)
     table = {
         "table": name,
         "synthetic": any(is_synthetic(tree) for tree in trees.values()),
-        "splits": splits if "regdb" in trees else None,
-        "seeds": seeds,
-        "overlay": overlay,
+        "splits": planned.splits if "regdb" in trees else None,
+        "seeds": planned.seeds,
+        "overlay": planned.overlay,
         "made_of": made_of,
         "trained": trained,
         "seconds": round(time.perf_counter() - begun, 1),
@@ -119,50 +109,59 @@ def run_table(
     return table
 
 
-def check_table(
-    name: str,
-    trees: Mapping[str, Path],
-    *,
-    out: str | Path,
-    splits: int,
-    seeds: int,
-    overlay: str | None,
-    configure: Configure,
-) -> list[dict[str, list[Run]]]:
-    """The runs of each row by data set, all of them configured; nothing is read of the trees, nor written.
+def check_table(name: str, trees: Mapping[str, Path], **plan: Any) -> list[dict[str, list[Run]]]:
+    """Configure the runs of each row by data set, without reading the trees or writing anything.
 
-    Raises ConfigError for a value that a run doesn't take, and for a device or a precision that this machine
-    doesn't have; OSError where `out` takes no files.
+    `plan` are the fields of `TablePlan`. Raises ConfigError for a value that a run doesn't take, and for a
+    device or a precision that this machine doesn't have; OSError where `out` takes no files.
     """
-    check_folder(out, "the table and its runs")
-    plan = [
+    planned = TablePlan(**plan)
+    check_folder(planned.out, "the table and its runs")
+    runs = [
         {
             dataset: [
                 again
-                for run in runs_of(recipe, dataset, trees[dataset], Path(out), splits, overlay, configure)
-                for again in repeated(run, seeds)
+                for run in runs_of(recipe, dataset, trees[dataset], planned)
+                for again in repeated(run, planned.seeds)
             ]
             for dataset, recipe in row.recipes.items()
             if dataset in trees
         }
         for row in load_table(name).rows
     ]
-    for config in (run.config for runs in plan for of in runs.values() for run in of):
+    for config in (run.config for of_row in runs for of in of_row.values() for run in of):
         check_device(config.accelerator, config.precision)
-    return plan
+    return runs
+
+
+def _make_rows(
+    spec: TableSpec,
+    runs_of_rows: Sequence[Mapping[str, Sequence[Run]]],
+    options: dict[str, Any],
+    progress: Progress | None,
+) -> tuple[list[dict[str, Any]], int]:
+    """Make the rows of a table, and count the runs that were trained for them."""
+    rows, trained = [], 0
+    for row, runs in zip(spec.rows, runs_of_rows, strict=True):
+        results: dict[str, list[dict[str, Any]]] = {}
+        for dataset, of in runs.items():
+            results[dataset] = [result_of(run, options, progress) for run in of]
+            trained += sum(result.pop("trained") for result in results[dataset])
+        rows.append({"title": row.title, **_over_runs(spec, results), "runs": _kept(results)})
+    return rows, trained
 
 
 def synthetic_places(folder: Path) -> dict[str, Path]:
-    """Where `synthetic_trees` writes the tree of each data set."""
+    """The folders that `synthetic_trees` writes, by data set."""
     return {RegDB.name: folder / "regdb", SYSUMM01.name: folder / "sysu"}
 
 
 def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
-    """The synthetic trees of RegDB and SYSU-MM01 under `folder`, written where they aren't there.
+    """Write the synthetic trees of RegDB and SYSU-MM01 under `folder` where they don't exist yet.
 
     Raises FolderInUseError where another process writes them.
     """
-    # At a modality gap of 1 so short a training learns little that holds in both.
+    # With a modality gap of 1, such short trainings learn little that holds in both modalities.
     looks: dict[str, Any] = {"modality_gap": 0.6, "pose_spread": 0.4, "camera_style": 0.4}
     sizes = {
         "regdb": {"identities": 112, "images": 8, "splits": 1},
@@ -185,7 +184,7 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
 
 
 def _trees(spec: TableSpec, data: Sequence[str | Path]) -> dict[str, Path]:
-    """The tree of each data set."""
+    """Find the tree of each data set of the table."""
     wanted = sorted({column.dataset for column in spec.columns.values()})
     trees: dict[str, Path] = {}
     for tree in map(Path, data):
@@ -202,11 +201,12 @@ def _trees(spec: TableSpec, data: Sequence[str | Path]) -> dict[str, Path]:
     return trees
 
 
-def _made_of(runs: Sequence[Run], options: dict[str, Any]) -> dict[str, Any]:
-    """What tells a table from others of its name, before anything is trained for it.
+def _made_of(runs_of_rows: Sequence[Mapping[str, Sequence[Run]]], options: dict[str, Any]) -> dict[str, Any]:
+    """What distinguishes a table from others of its name, known before anything is trained.
 
     Raises what the data sets raise for options that they don't have.
     """
+    runs = [run for row in runs_of_rows for of in row.values() for run in of]
     images: dict[str, dict[str, str]] = {}
     for run in runs:
         config = run.config
@@ -229,7 +229,7 @@ def _made_of(runs: Sequence[Run], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def _over_runs(spec: TableSpec, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """A row's scores in each column, as shares of 1, over its runs.
+    """The scores of a row in each column, over its runs and as shares of 1.
 
     "ours" are the means by the paper's pairing, "std" the standard deviations of several runs, and "pairings"
     the means by the other pairings.
@@ -254,8 +254,8 @@ def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {score: statistics.fmean(of[score] for of in scores) for score in HEADLINE}
 
 
-def _told(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """What a table keeps of its runs: enough to find them and to compare them."""
+def _kept(results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """What a table keeps of its runs in order to find and to compare them."""
     return {
         dataset: [
             {key: run[key] for key in ("checkpoint", "step", "split", "searches", "config")}
