@@ -146,12 +146,13 @@ def _info(argv: list[str]) -> int:
 def _synth(argv: list[str]) -> int:
     from mrcn_fast.reid.console import progress_bars
     from mrcn_fast.reid.data import WRITERS
+    from mrcn_fast.reid.data.synthetic.writers import OPTIONS
     from mrcn_fast.reid.kinds import OneOf, PathText
 
-    # The layout first: the other flags are those of its writer.
+    # The layout is read first, because the other flags depend on it.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--layout", nargs="?")
-    write = WRITERS.get(first.parse_known_args(argv)[0].layout, WRITERS["sysu"])
+    layout = first.parse_known_args(argv)[0].layout
     flags = _flags("synth")
     flags.add_setting("--out", PathText, help="folder for the tree; made where it isn't there")
     flags.add_setting(
@@ -160,15 +161,15 @@ def _synth(argv: list[str]) -> int:
         "sysu",
         "data set whose tree is written; --layout NAME --help lists the flags of each",
     )
-    flags.add_of(write, skip={"root", "progress"})
+    flags.add_of(OPTIONS.get(layout, OPTIONS["sysu"]))
     values = flags.values(argv)
-    values.pop("layout")
+    write = WRITERS[values.pop("layout")]
     check_folder(values["out"], "the tree")
     bars = progress_bars()
     task = bars.add_task("images", total=None, status="")
 
     def show(done: int, total: int) -> None:
-        bars.start()  # not before the parameters are found right
+        bars.start()  # only after the writer has checked its parameters
         bars.update(task, completed=done, total=total)
 
     try:
@@ -217,30 +218,25 @@ def _train(argv: list[str]) -> int:
 
 def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.evaluation.scoring import describe, score_checkpoint
+    from mrcn_fast.reid.evaluation.results import describe
+    from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_checkpoint
 
     flags = _flags("test")
-    flags.add_of(score_checkpoint, skip={"progress"})
+    flags.add_of(score_checkpoint, skip={"progress", "options"})
+    flags.add_of(ScoringOptions)
     values = flags.values(argv)
     log_to_console()
     print(describe(score_checkpoint(**values)))
     return 0
 
 
-def _table(argv: list[str]) -> int:
-    from mrcn_fast.reid.console import log_to_console, progress_bars
+# What a table sets in the configurations of its runs.
+_SET_BY_TABLE = frozenset(("data", "out", "dataset", "split"))
+
+
+def _table_flags() -> Flags:
     from mrcn_fast.reid.kinds import Count, Draw, OneOf, PathText, Several, Split, Trials
     from mrcn_fast.reid.paper.recipes import table_names
-    from mrcn_fast.reid.paper.tables import (
-        OVERLAY,
-        check_table,
-        load_made_table,
-        markdown,
-        run_table,
-        synthetic_places,
-        synthetic_trees,
-    )
-    from mrcn_fast.reid.settings import kinds_of
     from mrcn_fast.reid.training.config import TrainConfig
 
     flags = _flags("table")
@@ -255,8 +251,24 @@ def _table(argv: list[str]) -> int:
     flags.add_setting("--shots", Count, 1, "SYSU-MM01: 1 or 10")
     flags.add_setting("--draw", Draw, "random", "SYSU-MM01's gallery draw")
     flags.add_setting("--overwrite", bool, False, "replace a table of other values in --out; its runs stay")
-    own = {"data", "out", "dataset", "split"}
-    flags.add_of(TrainConfig, skip=own)
+    flags.add_of(TrainConfig, skip=_SET_BY_TABLE)
+    return flags
+
+
+def _table(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import log_to_console, progress_bars
+    from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
+    from mrcn_fast.reid.paper.tables import (
+        OVERLAY,
+        check_table,
+        run_table,
+        synthetic_places,
+        synthetic_trees,
+    )
+    from mrcn_fast.reid.settings import kinds_of
+    from mrcn_fast.reid.training.config import TrainConfig
+
+    flags = _table_flags()
     values, given = flags.values(argv), flags.given(argv)
     sources = [flag for flag in ("--data", "--synthetic", "--from") if values[flag.removeprefix("--")]]
     if len(sources) != 1:
@@ -266,7 +278,7 @@ def _table(argv: list[str]) -> int:
     if values["from"]:
         print(markdown(load_made_table(values["from"], values["table"])))
         return 0
-    training = {name: given[name] for name in given.keys() & kinds_of(TrainConfig).keys() - own}
+    training = {name: given[name] for name in given.keys() & kinds_of(TrainConfig).keys() - _SET_BY_TABLE}
     plan: dict[str, Any] = {
         "out": values["out"],
         "splits": 1 if values["synthetic"] else values["splits"],
@@ -293,10 +305,11 @@ def _table(argv: list[str]) -> int:
 
 def _figures(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.paper.figures import make_figures
+    from mrcn_fast.reid.paper.figures import FigureOptions, make_figures
 
     flags = _flags("figures")
-    flags.add_of(make_figures, skip={"progress"})
+    flags.add_of(make_figures, skip={"progress", "options"})
+    flags.add_of(FigureOptions)
     values = flags.values(argv)
     log_to_console()
     for path in make_figures(**values)["files"]:

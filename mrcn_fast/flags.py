@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import inspect
 import os
@@ -265,7 +266,13 @@ def _helps(source: Callable[..., Any]) -> dict[str, str]:
     import docstring_parser  # of [reid]
 
     if inspect.isclass(source):
-        document = docstring_parser.parse_from_object(source)
+        # A dataclass inherits fields, whose docstrings stand in the class that has them.
+        owners = [cls for cls in reversed(source.__mro__) if dataclasses.is_dataclass(cls)]
+        documents = [docstring_parser.parse_from_object(cls) for cls in owners]
     else:
-        document = docstring_parser.parse(inspect.getdoc(source) or "")
-    return {found.arg_name: " ".join((found.description or "").split()) for found in document.params}
+        documents = [docstring_parser.parse(inspect.getdoc(source) or "")]
+    return {
+        found.arg_name: " ".join((found.description or "").split()).removesuffix(".")
+        for document in documents
+        for found in document.params
+    }

@@ -23,17 +23,16 @@ from mrcn_fast.dispatch import choose
 from mrcn_fast.files import write_atomically, write_json
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
-from mrcn_fast.reid.data import RegDB, write_regdb
+from mrcn_fast.reid.data import RegDB
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.extraction import extract
 from mrcn_fast.reid.evaluation.results import HEADLINE, check_free
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint, score_trial
-from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Seed, Strength, Width
+from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Seed, Width
 from mrcn_fast.reid.paper.figures import all_test_images
-from mrcn_fast.reid.settings import check_fields
 from mrcn_fast.reid.training.batches import Batch
-from mrcn_fast.reid.training.config import ConfigError, TrainConfig
-from mrcn_fast.reid.training.pretraining import MODALITY_GAP, pretrain
+from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
 from mrcn_fast.reid.training.run_folder import held
 from mrcn_fast.reid.training.trainer import Trainer
 
@@ -43,7 +42,7 @@ COLUMNS = {"rank1": "Rank-1", "rank10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
 class Contender(NamedTuple):
-    """A row of the table that is trained: its title, its own values of the configuration, what it shows."""
+    """A trained row of the table: its title, the values that only it has, and what it shows."""
 
     title: str
     values: dict[str, Any]
@@ -61,57 +60,46 @@ CONTENDERS: Final = {
 }
 
 
-# People of a batch: more than the paper's 4, as a short training gains more from people than from images.
+# A batch has more people than the paper's 4, because a short training gains more from people than from
+# images.
 BATCH_IDENTITIES: Final = 8
-# Identities have four digits in a synthetic tree. Half of them are for the training.
+# Identities have four digits in a synthetic tree, and half of them are for the training.
 People = Annotated[int, Field(ge=2 * BATCH_IDENTITIES, le=9999), NUMPY]
 
 
-@dataclasses.dataclass
-class DemoConfig:
-    """The demo's size: what two cores train in six minutes. All contenders get the same."""
+@dataclasses.dataclass(kw_only=True)
+class DemoConfig(SyntheticConfig):
+    """The demo's size, which two cores train in six minutes. All networks get the same."""
 
     out: PathText = "runs/demo"
-    """Folder for everything the demo writes."""
     identities: People = 112
-    """People in the synthetic data set: half of them for the training, half for the test."""
     images: Count = 8
-    """Images of a person in each modality."""
-    modality_gap: Strength = 0.75
-    """How far infrared differs from visible."""
     height: Height = 48
-    """Image height in pixels."""
     width: Width = 24
-    """Image width in pixels."""
     pretraining_identities: People = 240
-    """Other people, in visible light alone, half of whom the ResNet is pretrained on."""
     pretraining_steps: Count = 300
-    """Training steps of the pretraining."""
     steps: Count = 240
-    """Training steps of each contender."""
     rounds: Count = 7
     """Rounds of the interleaved time measurement."""
     seed: Seed = 0
     """Seed of data, weights and batches. The people of the pretraining are those of the seed after it."""
-    accelerator: str = "auto"
-    """Where to compute, as lightning-fabric names it."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, ConfigError)
 
 
 def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """Run the demo, print its table, and return the results as results.json holds them.
 
-    Writes under `config.out`: data/ (RegDB's tree), pretraining/ (a tree, checkpoint, weights.pth), a
-    folder for each of `CONTENDERS` (checkpoint, metrics, scores), losses.png, results.json. A demo of the
-    same values that is there is replaced; what else has these names only if `overwrite`. Raises ResultError
-    for such files, FolderInUseError where another demo runs there, and DatasetError when `out`/data or
-    `out`/pretraining/data holds anything but a synthetic tree.
+    Writes under `config.out`: data/ (RegDB's tree), pretraining/ (a tree, a checkpoint, weights.pth), a
+    folder for each of `CONTENDERS` (checkpoint, metrics, scores), losses.png and results.json. An earlier
+    demo of the same values is replaced. Other files with these names are replaced only with `overwrite`.
+
+    Raises:
+        ResultError: for other files with these names, without `overwrite`
+        FolderInUseError: where another demo runs in this folder
+        DatasetError: where `out`/data or `out`/pretraining/data holds anything but a synthetic tree
     """
     out = Path(config.out)
     check_folder(out, "the demo")
-    # Values that a contender can't be trained with are refused before any data is written.
+    # Values that a network can't be trained with are refused before any data is written.
     configs = [train_config(config, name, out, out) for name in CONTENDERS]
     check_device(config.accelerator, configs[0].precision)
     made_of = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
@@ -119,11 +107,11 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
     with held(out, "runs a demo"):
         if not overwrite:
             check_free(out / RESULTS_NAME, others, made_of)
-        # Now, so that one that is interrupted may be run again.
+        # This record is written first, so that an interrupted demo may be run again.
         write_json(out / RESULTS_NAME, {"made_of": made_of})
         results = {"made_of": made_of} | _results(config)
         write_json(out / RESULTS_NAME, results)
-    # Where nobody watches, a log keeps the table in one piece.
+    # A log gets a fixed width, so that the lines of the table stay whole.
     console = Console(width=None if _is_watched() else 110)
     with console.capture() as table:
         console.print(_table(results))
@@ -135,7 +123,7 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
 
 
 def _results(config: DemoConfig) -> dict[str, Any]:
-    """Data, trainings, scores and times: all but the table."""
+    """Make data, train, score and measure: everything but the table."""
     out = Path(config.out)
     seconds: dict[str, float] = {}
     trainers: dict[str, Trainer] = {}
@@ -143,7 +131,7 @@ def _results(config: DemoConfig) -> dict[str, Any]:
     pairings: dict[str, dict[str, dict[str, float]]] = {}
     with progress_bars() as bars:
         with _timed(seconds, "data"):
-            tree = _write_data(config, out / "data", bars)
+            tree = config.write_people(config.seed, bars)
         with _timed(seconds, "pretraining"):
             weights = _pretrained(config, bars)
         scores = {"chance": _chance(tree, config.seed)}
@@ -175,7 +163,7 @@ def _results(config: DemoConfig) -> dict[str, Any]:
 
 
 def train_config(config: DemoConfig, name: str, tree: Path, weights: Path) -> TrainConfig:
-    """The training configuration of one of `CONTENDERS`; they differ in `out` and its own values alone."""
+    """The configuration of one of `CONTENDERS`; they differ only in `out` and in the row's values."""
     scaled = _scaled(config, tree, Path(config.out) / name, config.steps)
     return dataclasses.replace(scaled, weights=str(weights), **CONTENDERS[name].values)
 
@@ -193,21 +181,21 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
         depth=18,
         height=config.height,
         width=config.width,
-        # The paper's 16 images a modality, but more people: a short training gains more from those.
+        # A batch has 16 images per modality, as in the paper, but of more people.
         identities=BATCH_IDENTITIES,
         images=2,
         padding=3,
         batches=batches,
         epochs=-(-steps // batches),
         steps=steps,
-        # The paper's schedule in ten epochs. The trunk learns as fast as the head: it comes from a short
-        # pretraining or none.
+        # The paper's schedule in ten epochs. The trunk comes from a short pretraining or from random weights,
+        # and so learns as fast as the head.
         warmup_epochs=1,
         milestones=(7, 9),
         lr=0.03,
         warmup_lr=0.003,
         trunk_lr=1.0,
-        # The reading of the loss that `mrcn-fast study cqc` compares with the others.
+        # One of the readings of the loss that `mrcn-fast study cqc` compares.
         cqc_features="unit",
         cqc_reduction="mean",
         seed=config.seed,
@@ -218,12 +206,12 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
 
 
 def _is_watched() -> bool:
-    # A process may begin without stdout.
+    # A process may be started without stdout.
     return sys.stdout is not None and sys.stdout.isatty()
 
 
 class _timed:
-    """Adds the seconds its body takes to `into[name]`."""
+    """A context manager that sets `into[name]` to the seconds that its body takes."""
 
     def __init__(self, into: dict[str, float], name: str) -> None:
         self.into, self.name = into, name
@@ -235,43 +223,15 @@ class _timed:
         self.into[self.name] = round(time.perf_counter() - self.begun, 2)
 
 
-def _write_data(config: DemoConfig, root: Path, bars: Progress, **differing: Any) -> Path:
-    task = bars.add_task("images", total=None, status="")
-    parameters: dict[str, Any] = {
-        "identities": config.identities,
-        "images": config.images,
-        "splits": 1,
-        "image_size": (config.height, config.width),
-        "seed": config.seed,
-        "modality_gap": config.modality_gap,
-        "pose_spread": 0.4,
-        "camera_style": 0.4,
-    }
-    return write_regdb(
-        root,
-        **(parameters | differing),
-        progress=lambda done, total: bars.update(task, completed=done, total=total),
-    )
-
-
 def _pretrained(config: DemoConfig, bars: Progress) -> Path:
-    """Weights of a ResNet that was pretrained on other people."""
-    folder = Path(config.out) / "pretraining"
-    tree = _write_data(
-        config,
-        folder / "data",
-        bars,
-        identities=config.pretraining_identities,
-        seed=config.seed + 1,
-        modality_gap=MODALITY_GAP,
-    )
-    return pretrain(
-        _scaled(config, tree, folder, config.pretraining_steps), folder / "weights.pth", progress=bars
-    )
+    """Pretrain a ResNet on other people, and return the file of its weights."""
+    tree = config.write_other_people(config.seed + 1, bars)
+    training = _scaled(config, tree, config.pretraining, config.pretraining_steps)
+    return pretrain(training, config.pretraining / "weights.pth", progress=bars)
 
 
 def _chance(tree: Path, seed: int) -> dict[str, float]:
-    """The scores of random rankings under the same protocol, the mean of a few."""
+    """The mean scores of a few random rankings under the same protocol."""
     search = RegDB(tree).searches()[0]
     (gallery,) = search.galleries
     generator = torch.Generator().manual_seed(seed)
@@ -286,7 +246,7 @@ def _chance(tree: Path, seed: int) -> dict[str, float]:
 
 
 def _distances(trainer: Trainer, tree: Path) -> dict[str, float]:
-    """Mean distances of unit features of the test people: what tells whether modalities or people lie apart.
+    """Mean distances of unit features of the test people, which show whether modalities or people lie apart.
 
     "one person": from a person's visible to their infrared images; "two people": between visible images of
     different people.
@@ -306,10 +266,13 @@ def _distances(trainer: Trainer, tree: Path) -> dict[str, float]:
 
 
 def measure(trainers: dict[str, Trainer], rounds: int, bars: Progress) -> dict[str, float]:
-    """Milliseconds, medians of interleaved rounds: a step of each model; the block's forward + backward.
+    """Measure a training step of each network, and the block's forward and backward pass alone.
 
-    Keys: "baseline", "mrcn automatic", "mrcn reference", "block automatic", "block reference". The block runs
-    on the feature maps of a training batch. The weights of the trainers move on.
+    The block runs on the feature maps of a training batch. The measured steps change the trainers' weights.
+
+    Returns:
+        milliseconds, the medians of interleaved rounds, under "baseline", "mrcn automatic", "mrcn reference",
+        "block automatic" and "block reference"
     """
     mrcn, baseline = trainers["mrcn"], trainers["baseline"]
     batch = next(iter(mrcn.batches.of(0)))
@@ -341,7 +304,7 @@ def measure(trainers: dict[str, Trainer], rounds: int, bars: Progress) -> dict[s
 
 
 def _block_inputs(trainer: Trainer, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Stage 0 of a batch for both modalities, and a gradient of the six sets."""
+    """The maps of both modalities at stage 0 of a batch, and a gradient of the six sets."""
     with torch.no_grad(), trainer.fabric.autocast():
         v = trainer.model.trunk.stem(trainer.prepared(batch.visible, "visible"), "visible")
         n = trainer.model.trunk.stem(trainer.prepared(batch.infrared, "infrared"), "infrared")
@@ -363,7 +326,7 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    """The demo's table; scores in percent."""
+    """The demo's table, with scores in percent."""
     data, times = results["made_of"], results["milliseconds"]
     table = Table(
         title=f"Synthetic people, modality gap {data['modality_gap']}; RegDB's protocol, visible to infrared;"
@@ -388,7 +351,7 @@ def _table(results: dict[str, Any]) -> Table:
 
 
 def caption(results: dict[str, Any]) -> str:
-    """What each row shows, and what the shares are."""
+    """The caption of the table: what each row shows, and what the shares are."""
     rank1 = {name: 100 * results["scores"][name]["rank1"] for name in CONTENDERS}
     lines, before = [], None
     for name, contender in CONTENDERS.items():
@@ -400,7 +363,7 @@ def caption(results: dict[str, Any]) -> str:
 
 
 def draw_losses(journals: dict[str, list[dict[str, float]]]) -> Figure:
-    """The losses of all contenders over the steps, one panel a term; from the lines of their journals."""
+    """Draw the loss terms over the steps, one panel per term, from the lines of the journals."""
     terms = {
         "identity": "identity loss",
         "triplet": "triplet loss",
@@ -411,7 +374,7 @@ def draw_losses(journals: dict[str, list[dict[str, float]]]) -> Figure:
     for panel, (term, title) in zip(figure.subplots(1, len(terms)), terms.items(), strict=True):
         for index, (name, lines) in enumerate(journals.items()):
             steps, values = [line["step"] for line in lines], [line[term] for line in lines]
-            # A loss that a contender is not trained with is 0 throughout.
+            # A term that a network is not trained with is 0 throughout.
             if any(values):
                 panel.plot(steps, values, color=f"C{index}", label=CONTENDERS[name].title)
         panel.set(title=title, xlabel="step", ylim=(0, None))

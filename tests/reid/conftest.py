@@ -73,3 +73,15 @@ def finished(tiny_run: TrainConfig, tmp_path_factory: pytest.TempPathFactory) ->
     """The checkpoint of a finished run of `tiny_run`; tests only read it."""
     config = dataclasses.replace(tiny_run, out=str(tmp_path_factory.mktemp("finished")))
     return Trainer(config).fit(progress=Progress(disable=True))
+
+
+def quiet() -> Progress:
+    """Progress bars that show nothing."""
+    return Progress(disable=True)
+
+
+def train(config: TrainConfig, **arguments: Any) -> Trainer:
+    """Train a run to its end; `arguments` are those of `Trainer.fit`."""
+    trainer = Trainer(config)
+    trainer.fit(progress=quiet(), **arguments)
+    return trainer

@@ -116,7 +116,7 @@ def test_a_tables_runs_compute_in_the_precision_they_record(
         [tiny_tree],
         out=tmp_path,
         options={"trials": 1},
-        configure=configure,  # type: ignore[arg-type]
+        configure=configure,
         progress=Progress(disable=True),
     )
     assert convolved == {dtype(precision)}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from lightning_fabric import Fabric
@@ -33,52 +34,70 @@ def extract(
     images: Dataset[Tensor] | None = None,
     advance: Callable[[int], object] | None = None,
 ) -> Tensor:
-    """Features of the samples, in their order: (len(samples), `model.feature_size`), float32, on the CPU.
+    """Extract the test features of samples of one modality, in their order.
 
-    Image size, filter and memory layout are those of the training configuration. The network, which is on the
-    device of `fabric` already, computes in the precision of `fabric`. `images` stands in for the samples'
-    files: the same images from a cache. `advance(n)` is told of each n images done.
+    Args:
+        model: the network, which is already on the device of `fabric`
+        samples: the images, all of `modality`
+        config: of the training; it has the image size, the filter and the memory layout
+        fabric: has the device and the precision to compute in
+        batch_size: images per forward pass
+        workers: processes that decode images; 0: this one
+        images: the same images from a cache, in place of the samples' files
+        advance: called after each batch with the number of its images
 
-    Raises ValueError, before anything is computed, for a sample that is not of `modality` or has none:
-    visible and infrared swapped would still give a score. Raises DatasetError for an image that can't be
-    read.
+    Returns:
+        (len(samples), `model.feature_size`), float32, on the CPU
+
+    Raises:
+        ValueError: before anything is computed, for a sample of another modality or of none, because a score
+            of exchanged modalities would look like any other
+        DatasetError: for an image that can't be read
     """
-    for sample in samples:
-        if sample.modality != modality:
-            raise ValueError(
-                f"{sample.path}: got an image of modality {sample.modality!r}, expected {modality!r}"
-            )
-    size = (config.height, config.width)
+    _check_modality(samples, modality)
     if images is None:
-        images = PersonImages(samples, size, filter=config.filter)
-    if len(images) != len(samples):  # type: ignore[arg-type]
-        raise ValueError(
-            f"got {len(images)} images of {len(samples)} samples"  # type: ignore[arg-type]
-        )
+        images = PersonImages(samples, (config.height, config.width), filter=config.filter)
+    if (found := len(images)) != len(samples):  # type: ignore[arg-type]
+        raise ValueError(f"got {found} images of {len(samples)} samples")
     device = fabric.device
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     batches = Batches(
         images,
         default_collate,
         batch_size=batch_size,
-        batch_bytes=batch_size * 3 * size[0] * size[1],
+        batch_bytes=batch_size * 3 * config.height * config.width,
         workers=workers,
         pin_memory=device.type == "cuda",
     )
-    # On the device till the end: to bring each batch's to the host would wait for it.
+    # The features stay on the device until the end, because a copy to the host per batch would wait for it.
     features = torch.empty(len(samples), model.feature_size, device=device)
-    training = model.training
-    model.eval()
-    try:
-        done = 0
+    done = 0
+    with _evaluating(model):
         for batch in batches:
             pixels = normalize(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
-            # Not by a method that fabric redirects: on one device it redirects none.
+            # `extract` is not a method that fabric redirects, so that autocast has to be entered here.
             with fabric.autocast():
                 features[done : done + len(batch)] = model.extract(pixels, modality)
             done += len(batch)
             if advance is not None:
                 advance(len(batch))
+    return features.cpu()
+
+
+@contextmanager
+def _evaluating(model: ReIDModel) -> Iterator[None]:
+    """Keep the network in eval mode, and put it back into its mode of before."""
+    training = model.training
+    model.eval()
+    try:
+        yield
     finally:
         model.train(training)
-    return features.cpu()
+
+
+def _check_modality(samples: Sequence[Sample], modality: Modality) -> None:
+    for sample in samples:
+        if sample.modality != modality:
+            raise ValueError(
+                f"{sample.path}: got an image of modality {sample.modality!r}, expected {modality!r}"
+            )

@@ -6,13 +6,14 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from pydantic import FiniteFloat
 
 from mrcn_fast.reid.documents import DocumentError, read_json
+from mrcn_fast.reid.evaluation.pairings import TITLES
 from mrcn_fast.reid.settings import SettingError, by_name, checked, record
 from mrcn_fast.reid.training.checkpoint import RESULT_NAMES
 from mrcn_fast.reid.training.config import FREE_ON_RESUME
@@ -131,3 +132,39 @@ def check_free(record: Path, others: Iterable[Path], made_of: Mapping[str, Any])
     raise ResultError(
         f"{there[0]}: is there already, {differing}. Give another folder (--out), or replace it (--overwrite)"
     )
+
+
+def describe(result: dict[str, Any]) -> str:
+    """A result in a few lines: what was measured, then the figures in percent, mean ± standard deviation."""
+    names = {"rank1": "Rank-1", "rank10": "Rank-10", "rank20": "Rank-20"}
+    lines = []
+    for name, search in result["searches"].items():
+        trials = search["trials"]
+        described = [f"{result['dataset']}, split {result['split']}", name, search["settings"]]
+        if result["rerank"]:
+            described.append(f"re-ranked with k1={result['k1']} and k2={result['k2']}")
+        described.append(f"{trials} trial{'s' * (trials > 1)}")
+        described += [
+            f"{_range(search['valid_queries'])} of {search['queries']} queries valid",
+            f"{_range(search['gallery_images'])} gallery images",
+        ]
+        lines.append(", ".join(filter(None, described)))
+        lines += [
+            f"  {names.get(key, key):8s}{100 * search['mean'][key]:6.2f} ± {100 * search['std'][key]:.2f}"
+            for key in HEADLINE
+        ]
+        lines += [
+            f"  {TITLES[pairing]}: "
+            + ", ".join(f"{names.get(key, key)} {100 * scores['mean'][key]:.2f}" for key in ("rank1", "mAP"))
+            for pairing, scores in search["pairings"].items()
+        ]
+    served = f", backend {result['backend']}" if result["backend"] else ""
+    lines.append(f"computed in {result['precision']} on {result['device']}{served}")
+    if result["unreadable"]:
+        lines.append(f"left out {len(result['unreadable'])} images that can't be read, named in the result")
+    return "\n".join([*lines, f"written to {result['path']}"])
+
+
+def _range(counts: Sequence[int]) -> str:
+    least, most = min(counts), max(counts)
+    return str(least) if least == most else f"{least} to {most}"

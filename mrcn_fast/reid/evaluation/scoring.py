@@ -2,283 +2,179 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 import statistics
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import partial
-from itertools import chain
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from mrcn_fast.block import MODALITIES
 from mrcn_fast.files import write_json
 from mrcn_fast.memory import enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
-from mrcn_fast.reid.data import open_dataset, recognize
 from mrcn_fast.reid.data.cache import cached
-from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
-from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation import reranking
-from mrcn_fast.reid.evaluation.extraction import extract
-from mrcn_fast.reid.evaluation.pairings import (
-    HEADLINE_PAIRING,
-    TITLES,
-    Pairing,
-    exchange,
-    paired,
-    pairings_of,
+from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, Pairing, exchange, paired, pairings_of
+from mrcn_fast.reid.evaluation.protocol import (
+    images_by_modality,
+    only_readable,
+    search_fingerprint,
+    searches_of,
+    without,
 )
-from mrcn_fast.reid.evaluation.results import HEADLINE, result_name, slug
+from mrcn_fast.reid.evaluation.results import HEADLINE, describe, result_name, slug
 from mrcn_fast.reid.evaluation.scores import score
+from mrcn_fast.reid.evaluation.trained import EvaluationOptions, Trained, open_trained
 from mrcn_fast.reid.kinds import (
     AnyPath,
-    BackendName,
     Count,
     Draw,
     PathText,
     Precision,
-    Split,
     Trials,
-    Workers,
 )
-from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.settings import check_arguments
-from mrcn_fast.reid.training.checkpoint import (
-    CHECKPOINT_NAME,
-    Checkpoint,
-    CheckpointError,
-    build_model,
-    check_data,
-    content_digest,
-    data_identity,
-    fingerprint,
-    load_checkpoint,
-)
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.checkpoint import Checkpoint, content_digest
+
+# With the names that protocol.py, results.py and trained.py define, which have been importable from here.
+__all__ = [
+    "Conditions",
+    "ScoringOptions",
+    "Trained",
+    "describe",
+    "only_readable",
+    "open_trained",
+    "outline",
+    "score_checkpoint",
+    "score_trial",
+    "search_fingerprint",
+    "searches_of",
+    "without",
+]
 
 log = logging.getLogger(__name__)
 
 
-class Trained(NamedTuple):
-    """A checkpoint's network, ready to give features, and the data set it is looked at on."""
+class Conditions(NamedTuple):
+    """What scores depend on besides the network and the images."""
 
-    path: Path
-    state: Checkpoint
-    config: TrainConfig
-    dataset: PersonDataset
-    model: ReIDModel
-    fabric: Fabric
-    precision: Precision  # what the network computes in here; `config` has the training's
-    backend: str  # what serves its blocks here, "" without blocks
+    rerank: bool
+    k1: int | None
+    k2: int | None
+    skip_unreadable: bool
+    precision: Precision
+    backend: str
+    device: str
 
-    def features(
-        self,
-        samples: Sequence[Sample],
-        modality: Modality,
-        *,
-        batch_size: int = 64,
-        workers: int = 0,
-        images: Dataset[Tensor] | None = None,
-        progress: Progress | None = None,
-    ) -> Tensor:
-        """Test features of images of one modality, in their order: (n, `model.feature_size`), float32, CPU.
 
-        `model.test_sets` names the equal chunks of a feature. `images` stands in for the files, such as a
-        cache of them. Raises ValueError for a sample of another modality, DatasetError for an image that
-        can't be read, MemoryShortageError where an allocation fails.
-        """
-        advance = None
-        if progress is not None:
-            task = progress.add_task(f"{modality} features", total=len(samples), status="")
-            advance = partial(progress.advance, task)
-        less = "Less is needed for a smaller --batch_size and for fewer --workers"
-        with enough_memory(f"{modality} features in batches of {batch_size}", less):
-            return extract(
-                self.model,
-                samples,
-                modality,
-                self.config,
-                fabric=self.fabric,
-                batch_size=batch_size,
-                workers=workers,
-                images=images,
-                advance=advance,
+@dataclass(kw_only=True)
+class ScoringOptions(EvaluationOptions):
+    """How a checkpoint is scored. An option of one data set is refused for the others.
+
+    Raises ValueError for a value that a field doesn't take, and for `k1` or `k2` without `rerank`.
+    """
+
+    mode: Literal["all", "indoor", "both"] | None = None
+    """SYSU-MM01: all, indoor or both: the gallery's cameras; none: all."""
+    shots: Count | None = None
+    """SYSU-MM01: gallery images per identity and camera: 1, or 10 for multi-shot; none: 1."""
+    draw: Draw | None = None
+    """SYSU-MM01: how a gallery is drawn: random (the field's PyTorch code) or official; none: random."""
+    trials: Trials | None = None
+    """SYSU-MM01, LLCM: gallery draws to average over; none: 10."""
+    rerank: bool = False
+    """Re-rank by k-reciprocal neighbours (Zhong et al. 2017); the result says so."""
+    k1: Count | None = None
+    """Neighbours that re-ranking encodes an image by; none: 20."""
+    k2: Count | None = None
+    """Neighbours whose encodings re-ranking averages, 1 for no average; none: 6."""
+    cache: PathText | None = None
+    """Folder for a memory-mapped cache of the resized images; none: no cache."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.rerank and (self.k1, self.k2) != (None, None):
+            raise ValueError(
+                f"got k1={self.k1}, k2={self.k2} without rerank, which alone reads them: ask for --rerank"
             )
 
+    def of_protocol(self) -> dict[str, Any]:
+        """The options of the data set's protocol that were given."""
+        options = {"mode": self.mode, "shots": self.shots, "draw": self.draw, "trials": self.trials}
+        return {name: value for name, value in options.items() if value is not None}
 
-@check_arguments
-def open_trained(
-    checkpoint: AnyPath,
-    data: AnyPath,
-    *,
-    split: Split | None = None,
-    other_data: bool = False,
-    backend: BackendName | None = None,
-    accelerator: str = "auto",
-    precision: Precision | None = None,
-    permutations: AnyPath | None = None,
-) -> Trained:
-    """The network of a checkpoint (the file, or the folder it is in) beside the data set under `data`.
-
-    `split` is only checked: a model is looked at on the split it was trained on. The network computes in
-    `precision`, by default the one it was trained in. Raises CheckpointError where the checkpoint can't be
-    used, is of another split or, unless `other_data`, of another data set; ConfigError and BackendError for
-    an accelerator, a precision or a backend that is not to be had here.
-    """
-    path = Path(checkpoint)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
-    state = load_checkpoint(path)
-    config = state.config
-    precision = precision or config.precision
-    fabric = open_fabric(accelerator, precision)
-    serving = serving_backend(config, backend, fabric, precision)
-    if split is not None and split != state.data.split:
-        raise CheckpointError(
-            f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
-            f"training images are test images of other splits. Give the checkpoint trained on split {split}"
+    def conditions(self, trained: Trained) -> Conditions:
+        """The conditions of scoring an opened network with these options."""
+        return Conditions(
+            rerank=self.rerank,
+            k1=(self.k1 or reranking.K1) if self.rerank else None,
+            k2=(self.k2 or reranking.K2) if self.rerank else None,
+            skip_unreadable=self.skip_unreadable,
+            precision=trained.precision,
+            backend=trained.backend,
+            device=trained.fabric.device.type,
         )
-    found = recognize(data)
-    if found != config.dataset and not other_data:
-        raise CheckpointError(
-            f"{path}: this checkpoint belongs to another data set: expected a tree of {config.dataset}, "
-            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other_data"
-        )
-    dataset = open_dataset(
-        found, data, split=state.data.split if found == "regdb" else 1, permutations=permutations
-    )
-    if not other_data:
-        check_data(path, state, data_identity(dataset, dataset.training()))
-    model = build_model(path, state, backend)
-    use_layout(model, config.channels_last)
-    fabric.to_device(model)
-    return Trained(path, state, config, dataset, model, fabric, precision, serving)
 
 
 @check_arguments
 def score_checkpoint(
-    checkpoint: AnyPath,
-    data: AnyPath,
-    *,
-    mode: Literal["all", "indoor", "both"] | None = None,
-    shots: Count | None = None,
-    draw: Draw | None = None,
-    trials: Trials | None = None,
-    permutations: PathText | None = None,
-    rerank: bool = False,
-    k1: Count | None = None,
-    k2: Count | None = None,
-    split: Split | None = None,
-    other_data: bool = False,
-    skip_unreadable: bool = False,
-    cache: PathText | None = None,
-    backend: BackendName | None = None,
-    accelerator: str = "auto",
-    precision: Precision | None = None,
-    batch_size: Count = 64,
-    workers: Workers = 0,
-    progress: Progress | None = None,
+    checkpoint: AnyPath, data: AnyPath, *, progress: Progress | None = None, **options: Any
 ) -> dict[str, Any]:
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
 
-    The file's name tells what was measured (see `results.result_name`), so that no result replaces one of
-    another measurement: of other options, images, steps or precision, on another backend or device. A run may
-    be scored while it trains; the result is of its last checkpoint then, whose step it names.
+    The file's name says what was measured (see `results.result_name`), so that no result replaces one of
+    another measurement. A run may be scored while it trains; the result names the step of the checkpoint.
 
-    Everything about the network comes from the checkpoint. SYSU-MM01 searches the visible gallery for
-    infrared queries; RegDB and LLCM are scored in both directions, from one extraction. A score is the mean
-    over the trials, with their standard deviation (of a sample). The headline is the paper's way to compare
-    F and F₊; the other two of `pairings` are under "pairings" of each search, and a crossed one far above the
-    headline is logged as a warning.
+    SYSU-MM01 searches the visible gallery for infrared queries; RegDB and LLCM are scored in both directions.
+    A score is the mean over the trials, with their sample standard deviation. The headline is the paper's way
+    to compare F and F₊; the two others of `pairings` are under "pairings" of each search. A warning is logged
+    where the crossed pairing scores far above the headline.
 
     Args:
-        checkpoint: the file `mrcn-fast train` wrote, or the folder it is in
+        checkpoint: the file that `mrcn-fast train` wrote, or its folder
         data: root of the data set's tree
-        mode: SYSU-MM01: all, indoor or both: the gallery's cameras; none: all
-        shots: SYSU-MM01: gallery images of an identity and camera: 1, or 10 for multi-shot; none: 1
-        draw: SYSU-MM01: how a gallery is drawn: random (the field's PyTorch code) or official; none: random
-        trials: SYSU-MM01, LLCM: gallery draws to average over; none: 10
-        permutations: path of the official draw, rand_perm_cam.mat; none: it lies in the tree
-        rerank: re-rank by k-reciprocal neighbours (Zhong et al. 2017); the result says so
-        k1: neighbours that re-ranking encodes an image by; none: 20
-        k2: neighbours whose encodings re-ranking averages, 1 for none; none: 6
-        split: refuse a checkpoint of another split than this
-        other_data: score on a tree other than the one trained on, which is refused else
-        skip_unreadable: leave out images that can't be read, named and counted, which are an error else
-        cache: folder for a memory-mapped cache of the resized images; none: no cache
-        backend: backend of the block; none: the best that serves
-        accelerator: where to compute, as lightning-fabric names it
-        precision: what to compute in, as lightning-fabric names it; none: as the checkpoint was trained
-        batch_size: images a pass
-        workers: processes that decode images; 0: this one
-        progress: bars to add to, in place of own ones
+        progress: bars to add to; by default this function shows its own
+        options: the fields of `ScoringOptions`
 
-    Returns the result, with its file as "path". Raises CheckpointError where the checkpoint or, unless
-    `other_data`, the data set isn't the one trained on; DatasetError and ValueError for what the data set
-    can't give or, with `skip_unreadable`, what is left of it can't; OSError where the checkpoint's folder or
-    the cache's can't be written to, all of it before anything is computed; MemoryShortageError where an
-    allocation fails.
+    Returns:
+        the result, with its file as "path"
+
+    Raises:
+        CheckpointError: where the checkpoint or, unless `other_data`, the data set isn't the training's
+        DatasetError, ValueError: for options that the data set doesn't have, and where the readable images
+            are too few
+        OSError: where the checkpoint's folder or the cache's can't be written to
+        MemoryShortageError: where an allocation fails
+
+    All but the last are raised before anything is computed.
     """
-    if not rerank and (k1, k2) != (None, None):
-        raise ValueError(f"got k1={k1}, k2={k2} without rerank, which alone reads them: ask for --rerank")
-    if rerank:
-        k1, k2 = k1 or reranking.K1, k2 or reranking.K2
-    if cache is not None:
-        check_folder(cache, "the cache")
-    trained = open_trained(
-        checkpoint,
-        data,
-        split=split,
-        other_data=other_data,
-        backend=backend,
-        accelerator=accelerator,
-        precision=precision,
-        permutations=permutations,
-    )
-    options = {"mode": mode, "shots": shots, "draw": draw, "trials": trials}
-    searches = searches_of(
-        trained.dataset, {name: value for name, value in options.items() if value is not None}
-    )
+    chosen = ScoringOptions(**options)
+    if chosen.cache is not None:
+        check_folder(chosen.cache, "the cache")
+    trained = chosen.open(checkpoint, data)
+    searches = searches_of(trained.dataset, chosen.of_protocol())
     check_folder(trained.path.parent, "the scores beside the checkpoint")
-    conditions = Conditions(
-        *(rerank, k1, k2, skip_unreadable, trained.precision, trained.backend, trained.fabric.device.type)
-    )
+    conditions = chosen.conditions(trained)
     _check_neighbours(searches, conditions)
     result = outline(trained.state, trained.dataset, searches, conditions)
     written = trained.path.with_name(result_name(result, trained.path.stem))
-    samples = _by_modality(searches)
-    unreadable: set[Path] = set()
-    if skip_unreadable:
-        samples, unreadable = only_readable(samples, workers=workers)
+    samples, unreadable = _readable_images(searches, chosen)
     kept = [without(search, unreadable) for search in searches]
     _check_neighbours(kept, conditions)
-    tables: dict[Modality, _FeatureTable] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
-        for modality, images in samples.items():
-            source = None
-            if cache is not None:
-                source = _cached(trained, images, cache, f"{_cache_name(searches)}-{modality}", workers)
-            features = trained.features(
-                images, modality, batch_size=batch_size, workers=workers, images=source, progress=bars
-            )
-            tables[modality] = _FeatureTable(images, features)
-    less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
-    pairings = pairings_of(len(trained.model.test_sets))
-    with enough_memory("the distances of queries and gallery images", less):
-        for search, left in zip(searches, kept, strict=True):
-            result["searches"][search.name] |= _score_search(left, tables, conditions, pairings)
-    for name, search in result["searches"].items():
-        if told := exchange(_rank1(search)):
-            log.warning("%s, %s: %s", trained.path, name, told)
+        tables = _feature_tables(trained, samples, _cache_name(searches), chosen, bars)
+    for search, scores in zip(searches, _score_searches(trained, kept, tables, conditions), strict=True):
+        result["searches"][search.name] |= scores
+        if warning := exchange(_rank1(scores)):
+            log.warning("%s, %s: %s", trained.path, search.name, warning)
     result |= {
         "headline": searches[0].name,
         "unreadable": sorted(map(str, unreadable)),
@@ -291,22 +187,10 @@ def score_checkpoint(
     return result
 
 
-class Conditions(NamedTuple):
-    """How scores are made: what they depend on besides the network and the images."""
-
-    rerank: bool
-    k1: int | None
-    k2: int | None
-    skip_unreadable: bool
-    precision: Precision
-    backend: str
-    device: str
-
-
 def outline(
     state: Checkpoint, dataset: PersonDataset, searches: Sequence[Search], conditions: Conditions
 ) -> dict[str, Any]:
-    """A result before there are scores in it: all that its measurement consists of."""
+    """Return a result without its scores: everything that says what is measured."""
     return {
         "dataset": dataset.name,
         "split": dataset.split,
@@ -327,28 +211,12 @@ def outline(
     }
 
 
-def search_fingerprint(dataset: PersonDataset, search: Search) -> str:
-    """Of which images a search's scores are: `fingerprint` of the query and of each trial's gallery."""
-    return fingerprint(dataset.root, chain(search.query, *search.galleries))
-
-
 def _cache_name(searches: Sequence[Search]) -> str:
     return slug(["test", *(search.name for search in searches), searches[0].settings])
 
 
-def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:
-    """The searches of a data set's protocol. ValueError for an option that its protocol hasn't."""
-    known = inspect.signature(dataset.searches).parameters
-    if unknown := sorted(set(options) - set(known)):
-        raise ValueError(
-            f"{dataset.name}'s protocol has no {', '.join(unknown)}; "
-            + (f"it has {', '.join(known)}" if known else "nothing in it is to be chosen")
-        )
-    return dataset.searches(**options)
-
-
 def _check_neighbours(searches: Sequence[Search], conditions: Conditions) -> None:
-    """Refuse more neighbours for re-ranking than a search has images. Raises ValueError."""
+    """Raise ValueError where re-ranking wants more neighbours than a search has images."""
     if conditions.k1 is None or conditions.k2 is None:
         return
     for search in searches:
@@ -356,22 +224,8 @@ def _check_neighbours(searches: Sequence[Search], conditions: Conditions) -> Non
             reranking.check_neighbours(len(search.query), len(gallery), conditions.k1, conditions.k2)
 
 
-def _cached(
-    trained: Trained, samples: Sequence[Sample], folder: str, part: str, workers: int
-) -> Dataset[Tensor]:
-    config, dataset = trained.config, trained.dataset
-    return cached(
-        samples,
-        (config.height, config.width),
-        filter=config.filter,
-        folder=folder,
-        name=f"{dataset.name}-split{dataset.split}-{part}",
-        workers=workers,
-    )
-
-
 class _FeatureTable:
-    """Features of images by the image's path."""
+    """The features of images, found by the path of the image."""
 
     def __init__(self, samples: Sequence[Sample], features: Tensor) -> None:
         self._rows = {sample.path: row for row, sample in enumerate(samples)}
@@ -381,69 +235,67 @@ class _FeatureTable:
         return self._features[[self._rows[sample.path] for sample in samples]]
 
 
-def _by_modality(searches: Sequence[Search]) -> dict[Modality, list[Sample]]:
-    """Each image of the searches once, by modality: trials and directions share most of them.
-
-    Raises ValueError where a search doesn't go from one modality to the other.
-    """
-    found: dict[Modality, dict[Path, Sample]] = {}
-    for search in searches:
-        gallery = [sample for trial in search.galleries for sample in trial]
-        sides = [{sample.modality for sample in side} for side in (search.query, gallery)]
-        if not all(len(side) == 1 and side <= set(MODALITIES) for side in sides) or sides[0] == sides[1]:
-            raise ValueError(
-                f"{search.name}: got a query of {_names(sides[0])} and a gallery of {_names(sides[1])} "
-                "images, expected one modality against the other"
-            )
-        for sample in (*search.query, *gallery):
-            found.setdefault(sample.modality, {})[sample.path] = sample
-    return {modality: list(images.values()) for modality, images in found.items()}
-
-
-def _names(modalities: set[Modality]) -> str:
-    return " and ".join(sorted(map(str, modalities))) or "no"
-
-
-def only_readable(
-    samples: Mapping[Modality, Sequence[Sample]], *, workers: int = 0
+def _readable_images(
+    searches: Sequence[Search], options: ScoringOptions
 ) -> tuple[dict[Modality, list[Sample]], set[Path]]:
-    """The test images that can be read, by modality, and the paths of those that can't.
-
-    `readable` logs the latter. Raises DatasetError where no identity has images of both modalities left.
-    """
-    every = [sample for images in samples.values() for sample in images]
-    kept, unreadable = readable(every, workers=workers)
-    check_left(kept, unreadable, "test")
-    by_modality = {m: [sample for sample in kept if sample.modality == m] for m in samples}
-    return by_modality, {sample.path for sample in unreadable}
+    """The images of the searches by modality, and the paths of those left out as unreadable."""
+    samples = images_by_modality(searches)
+    return only_readable(samples, workers=options.workers) if options.skip_unreadable else (samples, set())
 
 
-def without(search: Search, unreadable: Collection[Path]) -> Search:
-    """A search without the images at these paths.
+def _feature_tables(
+    trained: Trained,
+    samples: Mapping[Modality, Sequence[Sample]],
+    cache_name: str,
+    options: ScoringOptions,
+    bars: Progress,
+) -> dict[Modality, _FeatureTable]:
+    """Extract the features of the images of each modality."""
+    tables: dict[Modality, _FeatureTable] = {}
+    for modality, images in samples.items():
+        source: Dataset[Tensor] | None = None
+        if options.cache is not None:
+            config, dataset = trained.config, trained.dataset
+            source = cached(
+                images,
+                (config.height, config.width),
+                filter=config.filter,
+                folder=options.cache,
+                name=f"{dataset.name}-split{dataset.split}-{cache_name}-{modality}",
+                workers=options.workers,
+            )
+        features = trained.features(
+            images,
+            modality,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            images=source,
+            progress=bars,
+        )
+        tables[modality] = _FeatureTable(images, features)
+    return tables
 
-    Raises DatasetError where a gallery is left in which nobody is searched for, or no query.
-    """
 
-    if not unreadable:
-        return search
-
-    def kept(samples: Sequence[Sample]) -> tuple[Sample, ...]:
-        return tuple(sample for sample in samples if sample.path not in unreadable)
-
-    left = search._replace(query=kept(search.query), galleries=tuple(map(kept, search.galleries)))
-    for before, after in zip(search.galleries, left.galleries, strict=True):
-        lost = [sample for sample in (*search.query, *before) if sample.path in unreadable]
-        check_left((*left.query, *after), lost, "test")
-    return left
+def _score_searches(
+    trained: Trained,
+    searches: Sequence[Search],
+    tables: Mapping[Modality, _FeatureTable],
+    conditions: Conditions,
+) -> list[dict[str, Any]]:
+    """Score each search by all pairings that the network's features have."""
+    less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
+    pairings = pairings_of(len(trained.model.test_sets))
+    with enough_memory("the distances of queries and gallery images", less):
+        return [_score_search(search, tables, conditions, pairings) for search in searches]
 
 
 def _score_search(
     search: Search,
-    tables: dict[Modality, _FeatureTable],
+    tables: Mapping[Modality, _FeatureTable],
     conditions: Conditions,
     pairings: Sequence[Pairing],
 ) -> dict[str, Any]:
-    """A search's scores by the paper's pairing, and under "pairings" those by the others."""
+    """Score a search by the paper's pairing and, under "pairings", by the others."""
     query = tables[search.query[0].modality].of(search.query)
     rows: dict[Pairing, list[dict[str, Any]]] = {pairing: [] for pairing in pairings}
     for gallery in search.galleries:
@@ -463,14 +315,14 @@ def _score_search(
 
 
 def _distance(query: Tensor, gallery: Tensor, conditions: Conditions) -> Tensor:
-    """Minus the dot product, which is the field's distance; or the re-ranked distance."""
+    """Return the field's distance, minus the dot product, or the re-ranked distance."""
     if conditions.k1 is None or conditions.k2 is None:
         return -(query @ gallery.T)
     return reranking.rerank(query, gallery, k1=conditions.k1, k2=conditions.k2)
 
 
 def _over_trials(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float]]:
-    """Mean of the trials' scores, and their standard deviation (of a sample; 0 with one trial)."""
+    """Mean and sample standard deviation of the scores over the trials; the latter is 0 for one trial."""
     values = {name: [row[name] for row in rows] for name in HEADLINE}
     return {
         "mean": {name: statistics.fmean(of_trials) for name, of_trials in values.items()},
@@ -481,7 +333,7 @@ def _over_trials(rows: Sequence[Mapping[str, float]]) -> dict[str, dict[str, flo
 
 
 def _rank1(search: Mapping[str, Any]) -> dict[str, float]:
-    """A search's rank-1 by pairing."""
+    """The rank-1 of a search by each pairing."""
     others = {pairing: scores["mean"]["rank1"] for pairing, scores in search["pairings"].items()}
     return {HEADLINE_PAIRING: search["mean"]["rank1"], **others}
 
@@ -489,7 +341,7 @@ def _rank1(search: Mapping[str, Any]) -> dict[str, float]:
 def score_trial(
     distance: Tensor, query: Sequence[Sample], gallery: Sequence[Sample], protocol: str
 ) -> dict[str, Any]:
-    """Scores of one trial from (queries, gallery) distances: shares of 1 by the names in `HEADLINE`."""
+    """Score one trial from its (queries, gallery) distances: shares of 1 by the names in `HEADLINE`."""
     scores = score(
         distance,
         torch.tensor([sample.identity for sample in query]),
@@ -501,39 +353,3 @@ def score_trial(
     )
     ranks = {f"rank{rank}": float(scores.cmc[rank - 1]) for rank in (1, 10, 20)}
     return ranks | {"mAP": scores.mAP, "mINP": scores.mINP, "valid_queries": scores.valid_queries}
-
-
-def describe(result: dict[str, Any]) -> str:
-    """A result in a few lines: what was measured, then the figures in percent, mean ± standard deviation."""
-    names = {"rank1": "Rank-1", "rank10": "Rank-10", "rank20": "Rank-20"}
-    lines = []
-    for name, search in result["searches"].items():
-        trials = search["trials"]
-        described = [f"{result['dataset']}, split {result['split']}", name, search["settings"]]
-        if result["rerank"]:
-            described.append(f"re-ranked with k1={result['k1']} and k2={result['k2']}")
-        described.append(f"{trials} trial{'s' * (trials > 1)}")
-        described += [
-            f"{_range(search['valid_queries'])} of {search['queries']} queries valid",
-            f"{_range(search['gallery_images'])} gallery images",
-        ]
-        lines.append(", ".join(filter(None, described)))
-        lines += [
-            f"  {names.get(key, key):8s}{100 * search['mean'][key]:6.2f} ± {100 * search['std'][key]:.2f}"
-            for key in HEADLINE
-        ]
-        lines += [
-            f"  {TITLES[pairing]}: "
-            + ", ".join(f"{names.get(key, key)} {100 * scores['mean'][key]:.2f}" for key in ("rank1", "mAP"))
-            for pairing, scores in search["pairings"].items()
-        ]
-    served = f", backend {result['backend']}" if result["backend"] else ""
-    lines.append(f"computed in {result['precision']} on {result['device']}{served}")
-    if result["unreadable"]:
-        lines.append(f"left out {len(result['unreadable'])} images that can't be read, named in the result")
-    return "\n".join([*lines, f"written to {result['path']}"])
-
-
-def _range(counts: Sequence[int]) -> str:
-    least, most = min(counts), max(counts)
-    return str(least) if least == most else f"{least} to {most}"

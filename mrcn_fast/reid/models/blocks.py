@@ -1,13 +1,14 @@
-"""The blocks between two stages of the trunk, and what each model makes of its feature sets with them.
+"""The blocks that each network inserts between two stages of its trunk, and the feature sets they make.
 
-A model's first plug makes its sets from a pair of feature maps. A later one takes every set one block on:
-each set is a stack of modules that starts from the original, as SNR stacks its blocks. The originals pass
-every plug untouched.
+The first block of a network makes the sets of features from a pair of feature maps. Each later block takes
+every set one step further, so that a set is the result of a stack of blocks, as in SNR. The original features
+pass all blocks unchanged.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, NamedTuple
+import warnings
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,51 +19,51 @@ from mrcn_fast.block import Modality
 SetName = Literal["original", "restituted"]
 
 
-class Plugged(NamedTuple):
-    """The sets behind a plug as one batch (sets * B, C, H, W), and SNR's pooled features (2B, C) of it."""
+class BlockOutput(NamedTuple):
+    """What a block returns in training."""
 
-    maps: Tensor
-    styles: tuple[SNRFeatures, ...] = ()
+    maps: Tensor  # (sets * B, C, H, W), set after set
+    styles: tuple[SNRFeatures, ...] = ()  # SNR's pooled features, (2B, C)
 
 
-class Plug(nn.Module):
-    """What the plugs of every model do; a plug is also the block whose parameters it has.
+class ModelBlock(nn.Module):
+    """The interface of the block of every network.
 
-    `sets` counts the feature sets that training gives, half of them visible, then half infrared; `test_sets`
-    names those of one modality at test.
+    `sets` is the number of feature sets in training: first those of visible images, then as many of infrared
+    ones. `test_sets` names the sets of one modality at test.
     """
 
     sets: ClassVar[int]
     test_sets: ClassVar[tuple[SetName, ...]]
     backend: str | None
 
-    def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
-        """The sets of a pair of maps, (B, C, H, W) each."""
+    def first(self, visible: Tensor, infrared: Tensor) -> BlockOutput:
+        """Make the sets from a pair of feature maps, (B, C, H, W) each."""
         raise NotImplementedError
 
-    def later(self, maps: Tensor) -> Plugged:
-        """The sets (sets * B, C, H, W) that an earlier plug and the layers behind it gave, one block on."""
+    def later(self, maps: Tensor) -> BlockOutput:
+        """Take the sets (sets * B, C, H, W) of an earlier block one step further."""
         raise NotImplementedError
 
     def at_test(self, sets: tuple[Tensor, ...], modality: Modality) -> Tensor:
-        """`test_sets` of one modality as one batch, from the original alone or an earlier plug's sets."""
+        """Make `test_sets` of one modality as one batch, from the original or an earlier block's sets."""
         raise NotImplementedError
 
 
-class MRCNPlug(MRCNBlock, Plug):
-    """Restitution and compensation: v, v+, v-, n-, n+, n; at test F and F+.
+class RestitutionCompensation(MRCNBlock, ModelBlock):
+    """Restitution and compensation, the paper's MRCN: v, v+, v-, n-, n+, n in training, F and F+ at test.
 
-    Later plugs restitute the restituted sets and compensate the compensated pair, so that F+ at test is the
-    chain of restitutions.
+    A later block restitutes the restituted sets and compensates the pair of compensated sets, so that F+ at
+    test is the chain of restitutions.
     """
 
     sets = 6
     test_sets = ("original", "restituted")
 
-    def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
-        return Plugged(self(visible, infrared, concat=True))
+    def first(self, visible: Tensor, infrared: Tensor) -> BlockOutput:
+        return BlockOutput(self(visible, infrared, concat=True))
 
-    def later(self, maps: Tensor) -> Plugged:
+    def later(self, maps: Tensor) -> BlockOutput:
         v, v_restituted, v_compensated, n_compensated, n_restituted, n = maps.chunk(6)
         compensated = self(v_compensated, n_compensated)
         sets = (
@@ -73,90 +74,111 @@ class MRCNPlug(MRCNBlock, Plug):
             self.restitute(n_restituted, "infrared"),
             n,
         )
-        return Plugged(torch.cat(sets))
+        return BlockOutput(torch.cat(sets))
 
     def at_test(self, sets: tuple[Tensor, ...], modality: Modality) -> Tensor:
         return torch.cat((sets[0], self.restitute(sets[-1], modality)))
 
 
-class RestitutionPlug(MRCNPlug):
-    """Restitution alone (the paper's "MRM"): v, v+, n+, n; at test F and F+.
+class Restitution(RestitutionCompensation):
+    """Restitution alone, the paper's MRM: v, v+, n+, n in training, F and F+ at test.
 
-    The block's compensation gates have slices of its parameters that no gradient reaches.
+    No gradient reaches the slices of the block's parameters that belong to the compensation gates.
     """
 
     sets = 4
 
-    def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
+    def first(self, visible: Tensor, infrared: Tensor) -> BlockOutput:
         return self._restituted(visible, visible, infrared, infrared)
 
-    def later(self, maps: Tensor) -> Plugged:
+    def later(self, maps: Tensor) -> BlockOutput:
         return self._restituted(*maps.chunk(4))
 
-    def _restituted(self, v: Tensor, of_v: Tensor, of_n: Tensor, n: Tensor) -> Plugged:
+    def _restituted(self, v: Tensor, of_v: Tensor, of_n: Tensor, n: Tensor) -> BlockOutput:
         restituted = self.restitute(of_v, "visible"), self.restitute(of_n, "infrared")
-        return Plugged(torch.cat((v, *restituted, n)))
+        return BlockOutput(torch.cat((v, *restituted, n)))
 
 
-class CompensationPlug(MRCNBlock, Plug):
-    """Compensation alone (the paper's "MCM"): v, v-, n-, n; at test F, as compensation needs a pair.
+class Compensation(MRCNBlock, ModelBlock):
+    """Compensation alone, the paper's MCM: v, v-, n-, n in training, F at test, as compensation needs a pair.
 
-    The block's restitution gates have slices of its parameters that no gradient reaches.
+    No gradient reaches the slices of the block's parameters that belong to the restitution gates.
     """
 
     sets = 4
     test_sets = ("original",)
 
-    def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
+    def first(self, visible: Tensor, infrared: Tensor) -> BlockOutput:
         return self._compensated(visible, visible, infrared, infrared)
 
-    def later(self, maps: Tensor) -> Plugged:
+    def later(self, maps: Tensor) -> BlockOutput:
         return self._compensated(*maps.chunk(4))
 
-    def _compensated(self, v: Tensor, of_v: Tensor, of_n: Tensor, n: Tensor) -> Plugged:
+    def _compensated(self, v: Tensor, of_v: Tensor, of_n: Tensor, n: Tensor) -> BlockOutput:
         made = self(of_v, of_n)
-        return Plugged(torch.cat((v, made.visible_compensated, made.infrared_compensated, n)))
+        return BlockOutput(torch.cat((v, made.visible_compensated, made.infrared_compensated, n)))
 
     def at_test(self, sets: tuple[Tensor, ...], modality: Modality) -> Tensor:
         return sets[0]
 
 
-class SNRPlug(SNRBlock, Plug):
-    """SNR's block (Jin et al. 2020), one for both modalities: v+, n+; at test F+. The originals end here.
+class SharedRestitution(SNRBlock, ModelBlock):
+    """SNR's block (Jin et al. 2020), shared by both modalities: v+, n+ in training, F+ at test.
 
-    Its styles are the spatial means of the restituted, the contaminated and the normalized maps, for the dual
-    causality loss.
+    The original maps are not passed on. The styles are the spatial means of the restituted, the contaminated
+    and the normalized maps, which the dual causality loss compares.
     """
 
     sets = 2
     test_sets = ("restituted",)
 
-    def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
+    def first(self, visible: Tensor, infrared: Tensor) -> BlockOutput:
         return self.later(torch.cat((visible, infrared)))
 
-    def later(self, maps: Tensor) -> Plugged:
+    def later(self, maps: Tensor) -> BlockOutput:
         features: SNRFeatures = self(maps)
         pooled = SNRFeatures._make(f.mean(dim=(2, 3)) for f in features)
-        return Plugged(features.restituted, (pooled,))
+        return BlockOutput(features.restituted, (pooled,))
 
     def at_test(self, sets: tuple[Tensor, ...], modality: Modality) -> Tensor:
         return self.restitute(sets[0])
 
 
-AnyPlug = MRCNPlug | CompensationPlug | SNRPlug
-PLUGS: dict[str, type[MRCNPlug] | type[CompensationPlug] | type[SNRPlug]] = {
-    "snr": SNRPlug,
-    "mrcn": MRCNPlug,
-    "mrm": RestitutionPlug,
-    "mcm": CompensationPlug,
+AnyBlock = RestitutionCompensation | Compensation | SharedRestitution
+BLOCKS: dict[str, type[RestitutionCompensation] | type[Compensation] | type[SharedRestitution]] = {
+    "snr": SharedRestitution,
+    "mrcn": RestitutionCompensation,
+    "mrm": Restitution,
+    "mcm": Compensation,
 }
 
 
-def make_plug(
+def make_block(
     model: str, channels: int, *, gate: str, reduction: int, restitute_to: str, backend: str | None
-) -> AnyPlug:
-    """The plug of `model` for maps of `channels` channels; SNR has no choice of `restitute_to`."""
-    kind = PLUGS[model]
-    if issubclass(kind, SNRPlug):
+) -> AnyBlock:
+    """Make the block of the network `model` for maps of `channels` channels; SNR ignores `restitute_to`."""
+    kind = BLOCKS[model]
+    if issubclass(kind, SharedRestitution):
         return kind(channels, reduction=reduction, gate=gate, backend=backend)
     return kind(channels, reduction=reduction, gate=gate, restitute_to=restitute_to, backend=backend)
+
+
+_RENAMED = {
+    "Plug": "ModelBlock",
+    "Plugged": "BlockOutput",
+    "MRCNPlug": "RestitutionCompensation",
+    "RestitutionPlug": "Restitution",
+    "CompensationPlug": "Compensation",
+    "SNRPlug": "SharedRestitution",
+    "AnyPlug": "AnyBlock",
+    "PLUGS": "BLOCKS",
+    "make_plug": "make_block",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Find a renamed object by its old name, which the next release drops."""
+    if name not in _RENAMED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(f"{name} is called {_RENAMED[name]} now", DeprecationWarning, stacklevel=2)
+    return globals()[_RENAMED[name]]

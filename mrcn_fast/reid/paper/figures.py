@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -26,17 +27,11 @@ from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.evaluation.protocol import only_readable, search_fingerprint, searches_of, without
 from mrcn_fast.reid.evaluation.results import check_free
 from mrcn_fast.reid.evaluation.scores import skipped_images
-from mrcn_fast.reid.evaluation.scoring import (
-    Trained,
-    only_readable,
-    open_trained,
-    search_fingerprint,
-    searches_of,
-    without,
-)
-from mrcn_fast.reid.kinds import NUMPY, BackendName, Count, PathText, Precision, Split, Workers
+from mrcn_fast.reid.evaluation.trained import EvaluationOptions, Trained
+from mrcn_fast.reid.kinds import NUMPY, Count, PathText
 from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.paper import plots
 from mrcn_fast.reid.settings import check_arguments
@@ -54,146 +49,146 @@ _THUMBNAIL = 192  # pixels of an image's height in it
 _log = logging.getLogger(__name__)
 
 
+@dataclass(kw_only=True)
+class FigureOptions(EvaluationOptions):
+    """What the figures show, and how the networks are opened. Raises SettingError for a value that is unfit.
+
+    With `permutations`, the ranking lists of SYSU-MM01 are of the official gallery draw.
+    """
+
+    people: Count = 20
+    """People in the t-SNE map, drawn by `seed`."""
+    queries: Count = 4
+    """Queries with a ranking list, each of another person, drawn by `seed`."""
+    query_paths: Sequence[PathText] | None = None
+    """Query images of the ranking lists in place of drawn ones, by the ends of their paths."""
+    initial: bool = False
+    """Add a first column for the network of the first checkpoint before its training."""
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1), NUMPY] = 0
+    """Seed of people, queries and the t-SNE map."""
+    overwrite: bool = False
+    """Replace figures of other networks, images or values in `out`, which is refused otherwise."""
+
+
 @check_arguments
 def make_figures(
     checkpoints: Sequence[PathText],
     data: PathText,
     out: PathText = "runs/figures",
     *,
-    people: Count = 20,
-    queries: Count = 4,
-    query_paths: Sequence[PathText] | None = None,
-    initial: bool = False,
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1), NUMPY] = 0,
-    permutations: PathText | None = None,
-    split: Split | None = None,
-    other_data: bool = False,
-    skip_unreadable: bool = False,
-    backend: BackendName | None = None,
-    accelerator: str = "auto",
-    precision: Precision | None = None,
-    batch_size: Count = 64,
-    workers: Workers = 0,
-    overwrite: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Draw the paper's Figures 5 and 6 for some checkpoints of one data set, and write their numbers.
 
-    Under `out`: distances.png, the distances of all visible-infrared pairs of test images, of one person and
-    of two, with their means and δ; tsne.png, the t-SNE map of some people; ranking.png, the first ten gallery
-    images of some queries of the headline search (SYSU-MM01: all-search, multi-shot, the first draw), without
-    those that the protocol skips; figures.json, the numbers in all of them.
+    Writes under `out`:
+      - distances.png, the distances of all visible-infrared pairs of test images, of one person and of two,
+        with their means and δ;
+      - tsne.png, the t-SNE map of some people;
+      - ranking.png, the first ten gallery images of some queries of the headline search (SYSU-MM01:
+        all-search, multi-shot, the first draw), without the images that the protocol skips;
+      - figures.json, the numbers of all three.
 
     Args:
-        checkpoints: files that `mrcn-fast train` wrote, or their folders; a column or block each
+        checkpoints: files that `mrcn-fast train` wrote, or their folders; each is a column or block
         data: root of the data set's tree
         out: folder for the figures
-        people: how many are drawn by `seed` for the t-SNE map
-        queries: how many are drawn by `seed` for the ranking lists, each of another person
-        query_paths: query images of the ranking lists in place of drawn ones, by their paths' ends
-        initial: a first column for the network of the first checkpoint before its training
-        seed: of people, queries and the t-SNE map
-        permutations: path of SYSU-MM01's rand_perm_cam.mat: lists are of the official draw then
-        split: refuse a checkpoint of another split than this
-        other_data: take a tree other than the one trained on, which is refused else
-        skip_unreadable: leave out images that can't be read, named and counted, which are an error else
-        backend: backend of the block; none: the best that serves
-        accelerator: where to compute, as lightning-fabric names it
-        precision: what to compute in, as lightning-fabric names it; none: as each checkpoint was trained
-        batch_size: images a pass
-        workers: processes that decode images; 0: this one
-        overwrite: replace figures of other networks, images or values in `out`, which is refused else
-        progress: bars to add to, in place of own ones
+        progress: bars to add to; by default this function shows its own
+        options: the fields of `FigureOptions`
 
-    Returns what figures.json holds, and the files as "files". Raises CheckpointError and DatasetError as
-    scoring does, ValueError for query paths that are not among the queries that are left, and ResultError,
-    before anything is computed, for other figures in `out`.
+    Returns:
+        the content of figures.json, and the paths of all files as "files"
+
+    Raises:
+        CheckpointError, DatasetError: as `score_checkpoint` raises them
+        ValueError: for query paths that name no readable query
+        ResultError: before anything is computed, for other figures in `out`
     """
+    chosen = FigureOptions(**options)
     if not checkpoints:
         raise ValueError("got checkpoints=[], expected at least one")
     check_folder(out, "the figures")
-    opened = [
-        open_trained(
-            path,
-            data,
-            split=split,
-            other_data=other_data,
-            backend=backend,
-            accelerator=accelerator,
-            precision=precision,
-            permutations=permutations,
-        )
-        for path in ([checkpoints[0]] if initial else []) + list(checkpoints)
-    ]
-    if initial:
-        _forget_training(opened[0])
-    titles = _titles(opened, initial)
-    dataset = opened[0].dataset
-    search = _ranked_search(dataset, permutations)
-    images = all_test_images(dataset)
-    unreadable: set[Path] = set()
-    if skip_unreadable:
-        images, unreadable = only_readable(images, workers=workers)
-        search = without(search, unreadable)
-    subject = _Subject(
-        images,
-        choose_people(images, people, seed),
-        search,
-        choose_queries(search, queries, query_paths, seed),
-    )
+    networks = _open_networks(checkpoints, data, chosen)
+    config = next(iter(networks.values())).config
+    subject = _choose_subject(next(iter(networks.values())).dataset, chosen)
     folder = Path(out)
     record = folder / "figures.json"
-    made_of = _made_of(subject, dataset, dict(zip(titles, opened, strict=True)), seed)
-    made_of |= {"skip_unreadable": skip_unreadable}
-    if not overwrite:
+    made_of = _made_of(subject, networks, chosen)
+    if not chosen.overwrite:
         check_free(record, [folder / name for name in PICTURES], made_of)
-    columns: dict[str, _Column] = {}
     with progress_bars() if progress is None else nullcontext(progress) as bars:
-        task = bars.add_task("figures", total=len(opened), status="")
-        for title, trained in zip(titles, opened, strict=True):
-            bars.update(task, status=title)
-            features = {
-                modality: trained.features(
-                    samples, modality, batch_size=batch_size, workers=workers, progress=bars
-                )
-                for modality, samples in images.items()
-            }
-            with enough_memory("the distances of all test images", "Less is needed on a smaller data set"):
-                columns[title] = _column(subject, features, seed)
-            bars.advance(task)
+        columns = _columns(subject, networks, chosen, bars)
     folder.mkdir(parents=True, exist_ok=True)
-    figures = _drawn(subject, columns, opened[0].config)
-    # Never the numbers of other pictures beside these.
+    figures = _drawn(subject, columns, config)
+    # The old numbers go first, so that they never stand beside new pictures.
     record.unlink(missing_ok=True)
     for name, figure in zip(PICTURES, figures, strict=True):
         _save(figure, folder / name)
-    result = (
-        {"made_of": made_of}
-        | _numbers(subject, dataset, seed)
-        | {
-            "unreadable": sorted(map(str, unreadable)),
-            "columns": {
-                title: {
-                    "checkpoint": str(trained.path),
-                    "step": 0 if title == INITIAL else trained.state.step,
-                    "precision": trained.precision,
-                }
-                | _column_numbers(subject, columns[title])
-                for title, trained in zip(titles, opened, strict=True)
-            },
-        }
-    )
+    result = {"made_of": made_of} | _numbers(subject, chosen.seed)
+    result["columns"] = {
+        title: _network_numbers(title, trained) | _column_numbers(subject, columns[title])
+        for title, trained in networks.items()
+    }
     write_json(record, result)
     return result | {"files": [str(folder / name) for name in (*PICTURES, record.name)]}
 
 
-class _Subject(NamedTuple):
-    """What all columns show: the test images by modality, the map's people, a search, rows of its query."""
+def _open_networks(checkpoints: Sequence[str], data: str, options: FigureOptions) -> dict[str, Trained]:
+    """The network of each column by the column's title."""
+    paths = [checkpoints[0], *checkpoints] if options.initial else checkpoints
+    opened = [options.open(path, data) for path in paths]
+    if options.initial:
+        _forget_training(opened[0])
+    return dict(zip(_titles(opened, options.initial), opened, strict=True))
 
-    images: dict[Modality, list[Sample]]
-    people: set[int]
+
+def _choose_subject(dataset: PersonDataset, options: FigureOptions) -> _Subject:
+    """Choose the images, people and queries that all columns show."""
+    search = _ranked_search(dataset, options.permutations)
+    images = all_test_images(dataset)
+    unreadable: set[Path] = set()
+    if options.skip_unreadable:
+        images, unreadable = only_readable(images, workers=options.workers)
+        search = without(search, unreadable)
+    return _Subject(
+        dataset,
+        images,
+        unreadable,
+        choose_people(images, options.people, options.seed),
+        search,
+        choose_queries(search, options.queries, options.query_paths, options.seed),
+    )
+
+
+def _columns(
+    subject: _Subject, networks: Mapping[str, Trained], options: FigureOptions, bars: Progress
+) -> dict[str, _Column]:
+    """Extract the features of each network, and what its column shows of them."""
+    columns: dict[str, _Column] = {}
+    task = bars.add_task("figures", total=len(networks), status="")
+    for title, trained in networks.items():
+        bars.update(task, status=title)
+        features = {
+            modality: trained.features(
+                samples, modality, batch_size=options.batch_size, workers=options.workers, progress=bars
+            )
+            for modality, samples in subject.images.items()
+        }
+        with enough_memory("the distances of all test images", "Less is needed on a smaller data set"):
+            columns[title] = _column(subject, features, options.seed)
+        bars.advance(task)
+    return columns
+
+
+class _Subject(NamedTuple):
+    """What all columns show."""
+
+    dataset: PersonDataset
+    images: dict[Modality, list[Sample]]  # the test images by modality
+    unreadable: set[Path]
+    people: set[int]  # in the t-SNE map
     search: Search
-    queries: list[int]
+    queries: list[int]  # rows of the search's query
 
     def mapped(self) -> list[tuple[Modality, int]]:
         """Modality and row of the images in the t-SNE map, in its order."""
@@ -209,7 +204,7 @@ class _Subject(NamedTuple):
 
 
 class _Column(NamedTuple):
-    """What one network gives for it."""
+    """What the column of one network shows."""
 
     distances: plots.Distances
     points: NDArray[np.float32]
@@ -251,10 +246,9 @@ def _drawn(subject: _Subject, columns: Mapping[str, _Column], config: TrainConfi
     )
 
 
-def _made_of(
-    subject: _Subject, dataset: PersonDataset, opened: Mapping[str, Trained], seed: int
-) -> dict[str, Any]:
-    """What tells these figures from others, before anything is computed."""
+def _made_of(subject: _Subject, opened: Mapping[str, Trained], options: FigureOptions) -> dict[str, Any]:
+    """What distinguishes these figures from others, known before anything is computed."""
+    dataset = subject.dataset
     return {
         "networks": {title: content_digest(trained.state.model) for title, trained in opened.items()},
         "precision": [trained.precision for trained in opened.values()],
@@ -264,7 +258,8 @@ def _made_of(
         "search": [subject.search.name, subject.search.settings, search_fingerprint(dataset, subject.search)],
         "people": sorted(subject.people),
         "queries": subject.queries,
-        "seed": seed,
+        "seed": options.seed,
+        "skip_unreadable": options.skip_unreadable,
     }
 
 
@@ -389,8 +384,8 @@ def _rows(subject: _Subject, lists: plots.Ranking, size: tuple[int, int]) -> lis
     return rows
 
 
-def _numbers(subject: _Subject, dataset: PersonDataset, seed: int) -> dict[str, Any]:
-    search = subject.search
+def _numbers(subject: _Subject, seed: int) -> dict[str, Any]:
+    dataset, search = subject.dataset, subject.search
     return {
         "dataset": dataset.name,
         "split": dataset.split,
@@ -401,6 +396,15 @@ def _numbers(subject: _Subject, dataset: PersonDataset, seed: int) -> dict[str, 
         "tsne_images": [str(subject.images[modality][row].path) for modality, row in subject.mapped()],
         "search": {"name": search.name, "settings": search.settings, "gallery": len(search.galleries[0])},
         "queries": [str(sample.path) for sample in subject.query()],
+        "unreadable": sorted(map(str, subject.unreadable)),
+    }
+
+
+def _network_numbers(title: str, trained: Trained) -> dict[str, Any]:
+    return {
+        "checkpoint": str(trained.path),
+        "step": 0 if title == INITIAL else trained.state.step,
+        "precision": trained.precision,
     }
 
 

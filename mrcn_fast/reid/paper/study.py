@@ -13,7 +13,7 @@ import json
 import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
@@ -23,16 +23,15 @@ from rich.progress import Progress
 from mrcn_fast.benchmark import machine
 from mrcn_fast.files import write_json
 from mrcn_fast.outputs import check_folder
-from mrcn_fast.reid.data import is_whole, write_regdb
+from mrcn_fast.reid.data import is_whole
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, PAIRINGS, TITLES
 from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
-from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Strength, Width
-from mrcn_fast.reid.settings import check_fields
+from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Width
 from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
-from mrcn_fast.reid.training.pretraining import MODALITY_GAP, pretrain
+from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held
 from mrcn_fast.reid.training.trainer import Trainer
 
@@ -44,14 +43,14 @@ DIRECTION: Final = "visible-to-infrared"
 _RUN_RESULT: Final = "result.json"
 _WITHOUT: Final = "without-cqc"
 _EPOCHS: Final = 80
-# A gain counts if it is positive at every one of at least so many seeds, and its mean is above so many
-# standard errors.
+# A gain is accepted if it is positive at each of at least _LEAST_SEEDS seeds and its mean is above
+# _STANDARD_ERRORS standard errors.
 _LEAST_SEEDS: Final = 3
 _STANDARD_ERRORS: Final = 2
 
 
 class Row(NamedTuple):
-    """A way to train: its values of the configuration, beside those that all rows share."""
+    """A way to train: its title, and the values of the configuration in which it differs from other rows."""
 
     title: str
     values: dict[str, Any]
@@ -61,7 +60,7 @@ def _reading(features: str, reduction: str, **more: Any) -> dict[str, Any]:
     return {"model": "mrcn", "cqc_features": features, "cqc_reduction": reduction} | more
 
 
-# The rows that tell most come first.
+# The most informative rows come first, because a study may be stopped before its end.
 ROWS: Final = {
     _WITHOUT: Row("MRCN without CQC", {"model": "mrcn", "cqc_weight": 0.0}),
     "unit-mean": Row("unit features, mean", _reading("unit", "mean")),
@@ -80,12 +79,12 @@ ROWS: Final = {
 }
 
 
-# A batch has four people of a training set, which is half of a tree's people.
+# A batch has four people, and half of the people of a tree are for the training.
 TrainedPeople = Annotated[int, Field(ge=8, le=9999), NUMPY]
 
 
-@dataclasses.dataclass
-class StudyConfig:
+@dataclasses.dataclass(kw_only=True)
+class StudyConfig(SyntheticConfig):
     """The study's size. All rows get the same data, pretraining and number of steps."""
 
     out: PathText = "runs/study-cqc"
@@ -94,23 +93,12 @@ class StudyConfig:
     """People in the synthetic data set: half of them for the training, half for the test (RegDB has 412)."""
     images: Count = 10
     """Images of a person in each modality (RegDB has 10)."""
-    modality_gap: Strength = 0.75
-    """How far infrared differs from visible."""
     height: Height = 64
-    """Image height in pixels."""
     width: Width = 32
-    """Image width in pixels."""
     pretraining_identities: TrainedPeople = 400
-    """Other people, in visible light alone, on whom the ResNet is pretrained."""
     pretraining_steps: Count = 3000
-    """Training steps of the pretraining."""
     steps: Count = 2000
     """Training steps of each run; the paper's schedule of 80 epochs is scaled to them."""
-    accelerator: str = "auto"
-    """Where to compute, as lightning-fabric names it."""
-
-    def __post_init__(self) -> None:
-        check_fields(self, ConfigError)
 
 
 def run_study(
@@ -122,9 +110,9 @@ def run_study(
 ) -> dict[str, Any]:
     """Train and score those of the rows and seeds that are missing; returns and writes `out`/study.json.
 
-    Writes under `config.out`: data/, pretraining/, a folder for each row and seed, study.json. A run that is
-    there is not repeated. One that was interrupted goes on. One that another process holds is left to that
-    process; the result then is without it. The result has all rows that are there, also of earlier calls.
+    Writes under `config.out`: data/, pretraining/, a folder for each row and seed, and study.json. A finished
+    run is not repeated, and an interrupted run goes on. A run that another process trains is left to that
+    process, and the result is without it. The result has all finished runs, also those of earlier calls.
 
     Raises ConfigError for an unknown row, ResultError for a folder with a study of other values, and
     FolderInUseError where another process writes the images or pretrains.
@@ -137,7 +125,8 @@ def run_study(
     _check_values(out, config)
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / RESULT_NAME, summary(config))
-    tree, weights = _data(config, progress), _weights(config, progress)
+    tree = _once(config.tree, config.write_people, 0, progress)
+    weights = _weights(config, progress)
     for seed in seeds:
         for name in rows:
             try:
@@ -165,7 +154,7 @@ def _scaled(config: StudyConfig, tree: Path, out: Path, steps: int) -> TrainConf
         width=config.width,
         padding=max(1, round(10 * config.height / 288)),
         epochs=_EPOCHS,
-        # Rounded up: `steps` ends the run, and not the last epoch.
+        # Rounded up, so that `steps` ends the run before the last epoch does.
         batches=-(-steps // _EPOCHS),
         steps=steps,
         accelerator=config.accelerator,
@@ -174,47 +163,26 @@ def _scaled(config: StudyConfig, tree: Path, out: Path, steps: int) -> TrainConf
     )
 
 
-def _data(config: StudyConfig, progress: Progress) -> Path:
-    return _write(Path(config.out) / "data", config, config.identities, config.modality_gap, 0, progress)
+def _once(root: Path, write: Callable[[int, Progress], Path], seed: int, progress: Progress) -> Path:
+    """Write the images under `root` where they don't exist yet."""
+    with held(root.parent, "writes the study's images"):
+        return root if is_whole(root) else write(seed, progress)
 
 
 def _weights(config: StudyConfig, progress: Progress) -> Path:
-    folder = Path(config.out) / "pretraining"
-    path = folder / "weights.pth"
+    """Pretrain the ResNet where its weights don't exist yet."""
+    path = config.pretraining / "weights.pth"
     if path.exists():
         return path
-    people = config.pretraining_identities
-    tree = _write(folder / "data", config, people, MODALITY_GAP, 1, progress)
-    # The trunk starts from random weights, so that it learns as fast as the head.
+    tree = _once(config.pretraining / "data", config.write_other_people, 1, progress)
+    # The trunk starts from random weights, and so learns as fast as the head.
     training = dataclasses.replace(
-        _scaled(config, tree, folder / "run", config.pretraining_steps),
+        _scaled(config, tree, config.pretraining / "run", config.pretraining_steps),
         trunk_lr=1.0,
         lr=0.03,
         warmup_lr=0.003,
     )
     return pretrain(training, path, resume=_begun(training), progress=progress)
-
-
-def _write(
-    root: Path, config: StudyConfig, people: int, modality_gap: float, seed: int, progress: Progress
-) -> Path:
-    """A synthetic tree in RegDB's layout, written where it isn't there."""
-    with held(root.parent, "writes the study's images"):
-        if is_whole(root):
-            return root
-        task = progress.add_task("images", total=None, status="")
-        return write_regdb(
-            root,
-            identities=people,
-            images=config.images,
-            splits=1,
-            image_size=(config.height, config.width),
-            seed=seed,
-            modality_gap=modality_gap,
-            camera_style=0.4,
-            pose_spread=0.4,
-            progress=lambda done, total: progress.update(task, completed=done, total=total),
-        )
 
 
 def _begun(training: TrainConfig) -> bool:
@@ -237,10 +205,10 @@ def _run(training: TrainConfig, progress: Progress) -> None:
 
 
 def summary(config: StudyConfig) -> dict[str, Any]:
-    """What the finished runs say, as study.json holds it.
+    """Summarize the finished runs, as study.json holds them.
 
-    Of each row: the scores of each seed by direction and pairing, shares of 1, their mean and standard error,
-    and the gain in rank-1 over MRCN without CQC. Rows without a run are named under "not run".
+    Each row has the scores of each seed by direction and pairing, as shares of 1, their mean and standard
+    error, and the gain in rank-1 over MRCN without CQC. Rows without a run are listed under "not run".
     """
     runs = {name: _finished(Path(config.out) / name) for name in ROWS}
     return {
@@ -298,24 +266,24 @@ def _over_seeds(runs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _gain(gains: Mapping[int, float]) -> dict[str, Any]:
-    """The gain in rank-1 over MRCN without CQC by seed, and whether it is large enough to count.
+    """The gain in rank-1 over MRCN without CQC by seed, and whether it is accepted.
 
-    It counts if it is positive at every one of at least three seeds, and its mean is above two standard
+    It is accepted if it is positive at each of at least three seeds and its mean is above two standard
     errors.
     """
-    told = _statistics(list(gains.values()))
-    error = told["standard_error"]
-    counts = (
+    found = _statistics(list(gains.values()))
+    error = found["standard_error"]
+    accepted = (
         len(gains) >= _LEAST_SEEDS
         and min(gains.values()) > 0
         and error is not None
-        and told["mean"] > _STANDARD_ERRORS * error
+        and found["mean"] > _STANDARD_ERRORS * error
     )
-    return {"by_seed": {str(seed): gain for seed, gain in gains.items()}, **told, "accepted": counts}
+    return {"by_seed": {str(seed): gain for seed, gain in gains.items()}, **found, "accepted": accepted}
 
 
 def _statistics(values: Sequence[float]) -> dict[str, Any]:
-    """Mean, and standard error of the mean; none of one value."""
+    """The mean and its standard error, which is None for one value."""
     error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "standard_error": error}
 
@@ -363,9 +331,9 @@ def markdown(result: Mapping[str, Any]) -> str:
     return "\n".join([*lines, *notes])
 
 
-def _cell(told: Mapping[str, Any]) -> str:
-    error = told["standard_error"]
-    return f"{100 * told['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
+def _cell(found: Mapping[str, Any]) -> str:
+    error = found["standard_error"]
+    return f"{100 * found['mean']:.1f}" + ("" if error is None else f" ± {100 * error:.1f}")
 
 
 def _line(cells: Sequence[str]) -> str:

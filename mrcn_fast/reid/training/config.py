@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
@@ -35,8 +35,9 @@ from mrcn_fast.reid.kinds import (
     Width,
     Workers,
 )
-from mrcn_fast.reid.models.network import ModelName
+from mrcn_fast.reid.models.network import ModelName, ModelOptions
 from mrcn_fast.reid.settings import SettingError, check_fields, checked, kinds_of, record
+from mrcn_fast.reid.training.losses import LossOptions
 
 # Bytes of a batch's images of one modality: more is a slip of a digit.
 _LARGEST_BATCH: Final = 2**32
@@ -189,20 +190,12 @@ class TrainConfig:
             )
 
     def model_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of ReIDModel that this run fixes."""
-        names = (
-            "model", "depth", "stages", "gate", "reduction", "restitute_to", "parts", "pool", "backend",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        """The options of `ReIDModel` in this run."""
+        return {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
 
     def loss_arguments(self) -> dict[str, Any]:
-        """The keyword arguments of ReIDLoss."""
-        names = (
-            "label_smoothing", "triplet_weight", "triplet_margin", "soft_margin",
-            "cqc_weight", "cqc_margin", "cqc_features", "cqc_reduction", "detach_negative",
-            "causality_weight", "backend",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        """The options of `ReIDLoss` in this run."""
+        return {field.name: getattr(self, field.name) for field in fields(LossOptions)}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain values only, for a checkpoint or JSON."""

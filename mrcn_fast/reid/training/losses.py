@@ -1,11 +1,12 @@
-"""The paper's total loss (eq. 11): label-smoothed cross entropy + lambda1 * triplet + lambda2 * CQC.
+"""The paper's total loss (eq. 11) and, for the network "snr", SNR's dual causality loss.
 
-And SNR's dual causality loss, for the model it belongs to.
+The total is the label-smoothed cross entropy + lambda1 * triplet loss + lambda2 * CQC loss.
 """
 
 from __future__ import annotations
 
-from typing import Final, Literal, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,16 @@ from torch.nn import functional as F
 from mrcn_fast import CQCLoss, SNRFeatures
 from mrcn_fast.reid.kinds import BackendName, Share, Weight
 from mrcn_fast.reid.models.network import TrainingOutput
-from mrcn_fast.reid.settings import check_arguments
+from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
 
 _NO_LABEL: Final = torch.iinfo(torch.int64).min
 
 
 class LossParts(NamedTuple):
-    """The total and what it is made of, unweighted; scalars, float32.
+    """The total loss and its unweighted terms; all are scalars in float32.
 
-    `cqc` is 0 for models without it and where its weight is 0; so is `causality`, which only SNR has.
+    A term is 0 where its weight is 0. `cqc` is also 0 for networks without a block, and `causality` for all
+    networks but SNR's.
     """
 
     total: Tensor
@@ -33,13 +35,20 @@ class LossParts(NamedTuple):
 
 
 class BatchHardTriplet(nn.Module):
-    """Batch-hard triplet loss: each anchor with its furthest positive and nearest negative, the mean of all.
+    """The batch-hard triplet loss of Hermans, Beyer and Leibe (2017).
 
-    (M, D) features, not normalised, and (M,) labels -> scalar, float32; Euclidean distance. With
-    `soft_margin` the hinge max(0, margin + d_p - d_n) gives way to log(1 + exp(d_p - d_n)) and the margin is
-    not used. An anchor without another of its label, or without one of another label, is not in the mean.
-    The host never waits for the device. Raises ValueError where features and labels don't fit together.
-    Source: Hermans, Beyer and Leibe 2017.
+    The loss is the mean over all anchors of max(0, margin + d_p - d_n), where d_p is the Euclidean distance
+    to the anchor's furthest positive and d_n the distance to its nearest negative. With `soft_margin` it is
+    the mean of log(1 + exp(d_p - d_n)), without a margin. The mean leaves out anchors that have no positive
+    or no negative. The host never waits for the device.
+
+    Shape:
+        features: (M, D), not normalised
+        labels: (M,)
+        result: a scalar in float32
+
+    Raises:
+        ValueError: where features and labels don't fit together
     """
 
     @check_arguments
@@ -57,7 +66,7 @@ class BatchHardTriplet(nn.Module):
             distances = torch.cdist(features, features)
             furthest = distances.masked_fill(~others, -torch.inf).amax(dim=1)
             nearest = distances.masked_fill(same, torch.inf).amin(dim=1)
-            # Minus infinity where one of the two is missing: such an anchor adds 0.
+            # An anchor without a positive or a negative has minus infinity here, and so adds 0.
             apart = furthest - nearest
             each = F.softplus(apart) if self.soft_margin else F.relu(self.margin + apart)
             return each.sum() / apart.isfinite().sum().clamp(min=1)
@@ -66,29 +75,36 @@ class BatchHardTriplet(nn.Module):
         return "soft_margin=True" if self.soft_margin else f"margin={self.margin}"
 
 
-# Pooled features shorter than this have no direction: mean(F̃) is exactly β, which starts at 0 and would
-# leave rounding errors to be compared.
+# Pooled features shorter than this have no direction of their own: mean(F̃) is exactly β, which starts at 0,
+# so that without this bound the loss would compare rounding errors.
 SHORTEST = 1e-2
 
 
 def dual_causality(styles: SNRFeatures, labels: Tensor) -> Tensor:
-    """SNR's dual causality loss at one plug (Jin et al. 2020): a scalar, float32.
+    """SNR's dual causality loss at one block (Jin et al. 2020).
 
-    `styles` has the pooled features (M, C) of both modalities, F̃+ restituted, F̃- contaminated, F̃ normalized;
-    `labels` (M,) are their identities. With d(x, y) = 0.5 - cos(x, y) / 2, anchor a, positive p, negative n:
+    With d(x, y) = 0.5 - cos(x, y) / 2, anchor a, positive p and negative n, the loss is L+ + L-:
 
         L+ = Softplus(d(F̃+_a, F̃+_p) - d(F̃_a, F̃_p)) + Softplus(d(F̃_a, F̃_n) - d(F̃+_a, F̃+_n))
         L- = Softplus(d(F̃_a, F̃_p) - d(F̃-_a, F̃-_p)) + Softplus(d(F̃-_a, F̃-_n) - d(F̃_a, F̃_n))
 
-    so that restitution tells identities better apart than normalization alone, and contamination worse. Each
-    Softplus has one pair, so its mean over every positive or negative of an anchor, and over the anchors, is
-    what triplets drawn at random give on average, without the draw. An anchor without a positive or negative
-    adds nothing there.
+    so that restitution separates identities better than normalization alone does, and contamination
+    separates them worse. Each Softplus depends on one pair. Its mean over all positives or negatives of an
+    anchor, and over all anchors, is therefore the expected value for triplets drawn at random. An anchor
+    without a positive (or negative) adds nothing to the terms of positives (or negatives).
 
-    The mean of a normalized plane is β whatever the image, so d(F̃, F̃) is 0 and F̃ a fixed mark between the
-    two. Features shorter than 0.01 are divided by 0.01 and not by their length.
+    The mean of a normalized plane is β for every image, so that d(F̃, F̃) is 0 and F̃ is a fixed reference
+    between the two. Features shorter than 0.01 are divided by 0.01 instead of their length.
 
-    Raises ValueError where features and labels don't fit together.
+    Args:
+        styles: pooled features (M, C) of both modalities: F̃+ restituted, F̃- contaminated, F̃ normalized
+        labels: (M,), the identity of each row
+
+    Returns:
+        a scalar in float32
+
+    Raises:
+        ValueError: where features and labels don't fit together
     """
     for features in styles:
         _check_rows("styles", features, labels)
@@ -103,7 +119,10 @@ def dual_causality(styles: SNRFeatures, labels: Tensor) -> Tensor:
 
 
 def _cosine_distances(features: Tensor) -> Tensor:
-    """d of every two rows, (M, M), as a quarter of the squared distance of unit vectors: 0 for equal rows."""
+    """The distance d of every two rows, (M, M).
+
+    It is a quarter of the squared distance of unit vectors, which is exactly 0 for equal rows.
+    """
     with torch.autocast(features.device.type, enabled=False):
         unit = F.normalize(features.float(), dim=1, eps=SHORTEST)
         squares = unit.square().sum(dim=1)
@@ -111,55 +130,79 @@ def _cosine_distances(features: Tensor) -> Tensor:
 
 
 def _mean_where(wanted: Tensor, values: Tensor) -> Tensor:
-    """The mean of each row's wanted values, 0 for a row without any: (M, M) -> (M,)."""
+    """The mean of the wanted values of each row, (M, M) -> (M,); it is 0 for a row without any."""
     return (values * wanted).sum(dim=1) / wanted.sum(dim=1).clamp(min=1)
+
+
+@dataclass(kw_only=True)
+class LossOptions:
+    """The values of the total loss. Raises SettingError (a ValueError) for a value that is unfit."""
+
+    label_smoothing: Share = 0.1
+    """Epsilon of the label-smoothed cross entropy."""
+    triplet_weight: Weight = 1.0
+    """lambda1."""
+    triplet_margin: Weight = 0.3
+    """Margin of the batch-hard triplet loss."""
+    soft_margin: bool = False
+    """Use the soft margin in place of the triplet's hinge."""
+    cqc_weight: Weight = 1.2
+    """lambda2."""
+    cqc_margin: Weight = 0.2
+    """alpha, the margin of the CQC loss."""
+    cqc_features: Literal["pooled", "unit"] = "pooled"
+    """What the CQC loss compares: features as the network pools them, or divided by their length."""
+    cqc_reduction: Literal["sum", "mean"] = "sum"
+    """Whether the CQC loss is the sum or the mean over the identities of a batch."""
+    detach_negative: bool = False
+    """Stop the gradient of the second distances of the CQC loss."""
+    causality_weight: Weight = 0.1
+    """Weight of SNR's dual causality loss."""
+    backend: BackendName | None = None
+    """Backend of the CQC loss, as `mrcn_fast.CQCLoss` takes it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, SettingError)
 
 
 class ReIDLoss(nn.Module):
     """Eq. 11 over the sets and parts of a training step, and SNR's dual causality loss.
 
-    `loss(output, labels)` takes the model's TrainingOutput and the (B,) class indices of a batch (the same
-    for both modalities, as the batches are paired) and returns LossParts. Identity, triplet and CQC are the
-    means over the parts. The number of sets says which CQC there is: six have eq. 10; four are v, x_v, x_n, n
-    with either restituted or compensated features between the originals, and have eq. 8 or 9 alone, which are
-    one formula; two have none. `causality` is the sum over SNR's plugs. A term whose weight is 0 is
-    not computed.
+    Identity, triplet and CQC loss are means over the parts, and `causality` is the sum over SNR's blocks. A
+    term whose weight is 0 is not computed.
 
-    `cqc_features` are "pooled", as the model makes them, or "unit", divided by their length; `cqc_reduction`
-    is "sum" over the batch's identities or "mean"; `backend` serves the CQC loss as `mrcn_fast.CQCLoss` takes
-    it. Raises ValueError for other values, when the output is
-    not two, four or six sets of B, and, on the CPU, for labels that are no classes.
+    The number of sets decides about the CQC loss. Six sets have eq. 10. Four sets are v, x_v, x_n, n with
+    either restituted or compensated features x; they have eq. 8 or 9 alone, which are one formula. Two sets
+    have no CQC loss.
+
+    Args:
+        options: the fields of `LossOptions`
+
+    Shape:
+        output: the network's TrainingOutput of a pair of batches of B images each
+        labels: (B,), the class of each pair; it is the same in both modalities, as the batches are paired
+        result: LossParts
+
+    Raises:
+        ValueError: where the output is not two, four or six sets of B images and, on the CPU, for labels that
+            are no classes
     """
 
-    @check_arguments
-    def __init__(
-        self,
-        *,
-        label_smoothing: Share = 0.1,
-        triplet_weight: Weight = 1.0,
-        triplet_margin: Weight = 0.3,
-        soft_margin: bool = False,
-        cqc_weight: Weight = 1.2,
-        cqc_margin: Weight = 0.2,
-        cqc_features: Literal["pooled", "unit"] = "pooled",
-        cqc_reduction: Literal["sum", "mean"] = "sum",
-        detach_negative: bool = False,
-        causality_weight: Weight = 0.1,
-        backend: BackendName | None = None,
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
-        self.triplet_weight = triplet_weight
-        self.cqc_weight = cqc_weight
-        self.causality_weight = causality_weight
-        # No label means that its image is left out.
-        self.identity = nn.CrossEntropyLoss(ignore_index=_NO_LABEL, label_smoothing=label_smoothing)
-        self.triplet = BatchHardTriplet(triplet_margin, soft_margin)
+        chosen = LossOptions(**options)
+        self.triplet_weight = chosen.triplet_weight
+        self.cqc_weight = chosen.cqc_weight
+        self.causality_weight = chosen.causality_weight
+        # By default, torch leaves out images with the label -100; here every label must be a class.
+        self.identity = nn.CrossEntropyLoss(ignore_index=_NO_LABEL, label_smoothing=chosen.label_smoothing)
+        self.triplet = BatchHardTriplet(chosen.triplet_margin, chosen.soft_margin)
         self.cqc = CQCLoss(
-            cqc_margin,
-            reduction=cqc_reduction,
-            detach_negative=detach_negative,
-            normalize=cqc_features == "unit",
-            backend=backend,
+            chosen.cqc_margin,
+            reduction=chosen.cqc_reduction,
+            detach_negative=chosen.detach_negative,
+            normalize=chosen.cqc_features == "unit",
+            backend=chosen.backend,
         )
 
     def forward(self, output: TrainingOutput, labels: Tensor) -> LossParts:
@@ -178,9 +221,8 @@ class ReIDLoss(nn.Module):
             )
         everywhere = labels.repeat(sets)
         identity = self._identity(logits.float().flatten(0, 1), everywhere.repeat(parts))
-        # All sets as one pool, as the first author's later code (DEEN) does, and not a loss a set: only a
-        # pool that holds both modalities mines the cross-modality positives and negatives that retrieval will
-        # meet.
+        # The triplet loss mines in all sets together, as the first author's later code (DEEN) does: only a
+        # pool of both modalities has the cross-modality positives and negatives that retrieval meets.
         triplet = cqc = causality = identity.new_zeros(())
         if self.triplet_weight:
             triplet = torch.stack([self.triplet(part, everywhere) for part in pooled]).mean()
@@ -201,7 +243,7 @@ class ReIDLoss(nn.Module):
             return cast(Tensor, self.identity(logits, labels))
         try:
             return cast(Tensor, self.identity(logits, labels))
-        except IndexError:  # on the CPU; a GPU would have to be waited for
+        except IndexError:  # only on the CPU: a GPU checks its labels after the host has gone on
             least, most = (int(label) for label in labels.aminmax())
             raise ValueError(
                 f"got labels from {least} to {most}, expected classes from 0 to {logits.shape[1] - 1}"
@@ -211,7 +253,7 @@ class ReIDLoss(nn.Module):
         if sets == 6:
             return cast(Tensor, self.cqc(pooled, labels))
         v, of_v, of_n, n = pooled.chunk(4)
-        # Eq. 10 with one kind of features in both places is eq. 8 (or 9) twice.
+        # Eq. 10 with the same features as restituted and compensated ones is twice eq. 8 (or 9).
         return cast(Tensor, self.cqc((v, of_v, of_v, of_n, of_n, n), labels)) / 2
 
 

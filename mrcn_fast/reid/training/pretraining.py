@@ -1,4 +1,8 @@
-"""Weights in the place of ImageNet's, which the paper starts from: for trainings on synthetic people."""
+"""Trainings on synthetic people, and their pretraining.
+
+The paper starts from weights pretrained on ImageNet. The demo and the study pretrain on other synthetic
+people instead, in visible light alone.
+"""
 
 from __future__ import annotations
 
@@ -9,28 +13,94 @@ import torch
 from rich.progress import Progress
 
 from mrcn_fast.files import write_atomically
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.data import write_regdb
+from mrcn_fast.reid.kinds import Count, Height, PathText, Strength, Width
+from mrcn_fast.reid.settings import check_fields
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
 
-# A tree whose infrared cameras see what visible ones see: as on ImageNet, training meets no infrared image.
-# Unlike there, the pictures are of people, so that a short training is enough.
+# With this gap, infrared cameras see what visible ones see, so that the pretraining meets no infrared image,
+# as on ImageNet. Because its pictures are of people, unlike ImageNet's, a short training is enough.
 MODALITY_GAP = 0.0
 
 
+@dataclasses.dataclass(kw_only=True)
+class SyntheticConfig:
+    """The size of trainings on synthetic people: the values that the demo and the study both have."""
+
+    out: PathText
+    """Folder for everything that is written."""
+    identities: Count
+    """People in the synthetic data set: half of them for the training, half for the test."""
+    images: Count
+    """Images of a person in each modality."""
+    modality_gap: Strength = 0.75
+    """How far infrared differs from visible."""
+    height: Height
+    """Image height in pixels."""
+    width: Width
+    """Image width in pixels."""
+    pretraining_identities: Count
+    """Other people, in visible light alone, for the pretraining of the ResNet; it trains on half of them."""
+    pretraining_steps: Count
+    """Training steps of the pretraining."""
+    steps: Count
+    """Training steps of each network."""
+    accelerator: str = "auto"
+    """Where to compute, as lightning-fabric names it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, ConfigError)
+
+    @property
+    def tree(self) -> Path:
+        """The root of the data set."""
+        return Path(self.out) / "data"
+
+    @property
+    def pretraining(self) -> Path:
+        """The folder of the pretraining; the other people are in data/ below it."""
+        return Path(self.out) / "pretraining"
+
+    def write_people(self, seed: int, progress: Progress) -> Path:
+        """Write the data set in RegDB's tree; returns its root."""
+        return self._write(self.tree, self.identities, self.modality_gap, seed, progress)
+
+    def write_other_people(self, seed: int, progress: Progress) -> Path:
+        """Write the people of the pretraining in RegDB's tree; returns its root."""
+        root = self.pretraining / "data"
+        return self._write(root, self.pretraining_identities, MODALITY_GAP, seed, progress)
+
+    def _write(self, root: Path, people: int, modality_gap: float, seed: int, progress: Progress) -> Path:
+        task = progress.add_task("images", total=None, status="")
+        return write_regdb(
+            root,
+            identities=people,
+            images=self.images,
+            splits=1,
+            image_size=(self.height, self.width),
+            seed=seed,
+            modality_gap=modality_gap,
+            camera_style=0.4,
+            pose_spread=0.4,
+            progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+
+
 def pretraining_config(config: TrainConfig) -> TrainConfig:
-    """The configuration with ImageNet's task: classification alone, by the plain network."""
+    """The configuration of a pretraining: classification alone, as on ImageNet, by the baseline network."""
     return dataclasses.replace(config, model="baseline", triplet_weight=0.0)
 
 
 def pretrain(config: TrainConfig, path: Path, *, resume: bool = False, progress: Progress) -> Path:
-    """Train by `pretraining_config` and write the trunk's weights to `path`, in torchvision's format.
+    """Pretrain the ResNet, and write its weights to `path` in torchvision's format.
 
-    With `resume`, a run in the configuration's `out` goes on. Returns `path`.
+    With `resume`, the run in the configuration's `out` goes on. Returns `path`.
     """
     trainer = Trainer(pretraining_config(config))
     trainer.fit(resume=resume, overwrite=not resume, progress=progress)
     state = trainer.model.trunk.state_dict()
-    # torchvision's ResNet has one stem.
+    # The format has one stem, so that the infrared one is left out.
     weights = {k.removeprefix("visible."): v for k, v in state.items() if not k.startswith("infrared.")}
     write_atomically(path, lambda file: torch.save(weights, file))
     return path

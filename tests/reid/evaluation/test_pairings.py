@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.progress import Progress
 
-from mrcn_fast.reid.evaluation import extraction, scoring
+from mrcn_fast.reid.evaluation import extraction, trained
 from mrcn_fast.reid.evaluation.pairings import (
     HEADLINE_PAIRING,
     PAIRINGS,
@@ -22,8 +22,9 @@ from mrcn_fast.reid.evaluation.pairings import (
     paired,
     pairings_of,
 )
-from mrcn_fast.reid.evaluation.results import kept_result
-from mrcn_fast.reid.evaluation.scoring import describe, open_trained, score_checkpoint
+from mrcn_fast.reid.evaluation.results import describe, kept_result
+from mrcn_fast.reid.evaluation.scoring import score_checkpoint
+from mrcn_fast.reid.evaluation.trained import open_trained
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
 
@@ -73,7 +74,7 @@ def test_results_have_all_pairings(
         features = extract(model, samples, modality, *arguments, **options)
         return features.roll(features.shape[1] // 2, dims=1) if modality == "infrared" else features
 
-    monkeypatch.setattr(scoring, "extract", exchanged)
+    monkeypatch.setattr(trained, "extract", exchanged)
     result = score_checkpoint(own, tiny_tree, mode="both", trials=2, **QUIET)
     assert list(result["searches"]) == ["all-search", "indoor-search"]
     for name, search in result["searches"].items():
@@ -132,7 +133,7 @@ def test_an_exchange_is_warned_of(
         sets = (of_person, others) if modality == "visible" else (others, of_person)
         return torch.cat(sets, dim=1)
 
-    monkeypatch.setattr(scoring, "extract", met_the_wrong_way)
+    monkeypatch.setattr(trained, "extract", met_the_wrong_way)
     with caplog.at_level(logging.WARNING):
         result = score_checkpoint(own, tiny_tree, trials=2, **QUIET)
     assert result["searches"]["all-search"]["pairings"]["crossed"]["mean"]["rank1"] == 1

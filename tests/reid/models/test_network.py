@@ -201,7 +201,7 @@ def test_test_features_are_those_of_training(model: str, parts: int) -> None:
     ],
 )
 def test_the_test_sets_have_names(model: str, names: tuple[str, ...]) -> None:
-    network = ReIDModel(5, model=model, depth=50, parts=4)  # type: ignore[arg-type]
+    network = ReIDModel(5, model=model, depth=50, parts=4)
     assert network.test_sets == names
     assert network.feature_size == len(names) * 4 * 2048
 

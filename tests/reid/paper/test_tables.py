@@ -17,9 +17,10 @@ from mrcn_fast.reid.data import write_sysu
 from mrcn_fast.reid.documents import DocumentError
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
-from mrcn_fast.reid.paper import tables
+from mrcn_fast.reid.paper import runs
+from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
 from mrcn_fast.reid.paper.recipes import load_recipe, load_table
-from mrcn_fast.reid.paper.tables import load_made_table, markdown, run_table
+from mrcn_fast.reid.paper.tables import run_table
 from mrcn_fast.reid.training.checkpoint import CheckpointError, load_checkpoint
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
@@ -67,8 +68,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
         scored.append(checkpoint.parent.name)
         return score_checkpoint(checkpoint, *rest, **arguments)
 
-    monkeypatch.setattr(tables, "Trainer", Watched)
-    monkeypatch.setattr(tables, "score_checkpoint", watched_score)
+    monkeypatch.setattr(runs, "Trainer", Watched)
+    monkeypatch.setattr(runs, "score_checkpoint", watched_score)
     return trained, scored
 
 

@@ -284,9 +284,9 @@ def test_values_that_no_loss_has_are_refused() -> None:
 
 def test_a_reduction_without_a_scalar_is_refused() -> None:
     with pytest.raises(ValueError, match="got cqc_reduction='none', expected one of sum, mean"):
-        ReIDLoss(cqc_reduction="none")  # type: ignore[arg-type]
+        ReIDLoss(cqc_reduction="none")
     with pytest.raises(ValueError, match="got cqc_features='raw', expected one of pooled, unit"):
-        ReIDLoss(cqc_features="raw")  # type: ignore[arg-type]
+        ReIDLoss(cqc_features="raw")
 
 
 # --- SNR's dual causality loss ----------------------------------------------------------------------------

@@ -1,0 +1,181 @@
+"""A trained network on a data set: a checkpoint is opened, and gives test features."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from lightning_fabric import Fabric
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from mrcn_fast.memory import enough_memory
+from mrcn_fast.reid.data import open_dataset, recognize
+from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample
+from mrcn_fast.reid.devices import open_fabric, serving_backend
+from mrcn_fast.reid.evaluation.extraction import extract
+from mrcn_fast.reid.kinds import AnyPath, BackendName, Count, PathText, Precision, Split, Workers
+from mrcn_fast.reid.models.network import ReIDModel, use_layout
+from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
+from mrcn_fast.reid.training.checkpoint import (
+    CHECKPOINT_NAME,
+    Checkpoint,
+    CheckpointError,
+    build_model,
+    check_data,
+    data_identity,
+    load_checkpoint,
+)
+from mrcn_fast.reid.training.config import TrainConfig
+
+
+class Trained(NamedTuple):
+    """A checkpoint's network, ready to give features, and the data set that it is evaluated on."""
+
+    path: Path
+    state: Checkpoint
+    config: TrainConfig
+    dataset: PersonDataset
+    model: ReIDModel
+    fabric: Fabric
+    precision: Precision  # of the network here; `config` has the training's
+    backend: str  # that serves the network's blocks here; "" for a network without blocks
+
+    def features(
+        self,
+        samples: Sequence[Sample],
+        modality: Modality,
+        *,
+        batch_size: int = 64,
+        workers: int = 0,
+        images: Dataset[Tensor] | None = None,
+        progress: Progress | None = None,
+    ) -> Tensor:
+        """Extract the test features of images of one modality, in their order.
+
+        `images` replaces the files of the samples, for example with a cache of them. `model.test_sets` names
+        the chunks of equal length that a feature consists of.
+
+        Returns:
+            (len(samples), `model.feature_size`), float32, on the CPU
+
+        Raises:
+            ValueError: for a sample of another modality
+            DatasetError: for an image that can't be read
+            MemoryShortageError: where an allocation fails
+        """
+        advance = None
+        if progress is not None:
+            task = progress.add_task(f"{modality} features", total=len(samples), status="")
+            advance = partial(progress.advance, task)
+        less = "Less is needed for a smaller --batch_size and for fewer --workers"
+        with enough_memory(f"{modality} features in batches of {batch_size}", less):
+            return extract(
+                self.model,
+                samples,
+                modality,
+                self.config,
+                fabric=self.fabric,
+                batch_size=batch_size,
+                workers=workers,
+                images=images,
+                advance=advance,
+            )
+
+
+@check_arguments
+def open_trained(
+    checkpoint: AnyPath,
+    data: AnyPath,
+    *,
+    split: Split | None = None,
+    other_data: bool = False,
+    backend: BackendName | None = None,
+    accelerator: str = "auto",
+    precision: Precision | None = None,
+    permutations: AnyPath | None = None,
+) -> Trained:
+    """Open a checkpoint (the file or its folder) for the data set under `data`.
+
+    `split` is only checked, because a network is evaluated on the split that it was trained on. The network
+    computes in `precision`, by default the training's.
+
+    Raises:
+        CheckpointError: where the checkpoint can't be used, is of another split or, unless `other_data`, of
+            another data set
+        ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
+    """
+    path = Path(checkpoint)
+    path = path / CHECKPOINT_NAME if path.is_dir() else path
+    state = load_checkpoint(path)
+    config = state.config
+    precision = precision or config.precision
+    fabric = open_fabric(accelerator, precision)
+    serving = serving_backend(config, backend, fabric, precision)
+    if split is not None and split != state.data.split:
+        raise CheckpointError(
+            f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
+            f"training images are test images of other splits. Give the checkpoint trained on split {split}"
+        )
+    found = recognize(data)
+    if found != config.dataset and not other_data:
+        raise CheckpointError(
+            f"{path}: this checkpoint belongs to another data set: expected a tree of {config.dataset}, "
+            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other_data"
+        )
+    dataset = open_dataset(
+        found, data, split=state.data.split if found == "regdb" else 1, permutations=permutations
+    )
+    if not other_data:
+        check_data(path, state, data_identity(dataset, dataset.training()))
+    model = build_model(path, state, backend)
+    use_layout(model, config.channels_last)
+    fabric.to_device(model)
+    return Trained(path, state, config, dataset, model, fabric, precision, serving)
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions:
+    """How a trained network is opened and gives test features, for scoring and for figures alike.
+
+    Raises SettingError for a value that a field doesn't take.
+    """
+
+    permutations: PathText | None = None
+    """Path of SYSU-MM01's official gallery draw, rand_perm_cam.mat; none: it lies in the tree."""
+    split: Split | None = None
+    """Refuse a checkpoint of another split than this; none: any split."""
+    other_data: bool = False
+    """Take a tree other than the training data's, which is refused otherwise."""
+    skip_unreadable: bool = False
+    """Leave out images that can't be read, named and counted, instead of stopping at the first."""
+    backend: BackendName | None = None
+    """Backend of the block; none: the best that serves."""
+    accelerator: str = "auto"
+    """Where to compute, as lightning-fabric names it."""
+    precision: Precision | None = None
+    """What to compute in, as lightning-fabric names it; none: as the checkpoint was trained."""
+    batch_size: Count = 64
+    """Images per forward pass."""
+    workers: Workers = 0
+    """Processes that decode images; 0: this one."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, SettingError)
+
+    def open(self, checkpoint: AnyPath, data: AnyPath) -> Trained:
+        """`open_trained` with these options."""
+        return open_trained(
+            checkpoint,
+            data,
+            split=self.split,
+            other_data=self.other_data,
+            backend=self.backend,
+            accelerator=self.accelerator,
+            precision=self.precision,
+            permutations=self.permutations,
+        )

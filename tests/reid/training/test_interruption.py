@@ -1,0 +1,173 @@
+"""Runs that are stopped or killed, and folders that another process holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mrcn_fast.reid.training.checkpoint import (
+    CHECKPOINT_NAME,
+    build_model,
+    load_checkpoint,
+)
+from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.run_folder import FolderInUseError, held
+from mrcn_fast.reid.training.trainer import TrainingError
+from tests.reid.conftest import train
+
+PROGRAM = """
+import sys, json
+from mrcn_fast.cli import main
+sys.exit(main(json.loads(sys.argv[1])))
+"""
+
+
+def started(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
+    """`mrcn-fast train` with these values, in a process of its own."""
+    values = config.as_dict() | {"checkpoint_every": 1}
+    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    return subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, json.dumps(["train", *flags, *more])],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
+        # A shell's background jobs, and what they start, ignore it: this one shall hear it all the same.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def wait_for(process: subprocess.Popen[str], config: TrainConfig, steps: int) -> None:
+    """Until the run has taken so many steps."""
+    metrics = Path(config.out) / "metrics.jsonl"
+    until = time.monotonic() + 300  # never reached but where training does not start
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
+        assert process.poll() is None and time.monotonic() < until, "training did not get going"
+        time.sleep(0.02)
+
+
+def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, epochs=100000)
+    process = started(config)
+    try:
+        wait_for(process, config, 4)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    path = Path(config.out) / CHECKPOINT_NAME
+    assert process.returncode == 130
+    assert "Traceback" not in told
+    assert f"The last complete checkpoint is {path}" in told
+    checkpoint = load_checkpoint(path)
+    assert checkpoint.step >= 3
+    build_model(path, checkpoint)
+    assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == [".lock"]
+
+
+@pytest.mark.slow
+def test_a_killed_run_ends_bitwise_as_one_that_was_not(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    config = dataclasses.replace(tiny_config, epochs=4, batches=5)
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
+    first = started(whole)
+    killed = started(config)
+    try:
+        for steps in (3, 12):
+            wait_for(killed, config, steps)
+            killed.kill()
+            killed.communicate()
+            assert killed.returncode == -signal.SIGKILL
+            killed = started(config, "--resume")
+        _, told = killed.communicate(timeout=300)
+        assert killed.returncode == 0, told
+        _, told = first.communicate(timeout=300)
+        assert first.returncode == 0, told
+    finally:
+        first.kill()
+        killed.kill()
+    expected, found = load_checkpoint(whole.out), load_checkpoint(config.out)
+    assert found.step == expected.step == 20
+    assert all(torch.equal(tensor, expected.model[name]) for name, tensor in found.model.items())
+    lines = (Path(config.out) / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == list(range(1, 21))
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(
+    tiny_config: TrainConfig, finished: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Path(tiny_config.out).mkdir()
+    (Path(tiny_config.out) / "metrics.jsonl").write_text('{"step": 1}\n')
+    with caplog.at_level(logging.WARNING, logger="mrcn_fast"):
+        train(tiny_config, resume=True)
+    assert "no checkpoint yet: the run begins with its first step" in caplog.text
+    expected, found = load_checkpoint(finished).model, load_checkpoint(tiny_config.out).model
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_a_folder_that_another_process_holds_is_refused(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, steps=1)
+    path = train(config).checkpoint_path
+    before = {file: file.read_bytes() for file in path.parent.iterdir()}
+    with held(path.parent, "trains"):
+        for arguments in ({}, {"resume": True}, {"overwrite": True}):
+            with pytest.raises(FolderInUseError, match=r"another process trains in this folder") as error:
+                train(dataclasses.replace(config, steps=2), **arguments)
+            assert str(path.parent) in str(error.value)
+    assert {file: file.read_bytes() for file in path.parent.iterdir()} == before
+    train(dataclasses.replace(config, steps=2), resume=True)
+
+
+def test_the_system_lets_go_of_a_killed_runs_folder(tiny_config: TrainConfig) -> None:
+    # Its processes that decode images live a little longer: they don't hold the folder.
+    config = dataclasses.replace(tiny_config, epochs=100000, workers=1)
+    process = started(config)
+    try:
+        wait_for(process, config, 1)
+        second = started(config, "--resume")
+        _, told = second.communicate(timeout=300)
+        assert second.returncode == 2
+        assert f"{config.out}: another process trains in this folder" in told and "Traceback" not in told
+    finally:
+        process.kill()
+        process.communicate()
+    with held(Path(config.out), "trains"):
+        pass
+
+
+@pytest.mark.parametrize("arguments", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
+def test_what_a_killed_run_left_goes(tiny_config: TrainConfig, arguments: dict[str, bool]) -> None:
+    config = dataclasses.replace(tiny_config, steps=1)
+    folder = train(config).out
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    names = (CHECKPOINT_NAME, "metrics.jsonl", "test-all-search.json")
+    left = [folder / f".{name}.{ended.pid}.tmp" for name in names]
+    others = [folder / f".notes.{ended.pid}.tmp", folder / f".{CHECKPOINT_NAME}.{os.getppid()}.tmp"]
+    for path in (*left, *others):
+        path.write_bytes(b"half")
+    train(dataclasses.replace(config, steps=2), **arguments)
+    assert [path.exists() for path in (*left, *others)] == [False] * 3 + [True] * 2
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged", "test-all-search.json"])
+def test_what_is_left_of_a_run_without_checkpoint_is_not_replaced(
+    tiny_config: TrainConfig, name: str
+) -> None:
+    config = dataclasses.replace(tiny_config, steps=1)
+    there = Path(config.out) / name
+    there.parent.mkdir()
+    there.write_text("of an earlier run")
+    with pytest.raises(TrainingError, match=rf"{there}: a run is already there"):
+        train(config)
+    assert there.read_text() == "of an earlier run"
+    train(config, overwrite=True)
+    assert sorted(path.name for path in there.parent.iterdir()) == [".lock", CHECKPOINT_NAME, "metrics.jsonl"]

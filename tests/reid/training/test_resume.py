@@ -1,0 +1,152 @@
+"""Resumption: checkpoints come back whole, and only into the run that they belong to."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mrcn_fast.files import write_atomically
+from mrcn_fast.reid.data import SYSUMM01, write_sysu
+from mrcn_fast.reid.evaluation.scoring import score_checkpoint
+from mrcn_fast.reid.models.network import ReIDModel
+from mrcn_fast.reid.training.checkpoint import (
+    CHECKPOINT_NAME,
+    CheckpointError,
+    DataIdentity,
+    check_config,
+    check_data,
+    data_identity,
+    load_checkpoint,
+    load_weights,
+    save_checkpoint,
+)
+from mrcn_fast.reid.training.config import TrainConfig
+from tests.reid.conftest import quiet, train
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def write(file: Any) -> None:
+        file.write(b"half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, write)
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_checkpoint_comes_back_as_it_was(finished: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(finished)
+    copy = tmp_path / "copy.pth"
+    save_checkpoint(copy, checkpoint)
+    again = load_checkpoint(copy)
+    assert (again.config, again.data, again.step) == (checkpoint.config, checkpoint.data, checkpoint.step)
+    assert again.random["python"] == checkpoint.random["python"]
+    assert torch.equal(again.random["torch"], checkpoint.random["torch"])
+    assert all(torch.equal(tensor, again.model[name]) for name, tensor in checkpoint.model.items())
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "no such file"),
+        (b"garbage", "can't be read"),
+        ({"weights": torch.ones(1)}, "found the keys weights"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_by_path(tmp_path: Path, content: Any, told: str) -> None:
+    path = tmp_path / CHECKPOINT_NAME
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    elif content is not None:
+        torch.save(content, path)
+    with pytest.raises(CheckpointError, match=told) as error:
+        load_checkpoint(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_truncated_checkpoint_is_refused(finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / CHECKPOINT_NAME
+    path.write_bytes(finished.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match="can't be read"):
+        load_checkpoint(path)
+
+
+def test_another_architecture_is_refused(finished: Path) -> None:
+    checkpoint = load_checkpoint(finished)
+    with pytest.raises(CheckpointError, match="another architecture") as error:
+        load_weights(finished, ReIDModel(4, depth=50), checkpoint.model)
+    assert str(finished) in str(error.value)
+    with pytest.raises(CheckpointError, match=r"another architecture(.|\n)*plugs.0.norm_weight"):
+        load_weights(finished, ReIDModel(4, depth=18, model="baseline"), checkpoint.model)
+
+
+def test_other_values_are_refused_on_resume(finished: Path) -> None:
+    checkpoint = load_checkpoint(finished)
+    other = dataclasses.replace(checkpoint.config, depth=50, lr=0.5, workers=3, epochs=9)
+    with pytest.raises(CheckpointError) as error:
+        check_config(finished, checkpoint, other)
+    message = str(error.value)
+    assert str(finished) in message
+    assert "depth: expected 18 (checkpoint), found 50 (given)" in message
+    assert "lr: expected 0.02 (checkpoint), found 0.5 (given)" in message
+    assert "workers" not in message
+    assert "epochs" not in message
+
+
+def test_a_run_goes_on_from_its_own_weights_alone(
+    tiny_config: TrainConfig, resnet18: Path, tmp_path: Path
+) -> None:
+    moved, other = shutil.copy(resnet18, tmp_path / "moved.pth"), tmp_path / "other.pth"
+    torch.save(torch.load(resnet18) | {"conv1.weight": torch.ones(64, 3, 7, 7)}, other)
+    config = dataclasses.replace(tiny_config, weights=str(resnet18), steps=1)
+    path = train(config).checkpoint_path
+    checkpoint = load_checkpoint(path)
+    for weights, told in ((None, "random ones"), (str(other), r"other\.pth")):
+        with pytest.raises(CheckpointError, match=rf"weights: expected '.*resnet18\.pth.* found .*{told}"):
+            check_config(path, checkpoint, dataclasses.replace(config, weights=weights))
+    assert train(dataclasses.replace(config, weights=str(moved), steps=2), resume=True).step_count == 2
+
+
+def identity_of(tree: Path) -> DataIdentity:
+    dataset = SYSUMM01(tree)
+    return data_identity(dataset, dataset.training())
+
+
+def test_another_data_set_is_refused(finished: Path, tiny_tree: Path, tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(finished)
+    # The same people and file names, other pictures.
+    other = write_sysu(
+        tmp_path / "other", identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16), seed=1
+    )
+    given = identity_of(other)
+    with pytest.raises(CheckpointError, match="belongs to another data set") as error:
+        check_data(finished, checkpoint, given)
+    for part in (str(finished), checkpoint.data.fingerprint[:12], given.fingerprint[:12]):
+        assert part in str(error.value)
+    check_data(finished, checkpoint, identity_of(tiny_tree))
+    with pytest.raises(CheckpointError, match="another data set"):
+        score_checkpoint(finished, other, accelerator="cpu", progress=quiet())
+
+
+def test_a_moved_tree_is_the_same_data_set(tiny_tree: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    moved.symlink_to(tiny_tree)
+    assert identity_of(moved) == identity_of(tiny_tree)
+
+
+def test_other_pictures_of_the_same_sizes_are_another_data_set(tiny_tree: Path, tmp_path: Path) -> None:
+    # As bitmaps have them, which RegDB is made of.
+    other = shutil.copytree(tiny_tree, tmp_path / "other")
+    assert identity_of(other) == identity_of(tiny_tree)
+    for path in other.glob("cam*/*/*.jpg"):
+        path.write_bytes(path.read_bytes()[::-1])
+    assert identity_of(other) != identity_of(tiny_tree)
