@@ -102,8 +102,8 @@ demo: install  ## train and score the baseline and MRCN on synthetic images (6 m
 test: install  ## the tests
 	OMP_WAIT_POLICY=passive "$(bin)/python" -m pytest -n 2 --dist worksteal $(ARGS)
 
-bench: install  ## the benchmark table: times, ratios, floors
-	@"$(bin)/mrcn-fast" bench $(ARGS)
+bench: install  ## the benchmark table: times, ratios, floors; make bench ARGS=step for another one
+	@"$(bin)/mrcn-fast" bench $(or $(ARGS),kernels)
 
 # Alone on the machine as far as that goes: nothing else of the check runs beside it.
 regression: install  ## whether the kernels are still as many times faster than plain PyTorch

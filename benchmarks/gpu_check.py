@@ -1,11 +1,11 @@
-"""`make gpu-check`: the kernels on this machine's GPU, first whether they are right, then how fast they are.
+"""`make gpu-check`: check the kernels on this machine's GPU, then time them.
 
-Run from the checkout with any Python that has torch for the GPU, Triton, and for the tests pytest, hypothesis
-and numpy. It downloads nothing. Each part runs only after those before it have passed:
+It runs from the checkout with any Python that has torch for the GPU, Triton, and for the tests pytest,
+hypothesis and numpy. It downloads nothing. Each part runs only if the parts before it have passed:
 
 - build: the C++ and CUDA libraries for this GPU, where there is nvcc and they are not there yet
 - tests: the correctness matrix, of both backends, in several processes where there is pytest-xdist
-- sanitizer: CUDA's compute-sanitizer over a choice of it, for the CUDA C++ backend
+- sanitizer: a part of the tests of the CUDA C++ backend under CUDA's compute-sanitizer
 - benchmark: both backends side by side
 """
 
@@ -25,13 +25,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK_TESTS = tuple(f"tests/test_block{part}.py" for part in ("", "_accuracy", "_derivatives", "_memory"))
 TESTS = (*BLOCK_TESTS, *(f"tests/test_{name}.py" for name in ("gpu", "cqc", "gates", "compile", "rule")))
-# That a training step waits for nothing; where the packages of [reid] are.
+# This one checks that a training step never waits for the GPU; it needs the packages of [reid].
 TRAINING_TESTS = ("tests/reid/training/test_transfers.py",)
 TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
 PARTS = ("build", "tests", "sanitizer", "benchmark")
 BUILD_PACKAGES = ("pybind11", "setuptools", "ninja")
 SANITIZERS = ("memcheck", "racecheck", "initcheck")
-# Each kernel at edges and in every layout; under a sanitizer a test takes up to a hundred times as long.
+# Each kernel at the edges of shapes and in every layout. Under a sanitizer a test takes up to a hundred times
+# as long.
 SANITIZED = (
     *("tests/test_block_accuracy.py", "tests/test_cqc.py"),
     *("-k", "cuda and float32 and (shapes_at_the_edges or in_every_layout)"),
@@ -39,7 +40,7 @@ SANITIZED = (
 
 
 def lacking(parts: Sequence[str]) -> str | None:
-    """What ``parts`` need and this machine has not; None where nothing is lacking."""
+    """Return what ``parts`` need and this machine lacks, or None."""
     python = f"{sys.executable} ({sys.version.split()[0]})"
     if importlib.util.find_spec("torch") is None:
         return f"{python} has no torch; name a Python that has: make gpu-check PYTHON=/path/to/python"
@@ -67,7 +68,7 @@ def lacking(parts: Sequence[str]) -> str | None:
 
 
 def unbuildable() -> str | None:
-    """Why the CUDA C++ backend is not built; None where it is to be."""
+    """Return why the CUDA C++ backend is not built here, or None where it will be."""
     import setup
     from mrcn_fast import backends
 
@@ -83,7 +84,7 @@ def unbuildable() -> str | None:
 
 
 def unsanitizable(building: bool) -> str | None:
-    """Why nothing runs under compute-sanitizer; None where it does."""
+    """Return why nothing runs under compute-sanitizer, or None where tests do."""
     from mrcn_fast import backends
 
     if not building and not backends()["cuda"].usable:
@@ -92,7 +93,11 @@ def unsanitizable(building: bool) -> str | None:
 
 
 def environment() -> dict[str, str]:
-    """This process's, with the checkout first, the tests' problems on the GPU, builds for it alone."""
+    """Return this process's environment, changed for the parts.
+
+    The checkout is imported first, the tests put their problems on the GPU, and builds are for this GPU
+    alone.
+    """
     import torch
 
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
@@ -106,7 +111,7 @@ def chosen_tests() -> tuple[str, ...]:
 
 
 def side_by_side() -> list[str]:
-    """pytest's arguments for several processes; none where there is no pytest-xdist."""
+    """Return pytest's arguments for several processes; none without pytest-xdist."""
     if importlib.util.find_spec("xdist") is None:
         return []
     number = processes(4 << 30)
@@ -114,7 +119,10 @@ def side_by_side() -> list[str]:
 
 
 def processes(memory: int) -> int:
-    """As many as there are processors, for they compile most of the time, and so many bytes of the GPU."""
+    """Return how many processes run side by side, if each needs this many bytes of the GPU's memory.
+
+    There are no more than processors, because the processes compile most of the time.
+    """
     import torch
 
     there = torch.cuda.get_device_properties(0).total_memory
@@ -124,24 +132,24 @@ def processes(memory: int) -> int:
 def commands(
     parts: Sequence[str], results: Path, tests: Sequence[str], bench: Sequence[str]
 ) -> list[list[str]]:
-    """What is run, in this order, until one fails."""
+    """Return the commands that run in this order until one fails."""
     python = sys.executable
     pytest = [python, "-m", "pytest"]
-    # Memory of its own for every tensor, so that an access beside it shows.
+    # Every tensor gets its own memory, so that an access outside of it is found.
     sanitized = ["env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--error-exitcode", "1"]
     runs = {
         "build": [[python, "setup.py", "-q", "build_ext", "--inplace"]],
         "tests": [[*pytest, *(tests or (*side_by_side(), *chosen_tests()))]],
         "sanitizer": [[*sanitized, "--tool", tool, *pytest, *SANITIZED] for tool in SANITIZERS],
         "benchmark": [
-            [python, "-m", "mrcn_fast.benchmark", "--device", "cuda", "--out", str(results), *bench]
+            [python, "-m", "mrcn_fast", "bench", "kernels", "--device", "cuda", "--out", str(results), *bench]
         ],
     }
     return [command for part in PARTS if part in parts for command in runs[part]]
 
 
 def results_file(gpu: str) -> Path:
-    """Where the results of a GPU are: ``NVIDIA H200`` is nvidia-h200.jsonl."""
+    """Return the file of a GPU's results: nvidia-h200.jsonl for ``NVIDIA H200``."""
     return ROOT / "benchmarks" / "results" / f"{re.sub('[^a-z0-9.]+', '-', gpu.lower()).strip('-')}.jsonl"
 
 
@@ -165,7 +173,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """0: all passed and every goal was met; 1: not so; 2: this machine can't run it."""
+    """Return 0 if all parts passed and every goal was met, 1 if not, 2 if this machine can't run them."""
     options = parser().parse_args(argv)
     parts = options.part or PARTS
     sys.path.insert(0, str(ROOT))

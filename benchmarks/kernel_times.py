@@ -1,9 +1,9 @@
-"""The GPU's time of every kernel of a case, cache cold: where a call's time is, beside what a copy takes.
+"""The GPU's time of every kernel of a call, with a cold cache, beside the time of a copy.
 
-    python benchmarks/kernel_times.py --only "forward 16x256x72x32 channels_last bf16" [--rival "fused cuda"]
+    python benchmarks/kernel_times.py --only "forward 16x256x72x32 channels_last bf16" [--form "fused cuda"]
 
-The cases are those of `mrcn-fast bench --device cuda`, checked first as there; medians over calls that go
-round the case's sets of tensors.
+The cases are those of `mrcn-fast bench kernels --device cuda`, and their results are checked first. The times
+are medians over calls that use the case's sets of tensors in turn.
 """
 
 from __future__ import annotations
@@ -16,18 +16,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mrcn_fast.benchmark import command, timing
+from mrcn_fast.benchmark import timing
 from mrcn_fast.benchmark.suites.kernels import SUITES, cases
 
 
 class Kernel(NamedTuple):
+    """A kernel that the GPU ran."""
+
     name: str
     start: float  # microseconds
     time: float
 
 
 def kernels(run: Callable[[], Any], calls: int) -> list[Kernel]:
-    """What the GPU has to do for so many calls, in the order in which it did."""
+    """Return the kernels that the GPU runs for this many calls, in order."""
     for _ in range(3):
         run()
     torch.cuda.synchronize()
@@ -42,7 +44,10 @@ def kernels(run: Callable[[], Any], calls: int) -> list[Kernel]:
 
 
 def medians(found: Sequence[Kernel], calls: int) -> list[tuple[str, float]]:
-    """The time of each kernel of a call: by its place, or, where calls differ, by its name as a mean."""
+    """Return the time of each kernel of a call.
+
+    It is the median by the kernel's place in the call; where the calls differ, the mean by its name.
+    """
     size, rest = divmod(len(found), calls)
     places = [found[k::size] for k in range(size)] if size and not rest else []
     if places and all(len({kernel.name for kernel in place}) == 1 for place in places):
@@ -51,8 +56,8 @@ def medians(found: Sequence[Kernel], calls: int) -> list[tuple[str, float]]:
     return [(name, sum(kernel.time for kernel in found if kernel.name == name) / calls) for name in names]
 
 
-def told(name: str, times: Sequence[tuple[str, float]], floor: float | None) -> list[str]:
-    """Lines of text; microseconds."""
+def lines(name: str, times: Sequence[tuple[str, float]], floor: float | None) -> list[str]:
+    """Return the times as lines of text, in microseconds."""
     total = sum(time for _, time in times)
     head = f"{name}: {total:.1f} us" + (f", {total / floor:.2f} floors of {floor:.1f} us" if floor else "")
     return [head, *(f"  {time:8.1f}  {kernel[:100]}" for kernel, time in times)]
@@ -63,7 +68,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--suite", default="table", choices=SUITES)
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     options.add_argument(
-        "--rival", default="fused", help='which form (default: fused; "fused cuda", "eager")'
+        "--form",
+        "--rival",
+        default="fused",
+        help='which form (default: fused; "fused cuda", "eager"); --rival is deprecated',
     )
     options.add_argument("--calls", type=int, default=30)
     return options
@@ -71,7 +79,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     options = parser().parse_args(argv)
-    if reason := command.unmeasurable("cuda"):
+    if reason := timing.unmeasurable("cuda"):
         print(f"kernel_times: {reason}", file=sys.stderr)
         return 2
     chosen = [case for case in cases(options.suite, "cuda") if options.only in case.name]
@@ -79,16 +87,16 @@ def main(argv: list[str] | None = None) -> int:
         print(f"--only: got {options.only!r}, which no case's name contains", file=sys.stderr)
         return 2
     for case in chosen:
-        rivals = case.rivals()
-        if options.rival not in rivals:
-            print(f"{case.name}: --rival: got {options.rival!r}, expected one of {', '.join(rivals)}")
+        calls = case.calls()
+        if options.form not in calls:
+            print(f"{case.name}: --form: got {options.form!r}, expected one of {', '.join(calls)}")
             continue
-        timing.check(rivals, timing.TOLERANCES[case.dtype])
-        times = medians(kernels(rivals[options.rival], options.calls), options.calls)
+        timing.check(calls, timing.TOLERANCES[case.dtype])
+        times = medians(kernels(calls[options.form], options.calls), options.calls)
         floor = None
-        if "floor" in rivals:
-            floor = sum(time for _, time in medians(kernels(rivals["floor"], options.calls), options.calls))
-        print("\n".join(told(case.name, times, floor)), flush=True)
+        if "floor" in calls:
+            floor = sum(time for _, time in medians(kernels(calls["floor"], options.calls), options.calls))
+        print("\n".join(lines(case.name, times, floor)), flush=True)
     return 0
 
 

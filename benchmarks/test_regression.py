@@ -1,9 +1,9 @@
-"""Whether the kernels are still fast, on a machine that is busy with other things.
+"""Check that the kernels are still fast, on a machine that may be busy with other work.
 
-Never by absolute times: by how many times the fused time the eager form takes, both in turn in one process.
-The fastest round of each counts, which other processes disturb least. A ratio may fall to half of what the
-newest committed results of the case have, on whatever machine: a kernel that lost its point fails. One layout
-is held against the other, with every instruction set that the machine has.
+Absolute times are not compared, but the time of a baseline over the fused time, both measured in turn in one
+process. The fastest round of each counts, which other processes disturb least. On any machine the ratio must
+be more than half of that in the newest committed results of the case, so that only a kernel that lost its
+advantage fails. One layout is compared with the other, with every instruction set that the machine has.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from mrcn_fast.benchmark.timing import keep_pages_warm
 from tests.support.processes import INSTRUCTION_SETS, instruction_set, run_pytest
 
 RESULTS = Path(__file__).parent / "results" / "cpu-amd-epyc-zen4-2-threads.jsonl"
-# Case -> the plain form that it is held against.
-HELD = {
+# Case -> its baseline.
+BASELINES = {
     "block forward 16x64x72x32 nchw": "eager",
     "block forward+backward 16x64x72x32 nchw": "eager",
     "block forward 16x64x72x32 channels_last": "eager",
@@ -35,21 +35,21 @@ HELD = {
 ROUNDS = 25
 
 
-@pytest.mark.parametrize("name", HELD)
-def test_the_ratio_to_the_plain_form_holds(name: str) -> None:
+@pytest.mark.parametrize("name", BASELINES)
+def test_the_ratio_to_the_baseline_holds(name: str) -> None:
     status = backends()["cpu"]
     if not status.usable:
         pytest.skip(status.reason)
     keep_pages_warm()
     (case,) = (case for case in cases() if case.name == name)
-    rivals = case.rivals()
-    check(rivals)
-    fused, plain = fastest([rivals["fused"], rivals[HELD[name]]])
+    calls = case.calls()
+    check(calls)
+    fused, plain = fastest([calls["fused"], calls[BASELINES[name]]])
     (results,) = newest(RESULTS).values()
-    committed = results[name]["ratios"][HELD[name]]
+    committed = results[name]["ratios"][BASELINES[name]]
     assert plain / fused > committed / 2, (
-        f"{name}: {HELD[name]} takes {plain / fused:.1f} times the fused {1e3 * fused:.2f} ms; committed "
-        f"results have {committed:.1f}"
+        f"{name}: {BASELINES[name]} takes {plain / fused:.1f} times the fused {1e3 * fused:.2f} ms; "
+        f"committed results have {committed:.1f}"
     )
 
 
@@ -72,7 +72,7 @@ def test_channels_last_costs_at_most_twice_as_much(dtype: torch.dtype) -> None:
 
 
 def fastest(calls: list[Callable[[], Any]]) -> list[float]:
-    """Seconds of each call's fastest round, the calls in turn."""
+    """Return the seconds of each call's fastest round; the calls take turns."""
     least = [float("inf")] * len(calls)
     for _ in range(ROUNDS):
         for place, call in enumerate(calls):

@@ -8,7 +8,7 @@ import importlib
 import logging
 import platform
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -17,6 +17,7 @@ from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.streams import flush_stdout, printable, stdout_is_unread
 
+DESCRIPTION = "Visible-infrared person re-identification with MRCN's fused block and loss."
 INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fast[reid]"'
 
 
@@ -57,43 +58,44 @@ def _status(arguments: Sequence[str]) -> int:
     """The exit status of a command, also of one that ends after --help (0) or for wrong flags (2)."""
     try:
         with enough_memory(f"mrcn-fast {' '.join(arguments[:1])}", "Ask for less at a time"):
-            return _run(arguments)
+            return _run(arguments, COMMANDS, "mrcn-fast", DESCRIPTION)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 2
 
 
-def _run(arguments: Sequence[str]) -> int:
-    """Run the command that the first argument names, with the others."""
+def _run(arguments: Sequence[str], commands: Mapping[str, Command], program: str, description: str) -> int:
+    """Run the command that the first argument names, with the others; returns the exit status."""
     if not arguments:
-        print(_help(), file=sys.stderr)
+        print(_help(commands, program, description), file=sys.stderr)
         return 2
     name = arguments[0]
     if name in ("-h", "--help"):
-        print(_help())
+        print(_help(commands, program, description))
         return 0
-    if name not in COMMANDS:
-        near = difflib.get_close_matches(name, COMMANDS, 1)
+    if name not in commands:
+        near = difflib.get_close_matches(name, commands, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
         print(
-            f"mrcn-fast: error: got the command {name!r}, expected one of {', '.join(COMMANDS)}{meant}",
+            f"{program}: error: got the command {name!r}, expected one of {', '.join(commands)}{meant}",
             file=sys.stderr,
         )
         return 2
-    return COMMANDS[name].run(list(arguments[1:]))
+    return commands[name].run(list(arguments[1:]))
 
 
-def _help() -> str:
+def _help(commands: Mapping[str, Command], program: str, description: str) -> str:
+    whole = commands is COMMANDS
     return "\n".join(
         [
-            "usage: mrcn-fast [--traceback] COMMAND [--flag value ...]",
+            f"usage: {program} {'[--traceback] ' * whole}COMMAND [--flag value ...]",
             "",
-            "Visible-infrared person re-identification with MRCN's fused block and loss.",
+            description,
             "",
             "commands:",
-            *(f"  {name:8}{command.help}" for name, command in COMMANDS.items()),
+            *(f"  {name:8}{command.help}" for name, command in commands.items()),
             "",
-            "`mrcn-fast COMMAND --help` lists a command's flags.",
-            "--traceback shows where in the code an error arose.",
+            f"`{program} COMMAND --help` lists a command's flags.",
+            *(["--traceback shows where in the code an error arose."] if whole else []),
         ]
     )
 
@@ -318,20 +320,51 @@ def _figures(argv: list[str]) -> int:
 
 
 def _bench(argv: list[str]) -> int:
-    subjects = {
-        "--step": "mrcn_fast.benchmark.suites.training_step",
-        "--scorer": "mrcn_fast.benchmark.suites.scorer",
-        "--loader": "mrcn_fast.benchmark.suites.loader",
-    }
+    words = argv
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        words, old, new = _with_subcommand(argv)
+        print(
+            f"mrcn-fast bench: {old} is deprecated and will be removed in the next release; use "
+            f"`mrcn-fast bench {new}`",
+            file=sys.stderr,
+        )
+    return _run(words, BENCHES, "mrcn-fast bench", COMMANDS["bench"].help)
+
+
+def _with_subcommand(argv: Sequence[str]) -> tuple[list[str], str, str]:
+    """Give the arguments of `bench` in the spelling of earlier releases the subcommand that they mean.
+
+    Returns:
+        The arguments; and for a message, the earlier spelling and the one in its place.
+    """
     words = [word.partition("=") for word in argv]
-    place = next((k for k, (name, _, _) in enumerate(words) if name in subjects), None)
-    if place is None:
-        module, rest = "mrcn_fast.benchmark.command", argv
-    else:  # --loader=DATA is --loader DATA
-        module, value = subjects[words[place][0]], words[place][2]
-        rest = [*argv[:place], *([value] if value else []), *argv[place + 1 :]]
-    status: int = importlib.import_module(module).main(rest)
-    return status
+    names = [name for name, _, _ in words]
+    shown = next((name for name in names if name in ("--table", "--compare", "--report")), None)
+    measured = next((name for name in names if name in ("--step", "--scorer", "--loader")), None)
+    rest = list(argv)
+    if measured:  # --loader=DATA is --loader DATA
+        place = names.index(measured)
+        rest[place : place + 1] = filter(None, [words[place][2]])
+    if shown:
+        return (
+            ["show", *rest],
+            f"`{' '.join(filter(None, ('mrcn-fast bench', measured, shown)))}`",
+            f"show {shown}",
+        )
+    if measured:
+        subcommand = measured.removeprefix("--")
+        return [subcommand, *rest], f"`mrcn-fast bench {measured}`", subcommand
+    return ["kernels", *rest], "`mrcn-fast bench` without a command", "kernels"
+
+
+def _measured_by(module: str) -> Callable[[list[str]], int]:
+    """Return what runs the `main` of a module of mrcn_fast.benchmark, which is then imported."""
+
+    def run(argv: list[str]) -> int:
+        status: int = importlib.import_module(f"mrcn_fast.benchmark.{module}").main(argv)
+        return status
+
+    return run
 
 
 def _demo(argv: list[str]) -> int:
@@ -379,8 +412,20 @@ COMMANDS = {
     "table": Command("run what a table of the paper lacks, and print ours beside the paper's", _table),
     "study": Command("train the readings of the CQC loss on synthetic people, and compare them", _study),
     "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
-    "bench": Command("measure the kernels beside plain PyTorch", _bench),
+    "bench": Command("measure kernels, training steps, scorer and loader beside their baselines", _bench),
     "demo": Command("synthetic data, training and scores of both models, in one go", _demo),
+}
+
+
+BENCHES = {
+    "kernels": Command("the kernels beside plain PyTorch and torch.compile", _measured_by("suites.kernels")),
+    "step": Command(
+        "whole training steps, with one addition at a time", _measured_by("suites.training_step")
+    ),
+    "scorer": Command("the retrieval scores beside a loop over queries", _measured_by("suites.scorer")),
+    "loader": Command("images per second of training's loader", _measured_by("suites.loader")),
+    "host": Command("what a call costs the host before its kernels run", _measured_by("suites.host")),
+    "show": Command("print, compare or draw files of results; measure nothing", _measured_by("show")),
 }
 
 

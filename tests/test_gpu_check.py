@@ -104,7 +104,7 @@ def test_what_is_lacking(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> None
 
 PYTEST = [sys.executable, "-m", "pytest"]
 PROCESSES = ["-n", "3", "--dist", "loadgroup"]  # 13 GiB
-BENCHMARK = [sys.executable, "-m", "mrcn_fast.benchmark"]
+BENCHMARK = [sys.executable, "-m", "mrcn_fast"]
 
 
 def test_a_training_step_is_tested_where_it_can_be(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_each_part_follows_one_that_passed(
         ]
     results = str(ROOT / "benchmarks" / "results" / "nvidia-h200-sxm.jsonl")
     assert bench == [
-        *(*BENCHMARK, "--device", "cuda", "--out", results),
+        *(*BENCHMARK, "bench", "kernels", "--device", "cuda", "--out", results),
         *("--only", "cqc", "--seconds", "2", "--workers", "1"),  # 8 of the 13 GiB
     ]
     runs.status = 1

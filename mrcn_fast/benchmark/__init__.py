@@ -1,9 +1,15 @@
-"""What the library is measured against, and how: forms, cases, interleaved timing, result lines, reports.
+"""Measure the library beside its baselines: `mrcn-fast bench`.
 
-`mrcn-fast bench` prints tables; ``pytest benchmarks`` runs the same cases under pytest-benchmark. A case is
-timed only after its fused result was compared with the plain one on the same inputs.
+- timing: cases, the check before a measurement, calls timed in turn, peak memory
+- workers: measuring many cases, prepared in several processes where asked for
+- results: result lines, tables of them, and comparisons of two files
+- report: charts of result lines
+- show: `bench show`, which measures nothing
+- options: flags that several subcommands share
+- suites: one module per subcommand that measures
 
-Here stands what every measurement shares; the cases are in `cases`, the command in `command`.
+A case is timed only after its fused result was compared with a baseline's on the same inputs. This package
+imports nothing of `suites`; the suites import it.
 """
 
 from mrcn_fast.benchmark.results import described, machine, print_row, read, row, write

@@ -1,7 +1,7 @@
-"""`python -m mrcn_fast.benchmark`: as `mrcn-fast bench`, where that command isn't installed."""
+"""`python -m mrcn_fast.benchmark`: the same as `mrcn-fast bench`, for where that command isn't installed."""
 
 import sys
 
-from mrcn_fast.benchmark.command import main
+from mrcn_fast.cli import main
 
-sys.exit(main())
+sys.exit(main(["bench", *sys.argv[1:]]))

@@ -1,7 +1,7 @@
-"""`mrcn-fast bench --report`: results as charts, PNG a chart and one HTML page that holds them all.
+"""`mrcn-fast bench show --report`: charts of results, each as PNG, and an HTML page with all of them.
 
-Three charts a machine: how many times the fused time its rivals take; time over size beside the floor (both
-axes logarithmic); memory that a call takes, in volumes. A chart without results for it is not drawn.
+There are three charts per machine: the baselines' times over the fused time; time over size beside the floor,
+with logarithmic axes; and the peak memory of a call, in volumes. A chart that has no results is not drawn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ try:
 except ImportError as missing:
     raise ImportError("--report draws with matplotlib; install it: pip install matplotlib") from missing
 
-# Rivals in the order of the bars, with their titles and colours.
+# The fused form and its baselines in the order of the bars, with their titles and colours.
 FORMS: Final = {
     "fused": ("mrcn_fast", "#1b6ca8"),
     "compile collapsed": ("torch.compile of the collapsed form", "#7fb069"),
@@ -35,7 +35,7 @@ FORMS: Final = {
     "loop": ("a loop over identities", "#ca3c25"),
 }
 FLOOR: Final = "0.35"
-# A size is a row of its chart only if so many sizes of one operation were measured.
+# An operation is in the chart of sizes only if at least this many sizes of it were measured.
 _LEAST_SIZES: Final = 4
 
 
@@ -47,14 +47,18 @@ class Group(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """Its charts' file names begin with this."""
+        """The start of its charts' file names."""
         return re.sub(r"[^a-z0-9.]+", "-", self.title.lower()).strip("-")
 
 
 def write_report(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Draw the results of ``files`` into ``folder``: the PNG files and report.html, in this order.
+    """Draw the results of ``files`` into ``folder``.
 
-    Raises ValueError for a file that holds no results.
+    Returns:
+        The PNG files, and report.html after them.
+
+    Raises:
+        ValueError: a file has no results of cases; the message names it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
@@ -76,7 +80,7 @@ def write_report(files: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def groups(files: Sequence[Path]) -> list[Group]:
-    """The newest result of every case, by the machine it was measured on."""
+    """Return the newest result of every case, grouped by the machine it was measured on."""
     return [Group(title, list(lines.values())) for title, lines in newest(*files).items()]
 
 
@@ -84,20 +88,20 @@ def groups(files: Sequence[Path]) -> list[Group]:
 
 
 def draw_speedups(group: Group) -> Figure | None:
-    """Bars: the rival's time over the fused one's, a group of bars a case; 1 is as fast as the library."""
+    """Draw a group of bars per case: each baseline's time over the fused time."""
     lines = [line for line in group.lines if _ratios(line)]
     if not lines:
         return None
     figure, axes = _bars([_ratios(line) for line in lines], "%.1f ×")
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_yticks(range(len(lines)), [line["case"] for line in lines], fontsize=8)
-    axes.set_xlabel("time, in times of mrcn_fast's")
+    axes.set_xlabel("time over mrcn_fast's time")
     _legend(figure, axes, group)
     return figure
 
 
 def draw_sizes(group: Group) -> Figure | None:
-    """Time over a volume's bytes, both logarithmic: a panel a way, with the floor dashed."""
+    """Draw time over a volume's bytes, with logarithmic axes: one panel per operation and way."""
     panels: dict[str, list[Line]] = {}
     for line in group.lines:
         if line.get("volume_bytes") and line["layout"] == "nchw" and line["dtype"] == "fp32":
@@ -119,18 +123,16 @@ def draw_sizes(group: Group) -> Figure | None:
 
 
 def draw_memory(group: Group) -> Figure | None:
-    """Bars: bytes that a call takes at its peak, in volumes; what it gives is marked."""
+    """Draw a group of bars per case: peak memory in volumes, with the size of the results marked."""
     lines = [line for line in group.lines if line.get("peak_bytes") and line.get("result_bytes")]
     if not lines:
         return None
     bars = [{n: peak / line["volume_bytes"] for n, peak in line["peak_bytes"].items()} for line in lines]
     figure, axes = _bars(bars, "%.0f")
     given = [line["result_bytes"] / line["volume_bytes"] for line in lines]
-    axes.scatter(
-        given, range(len(lines)), marker="|", s=300, color="black", label="what the call gives", zorder=3
-    )
+    axes.scatter(given, range(len(lines)), marker="|", s=300, color="black", label="the results", zorder=3)
     axes.set_yticks(range(len(lines)), [line["case"] for line in lines], fontsize=8)
-    axes.set_xlabel("memory at the peak, in volumes of N·C·H·W elements")
+    axes.set_xlabel("peak memory, in volumes of N·C·H·W elements")
     _legend(figure, axes, group)
     return figure
 
@@ -143,7 +145,7 @@ CHARTS: Final[dict[str, Callable[[Group], Figure | None]]] = {
 
 
 def _ratios(line: Line) -> dict[str, float]:
-    """How many fused times a rival takes; of its two compilations the faster one."""
+    """Return each baseline's time over the fused time; of its two compilations, that of the faster one."""
     ratios = {name: faster(line["ratios"], name) for name in FORMS}
     return {name: ratio for name, ratio in ratios.items() if ratio is not None}
 
@@ -162,7 +164,7 @@ def _points(
 
 
 def _bars(rows: Sequence[dict[str, float]], text: str) -> tuple[Figure, matplotlib.axes.Axes]:
-    """Groups of bars by the names of FORMS, the first row on top; `text` formats a bar's value."""
+    """Draw groups of bars by the names of FORMS, the first row on top; `text` formats a bar's value."""
     most = max(sum(name in FORMS for name in row) for row in rows)
     figure = Figure(figsize=(8.5, 1.2 + 0.15 * (most + 1) * len(rows)), layout="constrained")
     axes: matplotlib.axes.Axes = figure.subplots()
@@ -214,7 +216,7 @@ def _page(sections: Sequence[str]) -> str:
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>mrcn_fast: benchmark</title>'
         f"<style>{style}</style></head>\n<body><h1>mrcn_fast: benchmark</h1>\n"
-        "<p>Medians of interleaved rounds. Columns say how many times the fused time a rival takes; a floor "
-        "is the time of a large copy that moves the compulsory bytes.</p>\n"
+        "<p>Medians of interleaved rounds. The columns are the baselines' times over the fused time; the "
+        "floor is the time of a large copy that moves the compulsory bytes.</p>\n"
         f"{body}\n</body></html>\n"
     )

@@ -1,4 +1,4 @@
-"""Result lines: what stands in one, how it is printed, tables of a file, and what moved between two."""
+"""Result lines: their contents, printing them, tables of a file, and comparing two files."""
 
 from __future__ import annotations
 
@@ -10,20 +10,28 @@ import re
 import subprocess
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from mrcn_fast import backends
-from mrcn_fast.benchmark.suites.kernels import AUTOTUNED
-from mrcn_fast.benchmark.timing import Case, Cost, Growth, Timing
+from mrcn_fast.benchmark.timing import AUTOTUNED, Case, Cost, Growth, Timing
 from mrcn_fast.files import append
 
 Line = dict[str, Any]
 
+# The name, in the results of training steps and of the loader, of what published code of the field does.
+AS_PUBLISHED: Final = "as published"
+
+# What a file of results is, for messages.
+EXPECTED: Final = "result lines, as --out writes them"
+
+# Names in the result lines of earlier versions, and today's. Files of results are only added to.
+_RENAMED: Final = {"habit": AS_PUBLISHED, "habit, augmented": f"{AS_PUBLISHED}, augmented"}
+
 
 def machine(device: str = "cpu") -> Line:
-    """What a result line says of where it was measured."""
+    """Return what a result line says about the machine that it was measured on."""
     where = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -43,7 +51,10 @@ def machine(device: str = "cpu") -> Line:
 
 
 def _commit() -> str:
-    """HEAD, "-dirty" where a tracked file differs from it; result files do whenever they are added to."""
+    """Return the short name of HEAD, with "-dirty" where a tracked file differs from it.
+
+    Result files don't count: they differ whenever something was measured.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     differ = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
     try:
@@ -55,7 +66,7 @@ def _commit() -> str:
 
 
 def cpu_name() -> str:
-    """As the system calls it."""
+    """Return the processor's name, as the system has it."""
     info = Path("/proc/cpuinfo")
     if info.exists():
         for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -73,10 +84,16 @@ def row(
     refused: dict[str, str] | None = None,
     grown: Growth | None = None,
 ) -> Line:
-    """One result: milliseconds of every rival, ratios to the fused time, and which goals hold.
+    """Return the result line of a case: milliseconds of every call, ratios to the fused time, missed goals.
 
-    costs: on a GPU; peaks: bytes of the process's memory, on a CPU; saved: bytes that autograd keeps for the
-    backward; refused: rivals that don't compile; grown: what repeated fused calls leave behind.
+    Args:
+        case: what was measured
+        timings: of every call, by name
+        costs: on a GPU: the host's time and peak memory, by name
+        peaks: on a CPU: peak memory in bytes, by name
+        saved: bytes that autograd keeps for the backward, by name
+        refused: the error of each baseline that doesn't compile
+        grown: the memory that repeated fused calls leave behind
     """
     fused = timings["fused"].median
     ratios = {name: t.median / fused for name, t in timings.items() if name not in ("fused", "floor")}
@@ -104,7 +121,10 @@ def row(
 
 
 def _missed(name: str, goal: float, result: Line) -> bool:
-    """Whether a goal isn't reached: of memory where the machine tells it, of a rival where it compiles."""
+    """Return whether a goal is missed.
+
+    A goal for memory is met where the system doesn't tell it, one for a baseline where that doesn't compile.
+    """
     ratios = result["ratios"]
     if name == "floor":
         return bool(ratios["floors"] > goal)
@@ -117,13 +137,17 @@ def _missed(name: str, goal: float, result: Line) -> bool:
 
 
 def faster(times: dict[str, Any], name: str) -> Any:
-    """A rival's ratio or quantiles, of its two compilations the faster one's; None where it has none."""
+    """Return a baseline's ratio or quantiles; of its two compilations, those of the faster one.
+
+    Returns:
+        None where the baseline was not measured.
+    """
     found = [times[form] for form in (name, name + AUTOTUNED) if form in times]
     return min(found, key=lambda time: time[1] if isinstance(time, list) else time, default=None)
 
 
 def print_row(result: Line) -> None:
-    """A result in a line of text."""
+    """Print a result as a line of text."""
     ms, ratios = result["ms"], result["ratios"]
     cells = [f"{result['case']:<58}", f"{ms['fused'][1]:9.3f} ms"]
     cells += [f"{name} {ratio:5.2f}x" for name, ratio in ratios.items() if name != "floors"]
@@ -143,10 +167,10 @@ def print_row(result: Line) -> None:
 
 
 def described(where: Line) -> str:
-    """The machine of a result line, in a line.
+    """Return the machine of a result line as text.
 
-    The instruction set is part of it, without its extensions: processors of different generations may call
-    themselves alike.
+    It includes the instruction set, without extensions: processors of different generations may have one
+    name.
     """
     if "gpu" in where:
         return f"{where['gpu']}, torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}"
@@ -156,16 +180,21 @@ def described(where: Line) -> str:
 
 
 def write(file: Path, *lines: Line) -> None:
-    """Append results, all or none; a file of results is only added to."""
+    """Append results to a file, all or none."""
     file.parent.mkdir(parents=True, exist_ok=True)
     append(file, "".join(f"{json.dumps(line)}\n" for line in lines).encode())
 
 
 def read(file: Path, check: Callable[[Any], Line], expected: str) -> list[Line]:
-    """The lines of a file of results; `expected` says for messages what the file should be.
+    """Read the lines of a file of results, with names of earlier versions replaced by today's.
 
-    `check` returns a line that fits and raises ValueError for another one. Raises ValueError naming the file,
-    the line and what is wrong with it.
+    Args:
+        file: a file of JSON lines
+        check: returns a line that fits, and raises ValueError for another one
+        expected: what the file should be, for messages
+
+    Raises:
+        ValueError: the message names the file, the line and what is wrong with it.
     """
     if not file.is_file():
         raise ValueError(
@@ -180,7 +209,7 @@ def read(file: Path, check: Callable[[Any], Line], expected: str) -> list[Line]:
     lines: list[Line] = []
     for number, text in enumerate(texts, start=1):
         try:
-            line = json.loads(text)
+            line = json.loads(text, object_hook=_with_new_names)
         except (ValueError, RecursionError):
             raise ValueError(f"{file}: expected {expected}; found no JSON in line {number}") from None
         try:
@@ -190,8 +219,16 @@ def read(file: Path, check: Callable[[Any], Line], expected: str) -> list[Line]:
     return lines
 
 
-def _checked(line: Any) -> Line:
-    """A line with what tables and charts read of every one. Raises ValueError naming what it lacks."""
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    return {_RENAMED.get(name, name): value for name, value in values.items()}
+
+
+def checked(line: Any) -> Line:
+    """Return a line that has what tables and charts read.
+
+    Raises:
+        ValueError: the message names what the line lacks.
+    """
     if not isinstance(line, dict):
         raise ValueError("got no values by name")
     for name in ("case", "date", "torch"):
@@ -212,22 +249,22 @@ def _are_numbers(values: Iterable[object]) -> bool:
 
 
 def newest(*files: Path) -> dict[str, dict[str, Line]]:
-    """The newest result of every case, by the machine that `described` names and the case's name.
+    """Return the newest result of every case, by the machine that `described` names and by the case's name.
 
-    Raises ValueError, naming the file, for one that is missing or holds no results of cases.
+    Raises:
+        ValueError: a file is missing or has no results of cases; the message names it.
     """
-    expected = "result lines, as --out writes them"
     found: dict[str, dict[str, Line]] = {}
     for file in files:
-        lines = [line for line in read(file, _checked, expected) if "fused" in line["ms"]]
+        lines = [line for line in read(file, checked, EXPECTED) if "fused" in line["ms"]]
         if not lines:
-            raise ValueError(f"{file}: expected {expected}; found none of kernels")
+            raise ValueError(f"{file}: expected {EXPECTED}; found none of kernels")
         for line in lines:
             try:
                 known = found.setdefault(described(line), {})
             except (KeyError, TypeError) as error:
                 raise ValueError(
-                    f"{file}: expected {expected}; that of {line['case']} has no {error} of the machine it "
+                    f"{file}: expected {EXPECTED}; that of {line['case']} has no {error} of the machine it "
                     "was measured on"
                 ) from None
             case = line["case"]
@@ -237,20 +274,20 @@ def newest(*files: Path) -> dict[str, dict[str, Line]]:
 
 
 def print_table(file: Path) -> None:
-    """The newest result of every case in ``file`` as Markdown, a table under each machine's name."""
+    """Print the newest result of every case in ``file`` as Markdown, one table per machine."""
     for place, found in newest(file).items():
         print(f"{place}; {days(list(found.values()))}\n")
         print("\n".join(markdown(found.values())) + "\n")
 
 
 def days(lines: Sequence[Line]) -> str:
-    """When they were measured, from the first day to the last."""
+    """Return the days on which the results were measured, from the first to the last."""
     first, last = (choose(line["date"][:10] for line in lines) for choose in (min, max))
     return first if first == last else f"{first} to {last}"
 
 
 def markdown(found: Iterable[Line]) -> list[str]:
-    """Results as the lines of a Markdown table."""
+    """Return the results as lines of a Markdown table."""
     lines = [
         "| case | fused | eager | instance_norm | torch.compile | compile of the collapsed form | floors |",
         "|---|---|---|---|---|---|---|",
@@ -271,22 +308,25 @@ def markdown(found: Iterable[Line]) -> list[str]:
 
 
 def compare(before: Path, after: Path) -> list[str]:
-    """Lines that say which cases moved from one file to the other by more than their spread.
+    """Return lines of text that say which cases became faster or slower from one file to the other.
 
-    A case has moved where the 20th to 80th percentiles of its fused times don't overlap. Where the floor
-    moved too, it was the machine, or that as well. Of several machines' results of a case the newest one
-    counts. Raises ValueError for a file that holds no results.
+    A case did where the ranges from the 20th to the 80th percentile of its fused times don't overlap. Where
+    the floor's ranges don't overlap either, the machine was at least a part of the reason. If a file has
+    results of a case from several machines, the newest one counts.
+
+    Raises:
+        ValueError: a file has no results of cases.
     """
     old, new = (_newest_of_any_machine(file) for file in (before, after))
-    told = []
+    lines = []
     for file, own, other in ((before, old, new), (after, new, old)):
         if missing := [case for case in other if case not in own]:
-            told.append(f"not in {file}: {', '.join(missing)}")
+            lines.append(f"not in {file}: {', '.join(missing)}")
     shared = [case for case in old if case in new]
-    places = {described(lines[case]) for lines in (old, new) for case in shared}
+    places = {described(found[case]) for found in (old, new) for case in shared}
     if len(places) > 1:
-        told.append(f"measured in different places: {'; '.join(sorted(places))}")
-    return told + [_moved(old[case], new[case]) for case in shared]
+        lines.append(f"measured in different places: {'; '.join(sorted(places))}")
+    return lines + [_moved(old[case], new[case]) for case in shared]
 
 
 def _newest_of_any_machine(file: Path) -> dict[str, Line]:

@@ -1,4 +1,4 @@
-"""The benchmark's cases, goals, files and messages; its times are nobody's business here."""
+"""The benchmark's cases, goals, files and messages; no test depends on a time."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from mrcn_fast import benchmark
-from mrcn_fast.benchmark import EXACT, Case, Cost, Timing, command, results, timing, workers
-from mrcn_fast.benchmark.suites import kernels
-from mrcn_fast.benchmark.suites.kernels import AUTOTUNED, OPERATIONS, Problem
+from mrcn_fast import benchmark, cli
+from mrcn_fast.benchmark import EXACT, Case, Cost, Timing, results, timing, workers
+from mrcn_fast.benchmark.suites import kernels, problems
+from mrcn_fast.benchmark.suites.problems import OPERATIONS, Problem
+from mrcn_fast.benchmark.timing import AUTOTUNED
 
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 
@@ -66,14 +67,14 @@ def test_the_sweep_goes_from_a_megabyte_to_a_gigabyte() -> None:
 
 def test_compulsory_volumes() -> None:
     """algebra.md's: 6 and 8 for the pair, 8 with the six sets in one batch, 2 for restitution."""
-    assert [OPERATIONS["block"].volumes(way) for way in kernels.WAYS] == [6, 8, 14]
+    assert [OPERATIONS["block"].volumes(way) for way in problems.WAYS] == [6, 8, 14]
     assert OPERATIONS["concat"].volumes("forward") == 8
     assert OPERATIONS["restitution"].volumes("forward") == 2
     assert OPERATIONS["block"].results("forward+backward") == 6
 
 
 def test_a_gpu_has_cases_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--device", "cuda", "--dtype", "bf16", "--list"]) == 0
+    assert cli.main(["bench", "kernels", "--device", "cuda", "--dtype", "bf16", "--list"]) == 0
     names = capsys.readouterr().out.splitlines()
     assert "gpu block forward+backward 16x64x72x32 channels_last bf16" in names
     assert "gpu block forward 16x64x72x32 channels_last bf16 hot L2" in names
@@ -84,61 +85,61 @@ def test_a_gpu_has_cases_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
 
 @no_gpu
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--device", "cuda"]) == 2
+    assert cli.main(["bench", "kernels", "--device", "cuda"]) == 2
     said = capsys.readouterr()
     assert "nothing to measure: --device cuda: there is no GPU here" in said.err and not said.out
 
 
 def test_a_name_that_no_case_has(capsys: pytest.CaptureFixture[str]) -> None:
-    assert command.main(["--only", "no such case"]) == 2
+    assert cli.main(["bench", "kernels", "--only", "no such case"]) == 2
     assert "no case's name in the suite table contains" in capsys.readouterr().err
 
 
 # --- what is compared ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
-@pytest.mark.parametrize("way", kernels.WAYS)
+@pytest.mark.parametrize("dtype", problems.DTYPES)
+@pytest.mark.parametrize("way", problems.WAYS)
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_rivals_are_right(operation: str, way: str, dtype: str) -> None:
-    """The fused form as the plain one, and the floor of the compulsory bytes."""
+def test_the_baselines_are_right(operation: str, way: str, dtype: str) -> None:
+    """The fused result is the eager one, and the floor moves the compulsory bytes."""
     problem = Problem(operation, way, (2, 8, 5, 4), "channels_last", dtype)
-    rivals = kernels.map_rivals(problem)
-    benchmark.check(rivals, timing.TOLERANCES[kernels.DTYPES[dtype]])
-    assert (EXACT in rivals) == (dtype != "fp32")
-    copied = rivals["floor"]()
+    calls = problems.map_calls(problem)
+    benchmark.check(calls, timing.TOLERANCES[problems.DTYPES[dtype]])
+    assert (EXACT in calls) == (dtype != "fp32")
+    copied = calls["floor"]()
     assert 2 * copied.numel() == OPERATIONS[operation].volumes(way) * 2 * 8 * 5 * 4
 
 
-@pytest.mark.parametrize("way", kernels.WAYS)
+@pytest.mark.parametrize("way", problems.WAYS)
 def test_large_volumes_are_compared_in_parts(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Three samples at a time give what all eight give, and a wrong sample in the last part is found."""
     problem = Problem("block", way, (8, 4, 5, 4))
-    whole = kernels.map_rivals(problem)["eager"]()
-    monkeypatch.setattr(kernels, "_PLAIN_FORMS_UP_TO", problem.volume_bytes * 3 / 8)
-    rivals = kernels.map_rivals(problem, plain_forms=False)
-    assert set(rivals) == {"fused", EXACT, "floor"}
-    assert benchmark.largest_error(rivals[EXACT](), whole) < 1e-5
-    benchmark.check(rivals)
-    wrong = [tensor.clone() for tensor in rivals["fused"]()]
+    whole = problems.map_calls(problem)["eager"]()
+    monkeypatch.setattr(problems, "LARGEST_WITH_BASELINES", problem.volume_bytes * 3 / 8)
+    calls = problems.map_calls(problem, with_baselines=False)
+    assert set(calls) == {"fused", EXACT, "floor"}
+    assert benchmark.largest_error(calls[EXACT](), whole) < 1e-5
+    benchmark.check(calls)
+    wrong = [tensor.clone() for tensor in calls["fused"]()]
     wrong[0][7] += 1.0
     with pytest.raises(RuntimeError, match="the fused result is off by"):
-        benchmark.check(rivals | {"fused": lambda: wrong})
+        benchmark.check(calls | {"fused": lambda: wrong})
 
 
 def test_other_kernels_are_timed_beside_the_default_ones(monkeypatch: pytest.MonkeyPatch) -> None:
     """And each result is compared before: the reference stands in for a GPU's second backend."""
-    assert kernels.other_kernels("cpu") == []
-    monkeypatch.setattr(kernels, "other_kernels", lambda device: ["reference"])
-    for rivals in (
-        kernels.map_rivals(Problem("block", "forward", (2, 4, 3, 3))),
-        kernels.cqc_rivals(2, 2, 9),
+    assert problems.other_kernels("cpu") == []
+    monkeypatch.setattr(problems, "other_kernels", lambda device: ["reference"])
+    for calls in (
+        problems.map_calls(Problem("block", "forward", (2, 4, 3, 3))),
+        problems.cqc_calls(2, 2, 9),
     ):
-        assert list(rivals)[:2] == ["fused", "fused reference"]
-        benchmark.check(rivals)
-        wrong = [1.5 * tensor for tensor in rivals["fused"]()]
+        assert list(calls)[:2] == ["fused", "fused reference"]
+        benchmark.check(calls)
+        wrong = [1.5 * tensor for tensor in calls["fused"]()]
         with pytest.raises(RuntimeError, match="the fused reference result is off by"):
-            benchmark.check(rivals | {"fused reference": lambda wrong=wrong: wrong})
+            benchmark.check(calls | {"fused reference": lambda wrong=wrong: wrong})
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -156,24 +157,24 @@ def test_the_other_forms_are_right(operation: str) -> None:
 
 @pytest.mark.parametrize("dtype", timing.TOLERANCES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_the_losss_rivals_are_right(normalize: bool, dtype: torch.dtype) -> None:
-    rivals = kernels.cqc_rivals(3, 2, 33, "cpu", dtype, normalize)
-    benchmark.check(rivals, timing.TOLERANCES[dtype])
-    assert ("unfused" in rivals) == normalize
+def test_the_baselines_of_the_loss_are_right(normalize: bool, dtype: torch.dtype) -> None:
+    calls = problems.cqc_calls(3, 2, 33, "cpu", dtype, normalize)
+    benchmark.check(calls, timing.TOLERANCES[dtype])
+    assert ("unfused" in calls) == normalize
     if dtype == torch.float32:
-        for name in rivals.keys() - {"fused", "vectorized"}:
-            assert benchmark.largest_error(rivals[name](), rivals["vectorized"]()) < 1e-4
+        for name in calls.keys() - {"fused", "vectorized"}:
+            assert benchmark.largest_error(calls[name](), calls["vectorized"]()) < 1e-4
 
 
-def test_the_rivals_go_round_their_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fused form and the plain one at the same set at the same call."""
-    monkeypatch.setattr(kernels, "rotation", lambda device, size: 3)
-    for rivals in (
-        kernels.cqc_rivals(2, 2, 9),
-        kernels.map_rivals(Problem("block", "backward", (1, 4, 3, 3))),
+def test_calls_use_their_tensors_in_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fused form and the baseline use the same set at the same call."""
+    monkeypatch.setattr(problems, "rotation", lambda device, size: 3)
+    for calls in (
+        problems.cqc_calls(2, 2, 9),
+        problems.map_calls(Problem("block", "backward", (1, 4, 3, 3))),
     ):
-        plain = rivals.get("vectorized") or rivals["eager"]
-        rounds = [(rivals["fused"](), plain()) for _ in range(4)]
+        plain = calls.get("vectorized") or calls["eager"]
+        rounds = [(calls["fused"](), plain()) for _ in range(4)]
         for fused, expected in rounds:
             assert benchmark.largest_error(fused, expected) < 1e-4
         assert torch.equal(rounds[0][0][0], rounds[3][0][0])
@@ -182,21 +183,21 @@ def test_the_rivals_go_round_their_tensors(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_every_fused_form_is_compared_on_its_own_first_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU there are two, and several sets of tensors that each goes round."""
-    monkeypatch.setattr(kernels, "rotation", lambda device, size: 3)
-    monkeypatch.setattr(kernels, "other_kernels", lambda device: ["reference"])
-    rivals = kernels.map_rivals(Problem("block", "forward+backward", (1, 4, 3, 3)))
-    assert [name for name in rivals if name.startswith("fused")] == ["fused", "fused reference"]
-    benchmark.check(rivals)
+    monkeypatch.setattr(problems, "rotation", lambda device, size: 3)
+    monkeypatch.setattr(problems, "other_kernels", lambda device: ["reference"])
+    calls = problems.map_calls(Problem("block", "forward+backward", (1, 4, 3, 3)))
+    assert [name for name in calls if name.startswith("fused")] == ["fused", "fused reference"]
+    benchmark.check(calls)
 
 
 def test_a_hot_case_stays_at_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "rotation", lambda device, size: 3)
-    fused = kernels.map_rivals(Problem("block", "forward", (1, 4, 3, 3), hot=True))["fused"]
+    monkeypatch.setattr(problems, "rotation", lambda device, size: 3)
+    fused = problems.map_calls(Problem("block", "forward", (1, 4, 3, 3), hot=True))["fused"]
     assert torch.equal(fused()[0], fused()[0])
 
 
 def test_a_floor_larger_than_its_tensors_moves_all_its_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_COPIED_AT_ONCE", 64.0)
+    monkeypatch.setattr(problems, "_COPIED_AT_ONCE", 64.0)
     moved: list[int] = []
     copy_ = torch.Tensor.copy_
 
@@ -205,14 +206,14 @@ def test_a_floor_larger_than_its_tensors_moves_all_its_bytes(monkeypatch: pytest
         return copy_(target, source)
 
     monkeypatch.setattr(torch.Tensor, "copy_", counted)
-    kernels.copy_of(2 * 37)()
+    problems.copy_of(2 * 37)()
     assert sum(moved) == 37 and max(moved) == 16
 
 
 def test_a_wrong_result_is_not_timed() -> None:
     case = Case("wrong", lambda: {"fused": wrong, "eager": right}, {})
     with pytest.raises(RuntimeError, match="the fused result is off by"):
-        command.measured(case, 0.0)
+        workers.measured_case(case, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ MISTAKES: dict[str, Callable[[Any], object]] = {
 }
 
 
-@pytest.mark.parametrize("dtype", kernels.DTYPES)
+@pytest.mark.parametrize("dtype", problems.DTYPES)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_what_the_cases_tell_apart(mistake: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Their parameters and maps are such that a block that mistakes one of them is not timed."""
@@ -257,9 +258,9 @@ def test_what_the_cases_tell_apart(mistake: str, dtype: str, monkeypatch: pytest
         return tuple(block(*maps)[1:5])
 
     monkeypatch.setitem(OPERATIONS, "block", OPERATIONS["block"]._replace(call=call))
-    rivals = kernels.map_rivals(Problem("block", "forward", (2, 32, 9, 8), "nchw", dtype))
+    calls = problems.map_calls(Problem("block", "forward", (2, 32, 9, 8), "nchw", dtype))
     with pytest.raises(RuntimeError, match="the fused result is off by"):
-        benchmark.check(rivals, timing.TOLERANCES[kernels.DTYPES[dtype]])
+        benchmark.check(calls, timing.TOLERANCES[problems.DTYPES[dtype]])
 
 
 def test_a_wrong_case_is_told_and_the_next_one_measured(
@@ -268,7 +269,7 @@ def test_a_wrong_case_is_told_and_the_next_one_measured(
     chosen = [sums("first"), sums("wrong", off=1.0), sums("last")]
     monkeypatch.setattr(kernels, "cases", lambda *_: chosen)
     file = tmp_path / "x.jsonl"
-    assert command.main(["--seconds", "0", "--out", str(file)]) == 1
+    assert cli.main(["bench", "kernels", "--seconds", "0", "--out", str(file)]) == 1
     assert [json.loads(line)["case"] for line in file.read_text().splitlines()] == ["first", "last"]
     assert "wrong: RuntimeError: the fused result is off by" in capsys.readouterr().err
 
@@ -277,33 +278,34 @@ def test_the_fused_form_is_the_kernels(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MRCN_FAST_BACKEND", "reference")
-    assert command.main(["--only", "16x64x72x32"]) == 2
+    assert cli.main(["bench", "kernels", "--only", "16x64x72x32"]) == 2
     assert "MRCN_FAST_BACKEND is 'reference'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("words", "message"),
     [
-        (["--device", "nothing"], "got --device nothing, expected cpu, cuda or cuda:N"),
-        (["--table", "a", "--compare", "b", "c"], "got --table and --compare, expected one"),
-        (["--only", "16x64", "--out", "/dev/null/x"], "/dev/null: expected a folder for the results"),
+        (["kernels", "--device", "nothing"], "got --device nothing, expected cpu, cuda or cuda:N"),
+        (["show", "--table", "a", "--compare", "b", "c"], "got --table and --compare, expected one of them"),
+        (["show"], "got nothing to show, expected one of --table, --compare and --report"),
+        (
+            ["kernels", "--only", "16x64", "--out", "/dev/null/x"],
+            "/dev/null: expected a folder for the results",
+        ),
     ],
 )
-def test_what_can_be_put_right(words: list[str], told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    try:
-        status = command.main(words)
-    except SystemExit as error:
-        status = int(str(error.code))
-    assert status == 2 and told in capsys.readouterr().err
+def test_what_can_be_put_right(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", *words]) == 2
+    assert message in capsys.readouterr().err
 
 
-def test_a_rival_that_does_not_compile_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_baseline_that_does_not_compile_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
     def backend(*_: object) -> None:
         raise ValueError("64 v.s. 1024")
 
     broken = torch.compile(right, backend=backend)
-    rivals = {"fused": right, "eager": right, "compile": right, "compile collapsed": broken}
-    found = command.measured(Case("of two", lambda: dict(rivals), {"compile collapsed": 2.0}), 0.0)
+    calls = {"fused": right, "eager": right, "compile": right, "compile collapsed": broken}
+    found = workers.measured_case(Case("of two", lambda: dict(calls), {"compile collapsed": 2.0}), 0.0)
     assert found["refused"] == {"compile collapsed": "ValueError('64 v.s. 1024')"}
     assert "compile" in found["ratios"] and "compile collapsed" not in found["ratios"]
     assert found["missed"] == []
@@ -337,10 +339,10 @@ def test_the_peak_is_what_the_system_counts() -> None:
 def test_what_autograd_keeps() -> None:
     """The statistics alone of the block, four bytes a number; of eager six maps."""
     n, c = 2, 32
-    rivals = kernels.map_rivals(Problem("block", "forward+backward", (n, c, 9, 8)))
+    calls = problems.map_calls(Problem("block", "forward+backward", (n, c, 9, 8)))
     # Of each plane the mean, what rounding left of it, and 1/σ; the hidden layers of four gates.
-    assert 0 < timing.saved_bytes(rivals["fused"]) <= 4 * n * (2 * 3 * c + 4 * 2)
-    assert timing.saved_bytes(rivals["eager"]) > 6 * 4 * n * c * 72
+    assert 0 < timing.saved_bytes(calls["fused"]) <= 4 * n * (2 * 3 * c + 4 * 2)
+    assert timing.saved_bytes(calls["eager"]) > 6 * 4 * n * c * 72
     x = torch.ones(5, requires_grad=True)
     assert timing.saved_bytes(lambda: torch.autograd.grad((x * x).sum(), x)) == 0
     assert timing.saved_bytes(lambda: torch.autograd.grad(x.exp().sum(), x)) == 20
@@ -373,7 +375,7 @@ def result(goals: dict[str, float], host: float = 10.0, floor: float = 0.5, **ti
     ],
 )
 def test_goals(goals: dict[str, float], settings: dict[str, float], missed: list[str]) -> None:
-    """Of a rival's two compilations the faster one counts."""
+    """Of a baseline's two compilations the faster one counts."""
     assert result(goals, **settings)["missed"] == missed
 
 
@@ -389,10 +391,10 @@ def test_a_gpus_result_is_printed_and_tabled(tmp_path: Path, capsys: pytest.Capt
     file = tmp_path / "results" / "x.jsonl"
     benchmark.write(file, GPU | result({}, eager=5.0))
     benchmark.write(file, GPU | found)
-    assert command.main(["--table", str(file)]) == 0
-    told = capsys.readouterr().out
-    assert "NVIDIA X, torch 2.11, CUDA 13.0, Triton 3.6.0; 2026" in told
-    assert "| a case | 1000.00 ms | 6.0 × | – | 2.0 × | – | 2.00 |" in told and "5.0 ×" not in told
+    assert cli.main(["bench", "show", "--table", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "NVIDIA X, torch 2.11, CUDA 13.0, Triton 3.6.0; 2026" in printed
+    assert "| a case | 1000.00 ms | 6.0 × | – | 2.0 × | – | 2.00 |" in printed and "5.0 ×" not in printed
 
 
 def test_what_moved_between_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -406,7 +408,7 @@ def test_what_moved_between_two_files(tmp_path: Path, capsys: pytest.CaptureFixt
         benchmark.write(files[0], GPU | line)
         if line["case"] != "gone":
             benchmark.write(files[1], GPU | {"gpu": "NVIDIA Y"} | scaled(line, by, floor))
-    assert command.main(["--compare", *map(str, files)]) == 0
+    assert cli.main(["bench", "show", "--compare", *map(str, files)]) == 0
     missing, places, *moved = capsys.readouterr().out.splitlines()
     assert missing == f"not in {files[1]}: gone"
     assert "NVIDIA X" in places and "NVIDIA Y" in places
@@ -423,9 +425,9 @@ def test_machines_have_tables_of_their_own(tmp_path: Path, capsys: pytest.Captur
     for where, day, ratio in ((new, 3, 2.0), (old, 1, 3.0), (new, 2, 4.0)):
         benchmark.write(file, where | {"date": f"2026-11-0{day}T00"} | result({}, eager=ratio))
     benchmark.write(file, new | {"date": "2026-11-05T00"} | result({}) | {"case": "another"})
-    assert command.main(["--table", str(file)]) == 0
-    told = capsys.readouterr().out
-    first, second = told.split("A, avx2, ")
+    assert cli.main(["bench", "show", "--table", str(file)]) == 0
+    printed = capsys.readouterr().out
+    first, second = printed.split("A, avx2, ")
     assert first.startswith("A, avx512, 2 threads, torch 2.13, warm pages; 2026-11-03 to 2026-11-05\n")
     assert "| a case | 1000.00 ms | 2.0 ×" in first and "| another |" in first
     assert second.startswith("2 threads, torch 2.13, warm pages; 2026-11-01\n") and "3.0 ×" in second
@@ -441,7 +443,7 @@ def test_a_file_that_holds_no_results(
     if content is not None:
         file.write_text(content)
     for words in (["--table", str(file)], ["--compare", str(file), str(file)], ["--report", str(file)]):
-        assert command.main([*words, "--to", str(tmp_path / "report")]) == 2
+        assert cli.main(["bench", "show", *words, "--to", str(tmp_path / "report")]) == 2
         assert f"{file}: expected result lines" in capsys.readouterr().err
 
 
@@ -449,10 +451,10 @@ def test_a_measured_case_is_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The plain forms would be compiled for most of a minute.
-    monkeypatch.setattr(kernels, "_PLAIN_FORMS_UP_TO", 0)
+    monkeypatch.setattr(problems, "LARGEST_WITH_BASELINES", 0)
     file = tmp_path / "x.jsonl"
     words = ["--suite", "sweep", "--only", "forward 16x64x9x4", "--seconds", "0", "--out", str(file)]
-    assert command.main(words) in (0, 1)
+    assert cli.main(["bench", "kernels", *words]) in (0, 1)
     (line,) = map(json.loads, file.read_text().splitlines())
     assert line["case"] == "block forward 16x64x9x4 nchw"
     assert set(line["ms"]) == {"fused", "floor"}
@@ -512,18 +514,18 @@ class FakeEvent:
 def test_cases_prepared_side_by_side_are_timed_in_their_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second is wrong: it is told, and the others have their results."""
+    """The second case is wrong: that is reported, and the others have results."""
     chosen = [sums("first"), sums("wrong", off=1.0), sums("gone"), sums("last")]
     monkeypatch.setattr(kernels, "cases", lambda *_: chosen)
     file = tmp_path / "x.jsonl"
-    status = command.main(["--workers", "3", "--seconds", "0.01", "--out", str(file)])
-    told = capsys.readouterr()
+    status = cli.main(["bench", "kernels", "--workers", "3", "--seconds", "0.01", "--out", str(file)])
+    printed = capsys.readouterr()
     lines = [json.loads(line) for line in file.read_text().splitlines()]
     assert [line["case"] for line in lines] == ["first", "last"]
     assert all(line["ms"].keys() == {"fused", "eager"} and line["commit"] for line in lines)
     assert status == 1
-    assert "wrong: RuntimeError: the fused result is off by" in told.err
-    assert "gone: the process that prepared it has ended" in told.err
+    assert "wrong: RuntimeError: the fused result is off by" in printed.err
+    assert "gone: the process that prepared it has ended" in printed.err
 
 
 def sums(name: str, off: float = 0.0) -> Case:
@@ -538,17 +540,17 @@ def _sums(name: str, off: float) -> dict[str, Callable[[], Any]]:
     return {"fused": lambda: (x + off,), "eager": lambda: (x,)}
 
 
-def test_cases_are_dealt_by_what_they_take_to_compile() -> None:
+def test_cases_are_shared_out_by_how_much_there_is_to_compile() -> None:
     chosen = [sums("forward"), sums("forward+backward"), sums("forward"), sums("forward")]
-    assert workers.dealt(chosen, 2) == [[1, 3], [0, 2]]
-    assert workers.dealt(chosen, 9) == [[1], [0], [2], [3]]
+    assert workers.shared_out(chosen, 2) == [[1, 3], [0, 2]]
+    assert workers.shared_out(chosen, 9) == [[1], [0], [2], [3]]
 
 
 def test_every_round_has_an_order_of_its_own() -> None:
     """None always follows the same one, and pays for what that left in the caches."""
     log: list[str] = []
-    rivals: dict[str, Callable[[], Any]] = {name: partial(log.append, name) for name in "abcd"}
-    timing.measure(rivals, 0.0, least=40)
+    calls: timing.Calls = {name: partial(log.append, name) for name in "abcd"}
+    timing.measure(calls, 0.0, least=40)
     rounds = [log[k : k + 4] for k in range(8, len(log), 4)]  # behind two calls of each to get ready
     assert len(rounds) == 40 and all(sorted(one) == list("abcd") for one in rounds)
     assert {one.index("a") for one in rounds} == {0, 1, 2, 3}
@@ -559,9 +561,9 @@ def test_every_round_has_an_order_of_its_own() -> None:
 @pytest.mark.parametrize("hot", [False, True])
 @pytest.mark.parametrize("waits", [False, True])
 def test_measuring_on_a_gpu(waits: bool, hot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every rival once a round; a pause before what does not wait by itself, longer than its host takes.
+    """Every call runs once per round, and behind a pause longer than its host takes, unless it waits itself.
 
-    Before the call something else fills the cache, or the same call.
+    Before the call other data or the same call fills the cache.
     """
     log: list[str] = []
     fakes: dict[str, Callable[..., Any]] = {
@@ -581,8 +583,8 @@ def test_measuring_on_a_gpu(waits: bool, hot: bool, monkeypatch: pytest.MonkeyPa
         time.sleep(2e-3)
         log.append("eager")
 
-    rivals: dict[str, Callable[[], Any]] = {"fused": lambda: log.append("fused"), "eager": eager}
-    timings, costs = timing.measure_gpu(rivals, 0.0, waits, hot, least=3)
+    forms: timing.Calls = {"fused": lambda: log.append("fused"), "eager": eager}
+    timings, costs = timing.measure_gpu(forms, 0.0, waits, hot, least=3)
     entries = 2 if waits else 3  # of a call: the pause, what is in the cache, the call
     calls = [log[k : k + entries] for k in range(len(log) - 6 * entries, len(log), entries)]
     kinds = [entry[-1] for entry in calls]

@@ -31,16 +31,16 @@ def test_a_kernel_is_known_by_its_place_in_a_call(kernel_times: ModuleType) -> N
     assert kernel_times.medians(found, 3) == [("sums", 4.0), ("copy", 1.0), ("sums", 6.0)]
 
 
-def test_where_calls_differ_the_mean_of_a_name_is_told(kernel_times: ModuleType) -> None:
+def test_where_calls_differ_a_name_has_its_mean(kernel_times: ModuleType) -> None:
     found = [kernel_times.Kernel(name, 0.0, 3.0) for name in ("a", "b", "a")]
     assert kernel_times.medians(found, 2) == [("a", 3.0), ("b", 1.5)]
     assert kernel_times.medians([], 2) == []
 
 
-def test_what_is_told(kernel_times: ModuleType) -> None:
-    lines = kernel_times.told("case", [("first", 4.0), ("second", 6.0)], 5.0)
+def test_the_lines(kernel_times: ModuleType) -> None:
+    lines = kernel_times.lines("case", [("first", 4.0), ("second", 6.0)], 5.0)
     assert lines == ["case: 10.0 us, 2.00 floors of 5.0 us", "       4.0  first", "       6.0  second"]
-    assert kernel_times.told("case", [("first", 4.0)], None)[0] == "case: 4.0 us"
+    assert kernel_times.lines("case", [("first", 4.0)], None)[0] == "case: 4.0 us"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

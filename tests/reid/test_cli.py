@@ -69,10 +69,10 @@ def test_info_needs_nothing_but_torch() -> None:
 
 
 def test_bench_of_kernels_needs_nothing_but_torch() -> None:
-    done = run_without_reid("bench", "--device", "cpu", "--seconds", "0.1", "--list")
+    done = run_without_reid("bench", "kernels", "--device", "cpu", "--seconds", "0.1", "--list")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    done = run_without_reid("bench", "--device", "tpu")
+    done = run_without_reid("bench", "kernels", "--device", "tpu")
     assert done.returncode == 2
     assert "got --device tpu, expected cpu, cuda or cuda:N" in done.stderr
 
@@ -93,7 +93,7 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert "commands:" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", sorted(set(cli.COMMANDS) - {"bench"}))
+@pytest.mark.parametrize("command", sorted(cli.COMMANDS))
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"mrcn-fast {command}" in capsys.readouterr().out
@@ -170,7 +170,7 @@ def test_unreadable_images_are_named_without_a_traceback(
     assert main(["train", *map(str, given), "--skip-unreadable", "--overwrite"]) == 0
 
 
-@pytest.mark.parametrize("words", [["train"], ["test"], ["figures"], ["bench", "--loader"], ["table"]])
+@pytest.mark.parametrize("words", [["train"], ["test"], ["figures"], ["bench", "loader"], ["table"]])
 def test_every_command_that_reads_images_can_leave_some_out(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -181,7 +181,7 @@ def test_one_process_of_several_is_refused_before_it_writes(
     for work in works:
         with pytest.raises(ConfigError, match=rf"got {name}={value} .*expected 1: {launcher} started"):
             work()
-    for words in (["table", "4", "--synthetic"], ["bench", "--step"], ["bench", "--loader", str(tiny_tree)]):
+    for words in (["table", "4", "--synthetic"], ["bench", "step"], ["bench", "loader", str(tiny_tree)]):
         assert cli.main([*words, "--out", str(tmp_path / "out")]) == 2
     assert list(tmp_path.iterdir()) == []
 
@@ -223,7 +223,7 @@ def test_every_command_refuses_it_in_a_line(
         "figures": ["--checkpoints", str(finished), *data, *out, *accelerator],
         "table": ["4", *data, *out, *accelerator],
         "demo": [*out, *accelerator],
-        "bench": ["--step", "--device", "cuda"],
+        "bench": ["step", "--device", "cuda"],
     }
     assert cli.main([command, *given[command]]) == 2
     told = capsys.readouterr().err.strip().splitlines()

@@ -1,4 +1,7 @@
-"""What a user would write or pick without this library."""
+"""The baselines: what a user would write in PyTorch, or take from it, without this library.
+
+Each function computes the results of a module of the library with the module's parameters.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,16 @@ from mrcn_fast.block import MRCNBlock, SNRBlock
 
 
 def collapsed_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor, ...]:
-    """The block as one statistics pass and one elementwise pass, in plain PyTorch, for torch.compile."""
+    """Compute the block as one statistics pass and one elementwise pass, for torch.compile.
+
+    Args:
+        block: whose parameters are used
+        visible: (N, C, H, W)
+        infrared: of the same shape
+
+    Returns:
+        The four made sets, in the paper's order, each of the inputs' shape.
+    """
     (a_v, d_v, z_v), (a_n, d_n, z_n) = (_affine(block, m, x) for m, x in enumerate((visible, infrared)))
     s = _gates(block.gate.parameter_list(), torch.stack((z_v, z_n, z_v, z_n)))
     return (
@@ -26,19 +38,19 @@ def collapsed_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tupl
 
 
 def collapsed_concat(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor]:
-    """The same with both inputs, the six sets in one batch."""
+    """Compute `collapsed_block` with the six sets in one batch, (6N, C, H, W)."""
     return (torch.cat((visible, *collapsed_block(block, visible, infrared), infrared)),)
 
 
 def collapsed_restitution(block: MRCNBlock, visible: Tensor) -> tuple[Tensor]:
-    """F₊ of the visible modality, as `collapsed_block` has it."""
+    """Compute the visible modality's F₊ as `collapsed_block` does."""
     a, d, z = _affine(block, 0, visible)
     s = _gates([p[:1] for p in block.gate.parameter_list()], z[None])[0]
     return (_spread(a + s * (1 - a)) * visible + _spread((1 - s) * d),)
 
 
 def collapsed_snr(block: SNRBlock, features: Tensor) -> tuple[Tensor, ...]:
-    """SNR's three maps in the same way."""
+    """Compute SNR's three maps as `collapsed_block` does."""
     a, d, z = _affine(block, 0, features)
     s = _gates(block.gate.parameter_list(), z[None])[0]
     return (
@@ -49,7 +61,10 @@ def collapsed_snr(block: SNRBlock, features: Tensor) -> tuple[Tensor, ...]:
 
 
 def library_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor, ...]:
-    """The literal equations around the nearest library kernel, PyTorch's own instance normalization."""
+    """Compute the block by the paper's equations, with PyTorch's own instance normalization.
+
+    Args and results are those of `collapsed_block`.
+    """
     f_v, f_n = (_normalized(block, m, x) for m, x in enumerate((visible, infrared)))
     m_v, m_n = visible - f_v, infrared - f_n
     z_v, z_n = m_v.mean(dim=(2, 3)), m_n.mean(dim=(2, 3))
@@ -58,12 +73,12 @@ def library_block(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[
 
 
 def library_concat(block: MRCNBlock, visible: Tensor, infrared: Tensor) -> tuple[Tensor]:
-    """The same with both inputs, the six sets in one batch."""
+    """Compute `library_block` with the six sets in one batch, (6N, C, H, W)."""
     return (torch.cat((visible, *library_block(block, visible, infrared), infrared)),)
 
 
 def library_restitution(block: MRCNBlock, visible: Tensor) -> tuple[Tensor]:
-    """F₊ of the visible modality, as `library_block` has it."""
+    """Compute the visible modality's F₊ as `library_block` does."""
     normalized = _normalized(block, 0, visible)
     residual = visible - normalized
     s = _gates([p[:1] for p in block.gate.parameter_list()], residual.mean(dim=(2, 3))[None])[0]
@@ -71,7 +86,7 @@ def library_restitution(block: MRCNBlock, visible: Tensor) -> tuple[Tensor]:
 
 
 def library_snr(block: SNRBlock, features: Tensor) -> tuple[Tensor, ...]:
-    """SNR's three maps in the same way."""
+    """Compute SNR's three maps as `library_block` does."""
     normalized = _normalized(block, 0, features)
     residual = features - normalized
     s = _spread(_gates(block.gate.parameter_list(), residual.mean(dim=(2, 3))[None])[0])
@@ -85,7 +100,7 @@ def _normalized(block: MRCNBlock | SNRBlock, modality: int, x: Tensor) -> Tensor
 
 
 def _affine(block: MRCNBlock | SNRBlock, modality: int, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """a and d of F̃ = aF + d, and the mean of M = F - F̃, which is μ - β: (N, C) each."""
+    """Return a and d of F̃ = aF + d, and the mean of M = F - F̃, which is μ - β, each (N, C)."""
     variance, mean = torch.var_mean(x, dim=(2, 3), correction=0)
     a = block.norm_weight[modality] * torch.rsqrt(variance + block.eps)
     bias = block.norm_bias[modality]
@@ -93,7 +108,7 @@ def _affine(block: MRCNBlock | SNRBlock, modality: int, x: Tensor) -> tuple[Tens
 
 
 def _gates(parameters: Sequence[Tensor], pooled: Tensor) -> Tensor:
-    """SE gates, (gates, N, C) each."""
+    """Compute SE gates from pooled residuals; both are (gates, N, C)."""
     fc1_weight, fc1_bias, fc2_weight, fc2_bias = parameters
     hidden = F.relu(torch.baddbmm(fc1_bias[:, None], pooled, fc1_weight.mT))
     return torch.sigmoid(torch.baddbmm(fc2_bias[:, None], hidden, fc2_weight.mT))
@@ -106,7 +121,17 @@ def _spread(t: Tensor) -> Tensor:
 def looped_cqc(
     features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2
 ) -> Tensor:
-    """The loss with a loop over identities, as training code of the field has it."""
+    """Compute the CQC loss with a loop over identities, as published training code does.
+
+    Args:
+        features: the six sets, each (B, D), in the paper's order
+        labels: (B,), of the visible images
+        infrared_labels: (B,), of the infrared images
+        margin: of the hinge
+
+    Returns:
+        The loss, summed over identities: a scalar.
+    """
     f_v, f_vr, f_vc, f_nc, f_nr, f_n = features
     total = features[0].new_zeros(())
     for identity in labels.unique():
@@ -124,7 +149,7 @@ def looped_cqc(
 
 
 class LoopedCQC(nn.Module):
-    """`looped_cqc` in the place of `mrcn_fast.CQCLoss`: six stacked sets (6B, D), (B,) labels -> scalar."""
+    """`looped_cqc` as a module like `mrcn_fast.CQCLoss`: (6B, D) features, (B,) labels -> scalar."""
 
     def forward(self, features: Tensor, labels: Tensor) -> Tensor:
         return looped_cqc(features.chunk(6), labels, labels)
@@ -133,7 +158,10 @@ class LoopedCQC(nn.Module):
 def vectorized_cqc(
     features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, margin: float = 0.2
 ) -> Tensor:
-    """The loss with all centers of a set by one index_add, for labels that both modalities share."""
+    """Compute the CQC loss with all centers of a set by one index_add.
+
+    Args and result are those of `looped_cqc`; both modalities must have the same identities.
+    """
     identities, own = labels.unique(return_inverse=True)
     other = torch.searchsorted(identities, infrared_labels)
     centers = []
@@ -150,10 +178,10 @@ def vectorized_cqc(
 
 
 def of_unit_rows(loss: Callable[..., Any]) -> Callable[..., Any]:
-    """A form of the loss with features that torch normalizes before."""
+    """Return the loss of features that torch normalizes first."""
     return lambda features, *labels: loss([F.normalize(f) for f in features], *labels)
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
-    """torch.compile at its best for fixed shapes."""
+    """Compile a function for fixed shapes, which is what torch.compile does best."""
     return torch.compile(function, dynamic=False, mode=mode)

@@ -1,25 +1,25 @@
-"""How many images a second training's loader gives: cold, warm and cached, beside the field's habit.
+"""`mrcn-fast bench loader DATA`: images per second of training's loader, beside what published code does.
 
-`mrcn-fast bench --loader DATA` prints a table. Loading is decoding, resizing and collating; augmentation acts
-later, on whole batches, and is measured apart and together with it. The ways:
+Loading is decoding, resizing and collating. Augmentation works on whole batches afterwards; it is measured
+alone and together with loading. The ways to load:
 
-- cold: the files, after the system was told to forget them (posix_fadvise, POSIX_FADV_DONTNEED); what the
-  disk, the hypervisor or a file server keeps stays
-- warm: the files, read just before
-- cached: the memory-mapped cache of `--cache`, in memory since it was written
-- habit: all images as one array in memory, as the field's preprocessing makes it; padded, cropped, mirrored,
-  normalised and erased an image at a time by Pillow and PyTorch, in the processes that load
+- cold: the files, after the system was asked to drop them from memory (posix_fadvise, POSIX_FADV_DONTNEED);
+  the disk, the hypervisor or a file server may still hold them
+- warm: the files, just after they were read
+- cached: the memory-mapped cache of `--cache`, which is in memory since it was written
+- as published: all images as one array in memory, as published re-identification code prepares them. Pillow
+  and PyTorch pad, crop, flip, normalize and erase them one image at a time, in the loading processes.
 
-In a stretch every image is read once, in random order. Ways take turns, so that what else the machine does
-meets all of them.
+A stretch reads every image once, in random order. The ways take turns, so that other work of the machine
+slows all of them alike.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import random
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +36,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import unmeasurable
+from mrcn_fast.benchmark.results import AS_PUBLISHED
+from mrcn_fast.benchmark.timing import check_measurable
 from mrcn_fast.flags import PATH, Flags
 from mrcn_fast.outputs import check_file, check_folder
 from mrcn_fast.reid.console import log_to_console
@@ -54,15 +55,15 @@ from mrcn_fast.reid.data.datasets.registry import DATASETS
 from mrcn_fast.reid.data.images import FILTERS
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.devices import check_alone
-from mrcn_fast.reid.kinds import NUMPY, AnyPath, Device, OneOf, PathText, Seconds, Workers
-from mrcn_fast.reid.settings import check_arguments
+from mrcn_fast.reid.kinds import NUMPY, AnyPath, Device, OneOf, PathText, Seconds, Several, Workers
+from mrcn_fast.reid.settings import SettingError, check_fields
 from mrcn_fast.reid.training.batches import PairedImages, collate, without_unreadable
 
-# Pairs of a batch: the paper's 4 identities x 4 images.
+# Pairs per batch: the paper's 4 identities x 4 images.
 _BATCH: Final = 16
-# Of a large data set so many images of a modality, spread over all of it, are measured, ...
+# The largest number of images per modality; those of a larger data set are chosen evenly from all of it.
 _MOST_IMAGES: Final = 2048
-# ... and so many batches make a stretch.
+# The largest number of batches per stretch.
 _MOST_BATCHES: Final = 32
 _LEAST_STRETCHES: Final = 5
 
@@ -70,72 +71,105 @@ _LEAST_STRETCHES: Final = 5
 _Pixels = Annotated[int, Field(ge=1, le=8192), NUMPY]
 
 
-@check_arguments
-def measure_loader(
-    data: AnyPath,
-    *,
-    dataset: Annotated[str, OneOf(tuple(DATASETS))] | None = None,
-    height: _Pixels = 288,
-    width: _Pixels = 128,
-    filter: Annotated[str, OneOf(FILTERS)] = "lanczos",
-    workers: Sequence[Workers] = (0, 1, 2),
-    seconds: Seconds = 3.0,
-    cache: PathText | None = None,
-    device: Device = "cpu",
-    skip_unreadable: bool = False,
-) -> dict[str, Any]:
-    """Images a second of the training images under `data`, as a line of results.
+@dataclasses.dataclass
+class LoaderConfig:
+    """What `measure_loader` measures.
+
+    Raises SettingError for a field that doesn't fit its annotation.
+    """
+
+    data: AnyPath
+    """Root of the data set's tree."""
+    dataset: Annotated[str, OneOf(tuple(DATASETS))] | None = None
+    """Name of the data set; without it, the tree decides."""
+    height: _Pixels = 288
+    """Image height in pixels."""
+    width: _Pixels = 128
+    """Image width in pixels."""
+    filter: Annotated[str, OneOf(FILTERS)] = "lanczos"
+    """Pillow's filter that resizes images."""
+    workers: Several[Workers] = (0, 1, 2)
+    """Numbers of loading processes."""
+    seconds: Seconds = 3.0
+    """Least measuring time per way and number of processes."""
+    cache: PathText | None = None
+    """Folder for the cache; without it, a temporary one."""
+    device: Device = "cpu"
+    """Where the batches are augmented."""
+    skip_unreadable: bool = False
+    """Leave out images that can't be read, which are logged and counted; without it they are an error."""
+
+    def __post_init__(self) -> None:
+        check_fields(self, SettingError)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+
+def measure_loader(config: LoaderConfig) -> dict[str, Any]:
+    """Measure the loader on a data set's training images.
 
     Args:
-        data: root of the data set's tree
-        dataset: its name; none: that of the data set whose tree it is
-        height: pixels
-        width: pixels
-        filter: Pillow's filter that resizes images
-        workers: numbers of processes
-        seconds: least measuring time of each way with each of them
-        cache: folder for the cache; none: one that is removed
-        device: where the batches are augmented
-        skip_unreadable: leave out images that can't be read, named and counted, which are an error else
+        config: the data set, and how its images are loaded
 
-    Raises DatasetError for a broken tree and for other images that can't be read, ValueError for fewer images
-    than a batch's, OSError where the cache's folder can't be written to.
+    Returns:
+        A result line. "images_per_second": by number of processes and way, [20th percentile, median, 80th
+        percentile] over stretches. "augmentation": the same of augmentation alone. "evicted": the share of
+        files that were out of memory when cold began, None where the system doesn't tell. "preparation":
+        seconds that the cache and the array as published take before loading, and the "bytes" of either.
 
-    "images_per_second" has, by workers and way, [20th percentile, median, 80th percentile] over stretches;
-    "augmentation" has that of augmenting alone; "evicted" is the share of files that cold found out of
-    memory, None where the system doesn't tell; "preparation" has the seconds that cache and habit take
-    before, and the "bytes" of either, on the disk or in memory.
+    Raises:
+        DatasetError: the tree is broken, or an image can't be read.
+        ValueError: a modality has fewer images than a batch.
+        OSError: the cache's folder can't be written to.
     """
-    if cache is not None:
-        check_folder(cache, "the cache")
-    name = dataset or recognize(data)
-    training = open_dataset(name, data).training()
-    if skip_unreadable:
-        training, _ = without_unreadable(training, f"{name} at {data}", workers=max(workers, default=0))
-    training = _spread(training)
+    if config.cache is not None:
+        check_folder(config.cache, "the cache")
+    name = config.dataset or recognize(config.data)
+    training = _training_images(config, name)
     with ExitStack() as stack:
-        folder = cache or stack.enter_context(tempfile.TemporaryDirectory())
-        sources, preparation = _sources(training, name, (height, width), filter, folder)
-        augment = Augmentation((height, width))
+        folder = config.cache or stack.enter_context(tempfile.TemporaryDirectory())
+        sources, preparation = _sources(training, name, config.size, config.filter, folder)
+        augment = Augmentation(config.size)
         rates, evicted = {}, None
-        for count in workers:
-            ways = _ways(training, sources, augment, count, device)
-            rates[str(count)] = _stretches(ways, seconds)
+        for count in config.workers:
+            ways = _ways(training, sources, augment, count, config.device)
+            rates[str(count)] = _stretches(ways, config.seconds)
             evicted = ways[0].evicted if evicted is None else evicted
-    return benchmark.machine(device) | {
-        "case": f"loader {name} {height}x{width} {filter}",
+    return benchmark.machine(config.device) | {
+        "case": f"loader {name} {config.height}x{config.width} {config.filter}",
         "cores": os.cpu_count(),
         "images": [len(training.visible), len(training.infrared)],
-        "stretch": 2 * _BATCH * _batches_a_stretch(training),
+        "stretch": 2 * _BATCH * _batches_per_stretch(training),
         "images_per_second": rates,
-        "augmentation": _augmentation_rate((height, width), augment, seconds, device),
+        "augmentation": _augmentation_rate(config.size, augment, config.seconds, config.device),
         "evicted": evicted,
         "preparation": preparation,
     }
 
 
-class HabitualImages(Dataset[Tensor]):
-    """The habit: uint8 (n, H, W, 3) in memory, transformed an image at a time; `[i]` is float32 (3, H, W)."""
+def _training_images(config: LoaderConfig, name: str) -> TrainingSet:
+    """Open the training images that are measured."""
+    training = open_dataset(name, config.data).training()
+    if config.skip_unreadable:
+        place = f"{name} at {config.data}"
+        training, _ = without_unreadable(training, place, workers=max(config.workers, default=0))
+    return _spread(training)
+
+
+class PublishedImages(Dataset[Tensor]):
+    """Images as published re-identification code loads them: one array in memory, augmented one at a time.
+
+    `[i]` is float32 (3, H, W).
+
+    Args:
+        pixels: uint8 (n, H, W, 3)
+        padding: pixels on each side, before the crop
+        flip: the probability of a flip
+        erase: the probability that a rectangle is erased
+    """
 
     def __init__(
         self, pixels: NDArray[np.uint8], *, padding: int = 10, flip: float = 0.5, erase: float = 0.5
@@ -172,16 +206,16 @@ class HabitualImages(Dataset[Tensor]):
 
 
 class _RandomOrder(Sampler[list[tuple[int, int]]]):
-    """The batches of a stretch: every image at most once, another draw at each `shuffle`."""
+    """The batches of a stretch, with every image at most once; `shuffle` draws them anew."""
 
     def __init__(self, training: TrainingSet) -> None:
         self._training = training
         self._generator = np.random.default_rng(0)
-        self._batches = _batches_a_stretch(training)
+        self._batches = _batches_per_stretch(training)
         self.pairs: list[tuple[int, int]] = []
 
     def shuffle(self) -> list[Path]:
-        """Draw the next stretch's images; their paths."""
+        """Draw the next stretch's images and return their paths."""
         count = self._batches * _BATCH
         both = [
             self._generator.permutation(len(samples))[:count].tolist()
@@ -199,7 +233,7 @@ class _RandomOrder(Sampler[list[tuple[int, int]]]):
 
 
 class _Way:
-    """One way to load: `stretch()` is the images a second of the next stretch."""
+    """One way to load."""
 
     def __init__(
         self,
@@ -214,6 +248,7 @@ class _Way:
         self._order, self._batches, self._prepare, self._finish = order, batches, prepare, finish
 
     def stretch(self) -> float:
+        """Load the next stretch; return its images per second."""
         paths = self._order.shuffle()
         self._prepare(paths)
         if self.name == "cold":
@@ -229,17 +264,17 @@ class _Way:
 
 
 class _Sources(NamedTuple):
-    """Where images come from: (visible, infrared) each."""
+    """Where images come from, each as (visible, infrared)."""
 
     files: tuple[Dataset[Tensor], Dataset[Tensor]]
     cache: tuple[Dataset[Tensor], Dataset[Tensor]]
-    habit: tuple[Dataset[Tensor], Dataset[Tensor]]
+    published: tuple[Dataset[Tensor], Dataset[Tensor]]
 
 
 def _sources(
     training: TrainingSet, name: str, size: tuple[int, int], filter: str, folder: str | Path
 ) -> tuple[_Sources, dict[str, float]]:
-    """The sources, and the seconds and bytes that cache and habit cost."""
+    """Make the sources; return them, and the seconds and bytes that the cache and the array cost."""
     parts = {"visible": training.visible, "infrared": training.infrared}
     files = [PersonImages(samples, size, filter=filter) for samples in parts.values()]
     start = time.perf_counter()
@@ -252,11 +287,11 @@ def _sources(
     end = time.perf_counter()
     preparation = {
         "cache": round(between - start, 2),
-        "habit": round(end - between, 2),
+        AS_PUBLISHED: round(end - between, 2),
         "bytes": sum(array.nbytes for array in arrays),
     }
-    habit = [HabitualImages(array) for array in arrays]
-    return _Sources((files[0], files[1]), (cache[0], cache[1]), (habit[0], habit[1])), preparation
+    visible, infrared = map(PublishedImages, arrays)
+    return _Sources((files[0], files[1]), (cache[0], cache[1]), (visible, infrared)), preparation
 
 
 def _ways(
@@ -292,12 +327,15 @@ def _ways(
         way("cached", sources.cache, _nothing),
         way("warm, augmented", sources.files, _read, augmented),
         way("cached, augmented", sources.cache, _nothing, augmented),
-        way("habit, augmented", sources.habit, _nothing, moved),
+        way(f"{AS_PUBLISHED}, augmented", sources.published, _nothing, moved),
     ]
 
 
 def _stretches(ways: Sequence[_Way], seconds: float) -> dict[str, list[float]]:
-    """Rates by way: quantiles over stretches, the ways in turn, after one that starts the processes."""
+    """Return the quantiles over stretches by way; the ways take turns.
+
+    A first stretch of each, which starts its processes, is not counted.
+    """
     rates: dict[str, list[float]] = {way.name: [] for way in ways}
     for way in ways:
         way.stretch()
@@ -311,7 +349,7 @@ def _stretches(ways: Sequence[_Way], seconds: float) -> dict[str, list[float]]:
 def _augmentation_rate(
     size: tuple[int, int], augment: Augmentation, seconds: float, device: str
 ) -> list[float]:
-    """Images a second of augmenting batches of one modality that are on the device already."""
+    """Return the images per second of augmenting batches of one modality that are on the device already."""
     images = torch.randint(256, (_BATCH, 3, *size), dtype=torch.uint8).to(device)
 
     def run() -> None:
@@ -327,12 +365,12 @@ def _rounded(values: Sequence[float]) -> list[float]:
     return [round(value, 1) for value in values]
 
 
-def _batches_a_stretch(training: TrainingSet) -> int:
+def _batches_per_stretch(training: TrainingSet) -> int:
     return min(len(training.visible), len(training.infrared), _MOST_BATCHES * _BATCH) // _BATCH
 
 
 def _spread(training: TrainingSet) -> TrainingSet:
-    """At most _MOST_IMAGES images of each modality, evenly from the whole training set."""
+    """Choose at most _MOST_IMAGES images of each modality, evenly from the whole training set."""
 
     def chosen(samples: tuple[Sample, ...]) -> tuple[Sample, ...]:
         places = np.linspace(0, len(samples) - 1, min(len(samples), _MOST_IMAGES)).round().astype(int)
@@ -355,7 +393,7 @@ def _read(paths: list[Path]) -> None:
 
 
 def _forget(paths: list[Path]) -> None:
-    """Have the system drop the files from memory; only what is on the disk can be dropped."""
+    """Ask the system to drop the files from memory; it can drop only what it has written to the disk."""
     if not hasattr(os, "posix_fadvise"):
         return
     for path in paths:
@@ -368,7 +406,7 @@ def _forget(paths: list[Path]) -> None:
 
 
 def _share_out_of_memory(paths: list[Path]) -> float | None:
-    """The share of files whose first byte would have to come from the disk; None where no one can tell."""
+    """Return the share of files whose first byte is not in memory; None where the system doesn't tell."""
     if not hasattr(os, "RWF_NOWAIT"):
         return None
     out = 0
@@ -379,7 +417,7 @@ def _share_out_of_memory(paths: list[Path]) -> float | None:
         except BlockingIOError:
             out += 1
         except OSError:
-            # A file system that doesn't know the question.
+            # The file system can't answer.
             return None
         finally:
             os.close(descriptor)
@@ -387,45 +425,48 @@ def _share_out_of_memory(paths: list[Path]) -> float | None:
 
 
 def print_speeds(result: dict[str, Any]) -> None:
-    """The result as a Markdown table, with what it depends on."""
+    """Print a result of `measure_loader` as a Markdown table."""
     rates = result["images_per_second"]
     visible, infrared = result["images"]
     print(f"{result['cpu']}, {result['cores']} cores, torch {result['torch']}; {result['case']}")
-    print(f"images a second, median over stretches of {result['stretch']} of {visible} + {infrared} images\n")
+    print(
+        f"images per second, median over stretches of {result['stretch']} of {visible} + {infrared} images\n"
+    )
     print(f"| | {' | '.join(f'{count} workers' for count in rates)} |\n|---|{'---:|' * len(rates)}")
     for way in next(iter(rates.values()), {}):
         print(f"| {way} | {' | '.join(f'{found[way][1]:,.0f}' for found in rates.values())} |")
-    print(f"\naugmentation alone: {result['augmentation'][1]:,.0f} images a second")
-    told = "can't be told" if result["evicted"] is None else f"{100 * result['evicted']:.0f} %"
-    print(f"cold: files out of memory before a stretch: {told}")
+    print(f"\naugmentation alone: {result['augmentation'][1]:,.0f} images per second")
+    evicted = "unknown" if result["evicted"] is None else f"{100 * result['evicted']:.0f} %"
+    print(f"cold: files out of memory before a stretch: {evicted}")
     cost = result["preparation"]
     print(
         f"{cost['bytes'] / 1e6:,.0f} MB: the cache, on the disk, made once in {cost['cache']} s; "
-        f"the habit's, in memory, read at every start in {cost['habit']} s"
+        f"the array as published, in memory, made at every start in {cost[AS_PUBLISHED]} s"
     )
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`mrcn-fast bench --loader DATA`: measure, and print the table."""
-    flags = Flags("bench --loader", "images a second of training's loader, without a network")
-    flags.add_word("data", PathText, "the data set's tree")
-    flags.add_of(measure_loader, skip={"data"})
-    flags.add("--out", PATH, None, "append the result to this file as a JSON line")
-    options = flags.values(argv)
-    out = options.pop("out")
+def flags() -> Flags:
+    """Return the flags of `bench loader`."""
+    found = Flags("bench loader", "measure images per second of training's loader, without a network")
+    found.add_word("data", PathText, "the data set's tree")
+    found.add_of(LoaderConfig, skip={"data"})
+    found.add("--out", PATH, None, "append the result to this file as a JSON line")
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mrcn-fast bench loader argv...`: measure, and print the table."""
+    values = flags().values(argv)
+    out: Path | None = values.pop("out")
+    config = LoaderConfig(**values)
     check_alone()
     if out:
         check_file(out, "the result")
-    if torch.device(options["device"]).type != "cpu" and (reason := unmeasurable(options["device"])):
-        print(f"nothing to measure: {reason}", file=sys.stderr)
-        return 2
+    if torch.device(config.device).type != "cpu":
+        check_measurable(config.device)
     log_to_console()
-    result = measure_loader(options.pop("data"), **options)
+    result = measure_loader(config)
     print_speeds(result)
     if out:
         benchmark.write(out, result)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

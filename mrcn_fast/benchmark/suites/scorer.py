@@ -1,16 +1,16 @@
-"""What `evaluation.score` is timed against: a loop over queries, as the field's scorers have it.
+"""`mrcn-fast bench scorer`: `evaluation.score` beside a loop over queries, as published scorers have it.
 
-`mrcn-fast bench --scorer` prints a line a case. In the result lines "fused" is `score`, its checks included;
-"loop" computes precision a rank at a time, as those scorers do, "array loop" by whole arrays. A case is timed
-only after `score` gave what the loop gives.
+In the result lines "fused" is `score` with its checks. "loop" computes precision one rank at a time, as
+published scorers do, and "array loop" by whole arrays. A case is timed only after `score` gave the results of
+the loop.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,14 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import SECONDS
-from mrcn_fast.flags import PATH, TEXT, Flags
+from mrcn_fast.benchmark.options import add_case_flags, print_names
+from mrcn_fast.flags import Flags
 from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.evaluation.scores import score
 
 GOALS = {"loop": 20.0}
 DTYPES = {"fp32": np.float32, "fp64": np.float64}
-TOLERANCE = 1e-9  # of the scores, relative: both are sums of a few thousand float64
+# The relative error of the scores that is still rounding: both are sums of a few thousand float64 numbers.
+TOLERANCE = 1e-9
 
 
 class Problem(NamedTuple):
@@ -41,9 +42,12 @@ class Problem(NamedTuple):
 
 
 def sysu_problem(dtype: type, shots: int, *, identities: int = 96, queries: int = 3803) -> Problem:
-    """SYSU-MM01's all-search in size: 3,803 queries, `shots` times 301 gallery images, 96 identities."""
+    """Make a problem of the size of SYSU-MM01's all-search.
+
+    It has 3,803 queries, `shots` times 301 gallery images and 96 identities.
+    """
     generator = np.random.default_rng(0)
-    # As there, not every camera has seen everybody: 301 of 96 x 4 places.
+    # As in SYSU-MM01, not every camera has seen everybody: 301 of 96 x 4 pairs exist.
     often, seldom = ([(i, camera) for i in range(identities) for camera in pair] for pair in ((1, 4), (2, 5)))
     seen = generator.permutation(seldom)[: len(seldom) * 109 // 192].tolist()
     places = np.array(sorted([*often, *map(tuple, seen)]))
@@ -55,14 +59,14 @@ def sysu_problem(dtype: type, shots: int, *, identities: int = 96, queries: int 
 
 
 def regdb_problem(dtype: type, *, identities: int = 206) -> Problem:
-    """A split of RegDB: ten images of an identity on either side, 2,060 x 2,060."""
+    """Make a problem of the size of a RegDB split: ten images per identity and side, 2,060 x 2,060."""
     ids = np.arange(identities).repeat(10)
     camera = np.ones_like(ids)
     return Problem(_distance(ids, ids, dtype), ids, ids, camera, camera, "regdb")
 
 
 def _distance(query_ids: NDArray[np.int64], gallery_ids: NDArray[np.int64], dtype: type) -> NDArray[Any]:
-    """Minus the dot product of features around their identities' centres; the mAP is about 0.5."""
+    """Return minus the dot products of features around their identities' centers; the mAP is about 0.5."""
     generator = np.random.default_rng(1)
     centers = generator.standard_normal((1 + max(query_ids.max(), gallery_ids.max()), 64))
     sides = []
@@ -73,7 +77,7 @@ def _distance(query_ids: NDArray[np.int64], gallery_ids: NDArray[np.int64], dtyp
 
 
 def fused_scores(problem: Problem, max_rank: int = 20) -> tuple[Tensor, ...]:
-    """`evaluation.score`: CMC, mAP, mINP, valid queries."""
+    """Return CMC, mAP, mINP and the number of valid queries by `evaluation.score`."""
     scores = score(
         problem.distance,
         problem.query_ids,
@@ -89,9 +93,13 @@ def fused_scores(problem: Problem, max_rank: int = 20) -> tuple[Tensor, ...]:
 def looped_scores(
     problem: Problem, max_rank: int = 20, *, arrays: bool = False, stable: bool = False
 ) -> tuple[Tensor, ...]:
-    """The same by a loop over queries, whose images were sorted before it.
+    """Return the scores of `fused_scores` by a loop over queries, whose images are sorted before the loop.
 
-    arrays: precision by whole arrays, in place of a rank at a time; stable: equal distances in gallery order.
+    Args:
+        problem: what is scored
+        max_rank: the length of the CMC
+        arrays: whether precision is computed by whole arrays instead of one rank at a time
+        stable: whether equal distances stay in gallery order
     """
     order = problem.distance.argsort(axis=1, kind="stable" if stable else None)
     ranked_ids = problem.gallery_ids[order]
@@ -108,7 +116,7 @@ def looped_scores(
         if arrays:
             precision = found / np.arange(1, len(found) + 1)
         else:
-            # One numpy integer by one Python float, as there: most of the time goes here.
+            # Published code divides one numpy integer by one Python float; this takes most of the time.
             precision = np.array([count / (place + 1.0) for place, count in enumerate(found)])
         precisions.append(precision[matched].mean())
         penalties.append(found[-1] / (1 + np.flatnonzero(matched)[-1]))
@@ -125,8 +133,8 @@ def _tensor(value: float) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64)
 
 
-def rivals(make: Callable[[], Problem]) -> dict[str, Callable[[], Any]]:
-    """By the names of the result lines; and what `score` is compared with, under `benchmark.EXACT`."""
+def calls(make: Callable[[], Problem]) -> dict[str, Callable[[], Any]]:
+    """Make "fused", "loop" and "array loop", and EXACT, with which "fused" is compared."""
     problem = make()
     return {
         "fused": partial(fused_scores, problem),
@@ -137,44 +145,60 @@ def rivals(make: Callable[[], Problem]) -> dict[str, Callable[[], Any]]:
 
 
 def cases() -> list[benchmark.Case]:
-    """Every case, in the order of the table."""
+    """Return every case, in the order of the table."""
     problems: dict[str, Callable[[type], Problem]] = {
         "score sysu single-shot 3803x301": partial(sysu_problem, shots=1),
         "score sysu multi-shot 3803x3010": partial(sysu_problem, shots=10),
         "score regdb 2060x2060": regdb_problem,
     }
     return [
-        benchmark.Case(f"{name} {dtype}", partial(rivals, partial(make, DTYPES[dtype])), GOALS)
+        benchmark.Case(f"{name} {dtype}", partial(calls, partial(make, DTYPES[dtype])), GOALS)
         for name, make in problems.items()
         for dtype in DTYPES
     ]
 
 
 def measured(case: benchmark.Case, seconds: float) -> dict[str, Any]:
-    """The result of a case, `score` checked first; three interleaved rounds or more."""
-    given = case.rivals()
-    benchmark.check(given, TOLERANCE)
-    del given[benchmark.EXACT]
-    return benchmark.row(case, benchmark.measure(given, seconds, least=3))
+    """Return the result line of a case, after `score` was checked; at least three interleaved rounds."""
+    made = case.calls()
+    benchmark.check(made, TOLERANCE)
+    del made[benchmark.EXACT]
+    return benchmark.row(case, benchmark.measure(made, seconds, least=3))
 
 
-def main(argv: list[str] | None = None) -> int:
-    """`mrcn-fast bench --scorer`: measure the cases and print a line for each; 1 where a goal was missed."""
-    flags = Flags("bench --scorer", "time the scorer against a loop over queries, on the CPU")
-    flags.add("--only", TEXT, "", "cases whose name contains this")
-    flags.add("--seconds", SECONDS, 8.0, "least measuring time of a case")
-    flags.add("--out", PATH, None, "append the results to this file as JSON lines")
-    flags.add_switch("--list", "print the cases' names and stop")
-    options = argparse.Namespace(**flags.values(argv))
+# --- the command --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of `bench scorer`."""
+
+    only: str
+    seconds: float
+    out: Path | None
+    list: bool
+
+
+def flags() -> Flags:
+    """Return the flags of `bench scorer`."""
+    found = Flags("bench scorer", "time the scorer against a loop over queries, on the CPU")
+    add_case_flags(found)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `mrcn-fast bench scorer argv...`; the status is 1 where a goal was missed."""
+    parser = flags()
+    options = Options(**parser.values(argv))
     if options.out:
         check_file(options.out, "the results")
     chosen = [case for case in cases() if options.only in case.name]
     if options.list:
-        print("\n".join(case.name for case in chosen))
+        print_names(chosen)
         return 0
     if not chosen:
-        return flags.refuse(f"got --only {options.only!r}, which no case's name contains; --list lists them")
-    # numpy sorts; the pages are as the allocator gives them, as a user has them.
+        return parser.refuse(f"got --only {options.only!r}, which no case's name contains; --list lists them")
+    # numpy sorts, and the allocator decides about pages, as for a user.
     where = benchmark.machine() | {"numpy": np.__version__, "pages": "the allocator's"}
     print(f"{benchmark.described(where)}, numpy {where['numpy']}")
     print("median of interleaved rounds; ratios are the loop's time over the scorer's\n")
@@ -186,7 +210,3 @@ def main(argv: list[str] | None = None) -> int:
         if options.out:
             benchmark.write(options.out, where | result)
     return 1 if any_missed else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,21 +1,21 @@
-"""Whole training steps, in the field's habit and with one thing of this library's added at a time.
+"""`mrcn-fast bench step`: whole training steps, as published and with this library's additions.
 
-`mrcn-fast bench --step` prints a table a model. A step is forward, losses, backward and optimiser on random
-images that are on the device already; loading has `bench --loader`. The habit: float32, contiguous, eager,
-MRCN's block in plain PyTorch, its six sets joined by torch.cat, a loop over identities in the loss.
+It prints one table per model. A step is forward, losses, backward and optimizer on random images that are on
+the device already; `bench loader` measures loading. The first step is written as published re-identification
+code does it: float32, contiguous, eager, MRCN's block in plain PyTorch, its six sets joined by torch.cat, and
+a loop over identities in the loss. Each further step has one addition more.
 
-Steps take turns. Before, each one's first loss is compared with the habit's, from the same weights and
-images, and the sizes of its gradients: not their directions, for through fifty layers of a trunk that has
-learned nothing, bf16's point elsewhere altogether.
+The steps take turns. Before that, the first loss of each one and the lengths of its gradients are compared
+with the published step's, from the same weights and images. The gradients' directions are not compared: after
+fifty layers of a trunk that has learned nothing, those of bf16 are unrelated to float32's.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -24,8 +24,10 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.command import SECONDS, unmeasurable
+from mrcn_fast.benchmark.options import SECONDS
+from mrcn_fast.benchmark.results import AS_PUBLISHED
 from mrcn_fast.benchmark.suites.baselines import LoopedCQC
+from mrcn_fast.benchmark.timing import check_measurable
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.flags import DEVICE, PATH, Flags, one_of
 from mrcn_fast.outputs import check_file
@@ -37,58 +39,61 @@ from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.optimizer import make_optimizer
 
-HABIT: Final = "habit"
-# What is added, in this order: each step has all before it too.
+# What is added to the published step, in this order. Each step keeps all additions before its own.
 ADDITIONS: Final = {
     "mrcn": ("fused block", "concat", "fused CQC", "channels_last", "bf16", "compiled trunk", "CUDA graphs"),
     "baseline": ("channels_last", "bf16", "compiled trunk", "CUDA graphs"),
 }
-# Of the first loss, relative, through fifty layers: bf16 rounds to 8 bits, and TF32, in which torch lets GPUs
-# convolve float32, to 11 (on an H200 the losses were 1e-2 and 2e-4 off).
+# The relative error of the first loss, after fifty layers, that is still rounding. bf16 rounds to 8 bits, and
+# TF32, in which torch lets GPUs convolve float32, to 11; on an H200 the losses differed by 1e-2 and 2e-4.
 TOLERANCES: Final = {"32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
-# Of the gradients' lengths, of trunk, blocks and heads each (bf16's were up to 0.1 off).
+# The same of the gradients' lengths, for the trunk, the blocks and the heads each; bf16's differed by up to
+# 0.1.
 GRADIENTS: Final = 0.3
-# Training identities of SYSU-MM01: the classifier's size.
+# The size of the classifier: SYSU-MM01's training identities.
 _CLASSES: Final = 395
 _LEAST_ROUNDS: Final = 3
-# What of a configuration the command line sets.
+# The fields of a configuration that have flags.
 _SIZE: Final = ("depth", "identities", "images", "height", "width")
 
 
 class Plan(NamedTuple):
-    """One column of the comparison: what is added to the habit."""
+    """A step of the comparison: its name, and what it adds to the published step."""
 
     name: str
     added: frozenset[str]
 
     def precision(self, device: str) -> str:
-        """What convolutions round to there: one of TOLERANCES."""
+        """Return the precision of its convolutions on a device, a name from TOLERANCES."""
         if "bf16" in self.added:
             return "bf16"
         return "32" if torch.device(device).type == "cpu" or not torch.backends.cudnn.allow_tf32 else "tf32"
 
 
 def plans(model: ModelName, device: str) -> list[Plan]:
-    """The habit, then one more thing at a time; CUDA graphs where there is CUDA."""
+    """Return the published step, then the steps with one addition more each; CUDA graphs only with CUDA."""
     names = [name for name in ADDITIONS[model] if name != "CUDA graphs" or device != "cpu"]
     steps = [Plan(f"+ {name}", frozenset(names[: count + 1])) for count, name in enumerate(names)]
-    return [Plan(HABIT, frozenset()), *steps]
+    return [Plan(AS_PUBLISHED, frozenset()), *steps]
 
 
-class JoinedPlug(MRCNPlug):
-    """MRCN's plug as the field has it: the six sets made apart, then joined by torch.cat."""
+class ConcatenatedSets(MRCNPlug):
+    """MRCN's part of the trunk as published code has it: the six sets are made, then joined by torch.cat."""
 
     def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
         return Plugged(torch.cat(self(visible, infrared)))
 
 
 class Captured:
-    """`work` as one CUDA graph: a call replays it, and returns what `work` had returned, computed anew.
+    """A function captured as one CUDA graph: a call replays it, and returns the result computed anew.
 
-    Nothing in `work` may wait for the GPU. `peak_bytes`: what it takes at most, which the graph then keeps.
+    Nothing in the function may wait for the GPU.
+
+    Attributes:
+        peak_bytes: the peak memory of the function, which the graph then keeps
     """
 
-    # Triton, Inductor and cuDNN are then through with compiling and choosing.
+    # After so many calls Triton, Inductor and cuDNN have compiled their kernels and chosen among them.
     WARM_UPS: Final = 3
 
     def __init__(self, work: Callable[[], Tensor]) -> None:
@@ -111,7 +116,10 @@ class Captured:
 
 
 class Step:
-    """A training step by a plan: `step()` takes it and returns the loss. All start from the same weights."""
+    """A training step as a plan says: a call takes it and returns the loss.
+
+    All steps of a configuration start from the same weights.
+    """
 
     def __init__(self, config: TrainConfig, plan: Plan, device: str) -> None:
         self.plan, self.device = plan, device
@@ -136,7 +144,9 @@ class Step:
 
     def _join_by_cat(self, config: TrainConfig) -> None:
         (plug,) = self.model.blocks
-        joined = JoinedPlug(plug.channels, reduction=plug.reduction, backend=plug.backend).to(self.device)
+        joined = ConcatenatedSets(plug.channels, reduction=plug.reduction, backend=plug.backend).to(
+            self.device
+        )
         joined.load_state_dict(plug.state_dict())
         self.model.plugs = nn.ModuleList([joined])
 
@@ -148,7 +158,7 @@ class Step:
         return loss
 
     def _gradients(self) -> Tensor:
-        """Forward, losses and backward; the loss."""
+        """Compute forward, losses and backward; return the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with self._autocast():
             total = self.loss(self.model(*self.images), self.labels).total
@@ -156,7 +166,11 @@ class Step:
         return total.detach()
 
     def block(self) -> Callable[[], Any] | None:
-        """The block's forward and backward alone, on maps as this step has them; None without a block."""
+        """Return a call of the block's forward and backward alone, on maps as this step has them.
+
+        Returns:
+            The call; None for a model without a block.
+        """
         if not self.model.blocks:
             return None
         with torch.no_grad(), self._autocast():
@@ -182,7 +196,7 @@ class Step:
 
 
 def _batch(config: TrainConfig, device: str, layout: torch.memory_format) -> tuple[list[Tensor], Tensor]:
-    """Random normalised images of both modalities, and their labels."""
+    """Make random normalized images of both modalities, and their labels."""
     rows = config.identities * config.images
     generator = torch.Generator().manual_seed(1)
     shape = (rows, 3, config.height, config.width)
@@ -191,14 +205,23 @@ def _batch(config: TrainConfig, device: str, layout: torch.memory_format) -> tup
 
 
 def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 60.0) -> dict[str, Any]:
-    """The steps of one model as a line of results.
+    """Measure the steps of one model.
 
-    "ms" has [20th percentile, median, 80th percentile] by plan; "images_per_second" and "ratios", how many
-    times the habit's images a second, are of the medians; "peak_bytes" is what a step takes besides weights;
-    "block_share" is the time of the block's forward and backward alone over the step's. "failed" says why
-    there is none of a plan, where nothing compiles, say.
+    Args:
+        config: the model and the batch
+        device: where to measure
+        seconds: how long rounds are started
 
-    Raises RuntimeError where a plan's first loss or its gradients are not the habit's.
+    Returns:
+        A result line whose dictionaries have the plans' names. "ms": [20th percentile, median, 80th
+        percentile]. "images_per_second" and "ratios" (over the published step's images per second): of the
+        medians. "peak_bytes": peak memory of a step besides weights. "block_share": the time of the block's
+        forward and backward alone over the step's. "failed": why a plan has no result, for example because
+        nothing compiles.
+
+    Raises:
+        RuntimeError: a plan's first loss or its gradients differ from the published step's by more than
+            rounding.
     """
     torch._dynamo.reset()
     steps = {plan.name: Step(config, plan, device) for plan in plans(config.model, device)}
@@ -222,7 +245,7 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
         "gradient_size_error": off,
         "ms": {name: [round(1e3 * s, 2) for s in timing] for name, timing in timings.items()},
         "images_per_second": {name: round(images / median, 2) for name, median in medians.items()},
-        "ratios": {name: round(medians[HABIT] / median, 3) for name, median in medians.items()},
+        "ratios": {name: round(medians[AS_PUBLISHED] / median, 3) for name, median in medians.items()},
         "peak_bytes": {name: _peak(step, device) for name, step in steps.items()},
         "block_share": {name: round(share, 4) for name, share in shares.items()},
         "failed": failed,
@@ -230,14 +253,17 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
 
 
 def _first_losses(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, str]]:
-    """The loss of each first step, and of those that could not be taken the reason. The habit's must be."""
+    """Take each step once; return the losses, and the reasons of the steps that failed.
+
+    An error of the published step is raised.
+    """
     losses: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, step in steps.items():
         try:
             losses[name] = float(step())
         except Exception as error:
-            if name == HABIT:
+            if name == AS_PUBLISHED:
                 raise
             traceback.print_exc()
             failed[name] = f"{type(error).__name__}: {error}"
@@ -245,32 +271,33 @@ def _first_losses(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, s
 
 
 def _checked(steps: dict[str, Step], losses: dict[str, float]) -> tuple[dict[str, float], dict[str, float]]:
-    """The relative errors of the first losses, and the largest of the gradients' lengths.
+    """Return the relative errors of the first losses, and the largest ones of the gradients' lengths.
 
-    RuntimeError at the first that is more than rounding.
+    Raises:
+        RuntimeError: an error is more than rounding.
     """
     sizes: dict[str, dict[str, float]] = {}
     errors: dict[str, float] = {}
     off: dict[str, float] = {}
     for name, step in steps.items():
-        errors[name] = abs(losses[name] - losses[HABIT]) / abs(losses[HABIT])
+        errors[name] = abs(losses[name] - losses[AS_PUBLISHED]) / abs(losses[AS_PUBLISHED])
         allowed = TOLERANCES[step.plan.precision(step.device)]
         if not errors[name] < allowed:
             raise RuntimeError(
-                f"{name}: the first loss is {losses[name]}, the habit's is {losses[HABIT]}: off by "
-                f"{errors[name]:.1e}, expected under {allowed:.0e}"
+                f"{name}: the first loss is {losses[name]}, the published step's is {losses[AS_PUBLISHED]}: "
+                f"off by {errors[name]:.1e}, expected under {allowed:.0e}"
             )
         sizes[name] = _gradient_sizes(step.model)
         off[name] = 0.0
-        for part, habits in sizes[HABIT].items():
+        for part, expected in sizes[AS_PUBLISHED].items():
             size = sizes[name][part]
-            apart = abs(size - habits) / max(habits, 1e-30)
-            if not apart < GRADIENTS:  # nor where one is no number
+            error = abs(size - expected) / max(expected, 1e-30)
+            if not error < GRADIENTS:  # which NaN isn't either
                 raise RuntimeError(
-                    f"{name}: the gradient of the {part} is {size:.3g} long, the habit's is {habits:.3g}: "
-                    f"off by {apart:.1e}, expected under {GRADIENTS:.0e}"
+                    f"{name}: the gradient of the {part} is {size:.3g} long, the published step's is "
+                    f"{expected:.3g}: off by {error:.1e}, expected under {GRADIENTS:.0e}"
                 )
-            off[name] = max(off[name], apart)
+            off[name] = max(off[name], error)
     return _rounded(errors), _rounded(off)
 
 
@@ -279,7 +306,7 @@ def _rounded(errors: dict[str, float]) -> dict[str, float]:
 
 
 def _gradient_sizes(model: ReIDModel) -> dict[str, float]:
-    """The length of the gradient that a step has left, of each of the model's parts; 0 where it left none."""
+    """Return the length of the gradient after a step, of each part of the model; 0 without a gradient."""
     sizes = {}
     for part, module in model.named_children():
         found = [p.grad.flatten() for p in module.parameters() if p.grad is not None]
@@ -288,13 +315,13 @@ def _gradient_sizes(model: ReIDModel) -> dict[str, float]:
 
 
 def _timed(steps: dict[str, Step], seconds: float, device: str) -> dict[str, benchmark.Timing]:
-    """Interleaved; the steps are warm, but for the compiled ones' second call."""
+    """Time the steps in turn. Each was taken once before, the compiled ones twice."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
         if "compiled trunk" in step.plan.added:
             step()
     end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(taken[HABIT]) < _LEAST_ROUNDS:
+    while time.perf_counter() < end or len(taken[AS_PUBLISHED]) < _LEAST_ROUNDS:
         for name, step in steps.items():
             call = _waiting(step, device)
             start = time.perf_counter()
@@ -304,7 +331,7 @@ def _timed(steps: dict[str, Step], seconds: float, device: str) -> dict[str, ben
 
 
 def _waiting(call: Callable[[], Any], device: str) -> Callable[[], Any]:
-    """`call`, and on a GPU until it is done there."""
+    """Return a call that, on a GPU, also waits until the GPU has finished."""
     if torch.device(device).type == "cpu":
         return call
 
@@ -326,11 +353,11 @@ def _peak(step: Step, device: str) -> int | None:
 
 
 def print_steps(result: dict[str, Any]) -> None:
-    """The result as a Markdown table."""
+    """Print a result of `measure_steps` as a Markdown table."""
     where = result["gpu"] if "gpu" in result else f"{result['cpu']}, {result['threads']} threads"
     print(f"{result['case']}, ResNet-{result['depth']}; {where}, torch {result['torch']}; {result['date']}\n")
     print(
-        "| | a step | images a second | × the habit | memory | the block's share |\n"
+        "| | step | images per second | × as published | peak memory | the block's share |\n"
         "|---|---:|---:|---:|---:|---:|"
     )
     for name, (_, median, _) in result["ms"].items():
@@ -351,7 +378,7 @@ def print_steps(result: dict[str, Any]) -> None:
 
 @with_more
 class _Steps(TypedDict):
-    """What `print_steps` reads of a line."""
+    """The part of a result line that `print_steps` reads."""
 
     case: str
     date: str
@@ -364,50 +391,60 @@ class _Steps(TypedDict):
     block_share: dict[str, float]
 
 
-def _newest(file: Path) -> list[dict[str, Any]]:
-    """The newest result of each model; ValueError, naming the file, where there is none."""
-    expected = "lines as --step --out writes them"
-    lines = benchmark.read(file, lambda line: checked(_Steps, line, "result"), expected)
-    found = {line["case"]: line for line in lines if HABIT in line["ms"]}
-    if not found:
-        raise ValueError(f"{file}: expected {expected}; found none of steps")
-    return list(found.values())
+def checked_line(line: dict[str, Any]) -> dict[str, Any]:
+    """Return a result line that `print_steps` can print.
+
+    Raises:
+        ValueError: the message names what the line lacks.
+    """
+    return checked(_Steps, line, "result")
+
+
+# --- the command --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of `bench step`."""
+
+    model: Sequence[ModelName] | None
+    depth: int
+    identities: int
+    images: int
+    height: int
+    width: int
+    seconds: float
+    device: str
+    out: Path | None
+
+    def configs(self) -> list[TrainConfig]:
+        """Return the configuration of each model that is measured."""
+        size = {name: getattr(self, name) for name in _SIZE}
+        return [TrainConfig(data="", model=model, **size) for model in self.model or ("baseline", "mrcn")]
+
+
+def flags() -> Flags:
+    """Return the flags of `bench step`."""
+    found = Flags("bench step", "time whole training steps")
+    known = one_of(tuple(ADDITIONS))
+    found.add("--model", known, None, "only this model; both, MRCN last", nargs="+", action="extend")
+    found.add_of(TrainConfig, skip=kinds_of(TrainConfig).keys() - set(_SIZE))
+    found.add("--seconds", SECONDS, 60.0, "least measuring time per model")
+    found.add("--device", DEVICE, "cpu", "where to measure")
+    found.add("--out", PATH, None, "append the results to this file as JSON lines")
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`mrcn-fast bench --step`: measure, and print a table a model."""
-    flags = Flags("bench --step", "time whole training steps")
-    known = one_of(tuple(ADDITIONS))
-    flags.add("--model", known, None, "only this model; both, MRCN last", nargs="+", action="extend")
-    flags.add_of(TrainConfig, skip=kinds_of(TrainConfig).keys() - set(_SIZE))
-    flags.add("--seconds", SECONDS, 60.0, "least measuring time a model")
-    flags.add("--device", DEVICE, "cpu", "where to measure")
-    flags.add("--out", PATH, None, "append the results to this file as JSON lines")
-    flags.add("--table", PATH, None, "measure nothing; print this file's results")
-    options = argparse.Namespace(**flags.values(argv))
+    """Run `mrcn-fast bench step argv...`: measure, and print a table per model."""
+    options = Options(**flags().values(argv))
     if options.out:
         check_file(options.out, "the results")
-    if options.table:
-        try:
-            found = _newest(options.table)
-        except ValueError as error:
-            return flags.refuse(str(error))
-        for result in found:
-            print_steps(result)
-        return 0
     check_alone()
-    if reason := unmeasurable(options.device):
-        print(f"nothing to measure: {reason}", file=sys.stderr)
-        return 2
-    size = {name: getattr(options, name) for name in _SIZE}
-    configs = [TrainConfig(data="", model=model, **size) for model in options.model or ("baseline", "mrcn")]
-    for config in configs:
+    check_measurable(options.device)
+    for config in options.configs():
         result = measure_steps(config, device=options.device, seconds=options.seconds)
         print_steps(result)
         if options.out:
             benchmark.write(options.out, result)
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

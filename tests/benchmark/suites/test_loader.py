@@ -1,4 +1,4 @@
-"""The loader's measurement: every way gives the images, the habit is the field's, the result is a line."""
+"""`bench loader`: every way gives the images, one as published code does, and the result is a line."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ import torch
 
 from mrcn_fast import cli
 from mrcn_fast.benchmark.suites import loader
-from mrcn_fast.benchmark.suites.loader import HabitualImages, measure_loader
+from mrcn_fast.benchmark.suites.loader import LoaderConfig, PublishedImages, measure_loader
 from mrcn_fast.reid.data import PersonImages, open_dataset
 from mrcn_fast.reid.data.augment import normalize
 
 SIZE = (48, 24)
-WAYS = ["cold", "warm", "cached", "warm, augmented", "cached, augmented", "habit, augmented"]
+WAYS = ["cold", "warm", "cached", "warm, augmented", "cached, augmented", "as published, augmented"]
 
 
 def test_every_source_holds_the_same_images(tiny_tree: Path, tmp_path: Path) -> None:
@@ -27,30 +27,30 @@ def test_every_source_holds_the_same_images(tiny_tree: Path, tmp_path: Path) -> 
     sources, preparation = loader._sources(training, "sysu-mm01", SIZE, "lanczos", tmp_path)
     count = len(training.visible) + len(training.infrared)
     assert preparation["bytes"] == count * 3 * SIZE[0] * SIZE[1]
-    for files, cache, habit in zip(*sources, strict=True):
-        assert isinstance(habit, HabitualImages)
+    for files, cache, published in zip(*sources, strict=True):
+        assert isinstance(published, PublishedImages)
         for i in (0, len(files) - 1):  # type: ignore[arg-type]
             assert torch.equal(cache[i], files[i])
-            assert torch.equal(torch.from_numpy(habit.pixels[i]).permute(2, 0, 1), files[i])
+            assert torch.equal(torch.from_numpy(published.pixels[i]).permute(2, 0, 1), files[i])
 
 
-def test_the_habit_without_chance_is_a_normalised_image(tiny_tree: Path) -> None:
+def test_a_published_image_without_chance_is_a_normalized_image(tiny_tree: Path) -> None:
     samples = open_dataset("sysu-mm01", tiny_tree).training().visible[:2]
     images = PersonImages(samples, SIZE, filter="lanczos")
     pixels = np.stack([image.permute(1, 2, 0).numpy() for image in (images[0], images[1])])
-    plain = HabitualImages(pixels, padding=0, flip=0, erase=0)[1]
+    plain = PublishedImages(pixels, padding=0, flip=0, erase=0)[1]
     torch.testing.assert_close(plain, normalize(images[1][None])[0])
-    mirrored = HabitualImages(pixels, padding=0, flip=1, erase=0)[1]
+    mirrored = PublishedImages(pixels, padding=0, flip=1, erase=0)[1]
     assert torch.equal(mirrored, plain.flip(2))
-    erased = HabitualImages(pixels, padding=0, flip=0, erase=1)[1]
-    # As the field erases: 2 to 40 % of the area, a rectangle.
+    erased = PublishedImages(pixels, padding=0, flip=0, erase=1)[1]
+    # Published code erases a rectangle of 2 to 40 % of the area.
     assert 0.015 < (erased == 0).all(dim=0).float().mean() < 0.45
 
 
 def test_a_line_of_results(tiny_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "results" / "loader.jsonl"
     size = ["--height", str(SIZE[0]), "--width", str(SIZE[1])]
-    words = ["bench", "--loader", str(tiny_tree), *size, "--workers", "0", "1", "--seconds", "0"]
+    words = ["bench", "loader", str(tiny_tree), *size, "--workers", "0", "1", "--seconds", "0"]
     assert cli.main([*words, "--out", str(file)]) == 0
     printed = capsys.readouterr().out
     assert all(f"| {way} |" in printed for way in WAYS) and "| 0 workers | 1 workers |" in printed
@@ -86,12 +86,12 @@ def test_files_are_out_of_memory_when_the_system_says_so(tiny_tree: Path) -> Non
 
 def test_fewer_images_than_a_batch_are_refused(tiny_regdb: Path) -> None:
     with pytest.raises(ValueError, match="got 8 training images of a modality, expected at least 16"):
-        measure_loader(tiny_regdb)
+        measure_loader(LoaderConfig(tiny_regdb))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(tiny_tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for words in (["--loader", str(tiny_tree)], [f"--loader={tiny_tree}"]):
+    for words in (["loader", str(tiny_tree)], ["--loader", str(tiny_tree)], [f"--loader={tiny_tree}"]):
         assert cli.main(["bench", *words, "--device", "cuda"]) == 2
         assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
 
@@ -103,7 +103,7 @@ def test_unreadable_images_are_left_out_where_asked_for(
     training = open_dataset("sysu-mm01", tree).training()
     broken = training.visible[3].path
     broken.write_bytes(b"no image")
-    words = ["bench", "--loader", str(tree), "--height", "48", "--width", "24", "--workers", "0"]
+    words = ["bench", "loader", str(tree), "--height", "48", "--width", "24", "--workers", "0"]
     words += ["--seconds", "0", "--out", str(tmp_path / "loader.jsonl")]
     assert cli.main(words) == 2
     assert f"mrcn-fast: error: {broken}: expected a readable image" in capsys.readouterr().err

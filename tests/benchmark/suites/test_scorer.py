@@ -1,4 +1,4 @@
-"""The scorer's measurement: its loop is right, a wrong score isn't timed, results are written as lines."""
+"""`bench scorer`: its loop is right, a wrong score isn't timed, and results are written as lines."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 from mrcn_fast import benchmark
 from mrcn_fast.benchmark.suites import scorer
-from mrcn_fast.benchmark.suites.scorer import Problem, cases, fused_scores, looped_scores, measured, rivals
+from mrcn_fast.benchmark.suites.scorer import Problem, calls, cases, fused_scores, looped_scores, measured
 
 SMALL = {
     "sysu single": partial(scorer.sysu_problem, np.float32, 1, identities=12, queries=50),
@@ -42,11 +42,11 @@ def test_the_problems_are_the_published_ones_in_size() -> None:
     ]  # fmt: skip
 
 
-def test_a_line_a_case(
+def test_each_case_has_a_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     made = [
-        benchmark.Case(name, partial(rivals, make), {"loop": 1e-9 if name == "regdb" else 1e9})
+        benchmark.Case(name, partial(calls, make), {"loop": 1e-9 if name == "regdb" else 1e9})
         for name, make in SMALL.items()
     ]
     monkeypatch.setattr(scorer, "cases", lambda: made)
@@ -75,4 +75,4 @@ def test_a_wrong_score_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(scorer, "fused_scores", wrong)
     with pytest.raises(RuntimeError, match="the fused result is off by"):
-        measured(benchmark.Case("wrong", partial(rivals, SMALL["regdb"]), {}), 0.0)
+        measured(benchmark.Case("wrong", partial(calls, SMALL["regdb"]), {}), 0.0)

@@ -1,4 +1,4 @@
-"""The whole step's measurement: every plan computes the habit's step, a wrong one isn't timed."""
+"""`bench step`: every plan computes the published step, and a wrong one isn't timed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ import torch
 
 from mrcn_fast import cli
 from mrcn_fast.autograd import BlockFunction
+from mrcn_fast.benchmark.results import AS_PUBLISHED
 from mrcn_fast.benchmark.suites import training_step
 from mrcn_fast.benchmark.suites.baselines import LoopedCQC
-from mrcn_fast.benchmark.suites.training_step import ADDITIONS, HABIT, Captured, JoinedPlug, Plan, Step, plans
+from mrcn_fast.benchmark.suites.training_step import ADDITIONS, Captured, ConcatenatedSets, Plan, Step, plans
 from mrcn_fast.reid.models.blocks import MRCNPlug, Plugged
 from mrcn_fast.reid.training.config import TrainConfig
 
@@ -26,7 +27,7 @@ SMALL = {"depth": 18, "identities": 2, "images": 2, "height": 64, "width": 32}
 
 def test_one_thing_is_added_at_a_time() -> None:
     on_cpu, on_gpu = plans("mrcn", "cpu"), plans("mrcn", "cuda")
-    assert on_cpu[0] == Plan(HABIT, frozenset())
+    assert on_cpu[0] == Plan(AS_PUBLISHED, frozenset())
     for before, after in itertools.pairwise(on_gpu):
         assert before.added < after.added and after.added - before.added == {after.name.removeprefix("+ ")}
     assert [plan.name for plan in on_gpu[:-1]] == [plan.name for plan in on_cpu]
@@ -34,32 +35,32 @@ def test_one_thing_is_added_at_a_time() -> None:
 
 
 def test_a_plan_is_judged_by_what_it_rounds_to(monkeypatch: pytest.MonkeyPatch) -> None:
-    habit, *_, last = plans("mrcn", "cuda")
-    assert {habit.precision("cpu"), last.precision("cpu")} == {"32", "bf16"}
+    published, *_, last = plans("mrcn", "cuda")
+    assert {published.precision("cpu"), last.precision("cpu")} == {"32", "bf16"}
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
-    assert {habit.precision("cuda"), last.precision("cuda")} == {"tf32", "bf16"}
+    assert {published.precision("cuda"), last.precision("cuda")} == {"tf32", "bf16"}
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    assert habit.precision("cuda") == "32"
+    assert published.precision("cuda") == "32"
 
 
 def test_a_step_has_what_its_plan_says() -> None:
     config = TrainConfig(data="", model="mrcn", **SMALL)  # type: ignore[arg-type]
-    habit = Step(config, Plan(HABIT, frozenset()), "cpu")
-    (plug,) = habit.model.plugs
-    assert isinstance(plug, JoinedPlug) and plug.backend == "reference"
-    assert isinstance(habit.loss.cqc, LoopedCQC)
+    published = Step(config, Plan(AS_PUBLISHED, frozenset()), "cpu")
+    (plug,) = published.model.plugs
+    assert isinstance(plug, ConcatenatedSets) and plug.backend == "reference"
+    assert isinstance(published.loss.cqc, LoopedCQC)
     ours = Step(
         config, Plan("all", frozenset(("fused block", "concat", "fused CQC", "channels_last"))), "cpu"
     )
     (plug,) = ours.model.plugs
-    assert not isinstance(plug, JoinedPlug) and isinstance(plug, MRCNPlug) and plug.backend is None
+    assert not isinstance(plug, ConcatenatedSets) and isinstance(plug, MRCNPlug) and plug.backend is None
     assert not isinstance(ours.loss.cqc, LoopedCQC)
     assert ours.images[0].is_contiguous(memory_format=torch.channels_last)
-    for name, tensor in habit.model.state_dict().items():
+    for name, tensor in published.model.state_dict().items():
         assert torch.equal(tensor, ours.model.state_dict()[name])
 
 
-def test_a_line_a_model(
+def test_each_model_has_a_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # To compile a ResNet takes minutes.
@@ -67,18 +68,18 @@ def test_a_line_a_model(
     monkeypatch.setattr(training_step, "ADDITIONS", fewer)
     file = tmp_path / "results" / "steps.jsonl"
     words = [f"--{name}={value}" for name, value in SMALL.items()]
-    assert cli.main(["bench", "--step", *words, "--seconds", "0", "--out", str(file)]) == 0
+    assert cli.main(["bench", "step", *words, "--seconds", "0", "--out", str(file)]) == 0
     printed = capsys.readouterr().out
     baseline, mrcn = map(json.loads, file.read_text().splitlines())
     assert (baseline["case"], mrcn["case"]) == ("step baseline 2x2 64x32", "step mrcn 2x2 64x32")
     for line, model in ((baseline, "baseline"), (mrcn, "mrcn")):
         names = [plan.name for plan in plans(model, "cpu")]  # type: ignore[arg-type]
         assert list(line["ms"]) == list(line["ratios"]) == names
-        assert line["ratios"][HABIT] == 1
+        assert line["ratios"][AS_PUBLISHED] == 1
         assert all(error < 2e-2 for error in line["first_loss_error"].values())
         assert all(f"| {name} |" in printed for name in names)
     assert not baseline["block_share"] and set(mrcn["block_share"]) == set(mrcn["ms"])
-    assert cli.main(["bench", "--step", "--table", str(file)]) == 0
+    assert cli.main(["bench", "show", "--table", str(file)]) == 0
     assert capsys.readouterr().out == printed
 
 
@@ -87,12 +88,12 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
         return Plugged(0.5 * self(visible, infrared, concat=True))
 
     monkeypatch.setattr(MRCNPlug, "first", halved)
-    with pytest.raises(RuntimeError, match=r"\+ concat: the first loss is .*, the habit's is"):
+    with pytest.raises(RuntimeError, match=r"\+ concat: the first loss is .*, the published step's is"):
         training_step.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "told"),
+    ("wrong", "message"),
     [
         (torch.zeros_like, "plugs is 0 long"),
         (lambda g: None if g.dim() < 4 else g, "plugs is 0 long"),
@@ -101,7 +102,7 @@ def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=["zeros", "none", "nan"],
 )
 def test_a_step_with_wrong_gradients_is_not_timed(
-    wrong: Callable[[torch.Tensor], Any], told: str, monkeypatch: pytest.MonkeyPatch
+    wrong: Callable[[torch.Tensor], Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backward = BlockFunction.backward
 
@@ -109,27 +110,27 @@ def test_a_step_with_wrong_gradients_is_not_timed(
         return tuple(None if g is None else wrong(g) for g in backward(ctx, *gradients))
 
     monkeypatch.setattr(BlockFunction, "backward", staticmethod(spoiled))
-    with pytest.raises(RuntimeError, match=rf"\+ fused block: the gradient of the {told}"):
+    with pytest.raises(RuntimeError, match=rf"\+ fused block: the gradient of the {message}"):
         training_step.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
 
 
 def test_a_graph_is_captured_when_everything_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a GPU that notes what it is told."""
-    told: list[str] = []
+    """The fake GPU logs its calls."""
+    log: list[str] = []
 
     class Stream:
         def wait_stream(self, other: Stream) -> None:
-            told.append("wait")
+            log.append("wait")
 
     class Graph:
         def replay(self) -> None:
-            told.append("replay")
+            log.append("replay")
 
     @contextlib.contextmanager
     def entered(what: Stream | Graph) -> Iterator[None]:
-        told.append(f"in {type(what).__name__}")
+        log.append(f"in {type(what).__name__}")
         yield
-        told.append(f"out of {type(what).__name__}")
+        log.append(f"out of {type(what).__name__}")
 
     gpu = {
         "Stream": Stream,
@@ -148,15 +149,15 @@ def test_a_graph_is_captured_when_everything_is_warm(monkeypatch: pytest.MonkeyP
     results = iter(map(torch.tensor, range(9)))
 
     def work() -> torch.Tensor:
-        told.append("work")
+        log.append("work")
         return next(results)
 
     captured = Captured(work)
     warm = ["wait", "in Stream", "work", "work", "work", "out of Stream", "wait"]
-    assert told == [*warm, "in Graph", "work", "out of Graph"]
-    told.clear()
+    assert log == [*warm, "in Graph", "work", "out of Graph"]
+    log.clear()
     assert captured().item() == captured().item() == 3 and captured.peak_bytes == 2
-    assert told == ["replay", "replay"]
+    assert log == ["replay", "replay"]
 
 
 def test_a_step_that_fails_is_named_and_the_others_are_timed(
@@ -170,24 +171,29 @@ def test_a_step_that_fails_is_named_and_the_others_are_timed(
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **_: setattr(self, "forward", no_compiler))
     words = [f"--{name}={value}" for name, value in SMALL.items()]
     file = tmp_path / "steps.jsonl"
-    assert cli.main(["bench", "--step", "--model=mrcn", *words, "--seconds=0", f"--out={file}"]) == 0
+    assert cli.main(["bench", "step", "--model=mrcn", *words, "--seconds=0", f"--out={file}"]) == 0
     line = json.loads(file.read_text())
-    assert list(line["ms"]) == [HABIT, "+ fused block"]
+    assert list(line["ms"]) == [AS_PUBLISHED, "+ fused block"]
     assert line["failed"] == {"+ compiled trunk": "OSError: no compiler"}
     assert "+ compiled trunk failed: OSError: no compiler" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("content", ["", "nothing of ours\n", '{"case": "a", "ms": {"fused": [1, 1, 1]}}\n'])
+STEP_WITHOUT_DEPTH = (
+    '{"case": "a", "date": "2026", "torch": "2", "ratios": {}, "ms": {"as published": [1, 1, 1]}}\n'
+)
+
+
+@pytest.mark.parametrize("content", ["", "nothing of ours\n", STEP_WITHOUT_DEPTH])
 def test_a_file_without_steps(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "x.jsonl"
     file.write_text(content)
-    assert cli.main(["bench", "--step", "--table", str(file)]) == 2
-    assert f"{file}: expected lines as --step --out writes them" in capsys.readouterr().err
+    assert cli.main(["bench", "show", "--table", str(file)]) == 2
+    assert f"{file}: expected result lines, as --out writes them" in capsys.readouterr().err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["bench", "--step", "--device", "cuda"]) == 2
+    assert cli.main(["bench", "step", "--device", "cuda"]) == 2
     assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
 
 
@@ -195,6 +201,6 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_device_that_nothing_is_measured_on_is_refused(
     device: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for rest in (["--step"], ["--loader", "tree"], []):
+    for rest in (["step"], ["loader", "tree"], ["kernels"], ["host"]):
         assert cli.main(["bench", *rest, "--device", device]) == 2
         assert f"got --device {device}, expected cpu, cuda or cuda:N" in capsys.readouterr().err
