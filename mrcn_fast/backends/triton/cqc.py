@@ -916,18 +916,8 @@ def constants(dtype: torch.dtype, samples: int, dimensions: int, warps: int) -> 
 
 
 @functools.cache
-def _launcher(
-    kernel: Any, arrange: Callable[..., tuple[Any, ...]], warps: int, flags: tuple[bool, ...], *sizes: Any
-) -> Launcher:
-    return Launcher(kernel, (*flags, *sizes), arrange, num_warps=warps, **OPTIONS)
-
-
-def _forward_arguments(t: Sequence[Any], i: tuple[int, ...], n: tuple[float, ...]) -> tuple[Any, ...]:
-    return (tuple(t[:6]), i[:6], *t[6:], *n, i[6])
-
-
-def _backward_arguments(t: Sequence[Any], i: tuple[int, ...], n: tuple[float, ...]) -> tuple[Any, ...]:
-    return (t[12], i[7], tuple(t[:6]), i[:6], tuple(t[6:12]), *t[13:], *n, i[6])
+def _launcher(kernel: Any, warps: int, **constants: Any) -> Launcher:
+    return Launcher(kernel, constants, num_warps=warps, **OPTIONS)
 
 
 def forward(
@@ -952,16 +942,25 @@ def forward(
     weights = first.new_empty(shapes.cqc_saved_on_gpu(visible, infrared, normalize), dtype=dtype)
     sets = six(readable)
     chosen = constants(first.dtype, max(visible, infrared), dimensions, FORWARD_WARPS)
-    flags = len(features) == 1, normalize
-    launch = _launcher(forward_kernel, _forward_arguments, FORWARD_WARPS, flags, *chosen.values())
+    launch = _launcher(
+        forward_kernel, FORWARD_WARPS, STACKED=len(features) == 1, NORMALIZE=normalize, **chosen
+    )
     with on_device(first.device):
-        arrivals = arrivals_counter(first.device)
-        made = losses, identities, weights, total, number, arrivals
         given = Arguments(
             first.device,
-            [*sets, labels, infrared_labels, *made],
-            (*[f.stride(0) for f in sets], dimensions),
-            (margin, visible, infrared),
+            {
+                "labels": labels,
+                "infrared_labels": infrared_labels,
+                "losses": losses,
+                "identities": identities,
+                "weights": weights,
+                "total": total,
+                "number": number,
+                "arrivals": arrivals_counter(first.device),
+            },
+            {"strides": tuple([f.stride(0) for f in sets]), "dimensions": dimensions},
+            {"margin": margin, "visible": visible, "infrared": infrared},
+            {"features": sets},
         )
         launch(visible + infrared, given)
     return total, losses, identities, number, weights
@@ -987,13 +986,17 @@ def backward(
     chosen = constants(first.dtype, max(visible, infrared), dimensions, warps)
     blocks = 1 if normalize else triton.cdiv(dimensions, chosen["DIMENSIONS"])
     sets = six(readable)
-    flags = len(features) == 1, detach_negative
-    launch = _launcher(kernel, _backward_arguments, warps, flags, *chosen.values())
+    launch = _launcher(kernel, warps, STACKED=len(features) == 1, DETACH=detach_negative, **chosen)
     given = Arguments(
         first.device,
-        [*sets, *six([stacked]), gradient, labels, infrared_labels, weights],
-        (*[f.stride(0) for f in sets], dimensions, gradient.stride(0) if gradient.dim() else 0),
-        (visible, infrared),
+        {"gradient": gradient, "labels": labels, "infrared_labels": infrared_labels, "weights": weights},
+        {
+            "strides": tuple([f.stride(0) for f in sets]),
+            "dimensions": dimensions,
+            "gradient_stride": gradient.stride(0) if gradient.dim() else 0,
+        },
+        {"visible": visible, "infrared": infrared},
+        {"features": sets, "gradients": six([stacked])},
     )
     with on_device(first.device):
         launch((visible + infrared) * blocks, given)
