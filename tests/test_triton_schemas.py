@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-from mrcn_fast.backends import triton as backend  # noqa: E402
+from mrcn_fast.backends import triton as backend
 
 SCHEMAS = Path(__file__).resolve().parents[1] / "csrc" / "schemas.h"
 
