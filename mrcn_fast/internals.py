@@ -6,6 +6,9 @@ it must not break the library. Seen to be there: torch 2.11 to 2.13.
 
 from __future__ import annotations
 
+import importlib
+import inspect
+import re
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
@@ -80,3 +83,39 @@ def keep_whole_in_inductor(operation: Any) -> None:
         lowering.make_fallback(operation, layout_constraint=constraint, warn=False)
     except (AttributeError, TypeError, AssertionError):
         return
+
+
+# --- Triton: this section's functions are called where Triton is imported already -------------------------
+
+# The oldest and the newest Triton with which a compiled kernel was seen to be launched again.
+TRITON_RELAUNCHES = ((3, 6), (3, 9))
+
+
+def compiled_kernel_type() -> type | None:
+    """Return the type of what Triton's ``kernel[grid](...)`` returns, if it can be launched again.
+
+    `backends/triton/launch.py` calls such an object as ``compiled[(x, 1, 1)](*arguments)``, with all the
+    kernel's arguments in order, the constants included, and with an address in place of each tensor. It also
+    relies on what Triton compiles a kernel for: types, the values of integers, pointers that are multiples of
+    16. None of this is documented, and it has changed between versions. Seen to work: Triton 3.6 to 3.9.
+
+    Returns:
+        The type; None where it is gone, or with a Triton that was never tried. Every launch then goes through
+        ``kernel[grid](...)``, which computes the same and takes more of the host's time.
+    """
+    triton = importlib.import_module("triton")
+    oldest, newest = TRITON_RELAUNCHES
+    version = tuple(int(number) for number in re.findall(r"\d+", triton.__version__)[:2])
+    if not oldest <= version <= newest:
+        return None
+    return getattr(getattr(triton, "compiler", None), "CompiledKernel", None)
+
+
+def kernel_parameters(kernel: Any) -> tuple[str, ...]:
+    """Return the names of a Triton kernel's parameters, in order.
+
+    Seen to have ``arg_names``: the kernels of Triton 3.9, compiled and interpreted. Without it the names come
+    from the signature of the function that ``triton.jit`` was given.
+    """
+    names = getattr(kernel, "arg_names", None)
+    return tuple(names if names is not None else inspect.signature(kernel.fn).parameters)

@@ -55,10 +55,8 @@ def launches(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[L
     found: list[Launch] = []
 
     def record(launcher: Launcher, _: int, given: Arguments) -> None:
-        arguments = launcher.arrange(given.tensors, given.integers, given.numbers)
-        found.append(
-            Launch(launcher.kernel, (*arguments, *launcher.constants), launcher.options["num_warps"])
-        )
+        arguments = launcher.ordered(given)
+        found.append(Launch(launcher.kernel, arguments, launcher.options["num_warps"]))
 
     monkeypatch.setattr(Launcher, "__call__", record)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
@@ -82,8 +80,8 @@ def run(
     shapes = GATES[gate].shapes(channels, 5 if gate == "eca" else hidden)
     parameters = [empty(gates, *size) for size in shapes.values()]
     inputs = [x] * modalities
-    *made, statistics = operations._forward(mode, inputs, norm, norm, parameters, FUSED.index(gate), 1e-5)
-    operations._backward(mode, made, inputs, statistics, norm, norm, parameters, FUSED.index(gate))
+    *made, statistics = operations.forward(mode, inputs, norm, norm, parameters, FUSED.index(gate), 1e-5)
+    operations.backward(mode, made, inputs, statistics, norm, norm, parameters, FUSED.index(gate))
 
 
 def source(launch: Launch) -> Any:

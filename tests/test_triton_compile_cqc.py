@@ -18,6 +18,8 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mrcn_fast.backends import shapes  # noqa: E402
 from mrcn_fast.backends.triton import cqc  # noqa: E402
+from mrcn_fast.backends.triton.cqc_backward import backward_kernel, unit_backward_kernel  # noqa: E402
+from mrcn_fast.backends.triton.cqc_forward import forward_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
     triton.knobs.runtime.interpret, reason="TRITON_INTERPRET is set: there is nothing to compile"
@@ -56,14 +58,16 @@ def kernels() -> Iterator[Kernel]:
         known |= dict.fromkeys(("features", "gradients"), element)
         for samples, stacked in FORMS:
             form = f"{element} {samples} samples{', stacked' * stacked}"
-            for name, function, flags, warps in (
-                ("forward", cqc.forward_kernel, {"NORMALIZE": False}, cqc.FORWARD_WARPS),
-                ("unit forward", cqc.forward_kernel, {"NORMALIZE": True}, cqc.FORWARD_WARPS),
-                ("backward", cqc.backward_kernel, {"DETACH": False}, cqc.BACKWARD_WARPS),
-                ("unit backward", cqc.unit_backward_kernel, {"DETACH": False}, cqc.UNIT_BACKWARD_WARPS),
+            for name, function, normalize, warps in (
+                ("forward", forward_kernel, False, cqc.FORWARD_WARPS),
+                ("unit forward", forward_kernel, True, cqc.FORWARD_WARPS),
+                ("backward", backward_kernel, False, cqc.BACKWARD_WARPS),
+                ("unit backward", unit_backward_kernel, True, cqc.UNIT_BACKWARD_WARPS),
             ):
-                sizes = cqc.constants(dtype, samples, DIMENSIONS, warps) | {"STACKED": stacked} | flags
-                yield Kernel(f"{name} {form}", function, known, sizes, warps)
+                chosen = cqc.constants(
+                    dtype, samples, DIMENSIONS, warps, stacked=stacked, normalize=normalize
+                )
+                yield Kernel(f"{name} {form}", function, known, {"K": chosen}, warps)
 
 
 def source(kernel: Kernel) -> ASTSource:

@@ -8,20 +8,22 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton has no build for this machine")
+triton = pytest.importorskip("triton", reason="Triton has no build for this machine")
 
-from mrcn_fast.backends.triton import launch as launching
-from mrcn_fast.backends.triton.launch import Arguments, Launcher
-from tests.support.processes import run_pytest
+from mrcn_fast import internals  # noqa: E402
+from mrcn_fast.backends.triton import launch as launching  # noqa: E402
+from mrcn_fast.backends.triton.launch import Arguments, Launcher  # noqa: E402
+from tests.support.processes import run_pytest  # noqa: E402
 
 CPU = torch.device("cpu")
-INTEGERS = (512, 64, 16)
+INTEGERS = {"channels": 512, "pitch": 64, "row": 16}
 # Room to begin at any address: a view of it is a multiple of 16 or not as the test likes.
 MEMORY = torch.zeros(256)
 
@@ -39,6 +41,8 @@ class Compiled:
 class Kernel:
     """A kernel that compiles at every call."""
 
+    arg_names = ("second", "first", *INTEGERS, "samples", "chunks", "K")
+
     def __init__(self) -> None:
         self.made: list[Compiled] = []
         self.calls: list[tuple[Any, ...]] = []
@@ -54,13 +58,13 @@ class Kernel:
 
 @pytest.fixture
 def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
-    monkeypatch.setattr(launching, "CompiledKernel", Compiled)
+    monkeypatch.setattr(launching, "COMPILED_KERNEL", Compiled)
     return Kernel()
 
 
 @pytest.fixture
 def launcher(kernel: Kernel) -> Launcher:
-    return Launcher(kernel, ("constants",), lambda t, i, n: (*t, *i, *n), num_warps=4)
+    return Launcher(kernel, {"K": "constants"}, num_warps=4)
 
 
 def aligned(offset: int = 0) -> Tensor:
@@ -68,17 +72,60 @@ def aligned(offset: int = 0) -> Tensor:
     return MEMORY[-MEMORY.data_ptr() // 4 % 4 + offset :][:16]
 
 
-def given(*tensors: Tensor | None, integers: tuple[int, ...] = INTEGERS, samples: int = 3) -> Arguments:
-    return Arguments(CPU, tensors, integers, (samples, 5))
+def given(
+    first: Tensor, second: Tensor | None = None, device: torch.device = CPU, samples: int = 3, **integers: int
+) -> Arguments:
+    tensors = {"first": first, "unused": first, "second": second}
+    return Arguments(device, tensors, INTEGERS | integers, {"samples": samples, "chunks": 5})
 
 
 def test_the_same_call_again_goes_straight_to_what_it_compiled(kernel: Kernel, launcher: Launcher) -> None:
     x, y = aligned(), aligned(16)
     launcher(7, given(x, None))
-    assert kernel.calls == [((7,), (x, None, *INTEGERS, 3, 5, "constants"), {"num_warps": 4})]
+    assert kernel.calls == [((7,), (None, x, 512, 64, 16, 3, 5, "constants"), {"num_warps": 4})]
     launcher(9, given(y, None, samples=4))
     assert len(kernel.calls) == 1
-    assert kernel.made[0].launches == [((9, 1, 1), (y.data_ptr(), 0, *INTEGERS, 4, 5, "constants"))]
+    assert kernel.made[0].launches == [((9, 1, 1), (0, y.data_ptr(), 512, 64, 16, 4, 5, "constants"))]
+
+
+def test_a_group_of_tensors_is_one_argument(kernel: Kernel) -> None:
+    kernel.arg_names = ("sets", "samples", "K")
+    launcher, sets = Launcher(kernel, {"K": "constants"}), (aligned(), aligned(16))
+    for group in (sets, sets, (sets[0].view(torch.int32), sets[1])):
+        launcher(1, Arguments(CPU, {}, {}, {"samples": 3}, {"sets": group}))
+    assert [arguments for _, arguments, _ in kernel.calls] == [
+        (sets, 3, "constants"),
+        (group, 3, "constants"),
+    ]
+    addresses = tuple(t.data_ptr() for t in sets)
+    assert kernel.made[0].launches == [((1, 1, 1), (addresses, 3, "constants"))]
+    launcher(1, Arguments(CPU, {}, {}, {"samples": 3}, {"sets": (sets[0], aligned(1))}))
+    assert len(kernel.calls) == 3, "an odd address in the group"
+
+
+def test_every_launch_is_tritons_where_compiled_kernels_are_not_known(
+    kernel: Kernel, launcher: Launcher, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launching, "COMPILED_KERNEL", None)
+    for _ in range(2):
+        launcher(1, given(aligned()))
+    assert len(kernel.calls) == 2 and not any(made.launches for made in kernel.made)
+
+
+def test_compiled_kernels_are_known_for_the_tritons_that_were_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    for version, known in (("3.5.1", False), ("3.6.0", True), ("3.9.2+rocm7", True), ("3.10.0", False)):
+        monkeypatch.setattr(triton, "__version__", version)
+        assert (internals.compiled_kernel_type() is not None) == known, version
+    monkeypatch.setattr(triton, "__version__", "3.6.0")
+    monkeypatch.delattr(triton.compiler, "CompiledKernel")
+    assert internals.compiled_kernel_type() is None
+
+
+def test_a_kernels_parameters_are_its_functions_where_it_does_not_list_them() -> None:
+    def function(x: Any, K: Any) -> None: ...
+
+    assert internals.kernel_parameters(SimpleNamespace(fn=function)) == ("x", "K")
+    assert internals.kernel_parameters(triton.jit(function)) == ("x", "K")
 
 
 @pytest.mark.parametrize(
@@ -86,9 +133,9 @@ def test_the_same_call_again_goes_straight_to_what_it_compiled(kernel: Kernel, l
     [
         given(aligned().view(torch.int32), aligned()),
         given(aligned(), None),
-        given(aligned(), aligned(), integers=(512, 1, 16)),
-        given(aligned(), aligned(), integers=(512, 64, 2**31)),
-        Arguments(torch.device("cuda", 1), [aligned(), aligned()], INTEGERS, (3, 5)),
+        given(aligned(), aligned(), pitch=1),
+        given(aligned(), aligned(), row=2**31),
+        given(aligned(), aligned(), device=torch.device("cuda", 1)),
     ],
     ids=["dtype", "missing tensor", "integer", "long integer", "device"],
 )

@@ -13,6 +13,7 @@ import pytest
 import torch
 from triton.runtime import JITFunction
 
+from mrcn_fast.backends.triton import launch
 from tests import idle_cuda
 from tests.support import block_cases, cqc_cases
 from tests.support.block_cases import Case
@@ -73,6 +74,23 @@ def test_the_second_call_launches_what_the_first_one_did(
     assert launches.count() - before == 2 * expected
     assert launches.programs(expected) == first
     assert len(asked) == expected, "and goes straight to what was compiled"
+
+
+@pytest.mark.parametrize("name", ["pair se", "cqc normalized"])
+def test_without_tritons_compiled_kernels_every_launch_is_asked_for(
+    name: str, launches: idle_cuda.Launches, asked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way to go on with a Triton that was never tried: `internals.compiled_kernel_type`."""
+    monkeypatch.setattr(launch, "COMPILED_KERNEL", None)
+    case, expected = CALLS[name]
+    if isinstance(case, Case):  # of a shape that no other test has compiled
+        case = case._replace(shape=(3, 7, 4, 3))
+    else:
+        case = case._replace(dimensions=case.dimensions + 3)
+    call, before = evaluation(case), launches.count()
+    for _ in range(2):
+        call()
+    assert launches.count() - before == 2 * expected == len(asked)
 
 
 def test_gradients_that_are_not_there(launches: idle_cuda.Launches, asked: list[str]) -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,14 +34,19 @@ SOME_FORMS = pytest.mark.parametrize(("stacked", "normalize"), [(True, False), (
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks so small that a handful of samples has several of labels, of members and of columns."""
-    original = cqc.constants
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Several blocks of labels, of members and of columns at a handful of samples."""
+    original, launchers = cqc.constants, (cqc.forward_launcher, cqc.backward_launcher)
 
-    def constants(*arguments: Any) -> dict[str, Any]:
-        return original(*arguments) | {"LABELS": 4, "DIMENSIONS": 8, "MEMBERS": 2}
+    def constants(*arguments: Any, **flags: Any) -> cqc.Constants:
+        return dataclasses.replace(original(*arguments, **flags), LABELS=4, DIMENSIONS=8, MEMBERS=2)
 
     monkeypatch.setattr(cqc, "constants", constants)
+    for launcher in launchers:
+        launcher.cache_clear()
+    yield
+    for launcher in launchers:
+        launcher.cache_clear()
 
 
 def operation(name: str) -> Any:

@@ -1,86 +1,131 @@
-"""Launches that skip Triton's own way to a kernel where the same call has gone it before.
+"""The host's side of a launch: arguments by name, and a short way to a kernel that was launched before.
 
-`kernel[grid](...)` finds out at every call what its arguments make of the kernel, which for forty of them
-takes longer than many of these kernels run, and its launcher asks the driver about every tensor. Both answers
-are the same for the same types, integers and alignments: those are remembered here with what was compiled.
+At every call ``kernel[grid](...)`` works out what its arguments make of the kernel, which takes longer for
+forty arguments than many of these kernels run, and its launcher asks the driver about every tensor. Both
+answers are the same for the same types, integers and alignments. A `Launcher` therefore keeps each compiled
+kernel under these properties and launches it directly (`internals.compiled_kernel_type`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from triton.compiler import CompiledKernel
 
-# Triton compiles otherwise for a pointer that is no multiple of it, and for an integer of 64 bits.
+from mrcn_fast import internals
+
+# Triton compiles another kernel for a pointer that is no multiple of this, and for an integer of 64 bits.
 ALIGNMENT = 16
 FIRST_LONG = 2**31
 
+COMPILED_KERNEL = internals.compiled_kernel_type()
+
+NO_GROUPS: Mapping[str, tuple[Tensor, ...]] = {}
+
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """Triton launches on the current device: make it ``device`` where it is another."""
+    """Return a context in which ``device`` is the current device, on which Triton launches."""
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return contextlib.nullcontext()
     return torch.cuda.device(device)
 
 
 class Arguments:
-    """What the kernels of a call are given, and what Triton makes of it: found out once for all of them.
+    """The arguments of a call's kernels, by the names of the kernels' parameters.
 
-    Integers are specialized on; numbers are not (`do_not_specialize`), but for how many bits they need.
+    Args:
+        device: The device of the tensors.
+        tensors: Tensors, or None for a parameter that this call does not use.
+        integers: Integers, and tuples of them. Triton compiles a kernel for their values.
+        numbers: Numbers that the kernels do not specialize on (`do_not_specialize`), except for their width.
+        groups: Parameters that take a tuple of tensors, all of one dtype.
+
+    Attributes:
+        addresses: All arguments, with an address in place of each tensor.
+        key: What Triton compiles a kernel for, as long as the arguments are ``plain``.
+        plain: Whether nothing but ``key`` decides what Triton compiles, which is nearly always so.
     """
 
     def __init__(
         self,
         device: torch.device,
-        tensors: Sequence[Tensor | None],
-        integers: tuple[int, ...],
-        numbers: tuple[float, ...],
+        tensors: Mapping[str, Tensor | None],
+        integers: Mapping[str, int | tuple[int, ...]],
+        numbers: Mapping[str, float],
+        groups: Mapping[str, tuple[Tensor, ...]] = NO_GROUPS,
     ) -> None:
-        self.tensors, self.integers, self.numbers = tensors, integers, numbers
-        self.addresses = [0 if t is None else t.data_ptr() for t in tensors]
-        self.key = (device.index, integers, *[None if t is None else t.dtype for t in tensors])
-        self.plain = self._are_plain()
+        self._named = tensors, integers, numbers, groups
+        given = tensors.values()
+        pointers = [0 if t is None else t.data_ptr() for t in given]
+        self.key = (device.index, *integers.values(), *[None if t is None else t.dtype for t in given])
+        self.addresses = (*pointers, *integers.values(), *numbers.values())
+        for group in groups.values():
+            places = tuple([t.data_ptr() for t in group])
+            self.key += (group[0].dtype,)
+            self.addresses += (places,)
+            pointers += places
+        self.plain = self._are_plain(pointers, max(numbers.values()))
 
-    def _are_plain(self) -> bool:
-        """Whether nothing but `key` decides what is compiled, as nearly always."""
-        if functools.reduce(operator.or_, self.addresses) % ALIGNMENT or max(self.numbers) >= FIRST_LONG:
+    def _are_plain(self, pointers: Sequence[int], largest: float) -> bool:
+        if functools.reduce(operator.or_, pointers) % ALIGNMENT or largest >= FIRST_LONG:
             return False
         # On AMD offsets into a small tensor have 32 bits.
         return torch.version.hip is None or all(
-            t is None or t.untyped_storage().nbytes() < FIRST_LONG for t in self.tensors
+            t.untyped_storage().nbytes() < FIRST_LONG
+            for value in self.values()
+            for t in (value if isinstance(value, tuple) else (value,))
+            if isinstance(t, Tensor)
         )
+
+    def names(self) -> tuple[str, ...]:
+        """Return the names of all arguments."""
+        return tuple(itertools.chain(*self._named))
+
+    def values(self) -> tuple[Any, ...]:
+        """Return all arguments, tensors as they are, in the order of `names` and `addresses`."""
+        return tuple(itertools.chain(*[named.values() for named in self._named]))
 
 
 class Launcher:
-    """A kernel with its constants and options.
+    """A kernel with its constants and its launch options.
 
-    ``arrange`` makes of a call's tensors, integers and numbers what this kernel takes before its constants.
+    Args:
+        kernel: A Triton kernel. Its compile-time parameters stand after all others.
+        constants: The values of the compile-time parameters, by name.
+        options: Triton's launch options, such as ``num_warps``.
     """
 
-    def __init__(
-        self,
-        kernel: Any,
-        constants: Sequence[Any],
-        arrange: Callable[[Sequence[Any], tuple[int, ...], tuple[float, ...]], tuple[Any, ...]],
-        **options: Any,
-    ) -> None:
-        self.kernel, self.constants, self.arrange, self.options = kernel, constants, arrange, options
-        self._compiled: dict[tuple[Any, ...], CompiledKernel] = {}
+    def __init__(self, kernel: Any, constants: Mapping[str, Any], **options: Any) -> None:
+        self.kernel, self.options = kernel, options
+        self._parameters = internals.kernel_parameters(kernel)
+        self.constants = tuple([constants[name] for name in self._parameters if name in constants])
+        # By the arguments' keys: what Triton compiled, and what picks the kernel's arguments.
+        self._compiled: dict[tuple[Any, ...], tuple[Any, operator.itemgetter[Any]]] = {}
+
+    def _picker(self, given: Arguments) -> operator.itemgetter[Any]:
+        """Return what picks the kernel's arguments from ``given``, in the order of its parameters."""
+        place = {name: i for i, name in enumerate(given.names())}
+        return operator.itemgetter(*[place[name] for name in self._parameters[: -len(self.constants)]])
+
+    def ordered(self, given: Arguments) -> tuple[Any, ...]:
+        """Return the kernel's arguments in the order of its parameters, the constants included."""
+        return (*self._picker(given)(given.values()), *self.constants)
 
     def __call__(self, programs: int, given: Arguments) -> None:
-        """Launch so many programs on the current device and stream."""
-        compiled = self._compiled.get(given.key) if given.plain else None
-        if compiled is not None:  # an address for every tensor: the driver need not be asked about it
-            arguments = self.arrange(given.addresses, given.integers, given.numbers)
-            compiled[(programs, 1, 1)](*arguments, *self.constants)
+        """Launch ``programs`` programs on the current device and stream."""
+        known = self._compiled.get(given.key) if given.plain else None
+        if known is not None:
+            compiled, pick = known
+            # Addresses spare the launcher a question to the driver for every tensor.
+            compiled[(programs, 1, 1)](*pick(given.addresses), *self.constants)
             return
-        arguments = self.arrange(given.tensors, given.integers, given.numbers)
-        made = self.kernel[(programs,)](*arguments, *self.constants, **self.options)
-        if given.plain and isinstance(made, CompiledKernel):  # in the interpreter it is not
-            self._compiled[given.key] = made
+        made = self.kernel[(programs,)](*self.ordered(given), **self.options)
+        # In the interpreter a launch returns nothing.
+        if given.plain and COMPILED_KERNEL is not None and isinstance(made, COMPILED_KERNEL):
+            self._compiled[given.key] = made, self._picker(given)

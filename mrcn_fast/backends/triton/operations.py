@@ -1,22 +1,23 @@
-"""The block's operations in Triton: three launches forward, three backward.
+"""The block's operations in Triton: from torch's tensors to three launches forward and three backward.
 
-The formulas are those of csrc/block/formulas.h, whose letters are used here. Forward, `statistics_kernel`
-reads every plane once and `output_kernel` writes every set; backward, `sums_kernel` and `gradient_kernel`.
-Between the two stands a small launch, `gates_kernel` or `coefficients_kernel`: it makes of O(N·C) sums what
-the last one multiplies and adds, once a sample, so that a program of the last one has nothing to do before
-its first pixel and may be small.
+The formulas are those of csrc/block/formulas.h, whose letters the kernels use. Forward, `statistics_kernel`
+reads every plane once and `output_kernel` writes every set; backward, `sums_kernel` and `gradient_kernel` do
+the same. A small launch stands between the two, `gates_kernel` or `coefficients_kernel`: once per sample it
+turns O(N·C) sums into what the last kernel multiplies and adds. A program of the last kernel therefore has
+nothing to compute before its first pixel, and may be small.
 
 A gate's first layer needs every channel of a sample. Where a program of the first launch has read whole
-planes, it leaves its channels' share of that layer, and who needs the whole adds the shares in the order of
-the blocks. Where the pixels of a plane are shared out too, one program of the small launch joins the parts of
-all channels. So no program waits for another, nothing is added atomically, and the results are the same bits
-on every run.
+planes, it stores its channels' share of that layer, and whoever needs the layer adds the shares in the order
+of the blocks. Where the pixels of a plane are split between programs too, one program of the small launch
+joins the parts of all channels. So no program waits for another, nothing is added atomically, and the results
+have the same bits on every run.
 
-What the forward gives its backward is one row a sample (`shapes.saved_row`): mean and 1/σ of every plane,
-and the gates' hidden layers.
+The forward saves one row per sample for the backward (`shapes.saved_row`): mean and 1/σ of every plane, and
+the gates' hidden layers.
 
-Floating-point contraction is off at every launch: what to fuse would be chosen a kernel at a time, and
-restitution alone has to give the bits that the pair gives. Where it saves time it is written down (`fma`).
+Floating-point contraction is off at every launch. The compiler would choose what to fuse for each kernel by
+itself, but restitution alone has to give the bits that the pair gives. Where a fused multiply-add saves time,
+the kernel asks for it (`fma`).
 """
 
 from __future__ import annotations
@@ -32,27 +33,28 @@ from mrcn_fast.backends import shapes
 from mrcn_fast.backends.triton.launch import Arguments, on_device
 from mrcn_fast.backends.triton.plan import Call, Plan, plan
 from mrcn_fast.gates import FUSED, MOST_PARAMETERS
-from mrcn_fast.operations import OPERATIONS
+from mrcn_fast.operations import OPERATIONS, Operation
 
 
 class Layout(NamedTuple):
-    """What strides say of a feature map: found out once, not at every call."""
+    """What the kernels need to know of a feature map's strides."""
 
-    pixels: bool  # the kernels read a call whose first map it is as channels_last
-    readable: tuple[bool, bool]  # as NCHW, as channels_last
-    pitch: tuple[int, int]  # between planes, between pixels
-    dense: bool  # results beside it have its strides
+    pixels: bool  # whether the kernels read a call whose first map this is as channels_last
+    readable: tuple[bool, bool]  # whether it can be read as NCHW, and as channels_last
+    pitch: tuple[int, int]  # elements from plane to plane, and from pixel to pixel
+    dense: bool  # whether results in its layout have its strides
 
 
 @functools.lru_cache(maxsize=1024)
 def _layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> Layout:
+    """Return the layout of such a map; remembered, because every call asks for it."""
     x = torch.empty_strided(shape, strides, device="meta")
     like = shapes.empties_like(x, shape[0], 1)[0]
     return Layout(
-        shapes.reads_pixels(x),
-        (shapes.is_planes(x), shapes.is_pixels(x)),
-        (x.stride(1), shapes.pixel_pitch(x)),
-        strides == like.stride() == torch.empty_like(x).stride(),
+        pixels=shapes.reads_pixels(x),
+        readable=(shapes.is_planes(x), shapes.is_pixels(x)),
+        pitch=(x.stride(1), shapes.pixel_pitch(x)),
+        dense=strides == like.stride() == torch.empty_like(x).stride(),
     )
 
 
@@ -66,44 +68,61 @@ def _plan_for(
     to_input: bool,
     given: tuple[bool, ...],
 ) -> Plan:
+    """Return the plan of a call whose first input is ``first``."""
     _, channels, height, width = first.shape
-    hidden = gate_parameters[0].shape[1]
-    length = height * width
-    settings = (mode, FUSED[gate], to_input, eps)
-    return plan(Call(*settings, hidden, channels, length, layout.pixels, first.dtype, given))
+    return plan(
+        Call(
+            mode=mode,
+            gate=FUSED[gate],
+            to_input=to_input,
+            eps=eps,
+            hidden=gate_parameters[0].shape[1],
+            channels=channels,
+            length=height * width,
+            pixels=layout.pixels,
+            dtype=first.dtype,
+            given=given,
+        )
+    )
 
 
 def _in_layout(maps: Sequence[Tensor | None], pixels: bool) -> tuple[list[Tensor | None], list[int]]:
-    """Maps as the kernels take them, and two strides of each: the sample's, the plane's or the pixel's."""
+    """Return the maps as the kernels read them, and two strides of each.
+
+    The strides go from sample to sample, and from plane to plane or with ``pixels`` from pixel to pixel.
+    """
     readable: list[Tensor | None] = []
     strides: list[int] = []
+    known, layout = None, None  # the last map's: most maps of a call have the same strides
     for x in maps:
         if x is None:
             strides += 0, 0
         else:
             given = x.stride()
-            layout = _layout(x.shape, given)
-            if not layout.readable[pixels]:
+            if layout is None or given != known:
+                known, layout = given, _layout(x.shape, given)
+            if layout.readable[pixels]:
+                strides += given[0], layout.pitch[pixels]
+            else:
                 x = shapes.in_layout(x, pixels)
-                given = x.stride()
-                layout = _layout(x.shape, given)
-            strides += given[0], layout.pitch[pixels]
+                strides += x.stride(0), _layout(x.shape, x.stride()).pitch[pixels]
         readable.append(x)
     return readable, strides
 
 
 def _empties_like(x: Tensor, layout: Layout, batch: int, number: int) -> list[Tensor]:
+    """Return ``number`` dense tensors of ``batch`` samples in the layout of ``x``."""
     if layout.dense and batch == x.shape[0]:
         return [torch.empty_like(x) for _ in range(number)]
     return shapes.empties_like(x, batch, number)
 
 
-def _contiguous(parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """A gate's parameters, contiguous, and None for those that it does not have."""
-    return [*[p.contiguous() for p in parameters], *[None] * (4 - len(parameters))]
+def _padded(tensors: Sequence[Tensor], length: int) -> list[Tensor | None]:
+    """Return the tensors, followed by None up to ``length``."""
+    return [*tensors, *[None] * (length - len(tensors))]
 
 
-def _forward(
+def forward(
     mode: str,
     inputs: Sequence[Tensor],
     norm_weight: Tensor,
@@ -113,27 +132,34 @@ def _forward(
     eps: float,
     to_input: bool = False,
 ) -> tuple[Tensor, ...]:
-    """The made sets (concat: all six in one tensor), then what the backward needs of each sample."""
-    first = inputs[0]
+    """Return the sets that the operation makes (concat: all six in one tensor), then the saved rows."""
+    first, operation = inputs[0], OPERATIONS[mode]
     layout = _layout(first.shape, first.stride())
-    p = _plan_for(mode, first, layout, gate_parameters, gate, eps, to_input, OPERATIONS[mode].all_given())
+    p = _plan_for(mode, first, layout, gate_parameters, gate, eps, to_input, operation.all_given())
     samples, channels, height, width = first.shape
-    operation = OPERATIONS[mode]
     made = _empties_like(first, layout, operation.batches * samples, operation.results)
     precise = shapes.precise(first.dtype)
     statistics = first.new_empty((samples, p.saved_row), dtype=precise)
     if samples == 0:
         return (*made, statistics)
     scratch = first.new_empty((samples, p.forward_row), dtype=precise)
-    maps, strides = _in_layout([*inputs, *[None] * (2 - len(inputs))], layout.pixels)
-    norm = norm_weight.contiguous(), norm_bias.contiguous()
-    first_weight, *parameters = _contiguous(gate_parameters)
+    (x0, x1), strides = _in_layout(_padded(inputs, 2), layout.pixels)
+    x0_sample, x0_pitch, x1_sample, x1_pitch = strides
+    p0, p1, p2, p3 = _padded([q.contiguous() for q in gate_parameters], 4)
+    y0, y1, y2, y3 = _padded(made, 4)
+    gamma, beta = norm_weight.contiguous(), norm_bias.contiguous()
     given = Arguments(
         first.device,
-        [*maps, *norm, first_weight, statistics, scratch, *parameters, *made, *[None] * (4 - len(made))],
-        (*strides, channels, height * width, p.saved_row, p.forward_row),
-        (samples, p.output_chunks),
-    )
+        {
+            "x0": x0, "x1": x1, "gamma": gamma, "beta": beta, "p0": p0, "p1": p1, "p2": p2, "p3": p3,
+            "statistics": statistics, "scratch": scratch, "y0": y0, "y1": y1, "y2": y2, "y3": y3,
+        },
+        {
+            "x0_sample": x0_sample, "x0_pitch": x0_pitch, "x1_sample": x1_sample, "x1_pitch": x1_pitch,
+            "C": channels, "L": height * width, "saved_row": p.saved_row, "scratch_row": p.forward_row,
+        },
+        {"samples": samples, "chunks": p.output_chunks},
+    )  # fmt: skip
     with on_device(first.device):
         p.statistics(p.programs.statistics * samples, given)
         p.gates(p.programs.gates * samples, given)
@@ -141,7 +167,7 @@ def _forward(
     return (*made, statistics)
 
 
-def _backward(
+def backward(
     mode: str,
     gradients: Sequence[Tensor | None],
     inputs: Sequence[Tensor],
@@ -152,88 +178,98 @@ def _backward(
     gate: int,
     to_input: bool = False,
 ) -> tuple[Any, ...]:
-    """Gradients of the inputs, norm_weight, norm_bias and the gate's parameters."""
+    """Return the gradients of the inputs, norm_weight, norm_bias and the gate's parameters."""
     first = inputs[0]
     layout = _layout(first.shape, first.stride())
     present = tuple(g is not None for g in gradients)
     p = _plan_for(mode, first, layout, gate_parameters, gate, 0.0, to_input, present)
     samples, channels, height, width = first.shape
     of_inputs = _empties_like(first, layout, samples, len(inputs))
-    of_norm = [shapes.dense_like(q) for q in (norm_weight, norm_bias)]
+    of_weight, of_bias = shapes.dense_like(norm_weight), shapes.dense_like(norm_bias)
     of_gate = [shapes.dense_like(q) for q in gate_parameters]
     scratch = first.new_empty((samples, p.backward_row), dtype=statistics.dtype)
-    if mode == "concat":  # one tensor holds every set's
+    if mode == "concat":  # one tensor holds every set's gradient
         gradients = [*gradients] * 4
-    absent = [None] * (2 - len(inputs))
-    maps, strides = _in_layout([*inputs, *absent, *gradients, *[None] * (4 - len(gradients))], layout.pixels)
-    norm = norm_weight.contiguous(), norm_bias.contiguous()
-    first_weight, *parameters = _contiguous(gate_parameters)
-    made = [*of_inputs, *absent, *of_norm, *of_gate, *[None] * (4 - len(of_gate))]
+    maps = [*_padded(inputs, 2), *gradients, *[None] * (4 - len(gradients))]
+    (x0, x1, g0, g1, g2, g3), strides = _in_layout(maps, layout.pixels)
+    x0_sample, x0_pitch, x1_sample, x1_pitch, g0_sample, g0_pitch, *strides = strides
+    g1_sample, g1_pitch, g2_sample, g2_pitch, g3_sample, g3_pitch = strides
+    p0, p1, p2, p3 = _padded([q.contiguous() for q in gate_parameters], 4)
+    dx0, dx1 = _padded(of_inputs, 2)
+    d0, d1, d2, d3 = _padded(of_gate, 4)
+    gamma, beta = norm_weight.contiguous(), norm_bias.contiguous()
     given = Arguments(
         first.device,
-        [*maps, *norm, first_weight, statistics, scratch, *parameters, *made],
-        (*strides, channels, height * width, p.saved_row, p.backward_row),
-        (samples, p.gradient_chunks),
-    )
+        {
+            "x0": x0, "x1": x1, "g0": g0, "g1": g1, "g2": g2, "g3": g3, "gamma": gamma, "beta": beta,
+            "p0": p0, "p1": p1, "p2": p2, "p3": p3, "statistics": statistics, "scratch": scratch,
+            "dx0": dx0, "dx1": dx1, "dgamma": of_weight, "dbeta": of_bias,
+            "d0": d0, "d1": d1, "d2": d2, "d3": d3,
+        },
+        {
+            "x0_sample": x0_sample, "x0_pitch": x0_pitch, "x1_sample": x1_sample, "x1_pitch": x1_pitch,
+            "g0_sample": g0_sample, "g0_pitch": g0_pitch, "g1_sample": g1_sample, "g1_pitch": g1_pitch,
+            "g2_sample": g2_sample, "g2_pitch": g2_pitch, "g3_sample": g3_sample, "g3_pitch": g3_pitch,
+            "C": channels, "L": height * width, "saved_row": p.saved_row, "scratch_row": p.backward_row,
+        },
+        {"samples": samples, "chunks": p.gradient_chunks},
+    )  # fmt: skip
     with on_device(first.device):
         if samples > 0:
             p.sums(p.programs.sums * samples, given)
             p.coefficients(p.programs.coefficients * samples, given)
         p.gradient(p.programs.parameters + p.programs.gradient * samples, given)
-    return (*of_inputs, *of_norm, *of_gate, *shapes.no_gradients(norm_weight, gate_parameters))
+    return (*of_inputs, of_weight, of_bias, *of_gate, *shapes.no_gradients(norm_weight, gate_parameters))
 
 
-# --- operations -------------------------------------------------------------------------------------------
+# --- for torch --------------------------------------------------------------------------------------------
 
-_FORWARD = "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate, float eps"
-_BACKWARD = "Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate"
-_PAIR, _FLAG = "Tensor visible, Tensor infrared", "bool to_input"
-_PAIR_GRADIENTS = (
-    "Tensor? visible_restituted, Tensor? visible_compensated, Tensor? infrared_compensated, "
-    "Tensor? infrared_restituted"
-)
-_SNR_GRADIENTS = "Tensor? restituted, Tensor? contaminated, Tensor? normalized"
 
-_PARAMETERS = ", ".join(["Tensor"] * (2 + MOST_PARAMETERS))
+def _tensors(number: int) -> str:
+    return ", ".join(["Tensor"] * number)
 
-# Those of csrc/schemas.h.
-SCHEMAS = {
-    "block_forward": f"({_PAIR}, {_FORWARD}, {_FLAG}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "block_backward": f"({_PAIR_GRADIENTS}, {_PAIR}, {_BACKWARD}, {_FLAG}) "
-    f"-> (Tensor, Tensor, {_PARAMETERS})",
-    "block_concat_forward": f"({_PAIR}, {_FORWARD}, {_FLAG}) -> (Tensor, Tensor)",
-    "block_concat_backward": f"(Tensor? features, {_PAIR}, {_BACKWARD}, {_FLAG}) "
-    f"-> (Tensor, Tensor, {_PARAMETERS})",
-    "restitute_forward": f"(Tensor features, {_FORWARD}, {_FLAG}) -> (Tensor, Tensor)",
-    "restitute_backward": f"(Tensor? restituted, Tensor features, {_BACKWARD}, {_FLAG}) "
-    f"-> (Tensor, {_PARAMETERS})",
-    "snr_forward": f"(Tensor features, {_FORWARD}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "snr_backward": f"({_SNR_GRADIENTS}, Tensor features, {_BACKWARD}) -> (Tensor, {_PARAMETERS})",
-}
+
+def _schemas_of(operation: Operation) -> tuple[str, str]:
+    """Return the schemas of an operation's forward and backward, as csrc/schemas.h spells them."""
+    inputs = ", ".join(f"Tensor {name}" for name in operation.inputs)
+    results = ("features",) if operation.stacked else tuple(s.name for s in operation.sets)
+    gradients = ", ".join(f"Tensor? {name}" for name in results)
+    parameters = "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate"
+    flag = ", bool to_input" if operation.restitutes else ""
+    return (
+        f"({inputs}, {parameters}, float eps{flag}) -> ({_tensors(operation.results + 1)})",
+        f"({gradients}, {inputs}, Tensor statistics, {parameters}{flag}) "
+        f"-> ({_tensors(len(operation.inputs) + 2 + MOST_PARAMETERS)})",
+    )
 
 
 def _forward_of(mode: str) -> Callable[..., Any]:
+    """Return `forward` of one mode, with the arguments of its schema."""
     count = len(OPERATIONS[mode].inputs)
 
     def run(*arguments: Any) -> tuple[Tensor, ...]:
-        return _forward(mode, arguments[:count], *arguments[count:])
+        return forward(mode, arguments[:count], *arguments[count:])
 
     return run
 
 
 def _backward_of(mode: str) -> Callable[..., Any]:
+    """Return `backward` of one mode, with the arguments of its schema."""
     operation = OPERATIONS[mode]
     given, count = operation.results, len(operation.inputs)
 
     def run(*arguments: Any) -> tuple[Any, ...]:
         inputs = arguments[given : given + count]
-        return _backward(mode, arguments[:given], inputs, *arguments[given + count :])
+        return backward(mode, arguments[:given], inputs, *arguments[given + count :])
 
     return run
 
 
+SCHEMAS: dict[str, str] = {}
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {}
 for _mode, _operation in OPERATIONS.items():
-    IMPLEMENTATIONS[f"{_operation.op}_forward"] = _forward_of(_mode)
-    IMPLEMENTATIONS[f"{_operation.op}_backward"] = _backward_of(_mode)
+    _forward_name, _backward_name = f"{_operation.op}_forward", f"{_operation.op}_backward"
+    SCHEMAS[_forward_name], SCHEMAS[_backward_name] = _schemas_of(_operation)
+    IMPLEMENTATIONS[_forward_name] = _forward_of(_mode)
+    IMPLEMENTATIONS[_backward_name] = _backward_of(_mode)
 FAKES = shapes.block_fakes(shapes.saved_rows)

@@ -1,9 +1,8 @@
-"""A call's plan: its kernels with their constants, their programs, the lengths of rows."""
+"""The plan of a block call: its kernels with their constants, their programs, and the sizes of its rows."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -32,7 +31,7 @@ from mrcn_fast.operations import OPERATIONS
 
 
 class Call(NamedTuple):
-    """What a plan depends on."""
+    """What a plan depends on: the settings, the shape, the layout, and which gradients are given."""
 
     mode: str
     gate: str
@@ -40,22 +39,22 @@ class Call(NamedTuple):
     eps: float
     hidden: int
     channels: int
-    length: int
-    pixels: bool
+    length: int  # pixels of a plane
+    pixels: bool  # whether the maps are read as channels_last
     dtype: torch.dtype
     given: tuple[bool, ...]  # which results of the forward have a gradient
 
-    def blocks(self, of: int) -> int:
-        """Blocks of so many channels."""
-        return -(-self.channels // of)
+    def blocks(self, size: int) -> int:
+        """Return how many blocks of ``size`` channels there are."""
+        return -(-self.channels // size)
 
-    def parts(self, of: int) -> int:
-        """Parts of so many pixels."""
-        return -(-self.length // of)
+    def parts(self, size: int) -> int:
+        """Return how many parts of ``size`` pixels a plane has."""
+        return -(-self.length // size)
 
 
 class Programs(NamedTuple):
-    """Of a sample; those that make the parameters' gradients of a call."""
+    """How many programs each launch has per sample, and how many make the parameters' gradients in all."""
 
     statistics: int
     gates: int
@@ -67,7 +66,7 @@ class Programs(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What follows from shapes and settings: the kernels with their constants, programs, lengths of rows."""
+    """The launches of a call and of its backward, and the sizes that they need."""
 
     statistics: Launcher
     gates: Launcher
@@ -76,19 +75,20 @@ class Plan(NamedTuple):
     coefficients: Launcher
     gradient: Launcher
     programs: Programs
-    output_chunks: int
+    output_chunks: int  # programs that share the pixels of a plane
     gradient_chunks: int
-    saved_row: int  # numbers a sample that the forward leaves to its backward,
-    forward_row: int  # and scratch of each
-    backward_row: int
+    saved_row: int  # numbers per sample that the forward saves for its backward
+    forward_row: int  # numbers per sample of the forward's scratch
+    backward_row: int  # numbers per sample of the backward's scratch
 
 
 @functools.lru_cache(maxsize=1024)
 def plan(call: Call) -> Plan:
+    """Return the plan of a call."""
     config = configure(call.channels, call.length, call.pixels, call.dtype.itemsize)
     statistics = replace(
         _constants(call, config.statistics, config.statistics),
-        # The same kernel for every mode of as many modalities.
+        # All modes with the same number of modalities share this kernel.
         MODE="pair" if len(OPERATIONS[call.mode].inputs) == 2 else "restitute",
         TO_INPUT=False,
         AHEAD=_reads_ahead(config.statistics, call.gate),
@@ -102,27 +102,27 @@ def plan(call: Call) -> Plan:
         RB=_hidden_tile(call, LAYER_WEIGHTS // 4 * config.gradient.warps // LAYER_CHANNELS),
     )
     return Plan(
-        _launcher(statistics_kernel, statistics, config.statistics, lambda t, i, _: (*t[:7], *i)),
-        _launcher(gates_kernel, gates, config.gates, lambda t, i, _: (*t[2:10], *i[4:])),
-        _launcher(
-            output_kernel, output, config.output, lambda t, i, n: (*t[:2], t[6], *t[10:], *i[:6], i[7], *n)
-        ),
-        _launcher(sums_kernel, sums, config.sums, lambda t, i, n: (*t[:14], *i, n[0])),
-        _launcher(
-            coefficients_kernel, coefficients, config.coefficients, lambda t, i, _: (*t[6:14], *i[12:])
-        ),
-        _launcher(gradient_kernel, gradient, config.gradient, lambda t, i, n: (*t[:11], *t[14:], *i, *n)),
-        _programs(call, config, gradient),
-        call.parts(config.output.span),
-        call.parts(config.gradient.span),
-        shapes.saved_row(call.mode, call.gate, call.hidden, call.channels),
-        _forward_row(gates, call.channels),
-        _backward_row(coefficients, call.channels),
+        statistics=_launcher(statistics_kernel, statistics, config.statistics),
+        gates=_launcher(gates_kernel, gates, config.gates),
+        output=_launcher(output_kernel, output, config.output),
+        sums=_launcher(sums_kernel, sums, config.sums),
+        coefficients=_launcher(coefficients_kernel, coefficients, config.coefficients),
+        gradient=_launcher(gradient_kernel, gradient, config.gradient),
+        programs=_programs(call, config, gradient),
+        output_chunks=call.parts(config.output.span),
+        gradient_chunks=call.parts(config.gradient.span),
+        saved_row=shapes.saved_row(call.mode, call.gate, call.hidden, call.channels),
+        forward_row=_forward_row(gates, call.channels),
+        backward_row=_backward_row(coefficients, call.channels),
     )
 
 
+def _launcher(kernel: Any, constants: Constants, tile: Tile) -> Launcher:
+    return Launcher(kernel, {"K": constants}, num_warps=tile.warps, enable_fp_fusion=False)
+
+
 def _constants(call: Call, tile: Tile, first: Tile) -> Constants:
-    """Of a launch with this tile, whose direction begins with a launch with the tile `first`."""
+    """Return the constants of a launch with ``tile``; its direction begins with the tile ``first``."""
     parts = call.parts(first.span)
     double = call.dtype == torch.float64
     return Constants(
@@ -148,15 +148,17 @@ def _constants(call: Call, tile: Tile, first: Tile) -> Constants:
 
 
 def _hidden_tile(call: Call, most: int) -> int:
+    """Return how many hidden numbers a tile of a gate's layers holds: at most ``most``."""
     return max(1, min(LAYER_HIDDEN, next_power(call.hidden), most))
 
 
 def _reads_ahead(tile: Tile, gate: str) -> int:
-    """Tiles that a first launch reads at once, as many as registers allow beside what CBAM carries on."""
+    """Return how many tiles a first launch reads at once; CBAM's extremes take registers of half of them."""
     return max(1, tile.ahead // 2) if gate == "cbam-channel" else tile.ahead
 
 
 def _programs(call: Call, config: Config, gradient: Constants) -> Programs:
+    """Return the launches' programs; ``gradient`` are the constants of the last backward kernel."""
     modalities = len(OPERATIONS[call.mode].inputs)
     layers = call.blocks(gradient.PC)
     of_gate = 1 if call.gate == "eca" else gradient.LAYER_PARTS * layers
@@ -165,29 +167,25 @@ def _programs(call: Call, config: Config, gradient: Constants) -> Programs:
         return call.blocks(tile.channels) * call.parts(tile.span)
 
     return Programs(
-        modalities * over_pixels(config.statistics),
-        modalities * call.blocks(config.gates.channels),
-        over_pixels(config.output),
-        over_pixels(config.sums),
-        modalities * call.blocks(config.coefficients.channels),
-        over_pixels(config.gradient),
-        modalities * layers + gradient.GATES * of_gate,
+        statistics=modalities * over_pixels(config.statistics),
+        gates=modalities * call.blocks(config.gates.channels),
+        output=over_pixels(config.output),
+        sums=over_pixels(config.sums),
+        coefficients=modalities * call.blocks(config.coefficients.channels),
+        gradient=over_pixels(config.gradient),
+        parameters=modalities * layers + gradient.GATES * of_gate,
     )
 
 
 def _forward_row(k: Constants, channels: int) -> int:
-    """Numbers of a sample's scratch: see block_forward.py."""
+    """Return how many numbers a sample's scratch holds; block_forward.py lists them."""
     shares = k.BLOCKS * k.GATES * k.BRANCHES * k.HIDDEN
     parts = k.PARTS * k.MODALITIES * k.MOMENTS if k.PARTS > 1 else 0
     return (k.OUTPUT_SLOTS + k.MODALITIES + parts) * channels + shares
 
 
 def _backward_row(k: Constants, channels: int) -> int:
-    """Numbers of a sample's scratch: see block_backward.py."""
+    """Return how many numbers a sample's scratch holds; block_backward.py lists them."""
     hidden = (k.BLOCKS + k.BRANCHES) * k.GATES * k.HIDDEN
     parts = k.PARTS * k.MODALITIES * k.SUMS if k.PARTS > 1 else 0
     return (k.GRADIENT_SLOTS + k.PLANES + parts) * channels + hidden
-
-
-def _launcher(kernel: Any, constants: Constants, tile: Tile, arrange: Callable[..., Any]) -> Launcher:
-    return Launcher(kernel, (constants,), arrange, num_warps=tile.warps, enable_fp_fusion=False)
