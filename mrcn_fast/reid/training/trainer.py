@@ -297,7 +297,7 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Raises TrainingError, and keeps the earlier one, where a weight is not finite."""
+        """Write a checkpoint. Raises TrainingError for weights that are not finite; the earlier one stays."""
         state = self.model.state_dict()
         if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
             raise TrainingError(
