@@ -41,13 +41,13 @@ class Row(NamedTuple):
 
 
 class TableSpec(NamedTuple):
-    """A table of the paper. Rows without recipes are other methods, with the figures that the paper quotes."""
+    """A table of the paper. Rows without recipes are other methods, with figures that the paper quotes."""
 
     title: str
     columns: dict[str, Column]
     rows: list[Row]
     note: str
-    curve: str  # the quantity in the rows' titles, if the paper draws a curve over it, or ""
+    curve: str  # the quantity in the titles of the rows, if the paper draws a curve; else ""
 
 
 def recipe_names() -> list[str]:
