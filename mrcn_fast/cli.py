@@ -22,17 +22,17 @@ INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fas
 
 
 class Command(NamedTuple):
-    """A subcommand: a line of help, and what runs it: arguments after its name -> exit status."""
+    """A subcommand: a line of help, and a function of the arguments after its name to the exit status."""
 
     help: str
     run: Callable[[list[str]], int]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `mrcn-fast argv...` (the process's arguments by default); returns the exit status.
+    """Run `mrcn-fast argv...`, by default with the process's arguments, and return the exit status.
 
-    0: done, also where nobody reads what is printed any more. 2: something the caller can put right, said in
-    one message on stderr. 130: interrupted.
+    0: done, also if the reader of stdout has gone. 2: an error that the caller can correct, with a message on
+    stderr. 130: interrupted.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     traced = arguments[:1] == ["--traceback"]
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _status(arguments: Sequence[str]) -> int:
-    """The exit status of a command, also of one that ends after --help (0) or for wrong flags (2)."""
+    """Run a command, and return its exit status, also after --help (0) and for wrong flags (2)."""
     try:
         with enough_memory(f"mrcn-fast {' '.join(arguments[:1])}", "Ask for less at a time"):
             return _run(arguments, COMMANDS, "mrcn-fast", DESCRIPTION)
@@ -64,7 +64,7 @@ def _status(arguments: Sequence[str]) -> int:
 
 
 def _run(arguments: Sequence[str], commands: Mapping[str, Command], program: str, description: str) -> int:
-    """Run the command that the first argument names, with the others; returns the exit status."""
+    """Run the command that the first argument names with the others, and return its exit status."""
     if not arguments:
         print(_help(commands, program, description), file=sys.stderr)
         return 2
@@ -101,10 +101,10 @@ def _help(commands: Mapping[str, Command], program: str, description: str) -> st
 
 
 def _is_users(error: Exception) -> bool:
-    """Whether the caller can put it right: arguments, files, missing packages; not a defect of ours."""
+    """Whether the caller can correct the error (arguments, files, missing packages), so that it is no bug."""
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryShortageError)):
         return True
-    # By name: the modules need torch, or the packages of [reid].
+    # Compared by name, because the modules of these errors need torch or the packages of [reid].
     return type(error).__name__ in ("BackendError", "TrainingError")
 
 
@@ -122,7 +122,7 @@ def _message(error: Exception) -> str:
 
 
 def _info(argv: list[str]) -> int:
-    """Versions, backends with reasons, the native build: works with torch alone."""
+    """Print versions, backends with reasons, and the native build; needs torch alone."""
     _flags("info").values(argv)
     import torch
 
@@ -232,7 +232,7 @@ def _test(argv: list[str]) -> int:
     return 0
 
 
-# What a table sets in the configurations of its runs.
+# The values that a table itself sets in the configurations of its runs.
 _SET_BY_TABLE = frozenset(("data", "out", "dataset", "split"))
 
 

@@ -1,4 +1,4 @@
-"""Writing files so that they are whole at any time: in one piece, or line by line."""
+"""Atomic writing of files, and appending of lines."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from glob import escape
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
-# What `write_atomically` writes into before it is in place; the number is the writing process.
+# The temporary name that `write_atomically` writes to; the number is that of the writing process.
 _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp", re.DOTALL)
 
 
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let `write` fill a file beside `path`, then put it in place: at any time `path` is whole.
+    """Let `write` fill a temporary file beside `path`, then rename it, so that `path` is always complete.
 
-    What processes that were killed left of earlier writes of `path` is removed first. Raises OSError naming
-    the path and the system's reason where the disk doesn't take the file; the one before stays then, and
-    nothing is left of the new one.
+    Leftovers of killed processes that wrote `path` are removed first. Raises OSError, with the path and the
+    system's reason, where the file can't be written; the earlier file stays, and the temporary one is
+    removed.
     """
     path = Path(path)
     remove_leftovers(path.parent, escape(path.name))
@@ -36,7 +36,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch tells of its own offsets where the system refused a write, so the sink kept the reason.
+        # torch raises an error about its offsets where a write failed, so that the sink has kept the reason.
         refused = sink.refused if sink is not None and sink.refused is not None else error
         if not isinstance(refused, OSError) or refused.errno is None:
             raise
@@ -47,15 +47,15 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
 
 
 def write_json(path: str | Path, content: object) -> None:
-    """Write JSON for people and programs, atomically. Raises OSError as `write_atomically` does."""
+    """Write indented JSON atomically. Raises OSError as `write_atomically` does."""
     text = json.dumps(content, indent=2, sort_keys=False) + "\n"
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def append(path: str | Path, content: bytes) -> None:
-    """Append to a file, all or nothing.
+    """Append to a file completely or not at all.
 
-    Raises OSError naming the path and the system's reason; the file is as long as before then.
+    Raises OSError, with the path and the system's reason, and leaves the file as it was, on failure.
     """
     try:
         with open(path, "ab", buffering=0) as file:
@@ -64,7 +64,7 @@ def append(path: str | Path, content: bytes) -> None:
                 while content:
                     content = content[file.write(content) :]
             except OSError:
-                with contextlib.suppress(OSError):  # what is no file on a disk has no length
+                with contextlib.suppress(OSError):  # pipes and devices have no length
                     os.ftruncate(file.fileno(), before)
                 raise
     except OSError as error:
@@ -72,9 +72,9 @@ def append(path: str | Path, content: bytes) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str) -> list[Path]:
-    """Remove what `write_atomically` left in `folder` of files called so when its process was killed.
+    """Remove the temporary files of `write_atomically` in `folder` whose processes were killed.
 
-    `names` are patterns as in a shell. Files whose writer still runs stay. Returns what was removed.
+    `names` are shell patterns of the final names. Files of running processes stay. Returns the removed paths.
     """
     removed = []
     for entry in folder.iterdir() if folder.is_dir() else ():
@@ -88,7 +88,7 @@ def remove_leftovers(folder: Path, *names: str) -> list[Path]:
 
 
 class _Sink(io.RawIOBase):
-    """A file to write into that remembers why the system `refused` to take a piece."""
+    """A file that remembers, as `refused`, the reason why the system refused a write."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -110,20 +110,20 @@ def _unwritten(path: Path, error: OSError) -> OSError:
 
 
 def _is_another_process(pid: int) -> bool:
-    """Whether a process of this number runs and isn't this one."""
+    """Whether another process of this number is running."""
     if pid == os.getpid():
         return False
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
         return False
-    except PermissionError:  # somebody else's
+    except PermissionError:  # the process of another user
         pass
     return True
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have a new name survive a power cut, where folders can be synced."""
+    """Make a new name survive a power cut, on systems that can sync folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""The flags of a command, and this library's messages for words that they don't take.
+"""The flags of a command, and the messages for values that they don't take.
 
 `Flags.add` needs torch alone. `add_setting`, `add_of` and `add_word` need the packages of [reid].
 """
@@ -20,12 +20,12 @@ from typing import Any, Final, NamedTuple, NoReturn
 
 import torch
 
-# The default of a flag that has to be given.
+# Marks a flag that has no default and must be given.
 REQUIRED: Final = inspect.Parameter.empty
 
 
 class Reader(NamedTuple):
-    """How a flag's word is read; with `whole`, how all its words are read as one value.
+    """How a word of a flag is read or, with `whole`, how all its words are read as one value.
 
     `read` raises ValueError for a word that the flag doesn't take. Its message is only what was expected.
     """
@@ -63,12 +63,12 @@ class Flags(argparse.ArgumentParser):
         self.add_argument(flag, help=_with_default(help, default).replace("%", "%%"), **options)
 
     def add_switch(self, flag: str, help: str) -> None:
-        """Add a flag that takes no word, and is true where it stands."""
+        """Add a flag without a value, which is true where it is given."""
         self._default_of[flag] = False
         self.add_argument(flag, action="store_true", help=help)
 
     def add_setting(self, flag: str, kind: Any, default: Any = REQUIRED, help: str = "") -> None:
-        """Add a flag of a kind of setting."""
+        """Add a flag that takes a kind of setting (see `reid.kinds`)."""
         from mrcn_fast.reid import settings
 
         options: dict[str, Any] = {"nargs": "+"} if settings.is_list(kind) else {}
@@ -77,7 +77,7 @@ class Flags(argparse.ArgumentParser):
         self.add(flag, _reader(kind), default, help, **options)
 
     def add_of(self, source: Callable[..., Any], *, skip: Collection[str] = ()) -> None:
-        """Add the flags of a function's arguments or a dataclass's fields, with their docstring's help."""
+        """Add a flag per argument of a function or field of a dataclass, with help from the docstrings."""
         from mrcn_fast.reid import settings
 
         kinds, helps = settings.kinds_of(source), _helps(source)
@@ -86,15 +86,15 @@ class Flags(argparse.ArgumentParser):
                 self.add_setting(_flag_of(name), kinds[name], parameter.default, helps.get(name, ""))
 
     def add_word(self, name: str, kind: Any, help: str) -> None:
-        """Add a word of a kind of setting that has to be given without a flag."""
+        """Add a positional argument that takes a kind of setting and must be given."""
         self._words[name] = _reader(kind)
         self.usage = f"%(prog)s {' '.join(word.upper() for word in self._words)} [--flag value ...]"
         self.description = f"{self.description}. {name.upper()}: {help}"
 
     def values(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """The value of each flag and word by its name with underscores: the given or the default one.
+        """Read the value of each flag and word, given or default, by its name with underscores.
 
-        Ends the process with status 2 after telling what is wrong, and with 0 after --help.
+        Ends the process with status 2 after a message about what is wrong, and with 0 after --help.
         """
         values = self.given(argv)
         for flag, default in self._default_of.items():
@@ -105,7 +105,7 @@ class Flags(argparse.ArgumentParser):
         return values
 
     def given(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """The values of those flags and words that `argv` (by default the process's arguments) has."""
+        """Read the values of the flags and words in `argv`, by default the process's arguments."""
         written = [_with_dashes(word) for word in (sys.argv[1:] if argv is None else argv)]
         try:
             found, rest = self.parse_known_args(self._with_negatives(written))
@@ -122,12 +122,12 @@ class Flags(argparse.ArgumentParser):
         sys.exit(self.refuse(message))
 
     def refuse(self, message: str) -> int:
-        """Write the message to stderr; the exit status for it."""
+        """Write the message to stderr, and return the exit status for it."""
         print(f"{self.prog}: error: {message}", file=sys.stderr)
         return 2
 
     def _with_negatives(self, words: Sequence[str]) -> list[str]:
-        """The words with a flag and a negative number after it as one: argparse takes -1e-3 for a flag."""
+        """Join flags and negative numbers after them, because argparse takes -1e-3 for a flag."""
         joined: list[str] = []
         for word in words:
             if joined and joined[-1] in self._flags and re.match(r"-[.\d]", word):
@@ -155,7 +155,7 @@ class Flags(argparse.ArgumentParser):
             self.error(f"got {name} {written}, expected {error}")
 
     def _refuse_count(self, name: str, message: str) -> NoReturn:
-        """Say in other words than argparse's that a flag has too few words behind it, or one too many."""
+        """Refuse, in our words, a flag with too few values or with one too many."""
         if name not in self._flags or message.startswith("ignored"):
             self.error(f"got {name} with a value, which it doesn't take")
         expected, count = self._flags[name].expected, re.search(r"\d+", message)
@@ -174,7 +174,7 @@ class Flags(argparse.ArgumentParser):
 
 
 def one_of(names: Collection[str]) -> Reader:
-    """Reads one of some names."""
+    """Make a reader of one of some names."""
     expected = f"one of {', '.join(names)}"
 
     def read(word: str) -> str:
@@ -186,7 +186,7 @@ def one_of(names: Collection[str]) -> Reader:
 
 
 def number(kind: type[int] | type[float], least: float, most: float) -> Reader:
-    """Reads a number from `least` to `most`."""
+    """Make a reader of a number from `least` to `most`."""
     expected = f"{'an integer' if kind is int else 'a number'} from {least} to {most}"
 
     def read(word: str) -> float:
@@ -202,7 +202,7 @@ def number(kind: type[int] | type[float], least: float, most: float) -> Reader:
 
 
 def path_text(word: str) -> str:
-    """A path; a leading ~ becomes the home folder. Raises ValueError saying what was expected."""
+    """Read a path; a leading ~ is the home folder. Raises ValueError with what was expected."""
     if not word:
         raise ValueError("a path that is not empty")
     if "\0" in word:
@@ -215,7 +215,7 @@ def path_text(word: str) -> str:
 
 
 def device_name(word: str) -> str:
-    """The name of a device to measure on. Raises ValueError saying what was expected."""
+    """Read the name of a device to measure on. Raises ValueError with what was expected."""
     try:
         known = word == "cpu" or torch.device(word).type == "cuda"
     except RuntimeError:
@@ -237,7 +237,7 @@ def _reader(kind: Any) -> Reader:
 
 
 def _written(word: str) -> str:
-    """A word as it was written, but for one that is long or hard to see."""
+    """Format a word for a message: as it was written, unless it is long or hard to see."""
     return word if word.strip() == word != "" and len(word) <= 80 else reprlib.repr(word)
 
 
@@ -262,11 +262,11 @@ def _with_default(help: str, default: Any) -> str:
 
 
 def _helps(source: Callable[..., Any]) -> dict[str, str]:
-    """What the docstrings say of a function's arguments or a dataclass's fields."""
+    """Read what the docstrings say about a function's arguments or a dataclass's fields."""
     import docstring_parser  # of [reid]
 
     if inspect.isclass(source):
-        # A dataclass inherits fields, whose docstrings stand in the class that has them.
+        # The docstrings of inherited fields are in the class that declares them.
         owners = [cls for cls in reversed(source.__mro__) if dataclasses.is_dataclass(cls)]
         documents = [docstring_parser.parse_from_object(cls) for cls in owners]
     else:

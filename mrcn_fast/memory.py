@@ -1,4 +1,4 @@
-"""One error for allocations that fail: how much was wanted, for what, and what would need less."""
+"""The error of failed allocations: how much memory was wanted, for what, and what would need less."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-# As torch's allocators, numpy and the memory that processes share write it.
+# The messages of torch's allocators, NumPy and shared memory that have a number of bytes.
 _WANTED: Final = re.compile(
     r"(?:tried to allocate|unable to allocate|unable to mmap) (?P<count>\d+(?:\.\d+)?) ?"
     r"(?P<unit>bytes|[KMGTPE]iB)",
     re.IGNORECASE,
 )
 _UNITS: Final = ("bytes", "kib", "mib", "gib", "tib", "pib", "eib")
-# Without a number of bytes: more than can be counted; C++'s allocator; the system, which ends a process that
-# decodes images; the memory that such processes share.
+# The messages without a number of bytes: of more bytes than can be counted, of C++'s allocator, of the system
+# where it ends a process that decodes images, and of the memory that such processes share.
 _SHORT: Final = re.compile(
     r"Storage size calculation overflowed|std::bad_alloc|shared memory.*No space left"
     r"|DataLoader worker \(pid.*\) (?:is killed by signal: (?:Killed|Bus)|exited unexpectedly)",
@@ -24,21 +24,21 @@ _SHORT: Final = re.compile(
 
 
 class MemoryShortageError(MemoryError):
-    """Memory that could not be had; the message says how much, for what, and what needs less."""
+    """An allocation failed. The message says how much was wanted, for what, and what needs less."""
 
 
 @contextmanager
 def enough_memory(work: str, less: str) -> Iterator[None]:
-    """Have an allocation that fails inside raise MemoryShortageError.
+    """Turn the error of a failed allocation in this context into MemoryShortageError.
 
-    `work` says what the memory was for, `less` what would need less of it. An inner context's error passes,
-    and so does every error of another kind.
+    `work` says what the memory was for, and `less` what would need less. Other errors pass unchanged, and so
+    does the MemoryShortageError of an inner context.
     """
     try:
         yield
     except MemoryShortageError:
         raise
-    # torch raises RuntimeError; its OutOfMemoryError is one.
+    # torch raises RuntimeError, of which its OutOfMemoryError is a subclass.
     except (MemoryError, RuntimeError) as error:
         missing = shortage(error)
         if missing is None:
@@ -47,9 +47,9 @@ def enough_memory(work: str, less: str) -> Iterator[None]:
 
 
 def shortage(error: Exception) -> str | None:
-    """What an allocation that failed wanted, as the end of a message: ", could not allocate 12 bytes".
+    """Say how much a failed allocation wanted, as the end of a message: ", could not allocate 12 bytes".
 
-    Empty where the error doesn't say how many bytes; None for an error of another kind.
+    Returns "" where the error doesn't say how many bytes, and None for an error of another kind.
     """
     wanted = _WANTED.search(str(error)) if isinstance(error, (MemoryError, RuntimeError)) else None
     if wanted is None:

@@ -1,4 +1,4 @@
-"""Where results go: places that can't take them are refused before anything is computed for them."""
+"""Checks of output folders and files, which are made before anything is computed."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ _LONGEST_NAME: Final = 255
 
 
 def check_folder(path: str | Path, what: str) -> None:
-    """Refuse a folder for `what`, such as "the scores", that takes no files or can't be made.
+    """Raise OSError, with path and reason, for a folder that can't be made or written to.
 
-    Nothing is left behind. Raises OSError naming the path and the reason.
+    `what` is the folder's content for the message, such as "the scores". The check leaves nothing behind.
     """
     expected = f"{path}: expected a folder for {what}"
     place = Path(path)
     if any(len(os.fsencode(name)) > _LONGEST_NAME for name in place.parts):
         raise OSError(f"{expected}; found a name of more than {_LONGEST_NAME} bytes, which no disk takes")
     try:
-        # The folder, or what there is of the way to it.
+        # The folder, or its nearest parent that exists.
         while not os.path.lexists(place) and place.parent != place:
             place = place.parent
         if not place.is_dir():
             raise OSError(f"{expected}; found a file at {place}. Give another folder")
-        # Only trying is sure: permissions say nothing about a disk that is mounted read-only.
+        # The check tries to write, because permissions don't show that a disk is mounted read-only.
         with tempfile.TemporaryFile(dir=place):
             pass
     except OSError as error:
@@ -37,9 +37,9 @@ def check_folder(path: str | Path, what: str) -> None:
 
 
 def check_file(path: str | Path, what: str) -> None:
-    """Refuse a file for `what` that is a folder or can't be written, or can't be made.
+    """Raise OSError, with path and reason, for a file that is a folder or can't be made or written.
 
-    Nothing is left behind. Raises OSError naming the path and the reason.
+    `what` is the file's content for the message. The check leaves nothing behind.
     """
     place = Path(path)
     if place.is_dir():

@@ -1,4 +1,4 @@
-"""What a command prints, on streams that can't take every character, or that nobody reads any more."""
+"""Printing to streams that can't write every character, and to pipes whose reader has gone."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import sys
 from collections.abc import Iterator
 from typing import Final, TextIO
 
-# Signs of our texts as ASCII has them; all else that a stream can't write is escaped.
+# ASCII replacements of the signs in our texts; other characters that a stream can't write are escaped.
 _ASCII: Final = {"±": "+/-", "×": "x", "–": "-", "−": "-", "µ": "u", "δ": "delta", "′": "'"}
 _ERRORS: Final = "mrcn_fast.printable"
 
 
 @contextlib.contextmanager
 def printable() -> Iterator[None]:
-    """Let stdout and stderr take all text: a sign they don't have as ASCII has it, or escaped.
+    """Make stdout and stderr write all text, with replaced or escaped characters where necessary.
 
-    File names that are no text in the file system's encoding come out as the bytes they are.
+    File names that aren't text in the file system's encoding are written as their bytes.
     """
     codecs.register_error(_ERRORS, _replaced)
     streams = [s for s in (sys.stdout, sys.stderr) if isinstance(s, io.TextIOWrapper)]
@@ -32,12 +32,12 @@ def printable() -> Iterator[None]:
     finally:
         for stream, errors in zip(streams, before, strict=True):
             if not stream.closed:
-                with contextlib.suppress(OSError):  # what waits to be written finds no reader
+                with contextlib.suppress(OSError):  # the reader has gone before the buffer was written
                     stream.reconfigure(errors=errors)
 
 
 def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
-    """What stands for the first sign that a stream can't write, and where the next one is."""
+    """Replace the first character that a stream can't write; returns the text and the next position."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     sign, end = error.object[error.start], error.start + 1
@@ -47,12 +47,12 @@ def _replaced(error: UnicodeError) -> tuple[str | bytes, int]:
 
 
 def flush_stdout() -> None:
-    """Write what waits for stdout, or drop it where nobody reads it any more, as behind `| head -1`.
+    """Flush stdout, or drop its buffer where the reader has gone, as after `| head -1`.
 
-    Raises OSError where a disk doesn't take it. What can't be written is dropped then too, as Python flushes
-    once more at its end, and would complain.
+    Raises OSError where a disk doesn't take the text. The buffer is dropped then too, because Python flushes
+    again when it ends, and would raise another error.
     """
-    if sys.stdout is None:  # as it is where the process began with stdout closed
+    if sys.stdout is None:  # the process was started without stdout
         return
     try:
         sys.stdout.flush()
@@ -63,13 +63,13 @@ def flush_stdout() -> None:
 
 
 def silence(stream: TextIO) -> None:
-    """Send what is written to a stream from now on, and what waits in it, nowhere."""
+    """Discard the buffer of a stream and everything that is written to it later."""
     with contextlib.suppress(OSError), open(os.devnull, "wb") as nowhere:  # a stream may be no file
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def stdout_is_unread() -> bool:
-    """Whether stdout is a pipe whose other end is closed."""
+    """Whether stdout is a pipe whose reader has gone."""
     try:
         poll = select.poll()
         poll.register(sys.stdout.fileno(), 0)

@@ -1,4 +1,4 @@
-"""Arrays that callers hand to scoring, as tensors: of torch or numpy, lists, in any byte order and layout."""
+"""The conversion of callers' arrays to tensors: torch's, NumPy's or lists, of any byte order and layout."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-# numpy's kinds of numbers: truth values, integers with and without a sign, floats and complex ones.
+# NumPy's kinds of numbers: Booleans, signed and unsigned integers, floats and complex numbers.
 _NUMBERS: Final = "biufc"
 _TEXT: Final = "US"
 
 
 def as_tensor(value: Tensor | ArrayLike, name: str) -> Tensor:
-    """A dense tensor of the values, on their device, without a gradient; `name` is the argument's.
+    """Convert values to a dense tensor on their device, without a gradient; `name` is the argument's.
 
-    Raises ValueError for what is no array of numbers, such as text or rows of different length.
+    Raises ValueError for anything but an array of numbers, such as text or rows of different lengths.
     """
     if isinstance(value, Tensor):
         kinds = {
@@ -33,14 +33,14 @@ def as_tensor(value: Tensor | ArrayLike, name: str) -> Tensor:
     if array.dtype.kind not in _NUMBERS:
         raise ValueError(f"{name} must be an array of numbers; got {_described(value, array)}")
     if array.dtype.itemsize > 8 and array.dtype.kind == "f":
-        array = array.astype(np.float64)  # torch has no longer ones
-    # In this machine's byte order, densely, and not a view of what nobody may write to.
+        array = array.astype(np.float64)  # torch has no longer floats
+    # A dense copy in this machine's byte order where the array isn't writable or dense.
     native = array.astype(array.dtype.newbyteorder("="), order="C", copy=False)
     return torch.from_numpy(native if native.flags.writeable else native.copy())
 
 
 def as_text(value: Any, name: str) -> np.ndarray | None:
-    """An array of text, or None for values that are no text."""
+    """Convert values to an array of text; None for other values."""
     if isinstance(value, Tensor):
         return None
     array = _array(value, name)

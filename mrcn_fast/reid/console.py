@@ -1,4 +1,4 @@
-"""What a person at the terminal sees: one console for log lines and progress bars, on stderr."""
+"""The console on stderr, for log lines and progress bars."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from mrcn_fast.streams import silence
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        """Go on in silence where nobody reads stderr any more; the command's result is elsewhere."""
+        """Go on without output where the reader of stderr has gone; the command's result is elsewhere."""
         self.quiet = True
         silence(sys.stderr)
 
@@ -30,7 +30,7 @@ console = _Console(stderr=True)
 
 
 def progress_bars(disable: bool = False) -> Progress:
-    """Bars with a free text at the end (`status`), which log lines don't tear apart."""
+    """Make progress bars with a text at the end (`status`); log lines appear above them."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -44,7 +44,7 @@ def progress_bars(disable: bool = False) -> Progress:
 
 
 def log_to_console(level: int = logging.INFO) -> None:
-    """Show the library's log lines on the console; once, however often it is called."""
+    """Show the library's log lines on the console; further calls change nothing."""
     logger = logging.getLogger("mrcn_fast")
     logger.setLevel(level)
     if not any(isinstance(handler, RichHandler) for handler in logger.handlers):

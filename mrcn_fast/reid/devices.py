@@ -1,4 +1,4 @@
-"""Where a network computes: one process, its device, the precision there, and the backend of its blocks."""
+"""The device of the process, its precision, and the backend that serves a network's blocks there."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mrcn_fast.dispatch import choose
 from mrcn_fast.reid.kinds import Precision
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 
-# How many processes were started alike, as those who start them write it into the environment.
+# Environment variables in which launchers write the number of processes that they start.
 _LAUNCHERS: Final = {
     "WORLD_SIZE": "torchrun",
     "SLURM_NTASKS": "SLURM",
@@ -21,11 +21,11 @@ _LAUNCHERS: Final = {
     "PMI_SIZE": "mpirun",
     "JSM_NAMESPACE_SIZE": "jsrun",
 }
-# Jobs of these names are shells on a node, where commands are started by hand: fabric reads them so, too.
+# Jobs of these names are interactive shells on a node; fabric treats them in the same way.
 _SHELLS: Final = ("bash", "interactive")
-# `fabric run` sets these, and fabric prefers them to what it is given.
+# `fabric run` sets these variables, which fabric prefers to its arguments.
 _FABRIC_SETTINGS: Final = ("LT_ACCELERATOR", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION", "LT_STRATEGY")
-# What convolutions compute in.
+# The dtypes of convolutions.
 _DTYPES: Final[dict[Precision, torch.dtype]] = {
     "32-true": torch.float32,
     "bf16-mixed": torch.bfloat16,
@@ -34,7 +34,7 @@ _DTYPES: Final[dict[Precision, torch.dtype]] = {
 
 
 def open_fabric(accelerator: str, precision: Precision) -> Fabric:
-    """The device to compute on, with the precision there; lightning-fabric's, one device.
+    """Open one device with its precision, as a Fabric of lightning-fabric.
 
     `fabric.autocast()` is the context in which a network computes in `precision`, unless its forward goes
     through `fabric.setup`. Raises ConfigError as `check_device` does.
@@ -44,10 +44,10 @@ def open_fabric(accelerator: str, precision: Precision) -> Fabric:
 
 
 def check_device(accelerator: str, precision: Precision) -> None:
-    """Refuse what `open_fabric` can't give.
+    """Raise ConfigError for a device that `open_fabric` can't open.
 
-    Raises ConfigError for an accelerator that this machine doesn't have, for a precision that isn't to be had
-    there, and as `check_alone` does.
+    This is an accelerator that this machine doesn't have, a precision that the accelerator doesn't have, or a
+    process that `check_alone` refuses.
     """
     check_alone()
     usable = _usable_accelerators()
@@ -58,7 +58,7 @@ def check_device(accelerator: str, precision: Precision) -> None:
         )
     on_cpu = accelerator == "cpu" or usable == ["auto", "cpu"]
     if precision == "16-mixed" and on_cpu:
-        # Fabric would compute in bf16-mixed, with a warning.
+        # Fabric would only log a warning, and compute in bf16-mixed.
         raise ConfigError(
             "got precision='16-mixed' on the CPU, where lightning-fabric computes nothing in float16; "
             "expected 32-true or bf16-mixed. Pass --precision bf16-mixed"
@@ -66,10 +66,10 @@ def check_device(accelerator: str, precision: Precision) -> None:
 
 
 def check_alone() -> None:
-    """Refuse to be one process of several that were started alike: each would write the same files.
+    """Raise ConfigError where a launcher started several processes, which would all write the same files.
 
-    Raises ConfigError for an environment of torchrun, SLURM, mpirun or jsrun with more than one process, and
-    for settings of `fabric run`, which would replace the configuration's.
+    The environments of torchrun, SLURM, mpirun and jsrun are checked. The settings of `fabric run` are
+    refused too, because they would replace the configuration's.
     """
     for name, launcher in _LAUNCHERS.items():
         count = os.environ.get(name, "").strip()
@@ -89,10 +89,10 @@ def check_alone() -> None:
 
 
 def serving_backend(config: TrainConfig, backend: str | None, fabric: Fabric, precision: Precision) -> str:
-    """The backend that serves the blocks of a network there, "" for the baseline, which has none.
+    """Return the backend that serves the blocks of a network on a device, or "" for the baseline.
 
-    `backend` is the one that is asked for. Raises BackendError, a RuntimeError, where it can't serve, and
-    ValueError for an unknown one.
+    Raises BackendError, a RuntimeError, where the requested `backend` can't serve, and ValueError for an
+    unknown one.
     """
     if config.model == "baseline":
         return ""

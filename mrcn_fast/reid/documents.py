@@ -1,4 +1,4 @@
-"""YAML and JSON that people write or hand on, read within limits: no file can hang or fill the process."""
+"""The readers of YAML and JSON, with limits, so that no file can hang the process or fill its memory."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import yaml
 
-# A configuration is a hundred lines and a list in them; a table of the paper with all its runs is 2 MB.
+# For comparison: a configuration has a hundred lines, and a table of the paper with all its runs 2 MB.
 _YAML_BYTES: Final = 1 << 16
 _YAML_DEPTH: Final = 8
 _YAML_ALIASES: Final = 16
@@ -20,15 +20,15 @@ _MARKS: Final = {b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16", b"\x00\x00\xfe\xf
 
 
 class DocumentError(ValueError):
-    """A file that isn't what it should be; the message has the path, the expected and the found."""
+    """A file has unexpected content. The message has the path, the expected and the found."""
 
 
 def read_yaml(path: Path, expected: str) -> dict[str, Any]:
-    """The values by name in a YAML file; `expected` says for messages what it should be.
+    """Read the mapping in a YAML file; `expected` describes it for messages.
 
-    Scalars are those of YAML 1.2: 1e-3 is a number and 010 is ten; yes, 1:30 and 2024-01-01 are text. Raises
-    DocumentError for a file that is missing or not in UTF-8, for YAML that is no mapping, has a name twice or
-    tags, and beyond the limits on size, depth and aliases.
+    Scalars are read as in YAML 1.2: 1e-3 is a number and 010 is ten, but yes, 1:30 and 2024-01-01 are text.
+    Raises DocumentError for a file that is missing, not UTF-8 or beyond the limits on size, depth and
+    aliases, and for YAML that is no mapping, repeats a name or has tags.
     """
     text = _text(path, expected, _YAML_BYTES)
     try:
@@ -46,7 +46,7 @@ def read_yaml(path: Path, expected: str) -> dict[str, Any]:
 
 
 def read_json(path: Path, expected: str) -> Any:
-    """The content of a JSON file. Raises DocumentError for one that is missing, no JSON, large or deep."""
+    """Read a JSON file. Raises DocumentError for one that is missing, no JSON, too large or too deep."""
     text = _text(path, expected, _JSON_BYTES)
     try:
         return json.loads(text)
@@ -88,11 +88,11 @@ def _text(path: Path, expected: str, most: int) -> str:
 
 
 class _Refused(Exception):
-    """YAML beyond the limits; the message says what was found, and the limit."""
+    """YAML is beyond the limits. The message says what was found, and the limit."""
 
 
 def _check_limits(text: str) -> None:
-    """Go through the YAML's parts without building anything of them. Raises _Refused and yaml.YAMLError."""
+    """Parse YAML without building its values. Raises _Refused or yaml.YAMLError."""
     depth = aliases = documents = 0
     events: Iterator[Any] = yaml.parse(text, Loader=_Loader)
     for event in events:
@@ -111,7 +111,7 @@ def _check_limits(text: str) -> None:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's scalars, and names that are there once."""
+    """A loader with the scalars of YAML 1.2, which refuses repeated names."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 [PyYAML's own]
 
@@ -147,7 +147,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_integer)
 
 
 def _reason(error: Exception) -> str:
-    """What is wrong and where, of PyYAML's several lines."""
+    """Shorten an error of PyYAML to what is wrong and where."""
     if not isinstance(error, yaml.YAMLError):
         return "an escaped character that there is not"
     if isinstance(error, yaml.reader.ReaderError):

@@ -1,6 +1,7 @@
 """Kinds of settings, as annotations that pydantic checks: numbers in a range, names, paths, lists.
 
-A kind's limits stand before NUMPY, as the JSON schema that messages are made of lacks them otherwise.
+The limits of a kind come before NUMPY, because its JSON schema, from which messages are made, lacks them
+otherwise.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class OneOf:
-    """One of some values, where a `Literal` can't list them, or flags have to name them."""
+    """One of some values, where a `Literal` can't list them or flags must show them."""
 
     values: tuple[Any, ...]
 
@@ -58,7 +59,7 @@ def _increasing(values: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _path(value: object) -> str:
-    """The text of a path that Python gives."""
+    """Convert a path given in Python to text."""
     text = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(text, str):
         raise ValueError("a path")
@@ -70,7 +71,7 @@ INCREASING: Final = AfterValidator(_increasing)
 _LISTS: Final = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
 _PATH: Final = WithJsonSchema({"type": "string", "format": "path"})
 
-# A larger count is a slip of the keyboard.
+# A larger count must be a typing error.
 Count = Annotated[int, Field(ge=1, le=10**9), NUMPY]
 CountOrZero = Annotated[int, Field(ge=0, le=10**9), NUMPY]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1), NUMPY]
@@ -82,7 +83,7 @@ People = Annotated[int, Field(ge=1, le=9999), NUMPY]
 Strength = Annotated[FiniteFloat, Field(ge=0, le=2), NUMPY]
 # RegDB has ten splits.
 Split = Annotated[int, Field(ge=1, le=10), NUMPY]
-# The number of gallery draws. Millions of them would only fill the memory.
+# The number of gallery draws; millions would only fill the memory.
 Trials = Annotated[int, Field(ge=1, le=10_000), NUMPY]
 Depth = Annotated[int, OneOf((18, 50)), NUMPY]
 Stage = Annotated[int, Field(ge=0, le=4), NUMPY]

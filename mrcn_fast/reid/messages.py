@@ -1,4 +1,4 @@
-"""Messages for values that pydantic refuses, all in one form: the setting, the value, what was expected."""
+"""The messages for values that pydantic refuses: the setting, the value and what was expected."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _TYPES: Final = {
     "integer": "an integer", "number": "a number", "boolean": "true or false", "string": "text",
     "path": "a path", "object": "values by name", "tensor": "a tensor",
 }  # fmt: skip
-# A value may be long, or hold itself.
+# A value may be long, or contain itself.
 _SHORT: Final = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 _SHORT.maxlevel = 3
@@ -21,14 +21,14 @@ _LONGEST: Final = 200
 
 
 def refused(name: str, value: object, expected: str) -> str:
-    """The message of a value that the setting `name` doesn't take."""
+    """Make the message about a value that the setting `name` doesn't take."""
     return f"got {name}={shown(value)}, expected {expected}"
 
 
 def in_words(error: ValidationError, schema: dict[str, Any], name: str) -> str:
-    """What is wrong with the setting `name`: the place in it, the value there, and what was expected.
+    """Say what is wrong with the setting `name`: the place in it, the value there, and what was expected.
 
-    `schema` is the JSON schema of the setting's kind. The message is of the first error.
+    `schema` is the JSON schema of the setting's kind. Only the first error is described.
     """
     first = error.errors(include_url=False)[0]
     kind, place = first["type"], list(first["loc"])
@@ -44,13 +44,13 @@ def in_words(error: ValidationError, schema: dict[str, Any], name: str) -> str:
 
 
 def wanted_whole(error: ValidationError, schema: dict[str, Any]) -> str:
-    """What was expected of the whole value, even where only one place in it doesn't fit."""
+    """Say what was expected of the whole value, even if only a part of it is unfit."""
     return _wanted(error.errors(include_url=False)[0], schema, [])
 
 
 def words(schema: dict[str, Any]) -> str:
-    """What a JSON schema takes."""
-    if "anyOf" in schema:  # with null behind it
+    """Say what a JSON schema accepts."""
+    if "anyOf" in schema:  # the second is null
         return f"{words(schema['anyOf'][0])}, or none"
     if "enum" in schema or "const" in schema:
         return f"one of {', '.join(map(str, schema.get('enum') or [schema['const']]))}"
@@ -67,7 +67,7 @@ def words(schema: dict[str, Any]) -> str:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, short whatever it is."""
+    """Format any value shortly for a message."""
     if hasattr(value, "dtype") and hasattr(value, "shape"):
         return f"{type(value).__name__} of {value.dtype} {tuple(value.shape)}"
     try:
@@ -81,7 +81,7 @@ def _wanted(error: Mapping[str, Any], schema: dict[str, Any], place: Sequence[st
     if error["type"] == "extra_forbidden":
         return "no value of this name"
     part = _part(schema, place)
-    if error["type"] == "value_error":  # of a validator of ours
+    if error["type"] == "value_error":  # raised by one of our validators
         return f"{error['ctx']['error']}{', or none' * ('anyOf' in part)}"
     text = words(part)
     return text.replace("a number", "a finite number") if error["type"] == "finite_number" else text
@@ -94,7 +94,7 @@ def _joined(name: str, steps: Sequence[str | int]) -> str:
 
 
 def _part(schema: dict[str, Any], steps: Sequence[str | int]) -> dict[str, Any]:
-    """The JSON schema of a place in the value."""
+    """Find the JSON schema of a place in the value."""
     part = schema
     for step in steps:
         part = part.get("anyOf", [part])[0]

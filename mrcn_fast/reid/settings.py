@@ -1,6 +1,6 @@
-"""Values of settings, checked by pydantic: the same for what Python, a file and the command line give.
+"""The checks of settings by pydantic, which are the same for values from Python, files and flags.
 
-What a setting takes is its annotation, its kind; kinds.py has those of several settings.
+The annotation of a setting, its kind, says what it takes. kinds.py has the kinds of several settings.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from typing_extensions import TypedDict
 
 from mrcn_fast.reid.messages import in_words, wanted_whole, words
 
-# For a TypedDict that may have other names too: without a configuration, pydantic drops those in silence.
+# For a TypedDict that may have other names too, which pydantic silently drops by default.
 with_more: Final = with_config(ConfigDict(extra="allow"))
 _without_more: Final = with_config(ConfigDict(extra="forbid"))
 
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-# How the words of flags write values, where pydantic takes more.
+# How flags write values, where pydantic would accept more.
 _WRITTEN: Final = {"integer": r"[+-]?\d+", "boolean": r"true|false|True|False"}
 _SEPARATED: Final = ", separated by commas or spaces"
 
 
 class SettingError(ValueError):
-    """A value that a setting doesn't take; the message has the setting, the value and what was expected."""
+    """A setting doesn't take a value. The message has the setting, the value and what was expected."""
 
 
 def checked(kind: Any, value: object, name: str) -> Any:
-    """The value in the plain form of its kind: a tuple for a list, Python's number for numpy's.
+    """Check a value, and return it in plain form: a tuple for a list, Python's number for NumPy's.
 
-    Types are exact: "3" and 3.0 are no integers, True is no number. Raises SettingError with the setting
-    `name`, or the place in it, the value and what was expected.
+    Types are exact: "3" and 3.0 are no integers, and True is no number. Raises SettingError with the setting
+    `name` (or the place in it), the value and what was expected.
     """
     try:
         return _adapter(kind).validate_python(value, strict=True)
@@ -46,7 +46,7 @@ def checked(kind: Any, value: object, name: str) -> Any:
 
 
 def read(kind: Any, given: str | Sequence[str]) -> Any:
-    """The value that a flag's word, or the words of a list, stand for.
+    """Read the value of a flag from its word, or from the words of a list.
 
     Raises SettingError, whose message is only what was expected.
     """
@@ -67,7 +67,7 @@ def read(kind: Any, given: str | Sequence[str]) -> Any:
 
 
 def check_fields(settings: Any, error: type[ValueError]) -> None:
-    """Put each field of a dataclass into the form of its kind. Raises `error` for one that doesn't fit."""
+    """Check each field of a dataclass and put it into its plain form. Raises `error` for an unfit value."""
     try:
         source: Callable[..., Any] = type(settings)
         for name, kind in kinds_of(source).items():
@@ -77,9 +77,9 @@ def check_fields(settings: Any, error: type[ValueError]) -> None:
 
 
 def check_arguments(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """A function whose calls raise SettingError for an argument that doesn't fit its annotation.
+    """A decorator: calls raise SettingError for an argument that doesn't fit its annotation.
 
-    Arguments that have no kind, such as tensors and functions, pass as they are.
+    Arguments whose annotation is no kind, such as tensors and functions, are not checked.
     """
     signature = inspect.signature(function)
 
@@ -96,19 +96,19 @@ def check_arguments(function: Callable[Parameters, Result]) -> Callable[Paramete
 
 @functools.cache
 def kinds_of(source: Callable[..., Any]) -> dict[str, Any]:
-    """The kinds of a dataclass's fields or a function's arguments: the annotations with a JSON schema."""
+    """The kinds of a dataclass's fields or a function's arguments: annotations with a JSON schema."""
     hints = get_type_hints(source, include_extras=True)
     return {name: hint for name, hint in hints.items() if name != "return" and _is_kind(hint)}
 
 
 def record(title: str, kinds: Mapping[str, Any], *, more: bool = False) -> Any:
-    """The kind of a dictionary with these names, none of which may be missing; `more` allows others."""
+    """Make the kind of a dictionary that must have these names and, with `more`, may have others."""
     extent = with_more if more else _without_more
     return extent(TypedDict(title, dict(kinds)))  # type: ignore[operator]
 
 
 def by_name(kind: Any) -> Any:
-    """The kind of a dictionary with any names, whose values are all of one kind."""
+    """Make the kind of a dictionary with any names and values of one kind."""
     return GenericAlias(dict, (str, kind))
 
 
@@ -129,7 +129,7 @@ def is_truth(kind: Any) -> bool:
 
 @functools.cache
 def schema_of(kind: Any) -> dict[str, Any]:
-    """The JSON schema of a kind. Raises PydanticUserError for an annotation that is none."""
+    """The JSON schema of a kind. Raises PydanticUserError for an annotation that is no kind."""
     return _adapter(kind).json_schema()
 
 
@@ -139,7 +139,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _of_value(kind: Any) -> dict[str, Any]:
-    """The JSON schema of a value that is there."""
+    """The JSON schema of a value other than None."""
     schema = schema_of(kind)
     part: dict[str, Any] = schema.get("anyOf", [schema])[0]
     return part
@@ -153,14 +153,14 @@ def _is_kind(annotation: Any) -> bool:
 
 
 def _is_written_alike(kind: Any, word: str) -> bool:
-    """Whether a word is written as files write the value: 48.0 and 4_8 are no integers, yes is not true."""
+    """Whether a word is written as in files: 48.0 and 4_8 are no integers, and yes is not true."""
     value = _of_value(kind)
     pattern = _WRITTEN.get(value.get("items", value).get("type", ""), "")
     return not pattern or re.fullmatch(pattern, word, re.ASCII) is not None
 
 
 def _items(kind: Any, given: str | Sequence[str], text: str) -> list[str]:
-    """The words of a list. A text or a path may have commas: they separate such words only in brackets."""
+    """Split a list into words. Commas separate texts and paths, which may contain them, only in brackets."""
     enclosed = text[:1] + text[-1:] in ("[]", "()")
     items = _of_value(kind).get("items", {})
     if items.get("type") == "string" and "enum" not in items and not enclosed:

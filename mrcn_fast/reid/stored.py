@@ -1,4 +1,4 @@
-"""Files that torch or safetensors wrote: read without running anything in them, or named by kind."""
+"""The readers of files of torch and safetensors, which execute nothing and describe other files."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from mrcn_fast.memory import shortage
 
-# What people have in place of such a file, by how it begins.
+# Files that users give by mistake, by their first bytes.
 _SIGNS: Final = {
     b"version https://git-lfs": "a Git LFS pointer in place of the file: fetch the file with `git lfs pull`",
     b"<": "a web page or XML: the download needs another address, or a login",
@@ -33,14 +33,14 @@ _BLANK: Final = b" \t\r\n\xef\xbb\xbf"
 
 
 class StoredError(ValueError):
-    """A file that can't be read; the message says what was found, without the path."""
+    """A file can't be read. The message says what was found, without the path."""
 
 
 def read_torch(path: Path) -> Any:
-    """What `torch.save` wrote, with its tensors on the CPU; the file's name doesn't matter.
+    """Read a file of `torch.save`, of any name, with its tensors on the CPU.
 
-    Raises StoredError for a file of another kind, a damaged one, and one that holds more than tensors and
-    plain values.
+    Raises StoredError for another type of file, a damaged file, and one that has more than tensors and plain
+    values.
     """
     begin = _begin(path)
     if not begin.startswith((_ZIP, _PICKLE)):
@@ -51,16 +51,16 @@ def read_torch(path: Path) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load raises whatever the broken bytes lead it to
+    except Exception as error:  # torch.load may raise anything for broken bytes
         missing = shortage(error)
         if missing is not None:
             raise StoredError(f"a file for which there is not enough memory{missing}") from error
-        # Without torch's text, which advises to run what is in the file.
+        # torch's message isn't shown, because it advises to execute the file's content.
         raise StoredError(_unreadable(path, begin)) from None
 
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
-    """The tensors by name of a .safetensors file, on the CPU. Raises StoredError for anything else."""
+    """Read the tensors of a .safetensors file onto the CPU. Raises StoredError for any other file."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -85,7 +85,7 @@ def _begin(path: Path) -> bytes:
 
 
 def _found(path: Path, begin: bytes) -> str:
-    """What a file is that torch.save didn't write."""
+    """Describe a file that torch.save didn't write."""
     if not begin:
         return "an empty file: copy it again"
     if _is_safetensors(path, begin):
@@ -100,12 +100,12 @@ def _found(path: Path, begin: bytes) -> str:
 
 
 def _is_safetensors(path: Path, begin: bytes) -> bool:
-    """Whether a file begins with the length of a header, and the header."""
+    """Whether a file begins with the length of a header and the header."""
     return begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= path.stat().st_size
 
 
 def _check_archive(path: Path) -> None:
-    """Refuse a zip archive that isn't torch.save's. Raises StoredError."""
+    """Raise StoredError for a zip archive that torch.save didn't write."""
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
@@ -118,7 +118,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _unreadable(path: Path, begin: bytes) -> str:
-    """Why torch.load refused a file that begins as torch.save begins it."""
+    """Say why torch.load refused a file that begins like one of torch.save."""
     if begin.startswith(_PICKLE):
         return (
             f"pickled Python objects, or a damaged file; objects would run code of the file: {_SAVE_TENSORS}"

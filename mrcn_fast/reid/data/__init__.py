@@ -1,4 +1,10 @@
-"""Person images of two spectra: the published data sets, synthetic ones, sampling, augmentation."""
+"""Person images of two spectra: the published data sets, synthetic ones, and training batches of them.
+
+`datasets` reads the published trees and `synthetic` writes trees like them. types.py has the types that all
+data sets share. images.py decodes and resizes images of the formats in formats.py, cache.py keeps them in a
+memory-mapped file, sampler.py pairs the modalities, loading.py makes batches in worker processes, and
+augment.py augments and normalizes whole batches.
+"""
 
 from mrcn_fast.reid.data.augment import Augmentation, normalize
 from mrcn_fast.reid.data.datasets.llcm import LLCM

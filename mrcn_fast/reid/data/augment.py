@@ -1,4 +1,4 @@
-"""Augmentation and normalisation of whole image batches, on the batch's device."""
+"""Augmentation and normalization of whole batches of images, on the batch's device."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from torch.nn import functional
 
 from mrcn_fast.reid.training.transfers import to_device
 
-# ImageNet's channel statistics, on the 0..1 scale: what the pretrained trunk was trained with.
+# ImageNet's channel statistics on the scale 0..1, with which pretrained trunks were trained.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-# Random erasing (Zhong et al., 2020) as the field's code sets it: the rectangle's share of the image and its
-# height to width ratio, both uniform; rectangles that do not fit are drawn again.
+# Random erasing (Zhong et al., 2020) as in the field's code: the rectangle's share of the image and its ratio
+# of height to width are uniform, and rectangles that don't fit are drawn again.
 _ERASED_AREA = (0.02, 0.4)
 _ERASED_RATIO = (0.3, 1 / 0.3)
 _ERASING_ATTEMPTS = 16
-# Grey of a colour (ITU-R 601: .299, .587, .114) in 65536ths, as Pillow has it: equal on every device.
+# The weights of grey (ITU-R 601: .299, .587, .114) in 65536ths, as in Pillow; integers give equal results on
+# every device.
 _GREY = (19595, 38470, 7471)
 
 
 def normalize(images: Tensor) -> Tensor:
-    """ImageNet normalisation: uint8 (B, 3, H, W) in 0..255 -> float32 of the same shape, device and layout.
+    """Normalize by ImageNet's statistics: uint8 (B, 3, H, W) -> float32 of the same shape, device and layout.
 
     Raises ValueError for another dtype or shape.
     """
@@ -33,20 +34,25 @@ def normalize(images: Tensor) -> Tensor:
 
 
 class Augmentation(nn.Module):
-    """Pad, random crop, horizontal flip, normalise, random erasing: uint8 (B, 3, H, W) -> float32.
+    """Pads, crops, flips, normalizes and erases at random: uint8 (B, 3, H, W) -> float32 of the same shape.
 
-    `image_size` is (H, W); the crop gives it back after `padding` black pixels on each side; `flip` and
-    `erase` are probabilities. Erased pixels become ImageNet's mean (0 after normalisation). Every image of
-    a batch draws its own crop, flip and rectangle; the pixels stay on the input's device.
+    Each image of a batch has its own crop, flip and rectangle. Erased pixels become ImageNet's mean, which is
+    0 after normalization. The pixels stay on the input's device.
 
-    channel: the probability of CAJ's channel augmentation (Ye et al., 2021), meant for visible images: before
-    normalisation all three channels become red, green, blue or grey, each as likely.
+    `augment(images, generator)` draws from a CPU generator, by default torch's global one. The number of
+    values per image is fixed, so that equal seeds give equal streams on every device; with channel=0, no
+    value is drawn for that option.
 
-    `augment(images, generator)` draws from a CPU generator, by default torch's global one, a fixed number of
-    values an image whatever the device, so that one seed gives one stream on every device. With channel=0
-    none is drawn for it.
+    Args:
+        image_size: (H, W)
+        padding: black pixels on each side, before the crop
+        flip: probability of the horizontal flip
+        erase: probability of random erasing
+        channel: probability of CAJ's channel augmentation (Ye et al., 2021) for visible images: all three
+            channels become red, green, blue or grey, with equal probability
 
-    Raises ValueError for another dtype or shape.
+    Raises:
+        ValueError: for another dtype or shape, and for probabilities out of range
     """
 
     def __init__(
@@ -94,19 +100,19 @@ class Augmentation(nn.Module):
         )
 
     def _channels(self, draws: Tensor) -> Tensor:
-        """What an image's channels become (B, 3): red, green, blue, grey as 0 to 3; draws: chance, which."""
+        """Choose the channels of each image, (B, 3), red to grey as 0 to 3; draws: chance, which."""
         chance, which = draws.split(1, dim=1)
         return torch.where(chance < self.channel, (which * 4).long(), torch.arange(3))
 
     def _crop_and_flip(self, images: Tensor, draws: Tensor, channels: Tensor) -> Tensor:
-        """Each image's crop and channels, mirrored or not, as one gather; draws: (B, 3) in [0, 1)."""
+        """Crop, flip and select channels of each image in one gather; draws: (B, 3) in [0, 1)."""
         height, width = self.image_size
         offsets = (draws[:, :2] * (2 * self.padding + 1)).long()
         rows = offsets[:, :1] + torch.arange(height)
         columns = torch.arange(width).expand(len(draws), width)
         columns = torch.where(draws[:, 2:] < self.flip, width - 1 - columns, columns) + offsets[:, 1:]
         padded = functional.pad(images, [self.padding] * 4)
-        # One index a dimension, broadcast to (B, 3, H, W).
+        # One index per dimension, which broadcast to (B, 3, H, W).
         return padded[
             torch.arange(len(draws), device=images.device).view(-1, 1, 1, 1),
             to_device(channels, images.device)[:, :, None, None],
@@ -115,7 +121,7 @@ class Augmentation(nn.Module):
         ]
 
     def _erased(self, draws: Tensor) -> Tensor:
-        """The erased pixels (B, 1, H, W); draws: chance, (area, ratio) for each attempt, top, left."""
+        """Choose the erased pixels, (B, 1, H, W); draws: chance, (area, ratio) per attempt, top, left."""
         height, width = self.image_size
         chance, attempts, corner = draws.split([1, 2 * _ERASING_ATTEMPTS, 2], dim=1)
         area = _between(_ERASED_AREA, attempts[:, 0::2]) * height * width
@@ -134,7 +140,7 @@ class Augmentation(nn.Module):
 
 
 def _grey(images: Tensor) -> Tensor:
-    """Grey values, uint8 (B, 3, H, W) -> uint8 (B, 1, H, W)."""
+    """Compute grey values: uint8 (B, 3, H, W) -> uint8 (B, 1, H, W)."""
     weights = to_device(torch.tensor(_GREY, dtype=torch.int32), images.device).view(3, 1, 1)
     return (((images * weights).sum(1, keepdim=True, dtype=torch.int32) + 0x8000) >> 16).to(torch.uint8)
 

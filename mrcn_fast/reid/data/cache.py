@@ -1,4 +1,4 @@
-"""Resized images kept on disk, memory-mapped: decoded once, whole at any time, rebuilt when stale."""
+"""A memory-mapped cache of resized images, which is built atomically, and again when it is stale."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ from mrcn_fast.reid.data.images import PersonImages
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.data.types import DatasetError, Sample
 
-# Goes into every cache's name: raise it when what stands in the file changes.
+# Part of every cache's name: raise it when the content of the file changes.
 _VERSION: Final = 2
-# Bytes behind the images: their CRC-32.
+# Bytes of the CRC-32 after the images.
 _CHECKSUM: Final = 4
-# Images written at a time.
+# Images that are written at a time.
 _WRITTEN: Final = 32
-# Seconds between two log lines of a build.
-_TOLD: Final = 10.0
-# The end of a cache's name: what it was made of.
+# Seconds between two log lines during a build.
+_LOG_SECONDS: Final = 10.0
+# The end of a cache's name: a digest of what it was made of.
 _DIGEST: Final = "-[0-9a-f]{16}"
 
 _log = logging.getLogger(__name__)
@@ -52,19 +52,25 @@ def cached(
     name: str,
     workers: int = 0,
 ) -> Dataset[Tensor]:
-    """`PersonImages(samples, image_size, filter=filter)` from a memory-mapped file, which is made if need be.
+    """Read `PersonImages(samples, image_size, filter=filter)` from a memory-mapped file.
 
-    folder: where the file stands; name: what it is of, such as "regdb-split3-train-visible". A file is used
-    only if it is of these samples' files in this order, by their places, sizes and times of change, and its
-    content is as it was written, by a checksum. Else it is built anew by `workers` processes, and files of
-    the same name, size and filter that are not of these samples are removed; whoever has one open keeps it.
-    Of several processes one builds and the others wait.
+    An existing file is used only if it was made of the same files in the same order (by path, size and time
+    of change) and its checksum is right. Otherwise a new one is built, and files of the same name, size and
+    filter are removed; processes that have one open keep it. One of several processes builds, and the others
+    wait. The file is written under another name and renamed when it is completely on the disk. The next
+    builder removes the leftovers of a killed one.
 
-    The file is written beside its place and moved there when it is whole and on the disk; what builders that
-    were killed leave there, the next one removes.
+    Args:
+        samples, image_size, filter: as `PersonImages` takes them
+        folder: the folder of the cache
+        name: what the images are, such as "regdb-split3-train-visible"
+        workers: processes that decode the images; 0: this one
 
-    Raises DatasetError naming a sample's file that is missing or can't be read; OSError with the path and the
-    space needed and free where the file can't be written. Either leaves no file.
+    Raises:
+        DatasetError: with the file, for an image that is missing or can't be read
+        OSError: with the path and the space needed and free, where the cache can't be written
+
+    Neither leaves a file.
     """
     images = PersonImages(samples, image_size, filter=filter)
     if not name or Path(name).name != name:
@@ -76,7 +82,7 @@ def cached(
     shape = (len(images), 3, height, width)
     if _damage(path, shape):
         with _locked(path.with_name(f"{key}.lock"), name):
-            # Another process may have built it meanwhile.
+            # Another process may have built it in the meantime.
             if damage := _damage(path, shape):
                 if path.exists():
                     _log.warning("Cache of %s: %s is made anew; found: %s", name, path, damage)
@@ -87,10 +93,10 @@ def cached(
 
 
 class CachedImages(Dataset[Tensor]):
-    """The images of `samples` from the memory-mapped file `path`: `images[i]` is uint8 (3, height, width).
+    """The images of `samples` in the memory-mapped file `path`: `images[i]` is uint8 (3, height, width).
 
-    image_size: (height, width). A process that gets it pickled maps the file by itself. Raises DatasetError
-    where the file is gone or isn't a cache of so many images of that size.
+    A process that unpickles it maps the file again. Raises DatasetError where the file is missing or isn't a
+    cache of this number and size of images.
     """
 
     def __init__(self, path: Path, samples: tuple[Sample, ...], image_size: tuple[int, int]) -> None:
@@ -98,7 +104,7 @@ class CachedImages(Dataset[Tensor]):
         self.samples = samples
         self.image_size = image_size
         self._rows: np.ndarray | None = None
-        # Mapped at once: processes that are forked have it then even if another run replaces the file.
+        # Mapped here, so that forked processes have the map even if another run replaces the file.
         self._mapped()
 
     def __len__(self) -> int:
@@ -108,7 +114,7 @@ class CachedImages(Dataset[Tensor]):
         return torch.from_numpy(np.array(self._mapped()[index]))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A pickled memory map would be all of its content.
+        # A memory map would be pickled with its whole content.
         return self.__dict__ | {"_rows": None}
 
     def _mapped(self) -> np.ndarray:
@@ -124,9 +130,9 @@ class CachedImages(Dataset[Tensor]):
 
 
 def _digest(images: PersonImages) -> str:
-    """A short hash of all that the cache's content depends on."""
+    """Hash everything that the content of the cache depends on."""
     paths = [os.path.abspath(sample.path) for sample in images.samples]
-    # A data set may be moved: only the places below the folder that all images are in count.
+    # Only the paths below the common folder of all images count, because a data set may be moved.
     common = os.path.commonpath(list(map(os.path.dirname, paths))) if paths else ""
     content = hashlib.sha256(json.dumps((_VERSION, images.image_size, images.filter)).encode())
     for path, sample in zip(paths, images.samples, strict=True):
@@ -143,7 +149,7 @@ def _digest(images: PersonImages) -> str:
 
 
 def _damage(path: Path, shape: tuple[int, ...]) -> str | None:
-    """Why the file can't be used as the cache of images of this shape; None where it is as it was written."""
+    """The reason why the file can't be used as the cache of images of this shape; None where it can."""
     try:
         rows = _rows(path, shape)
         with path.open("rb") as file:
@@ -155,8 +161,8 @@ def _damage(path: Path, shape: tuple[int, ...]) -> str | None:
 
 
 def _rows(path: Path, shape: tuple[int, ...]) -> np.ndarray:
-    """The images in a cache's file, memory-mapped. ValueError for a file of another kind, shape or length."""
-    # Not np.load, which takes other kinds of files, too, and fails in many ways on damaged ones.
+    """Map the images in a cache. Raises ValueError for a file of another type, shape or length."""
+    # np.load isn't used, because it accepts other types of files and fails in many ways on damaged ones.
     header = _header(shape)
     with path.open("rb") as file:
         size = len(header) + math.prod(shape) + _CHECKSUM
@@ -179,7 +185,7 @@ def _checksum(value: int) -> bytes:
 
 @contextlib.contextmanager
 def _locked(path: Path, name: str) -> Iterator[None]:
-    """Hold the lock `path`; say so where another process has it."""
+    """Hold the lock `path`; log where this process has to wait for another."""
     lock = FileLock(path)
     try:
         lock.acquire(timeout=0)
@@ -193,7 +199,7 @@ def _locked(path: Path, name: str) -> Iterator[None]:
 
 
 def _remove(folder: Path, pattern: str, but: str = "") -> None:
-    """Remove the files of `folder` whose whole name matches."""
+    """Remove the files in `folder` whose whole name matches the pattern."""
     for entry in folder.iterdir():
         if re.fullmatch(pattern, entry.name) and entry.name != but:
             entry.unlink(missing_ok=True)
@@ -205,7 +211,7 @@ def _build(path: Path, images: PersonImages, name: str, workers: int) -> None:
     _log.info("Cache of %s: writing %d images, %.1f MB, to %s", name, len(images), needed / 1e6, path)
     free = shutil.disk_usage(path.parent).free
     if free < needed:
-        raise OSError(errno.ENOSPC, _no_room("the disk is too full", needed, free), str(path))
+        raise OSError(errno.ENOSPC, _cant_write("the disk is too full", needed, free), str(path))
     part = path.with_name(f"{path.name}.{secrets.token_hex(8)}.part")
     start = time.monotonic()
     batches = Batches(
@@ -213,18 +219,18 @@ def _build(path: Path, images: PersonImages, name: str, workers: int) -> None:
     )
     try:
         with part.open("xb") as file:
-            _write(file, _told(batches, len(images), name), (len(images), 3, *images.image_size))
+            _write(file, _logged(batches, len(images), name), (len(images), 3, *images.image_size))
         part.replace(path)
     except OSError as error:
         free = shutil.disk_usage(path.parent).free
-        raise OSError(error.errno, _no_room(error.strerror, needed, free), str(path)) from error
+        raise OSError(error.errno, _cant_write(error.strerror, needed, free), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
     _sync_folder(path.parent)
     _log.info("Cache of %s: done in %.1f s", name, time.monotonic() - start)
 
 
-def _no_room(reason: str | None, needed: int, free: int) -> str:
+def _cant_write(reason: str | None, needed: int, free: int) -> str:
     return (
         f"can't write the cache: {reason}; it needs {needed} bytes, {free} are free. Make room, choose "
         f"another folder, or go without a cache"
@@ -232,7 +238,7 @@ def _no_room(reason: str | None, needed: int, free: int) -> str:
 
 
 def _write(file: BinaryIO, batches: Iterable[Tensor], shape: tuple[int, ...]) -> None:
-    """Write the batches as a .npy file, and their checksum behind it, onto the disk, a batch at a time."""
+    """Write the batches as a .npy file, followed by their checksum, and sync it to the disk."""
     file.write(_header(shape))
     value = 0
     for batch in batches:
@@ -245,7 +251,7 @@ def _write(file: BinaryIO, batches: Iterable[Tensor], shape: tuple[int, ...]) ->
 
 
 def _sync_folder(folder: Path) -> None:
-    """Have the new name survive a power cut, where folders can be synced."""
+    """Make the new name survive a power cut, on systems that can sync folders."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:
@@ -254,12 +260,12 @@ def _sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _told(batches: Iterable[Tensor], count: int, name: str) -> Iterator[Tensor]:
-    """The batches, with a log line now and then of how many images are done."""
-    done, told = 0, time.monotonic()
+def _logged(batches: Iterable[Tensor], count: int, name: str) -> Iterator[Tensor]:
+    """Pass the batches on, and log the number of finished images now and then."""
+    done, logged = 0, time.monotonic()
     for batch in batches:
         yield batch
         done += len(batch)
-        if time.monotonic() - told > _TOLD:
-            told = time.monotonic()
+        if time.monotonic() - logged > _LOG_SECONDS:
+            logged = time.monotonic()
             _log.info("Cache of %s: %d of %d images", name, done, count)

@@ -1,14 +1,11 @@
-"""Which files are images: the formats that are read, and the suffixes that a folder's images have.
-
-The only place that says so, for every reader.
-"""
+"""The formats and suffixes of image files, for the readers of all data sets."""
 
 from __future__ import annotations
 
 from typing import Final
 
-# The formats by Pillow's names. Pillow reads more, but some run other programs, as EPS does, and none of
-# those is a data set's. The content decides about the format: a JPEG file named .bmp is read.
+# The formats by Pillow's names. Pillow reads others too, of which some, such as EPS, run other programs, and
+# no data set has those. The content says the format: a JPEG file named .bmp is read.
 _SUFFIXES: Final = {
     "JPEG": (".jpg", ".jpeg"),
     "PNG": (".png",),
@@ -22,9 +19,9 @@ SUFFIXES: Final = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in 
 
 
 def is_image(name: str) -> bool:
-    """Whether a file of this name counts as an image of the data set.
+    """Whether a file of this name counts as an image of the data set; case doesn't matter.
 
-    Case doesn't matter. Hidden names don't count: they are what archivers and file managers leave beside the
-    images, such as "._0001.jpg".
+    Hidden files don't count, because archivers and file managers leave some beside the images, such as
+    "._0001.jpg".
     """
     return not name.startswith(".") and name.lower().endswith(SUFFIXES)

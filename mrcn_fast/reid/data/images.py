@@ -1,4 +1,4 @@
-"""Samples on disk as uint8 image tensors, and which of them can be read."""
+"""The images of samples as uint8 tensors, and the check which of them can be read."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from mrcn_fast.reid.data.formats import FORMATS
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.data.types import DatasetError, Sample, identities_by_modality
 
-# Pillow's filters, by name. The field's preprocessing asks for ANTIALIAS, as lanczos was called once.
+# Pillow's filters by name. The field's preprocessing uses ANTIALIAS, the earlier name of lanczos.
 FILTERS: Final = ("bilinear", "bicubic", "lanczos")
 
-# Unreadable files that are named in the log; beyond that they are only counted.
+# The most unreadable files that are named in the log; further ones are only counted.
 _NAMED: Final = 20
-# Images that a process checks at a time.
+# The number of images that a process checks at a time.
 _CHECKED: Final = 64
-# What Pillow raises on damaged files: the first row, and bombs, were seen; the others are of the same kinds.
+# The errors that Pillow raises for damaged files. Those of the first and last rows were seen.
 _DAMAGED: Final = (
     OSError, SyntaxError, ValueError, TypeError, AttributeError, struct.error,
     EOFError, LookupError, ArithmeticError, zlib.error,
     Image.DecompressionBombError, Image.DecompressionBombWarning,
 )  # fmt: skip
-# What makes an image upright, by its EXIF orientation; 1 is upright.
+# The operation that turns an image upright, by its EXIF orientation; 1 is upright.
 _TURNS: Final = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -47,15 +47,20 @@ _log = logging.getLogger(__name__)
 
 
 class PersonImages(Dataset[torch.Tensor]):
-    """The images of `samples`, in order, converted to RGB and resized to `image_size` = (height, width).
+    """The images of `samples`, turned upright by their EXIF orientation, in RGB and resized.
 
-    `images[i]` is a uint8 (3, height, width) tensor; `filter` is one of FILTERS. An image is turned upright
-    first, where its EXIF orientation says that it isn't. Augmentation and normalisation act later, on whole
+    `images[i]` is a uint8 (3, height, width) tensor. Augmentation and normalization follow later, on whole
     batches (`Augmentation`, `normalize`).
 
-    Raises ValueError for a size or filter that there is not. Raises DatasetError naming the file where an
-    image can't be read, is of no format of `formats.FORMATS`, has more than 8 bits a channel, shows more than
-    one picture, or is transparent somewhere.
+    Args:
+        samples: the images' files
+        image_size: (height, width)
+        filter: one of FILTERS
+
+    Raises:
+        ValueError: for an unknown filter or a size below 1
+        DatasetError: with the file, for an image that can't be read, has another format than
+            `formats.FORMATS`, more than 8 bits per channel, several pictures, or transparent pixels
     """
 
     def __init__(
@@ -79,20 +84,20 @@ class PersonImages(Dataset[torch.Tensor]):
     def __getitem__(self, index: int) -> torch.Tensor:
         image = _decoded(self.samples[index])
         height, width = self.image_size
-        # A grey image is resized once, not thrice: its channels are equal, and resizing keeps them so.
+        # A grey image is resized as one channel, because resizing keeps equal channels equal.
         if image.size != (width, height):
             image = image.resize((width, height), Image.Resampling[self.filter.upper()])
-        # Channel by channel Pillow copies out twice as fast as it makes the array that is then permuted.
+        # Pillow copies single channels twice as fast as it makes an array whose axes are then permuted.
         planes = [channel.tobytes() for channel in image.split()]
         content = bytearray().join(planes if len(planes) == 3 else planes * 3)
         return torch.frombuffer(content, dtype=torch.uint8).view(3, height, width)
 
 
 def readable(samples: Sequence[Sample], *, workers: int = 0) -> tuple[list[Sample], list[Sample]]:
-    """(kept, unreadable): the samples whose images can be read, and those whose can't, both in order.
+    """Split samples into (kept, unreadable), both in order, by whether their images can be read.
 
-    Every image is decoded whole, by `workers` processes or this one. The first unreadable files are logged by
-    name with the reason, and all are counted by modality.
+    Every image is decoded completely, by `workers` processes or by this one. The first unreadable files are
+    logged with the reason, and all of them are counted by modality.
     """
     samples = tuple(samples)
     if samples:
@@ -119,10 +124,10 @@ def readable(samples: Sequence[Sample], *, workers: int = 0) -> tuple[list[Sampl
 def check_left(
     kept: Sequence[Sample], unreadable: Sequence[Sample], part: str, *, identities: int = 1
 ) -> None:
-    """DatasetError where leaving out `unreadable` images leaves too little.
+    """Raise DatasetError where too few images remain without the `unreadable` ones.
 
-    At least `identities` must have images of both modalities among `kept`. part: "training" or "test", for
-    the message, which names an image and counts all. Without unreadable images nothing is checked.
+    At least `identities` must have images of both modalities in `kept`. The message says `part`, "training"
+    or "test", names an image and counts all. Without unreadable images nothing is checked.
     """
     left = identities_by_modality(kept)
     paired = left["visible"] & left["infrared"]
@@ -141,7 +146,7 @@ def check_left(
 
 
 class _Reasons(Dataset[str | None]):
-    """Why a sample's image can't be read; None where it can."""
+    """The reason why the image of each sample can't be read; None where it can."""
 
     def __init__(self, samples: tuple[Sample, ...]) -> None:
         self.samples = samples
@@ -158,7 +163,7 @@ class _Reasons(Dataset[str | None]):
 
 
 def _decoded(sample: Sample) -> Image.Image:
-    """The sample's image, upright, in Pillow's mode L or RGB; DatasetError where it can't be made."""
+    """Decode an image, upright, in Pillow's mode L or RGB. Raises DatasetError where that fails."""
     try:
         with Image.open(sample.path, formats=FORMATS) as image:
             refusal = _refusal(image)
@@ -177,32 +182,32 @@ def _decoded(sample: Sample) -> Image.Image:
 
 
 def _refusal(image: Image.Image) -> str | None:
-    """Why an image that is not decoded yet can't be converted rightly; None where it can."""
-    # Pillow cuts such values off at 255, and nothing says which of them is white.
+    """The reason why an image can't be converted correctly, found before decoding; None where it can."""
+    # Pillow clips such values at 255, and the file doesn't say which value is white.
     if image.mode.startswith(("I", "F")):
         return (
             f"expected 8 bits a channel; found Pillow's mode {image.mode}. Scale the data set's images to 8 "
             f"bits first"
         )
-    # Phones store previews behind the picture (MPO): the first is the one that is meant.
+    # Phones store previews after the picture (MPO); the first picture is the image.
     if getattr(image, "is_animated", False) and image.format != "MPO":
         return f"expected one picture in the file; found several ({image.format}). Keep the one that is meant"
     return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A decoded image turned as its EXIF orientation asks."""
-    # Not ImageOps.exif_transpose: it writes the EXIF data anew, too, and fails where a camera's are odd.
+    """Turn a decoded image as its EXIF orientation says."""
+    # ImageOps.exif_transpose isn't used, because it also rewrites the EXIF data and fails on unusual ones.
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
     except _DAMAGED:
-        # Viewers show such an image as it is stored.
+        # Viewers, too, show an image with unreadable EXIF data as it is stored.
         return image
     return image.transpose(_TURNS[orientation]) if orientation in _TURNS else image
 
 
 def _transparency(image: Image.Image) -> str | None:
-    """Why an image isn't used for its transparency; None where every pixel is opaque."""
+    """The reason to refuse an image that is transparent; None where every pixel is opaque."""
     if "A" not in image.getbands() and "transparency" not in image.info:
         return None
     least, _ = image.convert("RGBA").getchannel("A").getextrema()
@@ -215,7 +220,7 @@ def _transparency(image: Image.Image) -> str | None:
 
 
 def _reason(sample: Sample, error: BaseException) -> str:
-    """What is wrong with a file that can't be decoded."""
+    """Say what is wrong with a file that can't be decoded."""
     if isinstance(error, UnidentifiedImageError):
         empty = os.path.getsize(sample.path) == 0
         return "an empty file" if empty else f"content of none of the formats {', '.join(FORMATS)}"

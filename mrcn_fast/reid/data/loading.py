@@ -1,4 +1,4 @@
-"""Batches of a data set, made by worker processes: what training, extraction and the cache load with."""
+"""Batches of a data set that worker processes make, for training, extraction and the cache."""
 
 from __future__ import annotations
 
@@ -13,19 +13,21 @@ from mrcn_fast.reid.data.types import DatasetError
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
 
-# What all processes together may have ready: batches wait in shared memory, of which containers have 64 MB.
+# Batches that are ready wait in shared memory, of which containers have 64 MB: the limit of all processes.
 _READY_BYTES: Final = 48 * 2**20
-_LEAST_READY, _MOST_READY = 2, 8  # batches a process
+_LEAST_READY, _MOST_READY = 2, 8  # batches per process
 
 
 class Batches(Generic[Batch]):
-    """The batches `collate([item, ...])` of a data set, made ahead by `workers` processes, or in this one.
+    """The batches `collate([item, ...])` of a data set, which worker processes make ahead.
 
-    batch_sampler: lists of indices, an epoch's batches each time it is iterated; else batches of `batch_size`
-    in order. batch_bytes: of one batch, by which it is decided how many are made ahead. The processes stay
-    for the next iteration. No value is drawn from torch's global generator.
+    The processes stay alive for the next iteration. No value is drawn from torch's global generator. A
+    DatasetError in a process is raised here with its own message, as without processes.
 
-    A DatasetError of the data set is raised as it would be without processes: with its own message.
+    Args:
+        batch_sampler: gives the index lists of an epoch; by default batches of `batch_size` in order
+        batch_bytes: bytes of one batch, from which the number of batches made ahead follows
+        workers: number of processes; 0: this one
     """
 
     def __init__(
@@ -48,14 +50,14 @@ class Batches(Generic[Batch]):
             persistent_workers=workers > 0,
             prefetch_factor=max(_LEAST_READY, min(ahead, _MOST_READY)) if workers else None,
             pin_memory=pin_memory,
-            # The loader draws a seed an epoch; from the global generator that would shift the augmentation's
-            # stream.
+            # The loader draws a seed per epoch; from the global generator, this would shift the stream of the
+            # augmentation.
             generator=torch.Generator(),
             **order,
         )
 
     def __iter__(self) -> Iterator[Batch]:
-        # The processes begin here, not when the first batch is asked for.
+        # The processes start here, before the first batch is requested.
         return self._raising(iter(self._loader))
 
     @staticmethod
@@ -65,13 +67,14 @@ class Batches(Generic[Batch]):
                 try:
                     raise batch
                 finally:
-                    # The error's traceback holds this frame: with a way back, the processes would outlive it.
+                    # The traceback holds this frame, which would keep the processes alive through the
+                    # iterator.
                     del batch
             yield batch
 
 
 class _Told(Dataset[Any]):
-    """A data set whose DatasetErrors are items: raised in a process, they arrive as a traceback's text."""
+    """A data set that returns DatasetErrors as items, because a process passes raised ones on as text."""
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self._dataset = dataset
@@ -87,7 +90,7 @@ class _Told(Dataset[Any]):
 
 
 class _Collate:
-    """The first DatasetError among a batch's items, or what `collate` makes of them."""
+    """Return the first DatasetError among the items, or collate them."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self._collate = collate

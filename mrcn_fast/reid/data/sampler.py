@@ -1,4 +1,4 @@
-"""Batches that pair the modalities: P identities, K visible and K infrared images of each."""
+"""The sampler of paired batches: P identities with K visible and K infrared images each."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from mrcn_fast.reid.data.types import at_least
 
 
 class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
-    """A batch sampler of pairs (visible index, infrared index), both of one identity.
+    """A batch sampler of pairs (visible index, infrared index) of the same identity.
 
-    `visible_identities[i]` and `infrared_identities[j]` are the identities of the i-th visible and j-th
-    infrared image. A batch is a list of `identities * images` pairs: `identities` distinct identities, the
-    `images` pairs of each consecutive, images drawn with replacement. `batches` is the number of batches an
-    epoch, by default floor(max(visible, infrared) / (identities * images)) + 1, as the field counts it.
+    A batch has `identities` different identities with `images` consecutive pairs each; images are drawn with
+    replacement. The batches depend only on the seed and the epoch, so that a resumed run gets the same. Call
+    `set_epoch` before each epoch.
 
-    The stream depends on (seed, epoch) alone, not on a global generator, so an interrupted run replays it:
-    call `set_epoch` before each epoch.
+    Args:
+        visible_identities, infrared_identities: the identity of each visible and infrared image
+        identities: identities per batch, P
+        images: pairs per identity, K
+        seed: of the draws
+        batches: batches per epoch; by default floor(max(visible, infrared) / (P K)) + 1, as in the field
 
-    Raises ValueError for fewer identities than a batch needs, for identities with one modality only, and for
-    identities, counts, seeds and epochs that are no integers or too small.
+    Raises:
+        ValueError: for fewer identities than a batch needs, for identities with one modality, and for values
+            that are no integers or too small
     """
 
     def __init__(
@@ -49,7 +53,7 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
         self._batches = batches_of_epoch(largest, identities * images) if batches is None else batches
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch (0 or more) whose batches the next iteration gives."""
+        """Set the epoch, from 0, of the next iteration."""
         self._epoch = at_least(0, "epoch", epoch)
 
     def __len__(self) -> int:
@@ -72,14 +76,14 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
 
 
 def batches_of_epoch(images: int, pairs: int) -> int:
-    """Batches of an epoch, as the field counts them, from the larger modality's images and a batch's."""
+    """Batches per epoch as the field counts them, from the larger modality's images and a batch's pairs."""
     return images // pairs + 1
 
 
 def _positions(identities: Sequence[int]) -> dict[int, np.ndarray]:
-    """Identity -> the indices of its images."""
+    """Map each identity to the indices of its images."""
     values = np.asarray(identities)
-    # An empty list has no integers' type.
+    # An empty list doesn't have an integer dtype.
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise ValueError(
             f"expected the images' identities as a row of integers; got {values.dtype} {values.shape}"

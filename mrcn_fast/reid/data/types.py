@@ -1,4 +1,4 @@
-"""What every data set is read into: samples and training sets; and the error of a broken tree."""
+"""The types that every data set is read into, and the checks that all data sets share."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _log = logging.getLogger(__name__)
 
 
 class DatasetError(ValueError):
-    """A data set on disk is not as expected; the message names the path, the expected and the found."""
+    """A data set on disk is not as expected. The message has the path, the expected and the found."""
 
 
 class Sample(NamedTuple):
-    """One image on disk: its path, the data set's own identity and camera numbers, and its modality."""
+    """An image on disk: its path, its modality, and the data set's own numbers of its identity and camera."""
 
     path: Path
     identity: int
@@ -27,7 +27,7 @@ class Sample(NamedTuple):
 
 
 class TrainingSet(NamedTuple):
-    """The training images by modality, and the sorted identities; each has images in both modalities."""
+    """The training images by modality, and the sorted identities, which have images of both modalities."""
 
     visible: tuple[Sample, ...]
     infrared: tuple[Sample, ...]
@@ -35,24 +35,24 @@ class TrainingSet(NamedTuple):
 
 
 class Search(NamedTuple):
-    """One retrieval that is scored: queries of one modality, and in each trial a gallery of the other.
+    """A retrieval that is scored: queries of one modality and, per trial, a gallery of the other."""
 
-    name: "all-search", "indoor-search", "visible-to-infrared" or "infrared-to-visible" (query to gallery);
-    protocol: of `evaluation.score`; settings: what else the figures depend on, for people, or "".
-    """
-
-    name: str
-    protocol: str
-    settings: str
+    name: str  # all-search, indoor-search, visible-to-infrared or infrared-to-visible (query to gallery)
+    protocol: str  # as `evaluation.score` takes it
+    settings: str  # the other choices that the scores depend on, in words; "" without any
     query: tuple[Sample, ...]
-    galleries: tuple[tuple[Sample, ...], ...]
+    galleries: tuple[tuple[Sample, ...], ...]  # one per trial
 
 
 class PersonDataset(Protocol):
-    """A data set read from the tree that its owners ship.
+    """A data set, read from the tree that its owners ship.
 
-    name: as checkpoints and results have it; root: of the tree; split: 1 where the data set has one only.
-    `searches` takes the options that the data set's protocol leaves open; its first search is the headline.
+    Attributes:
+        name: the name in checkpoints and results
+        root: the root of the tree
+        split: 1 for data sets that have one split
+
+    `searches` takes the options that the data set's protocol leaves open. The first search is the headline.
     """
 
     name: ClassVar[str]
@@ -66,7 +66,7 @@ class PersonDataset(Protocol):
 
 
 def at_least(least: int, name: str, value: int) -> int:
-    """`value` as an int. ValueError unless it is an integer, of Python or NumPy, from `least` (0 or 1) on."""
+    """Convert an integer of Python or NumPy. Raises ValueError for other types and below `least` (0 or 1)."""
     try:
         whole = operator.index(value)
     except TypeError:
@@ -78,11 +78,10 @@ def at_least(least: int, name: str, value: int) -> int:
 
 
 def pair_modalities(samples: Iterable[Sample], name: str) -> TrainingSet:
-    """The training set of the identities that have both modalities.
+    """Make a training set of the identities that have images of both modalities.
 
-    Identities with one modality only cannot be paired: they are left out, and a warning names and counts them
-    and their images. What is left is logged as counts. `name` names the data set in messages. Raises
-    DatasetError if no identity is left.
+    Identities with images of one modality can't be paired. They are left out, and a warning names and counts
+    them. `name` is the data set's name in messages. Raises DatasetError if no identity remains.
     """
     samples = tuple(samples)
     by_modality = identities_by_modality(samples)
@@ -107,10 +106,9 @@ def pair_modalities(samples: Iterable[Sample], name: str) -> TrainingSet:
 
 
 def check_test(samples: Iterable[Sample], name: str) -> None:
-    """DatasetError unless some test identity has images of both modalities, and so a match.
+    """Raise DatasetError unless some test identity has images of both modalities, and so a match.
 
-    A warning names and counts the identities with images of one modality: searches for them find nobody, or
-    nobody searches for them.
+    A warning names and counts the identities with images of one modality, because they have no match.
     """
     by_modality = identities_by_modality(samples)
     if not set.intersection(*by_modality.values()):
@@ -127,7 +125,7 @@ def check_test(samples: Iterable[Sample], name: str) -> None:
 
 
 def log_searches(searches: Iterable[Search], name: str) -> None:
-    """Log how many images the searches of a data set have."""
+    """Log the number of images in the searches of a data set."""
     for search in searches:
         sizes = sorted({len(gallery) for gallery in search.galleries})
         _log.info(
@@ -138,7 +136,7 @@ def log_searches(searches: Iterable[Search], name: str) -> None:
 
 
 def identities_by_modality(samples: Iterable[Sample]) -> dict[Modality, set[int]]:
-    """The identities that have images of each modality."""
+    """Collect the identities that have images of each modality."""
     found: dict[Modality, set[int]] = {"visible": set(), "infrared": set()}
     for sample in samples:
         found[sample.modality].add(sample.identity)

@@ -1,4 +1,10 @@
-"""Test features, retrieval scores by each data set's protocol, re-ranking, and results on disk."""
+"""Evaluation: from a checkpoint to scores.
+
+scoring.py scores a checkpoint: `mrcn-fast test`. trained.py opens the checkpoint, and extraction.py extracts
+its test features. protocol.py has the searches of a data set's protocol, and pairings.py the ways to compare
+two test features. scores.py computes CMC, mAP and mINP, reranking.py the re-ranked distances, and results.py
+names, finds and describes results on disk. `score` is the function for features of your own.
+"""
 
 from mrcn_fast.reid.evaluation.scores import score
 

@@ -1,4 +1,4 @@
-"""Test features of images on disk."""
+"""The extraction of test features from images on disk."""
 
 from __future__ import annotations
 

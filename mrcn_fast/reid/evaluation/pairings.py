@@ -1,14 +1,14 @@
-"""Ways to compare the two test features of an image, F and F₊: which products make up the similarity.
+"""The pairings: three ways to compare images by their two test features, F and F₊.
 
-An image's test feature is F and F₊ side by side, each of length 1. With v, v₊ of a visible image and
-n, n₊ of an infrared one, the similarity is
+An image's test feature joins F and F₊, each of length 1. With v, v₊ of a visible image and n, n₊ of an
+infrared image, the similarity is
 
     paper    v·n + v₊·n₊             the features concatenated, as the paper does: the headline
     crossed  v·n₊ + v₊·n             the original of one modality against the restituted of the other
     all      (v + v₊)·(n + n₊)       the sum of the four products, as MMN's code scores its two features
 
-Where the crossed pairing scores far above the paper's, training has exchanged the modalities: v₊ is like n,
-n₊ is like v, and v and n are apart. The CQC loss (eq. 8-10) is zero there, and the headline is low.
+If the crossed pairing scores far above the paper's, training has exchanged the modalities: v₊ is like n, n₊
+is like v, and v is unlike n. The CQC loss (eq. 8-10) is zero then, and the headline is low.
 """
 
 from __future__ import annotations
@@ -27,19 +27,20 @@ TITLES: Final[dict[Pairing, str]] = {
     "all": "(v + v₊)·(n + n₊)",
 }
 EXCHANGED: Final = 0.10
-"""Modalities count as exchanged where the crossed pairing's rank-1 is above the paper's by more than this."""
+"""Modalities count as exchanged where the crossed rank-1 is above the paper's by more than this."""
 
 
 def pairings_of(test_sets: int) -> tuple[Pairing, ...]:
-    """The pairings of a network with this many sets in a test feature: with one set, all are the same."""
+    """The pairings of a network with this many sets in a test feature; with one set, all are the same."""
     return PAIRINGS if test_sets == 2 else (HEADLINE_PAIRING,)
 
 
 def paired(query: Tensor, gallery: Tensor, pairing: Pairing) -> tuple[Tensor, Tensor]:
-    """Features whose product `query @ gallery.T` is the similarity by a pairing.
+    """Rearrange features so that `query @ gallery.T` is the similarity by a pairing.
 
-    query, gallery: test features (Q, 2 D) and (G, 2 D), F before F₊. Returns the same shapes; for "all",
-    (Q, D) and (G, D).
+    Shape:
+        query, gallery: (Q, 2 D) and (G, 2 D), test features with F before F₊
+        result: the same shapes; for "all", (Q, D) and (G, D)
     """
     if pairing == "paper":
         return query, gallery
@@ -53,7 +54,7 @@ def _sum_of_sets(features: Tensor) -> Tensor:
 
 
 def exchange(rank1: Mapping[str, float]) -> str | None:
-    """The warning where training exchanged the modalities, from rank-1 by pairing; None where it didn't."""
+    """Return a warning if rank-1 by pairing shows that training exchanged the modalities, else None."""
     if "crossed" not in rank1 or rank1["crossed"] - rank1["paper"] <= EXCHANGED:
         return None
     paper, crossed = 100 * rank1["paper"], 100 * rank1["crossed"]

@@ -1,4 +1,4 @@
-"""The searches of a data set's protocol: which there are, of which images, and without unreadable ones."""
+"""The searches of a data set's protocol, their images, and searches without unreadable images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mrcn_fast.reid.training.checkpoint import fingerprint
 
 
 def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:
-    """The searches of a data set's protocol. ValueError for an option that its protocol hasn't."""
+    """Make the searches of a data set's protocol. Raises ValueError for an option that it doesn't have."""
     known = inspect.signature(dataset.searches).parameters
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
@@ -26,12 +26,12 @@ def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]
 
 
 def search_fingerprint(dataset: PersonDataset, search: Search) -> str:
-    """Of which images a search's scores are: `fingerprint` of the query and of each trial's gallery."""
+    """Compute the `fingerprint` of the query and of the galleries of all trials."""
     return fingerprint(dataset.root, chain(search.query, *search.galleries))
 
 
 def images_by_modality(searches: Sequence[Search]) -> dict[Modality, list[Sample]]:
-    """Each image of the searches once, by modality: trials and directions share most of them.
+    """Collect the images of the searches by modality, each once, because searches share most of them.
 
     Raises ValueError where a search doesn't go from one modality to the other.
     """
@@ -56,9 +56,9 @@ def _names(modalities: set[Modality]) -> str:
 def only_readable(
     samples: Mapping[Modality, Sequence[Sample]], *, workers: int = 0
 ) -> tuple[dict[Modality, list[Sample]], set[Path]]:
-    """The test images that can be read, by modality, and the paths of those that can't.
+    """Split test images into the readable ones, by modality, and the paths of the others, which are logged.
 
-    `readable` logs the latter. Raises DatasetError where no identity has images of both modalities left.
+    Raises DatasetError where no identity has readable images of both modalities.
     """
     every = [sample for images in samples.values() for sample in images]
     kept, unreadable = readable(every, workers=workers)
@@ -68,11 +68,10 @@ def only_readable(
 
 
 def without(search: Search, unreadable: Collection[Path]) -> Search:
-    """A search without the images at these paths.
+    """Remove the images at these paths from a search.
 
-    Raises DatasetError where a gallery is left in which nobody is searched for, or no query.
+    Raises DatasetError where a gallery then has no match for any query.
     """
-
     if not unreadable:
         return search
 

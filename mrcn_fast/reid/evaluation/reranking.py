@@ -1,4 +1,4 @@
-"""Re-ranking by k-reciprocal neighbours: images that have each other among their nearest.
+"""Re-ranking by k-reciprocal neighbours, which are images that have each other among their nearest.
 
 Z. Zhong et al., "Re-ranking Person Re-identification with k-reciprocal Encoding", CVPR 2017. An image p is
 encoded by its k-reciprocal neighbours, and two images are near where their encodings overlap:
@@ -10,9 +10,9 @@ encoded by its k-reciprocal neighbours, and two images are near where their enco
     Jaccard   = 1 - sum_g min(V(p, g), V(q, g)) / sum_g max(V(p, g), V(q, g))
     result    = (1 - weight) * Jaccard + weight * d
 
-An image is its own nearest and counts beside the k1 others. Where the authors' code, which the field's
-re-ranked scores come from, differs from the paper's text, this is the code: the rows of V have the sum 1, and
-two thirds exactly are not enough.
+An image is its own nearest neighbour, and counts in addition to the k1 others. Where the authors' code, from
+which the field's re-ranked scores come, differs from the paper's text, this module follows the code: the rows
+of V have the sum 1, and exactly two thirds are not enough.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mrcn_fast.reid.settings import check_arguments
 
 K1, K2, WEIGHT = 20, 6, 0.3
 
-# Distances ranked, or overlaps summed, at once; 8 to 32 bytes of working memory each.
+# The number of distances or overlaps that are computed at a time, with 8 to 32 bytes of working memory each.
 _CHUNK = 1 << 22
 
 
@@ -43,7 +43,7 @@ def rerank(
     weight: Share = WEIGHT,
     chunk: Count = _CHUNK,
 ) -> Tensor:
-    """Distances of queries to gallery images, from what their neighbourhoods share: float32 (Q, G).
+    """Compute distances of queries to gallery images from shared neighbours: float32 (Q, G).
 
     query_features, gallery_features: (Q, D) and (G, D), floating point, of one device; torch's, numpy's or
     lists. d is the squared Euclidean distance, each image's to all Q + G images divided by its largest, as
@@ -79,7 +79,7 @@ def rerank(
 
 
 def check_neighbours(queries: int, gallery: int, k1: int, k2: int) -> None:
-    """Refuse k1 and k2 that so many queries and gallery images don't allow. Raises ValueError."""
+    """Raise ValueError for k1 and k2 that this number of queries and gallery images doesn't allow."""
     images = queries + gallery
     if not 1 <= k1 < images:
         raise ValueError(
@@ -119,7 +119,7 @@ def _compared(features: Tensor, count: int, chunk: int) -> tuple[Tensor, NDArray
 
 
 def _nearest(apart: Tensor, rows: Tensor, count: int) -> Tensor:
-    """The nearest images of those in `rows`, each itself first: (rows, count) on the CPU."""
+    """Find the nearest images of those in `rows`, each itself first: (rows, count) on the CPU."""
     # A float64 that isn't negative orders as its bits do. The last of them, which are rounding, give way to
     # the column: no two keys are equal, and what is tied but for rounding is in the order of the images.
     column = (1 << (apart.shape[1] - 1).bit_length()) - 1
@@ -132,7 +132,7 @@ def _nearest(apart: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 def _scaled(features: Tensor) -> Tensor:
-    """Times the power of two, which rounds nothing, that brings the largest value near 1."""
+    """Scale by the power of two that brings the largest value near 1, which is exact."""
     _, exponent = torch.frexp(features.abs().amax())
     # In two steps: the power itself may be beyond what a float64 holds.
     half = exponent // 2
@@ -140,7 +140,7 @@ def _scaled(features: Tensor) -> Tensor:
 
 
 def _indicator(neighbours: NDArray[np.int64]) -> sparse.csr_array:
-    """A row an image, 1 at its neighbours: (N, N)."""
+    """Make a matrix (N, N) with a row per image, 1 at its neighbours."""
     images, count = neighbours.shape
     starts = np.arange(0, images * count + 1, count)
     ones = np.ones(images * count, dtype=np.float32)
@@ -148,7 +148,7 @@ def _indicator(neighbours: NDArray[np.int64]) -> sparse.csr_array:
 
 
 def _expanded(nearest: NDArray[np.int64], k1: int) -> sparse.csr_array:
-    """R*(p, k1) as rows of an (N, N) matrix, not zero at its images."""
+    """Make R*(p, k1) as a matrix (N, N), whose rows are not zero at its images."""
     wide = _reciprocal(nearest[:, : k1 + 1])
     narrow = _reciprocal(nearest[:, : round(k1 / 2) + 1])
     sizes = np.asarray(narrow.sum(axis=1)).ravel()
@@ -166,7 +166,7 @@ def _reciprocal(neighbours: NDArray[np.int64]) -> sparse.csr_array:
 
 
 def _encoding(distance: Tensor, neighbours: sparse.csr_array) -> sparse.csr_array:
-    """V: exp(-d) where `neighbours` is not zero, rows of sum 1."""
+    """Make V: exp(-d) where `neighbours` is not zero, with rows of sum 1."""
     counts = np.diff(neighbours.indptr)
     rows = np.repeat(np.arange(len(counts)), counts)
     places = (torch.from_numpy(index).long().to(distance.device) for index in (rows, neighbours.indices))
@@ -178,7 +178,7 @@ def _encoding(distance: Tensor, neighbours: sparse.csr_array) -> sparse.csr_arra
 
 
 def _overlaps(query: sparse.csr_array, gallery: sparse.csr_array, chunk: int) -> NDArray[np.float32]:
-    """The sum of min(V(p, g), V(q, g)) over g for each query p and gallery image q: (Q, G)."""
+    """Sum min(V(p, g), V(q, g)) over g for each query p and gallery image q: (Q, G)."""
     queries, images, by_column = query.shape[0], gallery.shape[0], gallery.tocsc()
     found = np.zeros((queries, images), dtype=np.float32)
     # Every weight of a query meets the gallery's weights in its column: that many pairs.
@@ -203,7 +203,7 @@ def _overlaps(query: sparse.csr_array, gallery: sparse.csr_array, chunk: int) ->
 
 
 def _features(given: Tensor | ArrayLike, name: str) -> Tensor:
-    """In float64, on a device that has it."""
+    """Convert to float64, on a device that has it."""
     features = as_tensor(given, name)
     if features.dim() != 2 or not features.numel() or not features.is_floating_point():
         raise ValueError(

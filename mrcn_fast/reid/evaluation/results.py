@@ -1,4 +1,4 @@
-"""Results on disk: what was measured tells one from another, and none replaces another in silence."""
+"""Results on disk: their names say what was measured, so that no result silently replaces another."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from mrcn_fast.reid.training.checkpoint import RESULT_NAMES
 from mrcn_fast.reid.training.config import FREE_ON_RESUME
 
 HEADLINE: Final = ("rank1", "rank10", "rank20", "mAP", "mINP")
-# What scores depend on, in a result and in each of its searches.
+# The values that scores depend on, in a result and in each of its searches.
 _MEASURED: Final = (
     "dataset", "split", "step", "network", "trained_on", "rerank", "k1", "k2", "skip_unreadable",
     "precision", "backend", "device",
 )  # fmt: skip
 _SEARCHED: Final = ("protocol", "settings", "trials", "fingerprint")
-# Different ones round differently and measure the same.
+# Results that differ in these alone measure the same, up to rounding.
 _WHERE: Final = ("backend", "device")
 
-# The kinds of a result, as far as it is read again, and of a record of other files.
+# The types of the parts of a result that are read again, and of a record of other files.
 _MEAN: Final = record("mean", dict.fromkeys(HEADLINE, FiniteFloat))
 _SCORES: Final = record("scores", {"mean": _MEAN}, more=True)
 _SEARCH: Final = record(
@@ -48,13 +48,13 @@ log = logging.getLogger(__name__)
 
 
 class ResultError(ValueError):
-    """A result that would replace another one."""
+    """A result would replace another one."""
 
 
 def measurement(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a result of scoring is of: those of its values, as JSON has them, that the scores depend on.
+    """Select the values of a result that its scores depend on, in the types of JSON.
 
-    Raises KeyError, TypeError or AttributeError for what is no result.
+    Raises KeyError, TypeError or AttributeError for anything but a result.
     """
     found = {name: result[name] for name in _MEASURED}
     found["config"] = {name: value for name, value in result["config"].items() if name not in FREE_ON_RESUME}
@@ -66,10 +66,10 @@ def measurement(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def result_name(result: Mapping[str, Any], checkpoint: str = "checkpoint") -> str:
-    """The file name of a result: in words what people choose, and 8 digits of the digest of its measurement.
+    """Name the file of a result by the options in words and 8 digits of the digest of its measurement.
 
-    test-step-6-all-search-single-shot-random-draw-10-trials-1f0c92ab.json; `checkpoint` is the stem of a
-    checkpoint of another name.
+    For example, test-step-6-all-search-single-shot-random-draw-10-trials-1f0c92ab.json. `checkpoint` is the
+    stem of the checkpoint's file name, which the name contains if it isn't the usual one.
     """
     searches = list(result["searches"].values())
     words = ["test", checkpoint * (checkpoint != "checkpoint"), f"step {result['step']}"]
@@ -83,14 +83,14 @@ def result_name(result: Mapping[str, Any], checkpoint: str = "checkpoint") -> st
 
 
 def slug(words: Iterable[str]) -> str:
-    """Words as part of a file's name."""
+    """Join words to a part of a file name."""
     return re.sub(r"[^a-z0-9]+", "-", " ".join(words).lower()).strip("-")
 
 
 def kept_result(folder: Path, wanted: Mapping[str, Any]) -> dict[str, Any] | None:
-    """A result in the folder that is of the measurement of `wanted`, on whatever device and backend.
+    """Find a result in the folder with the same measurement as `wanted`, on any device and backend.
 
-    Files that are no whole results are named in the log and left as they are.
+    Files that are not complete results are logged and left as they are.
     """
     asked = _anywhere(measurement(wanted))
     for path in sorted(folder.glob(RESULT_NAMES)):
@@ -111,10 +111,9 @@ def _anywhere(measured: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_free(record: Path, others: Iterable[Path], made_of: Mapping[str, Any]) -> None:
-    """Refuse to write over files that were made of something else.
+    """Raise ResultError, which names the difference, for existing files that were made of something else.
 
-    `record` is the JSON file that has under "made_of" what it and the `others` were made of. Raises
-    ResultError naming what differs.
+    The JSON file `record` says under "made_of" what it and the `others` were made of.
     """
     there = [path for path in (record, *others) if path.exists()]
     if not there:
@@ -135,7 +134,7 @@ def check_free(record: Path, others: Iterable[Path], made_of: Mapping[str, Any])
 
 
 def describe(result: dict[str, Any]) -> str:
-    """A result in a few lines: what was measured, then the figures in percent, mean ± standard deviation."""
+    """Describe a result in a few lines: what was measured, and the scores in percent, mean ± deviation."""
     names = {"rank1": "Rank-1", "rank10": "Rank-10", "rank20": "Rank-20"}
     lines = []
     for name, search in result["searches"].items():

@@ -1,4 +1,4 @@
-"""Retrieval scores as the field defines them: CMC, mAP and mINP of SYSU-MM01, RegDB and LLCM."""
+"""The field's retrieval scores, CMC, mAP and mINP, by the protocols of SYSU-MM01, RegDB and LLCM."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ from mrcn_fast.reid.settings import check_arguments
 
 PROTOCOLS: Final = ("sysu", "regdb", "llcm")
 
-# SYSU-MM01's cameras 2 and 3 stand in one room: a query of 3 skips the gallery of 2.
+# SYSU-MM01's cameras 2 and 3 see the same place, so that a query of camera 3 skips gallery images of 2.
 _SYSU_QUERY_CAMERA: Final = 3
 _SYSU_SKIPPED_CAMERA: Final = 2
 
-# Distances worked on at once, by one thread and by all. Working memory is below 40 bytes an element: 20 MB a
-# thread, and 320 MB in all.
+# The number of distances that one thread and all threads together work on at a time. Working memory is below
+# 40 bytes per distance, and so below 20 MB per thread and 320 MB in all.
 _CHUNK_ELEMENTS: Final = 1 << 19
 _ELEMENTS: Final = 1 << 23
 
-# A curve longer than any gallery would only fill memory.
+# The longest CMC curve: it is longer than any gallery, and a longer one would only fill memory.
 _LONGEST_CURVE: Final = 1 << 20
 
-# What torch sorts and compares; other dtypes become float64.
+# The dtypes that torch sorts and compares; other dtypes become float64.
 _COMPUTED: Final = frozenset(
     (
         *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
@@ -44,15 +44,12 @@ _Result = TypeVar("_Result")
 
 
 class Scores(NamedTuple):
-    """Scores of one trial, as shares of 1, averaged over the `valid_queries` that have a match.
+    """The scores of a trial, as shares of 1 and averaged over the queries that have a match."""
 
-    cmc: float64 (max_rank,) on the CPU, `cmc[k - 1]` is Rank-k.
-    """
-
-    cmc: Tensor
+    cmc: Tensor  # (max_rank,), float64 on the CPU; cmc[k - 1] is Rank-k
     mAP: float
     mINP: float
-    valid_queries: int
+    valid_queries: int  # that have a match
 
 
 @check_arguments
@@ -66,22 +63,35 @@ def score(
     protocol: str = "sysu",
     max_rank: Annotated[int, Field(ge=1, le=_LONGEST_CURVE), NUMPY] = 20,
 ) -> Scores:
-    """Rank-k (CMC), mAP and mINP of a retrieval.
+    """Compute Rank-k (CMC), mAP and mINP of a retrieval.
 
-    distance: (queries, gallery), any real dtype and device, smaller is nearer; query_ids, gallery_ids:
-    integers or text, one a row or column; query_cameras, gallery_cameras, for "sysu" and "llcm": integers
-    likewise. All may be tensors, numpy's arrays or lists.
+    The average precision AP of a query is the mean of k / rank(k) over its matches, where rank(k) is the rank
+    of its k-th match among the images. Its inverse negative penalty INP is the number of its matches divided
+    by the rank of the last one. mAP and mINP are their means over the queries that have a match. Images of
+    equal distance rank in the order of the gallery.
 
-    protocol: which gallery images a query skips and what the CMC counts:
+    The protocol says which gallery images a query skips, and what the CMC ranks:
       - "sysu": a query of camera 3 skips camera 2; the CMC ranks identities, each by its nearest image;
-      - "llcm": a query skips its own identity in its own camera; the CMC ranks identities likewise;
-      - "regdb": nothing is skipped; the CMC ranks images.
-    AP is the mean over a query's matches of k / rank of the k-th match, INP is matches / rank of the last
-    match, both over images. Queries without a match are left out. Equal distances rank in the gallery's
-    order.
+      - "llcm": a query skips images of its own identity by its own camera; the CMC ranks identities;
+      - "regdb": a query skips nothing; the CMC ranks images.
 
-    Raises ValueError for shapes and kinds that do not fit, missing cameras, an unknown protocol, distances
-    that are not finite, and when no query has a match.
+    Args:
+        distance: (queries, gallery), of any real dtype and on any device; smaller is nearer
+        query_ids, gallery_ids: the identity of each row and column, integers or text
+        query_cameras, gallery_cameras: the camera of each row and column, integers; for "sysu" and "llcm"
+        protocol: "sysu", "regdb" or "llcm"
+        max_rank: length of the CMC curve
+
+    All of them may be tensors, NumPy arrays or lists.
+
+    Raises:
+        ValueError: for shapes and types that don't fit, missing cameras, an unknown protocol, distances that
+            are not finite, and where no query has a match
+
+    Example:
+        >>> scores = score([[0.1, 0.9], [0.3, 0.2]], [1, 2], [1, 2], protocol="regdb", max_rank=2)
+        >>> scores.cmc.tolist(), scores.mAP, scores.mINP
+        ([1.0, 1.0], 1.0, 1.0)
     """
     distance = _distances(distance)
     with _undivided_operations(distance.device) as threads:
@@ -97,10 +107,17 @@ def skipped_images(
     gallery_cameras: Tensor | ArrayLike,
     protocol: str,
 ) -> Tensor:
-    """Which gallery images each query skips by a protocol of `PROTOCOLS`: bool (queries, gallery).
+    """Find the gallery images that each query skips: bool (queries, gallery).
 
-    All arguments but the last: integers, one a query or gallery image. `score` and ranking lists leave out
-    the same images by this. Raises ValueError for an unknown protocol, and for other shapes and kinds.
+    `score` and the ranking lists leave out the same images by this function.
+
+    Args:
+        query_ids, query_cameras: integers, one per query
+        gallery_ids, gallery_cameras: integers, one per gallery image
+        protocol: one of `PROTOCOLS`
+
+    Raises:
+        ValueError: for an unknown protocol, and for shapes and types that don't fit
     """
     _check_protocol(protocol)
     queries, gallery = _identities(query_ids, gallery_ids, (None, None))
@@ -114,7 +131,7 @@ def skipped_images(
 def _skipped(
     query_ids: Tensor, gallery_ids: Tensor, query_cameras: Tensor, gallery_cameras: Tensor, protocol: str
 ) -> Tensor:
-    """`skipped_images` of checked arguments."""
+    """`skipped_images` for arguments that were checked."""
     if protocol == "sysu":
         skipping, skipped = query_cameras == _SYSU_QUERY_CAMERA, gallery_cameras == _SYSU_SKIPPED_CAMERA
         return skipping[:, None] & skipped
@@ -124,10 +141,10 @@ def _skipped(
 
 
 def average(trials: Sequence[Scores]) -> Scores:
-    """The mean of the scores of several trials of one protocol, as SYSU-MM01 and LLCM report their ten.
+    """Average the scores of several trials of one protocol, as SYSU-MM01 and LLCM report ten.
 
-    Raises ValueError for no trial, curves of different length, or different numbers of valid queries: a
-    gallery draw changes neither, so the trials would not be of one protocol.
+    Raises ValueError for no trial, and for trials of different protocols: those have CMC curves of different
+    lengths or different numbers of valid queries, which gallery draws don't change.
     """
     if not trials:
         raise ValueError("expected the scores of at least one trial; got none")
@@ -185,22 +202,23 @@ def _scores(
 
 
 class _Problem(NamedTuple):
-    """What the scores of a query depend on: the checked arguments of `score`, and the gallery by identity."""
+    """The checked arguments of `score`, and the gallery by identity."""
 
     distance: Tensor
     queries: Tensor
     gallery: Tensor
     cameras: tuple[Tensor, Tensor] | None
     protocol: str
-    columns: Tensor  # (G,) each image's place among the gallery's sorted identities
-    matches: Tensor  # (identities, most) of `_match_table`
-    own: Tensor  # (Q,) each query's row in it
+    columns: Tensor  # (G,), the index of each image's identity among the gallery's sorted identities
+    matches: Tensor  # (identities, most), see `_match_table`
+    own: Tensor  # (Q,), the row of each query in `matches`
 
 
 def _score_rows(problem: _Problem, rows: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of the queries in `rows`: whether they have a match, what the CMC counts before it, AP and INP (rows,).
+    """Score the queries in `rows`.
 
-    Without a match the others are of no meaning. On a GPU nothing here waits for it.
+    Returns, (rows,) each: whether the query has a match, the number of images or identities before its first
+    match, AP and INP. The last three mean nothing without a match. The host doesn't wait for a GPU here.
     """
     values = problem.distance[rows].to(_working_dtype(problem.distance))
     places = problem.matches[problem.own[rows]]
@@ -220,15 +238,15 @@ def _score_rows(problem: _Problem, rows: Tensor) -> tuple[Tensor, Tensor, Tensor
 
 @contextmanager
 def _undivided_operations(device: torch.device) -> Iterator[int]:
-    """On the CPU: each operation on one thread, and how many threads there are to take rows of their own.
+    """On the CPU, run each operation on one thread; yield the number of threads that can share the rows.
 
-    Were all threads to share each operation, they would wait for the slowest of them a hundred times.
+    If the threads shared each operation instead, they would wait for each other after every one.
     """
     if device.type != "cpu":
         yield 1
         return
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # of this thread, and of those that begin before it is put back
+    torch.set_num_threads(1)  # for this thread, and for threads that start before it is restored
     try:
         yield threads
     finally:
@@ -236,7 +254,7 @@ def _undivided_operations(device: torch.device) -> Iterator[int]:
 
 
 def _by_threads(work: Callable[[Tensor], _Result], chunks: Sequence[Tensor], threads: int) -> list[_Result]:
-    """`work` of each chunk, in their order."""
+    """Apply `work` to each chunk, and return the results in the order of the chunks."""
     if min(threads, len(chunks)) == 1:
         return list(map(work, chunks))
     with ThreadPoolExecutor(min(threads, len(chunks))) as pool:
@@ -244,22 +262,22 @@ def _by_threads(work: Callable[[Tensor], _Result], chunks: Sequence[Tensor], thr
 
 
 def _images_before(values: Tensor, places: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
-    """How many images each match has before it (Q, M), and values without ties at the matches (Q, G).
+    """Count the images before each match, (Q, M), and make values that have no ties at the matches, (Q, G).
 
-    values: (Q, G), skipped images infinite, changed in place; places: (Q, M) columns of the matches, where
-    `matched`.
+    `values` (Q, G) are infinite for skipped images and are changed in place; `places` (Q, M) are the columns
+    of the matches where `matched`.
     """
     if values.device.type != "cpu":
         return _images_before_stably(values, places)
     ordered = _sorted_rows(values)
     nearest = values.gather(1, places)
     before = torch.searchsorted(ordered, nearest)
-    # A match is tied where the value behind its first place is its own again.
+    # A match is tied where the next value in order equals its own.
     next_value = ordered.gather(1, (before + 1).clamp_(max=ordered.shape[1] - 1))
     last = before == ordered.shape[1] - 1
     tied = torch.nonzero(((next_value == nearest) & ~last & matched).any(dim=1)).flatten()
     if len(tied):
-        # Only such rows pay for a stable sort; their images' positions in it then stand for the distances.
+        # Only rows with ties need a stable sort. The positions in its order replace the distances there.
         positions = _stable_positions(values[tied])
         before[tied] = positions.gather(1, places[tied])
         values[tied] = positions.to(values.dtype)
@@ -267,7 +285,7 @@ def _images_before(values: Tensor, places: Tensor, matched: Tensor) -> tuple[Ten
 
 
 def _images_before_stably(values: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-    # A GPU sorts stably at the price of any sort, and to look for ties first would be to wait for it.
+    # On a GPU a stable sort costs no more than another, and to look for ties first would wait for the GPU.
     positions = _stable_positions(values)
     return positions.gather(1, places), positions.to(values.dtype)
 
@@ -275,7 +293,7 @@ def _images_before_stably(values: Tensor, places: Tensor) -> tuple[Tensor, Tenso
 def _identities_before(
     values: Tensor, places: Tensor, matched: Tensor, columns: Tensor, identities: int
 ) -> Tensor:
-    """How many other identities have an image before the query's nearest match (Q,)."""
+    """Count the other identities that have an image before the query's nearest match, (Q,)."""
     first = values.gather(1, places).masked_fill_(~matched, torch.inf).amin(dim=1, keepdim=True)
     nearest = values.new_full((len(values), identities), torch.inf)
     nearest.scatter_reduce_(1, columns.expand_as(values), values, "amin")
@@ -283,7 +301,7 @@ def _identities_before(
 
 
 def _precision_and_penalty(before: Tensor, matched: Tensor) -> tuple[Tensor, Tensor]:
-    """AP and INP of each query, float64 (Q,), from the places of its matches; NaN where it has none."""
+    """Compute AP and INP of each query, float64 (Q,), from the ranks of its matches; NaN without a match."""
     count = matched.sum(dim=1)
     ranks = before.masked_fill(~matched, torch.iinfo(before.dtype).max - 1).sort(dim=1).values + 1
     found = torch.arange(1, ranks.shape[1] + 1, device=ranks.device)
@@ -294,19 +312,19 @@ def _precision_and_penalty(before: Tensor, matched: Tensor) -> tuple[Tensor, Ten
 
 
 def _sorted_rows(values: Tensor) -> Tensor:
-    # numpy sorts values several times faster than torch, which sorts indices along with them.
+    # NumPy sorts values several times faster than torch, which sorts indices along with them.
     return torch.from_numpy(np.sort(values.numpy(), axis=1))
 
 
 def _stable_positions(values: Tensor) -> Tensor:
-    """The place of each element in its row's order; equal ones in the order of their columns."""
+    """The rank of each element in its row, from 0; equal elements rank in the order of their columns."""
     order = values.argsort(dim=1, stable=True)
     places = torch.arange(values.shape[1], device=values.device)
     return torch.empty_like(order).scatter_(1, order, places.expand_as(order))
 
 
 def _match_table(columns: Tensor, identities: int) -> Tensor:
-    """The gallery columns of each identity (identities, most), in order, -1 where it has fewer than most."""
+    """List the gallery columns of each identity, (identities, most); unused entries are -1."""
     counts = torch.bincount(columns, minlength=identities)
     starts = counts.cumsum(0) - counts
     order = columns.argsort(stable=True)
@@ -321,9 +339,9 @@ def _rows_at_once(distance: Tensor, threads: int) -> int:
 
 
 def _working_dtype(distance: Tensor) -> torch.dtype:
-    """The dtype to sort in: the distance's own, or one that holds its values and the places of a row."""
+    """The dtype to sort in, which holds both the distances and the ranks of a row exactly."""
     if distance.dtype in (torch.float32, torch.float64):
-        # Above 2**24 columns float32 cannot tell two places of a row apart.
+        # float32 doesn't hold all ranks above 2**24.
         return torch.float64 if distance.shape[1] > 1 << 24 else distance.dtype
     return torch.float32 if distance.is_floating_point() else torch.float64
 
@@ -347,7 +365,7 @@ def _distances(value: Tensor | ArrayLike) -> Tensor:
 def _identities(
     query_ids: Tensor | ArrayLike, gallery_ids: Tensor | ArrayLike, lengths: tuple[int | None, int | None]
 ) -> tuple[Tensor, Tensor]:
-    """The identities of both sides, of these lengths where they are known, as int64; text is numbered."""
+    """Convert the identities of both sides to int64, and check their lengths where those are known."""
     names = as_text(query_ids, "query_ids"), as_text(gallery_ids, "gallery_ids")
     if (names[0] is None) != (names[1] is None):
         kinds = ["numbers" if side is None else "text" for side in names]
@@ -363,14 +381,14 @@ def _identities(
 def _numbered(
     queries: NDArray[np.str_], gallery: NDArray[np.str_]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """A number for each name, the same on both sides."""
+    """Number the names, in the same way on both sides."""
     _, numbers = np.unique(np.concatenate((queries.ravel(), gallery.ravel())), return_inverse=True)
     first, second = np.split(numbers, [queries.size])
     return first.reshape(queries.shape), second.reshape(gallery.shape)
 
 
 def _integers(value: Tensor | ArrayLike, name: str, length: int | None) -> Tensor:
-    """int64 (length,), or of any length."""
+    """Convert integers to int64, (length,); None stands for any length."""
     tensor = as_tensor(value, name)
     whole = not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool)
     if not whole or tensor.dim() != 1 or length not in (None, len(tensor)):
@@ -392,7 +410,7 @@ def _checked_arguments(
     _check_protocol(protocol)
     rows, columns = distance.shape
     queries, gallery = _identities(query_ids, gallery_ids, (rows, columns))
-    # The extremes are NaN if any value is, and found without a mask of the rows' size.
+    # The extremes are NaN if any value is, and need no mask as large as the rows.
     chunks = distance.split(_rows_at_once(distance, threads))
     extremes = _by_threads(lambda rows: torch.stack(rows.aminmax()), chunks, threads)
     if not torch.stack(extremes).isfinite().all():
@@ -405,7 +423,7 @@ def _checked_arguments(
 
 
 def _not_finite(values: Tensor) -> tuple[int, int]:
-    """The first place in (rows, columns) whose value is not finite."""
+    """Find the row and column of the first value that is not finite."""
     row = next(row for row, rows in enumerate(values) if not rows.isfinite().all())
     return row, int(torch.nonzero(~values[row].isfinite())[0])
 

@@ -18,12 +18,12 @@ POOLS: tuple[PoolName, ...] = get_args(PoolName)
 
 
 def stripes(rows: int, parts: int) -> list[tuple[int, int]]:
-    """First row and the one behind the last of each of `parts` horizontal stripes of a map.
+    """Divide the rows of a map into `parts` horizontal stripes, as adaptive pooling does.
 
-    Adaptive pooling's: from floor(i rows / parts) to ceil((i + 1) rows / parts). All have one height; where
-    `parts` does not divide `rows`, neighbours share a row.
+    Stripe i has the rows from floor(i rows / parts) to ceil((i + 1) rows / parts), exclusive. All stripes
+    have the same height; where `parts` doesn't divide `rows`, neighbours share a row.
 
-    Raises ValueError for no part, and when there are more parts than rows.
+    Returns the bounds of each stripe. Raises ValueError for no part and for more parts than rows.
     """
     if parts < 1:
         raise ValueError(f"got {parts} parts, expected at least 1")
@@ -38,10 +38,10 @@ def stripes(rows: int, parts: int) -> list[tuple[int, int]]:
 class PartPool(nn.Module):
     """Pools a map in horizontal stripes: (N, D, H, W) -> (parts, N, D).
 
-    `kind` "average" takes the mean, "gem" the generalized mean (mean of max(x, 1e-6)^p)^(1/p) with one p for
-    all stripes that is learned and starts at 3 (Radenović et al. 2018), in float32 at least.
+    `kind` "average" takes the mean. "gem" takes the generalized mean (mean of max(x, 1e-6)^p)^(1/p) of
+    Radenović et al. (2018), in float32 or better. All stripes share one learned p, which starts at 3.
 
-    Stripes of which neighbours share a row are told once, at INFO. Raises ValueError when there are more
+    Where neighbouring stripes share a row, this is logged once, at level INFO. Raises ValueError for more
     parts than rows.
     """
 
@@ -51,13 +51,13 @@ class PartPool(nn.Module):
         self.parts = parts
         self.kind = kind
         self.p = nn.Parameter(torch.full((), 3.0)) if kind == "gem" else None
-        self._told = False
+        self._logged = False
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.shape[2]
         bounds = stripes(rows, self.parts)
-        if rows % self.parts and not self._told and not torch.compiler.is_compiling():
-            self._told = True
+        if rows % self.parts and not self._logged and not torch.compiler.is_compiling():
+            self._logged = True
             log.info(
                 "%d rows in %d parts: rows %s, neighbours sharing one",
                 *(rows, self.parts, ", ".join(f"{a} to {b - 1}" for a, b in bounds)),
@@ -65,7 +65,7 @@ class PartPool(nn.Module):
         if self.p is None:
             return _means(x, bounds)
         with torch.autocast(x.device.type, enabled=False):
-            # A power of a half-precision number overflows; autocast would leave it in its dtype on a CPU.
+            # Powers overflow in half precision, and autocast on the CPU would keep the dtype.
             precise = x if x.dtype == torch.float64 else x.float()
             return _means(precise.clamp(min=1e-6).pow(self.p), bounds).pow(1 / self.p)
 
@@ -74,7 +74,7 @@ class PartPool(nn.Module):
 
 
 def _means(x: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
-    # Not torch's adaptive pooling: where stripes share rows its backward on CUDA adds in no fixed order.
+    # torch's adaptive pooling isn't used, because its backward pass on CUDA adds in no fixed order.
     if len(bounds) == 1:
         return x.mean(dim=(2, 3))[None]
     rows = x.mean(dim=3)
@@ -88,7 +88,7 @@ class Head(nn.Module):
     def __init__(self, features: Count, classes: Count) -> None:
         super().__init__()
         self.neck = nn.BatchNorm1d(features)
-        self.neck.bias.requires_grad_(False)  # BNNeck: centred on the origin, where the cosine is measured
+        self.neck.bias.requires_grad_(False)  # features stay centred, as for the cosine
         self.classifier = nn.Linear(features, classes, bias=False)
         nn.init.normal_(self.neck.weight, 1.0, 0.01)
         nn.init.normal_(self.classifier.weight, 0.0, 0.001)

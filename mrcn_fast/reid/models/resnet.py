@@ -1,7 +1,7 @@
-"""ResNet-18 and -50 with a stem for each modality, and ImageNet weights from a file.
+"""ResNet-18 and ResNet-50 with a stem per modality, and the loading of ImageNet weights.
 
-Modules carry torchvision's names (conv1, bn1, layer1 ... layer4, downsample.0), so a file of torchvision's or
-timm's ResNet weights fits as it is; torchvision itself is not needed.
+Modules have torchvision's names (conv1, bn1, layer1 ... layer4, downsample.0), so that files of the ResNet
+weights of torchvision and timm fit. torchvision itself is not needed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from mrcn_fast.reid.kinds import Depth
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.stored import StoredError, read_safetensors, read_torch
 
-# BatchNorm's count of batches, an integer.
+# The end of the names of BatchNorm's integer counts of batches.
 _COUNTER = "num_batches_tracked"
 _WANTED = "ImageNet weights in torchvision's format (.pth, .safetensors)"
 
 
 class WeightsError(ValueError):
-    """A weights file that is missing, unreadable or does not fit the network."""
+    """A weights file is missing, unreadable or doesn't fit the network."""
 
 
 class BasicBlock(nn.Module):
@@ -54,7 +54,7 @@ class Bottleneck(nn.Module):
 
     def __init__(self, channels: int, width: int, stride: int) -> None:
         super().__init__()
-        # The stride sits in the 3x3 convolution, as in torchvision; its weights were trained that way.
+        # The 3x3 convolution has the stride, as in torchvision, whose weights were trained that way.
         self.conv1 = nn.Conv2d(channels, width, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
@@ -80,7 +80,7 @@ def _shortcut(channels: int, out_channels: int, stride: int) -> nn.Sequential | 
 
 
 class Stem(nn.Module):
-    """One modality's own first layers: (N, 3, H, W) -> (N, 64, H/4, W/4)."""
+    """The first layers, which each modality has of its own: (N, 3, H, W) -> (N, 64, H/4, W/4)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -100,10 +100,10 @@ BLOCKS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 
 
 class Trunk(nn.Module):
-    """A ResNet whose stem exists twice, `visible` and `infrared`, and whose layers 1 to 4 are shared.
+    """A ResNet with two stems, `visible` and `infrared`, and shared layers 1 to 4.
 
-    Stage 0 is the stem's end, stage k the end of layer k. The last stride is 1, as in the field's baselines:
-    layer4 keeps layer3's resolution, so a (N, 3, H, W) image gives (N, `channels[4]`, H/16, W/16).
+    Stage 0 ends with the stem, and stage k with layer k. The stride of layer4 is 1, as in the field's
+    baselines, so that a (N, 3, H, W) image gives (N, `channels[4]`, H/16, W/16).
 
     Raises ValueError for a depth other than 18 or 50.
     """
@@ -129,29 +129,30 @@ class Trunk(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def stem(self, images: Tensor, modality: Modality) -> Tensor:
-        """Stage 0 of one modality: (N, 3, H, W) -> (N, 64, H/4, W/4). ValueError for an unknown modality."""
+        """Compute stage 0: (N, 3, H, W) -> (N, 64, H/4, W/4). Raises ValueError for an unknown modality."""
         if modality not in MODALITIES:
             raise ValueError(f"got modality {modality!r}, expected one of {list(MODALITIES)}")
         return cast(Tensor, getattr(self, modality)(images))
 
     def layers(self, x: Tensor, first: int, last: int) -> Tensor:
-        """The shared layers `first` to `last`, both included; none where first > last."""
+        """Apply the shared layers from `first` to `last`, inclusive; none where first > last."""
         for index in range(first, last + 1):
             x = getattr(self, f"layer{index}")(x)
         return x
 
     def load_imagenet(self, path: str | Path) -> None:
-        """Load a ResNet of this depth in torchvision's format: conv1, bn1 into both stems; `fc` is ignored.
+        """Load the weights of a ResNet of this depth in torchvision's format.
 
-        `path` is a .pth (a state_dict) or .safetensors file. Raises WeightsError naming the keys if anything
-        is missing, left over, of another shape or no finite floating-point numbers. Weights that were skipped
-        silently are the field's commonest cause of scores near zero. Nothing is loaded then.
+        Both stems get conv1 and bn1, and `fc` is ignored. `path` is a .pth file (a state_dict) or a
+        .safetensors file. Raises WeightsError with the keys, and loads nothing, where anything is missing,
+        unexpected, of another shape, not floating-point or not finite: weights that were skipped silently are
+        the field's commonest cause of scores near zero.
         """
         path = Path(path).expanduser()
         given = {key: value for key, value in read_weights(path).items() if not key.startswith("fc.")}
         expected = self._imagenet_keys()
-        # Files from before torch 0.4.1 have no counter of BatchNorm's batches; nothing reads it at fixed
-        # momentum.
+        # Files from before torch 0.4.1 have no counts of batches, which BatchNorm with a fixed momentum
+        # doesn't read.
         missing = [k for k in expected if k not in given and not k.endswith(_COUNTER)]
         problems = {
             "missing": missing,
@@ -176,7 +177,7 @@ class Trunk(nn.Module):
                         target.copy_(given[key])
 
     def _imagenet_keys(self) -> dict[str, list[Tensor]]:
-        """torchvision's key -> the tensors of this trunk it fills: two for the stem, one for the rest."""
+        """Map torchvision's keys to the tensors that they fill: two in the stems, one elsewhere."""
         keys: dict[str, list[Tensor]] = {}
         for name, tensor in self.state_dict(keep_vars=True).items():
             for modality in MODALITIES:
@@ -186,7 +187,7 @@ class Trunk(nn.Module):
 
 
 def check_weights_file(path: str | Path) -> None:
-    """Refuse a path at which there is no file, without reading one. Raises WeightsError."""
+    """Raise WeightsError for a path without a file; the file is not read."""
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
@@ -194,9 +195,9 @@ def check_weights_file(path: str | Path) -> None:
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:
-    """A state_dict from a .safetensors or torch file, on the CPU; nothing in the file is executed.
+    """Read a state_dict from a .safetensors or torch file onto the CPU; nothing in the file is executed.
 
-    Raises WeightsError with the path when it is missing, unreadable or holds something else.
+    Raises WeightsError with the path for a file that is missing, unreadable or of another content.
     """
     check_weights_file(path)
     expected = f"{path}: expected {_WANTED}"
@@ -229,7 +230,7 @@ def _is_state(value: object) -> bool:
 
 
 def _check_values(path: Path, weights: Mapping[str, Tensor]) -> None:
-    """Refuse what a network can't compute with. Raises WeightsError naming the entry."""
+    """Raise WeightsError, with the key, for values that a network can't compute with."""
     for key, value in weights.items():
         if value.layout != torch.strided or value.is_meta or value.is_nested:
             raise WeightsError(
@@ -253,7 +254,7 @@ def _check_values(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 
 def _advice(given: Mapping[str, Tensor], expected: Mapping[str, object]) -> str:
-    """What to do about a file whose keys aren't the expected ones."""
+    """Advise what to do about a file with unexpected keys."""
     first = "conv1.weight"
     prefixes = [key.removesuffix(first) for key in given if key.endswith(f".{first}")]
     for prefix in sorted(prefixes, key=len):

@@ -1,4 +1,4 @@
-"""The paper's Figures 5 and 6 of trained networks: `mrcn-fast figures`."""
+"""`mrcn-fast figures`: the paper's Figures 5 and 6 for trained networks."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ INITIAL = "initial"
 
 PICTURES = ("distances.png", "tsne.png", "ranking.png")
 
-_LISTED = 10  # images of a ranking list
-_THUMBNAIL = 192  # pixels of an image's height in it
+_LISTED = 10  # number of images in a ranking list
+_THUMBNAIL = 192  # height of its images in pixels
 
 _log = logging.getLogger(__name__)
 
@@ -191,7 +191,7 @@ class _Subject(NamedTuple):
     queries: list[int]  # rows of the search's query
 
     def mapped(self) -> list[tuple[Modality, int]]:
-        """Modality and row of the images in the t-SNE map, in its order."""
+        """The modality and row of each image in the t-SNE map, in the map's order."""
         return [
             (modality, row)
             for modality, samples in self.images.items()
@@ -230,7 +230,7 @@ def _column(subject: _Subject, features: Mapping[Modality, Tensor], seed: int) -
 
 
 def _drawn(subject: _Subject, columns: Mapping[str, _Column], config: TrainConfig) -> tuple[Figure, ...]:
-    """The figures in the order of PICTURES; images in lists have the shape that `config` gives them."""
+    """Draw the figures, in the order of PICTURES; images in ranking lists have the shape of `config`."""
     mapped = [subject.images[modality][row] for modality, row in subject.mapped()]
     size = (_THUMBNAIL, max(1, round(_THUMBNAIL * config.width / config.height)))
     return (
@@ -264,7 +264,7 @@ def _made_of(subject: _Subject, opened: Mapping[str, Trained], options: FigureOp
 
 
 def all_test_images(dataset: PersonDataset) -> dict[Modality, list[Sample]]:
-    """All images that a data set's searches can see, by modality, sorted by identity, camera and path."""
+    """Collect all images of a data set's searches, by modality, sorted by identity, camera and path."""
     options = {"shots": sys.maxsize, "trials": 1}
     known = inspect.signature(dataset.searches).parameters
     searches = dataset.searches(**{name: value for name, value in options.items() if name in known})
@@ -275,7 +275,7 @@ def all_test_images(dataset: PersonDataset) -> dict[Modality, list[Sample]]:
 
 
 def choose_people(images: Mapping[Modality, Sequence[Sample]], people: int, seed: int) -> set[int]:
-    """Identities with images of both modalities, drawn by `seed`; all, with a warning, if there are fewer."""
+    """Draw identities with images of both modalities; all of them, with a warning, if there are too few."""
     both = sorted(set.intersection(*({s.identity for s in side} for side in images.values())))
     if len(both) < people:
         _log.warning("the t-SNE map shows all %d test people; %d were asked for", len(both), people)
@@ -283,10 +283,10 @@ def choose_people(images: Mapping[Modality, Sequence[Sample]], people: int, seed
 
 
 def choose_queries(search: Search, queries: int, paths: Sequence[str] | None, seed: int) -> list[int]:
-    """Rows of `search.query`: those whose paths end so, or drawn by `seed`, each of another person.
+    """Choose rows of `search.query` by the ends of their paths, or draw them, each of another person.
 
-    Only queries with a match in the first gallery are drawn; of fewer people than asked for, all. Raises
-    ValueError for a path that no query's, or more than one's, ends with.
+    Only queries with a match in the first gallery are drawn; all of them, if there are too few people. Raises
+    ValueError for a path with which the path of no query, or of several, ends.
     """
     if paths is not None:
         return [_query_named(search, path) for path in paths]
@@ -315,7 +315,7 @@ def _query_named(search: Search, path: str) -> int:
 
 
 def _ranked_search(dataset: PersonDataset, permutations: str | None) -> Search:
-    """The headline search; SYSU-MM01's as in the paper's Figure 6, in the multi-shot setting."""
+    """The headline search; for SYSU-MM01 it is multi-shot, as in the paper's Figure 6."""
     options: dict[str, Any] = {}
     if dataset.name == "sysu-mm01":
         draw = "random" if permutations is None else "official"
@@ -324,7 +324,7 @@ def _ranked_search(dataset: PersonDataset, permutations: str | None) -> Search:
 
 
 def _forget_training(trained: Trained) -> None:
-    """Put a network back to where its training began: its seed's weights, and the ImageNet weights given."""
+    """Give a network its initial weights: those of its seed, and the ImageNet weights if it had any."""
     config = trained.config
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
@@ -335,7 +335,7 @@ def _forget_training(trained: Trained) -> None:
 
 
 def _titles(opened: Sequence[Trained], initial: bool) -> list[str]:
-    """A column's title is its model's; where that is not one column's alone, with the run's folder."""
+    """Title each column by its model, and by the folder of its run where columns have the same model."""
     titles = [_title(trained.config) for trained in opened]
     if initial:
         titles[0] = INITIAL
@@ -360,7 +360,7 @@ def _identities(samples: Sequence[Sample]) -> Tensor:
 
 
 def _labels(search: Search, query: Sequence[Sample]) -> dict[str, Any]:
-    """What decides which images of the first gallery match or are skipped, as `skipped_images` takes it."""
+    """The arguments of `skipped_images` for these queries and the first gallery."""
     gallery = search.galleries[0]
     return {
         "query_ids": _identities(query),

@@ -40,7 +40,7 @@ class _MadeRow(TypedDict):
 
 @with_more
 class _MadeTable(TypedDict):
-    """What `markdown` reads of a table that `run_table` wrote."""
+    """The part of a table's file that `markdown` reads."""
 
     table: str
     synthetic: bool
@@ -51,7 +51,7 @@ class _MadeTable(TypedDict):
 
 
 def load_made_table(path: str | Path, name: str) -> dict[str, Any]:
-    """The table `name` that `run_table` wrote. Raises DocumentError for a file that is anything else."""
+    """Read the table `name` that `run_table` wrote. Raises DocumentError for any other file."""
     path = Path(path)
     expected = f"table {name} as `mrcn-fast table {name}` writes it"
     try:
@@ -74,7 +74,7 @@ def load_made_table(path: str | Path, name: str) -> dict[str, Any]:
 
 
 def _strange_scores(spec: TableSpec, row: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The first of a row's scores that `markdown` can't print."""
+    """Find the first of a row's scores that `markdown` can't print."""
     for part in ("ours", "std"):
         for key, found in row.get(part, {}).items():
             if key not in spec.columns or not set(spec.columns[key].scores) <= found.keys():
@@ -88,7 +88,7 @@ def _strange_scores(spec: TableSpec, row: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-    """A table as Markdown: our figures in percent, the paper's in brackets beside them."""
+    """Format a table as Markdown: our figures in percent, and the paper's in brackets."""
     spec = load_table(table["table"])
     header = ["Methods"]
     for column in spec.columns.values():
@@ -128,7 +128,7 @@ def _cells(spec: TableSpec, row: Row, made: Mapping[str, Any]) -> list[str]:
 
 
 def _pairing_lines(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Rank-1 by each pairing of the rows whose network has two test features; no lines without such rows."""
+    """Format rank-1 by each pairing, for the rows whose network has two test features, if there are any."""
     rank1 = [
         {key: _rank1(row, key) for key, found in row.get("pairings", {}).items() if found} for row in rows
     ]
@@ -143,8 +143,10 @@ def _pairing_lines(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> list[s
             continue
         cells = [f"{100 * found[key][p]:.1f}" if key in found else "–" for key in keys for p in PAIRINGS]
         lines.append(_line([row.title, *cells]))
-        told = {key: exchange(by_pairing) for key, by_pairing in found.items()}
-        warnings += [f"{row.title}, {spec.columns[key].title}: {text}." for key, text in told.items() if text]
+        texts = {key: exchange(by_pairing) for key, by_pairing in found.items()}
+        warnings += [
+            f"{row.title}, {spec.columns[key].title}: {text}." for key, text in texts.items() if text
+        ]
     return lines + [line for warning in warnings for line in ("", warning)]
 
 
@@ -158,8 +160,8 @@ def _line(cells: Iterable[str]) -> str:
 
 
 def draw_curves(spec: TableSpec, table: Mapping[str, Any], path: Path) -> None:
-    """The columns' scores over the rows, a panel a column."""
-    # Not pyplot, which would choose the caller's backend.
+    """Draw the scores over the rows, one panel per column."""
+    # pyplot isn't used, because it would choose a backend for the caller.
     from matplotlib.figure import Figure
 
     keys = [key for key in spec.columns if key in table["rows"][0]["ours"]]

@@ -1,4 +1,4 @@
-"""The paper's Figures 5 and 6 from plain arrays: what is drawn, and the drawing. No window is opened."""
+"""The paper's Figures 5 and 6, computed and drawn from plain arrays. No window is opened."""
 
 from __future__ import annotations
 
@@ -18,38 +18,40 @@ from torch.nn import functional as F
 
 from mrcn_fast.reid.evaluation.scores import skipped_images
 
-# Figure 5's colours of distances, Figure 6's frames, and 20 colours that can be told apart.
+# The colours of distances in Figure 5, of frames in Figure 6, and of up to 20 people.
 INTRA, INTER = "tab:blue", "tab:green"
 CORRECT, WRONG, QUERY = "#2ca02c", "#d62728", "0.3"
 PEOPLE = "tab20"
 
-# Vectors of length 1 are at most 2 apart. Counted finely, drawn in as many bars as the occupied part allows.
+# Vectors of length 1 are at most 2 apart. Distances are counted in _BINS bins, and drawn in at most _BARS
+# bars.
 _FARTHEST, _BINS, _BARS = 2.0, 4000, 60
 _PAIRS_AT_ONCE = 1 << 21
 
 
 class Distances(NamedTuple):
-    """How far images of one person (intra) and of two (inter) are from each other across the modalities.
+    """The distances of visible-infrared pairs of images: of the same person (intra) and of two (inter)."""
 
-    intra, inter: int64 counts of `bins` equal bins from 0 to 2; means over all pairs, NaN without one.
-    """
-
-    intra: NDArray[np.int64]
+    intra: NDArray[np.int64]  # counts in equal bins from 0 to 2
     inter: NDArray[np.int64]
-    intra_mean: float
+    intra_mean: float  # over all pairs; NaN without a pair
     inter_mean: float
 
     @property
     def delta(self) -> float:
-        """The paper's δ: how much farther two people are than two images of one."""
+        """The paper's δ: the mean distance of two people, minus that of two images of one person."""
         return self.inter_mean - self.intra_mean
 
 
 def distances(visible: Tensor, visible_ids: Tensor, infrared: Tensor, infrared_ids: Tensor) -> Distances:
-    """Euclidean distances of all visible-infrared pairs of features, each feature scaled to length 1.
+    """Count the Euclidean distances of all visible-infrared pairs of features, scaled to length 1.
 
-    visible: (V, D), infrared: (N, D), with (V,) and (N,) integer identities. Every pair is counted; working
-    memory is that of 2 million pairs, whatever V and N. Raises ValueError for features that are not finite.
+    Working memory is that of 2 million pairs for any V and N. Raises ValueError for features that are not
+    finite.
+
+    Shape:
+        visible, infrared: (V, D) and (N, D)
+        visible_ids, infrared_ids: (V,) and (N,), integers
     """
     visible, infrared = _unit(visible, "visible"), _unit(infrared, "infrared")
     counts = torch.zeros(2, _BINS, dtype=torch.int64)
@@ -66,7 +68,7 @@ def distances(visible: Tensor, visible_ids: Tensor, infrared: Tensor, infrared_i
 
 
 def draw_distances(columns: Mapping[str, Distances]) -> Figure:
-    """Figure 5 (a-e): a panel a title, on one scale; the means dashed, δ between them."""
+    """Draw Figure 5 (a-e): one panel per title, all on one scale, with dashed means and δ."""
     figure, panels = _panels(len(columns), width=3.1, height=3.0)
     used = np.flatnonzero(sum(d.intra + d.inter for d in columns.values()))
     first, last = (int(used[0]), int(used[-1])) if len(used) else (0, _BINS - 1)
@@ -84,7 +86,7 @@ def draw_distances(columns: Mapping[str, Distances]) -> Figure:
         panel.set_title(_plain(title))
         panel.text(0.03, 0.96, f"δ = {found.delta:.3f}", transform=panel.transAxes, va="top")
         panel.margins(x=0.02)
-    # Above the bars and the means there is room for δ.
+    # δ stands above the bars and the means.
     top = 1.2 * max(panel.get_ylim()[1] for panel in panels)
     for panel in panels:
         panel.set_ylim(0, top)
@@ -97,32 +99,33 @@ def draw_distances(columns: Mapping[str, Distances]) -> Figure:
 
 
 def tsne_map(features: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
-    """t-SNE of features scaled to length 1: (n, D) -> (n, 2), the same for the same seed.
+    """Compute the t-SNE map of features scaled to length 1: (n, D) -> (n, 2); equal seeds give equal maps.
 
-    Begins at the principal components; perplexity 30, or less where there are fewer than 91 images. Raises
+    It starts from the principal components. The perplexity is 30, or less for fewer than 91 images. Raises
     ValueError for less than three images.
     """
     if len(features) < 3:
         raise ValueError(f"a t-SNE map needs at least 3 images; got {len(features)}")
-    # Here, as they take a second to import.
+    # Imported here, because the import takes a second.
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     perplexity = min(30.0, (len(features) - 1) / 3)
     embedding = TSNE(2, perplexity=perplexity, init="pca", random_state=seed)
-    # A thousand short steps, in which threads mostly wait for each other; and the same map for any number.
+    # One thread gives the same map on every machine, and in t-SNE's many short steps others would mostly
+    # wait.
     with threadpool_limits(1):
         return embedding.fit_transform(_unit(features, "features").numpy())
 
 
 def _unit(features: Tensor, name: str) -> Tensor:
-    """Features at length 1, whatever their scale, float32. Raises ValueError where they aren't finite."""
+    """Scale features to length 1, in float32. Raises ValueError for features that aren't finite."""
     if features.dim() != 2 or not features.isfinite().all():
         raise ValueError(
             f"{name} must be finite features (images, size); got {tuple(features.shape)}"
             + " with NaN or infinity" * (features.dim() == 2)
         )
-    # At their own scale the squares may overflow or vanish.
+    # Without this scaling, the squares may overflow or vanish.
     largest = features.double().abs().amax(dim=1, keepdim=True)
     return F.normalize(features / largest.masked_fill_(largest == 0, 1), dim=1).float()
 
@@ -130,7 +133,7 @@ def _unit(features: Tensor, name: str) -> Tensor:
 def draw_tsne(
     columns: Mapping[str, NDArray[np.float32]], ids: Sequence[int], infrared: Sequence[bool]
 ) -> Figure:
-    """Figure 5 (f-j): a panel a title with its (n, 2) map; a colour a person, infrared images as crosses."""
+    """Draw Figure 5 (f-j): one (n, 2) map per title, one colour per person, crosses for infrared images."""
     figure, panels = _panels(len(columns), width=3.1, height=3.3)
     people, owner = np.unique(np.asarray(ids), return_inverse=True)
     palette = matplotlib.colormaps[PEOPLE if len(people) <= 20 else "turbo"]
@@ -159,7 +162,7 @@ def draw_tsne(
 
 
 class Ranking(NamedTuple):
-    """The nearest gallery images of each query, (Q, count): columns, -1 past the last; whether they match."""
+    """The nearest gallery images of each query, (Q, count): columns (-1 past the last), and which match."""
 
     order: NDArray[np.int64]
     correct: NDArray[np.bool_]
@@ -175,10 +178,10 @@ def ranking(
     *,
     count: int = 10,
 ) -> Ranking:
-    """The lists that `evaluation.score` scores, from (Q, G) distances: without the images a query skips.
+    """Rank the gallery images of each query by (Q, G) distances, as `evaluation.score` does.
 
-    The other arguments are those of `score`. Equal distances rank in the gallery's order. Raises ValueError
-    for distances that are not finite.
+    Images that a query skips are left out, and equal distances rank in the order of the gallery. The other
+    arguments are those of `score`. Raises ValueError for distances that are not finite.
     """
     if not distance.isfinite().all():
         raise ValueError("distance must be finite; got NaN or infinity. Look for them in the features")
@@ -190,7 +193,7 @@ def ranking(
 
 
 class Row(NamedTuple):
-    """One query with what was found for it: uint8 (H, W, 3) images; its name beside them."""
+    """A query, its name, and the images found for it: uint8 (H, W, 3)."""
 
     name: str
     query: NDArray[np.uint8]
@@ -199,7 +202,7 @@ class Row(NamedTuple):
 
 
 def draw_rankings(blocks: Mapping[str, Sequence[Row]], *, count: int = 10) -> Figure:
-    """Figure 6: a block a title, a row a query; green frames for the same person, red ones for others."""
+    """Draw Figure 6: one block per title, one row per query, green frames for matches, red for others."""
     height, width = next(iter(blocks.values()))[0].query.shape[:2]
     rows = sum(map(len, blocks.values()))
     cell = 0.8  # inches
@@ -211,7 +214,7 @@ def draw_rankings(blocks: Mapping[str, Sequence[Row]], *, count: int = 10) -> Fi
     )[:, 0]
     for part, (title, block) in zip(parts, blocks.items(), strict=True):
         part.suptitle(_plain(title), fontsize=12, fontweight="bold")
-        # A narrow empty column sets the query apart.
+        # A narrow empty column separates the query.
         ratios = [1, 0.15, *[1] * count]
         panels = part.subplots(len(block), count + 2, squeeze=False, width_ratios=ratios)
         for line, (axes, row) in enumerate(zip(panels, block, strict=True)):
@@ -228,7 +231,7 @@ def draw_rankings(blocks: Mapping[str, Sequence[Row]], *, count: int = 10) -> Fi
 
 
 def _plain(title: str) -> str:
-    """A title, which may have a folder's name in it, as matplotlib draws it sign by sign."""
+    """Escape a title, which may contain the name of a folder, for matplotlib."""
     readable = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return readable.replace("$", r"\$")
 

@@ -1,6 +1,6 @@
-"""The recipes: the configurations of the paper's rows as YAML, and the tables that are made of them.
+"""The recipes, YAML configurations of the rows of the paper's tables, and the tables made of them.
 
-A recipe holds what it differs in from the one it `extends`; its values are fields of TrainConfig.
+The values of a recipe are fields of TrainConfig. A recipe that `extends` another has only the differences.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 
 _FOLDER: Final = Path(__file__).with_suffix("")
 _EXTENDS: Final = "extends"
-# Recipes that extend one another; more are a slip.
+# The most recipes that may extend one another; more must be a mistake.
 _LONGEST_CHAIN: Final = 16
 
 
 class Column(NamedTuple):
-    """A group of a table's figures: one search of a data set, and the scores shown of it."""
+    """A group of figures in a table: a search of a data set, and its scores that are shown."""
 
     dataset: str
     search: str
@@ -41,29 +41,26 @@ class Row(NamedTuple):
 
 
 class TableSpec(NamedTuple):
-    """A table of the paper. Rows without recipes are other methods, with the figures the paper quotes.
-
-    curve: what the rows' titles are values of, where the paper draws a curve over them, or "".
-    """
+    """A table of the paper. Rows without recipes are other methods, with figures that the paper quotes."""
 
     title: str
     columns: dict[str, Column]
     rows: list[Row]
     note: str
-    curve: str
+    curve: str  # the quantity in the titles of the rows, if the paper draws a curve; else ""
 
 
 def recipe_names() -> list[str]:
-    """The recipes that come with the library, by name."""
+    """The names of the library's recipes."""
     return _names(_FOLDER)
 
 
 def load_recipe(name: str) -> dict[str, Any]:
-    """The values of a recipe, by the name of one that comes with the library or the path of a .yaml file.
+    """Read the values of a recipe: one of the library's by name, or a .yaml file by path.
 
-    What it extends (a name, or a path beside it) is merged in. Raises ConfigError, naming the file, for an
-    unknown name, a file that `documents.read_yaml` refuses, names that are no fields of TrainConfig, values
-    that such a field doesn't take, and a recipe that extends itself.
+    The values of the recipes that it extends (by name, or by a path beside it) are merged in. Raises
+    ConfigError, which names the file, for an unknown name, a file that `documents.read_yaml` refuses, values
+    that TrainConfig doesn't have or take, and a recipe that extends itself.
     """
     values: dict[str, Any] = {}
     chain: list[str] = []
@@ -71,7 +68,7 @@ def load_recipe(name: str) -> dict[str, Any]:
     beside = Path()
     while base is not None:
         path = _path(base, beside, chain[-1] if chain else "")
-        # By its real path: ../a/b.yaml would be a new name each time.
+        # The real path, because a recipe that extends ../a/b.yaml would have a new path each time.
         chain.append(os.path.realpath(path))
         if chain[-1] in chain[:-1]:
             raise ConfigError(f"a recipe must not extend itself; found {' -> '.join(chain)}")
@@ -86,12 +83,12 @@ def load_recipe(name: str) -> dict[str, Any]:
 
 
 def table_names() -> list[str]:
-    """The paper's tables that can be made, by name."""
+    """The names of the paper's tables that can be made."""
     return _names(_FOLDER / "tables")
 
 
 def load_table(name: str) -> TableSpec:
-    """A table of the paper by name. Raises ConfigError for an unknown one."""
+    """Read a table of the paper by name. Raises ConfigError for an unknown name."""
     if name not in table_names():
         raise ConfigError(f"got table {name!r}, expected one of {', '.join(table_names())}")
     content = yaml.safe_load((_FOLDER / "tables" / f"{name}.yaml").read_text(encoding="utf-8"))
@@ -105,7 +102,7 @@ def _names(folder: Path) -> list[str]:
 
 
 def _path(name: object, beside: Path, extending: str) -> Path:
-    """The file of a recipe by its name, or its path relative to the folder `beside`."""
+    """Find the file of a recipe by its name, or by its path relative to the folder `beside`."""
     if isinstance(name, str) and name in recipe_names():
         return _FOLDER / f"{name}.yaml"
     if (
@@ -123,7 +120,7 @@ def _path(name: object, beside: Path, extending: str) -> Path:
 
 
 def _values(path: Path) -> tuple[dict[str, Any], object]:
-    """The values that a recipe's file has itself, and what it extends."""
+    """Read the values in a recipe's own file, and the recipe that it extends."""
     try:
         values = read_yaml(path, "values of TrainConfig by name")
     except DocumentError as error:

@@ -1,4 +1,4 @@
-"""Training batches: pairs of images of one person, in the order of the paired sampler."""
+"""Training batches of pairs of images of the same person, in the order of the paired sampler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Row = tuple[Tensor, Tensor, int, int, int]
 
 
 class Batch(NamedTuple):
-    """B pairs of images of the same person; the two indices name the files in the training set."""
+    """B pairs of images of the same person; the indices are those of the images in the training set."""
 
     visible: Tensor  # (B, 3, H, W) uint8
     infrared: Tensor
@@ -29,17 +29,17 @@ class Batch(NamedTuple):
     infrared_index: Tensor
 
     def files(self, training: TrainingSet) -> list[str]:
-        """The paths of the batch's images, the visible ones first."""
+        """The paths of the images, the visible ones first."""
         paths = [training.visible[i].path for i in self.visible_index.tolist()]
         paths += [training.infrared[i].path for i in self.infrared_index.tolist()]
         return list(map(str, paths))
 
 
 class PairedImages(Dataset[Row]):
-    """Images of a training set as the paired sampler indexes them: (visible, infrared) -> a row of a Batch.
+    """The images of a training set as pairs: (visible, infrared) index -> a row of a Batch.
 
-    used: the samples that are drawn, which the pair counts; the row's indices and class are those of
-    `training`, all samples and identities.
+    A pair's indices count the samples of `used`, which are drawn. The indices and the class in a row are
+    those in `training`, which has all samples and identities.
     """
 
     def __init__(
@@ -64,23 +64,31 @@ class PairedImages(Dataset[Row]):
 
 
 class TrainingBatches:
-    """The batches of an epoch, from any of them on: `for batch in batches.of(epoch, first)`.
+    """The batches of each epoch; `batches.of(epoch, first)` iterates over them from any of them on.
 
-    `len()` is the number of batches in a whole epoch. The stream depends on the configuration's seed and the
-    epoch alone, so a run that goes on in the middle of an epoch meets the batches it would have met.
+    The batches depend only on the configuration's seed and the epoch, so that a resumed run gets the batches
+    that it would have got. `len()` is the number of batches of a whole epoch.
 
-    name: of the data set and its split, "regdb-split3", for the cache's name and for messages.
+    With `config.skip_unreadable`, the constructor decodes every image once. It leaves out, logs and counts
+    the images that can't be read (`unreadable`) and the identities without images of both modalities. Classes
+    and indices in a batch stay those of `training`.
 
-    With `config.skip_unreadable` every image is decoded once now. Those that can't be read (`unreadable`),
-    and identities that have one modality left, are named, counted and left out; classes and indices of a
-    batch stay those of `training`. Raises DatasetError where a cache is made and an image can't be read, or
-    where fewer identities are left than a batch needs; ValueError for fewer from the start.
+    Args:
+        training: the training set
+        config: of the run
+        name: the data set and its split, such as "regdb-split3", for messages and the cache's name
+        pin_memory: put batches into pinned memory
+
+    Raises:
+        ValueError: for fewer identities than a batch needs
+        DatasetError: for an unreadable image that goes into a cache, and where fewer identities than a batch
+            needs remain without unreadable images
     """
 
     def __init__(
         self, training: TrainingSet, config: TrainConfig, *, name: str, pin_memory: bool = False
     ) -> None:
-        # Before images are read, which takes minutes.
+        # Checked before images are read, which takes minutes.
         if len(training.identities) < config.identities:
             raise ConfigError(
                 f"{name}: a batch needs {config.identities} distinct identities; got "
@@ -118,19 +126,19 @@ class TrainingBatches:
         return len(self._sampler)
 
     def of(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 0, without those before `first`."""
+        """Iterate over the batches of an epoch (from 0), starting with batch `first`."""
         self._sampler.set_epoch(epoch)
         self._rest.first = first
         return iter(self._batches)
 
 
 def collate(rows: list[Row]) -> Batch:
-    """Rows as a batch; a process that makes it puts it into shared memory."""
+    """Collate rows into a batch; a worker process puts it into shared memory."""
     return Batch(*default_collate(rows))
 
 
 class _RestOfEpoch(Sampler[list[tuple[int, int]]]):
-    """The sampler's batches without an epoch's first ones; their images are not read."""
+    """The sampler's batches without the first ones of an epoch, whose images are not read."""
 
     def __init__(self, sampler: PairedIdentitySampler) -> None:
         self.sampler = sampler
@@ -153,9 +161,9 @@ def _images(samples: tuple[Sample, ...], config: TrainConfig, name: str) -> Data
 def without_unreadable(
     training: TrainingSet, name: str, *, workers: int = 0, identities: int = 1
 ) -> tuple[TrainingSet, tuple[Sample, ...]]:
-    """The training set of the images that can be read, paired again, and the images that can't.
+    """Split a training set into the set of its readable images, paired again, and the unreadable images.
 
-    name: of the data set, for messages. Raises DatasetError where less than `identities` are left.
+    `name` is the data set's name in messages. Raises DatasetError where less than `identities` remain.
     """
     kept, unreadable = readable((*training.visible, *training.infrared), workers=workers)
     check_left(kept, unreadable, "training", identities=identities)
@@ -163,6 +171,6 @@ def without_unreadable(
 
 
 def _places(samples: tuple[Sample, ...], used: tuple[Sample, ...]) -> list[int]:
-    """Where each of `used` stands in `samples`."""
+    """The index of each of `used` in `samples`."""
     place = {sample: index for index, sample in enumerate(samples)}
     return [place[sample] for sample in used]

@@ -1,8 +1,9 @@
-"""Checkpoints: all of a run's state in one file, written whole or not at all, refused where unfit.
+"""Checkpoints: the whole state of a run in one file, which is written atomically and checked when it is read.
 
-A file is a dictionary that torch.save wrote: `format`, the fields of `Checkpoint`, and `digest`, the SHA-256
-of each field. Where processors have instructions for it, SHA-256 is the fastest of hashlib's digests: it
-takes 0.2 s for the 200 MB of a ResNet-50 and its momentum.
+`Trainer.save` writes checkpoint.pth, which resuming and scoring read. It is a dictionary that torch.save
+wrote, with `format`, the fields of `Checkpoint`, and `digest`, the SHA-256 of each field. On processors with
+instructions for it, SHA-256 is the fastest of hashlib's digests: it takes 0.2 s for the 200 MB of a ResNet-50
+and its momentum.
 """
 
 from __future__ import annotations
@@ -36,18 +37,18 @@ from mrcn_fast.reid.training.optimizer import make_optimizer
 
 FORMAT = 4
 CHECKPOINT_NAME = "checkpoint.pth"
-# The results of scoring, beside it.
+# The results of scoring, which are written beside the checkpoint.
 RESULT_NAMES = "test-*.json"
-# Images of a data set whose contents go into its fingerprint.
+# The least number of images whose contents go into the fingerprint of a data set (if it has so many).
 _READ = 16
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that is missing, unreadable, or of another architecture or data set."""
+    """A checkpoint is missing, unreadable, or of another architecture or data set."""
 
 
 class DataIdentity(NamedTuple):
-    """Which data set a model was trained on, so that it isn't scored on another by mistake."""
+    """The data set that a network was trained on; it prevents scoring on another one by mistake."""
 
     name: str
     split: int
@@ -63,27 +64,27 @@ class DataIdentity(NamedTuple):
 
 
 def data_identity(dataset: PersonDataset, training: TrainingSet) -> DataIdentity:
-    """The identity of a training set."""
+    """Make the identity of a training set."""
     counts = (len(training.visible), len(training.infrared))
     digest = fingerprint(dataset.root, (*training.visible, *training.infrared))
     return DataIdentity(dataset.name, dataset.split, digest, tuple(training.identities), counts)
 
 
 def fingerprint(root: Path, samples: Iterable[Sample]) -> str:
-    """SHA-256 over each image's place below the data set's root, size and person, in their order.
+    """Compute the SHA-256 of the images' paths below the root, their file sizes and identities, in order.
 
-    Sizes stand for the contents, for reading every image would take minutes on the real data. Of some 16 to
-    31 images, evenly from all of them, the contents count too: bitmaps are all of one size.
+    To read all contents would take minutes on the real data, and so the sizes stand for them. Because all
+    bitmaps of a data set have one size, the contents of 16 to 31 images, spread evenly, count too.
     """
     samples = tuple(samples)
     digest = hashlib.sha256()
     for sample in samples:
         place = Path(sample.path).relative_to(root).as_posix()
-        # Names of files are bytes, and need not be UTF-8.
+        # File names are bytes that need not be UTF-8.
         line = f"{place}\t{_size(sample.path)}\t{sample.identity}\n"
         digest.update(line.encode(errors="surrogateescape"))
     for sample in samples[:: max(1, len(samples) // _READ)]:
-        # An image that can't be read is refused or left out by whoever needs it.
+        # Code that needs an unreadable image refuses it or leaves it out.
         with contextlib.suppress(OSError):
             digest.update(Path(sample.path).read_bytes())
     return digest.hexdigest()
@@ -93,24 +94,24 @@ def _size(path: Path) -> int | None:
     try:
         return os.path.getsize(path)
     except OSError:
-        # A link to nowhere, or in a circle, is an unreadable image: who reads it refuses it or leaves it out.
+        # A broken or circular link counts as an unreadable image.
         return None
 
 
 def weights_fingerprint(path: str | Path | None) -> str | None:
-    """SHA-256 of a file of initial weights; none for random ones. Raises OSError where it can't be read."""
+    """SHA-256 of a file of initial weights; None for random weights. Raises OSError."""
     return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 class Checkpoint(NamedTuple):
-    """All of a run's state after `step` steps; `epoch` and `batch` name the batch that comes next."""
+    """The whole state of a run after `step` steps; `epoch` and `batch` are those of the next batch."""
 
     config: TrainConfig
     data: DataIdentity
-    weights: str | None  # `weights_fingerprint` of what the run began from
+    weights: str | None  # `weights_fingerprint` of the initial weights
     model: dict[str, Any]
     optimizer: dict[str, Any]
-    scaler: dict[str, Any]  # of the precision plugin: the gradient scaler's state in 16-mixed
+    scaler: dict[str, Any]  # state of the precision plugin: of the gradient scaler in 16-mixed
     random: dict[str, Any]
     step: int
     epoch: int
@@ -119,13 +120,13 @@ class Checkpoint(NamedTuple):
 
 
 def random_state() -> dict[str, Any]:
-    """State of the generators that training draws from: torch's, on every device, and Python's."""
+    """The state of the random generators of training: torch's on every device, and Python's."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
 def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Put back what `random_state` read; CUDA's only where there are as many devices as then."""
+    """Restore a `random_state`; the states of CUDA only where there are as many devices as then."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -133,13 +134,13 @@ def restore_random_state(state: Mapping[str, Any]) -> None:
 
 
 def _python_state(state: Sequence[Any]) -> tuple[Any, ...]:
-    """A state for `random.setstate`. Raises ValueError and TypeError for what can't be one."""
+    """Convert a stored state for `random.setstate`. Raises ValueError or TypeError for anything else."""
     version, internal, gauss = state
     return version, tuple(internal), None if gauss is None else float(gauss)
 
 
 def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
-    """Write a checkpoint atomically. Raises OSError when the disk doesn't take it; the one before stays."""
+    """Write a checkpoint atomically. Raises OSError, and keeps the earlier file, on failure."""
     fields = checkpoint._asdict() | {
         "config": checkpoint.config.as_dict(),
         "data": checkpoint.data._asdict(),
@@ -150,11 +151,11 @@ def save_checkpoint(path: str | Path, checkpoint: Checkpoint) -> None:
 
 
 def load_checkpoint(path: str | Path) -> Checkpoint:
-    """Read a checkpoint onto the CPU; nothing in the file is executed.
+    """Read a checkpoint, or the checkpoint in a folder, onto the CPU; nothing in the file is executed.
 
-    A folder stands for the checkpoint in it. All of it is checked: types and ranges of its fields, whether
-    they fit one another, and whether it is bit by bit what was written. Raises CheckpointError naming the
-    path, the field, what was expected and what was found.
+    The types and ranges of all fields are checked, whether the fields fit each other, and whether the content
+    is bit by bit what was written. Raises CheckpointError with the path, the field, the expected and the
+    found.
     """
     path = Path(path)
     if path.is_dir():
@@ -176,7 +177,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
 
 
 def _read(path: Path) -> Mapping[str, Any]:
-    """The dictionary in the file, of this format. Raises CheckpointError."""
+    """Read the dictionary in the file. Raises CheckpointError for another content or format."""
     try:
         content = read_torch(path)
     except StoredError as error:
@@ -203,7 +204,7 @@ def _digests(fields: Mapping[str, Any]) -> dict[str, str]:
 
 
 def content_digest(value: object) -> str:
-    """SHA-256 of plain values and tensors on the CPU: of their types, shapes, order and bytes."""
+    """SHA-256 of plain values and tensors on the CPU: their types, shapes, order and bytes."""
     tensors: list[Tensor] = []
     digest = hashlib.sha256(repr(_without_tensors(value, tensors)).encode())
     for tensor in tensors:
@@ -212,7 +213,7 @@ def content_digest(value: object) -> str:
 
 
 def _without_tensors(value: object, tensors: list[Tensor]) -> object:
-    """The same of lists alone, with a tensor's type in its place; the tensors are added to `tensors`."""
+    """Replace containers by lists and tensors by their types, and add the tensors to `tensors`."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return [str(value.dtype), *value.shape]
@@ -225,7 +226,7 @@ def _without_tensors(value: object, tensors: list[Tensor]) -> object:
 
 _AnyTensor = Annotated[InstanceOf[Tensor], WithJsonSchema({"format": "tensor"})]
 
-# The kind of a checkpoint: the types of its fields. What they must hold besides is checked below.
+# The types of a checkpoint's fields. The functions below check everything else.
 _STORED = record(
     "checkpoint",
     {
@@ -256,14 +257,14 @@ _SCALER = record(
     },
 )
 _MOMENTUM = record("momentum", {"momentum_buffer": Any})
-# What `make_optimizer` sets; a later torch may have more.
+# The values that `make_optimizer` sets; a later version of torch may add others.
 _GROUP = ("params", "scale", "lr", "momentum", "weight_decay", "nesterov")
 _CUDA_STATE = 16  # bytes: seed and offset
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
 def _conforming(content: Mapping[str, Any]) -> Checkpoint:
-    """The checkpoint of a file's dictionary. Raises SettingError at the first value that can't be one's."""
+    """Make a checkpoint from a file's dictionary. Raises SettingError for the first value that is unfit."""
     values = checked(_STORED, content, "")
     values["config"] = _config(values["config"])
     values["data"] = DataIdentity(**values["data"])
@@ -275,7 +276,7 @@ def _conforming(content: Mapping[str, Any]) -> Checkpoint:
         checkpoint.config.parts == parts, "config.parts", checkpoint.config.parts, f"{parts}, as in the model"
     )
     try:
-        # On no device: names, shapes and types alone.
+        # The meta device has names, shapes and types, but no memory.
         with torch.device("meta"):
             network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
         optimizer = make_optimizer(network, checkpoint.config)
@@ -316,13 +317,13 @@ def _check_identity(checkpoint: Checkpoint) -> None:
 
 
 def _check_place(checkpoint: Checkpoint) -> None:
-    """Whether step, epoch and batch are of one place in the run."""
+    """Check that step, epoch and batch belong together."""
     config, step, epoch, batch = checkpoint.config, checkpoint.step, checkpoint.epoch, checkpoint.batch
     pairs = config.identities * config.images
     batches = config.batches or batches_of_epoch(max(checkpoint.data.images), pairs)
     _check(0 <= batch < batches, "batch", batch, f"0 to {batches - 1}, a batch of an epoch")
     _check(0 <= epoch <= config.epochs, "epoch", epoch, f"0 to {config.epochs}, an epoch of the run")
-    # Where images were left out, an epoch may have fewer batches than it has by their number.
+    # Where images were left out, an epoch may have fewer batches than their number says.
     least = epoch * (1 if config.skip_unreadable and config.batches is None else batches) + batch
     most = min(epoch * batches + batch, config.steps or sys.maxsize)
     expected = f"{least}" if least == most else f"{least} to {most}"
@@ -371,7 +372,7 @@ def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer)
 
 
 def _check_group(values: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
-    """All values are the configuration's, but for the learning rate, which the schedule moves."""
+    """Check that all values but the learning rate, which the schedule changes, are the configuration's."""
     for name in values.keys() | set(_GROUP):
         there = values.get(name)
         if name == "lr":
@@ -402,7 +403,7 @@ def _check_random(state: Mapping[str, Any]) -> None:
 
 
 def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) -> None:
-    """Refuse a tree other than the one trained on. Raises CheckpointError with both."""
+    """Raise CheckpointError for a tree other than the training's; the message has both."""
     if checkpoint.data != given:
         raise CheckpointError(
             f"{path}: this checkpoint belongs to another data set.\n"
@@ -413,9 +414,9 @@ def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) ->
 
 
 def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -> None:
-    """Refuse to go on with a run under other values than it began with.
+    """Refuse to resume a run with other values than it began with.
 
-    The initial weights are the same wherever their file lies. Raises CheckpointError naming the values, and
+    The file of the initial weights may have moved. Raises CheckpointError, which names the values, and
     OSError where the weights can't be read.
     """
     began, now = checkpoint.config.as_dict(), given.as_dict()
@@ -426,8 +427,8 @@ def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -
     ]
     weights = weights_fingerprint(given.weights)
     if checkpoint.weights != weights:
-        expected = _told_weights(checkpoint.config.weights, checkpoint.weights)
-        found = _told_weights(given.weights, weights)
+        expected = _weights_in_words(checkpoint.config.weights, checkpoint.weights)
+        found = _weights_in_words(given.weights, weights)
         differing.append(f"weights: expected {expected} (checkpoint), found {found} (given)")
     if differing:
         raise CheckpointError(
@@ -436,17 +437,17 @@ def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -
         )
 
 
-def _told_weights(path: str | None, digest: str | None) -> str:
+def _weights_in_words(path: str | None, digest: str | None) -> str:
     return "random ones" if digest is None else f"{path!r} with fingerprint {digest[:12]}"
 
 
 def all_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite. Both extremes are NaN if any value is, and they need no mask."""
+    """Whether all values are finite. The extremes are NaN if any value is, and need no mask."""
     return bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -> None:
-    """Load all of a checkpoint's weights. Raises CheckpointError for a network of another architecture."""
+    """Load the weights of a checkpoint. Raises CheckpointError for a network of another architecture."""
     try:
         _check_weights(state, model.state_dict())
     except SettingError as error:
@@ -455,7 +456,7 @@ def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -
 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load a checkpoint's optimiser state. Raises CheckpointError when it is of other parameters."""
+    """Load the optimizer's state. Raises CheckpointError where it is of other parameters."""
     try:
         optimizer.load_state_dict(dict(state))
     except ValueError as error:
@@ -463,9 +464,9 @@ def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Ma
 
 
 def build_model(path: str | Path, checkpoint: Checkpoint, backend: str | None = None) -> ReIDModel:
-    """The trained network of a checkpoint, from nothing but its own configuration.
+    """Build the trained network of a checkpoint.
 
-    `backend` replaces the block's: that isn't part of the architecture.
+    `backend` replaces the training's backend, which isn't part of the architecture.
     """
     arguments = checkpoint.config.model_arguments() | {"backend": backend}
     model = ReIDModel(len(checkpoint.data.identities), **arguments)

@@ -1,7 +1,7 @@
-"""Every value of a training run in one dataclass: flags, YAML, checkpoint and results all hold this.
+"""The configuration of a training run: flags, YAML files, checkpoints and results all have these values.
 
-Each field says where its value comes from: "paper" (its Implementation Details and ablations), "field"
-(shared by the field's code and silent in the paper), "ours" (a choice of this library).
+Each field says where its default comes from: "paper" (its Implementation Details and ablations), "field" (the
+paper is silent, and the code of other authors agrees), or "ours" (a choice of this library).
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ from mrcn_fast.reid.models.network import ModelName, ModelOptions
 from mrcn_fast.reid.settings import SettingError, check_fields, checked, kinds_of, record
 from mrcn_fast.reid.training.losses import LossOptions
 
-# Bytes of a batch's images of one modality: more is a slip of a digit.
+# The most bytes that the images of one modality may have in a batch; more must be a typing error.
 _LARGEST_BATCH: Final = 2**32
 
 
 class ConfigError(ValueError):
-    """A configuration that can't be trained."""
+    """A configuration doesn't describe a run that can be trained."""
 
 
 @dataclass
 class TrainConfig:
-    """Values of a training run."""
+    """The values of a training run. Raises ConfigError for values that are unfit or don't fit each other."""
 
     data: PathOrEmpty
     """Root of the data set's tree, as its owners ship it."""
@@ -123,7 +123,7 @@ class TrainConfig:
     detach_negative: bool = False
     """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
     causality_weight: Weight = 0.1
-    """Weight of SNR's dual causality loss at each plug, for model snr (Jin et al. 2020, first stages)."""
+    """Weight of SNR's dual causality loss at each block, for model snr (Jin et al. 2020, first stages)."""
 
     epochs: Count = 80
     """Epochs (paper)."""
@@ -174,7 +174,7 @@ class TrainConfig:
         side = max(self.height, self.width)
         if self.padding > side:
             raise ConfigError(f"got padding={self.padding}, expected at most {side}, an image's longer side")
-        # The trunk halves the rows four times.
+        # The trunk halves the number of rows four times.
         rows = -(-self.height // 16)
         if self.parts > rows:
             raise ConfigError(
@@ -198,12 +198,12 @@ class TrainConfig:
         return {field.name: getattr(self, field.name) for field in fields(LossOptions)}
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain values only, for a checkpoint or JSON."""
+        """Return the values in plain types, for a checkpoint or JSON."""
         return asdict(self) | {"milestones": list(self.milestones), "stages": list(self.stages)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
-        """The inverse of `as_dict`. Raises ConfigError naming a value that is missing, new or doesn't fit."""
+        """Invert `as_dict`. Raises ConfigError, which names a value that is missing, unknown or unfit."""
         try:
             return cls(**checked(_kind(), dict(values), ""))
         except SettingError as error:
@@ -215,8 +215,9 @@ def _kind() -> Any:
     return record("TrainConfig", kinds_of(TrainConfig))
 
 
-# What may differ when a run goes on: where things are and how far or how fast it runs, not what it computes.
-# Data and weights lie anywhere, but must be those it began with: the checkpoint holds their fingerprints.
+# The values that may differ when a run is resumed: they say where files are and how far or how fast it runs,
+# but not what it computes. Data and weights may have moved, but must be the same: checkpoints have
+# fingerprints.
 FREE_ON_RESUME = frozenset(
     (
         "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers",
@@ -226,10 +227,10 @@ FREE_ON_RESUME = frozenset(
 
 
 def learning_rate(config: TrainConfig, epoch: int) -> float:
-    """Learning rate of BNNeck and classifier in an epoch, counted from 0.
+    """The learning rate of BNNeck and classifier in an epoch, by the paper's schedule.
 
-    The paper's schedule: linear from `warmup_lr` in epoch 0 to `lr` in epoch `warmup_epochs`, then times
-    `decay` from each milestone on.
+    It grows linearly from `warmup_lr` in epoch 0 to `lr` in epoch `warmup_epochs`. From each milestone on it
+    is multiplied by `decay`.
     """
     if epoch < config.warmup_epochs:
         return config.warmup_lr + (config.lr - config.warmup_lr) * epoch / config.warmup_epochs

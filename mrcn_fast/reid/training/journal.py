@@ -1,4 +1,4 @@
-"""What training measures: a step's figures, their journal on disk, and the watch for collapsed embeddings."""
+"""The measurements of training steps, their journal on disk, and the warning of collapsed embeddings."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ log = logging.getLogger(__name__)
 METRICS_NAME = "metrics.jsonl"
 DAMAGED_NAME = "metrics.jsonl.damaged"
 
-# Embeddings whose spread falls below this share of their length have collapsed. Networks that learn from
-# random weights were seen down to 0.01, pretrained ones are far above.
+# Embeddings whose spread is below this share of their length have collapsed. Networks that learn from random
+# weights were seen to reach 0.01, and pretrained networks stay far above.
 COLLAPSED_SPREAD = 1e-3
 
 
 class StepResult(NamedTuple):
-    """What one step measured: the total loss and its unweighted parts, and the spread of the embeddings."""
+    """The measurements of a step: the total loss, its unweighted terms, accuracy and spread."""
 
     loss: float
     identity: float
     triplet: float
     cqc: float
     causality: float
-    accuracy: float  # share of all sets' samples that the classifier names right
+    accuracy: float  # share of the samples of all sets that are classified correctly
     spread: float  # see `embedding_spread`
 
     @property
@@ -42,9 +42,10 @@ class StepResult(NamedTuple):
 
 
 def embedding_spread(pooled: Tensor) -> Tensor:
-    """Spread of (parts, M, D) embeddings, a scalar: root of their total variance over their mean's length.
+    """Compute the spread of (parts, M, D) embeddings, a scalar.
 
-    The parts of an image count as one embedding.
+    It is the root of their total variance, divided by the length of their mean. The parts of an image count
+    as one embedding.
     """
     pooled = pooled.detach().float().transpose(0, 1).flatten(1)
     variance = pooled.var(dim=0, correction=0).sum()
@@ -52,13 +53,13 @@ def embedding_spread(pooled: Tensor) -> Tensor:
 
 
 class CollapseWatch:
-    """Warns when the embeddings have been a point for 20 steps, and again every 1,000 while it lasts."""
+    """Logs a warning when embeddings have collapsed for 20 steps, and again every 1,000 steps after that."""
 
     def __init__(self) -> None:
         self._steps = 0
 
     def look(self, step: int, result: StepResult) -> bool:
-        """Take in a step's result; whether it warned."""
+        """Look at the result of a step; returns whether a warning was logged."""
         self._steps = self._steps + 1 if result.spread < COLLAPSED_SPREAD else 0
         if self._steps % 1000 != 20:
             return False
@@ -72,15 +73,15 @@ class CollapseWatch:
 
 
 _MEANS = (*StepResult._fields, "step_seconds", "wait_seconds")
-# The kind of a line.
+# The type of a line, as `checked` takes it.
 LINE = record("line", {"step": int, "epoch": int, "lr": FiniteFloat, **dict.fromkeys(_MEANS, FiniteFloat)})
 
 
 class Journal:
-    """metrics.jsonl: a JSON line for each stretch of steps, with the means over it.
+    """The file metrics.jsonl, whose JSON lines have the means over some steps each.
 
-    `lines` holds what the file does. Besides StepResult's fields a line has step, epoch (from 0), lr, and the
-    mean seconds a step took (`step_seconds`) and waited for its batch (`wait_seconds`).
+    Besides the fields of StepResult, a line has step, epoch (from 0), lr, and the mean seconds per step
+    (`step_seconds`) and of waiting for its batch (`wait_seconds`). `lines` has the content of the file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,11 +90,11 @@ class Journal:
         self._steps: list[tuple[float, ...]] = []
 
     def add(self, result: StepResult, step_seconds: float, wait_seconds: float) -> None:
-        """Take in one step."""
+        """Add a step to the next line."""
         self._steps.append((*result, step_seconds, wait_seconds))
 
     def write(self, step: int, epoch: int, lr: float) -> None:
-        """Write a line for the steps since the one before; nothing where there are none."""
+        """Write a line for the steps since the last line, if there are any."""
         if not self._steps:
             return
         means = (sum(column) / len(self._steps) for column in zip(*self._steps, strict=True))
@@ -103,20 +104,20 @@ class Journal:
         append(self.path, f"{json.dumps(line)}\n".encode())
 
     def clear(self) -> None:
-        """Begin anew: the file of an earlier run goes, with what was damaged of it."""
+        """Remove the file of an earlier run, and the file of its damaged lines."""
         self.lines.clear()
         self.path.unlink(missing_ok=True)
         self.damaged_path.unlink(missing_ok=True)
 
     @property
     def damaged_path(self) -> Path:
-        """Where damaged lines of the file are set aside."""
+        """The file that damaged lines are moved to."""
         return self.path.with_name(DAMAGED_NAME)
 
     def return_to(self, step: int) -> None:
-        """Read the file of an interrupted run and drop the lines after `step`: those steps are run again.
+        """Read the file of an interrupted run, and drop the lines after `step`, which the run repeats.
 
-        Lines that are damaged, or that don't follow the ones before, go to `damaged_path`, with a warning.
+        Lines that are damaged or out of order are moved to `damaged_path`, with a warning.
         """
         self.lines.clear()
         if not self.path.exists():
@@ -145,7 +146,7 @@ class Journal:
         )
 
     def summary(self) -> str:
-        """The last line for people."""
+        """The last line in words."""
         if not self.lines:
             return "nothing measured yet"
         last = self.lines[-1]
@@ -157,9 +158,9 @@ class Journal:
 
 
 def _line(text: bytes) -> dict[str, float] | None:
-    """The values of a line of the file; none where it is damaged."""
+    """Read the values of a line of the file; None where it is damaged."""
     try:
         line: dict[str, float] = checked(LINE, json.loads(text), "")
-    except (ValueError, RecursionError):  # of JSON, of UTF-8, of a value; of nested brackets
+    except (ValueError, RecursionError):  # JSON, UTF-8 or a value is wrong; brackets are nested too deeply
         return None
     return line

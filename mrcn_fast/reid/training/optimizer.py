@@ -1,4 +1,4 @@
-"""The optimiser of a run: SGD, with the parameters in groups of their own learning rates."""
+"""The optimizer of a run: SGD, with two groups of parameters that have different learning rates."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from mrcn_fast.reid.training.config import TrainConfig
 
 
 def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:
-    """SGD with Nesterov's momentum: BNNeck and classifier at the full rate, the rest at `trunk_lr` of it.
+    """Make SGD with Nesterov momentum.
 
-    A group's share stands in its `scale`; the schedule multiplies by it.
+    BNNeck and classifier learn at the full rate, all other parameters at the share `trunk_lr` of it. The
+    share of a group is its `scale`, by which the trainer multiplies the scheduled rate.
     """
     head = list(model.head())
     in_head = {id(parameter) for parameter in head}

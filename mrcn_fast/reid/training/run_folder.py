@@ -1,4 +1,4 @@
-"""The folder of a run: the files that belong to the run, and that one process at a time writes them."""
+"""The folder of a run: its files, and the lock by which one process at a time writes them."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, RESULT_NAMES
 from mrcn_fast.reid.training.journal import DAMAGED_NAME, METRICS_NAME
 
 LOCK_NAME = ".lock"
-# All that a run and its scoring write, as patterns.
+# Patterns of all files that a run and its scoring write.
 RUN_FILES = (CHECKPOINT_NAME, METRICS_NAME, DAMAGED_NAME, RESULT_NAMES)
 
 
 class FolderInUseError(ValueError):
-    """A folder into which another process writes at this moment."""
+    """Another process writes into the folder at this moment."""
 
 
 @contextmanager
 def held(folder: Path, work: str) -> Iterator[None]:
-    """Hold a folder, which is made if need be, for `work`, such as "trains": no other process holds it then.
+    """Lock a folder for this process, and make it where it doesn't exist. `work` is a verb for the message.
 
-    The system lets go of it when the process ends, however it ends. What a killed holder left half-written is
-    removed. Raises FolderInUseError, at once, where another process holds the folder.
+    The operating system unlocks the folder when the process ends in any way. Files that a killed process left
+    half-written are removed. Raises FolderInUseError, without waiting, where another process has the lock.
     """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / LOCK_NAME)

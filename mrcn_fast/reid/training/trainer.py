@@ -1,4 +1,4 @@
-"""Training: paired batches, SGD with the paper's schedule, checkpoints, and what goes wrong told at once."""
+"""Training: paired batches, SGD with the paper's schedule, and checkpoints; errors stop a run at once."""
 
 from __future__ import annotations
 
@@ -59,13 +59,17 @@ _LESS = (
 
 
 class TrainingError(RuntimeError):
-    """Training that can't go on: a loss that isn't finite, a run that would overwrite another."""
+    """Training can't go on, for example because the loss isn't finite or the run would overwrite another."""
 
 
 def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse, before anything is computed, a run that would overwrite another, or can't be written.
+    """Refuse a run that would overwrite another or can't be written, before anything is computed.
 
-    Raises TrainingError, FolderInUseError, OSError, and WeightsError for initial weights that can't be read.
+    Raises:
+        TrainingError: for a run that would overwrite another
+        FolderInUseError: where another process trains into the folder
+        OSError: where the folder or the cache can't be written to
+        WeightsError: for initial weights that can't be read
     """
     if resume and overwrite:
         raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
@@ -81,7 +85,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
 
 
 def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
-    """The files of an earlier run that a run into `out` replaces; none where it goes on from a checkpoint.
+    """List the files of an earlier run that a run into `out` replaces; none if it resumes from a checkpoint.
 
     Raises TrainingError for such files without `overwrite`.
     """
@@ -89,7 +93,7 @@ def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     if resume and out / CHECKPOINT_NAME in there:
         return []
     if resume:
-        # The steps that a run measured before its first checkpoint are taken again.
+        # A run without a checkpoint takes the steps in its journal again.
         there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
     if there and not overwrite:
         raise TrainingError(
@@ -100,18 +104,24 @@ def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
 
 
 class Trainer:
-    """A training run: everything it needs, built from a TrainConfig; one step, and the loop.
+    """A training run, built from a TrainConfig. `fit()` trains to the end, `step()` takes one step.
 
-    `fit()` trains to the end and returns the checkpoint's path. Raises DatasetError and WeightsError for bad
-    files, ValueError for values that don't fit (fewer identities than P, an unknown gate, an accelerator that
-    there is not, one process of several), and BackendError for a backend that can't serve.
+    Raises:
+        DatasetError, WeightsError: for bad files
+        ValueError: for values that don't fit, such as fewer identities than P, an accelerator that this
+            machine doesn't have, or several processes
+        BackendError: for a backend that can't serve
+
+    Example:
+        >>> config = TrainConfig(data="data/regdb", dataset="regdb", stages=(1,))  # doctest: +SKIP
+        >>> checkpoint = Trainer(config).fit()  # doctest: +SKIP
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.out = Path(config.out)
         self.checkpoint_path = self.out / CHECKPOINT_NAME
-        # What the machine can't do is refused before any image is looked for.
+        # A device or backend that can't serve is refused before the data set is read.
         self.fabric = open_fabric(config.accelerator, config.precision)
         serving_backend(config, config.backend, self.fabric, config.precision)
         dataset = open_dataset(config.dataset, config.data, split=config.split)
@@ -126,7 +136,7 @@ class Trainer:
         self.weights = weights_fingerprint(config.weights)
         self.layout = use_layout(self.model, config.channels_last)
         self.optimizer = make_optimizer(self.model, config)
-        # The wrapped pair brings device and precision; the plain one keeps the names for checkpoints.
+        # The wrapped pair has the device and the precision; checkpoints take the names from the plain pair.
         self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
         self.loss = ReIDLoss(**config.loss_arguments())
         size = (config.height, config.width)
@@ -143,19 +153,19 @@ class Trainer:
         )
         self.journal = Journal(self.out / METRICS_NAME)
         self._watch = CollapseWatch()
-        # Steps done, and the place of the next batch.
+        # The number of steps taken, and the epoch and number of the next batch.
         self.step_count = self.epoch = self.batch = 0
 
     @property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """The number of steps of the whole run."""
         total = self.config.epochs * len(self.batches)
         return total if self.config.steps is None else min(total, self.config.steps)
 
     def step(self, batch: Batch) -> StepResult:
-        """One optimisation step on a batch of uint8 images.
+        """Take one optimisation step on a batch of uint8 images.
 
-        Raises TrainingError, before the weights are touched, when the loss isn't finite.
+        Raises TrainingError where the loss isn't finite, before the weights change.
         """
         labels = to_device(batch.labels, self.fabric.device)
         self._model.train()
@@ -166,11 +176,11 @@ class Trainer:
         with torch.no_grad():
             right = output.logits.argmax(2) == labels.repeat(self.model.sets)
             measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
-            # One transfer from the device a step, for the check below and the journal alike.
+            # One transfer from the device per step serves the check below and the journal.
             readings = Readings(torch.stack(measured))
         self._optimizer.zero_grad(set_to_none=True)
         self.fabric.backward(parts.total)
-        # Asked for when the backward is on its way: a GPU that waited for the host's answer would stand idle.
+        # The values are read after the backward pass was launched, so that a GPU isn't idle in between.
         result = StepResult(*readings.values())
         if not result.finite:
             raise TrainingError(self._not_finite(batch, result))
@@ -178,21 +188,29 @@ class Trainer:
         return result
 
     def prepared(self, images: Tensor, modality: Modality) -> Tensor:
-        """A batch of uint8 images as the network takes it: on the device, augmented, in the run's layout."""
+        """Move a batch of uint8 images to the device, augment it, and put it into the run's memory layout."""
         images = images.to(self.fabric.device, non_blocking=True)
         augmented: Tensor = self.augment[modality](images)
         return augmented.contiguous(memory_format=self.layout)
 
     def fit(self, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> Path:
-        """Train to the last step, writing checkpoint and metrics on the way; returns the checkpoint's path.
+        """Train to the last step, and write checkpoints and metrics on the way.
 
-        `resume` goes on from the checkpoint in `out`, exactly: on the CPU the weights end bitwise as if the
-        run had never stopped; a run that was stopped before its first checkpoint begins anew. Without
-        `resume`, an `out` that holds a checkpoint is refused unless `overwrite`, which removes that run with
-        its scores.
+        Args:
+            resume: go on from the checkpoint in `out`. On the CPU the weights end bitwise as if the run had
+                never stopped. A run that was stopped before its first checkpoint begins again.
+            overwrite: replace the run in `out` and its scores, which is refused otherwise
+            progress: bars to add to; by default this method shows its own
 
-        Raises TrainingError and CheckpointError, FolderInUseError where another process trains into `out`,
-        and MemoryShortageError. That and Ctrl-C leave the last checkpoint whole, and its place is logged.
+        Returns:
+            the checkpoint's path
+
+        Raises:
+            TrainingError, CheckpointError: where training can't begin or go on
+            FolderInUseError: where another process trains into `out`
+            MemoryShortageError: where an allocation fails
+
+        After MemoryShortageError and after Ctrl-C the last checkpoint is whole, and its path is logged.
         """
         check_new_run(self.config, resume=resume, overwrite=overwrite)
         with held(self.out, "trains"):
@@ -204,14 +222,14 @@ class Trainer:
         return self.checkpoint_path
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
-        """Go on with the run that is there, or make way for this one."""
+        """Resume the run in `out`, or remove the files of an earlier one."""
         if resume and self.checkpoint_path.exists():
             self._resume()
             return
         if resume:
             log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
         there = _replaced_files(self.out, resume=resume, overwrite=overwrite)
-        # An old run goes as a whole: its scores beside this one's metrics would be wrong.
+        # All files of an old run go, because its scores would be wrong beside the metrics of this run.
         for path in there:
             path.unlink(missing_ok=True)
         self.journal.clear()
@@ -237,11 +255,11 @@ class Trainer:
 
     def _title(self) -> str:
         config = self.config
-        plugs = "" if config.model == "baseline" else f" after stage {', '.join(map(str, config.stages))}"
-        return f"{config.model}{plugs}" + (f", {config.parts} parts" if config.parts > 1 else "")
+        stages = "" if config.model == "baseline" else f" after stage {', '.join(map(str, config.stages))}"
+        return f"{config.model}{stages}" + (f", {config.parts} parts" if config.parts > 1 else "")
 
     def _run_epoch(self, bars: Progress, task: TaskID) -> None:
-        """Train from the current place to the epoch's end, or to the run's."""
+        """Train from the next batch to the end of the epoch or of the run."""
         rate = learning_rate(self.config, self.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
@@ -279,7 +297,7 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write the checkpoint. When a weight isn't finite, TrainingError: the one before stays."""
+        """Write a checkpoint. Raises TrainingError for weights that are not finite; the earlier one stays."""
         state = self.model.state_dict()
         if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
             raise TrainingError(

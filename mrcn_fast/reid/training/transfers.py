@@ -1,4 +1,4 @@
-"""To a GPU and back without waiting: while it computes, the host goes on and launches what comes next."""
+"""Transfers to and from a GPU during which the host goes on to launch kernels."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from torch import Tensor
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """The host's `tensor` on `device`; a CUDA device takes it when it comes to it, from pinned memory."""
+    """Copy a tensor of the host to `device`; a CUDA device copies it asynchronously, from pinned memory."""
     if device.type != "cuda":
         return tensor.to(device)
-    # From memory that is not pinned, torch waits until everything launched before is done.
+    # A copy from memory that isn't pinned would wait for all work launched before.
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
 class Readings:
-    """The numbers of a (K,) tensor on their way to the host.
+    """An asynchronous copy of the numbers of a (K,) tensor to the host.
 
-    `values()` waits until they are there, and not for what was launched after them.
+    `values()` waits for the copy, but not for work that was launched after it.
     """
 
     def __init__(self, numbers: Tensor) -> None:
-        self._numbers = numbers.to("cpu", non_blocking=True)  # which makes it pinned memory
+        self._numbers = numbers.to("cpu", non_blocking=True)  # into pinned memory
         self._arrived: torch.cuda.Event | None = None
         if numbers.is_cuda:
             self._arrived = torch.cuda.Event()

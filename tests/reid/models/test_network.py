@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mrcn_fast.gates import GATES
+from mrcn_fast.reid.models import blocks
 from mrcn_fast.reid.models.heads import Head, PartPool, stripes
 from mrcn_fast.reid.models.network import MODELS, ReIDModel, TrainingOutput, use_layout
 from mrcn_fast.reid.training.losses import ReIDLoss
@@ -426,3 +427,10 @@ def test_unequal_batches_and_unknown_modalities_are_refused() -> None:
         model(torch.rand(3, 3, 32, 16), torch.rand(2, 3, 32, 16))
     with pytest.raises(ValueError, match="got modality 'rgb', expected one of"):
         model.extract(torch.rand(1, 3, 32, 16), "rgb")  # type: ignore[arg-type]
+
+
+def test_the_old_names_of_the_blocks_go_on_working() -> None:
+    with pytest.warns(DeprecationWarning, match="MRCNPlug is called RestitutionCompensation now"):
+        assert blocks.MRCNPlug is blocks.RestitutionCompensation
+    with pytest.raises(AttributeError, match="no attribute 'Socket'"):
+        blocks.Socket  # noqa: B018

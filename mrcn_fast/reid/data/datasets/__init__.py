@@ -1,1 +1,7 @@
-"""The published data sets: readers of their trees, one module per data set, and opening one by name."""
+"""The published data sets, each read from the tree that its owners ship.
+
+sysu_mm01.py, regdb.py and llcm.py read one data set each: its training set and the searches of its protocol.
+registry.py opens a data set by name and recognizes a tree. The readers share trees.py for folders and
+lists.py for lists of images and identities. permutations.py reads SYSU-MM01's official gallery draw, over
+matlab.py.
+"""

@@ -1,4 +1,4 @@
-"""Reading the lists of the published trees, of identities and of images, and where they contradict."""
+"""The reader of the lists of identities and images in the published trees, and the checks of lists."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mrcn_fast.reid.data.datasets.trees import contents, entries, few, is_number
 from mrcn_fast.reid.data.formats import SUFFIXES, is_image
 from mrcn_fast.reid.data.types import DatasetError
 
-# Characters of a line that a message shows.
+# The most characters of a line that a message shows.
 _SHOWN: Final = 100
 
 _log = logging.getLogger(__name__)
 
 
 class Listed(NamedTuple):
-    """One line of a list of images: its number from 1, the image's place below the root, and its label."""
+    """A line of a list of images: its number from 1, the image's path below the root, and its label."""
 
     line: int
     place: PurePosixPath
@@ -27,13 +27,13 @@ class Listed(NamedTuple):
 
     @property
     def person(self) -> int | None:
-        """The number of the person whose folder the image is in; None where the folder has no number."""
+        """The number of the person, by the name of the image's folder; None where it is no number."""
         folder = self.place.parent.name
         return int(folder) if is_number(folder) else None
 
 
 def check_identities(path: Path, identities: Collection[int], seen: Collection[int]) -> None:
-    """DatasetError unless all `identities`, which the list at `path` names, are among those `seen`."""
+    """Raise DatasetError unless all `identities`, which the list at `path` names, are in `seen`."""
     if missing := sorted(set(identities) - set(seen)):
         raise DatasetError(
             f"{path}: expected identities whose images are in the tree; found {len(missing)} of "
@@ -43,9 +43,9 @@ def check_identities(path: Path, identities: Collection[int], seen: Collection[i
 
 
 def read_identities(path: Path) -> list[int]:
-    """The sorted identities of a file of one line of comma-separated numbers from 1.
+    """Read the sorted identities in a file, which has one line of comma-separated numbers from 1.
 
-    An identity that stands there more than once counts once; a warning names it.
+    An identity that is listed several times counts once; a warning names it.
     """
     expected = "one line of comma-separated identities such as 6,10,17"
     lines = [line for line in _read(path, expected).splitlines() if line.strip()]
@@ -68,15 +68,15 @@ def read_identities(path: Path) -> list[int]:
 
 
 def read_list(path: Path, foreign: Collection[str], *, example: str) -> list[Listed]:
-    """The images of a list, one a line: its place below the data set's root, a space, a label from 0.
+    """Read a list of images: per line a path below the data set's root, a space and a label from 0.
 
-    The place may hold spaces, and backslashes for slashes. `foreign` are the folders (in lower case) in which
-    no image of this list lies: those of the other modality, where a list of it would be taken for this one;
-    `example` is a line as it should be. A line that repeats an earlier one is left out; a warning counts
-    those.
+    A path may contain spaces, and backslashes for slashes. A line that repeats an earlier one is left out,
+    and a warning counts such lines. `foreign` are folders of the other modality (in lower case), in which no
+    image of this list may be, because the lists might be exchanged. Messages show `example` as a correct
+    line.
 
-    Raises DatasetError with the line's number for anything else, for one image with two labels, for two
-    images whose names differ in their suffix only, and for a list without images.
+    Raises DatasetError with the line's number for any other line, for an image with two labels, for two
+    images whose names differ only in the suffix, and for a list without images.
     """
     listed: dict[PurePosixPath, Listed] = {}
     stems: dict[str, Listed] = {}
@@ -106,15 +106,15 @@ def read_list(path: Path, foreign: Collection[str], *, example: str) -> list[Lis
 
 
 def check_images(root: Path, path: Path, listed: Iterable[Listed]) -> None:
-    """DatasetError if an image that the list at `path` names isn't below `root`."""
-    # Folders are listed once: asking for each image takes minutes on a network disk.
+    """Raise DatasetError if an image that the list at `path` names isn't below `root`."""
+    # Folders are listed once, because a query per image takes minutes on a network disk.
     there: dict[PurePosixPath, set[str]] = {}
     missing = []
     for line in listed:
         folder = line.place.parent
         if folder not in there:
             there[folder] = set(contents(root / folder).images) if (root / folder).is_dir() else set()
-        # Where case doesn't matter to the disk, it does in its listing.
+        # Case matters in a listing, also on disks that ignore it.
         if line.place.name not in there[folder] and not (root / line.place).is_file():
             missing.append(line)
     if missing:
@@ -125,10 +125,10 @@ def check_images(root: Path, path: Path, listed: Iterable[Listed]) -> None:
 
 
 def check_people(lists: Mapping[Path, Iterable[Listed]]) -> None:
-    """DatasetError unless a label is the same person in all `lists` (by their paths), and a person one label.
+    """Raise DatasetError unless each label is one person, and each person one label, in all `lists` (paths).
 
-    A person is known by the number of the images' folder, as in the published trees; images in folders
-    without a number tell nothing.
+    The number of an image's folder is the person, as in the published trees; images in other folders are not
+    checked.
     """
     first: dict[tuple[str, int], tuple[Path, Listed]] = {}
     for path, line in ((path, line) for path, listed in lists.items() for line in listed):
@@ -146,12 +146,12 @@ def check_people(lists: Mapping[Path, Iterable[Listed]]) -> None:
 
 
 def people_of(listed: Iterable[Listed]) -> set[int]:
-    """The people whose folders the images of a list are in."""
+    """Collect the people in whose folders the images of a list are."""
     return {line.person for line in listed if line.person is not None}
 
 
 def check_apart(path: Path, training: Collection[int], test: Collection[int]) -> None:
-    """DatasetError if a person is in both the training and the test that the lists at `path` give."""
+    """Raise DatasetError if a person is in both the training and the test lists at `path`."""
     if shared := sorted(set(training) & set(test)):
         raise DatasetError(
             f"{path}: expected test people apart from the training ones; found {len(shared)} in both: "
@@ -160,7 +160,7 @@ def check_apart(path: Path, training: Collection[int], test: Collection[int]) ->
 
 
 def _lines(path: Path, expected: str) -> Iterator[Listed]:
-    """The lines of a list but for the blank ones. DatasetError for one of another form, and for no line."""
+    """Read the lines of a list that aren't blank. Raises DatasetError for an unfit line, and for none."""
     lines = [
         (number, line) for number, line in enumerate(_read(path, expected).split("\n"), 1) if line.strip()
     ]
@@ -178,14 +178,14 @@ def _parse(line: str) -> tuple[PurePosixPath, int] | None:
     if len(words) != 2 or not is_number(words[1]):
         return None
     place = PurePosixPath(words[0].replace("\\", "/"))
-    # All that a list names lies below the data set's root.
+    # All images that a list names are below the data set's root.
     if place.is_absolute() or ".." in place.parts or not place.parts:
         return None
     return place, int(words[1])
 
 
 def _check_place(where: str, place: PurePosixPath, foreign: Collection[str]) -> None:
-    """DatasetError unless `place`, which a list names at `where`, is an image of that list's modality."""
+    """Raise DatasetError unless `place`, which a list names at `where`, is an image of its modality."""
     strange = next((part for part in place.parts[:-1] if part.lower() in foreign), None)
     if strange is not None:
         raise DatasetError(
@@ -200,13 +200,13 @@ def _check_place(where: str, place: PurePosixPath, foreign: Collection[str]) -> 
 
 
 def _shown(text: str) -> str:
-    """A line of a file for a message, whatever the file is."""
+    """Format a line of any file for a message."""
     return repr(text.strip()[:_SHOWN])
 
 
 def _read(path: Path, expected: str) -> str:
     try:
-        # Some editors put a byte order mark in front. Names of files are bytes, and need not be UTF-8.
+        # Some editors write a byte order mark first. File names are bytes that need not be UTF-8.
         return path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except FileNotFoundError:
         raise DatasetError(

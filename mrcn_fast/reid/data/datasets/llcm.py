@@ -1,4 +1,4 @@
-"""LLCM as its owners ship it, idx/*.txt, test_vis/camN/dddd and test_nir/camN/dddd: training and searches.
+"""The reader of LLCM's tree, idx/*.txt, test_vis/camN/dddd and test_nir/camN/dddd.
 
 Y. Zhang and H. Wang, "Diverse Embedding Expansion Network and Low-Light Cross-Modality Benchmark for
 Visible-Infrared Person Re-identification", CVPR 2023.
@@ -45,7 +45,7 @@ from mrcn_fast.reid.data.types import (
 
 
 class _Side(NamedTuple):
-    """Where one modality is in the tree; foreign: the folders that its training list can't name."""
+    """The folders of a modality; its training list must not name images in the `foreign` ones."""
 
     training: str
     foreign: frozenset[str]
@@ -71,18 +71,19 @@ _EXAMPLE: Final = "vis/0001/0001_c05_s182093_f9850_vis.jpg 0"
 
 
 class LLCM:
-    """The data set under `root`, read as published, without preprocessing.
+    """LLCM, read from the tree under `root` as published, without preprocessing.
 
-    Training identities are the labels of the lists, from 0; test identities are the numbers of test_id.txt.
-    A test image's camera is its folder's; a training image's is the one that a folder of its path (cam5) or a
-    word of its file name (c05) names, and 0 where none does, for nothing in training depends on it.
+    Training identities are the labels of the lists, from 0. Test identities are the numbers in test_id.txt.
+    The camera of a test image is that of its folder. The camera of a training image is named by a folder of
+    its path (cam5) or a word of its file name (c05); otherwise it is 0, because the training doesn't depend
+    on it.
 
-    Every image of a test identity's folders is read, whatever its format; a warning counts what else is in
-    the tree's test folders.
+    All images in the folders of test identities are read, in any format. A warning counts other entries in
+    the test folders.
 
-    Raises DatasetError, naming the path, the expected and the found, for a missing tree, list or listed
-    image, malformed lines, a list whose images are of the other modality or of the test, lists in which a
-    label is not one person's, a person in both training and test, a test identity or a camera without images.
+    Raises DatasetError, with the path, the expected and the found, for a missing tree, list or listed image,
+    malformed lines, lists of the other modality or of test images, a label of several people, a person in
+    both training and test, and a test identity or a camera without images.
     """
 
     name: ClassVar[str] = "llcm"
@@ -110,20 +111,21 @@ class LLCM:
         check_identities(path, self.test_identities, set().union(*cameras_folders))
 
     def training(self) -> TrainingSet:
-        """The images of the training lists, in their order, of the identities that have both modalities.
+        """Make the training set of the images in the training lists, in their order.
 
-        Identities with one modality only are left out; a warning names and counts them.
+        Identities with images of one modality are left out; a warning names and counts them.
         """
         return pair_modalities(self._training, self._name)
 
     def searches(self, trials: int = 10) -> list[Search]:
-        """Both directions, "infrared-to-visible" first: all test images of one modality are the query.
+        """Make the searches of both directions, "infrared-to-visible" first.
 
-        The gallery has one image of the other modality an identity and camera, drawn as the field's code
-        does: Python's generator seeded with the trial, from 0, and one choice over the sorted files for each
-        identity and, in it, each camera. A warning names identities without images of a modality.
+        The query has all test images of one modality. The gallery has one image of the other modality per
+        identity and camera, drawn as in the field's code: Python's generator is seeded with the trial, from
+        0, and makes one choice over the sorted files per identity and camera. A warning names identities
+        without images of a modality.
 
-        Raises ValueError for less than one trial, DatasetError for a camera without images of the test
+        Raises ValueError for less than one trial, DatasetError for a camera without images of test
         identities.
         """
         at_least(1, "trials", trials)
@@ -151,7 +153,7 @@ class LLCM:
         return listed
 
     def _numbered(self, side: _Side) -> dict[int, dict[int, Path]]:
-        """The folders of a modality's test images by camera and identity."""
+        """Find the folders of a modality's test images by camera and identity."""
         self._left_out.add(self.root / side.test, unknown_cameras(self.root / side.test, side.cameras))
         return {
             camera: numbered(self.root / side.test / f"cam{camera}", self._left_out)
@@ -160,8 +162,8 @@ class LLCM:
 
     @cached_property
     def _test(self) -> dict[Modality, list[Sample]]:
-        """The test images by modality, sorted by identity, camera and file name."""
-        # Listed once: each direction and trial takes from the same folders.
+        """Collect the test images by modality, sorted by identity, camera and file name."""
+        # The folders are listed once for all directions and trials.
         images = {modality: self._images(modality) for modality in _SIDES}
         self._left_out.log(self._name)
         samples = [*images["visible"], *images["infrared"]]
@@ -189,7 +191,7 @@ class LLCM:
 
 
 def _draw(samples: Iterable[Sample], trial: int) -> tuple[Sample, ...]:
-    # Not the global generator: the same numbers, without disturbing anybody's stream.
+    # A generator of its own gives the same numbers as the global one, and leaves that unchanged.
     generator = random.Random(trial)
     return tuple(generator.choice(files) for files in by_place(samples))
 

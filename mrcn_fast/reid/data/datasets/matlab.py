@@ -1,6 +1,6 @@
-"""Cell arrays of numbers from MATLAB files of version 5 to 7 (the "MAT-File Format" of MathWorks, level 5).
+"""The reader of cell arrays of numbers in MATLAB files (MathWorks, "MAT-File Format", level 5).
 
-scipy reads these too, but a damaged file can end the process in it.
+scipy reads such files too, but a damaged file can crash the process there.
 """
 
 from __future__ import annotations
@@ -14,29 +14,30 @@ from typing import Final, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# Data types of elements: the numbers' types in numpy's letters; then those that are no plain numbers.
+# The data types of elements: numbers by NumPy's letters, then the types that are no plain numbers.
 _NUMBERS: Final = {
     1: "i1", 2: "u1", 3: "i2", 4: "u2", 5: "i4", 6: "u4", 7: "f4", 9: "f8", 12: "i8", 13: "u8",
 }  # fmt: skip
 _MATRIX: Final = 14
 _COMPRESSED: Final = 15
-# Classes of matrices: cells, and all numbers from double to uint64.
+# The classes of matrices: cells, and all numbers from double to uint64.
 _CELLS: Final = 1
 _NUMERIC: Final = range(6, 16)
 _COMPLEX: Final = 0x0800
 
 _HEADER: Final = 128  # bytes
-# What a compressed variable may grow to: the published file is 300 kB. And how deep cells may be nested.
+# The most bytes of an uncompressed variable (the published file has 300 kB), and the deepest nesting of
+# cells.
 _MOST_BYTES: Final = 1 << 26
 _DEEPEST: Final = 8
 
 
 class MatlabError(ValueError):
-    """A file that isn't one of MATLAB's, is damaged, or holds something else than cells and numbers."""
+    """A file is not MATLAB's, is damaged, or has other content than cells and numbers."""
 
 
 class Cells(NamedTuple):
-    """A cell array: its shape, and its cells column by column."""
+    """A cell array: its shape, and its cells in column-major order."""
 
     shape: tuple[int, ...]
     items: list[Value]
@@ -48,9 +49,9 @@ _EMPTY: Final = np.empty((0, 0), np.uint8)
 
 
 def read_variable(path: Path, name: str) -> Value:
-    """The variable `name` of the file: numbers as an array of the type they are stored in, or Cells.
+    """Read the variable `name` of a file: an array of the stored type, or Cells.
 
-    Raises MatlabError where the file holds no such variable, and OSError where it can't be read.
+    Raises MatlabError where the file doesn't have such a variable, and OSError where it can't be read.
     """
     content = path.read_bytes()
     order = {b"IM": "<", b"MI": ">"}.get(content[126:_HEADER])
@@ -73,7 +74,7 @@ def read_variable(path: Path, name: str) -> Value:
 
 
 class _Elements:
-    """The data elements that follow each other in `content`: (type, data) each."""
+    """Iterate over the data elements in `content`: (type, data)."""
 
     def __init__(self, content: bytes, order: str) -> None:
         self._content = content
@@ -89,13 +90,13 @@ class _Elements:
             raise MatlabError("a MATLAB file that is cut off")
         kind, size = struct.unpack_from(f"{self._order}II", self._content, start)
         if kind >> 16:
-            # A small element: its size is in the upper half of the type, and its data where the size was.
+            # A small element has its size in the upper half of the type, and its data in place of the size.
             kind, size, data, self._place = kind & 0xFFFF, kind >> 16, start + 4, start + 8
             most = 4
         else:
             data, most = start + 8, len(self._content) - start - 8
             self._place = data + size
-            # Compressed ones are not padded.
+            # Compressed elements are not padded.
             if kind != _COMPRESSED:
                 self._place += -size % 8
         if size > most:
@@ -121,7 +122,7 @@ def _name(data: bytes, order: str) -> str:
 
 
 def _value(data: bytes, order: str, depth: int) -> Value:
-    """What a matrix element holds: cells or numbers. An element without content is an empty array."""
+    """Read the cells or numbers of a matrix element. An element without content is an empty array."""
     if not data:
         return _EMPTY
     elements = _Elements(data, order)
@@ -141,7 +142,7 @@ def _value(data: bytes, order: str, depth: int) -> Value:
 
 def _cells(elements: _Elements, count: int, order: str, depth: int) -> list[Value]:
     items: list[Value] = []
-    # A damaged count ends with the elements, before it fills the memory.
+    # The loop ends with the elements, so that a damaged count doesn't fill the memory.
     for _ in range(count):
         kind, data = elements.next()
         if kind != _MATRIX:

@@ -1,4 +1,4 @@
-"""SYSU-MM01's official gallery draw, rand_perm_cam.mat: read, and refused where it isn't permutations."""
+"""The reader of SYSU-MM01's official gallery draw, rand_perm_cam.mat."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from mrcn_fast.reid.data.types import DatasetError
 
 _VARIABLE: Final = "rand_perm_cam"
 
-# (identity, camera) -> for each trial, the order of that identity's images in that camera, counted from 1.
+# (identity, camera) -> per trial, the order of the identity's images in that camera, from 1.
 Permutations = dict[tuple[int, int], list[list[int]]]
 
 
 def read_permutations(path: Path, cameras: int) -> Permutations:
-    """The permutations in the MATLAB file `path`: cells of `cameras` x 1, in each a cell an identity.
+    """Read the permutations in a MATLAB file, which has `cameras` x 1 cells with a cell per identity each.
 
-    Identities without images in a camera are left out. Raises DatasetError, naming the file and the camera
-    and identity, for a file of another kind, values that are not integers, and rows in which not every place
-    from 1 on stands once.
+    Identities without images in a camera are left out. Raises DatasetError, with the file, camera and
+    identity, for another type of file, values that are not integers, and rows that are no permutations.
     """
     expected = f"a MATLAB file with the cell array {_VARIABLE}, {cameras} x 1 cells"
     try:

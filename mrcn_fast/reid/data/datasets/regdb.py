@@ -1,4 +1,4 @@
-"""RegDB as its owners ship it, Visible/, Thermal/ and idx/*.txt: training set and searches of ten splits.
+"""The reader of RegDB's tree, Visible/, Thermal/ and idx/*.txt, with its ten splits.
 
 D. T. Nguyen et al., "Person Recognition System Based on a Combination of Body Images from Visible Light and
 Thermal Cameras", Sensors 2017; the ten splits: M. Ye et al., AAAI 2018.
@@ -33,7 +33,7 @@ from mrcn_fast.reid.data.types import (
 
 SPLITS: Final = 10
 CAMERA_OF: Final[dict[Modality, int]] = {"visible": 1, "infrared": 2}
-# The modalities in the names of lists, and the folder of the other one.
+# By modality: its name in the names of lists, and the folder of the other modality.
 _LIST_OF: Final[dict[Modality, str]] = {"visible": "visible", "infrared": "thermal"}
 _FOREIGN: Final[dict[Modality, str]] = {"visible": "thermal", "infrared": "visible"}
 _TREE: Final = (
@@ -44,16 +44,16 @@ _EXAMPLE: Final = "Visible/285/male_back_v_05528_285.bmp 0"
 
 
 class RegDB:
-    """The data set under `root`, read as published, without preprocessing: split 1 ... 10 of its lists.
+    """RegDB, read from the tree under `root` as published, without preprocessing: one of its splits 1 to 10.
 
-    An identity is the label of a list, which counts from 0 in each; so the same number is somebody else in
-    training and in test. Camera 1 is the visible one, camera 2 the thermal one, whose images are the infrared
-    ones here. Samples stand in the lists' order.
+    Identities are the labels of a list. They count from 0 in each list, so that the same number is another
+    person in the training than in the test. Camera 1 is visible. Camera 2 is thermal, and its images are the
+    infrared ones here. Samples are in the order of the lists.
 
-    Raises ValueError for another split; DatasetError, naming the path, the expected and the found, for a
-    missing tree, list or listed image, malformed lines, a list whose images are of the other modality, lists
-    in which a label is not one person's, an image or a person in both training and test, and a test that
-    nobody of has images of both modalities.
+    Raises ValueError for another split. Raises DatasetError, with the path, the expected and the found, for a
+    missing tree, list or listed image, malformed lines, lists of the other modality, a label of several
+    people, an image or a person in both training and test, and a test in which nobody has images of both
+    modalities.
     """
 
     name: ClassVar[str] = "regdb"
@@ -82,16 +82,16 @@ class RegDB:
         check_test(self._test, self._name)
 
     def training(self) -> TrainingSet:
-        """The training images of the identities that have both modalities.
+        """Make the training set of the identities that have images of both modalities.
 
-        Identities with one modality only are left out; a warning names and counts them.
+        Identities with images of one modality are left out; a warning names and counts them.
         """
         return pair_modalities(self._training, self._name)
 
     def searches(self) -> list[Search]:
-        """Both directions, "visible-to-infrared" first: all test images of one modality in all of the other.
+        """Make the searches of both directions, "visible-to-infrared" first.
 
-        There is one gallery, and nothing is drawn.
+        The query has all test images of one modality, and the only gallery all of the other.
         """
         visible, infrared = (
             tuple(s for s in self._test if s.modality == modality) for modality in ("visible", "infrared")

@@ -1,4 +1,4 @@
-"""The data sets by name: opening one, and telling whose tree a folder is."""
+"""The data sets by name, and the recognition of a data set by its tree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mrcn_fast.reid.data.types import DatasetError, PersonDataset
 DATASETS: Final[dict[str, type[PersonDataset]]] = {
     dataset.name: dataset for dataset in (SYSUMM01, RegDB, LLCM)
 }
-# The folders that tell a tree: all of the first, and any of the second, so that a damaged tree is known, too.
+# The folders by which a tree is recognized: all of the first, or any of the second in a damaged tree.
 _SIGNS: Final = {
     SYSUMM01.name: (("exp",), tuple(f"cam{camera}" for camera in range(1, 7))),
     RegDB.name: (("idx",), ("Visible", "Thermal")),
@@ -25,10 +25,17 @@ _SIGNS: Final = {
 def open_dataset(
     name: str, root: str | Path, *, split: int = 1, permutations: str | Path | None = None
 ) -> PersonDataset:
-    """The data set `name`, "sysu-mm01", "regdb" or "llcm", under `root`.
+    """Open a data set.
 
-    split: RegDB's, from 1 to 10; permutations: the path of SYSU-MM01's rand_perm_cam.mat. Raises ValueError
-    for an unknown name and for either where the data set has no such thing; DatasetError for a broken tree.
+    Args:
+        name: "sysu-mm01", "regdb" or "llcm"
+        root: the root of its tree
+        split: of RegDB, from 1 to 10
+        permutations: path of SYSU-MM01's rand_perm_cam.mat
+
+    Raises:
+        ValueError: for an unknown name, and for a split or permutations of another data set
+        DatasetError: for a damaged tree
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
@@ -44,9 +51,9 @@ def open_dataset(
 
 
 def recognize(root: str | Path) -> str:
-    """The name of the data set whose tree `root` is, judged by its folders' names.
+    """Recognize a data set by the names of the folders in its tree, and return its name.
 
-    Raises DatasetError, naming what was found, if it is none, or more than one.
+    Raises DatasetError, which names the entries, for the tree of no data set or of several.
     """
     root = Path(root)
     expected = "the tree of a data set: " + "; ".join(
@@ -67,7 +74,7 @@ def recognize(root: str | Path) -> str:
 
 
 def is_whole(root: str | Path) -> bool:
-    """Whether a tree was written to its end, where the lists of identities come."""
+    """Whether a tree was written completely; the lists of identities are written last."""
     try:
         recognize(root)
     except DatasetError:

@@ -1,4 +1,4 @@
-"""SYSU-MM01 as its owners ship it, camN/dddd/*.jpg and exp/*_id.txt: training set, query and galleries.
+"""The reader of SYSU-MM01's tree, camN/dddd/*.jpg and exp/*_id.txt.
 
 A. Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017.
 """
@@ -47,17 +47,15 @@ _TREE: Final = (
 
 
 class SYSUMM01:
-    """The data set under `root`, read as published, without preprocessing.
+    """SYSU-MM01, read from the tree under `root` as published, without preprocessing.
 
-    `permutations` is the path of the official gallery draw, rand_perm_cam.mat; by default it is looked for in
-    `root` and in `root`/exp when a gallery with draw="official" is asked for.
+    `permutations` is the path of the official gallery draw, rand_perm_cam.mat. By default, a gallery with
+    draw="official" looks for it in `root` and in `root`/exp.
 
-    Every image of an identity's folders is read, whatever its format; a warning counts what else is in the
-    tree's folders of images.
+    All images in the folders of identities are read, in any format. A warning counts other entries there.
 
-    Raises DatasetError, naming the path, the expected and the found, for a missing tree or exp file,
-    malformed identities, identities in both training and test, an identity without images, and an empty
-    camera.
+    Raises DatasetError, with the path, the expected and the found, for a missing tree or exp file, malformed
+    identities, an identity in both training and test, an identity without images, and an empty camera.
     """
 
     name: ClassVar[str] = "sysu-mm01"
@@ -83,10 +81,11 @@ class SYSUMM01:
             check_identities(exp / f"{split}_id.txt", identities, set().union(*self._folders.values()))
 
     def training(self) -> TrainingSet:
-        """All images of the train and val identities that have both modalities.
+        """Make the training set of all images of the train and val identities.
 
-        Identities with one modality only are left out; a warning names and counts them. Samples are sorted by
-        identity, camera and file name. Raises DatasetError if an identity or a camera has no image.
+        Identities with images of one modality are left out; a warning names and counts them. Samples are
+        sorted by identity, camera and file name. Raises DatasetError for an identity or camera without
+        images.
         """
         samples = self._samples(self.training_identities)
         self._check_cameras(samples, CAMERAS, "training")
@@ -95,10 +94,10 @@ class SYSUMM01:
     def searches(
         self, mode: str = "all", shots: int = 1, draw: str = "random", trials: int = 10
     ) -> list[Search]:
-        """The query against the galleries of trials 0 ... `trials` - 1: "all-search" or "indoor-search".
+        """Make "all-search" or "indoor-search", with galleries of trials 0 to `trials` - 1.
 
-        mode "both" gives both, all-search first; the other arguments are `gallery`'s. Raises what `gallery`
-        raises, and ValueError for less than one trial.
+        Mode "both" gives both, all-search first. The other arguments and the errors are those of `gallery`.
+        Raises ValueError for less than one trial.
         """
         at_least(1, "trials", trials)
         if mode not in (*GALLERY_CAMERAS, "both"):
@@ -122,23 +121,26 @@ class SYSUMM01:
         return searches
 
     def query(self) -> list[Sample]:
-        """All infrared images (cameras 3 and 6) of the test identities, by identity, camera and file name."""
+        """Collect the infrared images (cameras 3 and 6) of the test identities, sorted as in `training`."""
         return self._test_images(INFRARED_CAMERAS)
 
     def gallery(
         self, mode: str = "all", *, shots: int = 1, trial: int = 0, draw: str = "random"
     ) -> list[Sample]:
-        """The visible images to search in: `shots` (or all, if there are fewer) an identity and camera.
+        """Draw the visible images of a trial's gallery, sorted by identity and camera.
 
-        mode: "all" (cameras 1, 2, 4, 5) or "indoor" (1, 2). shots: 1 (single-shot) or 10 (multi-shot) as
-        published. draw: "random" as the field's PyTorch code draws: Python's generator seeded with `trial`,
-        one choice over the sorted files for each identity and, in it, each camera (for more shots one
-        sample without replacement in the choice's place); "official": the first `shots` of row `trial` of
-        rand_perm_cam.mat. The two draws' scores are not the same number. trial: from 0; the published
-        protocol averages trials 0 ... 9.
+        Args:
+            mode: "all" (cameras 1, 2, 4, 5) or "indoor" (1, 2)
+            shots: images per identity and camera, or all if there are fewer; published are 1 and 10
+            draw: "random" draws as the field's PyTorch code: Python's generator is seeded with `trial`, and
+                makes a choice over the sorted files per identity and camera (for more shots, a sample without
+                replacement). "official" takes the first `shots` of row `trial` of rand_perm_cam.mat. Scores
+                of the two differ.
+            trial: from 0; the published protocol averages trials 0 to 9
 
-        Sorted by identity and camera. Raises ValueError for an unknown mode or draw, or shots or trial out of
-        range; DatasetError for a missing or unfitting rand_perm_cam.mat and for a camera without test images.
+        Raises:
+            ValueError: for an unknown mode or draw, and for shots or trial out of range
+            DatasetError: for a missing or unfit rand_perm_cam.mat, and for a camera without test images
         """
         if mode not in GALLERY_CAMERAS:
             raise ValueError(f"unknown mode {mode!r}; known: {', '.join(GALLERY_CAMERAS)}")
@@ -146,7 +148,7 @@ class SYSUMM01:
             raise ValueError(f"unknown draw {draw!r}; known: {', '.join(DRAWS)}")
         at_least(1, "shots", shots)
         at_least(0, "trial", trial)
-        # Not the global generator: the same numbers, without disturbing anybody's stream.
+        # A generator of its own gives the same numbers as the global one, and leaves that unchanged.
         generator = random.Random(trial)
         gallery: list[Sample] = []
         for files in by_place(self._test_images(GALLERY_CAMERAS[mode])):
@@ -174,7 +176,7 @@ class SYSUMM01:
 
     @cached_property
     def _permutations(self) -> tuple[Path, Mapping[tuple[int, int], Sequence[Sequence[int]]]]:
-        """The path of rand_perm_cam.mat, and its permutations by identity and camera, one a trial."""
+        """Find rand_perm_cam.mat, and read its permutations by identity and camera, one per trial."""
         places = [self.root / PERMUTATIONS, self.root / "exp" / PERMUTATIONS]
         if self._given is not None:
             places = [self._given]
@@ -189,8 +191,8 @@ class SYSUMM01:
 
     @cached_property
     def _test(self) -> list[Sample]:
-        """All images of the test identities, by identity, camera and file name."""
-        # Listed once: ten trials draw from the same folders, and network disks are slow to list.
+        """All images of the test identities, sorted by identity, camera and file name."""
+        # The folders are listed once for all trials, because that is slow on network disks.
         samples = self._samples(self.test_identities)
         check_test(samples, self._name)
         return samples
@@ -201,7 +203,7 @@ class SYSUMM01:
         return samples
 
     def _samples(self, identities: Sequence[int]) -> list[Sample]:
-        """The images of these identities, sorted by identity, camera and file name."""
+        """Collect the images of these identities, sorted by identity, camera and file name."""
         samples = [
             Sample(
                 self._folders[camera][identity] / name,
@@ -226,7 +228,7 @@ class SYSUMM01:
             )
 
     def _camera(self, camera: int) -> dict[int, Path]:
-        """A camera's folders by identity, at least one of them with images."""
+        """Find the folders of a camera by identity; at least one has images."""
         path = self.root / f"cam{camera}"
         folders = numbered(path, self._left_out)
         if not any(contents(folder).images for folder in folders.values()):

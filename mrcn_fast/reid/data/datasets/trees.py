@@ -1,4 +1,4 @@
-"""Reading the folders of the published trees: their images, what they lack, and what is left out."""
+"""The reader of folders in the published trees: their images, missing folders, and ignored entries."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Final, NamedTuple
 from mrcn_fast.reid.data.formats import SUFFIXES, is_image
 from mrcn_fast.reid.data.types import DatasetError, Sample
 
-# Digits of a label or an identity: numbers of that size fit every integer type that holds them later.
+# The most digits of a label or an identity, so that the numbers fit all integer types used later.
 _DIGITS: Final = 9
 
 _log = logging.getLogger(__name__)
 
 
 class Content(NamedTuple):
-    """The names in a folder, sorted: its images, its folders, and everything else."""
+    """The sorted names of the images, folders and other entries in a folder."""
 
     images: list[str]
     folders: list[str]
@@ -27,18 +27,18 @@ class Content(NamedTuple):
 
 
 class LeftOut:
-    """What a tree holds and its reader doesn't read: collected by path, then logged once."""
+    """The entries of a tree that its reader ignores; they are collected by path, and logged together."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
         self._paths: list[Path] = []
 
     def add(self, folder: Path, names: Iterable[str]) -> None:
-        """Take in the entries `names` of `folder`."""
+        """Add the entries `names` of `folder`."""
         self._paths += [folder / name for name in names]
 
     def log(self, dataset: str) -> None:
-        """Log the number of entries since the last call and the first of them, if there are any."""
+        """Log the number of entries since the last call, and the first of them, if there are any."""
         if self._paths:
             _log.warning(
                 "%s: left out %d entries that are neither images (%s) nor folders of this layout: %s",
@@ -51,18 +51,18 @@ class LeftOut:
 
 
 def few(values: Sequence[object], limit: int = 8) -> str:
-    """The first of `values`, and how many there are besides."""
+    """Format the first of `values`, and the number of the others."""
     shown = ", ".join(str(value) for value in values[:limit])
     return f"{shown} and {len(values) - limit} more" if len(values) > limit else shown
 
 
 def entries(folder: Path) -> str:
-    """What is in `folder`, for a message."""
+    """Describe the entries of `folder` for a message."""
     return few(sorted(entry.name for entry in folder.iterdir())) or "an empty folder"
 
 
 def check_folders(root: Path, folders: Iterable[str], tree: str) -> None:
-    """DatasetError unless `root` has all `folders`; `tree` says whose tree is expected and how it looks."""
+    """Raise DatasetError unless `root` has all `folders`; `tree` describes the expected tree."""
     if not root.is_dir():
         raise DatasetError(f"{root}: expected {tree}; found no such folder")
     missing = [folder for folder in folders if not (root / folder).is_dir()]
@@ -71,7 +71,7 @@ def check_folders(root: Path, folders: Iterable[str], tree: str) -> None:
 
 
 def contents(folder: Path) -> Content:
-    """What is in `folder`. Raises DatasetError where it can't be listed."""
+    """List the entries of `folder`. Raises DatasetError where that fails."""
     found = Content([], [], [])
     try:
         with os.scandir(folder) as listing:
@@ -93,10 +93,10 @@ def contents(folder: Path) -> Content:
 
 
 def images_in(folder: Path, left_out: LeftOut) -> list[str]:
-    """The sorted names of the images in a person's folder.
+    """List the sorted names of the images in a person's folder, and add other entries to `left_out`.
 
-    Everything else in it is added to `left_out`. Raises DatasetError for two files whose names differ in
-    their suffix only: they would be one picture twice.
+    Raises DatasetError for two files whose names differ only in the suffix, because they would be the same
+    picture.
     """
     found = contents(folder)
     left_out.add(folder, found.folders + found.others)
@@ -110,7 +110,7 @@ def images_in(folder: Path, left_out: LeftOut) -> list[str]:
 
 
 def numbered(camera: Path, left_out: LeftOut) -> dict[int, Path]:
-    """The folders of `camera` by the identity that their names give; everything else goes to `left_out`.
+    """Find the folders of `camera` by the identities in their names, and add other entries to `left_out`.
 
     Raises DatasetError where two folders have one number, such as 0012 and 12.
     """
@@ -130,13 +130,13 @@ def numbered(camera: Path, left_out: LeftOut) -> dict[int, Path]:
 
 
 def unknown_cameras(folder: Path, cameras: Iterable[int]) -> list[str]:
-    """The folders in `folder` that are named as cameras are, and are none of `cameras`."""
+    """Find the folders in `folder` that are named like cameras, but are none of `cameras`."""
     known = {f"cam{camera}" for camera in cameras}
     return [name for name in contents(folder).folders if name.lower().startswith("cam") and name not in known]
 
 
 def is_number(word: str) -> bool:
-    """Whether a label, an identity or the name of a person's folder is a number from 0."""
+    """Whether a label, an identity or the name of a folder is a number from 0."""
     return word.isascii() and word.isdigit() and len(word) <= _DIGITS
 
 
@@ -146,7 +146,7 @@ def stem(name: str) -> str:
 
 
 def by_place(samples: Iterable[Sample]) -> list[list[Sample]]:
-    """Samples grouped by identity and camera, in order of appearance."""
+    """Group samples by identity and camera, in order of appearance."""
     places: dict[tuple[int, int], list[Sample]] = {}
     for sample in samples:
         places.setdefault((sample.identity, sample.camera), []).append(sample)
@@ -154,12 +154,12 @@ def by_place(samples: Iterable[Sample]) -> list[list[Sample]]:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file. A link to nowhere counts as one that can't be read."""
+    """Whether an entry is a file; a broken link counts as a file that can't be read."""
     if entry.is_symlink() and not os.path.exists(entry.path):
         return True
     return entry.is_file()
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    # A link in a circle makes the entry's own method raise.
+    # The entry's own method raises for a circular link.
     return os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir()

@@ -1,7 +1,7 @@
-"""The drawing of a synthetic person in a pose: which part is where, and what it reflects.
+"""The drawing of a synthetic person in a pose: the places and reflectances of all parts.
 
-A figure is drawn larger than the image, as a map of parts and a map of shade; each part then gets the
-reflectance of its material in the spectrum asked for.
+A figure is drawn larger than the image, as a map of parts and a map of shade. Each part then gets the
+reflectance of its material in the camera's spectrum.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from mrcn_fast.reid.data.synthetic.people import Garment, Person, Surface
 Floats = NDArray[np.float32]
 Point = tuple[float, float]
 
-# Figures are drawn this many times larger than the image.
+# The factor by which figures are drawn larger than the image.
 SUPERSAMPLING: Final = 2
 _LUMINANCE: Final = np.array([0.299, 0.587, 0.114], dtype=np.float32)
-# The value in the shade map that leaves a reflectance as it is.
+# The value in the shade map that doesn't change a reflectance.
 _FULL_LIGHT: Final = 200
 
 
 @dataclass(frozen=True)
 class Pose:
-    """One moment: how somebody stands, and how the detector cropped."""
+    """How a person stands in an image, and how the detector cropped it."""
 
     yaw: float
     stride: float
@@ -54,7 +54,7 @@ class _Part(IntEnum):
 
 
 def seen(surface: Surface, modality_gap: float) -> Floats:
-    """A surface's reflectance (3,) to a camera; gap 0: its colour; 1: its near-infrared response, grey."""
+    """The reflectance of a surface, (3,): its colour for gap 0, its grey near-infrared response for gap 1."""
     colour = np.array(surface.visible, dtype=np.float32)
     luminance = colour @ _LUMINANCE
     response = luminance + modality_gap * (surface.infrared - luminance)
@@ -63,9 +63,9 @@ def seen(surface: Surface, modality_gap: float) -> Floats:
 
 
 class Figure:
-    """The drawing of one person: a map of parts and a map of shade, both supersampled.
+    """The drawing of a person: a map of parts and a map of shade, both supersampled.
 
-    Points are in body heights: x from the middle, to the image's right, y from the crown down.
+    Points are in body heights, with x to the right from the middle and y down from the crown.
     """
 
     def __init__(self, person: Person, pose: Pose, image_size: tuple[int, int], modality_gap: float) -> None:
@@ -77,7 +77,7 @@ class Figure:
         self._drawings = (ImageDraw.Draw(self._parts), ImageDraw.Draw(self._shade))
         self._unit = height * pose.scale * person.body.stature
         self._middle = width * (0.5 + pose.shift[0])
-        # Everybody stands on the same ground; the crown is where their stature ends.
+        # All people stand on the same ground, and the stature decides about the height of the crown.
         self._crown = height * (0.975 + pose.shift[1]) - self._unit
         facing = np.cos(pose.yaw)
         self._front = bool(facing > 0)
@@ -85,15 +85,15 @@ class Figure:
         self._breadth = 0.62 + 0.38 * abs(float(facing))
 
     def parts(self) -> NDArray[np.uint8]:
-        """The part of each supersampled pixel (H, W)."""
+        """The part at each supersampled pixel, (H, W)."""
         return np.asarray(self._parts)
 
     def covered(self) -> NDArray[np.bool_]:
-        """Which supersampled pixels the figure covers (H, W)."""
+        """Whether the figure covers each supersampled pixel, (H, W)."""
         return self.parts() != _Part.NOTHING
 
     def reflectance(self) -> Floats:
-        """What each supersampled pixel reflects (H, W, 3); 0 where there is no figure."""
+        """The reflectance of each supersampled pixel, (H, W, 3); 0 outside the figure."""
         person, gap = self.person, self.modality_gap
         parts = self.parts()
         surfaces = {
@@ -117,7 +117,7 @@ class Figure:
         return result
 
     def draw(self) -> None:
-        """All parts, the far ones first."""
+        """Draw all parts, the farthest first."""
         near = 1 if self._sideways > 0 else -1
         self._leg(-near, 0.86)
         self._leg(near, 1.0)
@@ -239,7 +239,7 @@ class Figure:
     def _hair(self, half: float, top: float, bottom: float, turn: float, long_hair: float | None) -> None:
         style = self.person.hair_style
         if self._front:
-            # A cap of hair, and the side of the head that is turned to the camera.
+            # A cap of hair, and the side of the head that faces the camera.
             self._chord((-1.06 * half, top - 0.006, 1.06 * half, bottom - 0.02), 180, 360, _Part.HAIR)
             behind = -np.sign(turn) * half
             edge = behind + turn * 0.9
@@ -268,7 +268,7 @@ class Figure:
 
     def _backpack(self) -> None:
         wide = 0.8 * self.person.body.shoulders * self._breadth
-        # In front of a camera that sees the front it only stands out to the side.
+        # Seen from the front, it only projects at the sides.
         middle = -self._sideways * (0.75 if self._front else 0.45) * self.person.body.shoulders
         self._rounded((middle - wide, 0.19, middle + wide, 0.41), _Part.BAG, 0.95)
         if not self._front:
@@ -281,7 +281,7 @@ class Figure:
 
     def _shoulder_bag(self) -> None:
         body = self.person.body
-        # It hangs at the person's left: right in the image from the front, left from the back.
+        # It hangs at the person's left, which is right in the image from the front, and left from the back.
         side = 1 if self._front else -1
         shoulder = (-side * 0.6 * body.shoulders * self._breadth, 0.17)
         hip = (side * 0.95 * body.hips * self._breadth, body.hip_height - 0.03)
@@ -299,18 +299,18 @@ class Figure:
     # Cloth and light
 
     def _print(self, result: Floats, worn: NDArray[np.bool_], garment: Garment, top: float) -> None:
-        """Give the `worn` pixels under the pattern its accent; `top` is the upper end of the garment."""
+        """Give the accent to the `worn` pixels on the pattern; `top` is the upper end of the garment."""
         if garment.pattern == "plain":
             return
         rows, columns = np.nonzero(worn)
         v = (rows - self._crown) / self._unit
         u = (columns - self._middle - self.pose.lean * self._unit * (1 - v)) / (self._unit * self._breadth)
-        # A print in the middle turns with the body; a back is as printed as a front.
+        # A print in the middle turns with the body, and is on the back as well as on the front.
         printed = _pattern(garment, u, v - top, 0.05 * self._sideways)
         result[rows[printed], columns[printed]] = seen(garment.accent, self.modality_gap)
 
     def _light(self) -> Floats:
-        """Shade of the parts, darker towards the outline as on round bodies."""
+        """Shade the parts, darker towards the outline as on round bodies."""
         outline = Image.fromarray((self.covered() * 255).astype(np.uint8))
         radius = 0.03 * self._unit
         roundness = np.asarray(outline.filter(ImageFilter.BoxBlur(radius))) * np.float32(1 / 255)
@@ -357,7 +357,7 @@ class Figure:
     def _limb(
         self, joints: tuple[Point, ...], widths: tuple[float, ...] | list[float], part: _Part, shade: float
     ) -> None:
-        """A tapering limb through `joints`, `widths` being its half widths there."""
+        """Draw a limb through `joints`, with the half widths `widths` there."""
         for (x0, y0), (x1, y1), w0, w1 in zip(joints, joints[1:], widths, widths[1:], strict=False):
             self._polygon([(x0 - w0, y0), (x0 + w0, y0), (x1 + w1, y1), (x1 - w1, y1)], part, shade)
         for (x, y), w in zip(joints[:-1], widths, strict=False):
@@ -369,7 +369,7 @@ def _fills(part: _Part, shade: float) -> tuple[int, int]:
 
 
 def _along(joints: tuple[Point, ...], share: float) -> tuple[Point, ...]:
-    """The first `share` of a limb of three joints, as three joints."""
+    """Cut a limb of three joints to its first `share`, with three joints again."""
     first, second, third = joints
     if share <= 0.5:
         end = _between(first, second, 2 * share)
@@ -382,7 +382,7 @@ def _between(start: Point, end: Point, share: float) -> Point:
 
 
 def _pattern(garment: Garment, u: NDArray, v: NDArray, middle: float) -> NDArray[np.bool_]:
-    """Where the accent is: u across and v down from the garment's upper end, both in body heights."""
+    """Whether points have the accent; u is across, v down from the garment's upper end, in body heights."""
     period, phase = garment.period, garment.phase
     across = ((v + phase) / period) % 1 < 0.5
     along = ((u + phase) / period) % 1 < 0.5

@@ -1,8 +1,8 @@
-"""Synthetic people: who somebody is, apart from any camera and pose.
+"""The identities of synthetic people, which don't depend on camera and pose.
 
-An identity is its body's proportions, hair, the cut, pattern and material of its clothes, and its bag.
-Colours are part of it too, but only cameras of the visible spectrum see them: in the near infrared every
-material has a reflectance of its own, which its colour does not tell.
+An identity consists of the body's proportions, the hair, the cut, pattern and material of the clothes, and
+the bag. It also has colours, but only visible cameras see them: the reflectance of a material in the near
+infrared doesn't depend on its colour.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ RGB = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Surface:
-    """What a material reflects, 0..1: red, green, blue; and in the near infrared."""
+    """The reflectance of a material, 0..1, for red, green, blue and the near infrared."""
 
     visible: RGB
     infrared: float
@@ -27,7 +27,7 @@ class Surface:
 
 @dataclass(frozen=True)
 class Garment:
-    """A garment's cloth: `pattern` of `accent` on `base`; `period` and `phase` in body heights."""
+    """The cloth of a garment: a `pattern` of `accent` on `base`; `period` and `phase` in body heights."""
 
     base: Surface
     accent: Surface
@@ -38,21 +38,21 @@ class Garment:
 
 @dataclass(frozen=True)
 class Body:
-    """Proportions in body heights, widths as half widths; `stature` is relative to the tallest person."""
+    """Proportions in body heights, with half widths; `stature` is relative to the tallest person."""
 
     stature: float
     head: float
     shoulders: float
     waist: float
     hips: float
-    hip_height: float  # from the crown down, so that legs are the rest
+    hip_height: float  # from the crown down to the legs
     arm: float
     leg: float
 
 
 @dataclass(frozen=True)
 class Person:
-    """One identity. `hem` is how far the top reaches below the hips, in body heights."""
+    """An identity. `hem` is the length of the top below the hips, in body heights."""
 
     body: Body
     skin: Surface
@@ -62,7 +62,7 @@ class Person:
     top: Garment
     sleeves: str
     hem: float
-    inner: Surface | None  # seen under an open top
+    inner: Surface | None  # visible under an open top
     bottom: Garment
     cut: str
     shoes: Surface
@@ -91,8 +91,8 @@ TOP_PATTERNS: Final = (
 )
 BOTTOM_PATTERNS: Final = ("plain", "checks", "stripes along", "cuffs")
 
-# Near-infrared reflectance of dyed cloth: most dyes are transparent there, so the fibre shows; leather and
-# carbon black stay dark.
+# Near-infrared reflectance of materials. Most dyes are transparent there, so that cloth has the reflectance
+# of its fibre; leather and carbon black stay dark.
 _INFRARED_OF_CLOTH: Final = {
     "cotton": (0.60, 0.85),
     "denim": (0.50, 0.75),
@@ -102,7 +102,7 @@ _INFRARED_OF_CLOTH: Final = {
     "leather": (0.08, 0.20),
     "carbon black": (0.05, 0.15),
 }
-# Hue, saturation and value of clothes as they are worn: much black, white, grey and navy.
+# Hue, saturation and value of usual clothes: many are black, white, grey or navy.
 _CLOTH_COLOURS: Final = (
     (0.00, 0.00, 0.10),
     (0.00, 0.00, 0.45),
@@ -127,19 +127,19 @@ _HAIR_COLOURS: Final = (
     (0.78, 0.62, 0.38),
     (0.62, 0.62, 0.62),
 )
-# Least contrast of a pattern, in each spectrum, so that a pattern can be seen wherever it is worn.
+# The least contrast of a pattern in each spectrum, so that cameras of both see it.
 _PATTERN_CONTRAST: Final = 0.28
 
 
 def make_person(generator: np.random.Generator) -> Person:
-    """Draw one identity."""
+    """Draw an identity at random."""
     top = _garment(generator, TOP_PATTERNS, plain=0.15)
     hem = float(generator.choice([0.0, 0.02, 0.04, 0.12, 0.22], p=[0.3, 0.25, 0.2, 0.15, 0.1]))
     opened = generator.random() < 0.25
     return Person(
         body=_body(generator),
         skin=Surface(_jittered(_choice(generator, _SKIN_TONES), generator), generator.uniform(0.60, 0.75)),
-        # Melanin absorbs little in the near infrared: black hair need not be dark there.
+        # Melanin absorbs little in the near infrared, so that black hair may be bright there.
         hair=Surface(_jittered(_choice(generator, _HAIR_COLOURS), generator), generator.uniform(0.20, 0.60)),
         hair_style=_choice(generator, HAIR_STYLES),
         hat=_cloth(generator) if generator.random() < 0.2 else None,
@@ -157,7 +157,7 @@ def make_person(generator: np.random.Generator) -> Person:
 
 
 def _body(generator: np.random.Generator) -> Body:
-    # Breadth is shared by all widths, what is left is each width's own.
+    # All widths share a breadth, and each has a variation of its own.
     breadth = generator.uniform(0.82, 1.28)
     return Body(
         stature=generator.uniform(0.88, 1.0),
@@ -192,7 +192,7 @@ def _cloth(generator: np.random.Generator) -> Surface:
 
 
 def _contrasting(generator: np.random.Generator, base: Surface) -> Surface:
-    """Another cloth that is told from `base` in both spectra (which of the two is brighter may differ)."""
+    """Draw a cloth that contrasts with `base` in both spectra, brighter or darker in each."""
     while True:
         other = _cloth(generator)
         visible = max(abs(a - b) for a, b in zip(other.visible, base.visible, strict=True))

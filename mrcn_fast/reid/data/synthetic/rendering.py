@@ -1,6 +1,7 @@
-"""Pictures of synthetic people: identity, camera and pose -> image. Knows no data set's layout.
+"""The rendering of synthetic people: identity, camera and pose -> image, for any data set.
 
-The figure stands in the camera's room; then come the camera's light, lens and sensor.
+The figure is drawn before the background of the camera's room, and then passes the camera's light, lens and
+sensor.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from mrcn_fast.reid.data.synthetic.body import SUPERSAMPLING, Figure, Floats, Po
 from mrcn_fast.reid.data.synthetic.people import RGB, Person, Surface
 from mrcn_fast.reid.data.types import Modality
 
-# Steps of light that a camera's gamma curve is tabulated for.
+# The number of light levels for which a camera's gamma curve is tabulated.
 _TONES: Final = 1024
 
 
 @dataclass(frozen=True)
 class Camera:
-    """How one camera sees: its spectrum, light, lens, sensor, view and room. See `make_camera`."""
+    """The properties of a camera: its spectrum, light, lens, sensor, view and room. See `make_camera`."""
 
     modality: Modality
     modality_gap: float
@@ -32,11 +33,11 @@ class Camera:
     gamma: float
     blur: float  # pixels at an image height of 128
     noise: float
-    room: Floats  # (height, wider than the image, 3), as the camera's spectrum sees it
+    room: Floats  # (height, wider than the image, 3), in the camera's spectrum
     yaw: float  # radians, 0 faces the camera
     yaw_spread: float
-    away: float  # share of the people who walk away from it
-    fill: float  # share of the image's height that the tallest person takes
+    away: float  # share of the people that walk away from the camera
+    fill: float  # height of the tallest person as a share of the image's
     offset: float  # of the figure, in image widths
 
 
@@ -50,11 +51,11 @@ def make_camera(
     camera_style: float = 1.0,
     pose_spread: float = 1.0,
 ) -> Camera:
-    """Draw one camera. Cameras with equal `room_generator` streams stand in one room.
+    """Draw a camera at random. Cameras with equal `room_generator` streams stand in the same room.
 
-    The three strengths are 1 by default. modality_gap 0: an infrared camera sees what a visible one would;
-    camera_style 0: all cameras have one even light, clean sensor and plain room; pose_spread 0: all people
-    stand upright, face the camera and fill the image alike.
+    The strengths are 1 by default. At modality_gap 0, an infrared camera sees the same as a visible one. At
+    camera_style 0, all cameras have the same even light, noiseless sensor and plain room. At pose_spread 0,
+    all people stand upright, face the camera and have the same size in the image.
     """
     infrared = modality == "infrared"
     style = camera_style
@@ -68,10 +69,10 @@ def make_camera(
         modality=modality,
         modality_gap=modality_gap if infrared else 0.0,
         gain=gain,
-        # An infrared sensor has one channel, and no colour to shift.
+        # An infrared sensor has one channel, and so no colour shift.
         cast=(1.0, 1.0, 1.0) if infrared and modality_gap > 0 else cast,
         gradient=(around(0, 0.3), around(0, 0.25)),
-        # The infrared lamp stands beside the lens: bright in the middle.
+        # The infrared lamp stands beside the lens, so that the middle is brighter.
         vignette=style * generator.uniform(0.25, 0.5) if infrared else style * generator.uniform(0, 0.15),
         gamma=around(1.0, 0.2),
         blur=style * generator.uniform(0.2, 0.7),
@@ -88,7 +89,7 @@ def make_camera(
 def make_pose(
     generator: np.random.Generator, camera: Camera, *, camera_style: float = 1.0, pose_spread: float = 1.0
 ) -> Pose:
-    """Draw one moment in front of `camera`."""
+    """Draw a pose in front of `camera` at random."""
     spread = pose_spread
     turned = np.pi if generator.random() < camera.away else 0.0
     return Pose(
@@ -109,7 +110,7 @@ def make_pose(
 def render(
     person: Person, camera: Camera, pose: Pose, image_size: tuple[int, int], generator: np.random.Generator
 ) -> Image.Image:
-    """The RGB image of `person` as `camera` sees them; `generator` makes the noise."""
+    """Render the RGB image of `person` for `camera`; `generator` makes the noise."""
     width = image_size[1]
     figure = Figure(person, pose, image_size, camera.modality_gap)
     figure.draw()
@@ -121,8 +122,8 @@ def render(
 
 
 def _reduced(image: Floats) -> Floats:
-    """Supersampled (H, W, C) -> the means of the image's pixels."""
-    # Sums of strided slices: a mean over two axes takes numpy several times longer.
+    """Average supersampled pixels (H, W, C) to the pixels of the image."""
+    # Sums of strided slices are several times faster than NumPy's mean over two axes.
     steps = range(SUPERSAMPLING)
     slices = [image[row::SUPERSAMPLING, column::SUPERSAMPLING] for row in steps for column in steps]
     total = slices[0].copy()
@@ -134,7 +135,7 @@ def _reduced(image: Floats) -> Floats:
 def _make_room(
     generator: np.random.Generator, image_size: tuple[int, int], modality: Modality, gap: float, style: float
 ) -> Floats:
-    """What stands behind people, twice as wide as an image: wall, floor, joints, and a few flat things."""
+    """Draw the background, twice as wide as an image: wall, floor, joints, and a few flat objects."""
     height, width = image_size[0], 2 * image_size[1]
     room = np.empty((height, width, 3), dtype=np.float32)
 
@@ -163,7 +164,7 @@ def _make_room(
 
 
 def _photograph(scene: Floats, camera: Camera, pose: Pose, generator: np.random.Generator) -> Image.Image:
-    """Light, lens and sensor."""
+    """Apply light, lens and sensor."""
     height, width, _ = scene.shape
     y, x = np.linspace(-1, 1, height)[:, None], np.linspace(-1, 1, width)[None, :]
     light = 1 + camera.gradient[0] * x / 2 + camera.gradient[1] * y / 2 - camera.vignette * (x**2 + y**2) / 2
@@ -176,7 +177,7 @@ def _photograph(scene: Floats, camera: Camera, pose: Pose, generator: np.random.
         image = image.filter(ImageFilter.GaussianBlur(camera.blur * height / 128))
     if not camera.noise:
         return image
-    # Without colour there is one sensor channel, and one noise.
+    # Without colour, the sensor has one channel, and so one noise.
     channels = 1 if camera.modality_gap else 3
     noise = generator.standard_normal((height, width, channels), dtype=np.float32)
     noise *= np.float32(255 * camera.noise)

@@ -1,4 +1,4 @@
-"""The folder that a synthetic tree is written to: its marker, what may be replaced, which parameters fit."""
+"""The folder of a synthetic tree: its marker, and the check that nothing else is replaced."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any, Final
 from mrcn_fast.reid.data.datasets.trees import entries
 from mrcn_fast.reid.data.types import DatasetError
 
-# The file that names a tree as synthetic, and as one that may be written anew.
+# The file that marks a tree as synthetic, so that it may be replaced.
 MARKER: Final = "synthetic.json"
 _NOTE: Final = "synthetic person images, rendered by mrcn_fast; no real person is shown"
-# All that a layout writes to, besides the marker, and so all that is ever removed.
+# The folders that each layout writes besides the marker; nothing else is ever removed.
 FOLDERS: Final = {
     "sysu": ("cam1", "cam2", "cam3", "cam4", "cam5", "cam6", "exp"),
     "regdb": ("Visible", "Thermal", "idx"),
@@ -23,12 +23,15 @@ FOLDERS: Final = {
 
 
 def is_synthetic(root: str | Path) -> bool:
-    """Whether `root` is a tree, of any layout, that this library wrote."""
+    """Whether this library wrote the tree at `root`, in any layout."""
     return _layout(Path(root)) is not None
 
 
 def claim(root: Path, parameters: Mapping[str, Any]) -> None:
-    """Make `root` an empty synthetic tree with its marker; never remove anything that is not one."""
+    """Make `root` an empty synthetic tree with a marker; only an earlier synthetic tree is removed.
+
+    Raises DatasetError where `root` has other content.
+    """
     if root.exists() and not root.is_dir():
         raise DatasetError(f"{root}: expected a folder to write to, or none; found a file")
     if root.is_dir() and any(root.iterdir()):
@@ -52,13 +55,13 @@ def claim(root: Path, parameters: Mapping[str, Any]) -> None:
             if (root / name).is_dir():
                 shutil.rmtree(root / name)
     root.mkdir(parents=True, exist_ok=True)
-    # First of all, so that an interrupted run can be repeated.
+    # The marker is written first, so that an interrupted writing can be repeated.
     note = {"what": _NOTE, **parameters}
     (root / MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
 def check_test_share(parameters: Mapping[str, Any]) -> None:
-    """ValueError unless the test leaves two identities for the training."""
+    """Raise ValueError unless two identities remain for the training."""
     if parameters["test_identities"] > parameters["identities"] - 2:
         raise ValueError(
             f"test_identities must leave at least 2 identities for the training; got "
@@ -67,7 +70,7 @@ def check_test_share(parameters: Mapping[str, Any]) -> None:
 
 
 def _layout(root: Path) -> str | None:
-    """The layout that the marker in `root` names; None where there is no marker of ours."""
+    """Read the layout from the marker in `root`; None without such a marker."""
     try:
         note = json.loads((root / MARKER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
