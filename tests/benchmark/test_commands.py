@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.support.processes import ROOT
 
 from mrcn_fast import benchmark, cli
 from mrcn_fast.benchmark import results
+from tests.support.processes import ROOT
 
 PACKAGE = Path(benchmark.__file__).parent
 

@@ -32,7 +32,7 @@ from mrcn_fast.block import MODALITIES
 from mrcn_fast.flags import DEVICE, PATH, Flags, one_of
 from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.devices import check_alone
-from mrcn_fast.reid.models.blocks import MRCNPlug, Plugged
+from mrcn_fast.reid.models.blocks import BlockOutput, RestitutionCompensation
 from mrcn_fast.reid.models.network import ModelName, ReIDModel, use_layout
 from mrcn_fast.reid.settings import checked, kinds_of, with_more
 from mrcn_fast.reid.training.config import TrainConfig
@@ -77,11 +77,11 @@ def plans(model: ModelName, device: str) -> list[Plan]:
     return [Plan(AS_PUBLISHED, frozenset()), *steps]
 
 
-class ConcatenatedSets(MRCNPlug):
+class ConcatenatedSets(RestitutionCompensation):
     """MRCN's part of the trunk as published code has it: the six sets are made, then joined by torch.cat."""
 
-    def first(self, visible: Tensor, infrared: Tensor) -> Plugged:
-        return Plugged(torch.cat(self(visible, infrared)))
+    def first(self, visible: Tensor, infrared: Tensor) -> BlockOutput:
+        return BlockOutput(torch.cat(self(visible, infrared)))
 
 
 class Captured:
@@ -143,11 +143,11 @@ class Step:
         self.graph: Captured | None = None
 
     def _join_by_cat(self, config: TrainConfig) -> None:
-        (plug,) = self.model.blocks
-        joined = ConcatenatedSets(plug.channels, reduction=plug.reduction, backend=plug.backend).to(
+        (block,) = self.model.blocks
+        joined = ConcatenatedSets(block.channels, reduction=block.reduction, backend=block.backend).to(
             self.device
         )
-        joined.load_state_dict(plug.state_dict())
+        joined.load_state_dict(block.state_dict())
         self.model.plugs = nn.ModuleList([joined])
 
     def __call__(self) -> Tensor:
@@ -176,16 +176,16 @@ class Step:
         with torch.no_grad(), self._autocast():
             maps = [self.model.trunk.stem(x, m) for x, m in zip(self.images, MODALITIES, strict=True)]
         maps = [x.detach().requires_grad_() for x in maps]
-        (plug,) = self.model.blocks
+        (block,) = self.model.blocks
 
         def forward() -> Tensor:
             with self._autocast():
-                return plug.first(*maps).maps
+                return block.first(*maps).maps
 
         gradient = torch.randn_like(forward())
 
         def both() -> Any:
-            return torch.autograd.grad(forward(), (*maps, *plug.parameters()), gradient)
+            return torch.autograd.grad(forward(), (*maps, *block.parameters()), gradient)
 
         return both
 

@@ -18,7 +18,7 @@ from mrcn_fast.benchmark.results import AS_PUBLISHED
 from mrcn_fast.benchmark.suites import training_step
 from mrcn_fast.benchmark.suites.baselines import LoopedCQC
 from mrcn_fast.benchmark.suites.training_step import ADDITIONS, Captured, ConcatenatedSets, Plan, Step, plans
-from mrcn_fast.reid.models.blocks import MRCNPlug, Plugged
+from mrcn_fast.reid.models.blocks import BlockOutput, RestitutionCompensation
 from mrcn_fast.reid.training.config import TrainConfig
 
 # Not 32 x 16 pixels: see SIZE in test_devices.py.
@@ -46,14 +46,14 @@ def test_a_plan_is_judged_by_what_it_rounds_to(monkeypatch: pytest.MonkeyPatch) 
 def test_a_step_has_what_its_plan_says() -> None:
     config = TrainConfig(data="", model="mrcn", **SMALL)  # type: ignore[arg-type]
     published = Step(config, Plan(AS_PUBLISHED, frozenset()), "cpu")
-    (plug,) = published.model.plugs
-    assert isinstance(plug, ConcatenatedSets) and plug.backend == "reference"
+    (block,) = published.model.blocks
+    assert isinstance(block, ConcatenatedSets) and block.backend == "reference"
     assert isinstance(published.loss.cqc, LoopedCQC)
     ours = Step(
         config, Plan("all", frozenset(("fused block", "concat", "fused CQC", "channels_last"))), "cpu"
     )
-    (plug,) = ours.model.plugs
-    assert not isinstance(plug, ConcatenatedSets) and isinstance(plug, MRCNPlug) and plug.backend is None
+    (block,) = ours.model.blocks
+    assert type(block) is RestitutionCompensation and block.backend is None
     assert not isinstance(ours.loss.cqc, LoopedCQC)
     assert ours.images[0].is_contiguous(memory_format=torch.channels_last)
     for name, tensor in published.model.state_dict().items():
@@ -84,10 +84,10 @@ def test_each_model_has_a_line(
 
 
 def test_a_wrong_step_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def halved(self: MRCNPlug, visible: torch.Tensor, infrared: torch.Tensor) -> Plugged:
-        return Plugged(0.5 * self(visible, infrared, concat=True))
+    def halved(self: RestitutionCompensation, visible: torch.Tensor, infrared: torch.Tensor) -> BlockOutput:
+        return BlockOutput(0.5 * self(visible, infrared, concat=True))
 
-    monkeypatch.setattr(MRCNPlug, "first", halved)
+    monkeypatch.setattr(RestitutionCompensation, "first", halved)
     with pytest.raises(RuntimeError, match=r"\+ concat: the first loss is .*, the published step's is"):
         training_step.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
 
