@@ -1,0 +1,74 @@
+"""The documents: their links lead somewhere, their examples run, their figures are those of the result files."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mrcn_fast import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted(
+    path
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
+    if path.name != "CHANGELOG.md"
+)
+PERFORMANCE = ROOT / "docs" / "performance.md"
+RESULTS = (
+    "cpu-amd-epyc-zen4-2-threads.jsonl",
+    "fresh-pages-xeon-2-threads.jsonl",
+    "steps-amd-epyc-zen4-2-threads.jsonl",
+    "nvidia-h200.jsonl",
+)
+
+
+def rows(text: str) -> list[str]:
+    """The lines of the tables in a page."""
+    return [line for line in text.splitlines() if line.startswith("|")]
+
+
+def cells(row: str) -> list[str]:
+    return [cell.strip() for cell in row.strip("|").split("|")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_to_files(page: Path) -> None:
+    prose = re.sub(r"```.*?```|`[^`\n]+`(?!\])", "", page.read_text(), flags=re.DOTALL)
+    targets = re.findall(r"\]\(([^)#\s]+)", prose)
+    local = [target for target in targets if not target.startswith(("http:", "https:"))]
+    assert [target for target in local if not (page.parent / target).exists()] == []
+
+
+def test_the_readmes_examples_run() -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    names: dict[str, object] = {}
+    for example in examples:
+        exec(example, names)
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_performance_has_the_rows_of_the_result_files(capsys: pytest.CaptureFixture[str]) -> None:
+    printed: set[str] = set()
+    for name in RESULTS:
+        assert cli.main(["bench", "show", "--table", str(ROOT / "benchmarks" / "results" / name)]) == 0
+        printed |= set(rows(capsys.readouterr().out))
+    before_the_commands, after = PERFORMANCE.read_text().split("## Where the figures come from")
+    shown = rows(before_the_commands) + rows(after.partition("## Kernels on a GPU")[2])
+    assert len(shown) > 60
+    assert [row for row in shown if row not in printed] == []
+
+
+def test_the_readmes_speeds_are_those_of_the_performance_page() -> None:
+    speed = (ROOT / "README.md").read_text().partition("## Speed")[2].partition("\n## ")[0]
+    measured = {tuple(cells(row)) for row in rows(PERFORMANCE.read_text())}
+    # A measured row is: case, fused, eager, instance_norm, torch.compile, collapsed form, floors.
+    known = {(row[1], row[2], row[4], row[5]) for row in measured if len(row) == 7}
+    shown = [tuple(cells(row)[1:]) for row in rows(speed)[2:]]
+    assert len(shown) == 5
+    assert [row for row in shown if row not in known] == []
