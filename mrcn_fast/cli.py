@@ -7,18 +7,21 @@ import difflib
 import importlib
 import logging
 import platform
+import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import mrcn_fast
 from mrcn_fast.flags import Flags
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.streams import flush_stdout, printable, stdout_is_unread
 
 DESCRIPTION = "Visible-infrared person re-identification with MRCN's fused block and loss."
-INSTALL_REID = 'this command needs the packages of [reid]: pip install "mrcn-fast[reid]"'
+OPTIONS = ("--version prints the version.", "--traceback shows where in the code an error arose.")
 
 
 class Command(NamedTuple):
@@ -72,6 +75,9 @@ def _run(arguments: Sequence[str], commands: Mapping[str, Command], program: str
     if name in ("-h", "--help"):
         print(_help(commands, program, description))
         return 0
+    if name == "--version" and commands is COMMANDS:
+        print(f"mrcn_fast {mrcn_fast.__version__}")
+        return 0
     if name not in commands:
         near = difflib.get_close_matches(name, commands, 1)
         meant = f"; did you mean {near[0]}?" if near else ""
@@ -87,7 +93,7 @@ def _help(commands: Mapping[str, Command], program: str, description: str) -> st
     whole = commands is COMMANDS
     return "\n".join(
         [
-            f"usage: {program} {'[--traceback] ' * whole}COMMAND [--flag value ...]",
+            f"usage: {program} {'[--version] [--traceback] ' * whole}COMMAND [--flag value ...]",
             "",
             description,
             "",
@@ -95,7 +101,7 @@ def _help(commands: Mapping[str, Command], program: str, description: str) -> st
             *(f"  {name:8}{command.help}" for name, command in commands.items()),
             "",
             f"`{program} COMMAND --help` lists a command's flags.",
-            *(["--traceback shows where in the code an error arose."] if whole else []),
+            *(OPTIONS if whole else []),
         ]
     )
 
@@ -111,7 +117,7 @@ def _is_users(error: Exception) -> bool:
 def _message(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError):
         ours = (error.name or "").startswith("mrcn_fast")
-        return f"{error}" if ours else f"{error.name} is not installed; {INSTALL_REID}"
+        return f"{error}" if ours else f"{error.name} is not installed; {_install_reid()}"
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.filename or 'the output'}: {error.strerror}"
     # An error from a DataLoader's process arrives with that process's traceback around it.
@@ -121,12 +127,21 @@ def _message(error: Exception) -> str:
     return text.strip() or type(error).__name__
 
 
+def _install_reid() -> str:
+    """Name the packages of [reid], because this one may come from a checkout that pip can't find by name."""
+    try:
+        wanted = metadata.requires("mrcn-fast") or []
+    except metadata.PackageNotFoundError:
+        wanted = []
+    packages = [shlex.quote(text.partition(";")[0].strip()) for text in wanted if 'extra == "reid"' in text]
+    return f"this command needs the packages of [reid]: pip install {' '.join(packages) or '.[reid]'}"
+
+
 def _info(argv: list[str]) -> int:
     """Print versions, backends with reasons, and the native build; needs torch alone."""
     _flags("info").values(argv)
     import torch
 
-    import mrcn_fast
     from mrcn_fast.backends import cpu, cuda
 
     print(f"mrcn_fast {mrcn_fast.__version__}")

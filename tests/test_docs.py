@@ -1,4 +1,4 @@
-"""The documents: their links lead somewhere, their examples run, their figures are those of the result files."""
+"""The documents: links lead somewhere, examples run, and figures are those of the result files."""
 
 from __future__ import annotations
 
