@@ -82,7 +82,7 @@ def test_missing_packages_are_named() -> None:
     assert done.returncode == 2
     assert "is not installed" in done.stderr
     assert "the packages of [reid]: pip install " in done.stderr
-    assert "lightning-fabric" in done.stderr and "pydantic" in done.stderr
+    assert "lightning-fabric>=" in done.stderr
     assert "Traceback" not in done.stderr
 
 
