@@ -7,7 +7,10 @@ import io
 import itertools
 import math
 import pickle
+import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+import mrcn_fast
 from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, dispatch, reference
 from mrcn_fast.gates import FUSED
 from tests import cases
@@ -59,6 +63,34 @@ def ops_run(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
     return cases.random(*shape, seed=seed, dtype=dtype)
+
+
+PACKAGE = Path(mrcn_fast.__file__).parent
+
+
+@cases.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("concat", [True, False])
+def test_four_frames_from_the_module_to_the_kernels_operation(
+    concat: bool, gradients: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """module, function, the call's route, autograd Function: no frame of ours beside these."""
+    kernels = dispatch.KERNELS[backend]
+    frames: list[str] = []
+
+    def operation(name: str, original: Callable[..., Any] = kernels.operation) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            stack = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe())]
+            frames[:] = [code.co_name for code in stack if PACKAGE in Path(code.co_filename).parents]
+            return original(name)(*arguments)
+
+        return call
+
+    monkeypatch.setattr(kernels, "operation", operation)
+    block, x = mrcn(backend), random(2, 8, 3, 3).to(DEVICE)
+    with torch.set_grad_enabled(gradients):
+        block(x, x, concat=concat)
+    assert frames == ["forward"] * gradients + ["run_block", "mrcn_block", "forward"]
 
 
 def randomized(module: nn.Module) -> nn.Module:
