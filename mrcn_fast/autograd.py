@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mrcn_fast import dispatch, internals, plain, reference
 from mrcn_fast.backends import shapes
-from mrcn_fast.checks import check_settings
+from mrcn_fast.checks import check_settings, check_tensors
 from mrcn_fast.gates import FUSED, MOST_PARAMETERS
 from mrcn_fast.operations import OPERATIONS
 
@@ -43,27 +43,18 @@ class BlockCall:
     number: int  # the gate's
     flags: tuple[bool, ...]  # the operations' last argument, where they have one
 
-    def split(
-        self, tensors: Sequence[Tensor]
-    ) -> tuple[Sequence[Tensor], tuple[Tensor, Tensor], list[Tensor]]:
-        """The tensors of a call: inputs, instance-norm parameters, gate parameters."""
-        n = self.inputs
-        return tensors[:n], (tensors[n], tensors[n + 1]), list(tensors[n + 2 :])
-
-    def run(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The feature sets that the operation makes, then what it saves for its backward."""
-        n = self.inputs
-        made: tuple[Tensor, ...] = self.forward(
-            *tensors[: n + 2], list(tensors[n + 2 :]), self.number, self.eps, *self.flags
-        )
-        return made
+    def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+        """What `forward` takes for a call's tensors, which are the inputs, γ, β and the gate's parameters."""
+        n = self.inputs + 2
+        return *tensors[:n], list(tensors[n:]), self.number, self.eps, *self.flags
 
     def run_reference(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The feature sets through the reference, computed as precisely as the kernels do."""
-        inputs, norm, gate_parameters = self.split(tensors)
+        n = self.inputs
         return plain.run_precisely(
-            self.mode, inputs, *norm, gate_parameters, self.gate, self.eps, self.restitute_to
-        )
+            self.mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :],
+            self.gate, self.eps, self.restitute_to,
+        )  # fmt: skip
 
 
 @internals.assume_constant
@@ -100,7 +91,7 @@ class BlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, call: BlockCall, *tensors: Tensor) -> tuple[Tensor, ...]:
-        *sets, statistics = call.run(tensors)
+        *sets, statistics = call.forward(*call.arguments(tensors))
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(statistics, *tensors)
         ctx.call = call
@@ -136,7 +127,8 @@ class TransformedBlockFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(call: BlockCall, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return call.run(tensors)
+        made: tuple[Tensor, ...] = call.forward(*call.arguments(tensors))
+        return made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -153,6 +145,67 @@ class TransformedBlockFunction(torch.autograd.Function):
             return call.run_reference(tensors)
 
         return None, *vector_jacobian_product(again, gradients[:-1], ctx.saved_tensors)
+
+
+def run_block(
+    mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """The feature sets that the operation ``mode`` makes of a call's tensors.
+
+    An ordinary call goes to the kernels unchecked, because they refuse tensors that don't fit themselves
+    (checks.py says who checks what). Only what they raise then, a RuntimeError, is looked into here.
+    """
+    check_settings(gate, eps, restitute_to)
+    first = tensors[0]
+    if (
+        torch.compiler.is_compiling()
+        or type(first) is not Tensor
+        or internals.under_transform()
+        or internals.needs_plain_operations()
+    ):
+        return _run_checked(mode, requested, gate, eps, restitute_to, tensors)
+    try:
+        backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
+        if backend == "reference":
+            return _run_checked(mode, backend, gate, eps, restitute_to, tensors)
+        call = block_call(mode, backend, gate, eps, restitute_to)
+        if torch.is_grad_enabled():
+            return BlockFunction.apply(call, *tensors)
+        return call.forward(*call.arguments(tensors))[:-1]  # without the time that a Function takes
+    except RuntimeError:
+        if fault := _fault(mode, gate, tensors):
+            raise fault from None
+        raise
+
+
+def _run_checked(
+    mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    """`run_block` where no kernel is given the tensors as they are: plain PyTorch, tracing, transforms."""
+    check_tensors(mode, gate, tensors)
+    first = tensors[0]
+    backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
+    compiling = torch.compiler.is_compiling()
+    if backend == "reference" or (not compiling and internals.needs_plain_operations()):
+        n = len(OPERATIONS[mode].inputs)
+        return plain.run_reference(
+            mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :], gate, eps, restitute_to
+        )
+    call = block_call(mode, backend, gate, eps, restitute_to)
+    if not compiling and internals.under_transform():
+        return TransformedBlockFunction.apply(call, *tensors)[:-1]
+    if not torch.is_grad_enabled():
+        return call.forward(*call.arguments(tensors))[:-1]
+    return BlockFunction.apply(call, *distinct(*tensors))
+
+
+def _fault(mode: str, gate: str, tensors: tuple[Tensor, ...]) -> TypeError | ValueError | None:
+    """What does not fit about the tensors, if anything."""
+    try:
+        check_tensors(mode, gate, tensors)
+    except (TypeError, ValueError) as error:
+        return error
+    return None
 
 
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,20 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from mrcn_fast import dispatch, internals, plain, reference
-from mrcn_fast.autograd import BlockFunction, TransformedBlockFunction, block_call, distinct
+from mrcn_fast import dispatch, reference
+from mrcn_fast.autograd import run_block
 from mrcn_fast.checks import (
     RESTITUTE_TO,
     check_choice,
     check_eps,
     check_maps,
     check_pair,
-    check_parameters,
-    check_settings,
     positive_integer,
 )
 from mrcn_fast.gates import make_gate, parameter
-from mrcn_fast.operations import OPERATIONS
 
 Modality = Literal["visible", "infrared"]
 MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
@@ -154,8 +151,8 @@ def mrcn_block(
         return made
     tensors = (visible, infrared, norm_weight, norm_bias, *gate_parameters)
     if concat:
-        return _run("concat", backend, gate, eps, restitute_to, tensors)[0]
-    sets = _run("pair", backend, gate, eps, restitute_to, tensors)
+        return run_block("concat", backend, gate, eps, restitute_to, tensors)[0]
+    sets = run_block("pair", backend, gate, eps, restitute_to, tensors)
     return MRCNFeatures._make((visible, *sets, infrared))
 
 
@@ -185,7 +182,7 @@ def mrcn_restitution(
         )  # fmt: skip
         return made
     tensors = (features, norm_weight, norm_bias, *gate_parameters)
-    return _run("restitute", backend, gate, eps, restitute_to, tensors)[0]
+    return run_block("restitute", backend, gate, eps, restitute_to, tensors)[0]
 
 
 def snr_block(
@@ -212,77 +209,12 @@ def snr_block(
         )  # fmt: skip
         return made
     tensors = (features, norm_weight, norm_bias, *gate_parameters)
-    return SNRFeatures._make(_run("snr", backend, gate, eps, "normalized", tensors))
+    return SNRFeatures._make(run_block("snr", backend, gate, eps, "normalized", tensors))
 
 
 def _stand_ins(*features: object) -> bool:
     """Whether something that stands for a tensor is among them, such as a Proxy of torch.fx."""
-    return any(not isinstance(x, Tensor) for x in features) and has_torch_function(features)
-
-
-def _run(
-    mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    """The feature sets that ``mode`` makes.
-
-    Kernels that refuse what does not fit see the tensors unchecked: `_check` costs as much as a launch, and
-    is left to say in the caller's terms what a call was refused for.
-    """
-    if torch.compiler.is_compiling():
-        _check(mode, gate, eps, restitute_to, tensors)
-        return _serve(mode, requested, gate, eps, restitute_to, tensors)
-    try:
-        return _serve(mode, requested, gate, eps, restitute_to, tensors)
-    except Exception:
-        if fault := _fault(mode, gate, eps, restitute_to, tensors):
-            raise fault from None
-        raise
-
-
-def _serve(
-    mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    first = tensors[0]
-    backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
-    # A subclass may be a fake one, which has only a shape: no kernel sees it.
-    if backend == "reference" or not (dispatch.KERNELS[backend].CHECKS and type(first) is Tensor):
-        _check(mode, gate, eps, restitute_to, tensors)
-    compiling = torch.compiler.is_compiling()
-    if backend == "reference" or (not compiling and internals.needs_plain_operations()):
-        n = len(OPERATIONS[mode].inputs)
-        return plain.run_reference(
-            mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :], gate, eps, restitute_to
-        )
-    call = block_call(mode, backend, gate, eps, restitute_to)
-    if not compiling and internals.under_transform():
-        return TransformedBlockFunction.apply(call, *tensors)[:-1]
-    if not torch.is_grad_enabled():  # the Function's own time can be saved
-        return call.run(tensors)[:-1]
-    return BlockFunction.apply(call, *distinct(*tensors))
-
-
-def _fault(
-    mode: str, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
-) -> TypeError | ValueError | None:
-    """What does not fit, if anything."""
-    try:
-        _check(mode, gate, eps, restitute_to, tensors)
-    except (TypeError, ValueError) as error:
-        return error
-    return None
-
-
-def _check(mode: str, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]) -> None:
-    """Raises TypeError or ValueError for what does not fit, and says what would."""
-    check_settings(gate, eps, restitute_to)
-    operation = OPERATIONS[mode]
-    n = len(operation.inputs)
-    if n == 2:
-        check_pair(*tensors[:n])
-    else:
-        check_maps("features", tensors[0])
-    norm_weight, norm_bias, *parameters = tensors[n:]
-    check_parameters(tensors[0], norm_weight, norm_bias, parameters, gate, n, len(operation.gates))
+    return any([not isinstance(x, Tensor) for x in features]) and has_torch_function(features)
 
 
 class _Block(nn.Module):

@@ -1,20 +1,32 @@
 """What a call is refused for, in the caller's terms: what was given, what was expected, what to do.
 
-The kernels check again what they must not get wrong, in C++ (csrc/block/ops.h), at a fraction of the
-time. A call that they refuse is checked here for its message.
+Who owns which checks:
+
+- This module owns the words of every message, the checks of everything that is no tensor (gate, eps,
+  restitute_to, modality, margin, ...) and all checks of the loss.
+- The block's operations own whether their tensors fit one another (shape, dtype, device). Those of the
+  compiled library find it out in C++ (csrc/block/ops.h), in a fraction of the ten microseconds that
+  `check_tensors` takes, and raise RuntimeError; `autograd.run_block` catches that, and `check_tensors` then
+  says the same in the caller's terms. Those written in Python call `check_tensors` themselves (`checked`).
+- Where no operation sees the tensors as they are (plain PyTorch, tracing, transforms, tensors without data),
+  `autograd.run_block` calls `check_tensors` first.
+
+tests/test_errors.py holds that C++ refuses what `check_tensors` refuses, and names the same argument.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from numbers import Integral, Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mrcn_fast.backends import shapes
-from mrcn_fast.gates import GATES
+from mrcn_fast.gates import FUSED, GATES
+from mrcn_fast.operations import OPERATIONS
 
 RESTITUTE_TO = ("normalized", "input")
 GATE_NAMES = tuple(GATES)
@@ -48,6 +60,8 @@ def check_eps(eps: object) -> None:
 
 
 def check_settings(gate: object, eps: object, restitute_to: object) -> None:
+    if gate in GATE_NAMES and type(eps) is float and 0 < eps < math.inf and restitute_to in RESTITUTE_TO:
+        return  # every call comes here
     check_choice("gate", gate, GATE_NAMES)
     check_eps(eps)
     check_choice("restitute_to", restitute_to, RESTITUTE_TO)
@@ -89,6 +103,35 @@ def check_pair(visible: Tensor, infrared: Tensor) -> None:
         raise ValueError(
             f"visible and infrared: got devices {visible.device} and {infrared.device}, expected one device"
         )
+
+
+def check_tensors(mode: str, gate: str, tensors: Sequence[Tensor]) -> None:
+    """Raise for tensors that don't fit a block operation: its inputs, γ, β and the gate's parameters."""
+    operation = OPERATIONS[mode]
+    n = len(operation.inputs)
+    if n == 2:
+        check_pair(*tensors[:n])
+    else:
+        check_maps("features", tensors[0])
+    norm_weight, norm_bias, *parameters = tensors[n:]
+    check_parameters(tensors[0], norm_weight, norm_bias, parameters, gate, n, len(operation.gates))
+
+
+def checked(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
+    """An operation written in Python, behind `check_tensors` where it is a block's forward."""
+    for mode, block in OPERATIONS.items():
+        if name == block.forward:
+            return _checked_forward(mode, len(block.inputs), operation)
+    return operation
+
+
+def _checked_forward(mode: str, inputs: int, operation: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*arguments: Any) -> Any:
+        tensors = (*arguments[: inputs + 2], *arguments[inputs + 2])
+        check_tensors(mode, FUSED[arguments[inputs + 3]], tensors)
+        return operation(*arguments)
+
+    return forward
 
 
 def check_parameters(

@@ -32,6 +32,16 @@ class Operation(NamedTuple):
     restitutes: bool
 
     @property
+    def forward(self) -> str:
+        """The name of the operation of torch that computes the results."""
+        return f"{self.op}_forward"
+
+    @property
+    def backward(self) -> str:
+        """The name of the operation of torch that computes the gradients."""
+        return f"{self.op}_backward"
+
+    @property
     def results(self) -> int:
         """Tensors that the forward gives, without what it saves for the backward."""
         return 1 if self.stacked else len(self.sets)

@@ -6,13 +6,18 @@ import copy
 import io
 import itertools
 import pickle
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, reference
+import mrcn_fast
+from mrcn_fast import MRCNBlock, MRCNFeatures, SNRBlock, dispatch, reference
 from tests.support import block_cases, matrix, tensors
 from tests.support.block_cases import Case, randomized
 from tests.support.matrix import DEVICE, GATES, KERNEL_BACKENDS, MODES, RESTITUTE_TO
@@ -27,6 +32,34 @@ def mrcn(backend: str, channels: int = 8, **settings: Any) -> MRCNBlock:
     block = randomized(MRCNBlock(channels, reduction=4, backend=backend, device=DEVICE, **settings))
     assert isinstance(block, MRCNBlock)
     return block
+
+
+PACKAGE = Path(mrcn_fast.__file__).parent
+
+
+@matrix.backends(*KERNEL_BACKENDS)
+@pytest.mark.parametrize("gradients", [True, False], ids=["grad", "no_grad"])
+@pytest.mark.parametrize("concat", [True, False])
+def test_four_frames_from_the_module_to_the_kernels_operation(
+    concat: bool, gradients: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """module, function, the call's route, autograd Function: no frame of ours beside these."""
+    kernels = dispatch.KERNELS[backend]
+    frames: list[str] = []
+
+    def operation(name: str, original: Callable[..., Any] = kernels.operation) -> Callable[..., Any]:
+        def call(*arguments: Any) -> Any:
+            stack = [frame.f_code for frame, _ in traceback.walk_stack(sys._getframe())]
+            frames[:] = [code.co_name for code in stack if PACKAGE in Path(code.co_filename).parents]
+            return original(name)(*arguments)
+
+        return call
+
+    monkeypatch.setattr(kernels, "operation", operation)
+    block, x = mrcn(backend), random(2, 8, 3, 3).to(DEVICE)
+    with torch.set_grad_enabled(gradients):
+        block(x, x, concat=concat)
+    assert frames == ["forward"] * gradients + ["run_block", "mrcn_block", "forward"]
 
 
 @matrix.backends("reference", *KERNEL_BACKENDS)

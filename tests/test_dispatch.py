@@ -215,3 +215,17 @@ def test_the_environment_of_a_process_is_read() -> None:
         check=True,
     )
     assert got.stdout.split() == ["chose", "reference"]
+
+
+@matrix.backends("cpu")
+@pytest.mark.parametrize("error", [RuntimeError("no memory"), KeyError("a mistake of ours")])
+def test_what_is_no_refusal_is_raised_as_it_is(
+    error: Exception, backend: str, fresh: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    fresh.setattr(cpu, "operation", lambda name: fail)
+    with pytest.raises(type(error)) as raised:
+        call_block(backend=backend)
+    assert raised.value is error

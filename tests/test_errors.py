@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +14,7 @@ from mrcn_fast import (
     CQCLoss,
     MRCNBlock,
     SNRBlock,
+    checks,
     cqc_loss,
     mrcn_block,
     mrcn_restitution,
@@ -208,6 +210,84 @@ def test_names_in_calls(backend: str) -> None:
         mrcn_block(x, x, norm_weight, norm_bias, gate, gate="none", backend=backend)
     with refuses(ValueError, "restitute_to: got ''", "'normalized', 'input'"):
         mrcn_block(x, x, norm_weight, norm_bias, gate, restitute_to="", backend=backend)
+
+
+# --- who checks the tensors -------------------------------------------------------------------------------
+
+
+def pair(**changed: Any) -> list[Any]:
+    """The tensors of a pair's call, of which some are others."""
+    names = (
+        "visible",
+        "infrared",
+        "norm_weight",
+        "norm_bias",
+        "fc1_weight",
+        "fc1_bias",
+        "fc2_weight",
+        "fc2_bias",
+    )
+    fitting = dict(zip(names, [torch.ones(SHAPE), torch.ones(SHAPE), *parameters()], strict=True))
+    return list((fitting | changed).values())
+
+
+BAD_PAIRS: dict[str, list[Any]] = {
+    **{f"visible: {kind}": pair(visible=bad[0], infrared=bad[0]) for kind, bad in BAD_MAPS.items()},
+    "infrared: no tensor": pair(infrared=[[1.0]]),
+    "infrared: another batch": pair(infrared=torch.ones(3, 4, 3, 3)),
+    "infrared: another dtype": pair(infrared=torch.ones(SHAPE).bfloat16()),
+    "infrared: another device": pair(infrared=torch.ones(SHAPE, device="meta")),
+    "norm_weight: no tensor": pair(norm_weight=1.0),
+    "norm_weight: another shape": pair(norm_weight=torch.ones(2, 5)),
+    "norm_bias: another shape": pair(norm_bias=torch.ones(1, 4)),
+    "fc1_weight: another shape": pair(fc1_weight=torch.ones(4, 2, 5)),
+    "fc1_weight: no width": pair(fc1_weight=torch.ones(4, 0, 4)),
+    "fc2_bias: another shape": pair(fc2_bias=torch.ones(3, 4)),
+    "fc2_bias: no tensor": pair(fc2_bias=None),
+    "fc2_bias: missing": pair()[:-1],
+    "fc2_bias: another device": pair(fc2_bias=torch.ones(4, 4, device="meta")),
+    "fc2_bias: another dtype": pair(fc2_bias=torch.ones(4, 4).double()),
+    "norm_weight: another dtype": pair(norm_weight=torch.ones(2, 4).double()),
+    "float64 maps": pair(visible=torch.ones(SHAPE).double(), infrared=torch.ones(SHAPE).double()),
+}
+
+
+def fault_of(message: str) -> str:
+    """What a message is about: the two sides name some arguments together."""
+    if "device" in message:
+        return "device"
+    named = re.search("visible|infrared|features|norm_weight|norm_bias|parameters", message)
+    assert named, message
+    return "maps" if named[0] in ("visible", "infrared", "features") else "parameters"
+
+
+@matrix.backends("cpu")
+@pytest.mark.parametrize("kind", BAD_PAIRS)
+def test_cpp_refuses_what_python_says(kind: str, backend: str) -> None:
+    """The compiled operations refuse the same tensors; what a user reads is Python's."""
+    tensors = BAD_PAIRS[kind]
+    with pytest.raises((TypeError, ValueError)) as words:
+        checks.check_tensors("pair", "se", tensors)
+    operation, _ = matrix.operations("block", backend)
+    with pytest.raises(RuntimeError) as refusal:
+        operation(*tensors[:4], tensors[4:], 0, 1e-5, False)
+    assert fault_of(str(refusal.value)) == fault_of(str(words.value))
+    for gradients in (True, False):
+        with torch.set_grad_enabled(gradients), pytest.raises(words.type) as read:
+            mrcn_block(*tensors[:4], tensors[4:], backend=backend)  # type: ignore[call-overload]
+        assert str(read.value) == str(words.value) and read.value.__cause__ is None
+
+
+@pytest.mark.parametrize("kind", BAD_PAIRS)
+def test_an_operation_written_in_python_checks_its_tensors(kind: str) -> None:
+    tensors = BAD_PAIRS[kind]
+    computed: list[Any] = []
+    operation = checks.checked("block_forward", lambda *arguments: computed.append(arguments))
+    with pytest.raises((TypeError, ValueError)):
+        operation(*tensors[:4], tensors[4:], 0, 1e-5, False)
+    assert not computed
+    operation(*pair()[:4], pair()[4:], 0, 1e-5, False)
+    assert len(computed) == 1
 
 
 # --- the loss ---------------------------------------------------------------------------------------------

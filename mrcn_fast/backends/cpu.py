@@ -25,7 +25,6 @@ from mrcn_fast.operations import OPERATIONS
 BUILD_RECORD = Path(__file__).parents[1] / "_native_build.json"
 
 DEVICES = ("cpu",)  # whose tensors it takes by itself
-CHECKS = True  # whether its operations refuse what block.py's checks do
 
 _library: Any = None
 _failure = ""

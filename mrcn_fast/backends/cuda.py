@@ -20,7 +20,6 @@ from mrcn_fast.backends import cpu, shapes
 LIBRARY = Path(__file__).parents[1] / "_cuda.so"
 # Whose tensors it takes by itself: nobody's, as long as Triton's kernels take less of a GPU's time.
 DEVICES: tuple[str, ...] = ()
-CHECKS = True  # whether its operations refuse what block.py's checks do
 
 GET_IT = "build it with `make install`, where there is nvcc 12.4 or newer"
 

@@ -27,7 +27,6 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "mrcn_fast_cuda_on_host"
 SANITIZE = os.environ.get("MRCN_FAST_TEST_SANITIZE", "")
 DEVICES = ()
-CHECKS = True  # whether its operations refuse what block.py's checks do
 
 
 class NotBuilt(RuntimeError):

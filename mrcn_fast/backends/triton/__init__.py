@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 from mrcn_fast.backends import batching, shapes
+from mrcn_fast.checks import checked
 
 NAMESPACE = "mrcn_fast_triton"
 KERNEL_MODULES = ("operations", "cqc")
 OLDEST = (3, 6)
 DEVICES = ("cuda",)  # whose tensors it takes by itself; torch calls ROCm's devices "cuda" too
-CHECKS = False  # whether its operations refuse what block.py's checks do
 
 # Triton decides when a kernel is defined whether it is interpreted; these are the values it takes for yes.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -104,7 +104,7 @@ def _register() -> None:
             module = importlib.import_module(f"{__name__}.{module_name}")
             for name, schema in module.SCHEMAS.items():
                 library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
-                library.impl(name, module.IMPLEMENTATIONS[name], key)
+                library.impl(name, checked(name, module.IMPLEMENTATIONS[name]), key)
                 torch.library.register_fake(f"{NAMESPACE}::{name}", module.FAKES[name], lib=library)
         batching.register(NAMESPACE, operation, library)
         _libraries.append(library)
