@@ -1,6 +1,6 @@
-"""What a launch remembers: when it goes straight to what was compiled before.
+"""A launcher launches a kernel that it compiled before directly, and asks Triton otherwise.
 
-With a stand-in for Triton, and with Triton itself on a driver that runs nothing (tests/idle_cuda).
+The tests use a stand-in for Triton, and Triton itself on a driver that runs nothing (tests/idle_cuda).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How the block's Triton launches are cut, for shapes of every kind: nothing is compiled or run."""
+"""The tiles of the block's Triton kernels for shapes of every kind; nothing is compiled or run."""
 
 from __future__ import annotations
 

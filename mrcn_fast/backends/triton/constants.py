@@ -11,26 +11,26 @@ from mrcn_fast.operations import OPERATIONS
 
 @dataclass(frozen=True)
 class Constants:
-    """What a kernel is compiled for, in its words."""
+    """The values that a kernel is compiled for, under the names that the kernels use."""
 
     MODE: str
     GATE: str
     TO_INPUT: bool
     R: int  # width of the gates' hidden layer (SE, CBAM) or of their kernel (ECA)
-    RB: int  # of which a tile holds so many
-    BLOCKS: int  # of channels, whose shares of the hidden layers are added up
-    PARTS: int  # of the pixels, in the first launch
+    RB: int  # of those, how many a tile holds
+    BLOCKS: int  # blocks of channels whose shares of the hidden layers are added up
+    PARTS: int  # parts that the first launch splits the pixels of a plane into
     PART: int  # pixels of a part
-    PIXELS: bool  # channels_last
+    PIXELS: bool  # whether the maps are channels_last
     BC: int  # channels of a tile
     BL: int  # pixels of a tile
     AHEAD: int  # tiles that a program reads before it waits for any
     CHUNK: int  # pixels of a program of the last launch
     PC: int  # channels of a program that makes the parameters' gradients
-    BESIDE: int  # samples that it reads before it waits for any
+    BESIDE: int  # samples that such a program reads before it waits for any
     EPS: float
     GIVEN: tuple[bool, ...]  # which results of the forward have a gradient
-    A: tl.dtype  # what is computed in
+    A: tl.dtype  # the type that the kernel computes in
 
     @property
     def DOUBLE(self) -> bool:
@@ -50,13 +50,13 @@ class Constants:
 
     @property
     def USED_INPUTS(self) -> int:
-        """Bits of the inputs that a set with a gradient was made of."""
+        """A bit mask of the inputs from which sets with a gradient were made."""
         used, _ = OPERATIONS[self.MODE].used_by(self.GIVEN)
         return sum(1 << j for j, is_used in enumerate(used) if is_used)
 
     @property
     def USED_GATES(self) -> int:
-        """Bits of the gates that a set with a gradient was made by."""
+        """A bit mask of the gates that took part in sets with a gradient."""
         operation = OPERATIONS[self.MODE]
         made = {s.gate for s in operation.given_sets(self.GIVEN)} - {None}
         return sum(1 << gate for gate in made if gate is not None)
@@ -71,45 +71,45 @@ class Constants:
 
     @property
     def HIDDEN(self) -> int:
-        """Width of a gate's hidden layer, if it has one."""
+        """The width of a gate's hidden layer, or 0 if it has none."""
         return 0 if self.GATE == "eca" else self.R
 
     @property
     def LAYER_PARTS(self) -> int:
-        """Programs that share the gradients of a gate's layers."""
+        """How many programs share the gradients of a gate's layers."""
         return 1 if self.GATE == "eca" else -(-self.R // self.RB)
 
     @property
     def MOMENTS(self) -> int:
-        """Numbers of a part of a plane."""
+        """How many numbers the forward keeps for each part of a plane."""
         return 2 * self.BRANCHES
 
     @property
     def OUTPUT_SLOTS(self) -> int:
-        """Planes of the output's table."""
+        """How many planes the table of the output has."""
         return 3 * self.MODALITIES + 2 * self.SETS
 
     @property
     def SUMS(self) -> int:
-        """Numbers of a part of a plane in the backward."""
+        """How many sums the backward keeps for each part of a plane."""
         return (2 if self.MODE == "restitute" else 6) + 2 * (self.BRANCHES - 1)
 
     @property
     def GRADIENT_SLOTS(self) -> int:
-        """Planes of the gradients' table."""
+        """How many planes the table of the gradients has."""
         return 6 * self.MODALITIES + self.SETS + 2 * self.MODALITIES * (self.BRANCHES - 1)
 
     @property
     def BEFORE(self) -> int:
-        """Which plane of the backward's scratch is the first gradient before a sigmoid."""
+        """The index of the first gradient before a sigmoid in the planes of the backward's scratch."""
         return 2 * self.MODALITIES + self.GATES
 
     @property
     def EXTREME(self) -> int:
-        """Which plane of the backward's scratch is the first extreme."""
+        """The index of the first extreme in the planes of the backward's scratch."""
         return self.BEFORE + self.GATES
 
     @property
     def PLANES(self) -> int:
-        """Planes of the backward's scratch."""
+        """How many planes the backward's scratch has beside its table."""
         return self.EXTREME + (2 * self.MODALITIES if self.BRANCHES == 2 else 0)

@@ -6,17 +6,20 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """What a program takes: so many channels by `span` pixels, in tiles of `pixels`."""
+    """The part of a map that a program works on: `channels` by `span` pixels, in tiles of `pixels`."""
 
     channels: int
     span: int
     pixels: int
     warps: int
-    ahead: int = 1  # tiles that are read before one is waited for
+    ahead: int = 1  # tiles that the program reads before it waits for any
 
 
 class Config(NamedTuple):
-    """The launches, forward and backward. Those between work on channels alone."""
+    """The tiles of the three launches forward and the three backward.
+
+    The middle launch of each direction, `gates` and `coefficients`, works on channels alone.
+    """
 
     statistics: Tile
     gates: Tile
@@ -26,19 +29,20 @@ class Config(NamedTuple):
     gradient: Tile
 
 
-# Up to so many channels one program joins the parts of a sample's planes.
+# One program joins the parts of a sample's planes, if the sample has at most this many channels.
 MOST_JOINED = 256
-# Blocks of channels a sample, whose shares are added up; parts of its planes, which are joined, as numbers
-# of one kind: up to eight of them stand in the registers of a program.
+# At most so many blocks of channels per sample, whose shares are added up; and at most so many numbers of one
+# kind in the parts of a sample's planes, which one program joins with up to eight kinds in its registers.
 MOST_BLOCKS, MOST_PARTS = 64, 4096
-# The most channels and hidden numbers of a tile of the gates' layers, and its weights a warp.
+# The most channels and hidden numbers in a tile of the gates' layers, and its weights per warp.
 LAYER_CHANNELS, LAYER_HIDDEN, LAYER_WEIGHTS = 32, 32, 512
 
 
 def configure(channels: int, length: int, pixels: bool, element_size: int) -> Config:
-    """The configuration of a shape class.
+    """Return the tiles for maps of so many channels and of planes of ``length`` pixels.
 
-    It may depend neither on the mode nor on the batch: the order of a sum is part of the result.
+    ``pixels``: the maps are channels_last. The tiles may depend neither on the mode nor on the batch, because
+    the order of a sum is part of the result.
     """
     few, joins = channels <= 64, channels <= MOST_JOINED
     line = 16 // element_size  # elements that a thread reads at once
@@ -80,17 +84,17 @@ def configure(channels: int, length: int, pixels: bool, element_size: int) -> Co
 
 
 def _span(length: int, at_least: int, channels: int) -> int:
-    """Pixels of a part, of which there are as many as `MOST_PARTS` allows."""
+    """Return the pixels of a part: no fewer than ``at_least``, and no more parts than `MOST_PARTS` allows."""
     return min(length, max(at_least, -(-length // (MOST_PARTS // next_power(channels)))))
 
 
 def _share(length: int, most: int) -> int:
-    """The length in equal shares of at most so many."""
+    """Return the size of equal shares of ``length``, each of at most ``most``."""
     return -(-length // -(-length // most))
 
 
 def _fitting(length: int, most: int) -> int:
-    """The largest power of two up to `most` whose multiples cover the length with little beyond it."""
+    """Return a power of two up to ``most``, so large that its multiples exceed the length by little."""
     fitting = max(1, most)
     while fitting > 16 and -(-length // fitting) * fitting > 1.125 * length:
         fitting //= 2
@@ -98,5 +102,5 @@ def _fitting(length: int, most: int) -> int:
 
 
 def next_power(n: int) -> int:
-    """The power of two that is at least n."""
+    """Return the smallest power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
