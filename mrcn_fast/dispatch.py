@@ -62,7 +62,8 @@ def choose(requested: str | None, device_type: str, dtype: torch.dtype, gate: st
     """The name of the backend that serves a call; ``gate`` is the block's, None for the loss.
 
     ``requested`` is the caller's choice, else ``MRCN_FAST_BACKEND``; "auto" or nothing takes the first kernel
-    backend that can serve, then the reference (told once a reason, at INFO).
+    backend that can serve, then the reference. Each reason for that is logged once: at WARNING where a kernel
+    backend takes tensors of this device and could not serve, else at INFO.
 
     Raises ValueError for an unknown name, RuntimeError with the reason where the choice can't serve the call.
     """
@@ -85,11 +86,12 @@ def _choose(requested: str, device_type: str, dtype: torch.dtype, gate: str | No
         if device_type in module.DEVICES and unserved(name, device_type, dtype, gate) is None:
             return name
     unfused = None if gate is None else GATES[gate].unfused
-    message = unfused or "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
-    _tell(message)
+    reason = unfused or "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
+    expected = unfused is None and any(device_type in module.DEVICES for module in KERNELS.values())
+    _log_fallback(reason, logging.WARNING if expected else logging.INFO)
     return "reference"
 
 
-@functools.cache  # once a reason, whatever dtypes and gates it holds for
-def _tell(reason: str) -> None:
-    logger.info("using the reference backend (%s)", reason)
+@functools.cache  # once per reason, whatever dtypes and gates it holds for
+def _log_fallback(reason: str, level: int) -> None:
+    logger.log(level, "using the reference backend (%s)", reason)

@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def choices_anew() -> Iterator[None]:
     """No test sees which backend or operation another test chose, or what another test logged."""
-    for known in (dispatch._choose, dispatch._tell, autograd.block_call):
+    for known in (dispatch._choose, dispatch._log_fallback, autograd.block_call):
         known.cache_clear()
     yield
 
