@@ -160,14 +160,16 @@ def run_block(
     if (
         torch.compiler.is_compiling()
         or type(first) is not Tensor
-        or internals.under_transform()
-        or internals.needs_plain_operations()
+        or internals.under_transform(tensors)
+        or internals.in_forward_mode(tensors)
     ):
         return _run_checked(mode, requested, gate, eps, restitute_to, tensors)
     try:
         backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
         if backend == "reference":
             return _run_checked(mode, backend, gate, eps, restitute_to, tensors)
+        if internals.recorded_by_jit():  # it would warn about the checks
+            return _run_plain(mode, gate, eps, restitute_to, tensors)
         call = block_call(mode, backend, gate, eps, restitute_to)
         if torch.is_grad_enabled():
             return BlockFunction.apply(call, *tensors)
@@ -186,17 +188,23 @@ def _run_checked(
     first = tensors[0]
     backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
     compiling = torch.compiler.is_compiling()
-    if backend == "reference" or (not compiling and internals.needs_plain_operations()):
-        n = len(OPERATIONS[mode].inputs)
-        return plain.run_reference(
-            mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :], gate, eps, restitute_to
-        )
+    if backend == "reference" or (not compiling and internals.in_forward_mode(tensors)):
+        return _run_plain(mode, gate, eps, restitute_to, tensors)
     call = block_call(mode, backend, gate, eps, restitute_to)
-    if not compiling and internals.under_transform():
+    if not compiling and internals.under_transform(tensors):
         return TransformedBlockFunction.apply(call, *tensors)[:-1]
     if not torch.is_grad_enabled():
         return call.forward(*call.arguments(tensors))[:-1]
     return BlockFunction.apply(call, *distinct(*tensors))
+
+
+def _run_plain(
+    mode: str, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
+) -> tuple[Tensor, ...]:
+    n = len(OPERATIONS[mode].inputs)
+    return plain.run_reference(
+        mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :], gate, eps, restitute_to
+    )
 
 
 def _fault(mode: str, gate: str, tensors: tuple[Tensor, ...]) -> TypeError | ValueError | None:

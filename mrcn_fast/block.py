@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
-from mrcn_fast import dispatch, reference
+from mrcn_fast import dispatch, internals, reference
 from mrcn_fast.autograd import run_block
 from mrcn_fast.checks import (
     RESTITUTE_TO,
@@ -19,7 +19,7 @@ from mrcn_fast.checks import (
     check_pair,
     positive_integer,
 )
-from mrcn_fast.gates import make_gate, parameter
+from mrcn_fast.gates import make_gate
 
 Modality = Literal["visible", "infrared"]
 MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
@@ -214,7 +214,10 @@ def snr_block(
 
 def _stand_ins(*features: object) -> bool:
     """Whether something that stands for a tensor is among them, such as a Proxy of torch.fx."""
-    return any([not isinstance(x, Tensor) for x in features]) and has_torch_function(features)
+    for x in features:
+        if not isinstance(x, Tensor):
+            return has_torch_function(features)
+    return False
 
 
 class _Block(nn.Module):
@@ -262,10 +265,16 @@ class _Block(nn.Module):
         """
         return {"norm_weight", "norm_bias", *(f"gate.{name}" for name in self.gate.no_weight_decay())}
 
+    def _norm(self) -> list[Tensor]:
+        """γ and β of the instance normalizations, (modalities, C) each."""
+        return internals.parameters(self, ("norm_weight", "norm_bias"))
+
     def _residual(self, features: Tensor, modality: int) -> Tensor:
         """M of a modality (eq. 3)."""
-        norm = parameter(self, "norm_weight")[modality], parameter(self, "norm_bias")[modality]
-        return reference.residual(features, reference.instance_norm(features, *norm, self.eps))
+        norm_weight, norm_bias = (p[modality] for p in self._norm())
+        return reference.residual(
+            features, reference.instance_norm(features, norm_weight, norm_bias, self.eps)
+        )
 
     def extra_repr(self) -> str:
         return f"{self.channels}, eps={self.eps}, gate={self.gate_kind!r}, backend={self.backend!r}"
@@ -321,11 +330,12 @@ class MRCNBlock(_Block):
         """
         if self.gate.has_hooks():
             self.attention(visible, infrared)
+        norm_weight, norm_bias = self._norm()
         return mrcn_block(
             visible,
             infrared,
-            parameter(self, "norm_weight"),
-            parameter(self, "norm_bias"),
+            norm_weight,
+            norm_bias,
             self.gate.parameter_list(),
             gate=self.gate_kind,
             eps=self.eps,
@@ -389,7 +399,8 @@ class MRCNBlock(_Block):
         """γ and β of one modality's instance normalization, (C,) each, as views of the stacked ones."""
         check_choice("modality", modality, MODALITIES)
         index = MODALITIES.index(modality)
-        return parameter(self, "norm_weight")[index], parameter(self, "norm_bias")[index]
+        norm_weight, norm_bias = self._norm()
+        return norm_weight[index], norm_bias[index]
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, restitute_to={self.restitute_to!r}"
@@ -418,10 +429,11 @@ class SNRBlock(_Block):
         """F̃ + sM, F̃ + (1 - s)M and F̃ of a batch (N, C, H, W); see `snr_block`, and `MRCNBlock` on hooks."""
         if self.gate.has_hooks():
             self.attention(features)
+        norm_weight, norm_bias = self._norm()
         return snr_block(
             features,
-            parameter(self, "norm_weight"),
-            parameter(self, "norm_bias"),
+            norm_weight,
+            norm_bias,
             self.gate.parameter_list(),
             gate=self.gate_kind,
             eps=self.eps,
@@ -435,10 +447,11 @@ class SNRBlock(_Block):
         """
         if self.gate.has_hooks():
             self.attention(features)
+        norm_weight, norm_bias = self._norm()
         return mrcn_restitution(
             features,
-            parameter(self, "norm_weight"),
-            parameter(self, "norm_bias"),
+            norm_weight,
+            norm_bias,
             self.gate.parameter_list(),
             gate=self.gate_kind,
             eps=self.eps,

@@ -108,7 +108,10 @@ def _slots(
     first = features[0]
     backend = dispatch.choose(requested, first.device.type, first.dtype)
     compiling = torch.compiler.is_compiling()
-    needs_plain = not compiling and (internals.under_transform() or internals.needs_plain_operations())
+    given = (labels, infrared_labels, *features)
+    needs_plain = not compiling and (
+        internals.under_transform(given) or internals.in_forward_mode(given) or internals.recorded_by_jit()
+    )
     if backend != "reference" and not needs_plain:
         settings = settings._replace(backend=backend)
         return _Slots(*CQCFunction.apply(settings, *distinct(labels, infrared_labels, *features)))
@@ -213,10 +216,10 @@ def _nobody_shared(labels: Tensor, infrared_labels: Tensor) -> str:
 def _check_count(count: Tensor, labels: Tensor, infrared_labels: Tensor) -> None:
     """Refuses a batch without a shared identity, where the number can be looked at without waiting for it."""
     if torch.compiler.is_compiling():
-        torch._assert_async(count > 0, _NOBODY_SHARED)
+        internals.assert_in_graph(count > 0, _NOBODY_SHARED)
         return
     # A fake tensor, or one inside a transform, has no value to look at.
-    has_value = type(count) is Tensor and not internals.under_transform()
+    has_value = type(count) is Tensor and not internals.under_transform((count, labels, infrared_labels))
     if has_value and count.device.type == "cpu" and int(count) == 0:
         raise ValueError(_nobody_shared(labels, infrared_labels))
 

@@ -14,13 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from mrcn_fast import reference
-
-
-def parameter(module: nn.Module, name: str) -> Tensor:
-    """``module.name``, without nn.Module's search for it, which takes a microsecond a parameter."""
-    found = module._parameters.get(name)  # not there: parametrized, or a replica's
-    return getattr(module, name) if found is None else found
+from mrcn_fast import internals, reference
 
 
 class Gate(nn.Module):
@@ -67,7 +61,7 @@ class Gate(nn.Module):
 
         By name: what `torch.nn.utils.parametrize` makes of one is among no module's ``parameters()``.
         """
-        return [parameter(self, name) for name in self._names]
+        return internals.parameters(self, self._names)
 
     def forward(self, residual: Tensor, index: int = 0) -> Tensor:
         """The attention A(M) of one of the gates, in plain PyTorch; differentiable.
@@ -83,11 +77,11 @@ class Gate(nn.Module):
 
     def one(self, index: int) -> dict[str, Tensor]:
         """The parameters of one of the gates by name, as views without the leading dimension."""
-        return {name: parameter(self, name)[index] for name in self._names}
+        return {name: p[index] for name, p in zip(self._names, self.parameter_list(), strict=True)}
 
     def has_hooks(self) -> bool:
         """Whether calling the module would call somebody's hook."""
-        return bool(self._forward_hooks or self._forward_pre_hooks)
+        return internals.has_forward_hooks(self)
 
     def reset_parameters(self) -> None:
         raise NotImplementedError

@@ -1,7 +1,8 @@
-"""Every private part of torch that the library uses, each with what happens where it is gone.
+"""Every private part of torch that the library uses, and how the library goes on without it.
 
-A torch that renames one of them may make the library slower or leave a special case to torch's own message;
-it must not break the library. Seen to be there: torch 2.11 to 2.13.
+Each part serves speed or a special case. Where a torch no longer has it, a plain way takes its place, which
+is slower or leaves the special case out, and tests/test_internals.py runs that way. All parts were seen to
+work with torch 2.11, 2.12 and 2.13.
 """
 
 from __future__ import annotations
@@ -10,69 +11,123 @@ import importlib
 import inspect
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-# Looked up once, because every call of an operation asks them.
-_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", lambda: False)
-_is_batched = getattr(torch._C._functorch, "is_legacy_batchedtensor", lambda tensor: False)
-_tracing_state = getattr(torch._C, "_get_tracing_state", lambda: None)
+def _private(path: str) -> Any:
+    """The part of torch at a dotted path, or None where this torch does not have it."""
+    found: Any = torch
+    for name in path.split("."):
+        found = getattr(found, name, None)
+    return found
 
 
-def under_transform() -> bool:
+# These are looked up once, because every call of an operation asks them.
+_transforms_active = _private("_C._are_functorch_transforms_active")
+_is_batched = _private("_C._functorch.is_legacy_batchedtensor")
+_is_tracing = _private("_C._is_tracing") or _private("jit.is_tracing")
+_assert_async = _private("_assert_async")
+_register_decomposition = _private("_decomp.register_decomposition")
+
+
+def under_transform(tensors: Iterable[object]) -> bool:
     """Whether one of `torch.func`'s transforms (vmap, grad, vjp, ...) is active.
 
-    Without torch's answer: False. The transforms then refuse our Functions in torch's words.
+    Uses ``torch._C._are_functorch_transforms_active``. Without it the answer is whether a transform has
+    wrapped one of the call's tensors. A call inside a transform that gets none of its tensors is then refused
+    by torch.
     """
+    if _transforms_active is None:
+        return _any_wrapped(tensors)
     return bool(_transforms_active())
 
 
 def has_batched(tensors: Iterable[Tensor | None]) -> bool:
     """Whether a tensor holds several, as `torch.autograd.grad` with ``is_grads_batched`` passes them.
 
-    Without torch's answer: False. Our operations then refuse such tensors in torch's words.
+    Uses ``torch._C._functorch.is_legacy_batchedtensor``. Without it any wrapped tensor counts as batched.
     """
+    if _is_batched is None:
+        return _any_wrapped(tensors)
     return any([t is not None and _is_batched(t) for t in tensors])
 
 
-def in_forward_mode() -> bool:
+def _any_wrapped(tensors: Iterable[object]) -> bool:
+    """Whether one of the tensors is a transform's wrapper around another: it has no memory of its own."""
+    for t in tensors:
+        if isinstance(t, Tensor):
+            try:
+                t.untyped_storage()
+            except NotImplementedError:
+                return True
+    return False
+
+
+def in_forward_mode(tensors: Iterable[object]) -> bool:
     """Whether forward-mode derivatives are being computed.
 
-    Without torch's answer: False. Tensors with a tangent are then refused in torch's words.
+    Uses ``torch.autograd.forward_ad._current_level``, which takes 0.1 µs where the public ``unpack_dual``
+    takes 0.4 µs for each of a call's eight tensors. Without it ``unpack_dual`` is asked for tangents.
     """
-    return getattr(forward_ad, "_current_level", -1) >= 0
+    level = getattr(forward_ad, "_current_level", None)
+    if level is None:
+        unpacked = (forward_ad.unpack_dual(t) for t in tensors if isinstance(t, Tensor))
+        return any(dual.tangent is not None for dual in unpacked)
+    return bool(level >= 0)
 
 
-def needs_plain_operations() -> bool:
-    """Whether tangents are computed or torch.jit records.
+def recorded_by_jit() -> bool:
+    """Whether `torch.jit.trace` records, which knows the derivatives of torch's own operations alone.
 
-    Both know the derivatives of torch's operations alone.
+    Uses ``torch._C._is_tracing``, and without it `torch.jit.is_tracing`, which calls it.
     """
-    return in_forward_mode() or _tracing_state() is not None
+    return bool(_is_tracing())
 
 
 def assume_constant(function: _F) -> _F:
     """Let torch.compile call the function once, while it traces, and take the result as a constant.
 
-    It does what `torch.compiler.assume_constant_result` does, without the two seconds of importing
-    torch._dynamo. Where the mark is of no effect, torch.compile traces through the function.
+    Sets ``_dynamo_marked_constant``, as `torch.compiler.assume_constant_result` does, without the two seconds
+    of importing torch._dynamo. Where the mark has no effect, torch.compile traces through the function or
+    breaks the graph there.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
+def assert_in_graph(condition: Tensor, message: str) -> None:
+    """Make the compiled graph raise RuntimeError where the condition does not hold.
+
+    Uses ``torch._assert_async``. Without it nothing is checked, as in eager mode on a GPU.
+    """
+    if _assert_async is not None:
+        _assert_async(condition, message)
+
+
+def register_decomposition(operation: Any) -> Callable[[_F], _F]:
+    """A decorator that registers a function as the decomposition of an operation, for exporters.
+
+    Uses ``torch._decomp.register_decomposition``. Without it nothing is registered, and exporters that know
+    standard operators alone, such as ONNX's, refuse the operation.
+    """
+    if _register_decomposition is None:
+        return lambda function: function
+    registered: Callable[[_F], _F] = _register_decomposition(operation)
+    return registered
+
+
 def keep_whole_in_inductor(operation: Any) -> None:
     """Let Inductor call an operation that has a decomposition for exporters.
 
-    Inductor does so by itself, but where the environment has ``CI`` it takes the decomposition for a slip of
-    torch's own and stops. Without Inductor, or with one of other names, nothing is done.
+    Inductor does so by itself, but where the environment variable ``CI`` is set it takes the decomposition
+    for a mistake in torch and stops. Uses ``torch._inductor.lowering``. Without it nothing is done.
     """
     lowering = sys.modules.get("torch._inductor.lowering")
     if lowering is None or operation in getattr(lowering, "lowerings", (operation,)):
@@ -83,6 +138,30 @@ def keep_whole_in_inductor(operation: Any) -> None:
         lowering.make_fallback(operation, layout_constraint=constraint, warn=False)
     except (AttributeError, TypeError, AssertionError):
         return
+
+
+def parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
+    """The module's attributes of these names, which are parameters or stand in for one.
+
+    Uses ``nn.Module._parameters``, because `nn.Module.__getattr__` takes a microsecond for each parameter. A
+    parameter that is not there is parametrized or a replica's, and is looked up as an attribute. Without
+    ``_parameters`` all are.
+    """
+    known: dict[str, Tensor | None] = getattr(module, "_parameters", {})
+    found = []
+    for name in names:  # a comprehension takes longer
+        p = known.get(name)
+        found.append(getattr(module, name) if p is None else p)
+    return found
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a call of the module would call a hook that is registered on it.
+
+    Uses ``nn.Module._forward_hooks`` and ``_forward_pre_hooks``. Without them the answer is True, and the
+    module is called for hooks that may not be there.
+    """
+    return bool(getattr(module, "_forward_hooks", True) or getattr(module, "_forward_pre_hooks", True))
 
 
 # --- Triton: this section's functions are called where Triton is imported already -------------------------

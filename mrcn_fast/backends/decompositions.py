@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import register_decomposition
 
-from mrcn_fast import plain
+from mrcn_fast import internals, plain
 from mrcn_fast.gates import FUSED
 from mrcn_fast.operations import OPERATIONS
 
@@ -21,7 +20,7 @@ from mrcn_fast.operations import OPERATIONS
 def register(operation: Callable[[str], Callable[..., Any]]) -> None:
     """Registers the decompositions; ``operation(name)`` gives each operation."""
     for mode, block in OPERATIONS.items():
-        register_decomposition(operation(f"{block.op}_forward"))(_plain(mode))
+        internals.register_decomposition(operation(f"{block.op}_forward"))(_plain(mode))
 
 
 def _plain(mode: str) -> Callable[..., tuple[Tensor, ...]]:
