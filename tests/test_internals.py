@@ -12,8 +12,9 @@ from torch._inductor import lowering
 from torch.autograd import forward_ad
 
 from mrcn_fast import CQCLoss, MRCNBlock, autograd, dispatch, internals
-from tests import cases
-from tests.cases import DEVICE, KERNEL_BACKENDS, random
+from tests.support import matrix
+from tests.support.matrix import DEVICE, KERNEL_BACKENDS
+from tests.support.tensors import random
 
 
 def test_a_part_that_torch_does_not_have_is_none() -> None:
@@ -53,7 +54,7 @@ def refuse(*_: object) -> None:
     raise AssertionError("this call should take the way of ordinary calls")
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_transforms(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block, loss, maps, sets = block_of(backend), loss_of(backend), random(3, 2, 5, 4, 3), random(3, 6, 4, 8)
     maps, sets = maps.to(DEVICE), sets.to(DEVICE)
@@ -69,7 +70,7 @@ def test_transforms(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
         block(maps[0], maps[0])
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_batched_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     block, x = block_of(backend), random(2, 5, 4, 3).to(DEVICE).requires_grad_()
     made = block(x, x, concat=True)
@@ -83,7 +84,7 @@ def test_batched_gradients(backend: str, monkeypatch: pytest.MonkeyPatch) -> Non
         torch.autograd.grad(made, x, given[0])
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_forward_mode(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     x, tangent = random(2, 5, 4, 3).to(DEVICE), random(2, 5, 4, 3, seed=1).to(DEVICE)
     want = torch.func.jvp(lambda x: block_of("reference")(x, x, concat=True), (x,), (tangent,))[1]
@@ -101,7 +102,7 @@ def test_forward_mode(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_traced_by_jit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(internals, "_is_tracing", internals._private("jit.is_tracing"))
     block, x = block_of(backend).requires_grad_(False), random(2, 5, 4, 3).to(DEVICE)
@@ -109,7 +110,7 @@ def test_traced_by_jit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     same(traced(2 * x), block(2 * x, 2 * x, concat=True))
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_torch_compile_without_constants(backend: str, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     for function in (dispatch.choose, autograd.block_call):
         monkeypatch.delattr(function, "_dynamo_marked_constant")
@@ -118,7 +119,7 @@ def test_torch_compile_without_constants(backend: str, monkeypatch: pytest.Monke
     same(compiled(x, x, concat=True), block(x, x, concat=True))
 
 
-@cases.backends(*KERNEL_BACKENDS)
+@matrix.backends(*KERNEL_BACKENDS)
 def test_no_assertion_in_a_graph(backend: str, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
     monkeypatch.setattr(internals, "_assert_async", None)
     loss, sets = loss_of(backend), random(6, 4, 8).to(DEVICE)
