@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import statistics
 from pathlib import Path
 
 import pytest
@@ -72,3 +74,19 @@ def test_the_readmes_speeds_are_those_of_the_performance_page() -> None:
     shown = [tuple(cells(row)[1:]) for row in rows(speed)[2:]]
     assert len(shown) == 5
     assert [row for row in shown if row not in known] == []
+
+
+def test_the_demos_scores_are_those_of_the_result_files() -> None:
+    page = (ROOT / "docs" / "explanation" / "cqc-readings.md").read_text()
+    shown = [
+        cells(row) for row in rows(page.partition("## What the demo shows")[2].partition("\n## ")[0])[2:]
+    ]
+    names = ("baseline", "mrcn-without-cqc", "mrcn")
+    files = [ROOT / "benchmarks" / "results" / f"demo-seed-{seed}.json" for seed in range(5)]
+    scores = [json.loads(file.read_text())["scores"] for file in files]
+    rank1 = [[100 * of[name]["rank1"] for name in names] for of in scores]
+    expected = [[str(seed), *(f"{value:.1f}" for value in values)] for seed, values in enumerate(rank1)]
+    over_seeds = [
+        f"{statistics.mean(row):.1f} ± {statistics.stdev(row):.1f}" for row in zip(*rank1, strict=True)
+    ]
+    assert shown == [*expected, ["mean ± standard deviation", *over_seeds]]
