@@ -90,3 +90,12 @@ def test_the_demos_scores_are_those_of_the_result_files() -> None:
         f"{statistics.mean(row):.1f} ± {statistics.stdev(row):.1f}" for row in zip(*rank1, strict=True)
     ]
     assert shown == [*expected, ["mean ± standard deviation", *over_seeds]]
+
+
+def test_the_studys_table_is_that_of_the_result_file() -> None:
+    pytest.importorskip("lightning_fabric", reason="the study needs the packages of [reid]")
+    from mrcn_fast.reid.paper.study import markdown
+
+    page = (ROOT / "docs" / "explanation" / "cqc-readings.md").read_text()
+    result = json.loads((ROOT / "benchmarks" / "results" / "study-cqc.json").read_text())
+    assert rows(page.partition("## What the study shows")[2]) == rows(markdown(result))
