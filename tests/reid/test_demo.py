@@ -103,7 +103,9 @@ def test_results_hold_scores_times_and_shares(demo: DemoConfig) -> None:
         assert set(distances) == {"one person", "two people"}
         assert all(0 < value < 2 for value in distances.values())
     for scores in results["scores"].values():
-        assert all(0 < scores[name] <= 1 for name in ("rank1", "rank10", "mAP", "mINP"))
+        # A network of three steps may have no query right at rank 1.
+        assert 0 <= scores["rank1"] <= scores["rank10"] <= 1
+        assert 0 < scores["mAP"] <= 1 and 0 < scores["mINP"] <= 1
     times = results["milliseconds"]
     assert set(times) == {
         "baseline",

@@ -42,7 +42,7 @@ class Verdict(NamedTuple):
     unit: float  # the rounding unit of the largest value
 
 
-DRAWS, CEILING = 24, 64.0
+DRAWS, CEILING = 100, 64.0
 
 
 def verdicts(
