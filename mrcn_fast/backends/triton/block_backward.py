@@ -1,4 +1,4 @@
-"""The block's backward in Triton: `sums_kernel`, `coefficients_kernel`, then `gradient_kernel`."""
+"""The block's backward in Triton (eq. 1-7): `sums_kernel`, `coefficients_kernel`, then `gradient_kernel`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mrcn_fast.backends.triton.formulas import (
 )
 from mrcn_fast.backends.triton.gates import gate_value, layers
 
-# A sample's row of scratch:
+# A sample's row of scratch holds, in this order:
 #
 #   the gradients' table                     K.GRADIENT_SLOTS planes of C numbers, see `coefficients_kernel`
 #   gradients before the ReLUs               (gates, branches, R)
@@ -38,7 +38,7 @@ from mrcn_fast.backends.triton.gates import gate_value, layers
 
 @triton.jit
 def _sample_of(g, i, samples, sample, CONCAT_SET: tl.constexpr):
-    """Where sample i of a gradient begins; CONCAT_SET: which one of six sets in one tensor."""
+    """Return where sample i of a gradient begins; CONCAT_SET is the set's place in a stack of six."""
     start = g
     if g is not None:
         start += (CONCAT_SET * samples + i) * sample
@@ -47,25 +47,25 @@ def _sample_of(g, i, samples, sample, CONCAT_SET: tl.constexpr):
 
 @triton.jit
 def _gradient(start, c, px, here, pitch, like, KEEP: tl.constexpr, K: tl.constexpr):
-    """A tile of a gradient, zeros where it is missing."""
+    """Return a tile of a gradient, or zeros if the gradient is missing."""
     return tl.zeros(like.shape, K.A) if start is None else read_tile(start, c, px, here, pitch, KEEP, K)
 
 
 @triton.jit
 def _add_product(start, a, b, total):
-    """total + a b where the gradient at `start` was given, else total: zero times a NaN would be a NaN."""
+    """Return total + a b if the gradient at `start` was given, else total, because 0 times a NaN is a NaN."""
     return total if start is None else fma(a, b, total)
 
 
 @triton.jit
 def _has(mask: tl.constexpr, number):
-    """Whether a bit of the mask is set; `number` may be known only when the kernel runs."""
+    """Return whether bit `number` of the mask is set; it may be known only when the kernel runs."""
     return ((tl.full((), mask, tl.int32) >> number) & 1) != 0
 
 
 @triton.jit
 def _count_extremes(value, here, best, count):
-    """A lane's extreme so far and how often it occurred."""
+    """Return each lane's extreme so far, and how often it occurred."""
     value = tl.where(here, value, float("-inf"))
     better = value > best
     count = tl.where(better, 1.0, tl.where((value == best) & here, count + 1.0, count))
@@ -74,34 +74,35 @@ def _count_extremes(value, here, best, count):
 
 @triton.jit
 def _extreme(best, count):
-    """The extreme of a plane from those of its lanes, and in how many pixels it stands."""
+    """Return the extreme of a plane from those of its lanes, and how many pixels have it."""
     extreme = tl.max(best, axis=1)
     return extreme, tl.sum(tl.where(best == extreme[:, None], count, 0.0), axis=1)
 
 
 @triton.jit
 def _planes_kept(scratch, C, K: tl.constexpr):
-    """Where U and V, the gates and their gradients stand."""
+    """Return where U and V, the gates and their gradients begin in a sample's scratch."""
     return scratch + K.GRADIENT_SLOTS * C + K.GATES * K.BRANCHES * K.HIDDEN
 
 
 @triton.jit
 def _slope(planes, m, c, inside, C, K: tl.constexpr):
-    """1 or -1: M has its maximum at the largest value of ±x, whichever way it slopes."""
+    """Return 1 or -1, the sign with which ±x is largest where M, which is affine in x, has its maximum."""
     _, _, a, _ = plane(planes, m, c, inside, C, K)
     return tl.where(1.0 - a >= 0.0, 1.0, -1.0).to(K.A)
 
 
 @triton.jit
 def _of_gates(sums, planes, parameters, m, c, inside, C, K: tl.constexpr):
-    """U and V of whole planes of modality m; s of its gates, one or two, and the gradients before them.
+    """Return U and V of whole planes of modality m, then s and the gradient before it of each of its gates.
 
-    `sums`, of a gradient and of the gradient by the centered input: of F₊; (pair) of the set that M went to,
-    of the set that F̃ went to; (SNR) of F₋ and of F̃; (CBAM) last the extreme of ±x and how often it occurs.
+    `sums` holds two numbers for each set, the sum of its gradient and that of the gradient times the centered
+    input: first for F₊; then in a pair for the set that M went to and the set that F̃ went to, in SNR for F₋
+    and F̃. With CBAM the extreme of ±x and how often it occurs stand last.
     """
     mean, _, a, beta = plane(planes, m, c, inside, C, K)
-    # A gate comes from the hidden layer that the forward has kept, so no shares are read. Of one that no set
-    # with a gradient has, not even a NaN may show.
+    # A gate comes from the hidden layer that the forward has kept, so no shares are read. A gate that belongs
+    # to no set with a gradient must not show, not even by a NaN.
     used = _has(K.USED_GATES, m)
     s = tl.where(used, gate_value(planes, planes[0], parameters, m, c, inside, 0, C, False, K), 0.0)
     ds = gate_gradient(mean, a, beta, sums[0], sums[1])
@@ -126,7 +127,7 @@ def _of_gates(sums, planes, parameters, m, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _keep_gates(kept, of_gates, m, c, inside, C, K: tl.constexpr):
-    """The gates and the gradients before their sigmoids."""
+    """Keep the gates and the gradients before their sigmoids."""
     _, _, s, before, more_s, more_before = of_gates
     keep(kept, 2 * K.MODALITIES + m, s, c, inside, C)
     keep(kept, K.BEFORE + m, before, c, inside, C)
@@ -146,7 +147,7 @@ def _keep_extremes(kept, sums, planes, m, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _leave_shares(shares, weights, g, before, c, inside, C, K: tl.constexpr):
-    """These channels' part of the gradient of gate g's hidden layer."""
+    """Store these channels' share of the gradient of gate g's hidden layer."""
     for first in range(0, K.R, K.RB):
         r = first + tl.arange(0, K.RB)
         weight = matrix(weights, g * C + c, r, K.R, inside, r < K.R, K)
@@ -156,7 +157,7 @@ def _leave_shares(shares, weights, g, before, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _finish(sums, planes, scratch, parameters, block, m, c, inside, C, K: tl.constexpr):
-    """Keep what follows from the sums over whole planes, and leave what the hidden layers get from them."""
+    """Keep what follows from the sums over whole planes, and store the hidden layers' shares of it."""
     kept = _planes_kept(scratch, C, K)
     of_gates = _of_gates(sums, planes, parameters, m, c, inside, C, K)
     keep(kept, 2 * m, of_gates[0], c, inside, C)
@@ -173,7 +174,7 @@ def _finish(sums, planes, scratch, parameters, block, m, c, inside, C, K: tl.con
 
 @triton.jit
 def _parts_of(scratch, m, C, K: tl.constexpr):
-    """Where the sums of modality m's parts begin, and what lies between two parts."""
+    """Return where the sums of modality m's parts begin, and the distance between two parts."""
     start = _planes_kept(scratch, C, K) + K.PLANES * C + K.BLOCKS * (K.GATES * K.HIDDEN)
     return start + m * K.SUMS * C, K.MODALITIES * K.SUMS * C
 
@@ -191,7 +192,7 @@ def _leave(sums, planes, scratch, parameters, block, part, m, c, inside, C, K: t
 
 @triton.jit
 def _join_parts(scratch, m, c, inside, C, K: tl.constexpr):
-    """The sums over whole planes from those of their parts, in the order of the parts."""
+    """Return the sums over whole planes, added up from those of their parts in the order of the parts."""
     PLAIN: tl.constexpr = K.SUMS - 2 * (K.BRANCHES - 1)
     SUMS: tl.constexpr = K.SUMS
     parts, pitch = _parts_of(scratch, m, C, K)
@@ -245,7 +246,7 @@ def sums_kernel(
     samples,
     K: tl.constexpr,
 ):
-    """All sums over the planes of one block of channels of one sample, over one part of their pixels."""
+    """Make all sums over one part of the pixels of one block of channels of one sample."""
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
     AHEAD: tl.constexpr = K.AHEAD
@@ -350,7 +351,7 @@ def sums_kernel(
 
 @triton.jit
 def _keep_inner(row, inners, g, b, r, gradient, K: tl.constexpr):
-    """Gradient before the ReLU of gate g's hidden layer in branch b; both branches share what comes to it."""
+    """Keep and return the gradient before the ReLU of gate g in branch b; both branches get `gradient`."""
     at = (g * K.BRANCHES + b) * K.R
     inner = tl.where(vector(row + at, r, r < K.R, K) <= 0.0, 0.0, gradient)
     tl.store(inners + at + r, inner, mask=r < K.R)  # every block of channels has the same
@@ -359,7 +360,7 @@ def _keep_inner(row, inners, g, b, r, gradient, K: tl.constexpr):
 
 @triton.jit
 def _add_pooled(dz, dz_extreme, weight, gradient, row, inners, g, r, K: tl.constexpr):
-    """dz and dz_extreme with what comes to them through these hidden numbers of gate g."""
+    """Return dz and dz_extreme with what these hidden numbers of gate g add to them."""
     weight = tl.where(_has(K.USED_GATES, g), weight, 0.0)
     dz += tl.sum(weight * _keep_inner(row, inners, g, 0, r, gradient, K)[:, None], axis=0)
     if K.BRANCHES == 2:
@@ -370,7 +371,7 @@ def _add_pooled(dz, dz_extreme, weight, gradient, row, inners, g, r, K: tl.const
 
 @triton.jit
 def _of_pooled(row, inners, shares, weights, g, c, inside, C, K: tl.constexpr):
-    """∂ of GAP(M) and of GMP(M) through gate g, from the shares of its hidden layer's gradient."""
+    """Return ∂ of GAP(M) and of GMP(M) through gate g, from the shares of its hidden layer's gradient."""
     dz, dz_extreme = tl.zeros(c.shape, K.A), tl.zeros(c.shape, K.A)
     for first in range(0, K.R, K.RB):
         r = first + tl.arange(0, K.RB)
@@ -382,7 +383,7 @@ def _of_pooled(row, inners, shares, weights, g, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _of_neighbours(kept, weights, g, c, inside, C, K: tl.constexpr):
-    """∂ of GAP(M) through ECA's gate g."""
+    """Return ∂ of GAP(M) through ECA's gate g."""
     dz = tl.zeros(c.shape, K.A)
     for t in range(K.R):
         to = c - t + K.R // 2
@@ -394,7 +395,7 @@ def _of_neighbours(kept, weights, g, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _of_all_channels(of_gates, row, inners, parameters, m, c, inside, C, K: tl.constexpr):
-    """∂ of GAP(M) and of GMP(M) of modality m in a program that has the gates' gradients of all channels."""
+    """Return ∂ of GAP(M) and GMP(M) of modality m, in a program that has all channels' gate gradients."""
     RB: tl.constexpr = K.RB
     before, more_before = of_gates[3], of_gates[5]
     dz, dz_extreme = tl.zeros(c.shape, K.A), tl.zeros(c.shape, K.A)
@@ -417,10 +418,11 @@ def _of_all_channels(of_gates, row, inners, parameters, m, c, inside, C, K: tl.c
 def coefficients_kernel(
     gamma, beta, p0, statistics, scratch, p1, p2, p3, C, L, saved_row, scratch_row, K: tl.constexpr
 ):
-    """The gradients' table for one block of channels of one sample and modality: all where parts are joined.
+    """Make the gradients' table for one block of channels of one sample and modality.
 
-    Six slots a modality: mean, k1, k2, a, the sample's part of ∂γ and of ∂β. Then one a set, what multiplies
-    its gradient on the way back through a gate. For CBAM the extreme of each modality and what it adds there.
+    Where parts are joined, the block is all channels. The table has six slots per modality: mean, k1, k2, a,
+    and the sample's part of ∂γ and of ∂β; then one slot per set, the factor of its gradient on the way back
+    through a gate; and with CBAM the extreme of each modality and what ∂x gains there.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.BC)
@@ -492,7 +494,7 @@ def coefficients_kernel(
 
 @triton.jit
 def _norm_gradients(scratch, dgamma, dbeta, m, block, samples, C, scratch_row, K: tl.constexpr):
-    """∂γ and ∂β of a block of channels of modality m, over the samples in their order."""
+    """Add up ∂γ and ∂β of a block of channels of modality m over the samples, in their order."""
     BESIDE: tl.constexpr = K.BESIDE
     PC: tl.constexpr = K.PC
     c = block * PC + tl.arange(0, PC)
@@ -513,7 +515,7 @@ def _norm_gradients(scratch, dgamma, dbeta, m, block, samples, C, scratch_row, K
 def _convolution_gradient(
     statistics, scratch, gamma, beta, dweight, g, samples, C, saved_row, scratch_row, K: tl.constexpr
 ):
-    """∂ of ECA's kernel of gate g."""
+    """Store ∂ of the convolution kernel of ECA's gate g."""
     PC: tl.constexpr = K.PC
     m = g % K.MODALITIES
     for t in range(K.R):
@@ -551,7 +553,7 @@ def _layer_gradients(
     scratch_row,
     K: tl.constexpr,
 ):
-    """∂ of both layers of gate g: a block of channels by K.RB hidden numbers, over the samples."""
+    """Add up ∂ of both layers of gate g over the samples: a block of channels by K.RB hidden numbers."""
     BESIDE: tl.constexpr = K.BESIDE
     PC: tl.constexpr = K.PC
     BRANCHES: tl.constexpr = K.BRANCHES
@@ -612,7 +614,7 @@ def _input_gradients(
     L,
     K: tl.constexpr,
 ):
-    """∂ of the inputs of one block of channels of one sample, over K.CHUNK pixels.
+    """Store ∂ of the inputs for one block of channels of one sample, over K.CHUNK pixels.
 
     Every map comes with its strides: (pointer, sample, pitch).
     """
@@ -750,10 +752,10 @@ def gradient_kernel(
     chunks,
     K: tl.constexpr,
 ):
-    """The parameters' gradients in the first programs, the inputs' in the rest.
+    """Make the parameters' gradients in the first programs, and the inputs' in the others.
 
-    All they need is there: the programs of both kinds need not wait for each other. Those of the parameters
-    go over the samples one by one, so they start first.
+    The launches before have left all that either kind needs, so no program waits for another. The programs of
+    the parameters loop over the samples, which takes longest, so they start first.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.PC)

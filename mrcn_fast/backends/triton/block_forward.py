@@ -1,4 +1,4 @@
-"""The block's forward in Triton: `statistics_kernel`, `gates_kernel`, then `output_kernel`."""
+"""The block's forward in Triton (eq. 1-7): `statistics_kernel`, `gates_kernel`, then `output_kernel`."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from mrcn_fast.backends.triton.formulas import (
 )
 from mrcn_fast.backends.triton.gates import gate_value, whole_gates
 
-# A sample's row of scratch:
+# A sample's row of scratch holds, in this order:
 #
-#   what rounding left of each mean       until the parts are joined, the plane's first pixel
+#   what rounding lost of each mean       before the parts are joined, the plane's first pixel
 #   shares of the hidden layers           (blocks, gates, branches, R)
 #   moments of each part of the pixels    (parts, modalities, K.MOMENTS, C), if there are several
 #   the output's table                    K.OUTPUT_SLOTS planes of C numbers, see `gates_kernel`
@@ -37,7 +37,7 @@ from mrcn_fast.backends.triton.gates import gate_value, whole_gates
 
 @triton.jit
 def _read_round(x, pitch, c, inside, first, end, K: tl.constexpr):
-    """The tiles of a round: every read is on its way before the first is waited for."""
+    """Return the tiles of a round; the program starts every read before it waits for the first."""
     BL: tl.constexpr = K.BL
     AHEAD: tl.constexpr = K.AHEAD
     tiles = ()  # type: tuple
@@ -50,9 +50,9 @@ def _read_round(x, pitch, c, inside, first, end, K: tl.constexpr):
 
 @triton.jit
 def _join_round(moments, tiles, pivot, met, more, left, K: tl.constexpr):
-    """The moments of lanes that have met so many pixels, joined with those of a round of so many more.
+    """Return the moments of lanes that met `met` pixels, joined with those of a round of `more` pixels.
 
-    `left`: pixels until the end, where the round reaches beyond it; None where it doesn't.
+    `left` is the number of pixels until the end if the round reaches beyond it, else None.
     """
     mean, squares, high, low = moments
     BL: tl.constexpr = K.BL
@@ -83,7 +83,7 @@ def _join_round(moments, tiles, pivot, met, more, left, K: tl.constexpr):
 
 @triton.jit
 def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
-    """First pixel of planes; of the pixels from begin to end: mean less it, Σ (x - mean)², (CBAM) extremes.
+    """Return the first pixel p; of the pixels from begin to end, mean - p, Σ (x - mean)² and the extremes.
 
     Every lane of a tile is a chunk of its own in Chan's combination. It carries the mean and the squared
     deviations of the pixels it met: those of a round have theirs from two passes over registers, and are
@@ -120,7 +120,7 @@ def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
 
 @triton.jit
 def _leave_shares(shares, weights, g, z, branch, c, inside, C, K: tl.constexpr):
-    """These channels' part of gate g's hidden layer."""
+    """Store these channels' share of gate g's hidden layer."""
     z = tl.where(inside, z, 0.0)
     for first in range(0, K.R, K.RB):
         r = first + tl.arange(0, K.RB)
@@ -132,7 +132,7 @@ def _leave_shares(shares, weights, g, z, branch, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _keep_planes(moments, planes, scratch, m, c, inside, C, L, K: tl.constexpr):
-    """Keep what whole planes of modality m are: (mean, what its rounding lost, a, β, GAP(M), GMP(M))."""
+    """Keep the statistics of whole planes; return mean, what its rounding lost, a, β, GAP(M), GMP(M)."""
     statistics, gamma, beta = planes
     pivot, shift, squares, high, low = moments
     mean = pivot + shift
@@ -153,7 +153,7 @@ def _keep_planes(moments, planes, scratch, m, c, inside, C, L, K: tl.constexpr):
 
 @triton.jit
 def _describe(moments, planes, scratch, p0, block, m, c, inside, C, L, K: tl.constexpr):
-    """Keep what whole planes of modality m are, and leave what their gates' hidden layers get from them."""
+    """Keep the statistics of whole planes of modality m, and store the hidden layers' shares of them."""
     GATES: tl.constexpr = K.GATES
     MODALITIES: tl.constexpr = K.MODALITIES
     _, _, _, _, z, extreme_z = _keep_planes(moments, planes, scratch, m, c, inside, C, L, K)
@@ -168,7 +168,7 @@ def _describe(moments, planes, scratch, p0, block, m, c, inside, C, L, K: tl.con
 
 @triton.jit
 def _parts_of(scratch, m, C, K: tl.constexpr):
-    """Where the moments of modality m's parts begin, and what lies between two parts."""
+    """Return where the moments of modality m's parts begin, and the distance between two parts."""
     start = K.MODALITIES * C + K.BLOCKS * (K.GATES * K.BRANCHES * K.HIDDEN)
     return scratch + start + m * K.MOMENTS * C, K.MODALITIES * K.MOMENTS * C
 
@@ -194,7 +194,7 @@ def _leave_part(moments, scratch, part, m, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _join_parts(scratch, m, c, inside, C, L, K: tl.constexpr):
-    """The moments of whole planes from those of their parts, in the order of the parts."""
+    """Return the moments of whole planes, joined from those of their parts in the order of the parts."""
     parts, pitch = _parts_of(scratch, m, C, K)
     part = tl.arange(0, triton.next_power_of_2(K.PARTS))
     count = part_length(part, L, K).to(K.A)[:, None]
@@ -244,7 +244,7 @@ def statistics_kernel(
     scratch_row,
     K: tl.constexpr,
 ):
-    """One block of channels of one sample and modality, and one part of its pixels, a program."""
+    """Make the statistics of one part of the pixels of one block of channels of one sample and modality."""
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.BC)
     block = program % blocks
@@ -273,10 +273,10 @@ def _keep_set(table, k, scale, shift, c, inside, C, K: tl.constexpr):
 def gates_kernel(
     gamma, beta, p0, statistics, scratch, p1, p2, p3, C, L, saved_row, scratch_row, K: tl.constexpr
 ):
-    """The output's table for one block of channels of one sample and modality: all where parts are joined.
+    """Make the output's table for one block of channels of one sample and modality.
 
-    Three slots a modality, its mean and F̃'s scale and shift, then two a set: scale and shift of what comes
-    to it through a gate.
+    Where parts are joined, the block is all channels. The table has three slots per modality, its mean and
+    F̃'s scale and shift, then two per set: scale and shift of what comes to it through a gate.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.BC)
@@ -326,7 +326,7 @@ def gates_kernel(
 
 @triton.jit
 def _of_set(table, k, c, inside, C, K: tl.constexpr):
-    """Scale and shift of set k."""
+    """Return scale and shift of set k."""
     first = 3 * K.MODALITIES + 2 * k
     return column(table, first, c, inside, C, K), column(table, first + 1, c, inside, C, K)
 
@@ -351,7 +351,7 @@ def output_kernel(
     chunks,
     K: tl.constexpr,
 ):
-    """Every set of one block of channels of one sample, over K.CHUNK pixels, a program."""
+    """Write every set for one block of channels of one sample, over K.CHUNK pixels."""
     AHEAD: tl.constexpr = K.AHEAD
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.BC)

@@ -10,14 +10,14 @@ import triton.language as tl
 
 @triton.jit
 def places(start, c, px, pitch, K: tl.constexpr):
-    """Pointers to a tile [channels, pixels]; `pitch` lies between planes, or (K.PIXELS) between pixels."""
+    """Return pointers to a tile [channels, pixels]; `pitch` separates planes, or pixels with K.PIXELS."""
     c, px = c[:, None], px[None, :]
     return start + (px.to(tl.int64) * pitch + c if K.PIXELS else c.to(tl.int64) * pitch + px)
 
 
 @triton.jit
 def read_tile(start, c, px, inside, pitch, KEEP: tl.constexpr, K: tl.constexpr):
-    """A tile in the accumulation type; KEEP: it is read again soon, else this is its last use."""
+    """Return a tile in the accumulation type; KEEP says that it is read again soon."""
     policy: tl.constexpr = "evict_last" if KEEP else "evict_first"
     at = places(start, c, px, pitch, K)
     return tl.load(at, mask=inside, other=0.0, eviction_policy=policy).to(K.A)
@@ -25,7 +25,7 @@ def read_tile(start, c, px, inside, pitch, KEEP: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def write_tile(start, c, px, inside, pitch, value, K: tl.constexpr):
-    """Store a tile that nobody reads before it has left the cache."""
+    """Store a tile that nothing reads before it has left the cache."""
     tl.store(
         places(start, c, px, pitch, K), value.to(start.dtype.element_ty), mask=inside, cache_modifier=".cs"
     )
@@ -44,31 +44,31 @@ def matrix(start, rows, columns, pitch, row_inside, column_inside, K: tl.constex
 
 @triton.jit
 def fma(a, b, c):
-    """a b + c, rounded once, whatever a compiler would have made of it."""
+    """Return a b + c, rounded once whatever the compiler's options are."""
     return tl.fma(a, b, c)
 
 
 @triton.jit
 def keep(table, k, value, c, inside, C):
-    """Slot k of a sample's table, a number for each channel."""
+    """Store slot k of a sample's table, which has one number per channel."""
     tl.store(table + k * C + c, value, mask=inside)
 
 
 @triton.jit
 def column(table, k, c, inside, C, K: tl.constexpr):
-    """Slot k of the table, for tiles of these channels."""
+    """Return slot k of the table as a column, for tiles of these channels."""
     return vector(table, k * C + c, inside, K)[:, None]
 
 
 @triton.jit
 def part_length(part, L, K: tl.constexpr):
-    """Pixels of a part of the first launch."""
+    """Return how many pixels a part of the first launch has."""
     return tl.maximum(tl.minimum(L - part * K.PART, K.PART), 0)
 
 
 @triton.jit
 def add_shares(shares, r, pitch, K: tl.constexpr):
-    """What the channel blocks left at `shares`, `pitch` apart, added in one order: [hidden]."""
+    """Return the sum [hidden] of what the channel blocks stored at `shares`, `pitch` apart, in order."""
     block = tl.arange(0, triton.next_power_of_2(K.BLOCKS))
     return tl.sum(matrix(shares, block, r, pitch, block < K.BLOCKS, r < K.R, K), axis=0)
 
@@ -88,7 +88,7 @@ def inverse_deviation(variance, K: tl.constexpr):
 
 @triton.jit
 def plane(planes, m, c, inside, C, K: tl.constexpr):
-    """mean, r, a, β of the channels `c` of modality m; `planes`: the sample's row of statistics, γ, β."""
+    """Return mean, r, a, β of the channels `c` of modality m; `planes` is the sample's saved row, γ and β."""
     statistics, gamma, beta = planes
     mean = vector(statistics, 2 * m * C + c, inside, K)
     r = vector(statistics, (2 * m + 1) * C + c, inside, K)
@@ -104,7 +104,7 @@ def pooled_residual(mean, a, beta):
 
 @triton.jit
 def extreme_residual(mean, a, beta, extreme):
-    """GMP(M) from the pixel where M, affine in x, is largest."""
+    """Return GMP(M), from the pixel where M, which is affine in x, is largest."""
     return (1.0 - a) * (extreme - mean) + (mean - beta)
 
 
@@ -116,13 +116,13 @@ def correction(scale, offset):
 
 @triton.jit
 def restitution_scale(s, a, TO_INPUT: tl.constexpr):
-    """p of F₊ (eq. 4, 5)."""
+    """Return p of F₊ (eq. 4, 5)."""
     return (1.0 if TO_INPUT else a) + s * (1.0 - a)
 
 
 @triton.jit
 def restituted(s, mean, offset, a, beta, TO_INPUT: tl.constexpr):
-    """Scale and shift of F₊ (eq. 4, 5)."""
+    """Return scale and shift of F₊ (eq. 4, 5)."""
     scale = restitution_scale(s, a, TO_INPUT)
     if TO_INPUT:
         shift = (mean + offset) + s * ((mean - beta) + offset)
@@ -133,18 +133,18 @@ def restituted(s, mean, offset, a, beta, TO_INPUT: tl.constexpr):
 
 @triton.jit
 def distilled(s, mean, offset, a, beta):
-    """Scale and shift of s M (eq. 6, 7)."""
+    """Return scale and shift of s M (eq. 6, 7)."""
     scale = s * (1.0 - a)
     return scale, s * ((mean - beta) + offset) - correction(scale, offset)
 
 
 @triton.jit
 def gate_gradient(mean, a, beta, S, T):
-    """∂s of s M, S and T the sums of the gradient of what s M was added to."""
+    """Return ∂s of s M, where S and T are the sums of the gradient of what s M was added to."""
     return (1.0 - a) * T + (mean - beta) * S
 
 
 @triton.jit
 def share_of_normalized(s, TO_INPUT: tl.constexpr):
-    """The share of the gradient of F₊ that reaches F̃; the rest goes to x directly."""
+    """Return the share of the gradient of F₊ that reaches F̃; the rest goes to x directly."""
     return -s if TO_INPUT else 1.0 - s

@@ -16,7 +16,7 @@ from mrcn_fast.backends.triton.formulas import (
 
 @triton.jit
 def hidden_layer(row, shares, bias, g, b, r, FORWARD: tl.constexpr, K: tl.constexpr):
-    """The hidden layer of gate g and branch b: made from the shares, or (backward) as the forward kept it."""
+    """Return the hidden layer of gate g and branch b, from the shares or in the backward as it was kept."""
     at = (g * K.BRANCHES + b) * K.R
     if FORWARD:
         before = add_shares(shares + at, r, K.GATES * K.BRANCHES * K.R, K) + vector(
@@ -30,7 +30,7 @@ def hidden_layer(row, shares, bias, g, b, r, FORWARD: tl.constexpr, K: tl.conste
 
 @triton.jit
 def excite(row, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr, K: tl.constexpr):
-    """The two layers of SE and CBAM before the sigmoid; `row` holds the hidden layers, kept by rank 0."""
+    """Return what comes before the sigmoid of SE and CBAM; rank 0 keeps the hidden layers in `row`."""
     BRANCHES: tl.constexpr = K.BRANCHES
     RB: tl.constexpr = K.RB
     _, biases, more_weights, more_biases = parameters
@@ -48,7 +48,7 @@ def excite(row, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr
 
 @triton.jit
 def layers(parameters, g, r, c, inside, C, K: tl.constexpr):
-    """Both layers of gate g for the hidden numbers r: weights [r, c], biases [r], weights [c, r]."""
+    """Return both layers of gate g for the hidden numbers r: weights [r, c], biases [r], weights [c, r]."""
     weights, biases, more_weights, _ = parameters
     return (
         matrix(weights, g * K.R + r, c, C, r < K.R, inside, K),
@@ -59,7 +59,7 @@ def layers(parameters, g, r, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _add_layers(x, layer, z, row, g, b: tl.constexpr, r, K: tl.constexpr):
-    """x with what comes to it by these hidden numbers of branch b, which are kept in the row."""
+    """Return x with what these hidden numbers of branch b add to it, and keep them in the row."""
     weight, bias, more_weight = layer
     before = tl.sum(weight * z[None, :], axis=1) + bias
     hidden = tl.where(before < 0.0, 0.0, before)
@@ -69,7 +69,7 @@ def _add_layers(x, layer, z, row, g, b: tl.constexpr, r, K: tl.constexpr):
 
 @triton.jit
 def whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K: tl.constexpr):
-    """s of modality m's gates, one or two, in a program that has the pooled residuals of all channels."""
+    """Return s of modality m's one or two gates, in a program that has all channels' pooled residuals."""
     RB: tl.constexpr = K.RB
     z, extreme_z = tl.where(inside, z, 0.0), tl.where(inside, extreme_z, 0.0)
     other = m + K.GATES - K.MODALITIES
@@ -93,7 +93,7 @@ def whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K: tl.constexpr)
 
 @triton.jit
 def convolve(planes, weight, g, m, c, C, K: tl.constexpr):
-    """ECA before the sigmoid: the neighbouring channels' pooled residuals, from their statistics."""
+    """Return what comes before ECA's sigmoid: a convolution over the channels' pooled residuals."""
     x = tl.zeros(c.shape, K.A)
     for t in range(K.R):
         neighbour = c + t - K.R // 2
@@ -107,7 +107,7 @@ def convolve(planes, weight, g, m, c, C, K: tl.constexpr):
 
 @triton.jit
 def gate_value(planes, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr, K: tl.constexpr):
-    """s of gate g for the channels `c`; `parameters` are the gates', in the order of gates.py."""
+    """Return s of gate g for the channels `c`; `parameters` stand in the order of mrcn_fast/gates.py."""
     if K.GATE == "eca":
         x = convolve(planes, parameters[0], g, g % K.MODALITIES, c, C, K)
     else:
