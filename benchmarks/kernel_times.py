@@ -69,9 +69,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--only", default="", metavar="TEXT", help="cases whose name contains TEXT")
     options.add_argument(
         "--form",
-        "--rival",
         default="fused",
-        help='which form (default: fused; "fused cuda", "eager"); --rival is deprecated',
+        help='which form (default: fused; "fused cuda", "eager")',
     )
     options.add_argument("--calls", type=int, default=30)
     return options
