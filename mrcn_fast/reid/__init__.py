@@ -5,5 +5,9 @@ features and scores, and `paper` the tables and figures. demo.py is `mrcn-fast d
 all of them: settings.py checks values against annotations, of which kinds.py has the common ones and
 messages.py the messages; devices.py opens the device, documents.py reads YAML and JSON within limits,
 stored.py reads files of torch and safetensors, arrays.py converts the arrays of callers, and console.py has
-log lines and progress bars.
+log lines and progress bars. moved.py lets modules be imported by the names they had before.
 """
+
+from mrcn_fast.reid.moved import serve_former_names
+
+serve_former_names()

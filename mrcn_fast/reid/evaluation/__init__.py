@@ -6,6 +6,6 @@ two test features. scores.py computes CMC, mAP and mINP, reranking.py the re-ran
 names, finds and describes results on disk. `score` is the function for features of your own.
 """
 
-from mrcn_fast.reid.evaluation.scores import score
+from mrcn_fast.reid.evaluation.scores import PROTOCOLS, Scores, average, score, skipped_images
 
-__all__ = ["score"]
+__all__ = ["PROTOCOLS", "Scores", "average", "score", "skipped_images"]

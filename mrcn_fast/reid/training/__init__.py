@@ -5,3 +5,21 @@ makes paired batches, losses.py the total loss, optimizer.py the optimizer, and 
 from a GPU. checkpoint.py writes and checks checkpoint.pth, journal.py writes metrics.jsonl, and run_folder.py
 locks the folder. pretraining.py pretrains on synthetic people, for the demo and the study.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mrcn_fast.reid.training.trainer import Trainer, TrainingError
+
+__all__ = ["Trainer", "TrainingError"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import the trainer, with all that it needs, when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mrcn_fast.reid.training import trainer
+
+    return getattr(trainer, name)

@@ -5,3 +5,7 @@ registry.py opens a data set by name and recognizes a tree. The readers share tr
 lists.py for lists of images and identities. permutations.py reads SYSU-MM01's official gallery draw, over
 matlab.py.
 """
+
+from mrcn_fast.reid.data.datasets.registry import DATASETS, is_whole, open_dataset, recognize
+
+__all__ = ["DATASETS", "is_whole", "open_dataset", "recognize"]

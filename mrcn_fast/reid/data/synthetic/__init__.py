@@ -4,3 +4,7 @@ writers.py writes a tree per layout, with one options dataclass each. tree.py ma
 decides what may be replaced. people.py draws identities, body.py draws a person in a pose, and rendering.py
 makes the image that a camera takes.
 """
+
+from mrcn_fast.reid.data.synthetic.writers import WRITERS, write_llcm, write_regdb, write_sysu
+
+__all__ = ["WRITERS", "write_llcm", "write_regdb", "write_sysu"]
