@@ -49,7 +49,12 @@ class ConfigError(ValueError):
 
 @dataclass
 class TrainConfig:
-    """The values of a training run. Raises ConfigError for values that are unfit or don't fit each other."""
+    """The values of a training run. Raises ConfigError for values that are unfit or don't fit each other.
+
+    Example:
+        >>> TrainConfig(data="data/regdb", dataset="regdb", stages=(1,)).cqc_weight
+        1.2
+    """
 
     data: PathOrEmpty
     """Root of the data set's tree, as its owners ship it."""
@@ -145,6 +150,8 @@ class TrainConfig:
     """SGD momentum (paper), Nesterov's (field)."""
     weight_decay: Weight = 5e-4
     """Weight decay (field)."""
+    selective_decay: bool = False
+    """Leave vectors and what `no_weight_decay()` of the blocks names out of weight decay (field: no)."""
 
     seed: Seed = 0
     """Seed of the initial weights, the sampler and the augmentation."""
