@@ -239,7 +239,7 @@ def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_checkpoint
 
     flags = _flags("test")
-    flags.add_of(score_checkpoint, skip={"progress", "options"})
+    flags.add_of(score_checkpoint, skip={"model", "progress", "options"})
     flags.add_of(ScoringOptions)
     values = flags.values(argv)
     log_to_console()

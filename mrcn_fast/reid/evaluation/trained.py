@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from lightning_fabric import Fabric
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mrcn_fast.memory import enough_memory
@@ -19,7 +19,8 @@ from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation.extraction import extract
 from mrcn_fast.reid.kinds import AnyPath, BackendName, Count, PathText, Precision, Split, Workers
-from mrcn_fast.reid.models.network import ReIDModel, use_layout
+from mrcn_fast.reid.models.interface import ReIDNetwork
+from mrcn_fast.reid.models.network import use_layout
 from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
@@ -29,8 +30,10 @@ from mrcn_fast.reid.training.checkpoint import (
     check_data,
     data_identity,
     load_checkpoint,
+    load_weights,
 )
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.parts import check_model
 
 
 class Trained(NamedTuple):
@@ -40,7 +43,7 @@ class Trained(NamedTuple):
     state: Checkpoint
     config: TrainConfig
     dataset: PersonDataset
-    model: ReIDModel
+    model: nn.Module
     fabric: Fabric
     precision: Precision  # of the network here; `config` has the training's
     backend: str  # that serves the network's blocks here; "" for a network without blocks
@@ -61,7 +64,7 @@ class Trained(NamedTuple):
         the chunks of equal length that a feature consists of.
 
         Returns:
-            (len(samples), `model.feature_size`), float32, on the CPU
+            (len(samples), D), float32, on the CPU
 
         Raises:
             ValueError: for a sample of another modality
@@ -75,7 +78,7 @@ class Trained(NamedTuple):
         less = "Less is needed for a smaller --batch_size and for fewer --workers"
         with enough_memory(f"{modality} features in batches of {batch_size}", less):
             return extract(
-                self.model,
+                cast(ReIDNetwork, self.model),
                 samples,
                 modality,
                 self.config,
@@ -98,16 +101,25 @@ def open_trained(
     accelerator: str = "auto",
     precision: Precision | None = None,
     permutations: AnyPath | None = None,
+    model: nn.Module | None = None,
 ) -> Trained:
     """Open a checkpoint (the file or its folder) for the data set under `data`.
 
     `split` is only checked, because a network is evaluated on the split that it was trained on. The network
-    computes in `precision`, by default the training's.
+    computes in `precision`, by default the training's. A run with a network of your own needs the same
+    network as `model`, which then has the checkpoint's weights.
 
     Raises:
         CheckpointError: where the checkpoint can't be used, is of another split or, unless `other_data`, of
-            another data set
+            another data set; and for a `model` that it isn't of, or none where it needs one
         ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
+
+    Example:
+        >>> config = TrainConfig(data="data/regdb", dataset="regdb", out="runs/opened", depth=18,
+        ...     height=64, width=32, identities=2, images=2, steps=1, workers=0)
+        >>> trained = open_trained(Trainer(config).fit(), "data/regdb")
+        >>> trained.features(trained.dataset.searches()[0].query, "visible").shape[1]
+        1024
     """
     path = Path(checkpoint)
     path = path / CHECKPOINT_NAME if path.is_dir() else path
@@ -115,7 +127,7 @@ def open_trained(
     config = state.config
     precision = precision or config.precision
     fabric = open_fabric(accelerator, precision)
-    serving = serving_backend(config, backend, fabric, precision)
+    serving = "" if model else serving_backend(config, backend, fabric, precision)
     if split is not None and split != state.data.split:
         raise CheckpointError(
             f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
@@ -132,10 +144,21 @@ def open_trained(
     )
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))
-    model = build_model(path, state, backend)
+    model = build_model(path, state, backend) if model is None else _filled(path, state, model, backend)
     use_layout(model, config.channels_last)
     fabric.to_device(model)
     return Trained(path, state, config, dataset, model, fabric, precision, serving)
+
+
+def _filled(path: Path, state: Checkpoint, model: nn.Module, backend: str | None) -> nn.Module:
+    """Give the caller's network the weights of its checkpoint."""
+    check_model(model, state.config)
+    if backend is not None:
+        raise ConfigError(f"got backend={backend!r} with a network of your own: set it in the network")
+    if "model" not in state.parts:
+        raise CheckpointError(f"{path}: this run trained the library's own network: give no model")
+    load_weights(path, model, state.model)
+    return model
 
 
 @dataclass(kw_only=True)
@@ -167,7 +190,7 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_fields(self, SettingError)
 
-    def open(self, checkpoint: AnyPath, data: AnyPath) -> Trained:
+    def open(self, checkpoint: AnyPath, data: AnyPath, model: nn.Module | None = None) -> Trained:
         """`open_trained` with these options."""
         return open_trained(
             checkpoint,
@@ -178,4 +201,5 @@ class EvaluationOptions:
             accelerator=self.accelerator,
             precision=self.precision,
             permutations=self.permutations,
+            model=model,
         )
