@@ -397,13 +397,14 @@ def load_by_name(
     tensors = {name: state[given[name]] for name in own if name in given}
     fitting = {name: tensor for name, tensor in tensors.items() if tensor.shape == own[name].shape}
     missing = [name for name in own if name not in fitting]
-    may_miss = (optional,) if isinstance(optional, str) else tuple(optional)
-    required = [
-        _described(name, own[name], tensors.get(name))
+    # Without the counts of batches that an old file doesn't have: nothing is lost with them.
+    described = {
+        name: _described(name, own[name], tensors.get(name))
         for name in missing
-        if not name.startswith(may_miss) and not (name.endswith(_COUNTER) and name not in tensors)
-    ]
-    if required:
+        if name in tensors or not name.endswith(_COUNTER)
+    }
+    may_miss = (optional,) if isinstance(optional, str) else tuple(optional)
+    if required := [text for name, text in described.items() if not name.startswith(may_miss)]:
         raise ValueError(
             f"the state_dict doesn't fit: missing or of the wrong shape: {_listed(required, 24)}. "
             f"It has {_listed(sources)}. Give the beginnings of its names (renamed), or what may be missing "
@@ -413,9 +414,8 @@ def load_by_name(
     unused = [name for name, source in sources.items() if source not in used]
     network.load_state_dict(fitting, strict=False)
     log.info("loaded %d of the network's %d tensors by name", len(fitting), len(own))
-    if missing:
-        described = [_described(name, own[name], tensors.get(name)) for name in missing]
-        log.warning("not loaded, so that the network's values stay: %s", _listed(described, 24))
+    if described:
+        log.warning("not loaded, so that the network's values stay: %s", _listed(described.values(), 24))
     if unused:
         log.warning("in the state_dict and not used: %s", _listed(unused, 24))
     return Loaded(tuple(fitting), tuple(missing), tuple(unused))
