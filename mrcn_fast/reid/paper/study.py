@@ -28,7 +28,7 @@ from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, PAIRINGS, TITLES
 from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
-from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Share, Width
+from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Width
 from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
@@ -93,8 +93,6 @@ class StudyConfig(SyntheticConfig):
     """People in the synthetic data set: half of them for the training, half for the test (RegDB has 412)."""
     images: Count = 10
     """Images of a person in each modality (RegDB has 10)."""
-    infrared_colour: Share = 0.25
-    """How much of the colour an infrared image keeps."""
     height: Height = 64
     width: Width = 32
     pretraining_identities: TrainedPeople = 400

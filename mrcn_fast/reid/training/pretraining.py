@@ -37,7 +37,7 @@ class SyntheticConfig:
     """Images of a person in each modality."""
     modality_gap: Strength = 0.75
     """How far the brightness of a surface in infrared differs from that in visible light."""
-    infrared_colour: Share = 0.0
+    infrared_colour: Share = 0.25
     """How much of the colour an infrared image keeps."""
     height: Height
     """Image height in pixels."""
