@@ -23,7 +23,7 @@ from mrcn_fast import dispatch, internals, plain, reference
 from mrcn_fast.backends import shapes
 from mrcn_fast.checks import check_settings, check_tensors
 from mrcn_fast.gates import FUSED, MOST_PARAMETERS
-from mrcn_fast.operations import OPERATIONS
+from mrcn_fast.operations import LOSS, OPERATIONS, SETS, rows_of_sets
 
 # The identity of a slot of the loss that none was left for.
 NOBODY = torch.iinfo(torch.int64).max
@@ -50,11 +50,7 @@ class BlockCall:
 
     def run_reference(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The feature sets through the reference, computed as precisely as the kernels do."""
-        n = self.inputs
-        return plain.run_precisely(
-            self.mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :],
-            self.gate, self.eps, self.restitute_to,
-        )  # fmt: skip
+        return plain.run_precisely(self.mode, self.gate, self.eps, self.restitute_to, tensors)
 
 
 @internals.assume_constant
@@ -69,10 +65,10 @@ def block_call(mode: str, backend: str, gate: str, eps: float, restitute_to: str
         float(eps),
         restitute_to,
         len(operation.inputs),
-        kernels.operation(f"{operation.op}_forward"),
-        kernels.operation(f"{operation.op}_backward"),
+        kernels.operation(operation.forward),
+        kernels.operation(operation.backward),
         FUSED.index(gate),
-        (restitute_to == "input",) if operation.restitutes else (),
+        operation.flags(restitute_to),
     )
 
 
@@ -169,7 +165,7 @@ def run_block(
         if backend == "reference":
             return _run_checked(mode, backend, gate, eps, restitute_to, tensors)
         if internals.recorded_by_jit():  # it would warn about the checks
-            return _run_plain(mode, gate, eps, restitute_to, tensors)
+            return plain.run_reference(mode, gate, eps, restitute_to, tensors)
         call = block_call(mode, backend, gate, eps, restitute_to)
         if torch.is_grad_enabled():
             return BlockFunction.apply(call, *tensors)
@@ -189,22 +185,13 @@ def _run_checked(
     backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
     compiling = torch.compiler.is_compiling()
     if backend == "reference" or (not compiling and internals.in_forward_mode(tensors)):
-        return _run_plain(mode, gate, eps, restitute_to, tensors)
+        return plain.run_reference(mode, gate, eps, restitute_to, tensors)
     call = block_call(mode, backend, gate, eps, restitute_to)
     if not compiling and internals.under_transform(tensors):
         return TransformedBlockFunction.apply(call, *tensors)[:-1]
     if not torch.is_grad_enabled():
         return call.forward(*call.arguments(tensors))[:-1]
     return BlockFunction.apply(call, *distinct(*tensors))
-
-
-def _run_plain(
-    mode: str, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    n = len(OPERATIONS[mode].inputs)
-    return plain.run_reference(
-        mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :], gate, eps, restitute_to
-    )
 
 
 def _fault(mode: str, gate: str, tensors: tuple[Tensor, ...]) -> TypeError | ValueError | None:
@@ -293,7 +280,7 @@ def run_cqc(
     settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, features: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Total (), losses (B_v,), identities (B_v,), count (), and what is saved for the backward."""
-    kernel = dispatch.KERNELS[settings.backend].operation("cqc_forward")
+    kernel = dispatch.KERNELS[settings.backend].operation(LOSS.forward)
     made: tuple[Tensor, ...] = kernel(
         features, labels, infrared_labels, settings.margin, settings.detach_negative, settings.normalize
     )
@@ -351,16 +338,16 @@ class CQCFunction(torch.autograd.Function):
         gradient = of_losses if of_total is None else of_total
         if of_total is not None and of_losses is not None:
             gradient = of_total + of_losses
-        kernel = dispatch.KERNELS[settings.backend].operation("cqc_backward")
+        kernel = dispatch.KERNELS[settings.backend].operation(LOSS.backward)
         stacked = kernel(
             gradient, features, labels, infrared_labels, saved, settings.detach_negative, settings.normalize
         )
-        sets = unstack([stacked], labels, infrared_labels) if len(features) == 6 else (stacked,)
+        sets = unstack([stacked], labels, infrared_labels) if len(features) == len(SETS) else (stacked,)
         return (None,) * 3 + tuple(sets)
 
 
 def unstack(features: Any, labels: Tensor, infrared_labels: Tensor) -> list[Tensor]:
     """The six sets, of six tensors or of one (3 B_v + 3 B_n, D)."""
-    if len(features) == 6:
+    if len(features) == len(SETS):
         return list(features)
-    return list(features[0].split([labels.shape[0]] * 3 + [infrared_labels.shape[0]] * 3))
+    return list(features[0].split(rows_of_sets(labels.shape[0], infrared_labels.shape[0])))

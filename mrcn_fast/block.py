@@ -12,7 +12,6 @@ from torch.overrides import handle_torch_function, has_torch_function
 from mrcn_fast import dispatch, internals, reference
 from mrcn_fast.autograd import run_block
 from mrcn_fast.checks import (
-    RESTITUTE_TO,
     check_choice,
     check_eps,
     check_maps,
@@ -20,6 +19,7 @@ from mrcn_fast.checks import (
     positive_integer,
 )
 from mrcn_fast.gates import make_gate
+from mrcn_fast.operations import RESTITUTE_TO
 
 Modality = Literal["visible", "infrared"]
 MODALITIES: tuple[Modality, ...] = ("visible", "infrared")

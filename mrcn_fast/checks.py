@@ -26,9 +26,8 @@ from torch import Tensor
 
 from mrcn_fast.backends import shapes
 from mrcn_fast.gates import FUSED, GATES
-from mrcn_fast.operations import OPERATIONS
+from mrcn_fast.operations import OPERATIONS, RESTITUTE_TO, SETS, rows_of_sets
 
-RESTITUTE_TO = ("normalized", "input")
 GATE_NAMES = tuple(GATES)
 REDUCTIONS = ("sum", "mean", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -121,14 +120,14 @@ def checked(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
     """An operation written in Python, behind `check_tensors` where it is a block's forward."""
     for mode, block in OPERATIONS.items():
         if name == block.forward:
-            return _checked_forward(mode, len(block.inputs), operation)
+            return _checked_forward(mode, operation)
     return operation
 
 
-def _checked_forward(mode: str, inputs: int, operation: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_forward(mode: str, operation: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*arguments: Any) -> Any:
-        tensors = (*arguments[: inputs + 2], *arguments[inputs + 2])
-        check_tensors(mode, FUSED[arguments[inputs + 3]], tensors)
+        given = OPERATIONS[mode].split(arguments)
+        check_tensors(mode, FUSED[given.gate], given.tensors)
         return operation(*arguments)
 
     return forward
@@ -186,8 +185,8 @@ def _gate_shapes(
         raise ValueError(f"gate_parameters of {gate!r}: got ({kinds}), expected {len(shapes)} tensors")
     if width < 1:
         raise ValueError(f"gate_parameters of {gate!r}: got a width of {width}, expected at least 1")
-    if gate == "eca" and width % 2 == 0:
-        raise ValueError(f"gate_parameters of 'eca': got a kernel of {width}, expected an odd one")
+    if GATES[gate].odd_width and width % 2 == 0:
+        raise ValueError(f"gate_parameters of {gate!r}: got a kernel of {width}, expected an odd one")
     return [(gates, *shape) for shape in shapes]
 
 
@@ -216,13 +215,15 @@ def check_features(
     features: Sequence[Tensor] | Tensor, labels: Tensor, infrared_labels: Tensor
 ) -> tuple[Tensor, ...]:
     tensors = (features,) if isinstance(features, Tensor) else tuple(features)
-    if len(tensors) not in (1, 6) or not all(isinstance(f, Tensor) for f in tensors):
+    if len(tensors) not in (1, len(SETS)) or not all(isinstance(f, Tensor) for f in tensors):
         raise TypeError(
             f"features: got {len(tensors)} of {', '.join(sorted({type(f).__name__ for f in tensors}))}, "
             "expected six tensors v, v+, v-, n-, n+, n or one that stacks them"
         )
     visible, infrared = labels.shape[0], infrared_labels.shape[0]
-    rows = [3 * visible + 3 * infrared] if len(tensors) == 1 else [visible] * 3 + [infrared] * 3
+    rows = rows_of_sets(visible, infrared)
+    if len(tensors) == 1:
+        rows = [sum(rows)]
     first = tensors[0]
     dimensions, dtype, device = first.shape[-1:], first.dtype, first.device
     for f, expected in zip(tensors, rows, strict=True):

@@ -22,12 +22,13 @@ class Gate(nn.Module):
 
     ``unfused`` is None for a gate that the kernels fuse: one that is a function of plane statistics. For any
     other it says why they can't, to a user. ``hidden_layers`` are those that a GPU's forward saves, each of
-    the gate's width.
+    the gate's width. ``odd_width`` says that the width must be odd.
     """
 
     kind: ClassVar[str]
     unfused: ClassVar[str | None] = None
     hidden_layers: ClassVar[int] = 0
+    odd_width: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -175,6 +176,7 @@ class ECAGate(Gate):
     """
 
     kind = "eca"
+    odd_width = True
     weight: nn.Parameter
 
     @staticmethod
@@ -196,7 +198,7 @@ GATES: dict[str, type[Gate]] = {gate.kind: gate for gate in (SEGate, ECAGate, CB
 # The gates that kernels fuse. An operation takes a gate by its place here: `Gate` in csrc/block/params.h.
 FUSED = tuple(kind for kind, gate in GATES.items() if gate.unfused is None)
 # Gradients of gate parameters that a backward gives; of a gate with fewer parameters the last are empty.
-MOST_PARAMETERS = 4
+MOST_PARAMETERS = max(len(GATES[kind].shapes(1, 1)) for kind in FUSED)
 
 
 def make_gate(

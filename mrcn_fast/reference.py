@@ -19,6 +19,11 @@ from torch.nn import functional as F
 
 GateParameters = Sequence[Tensor]
 
+# Squared distances and squared lengths are clamped at these before the root, so that its gradient is finite.
+# csrc/cqc/hinges.h and backends/triton/cqc_rows.py have the same two numbers.
+LEAST_SQUARE = 1e-12
+LEAST_SQUARED_LENGTH = 1e-24
+
 
 # --- instance normalization and residual (eq. 1-3) ---------------------------------------------------
 
@@ -221,12 +226,12 @@ def centers(features: Tensor, labels: Tensor, identities: Tensor) -> Tensor:
 
 def unit_rows(features: Tensor) -> Tensor:
     """Each row divided by its Euclidean length, which is clamped at 1e-12 as `distance` is: (B, D)."""
-    return features / (features * features).sum(dim=1, keepdim=True).clamp(min=1e-24).sqrt()
+    return features / (features * features).sum(dim=1, keepdim=True).clamp(min=LEAST_SQUARED_LENGTH).sqrt()
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distance of rows, D² clamped at 1e-12 before the root so that its gradient is finite."""
-    return (a - b).square().sum(dim=-1).clamp(min=1e-12).sqrt()
+    return (a - b).square().sum(dim=-1).clamp(min=LEAST_SQUARE).sqrt()
 
 
 def center_hinge(

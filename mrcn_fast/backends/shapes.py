@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast.gates import FUSED, GATES, MOST_PARAMETERS
-from mrcn_fast.operations import OPERATIONS, Operation
+from mrcn_fast.operations import LOSS, OPERATIONS, Operation, rows_of_sets
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -76,14 +76,32 @@ def saved_row(mode: str, gate: str, hidden: int, channels: int) -> int:
 
 def saved_rows(mode: str) -> Callable[..., Tensor]:
     """What a forward on a GPU saves, from its arguments: a row a sample."""
-    count = len(OPERATIONS[mode].inputs)
 
     def empty(*arguments: Any) -> Tensor:
-        first, gate_parameters, gate = arguments[0], arguments[count + 2], arguments[count + 3]
-        row = saved_row(mode, FUSED[gate], gate_parameters[0].shape[1], first.shape[1])
+        given = OPERATIONS[mode].split(arguments)
+        first: Tensor = given.inputs[0]
+        row = saved_row(mode, FUSED[given.gate], given.gate_parameters[0].shape[1], first.shape[1])
         return first.new_empty((first.shape[0], row), dtype=precise(first.dtype))
 
     return empty
+
+
+def saved_statistics(mode: str) -> Callable[..., Tensor]:
+    """What a forward on the CPU saves, from its arguments: mean and 1/σ of every plane.
+
+    Its shape is (modalities, N, C, 2).
+    """
+    modalities = len(OPERATIONS[mode].inputs)
+
+    def empty(first: Tensor, *_: Any) -> Tensor:
+        return first.new_empty((modalities, *first.shape[:2], 2), dtype=precise(first.dtype))
+
+    return empty
+
+
+def sample_dimension(saved: Tensor) -> int:
+    """The dimension of the samples in what a forward saves: first in a GPU's rows, second in statistics."""
+    return 1 if saved.dim() == 4 else 0
 
 
 def forward_fake(operation: Operation, saved: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, ...]]:
@@ -125,8 +143,8 @@ def block_fakes(saved: Callable[[str], Callable[..., Tensor]]) -> dict[str, Call
     """The shapes of every block operation; ``saved(mode)`` gives what its forward saves."""
     fakes: dict[str, Callable[..., Any]] = {}
     for mode, operation in OPERATIONS.items():
-        fakes[f"{operation.op}_forward"] = forward_fake(operation, saved(mode))
-        fakes[f"{operation.op}_backward"] = backward_fake(operation)
+        fakes[operation.forward] = forward_fake(operation, saved(mode))
+        fakes[operation.backward] = backward_fake(operation)
     return fakes
 
 
@@ -143,17 +161,18 @@ def cqc_saved_on_gpu(visible: int, infrared: int, normalize: bool) -> int:
     return 9 * visible + infrared + (3 * (visible + infrared) if normalize else 0)
 
 
+def loss_fakes(saved: Callable[[Tensor, Tensor, bool], tuple[int, ...]]) -> dict[str, Callable[..., Any]]:
+    """The shapes of the loss; ``saved(labels, infrared_labels, normalize)`` gives that of what it saves."""
+    return {LOSS.forward: cqc_forward_fake(saved), LOSS.backward: cqc_backward_fake}
+
+
 def cqc_forward_fake(saved: Callable[[Tensor, Tensor, bool], tuple[int, ...]]) -> Callable[..., Any]:
     """Shapes of the loss's forward: total, losses, identities, count, then what it saves."""
 
     def fake(
-        features: Sequence[Tensor],
-        labels: Tensor,
-        infrared_labels: Tensor,
-        margin: float,
-        detach_negative: bool,
-        normalize: bool,
+        features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, *settings: Any
     ) -> tuple[Tensor, ...]:
+        *_, normalize = settings
         new, slots, dtype = features[0].new_empty, labels.shape[0], precise(features[0].dtype)
         return (
             new((), dtype=dtype),
@@ -170,4 +189,5 @@ def cqc_backward_fake(
     gradient: Tensor, features: Sequence[Tensor], labels: Tensor, infrared_labels: Tensor, *_: Any
 ) -> Tensor:
     """The shape of the gradient of all sets, stacked."""
-    return features[0].new_empty((3 * (labels.shape[0] + infrared_labels.shape[0]), features[0].shape[1]))
+    rows = sum(rows_of_sets(labels.shape[0], infrared_labels.shape[0]))
+    return features[0].new_empty((rows, features[0].shape[1]))

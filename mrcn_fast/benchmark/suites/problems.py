@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mrcn_fast import backends, reference
+from mrcn_fast import backends, operations, reference
 from mrcn_fast.backends import cuda
 from mrcn_fast.benchmark.suites.baselines import (
     collapsed_block,
@@ -46,24 +46,41 @@ WAYS: Final = ("forward", "backward", "forward+backward")
 LARGEST_WITH_BASELINES: Final = 80e6
 
 
-class Operation(NamedTuple):
-    """One of the library's operations.
+class Measured(NamedTuple):
+    """An operation of the library with the module that computes it, and the same in plain PyTorch.
 
     Attributes:
-        inputs: how many maps it reads
-        outputs: how many maps it makes
+        mode: its name in the table of operations
         make: makes its module, from the number of channels
-        call: calls that module, as `call(module, *maps)`
-        library: the same with PyTorch's own instance normalization
-        collapsed: the same as one statistics pass and one elementwise pass
+        run: calls that module, as `run(module, *maps)`
+        library: its results with PyTorch's own instance normalization, as `library(module, *maps)`
+        collapsed: its results from one statistics pass and one elementwise pass, called likewise
     """
 
-    inputs: int
-    outputs: int
+    mode: str
     make: Callable[..., nn.Module]
-    call: Callable[..., tuple[Tensor, ...]]
+    run: Callable[..., Any]
     library: Callable[..., tuple[Tensor, ...]]
     collapsed: Callable[..., tuple[Tensor, ...]]
+
+    @property
+    def entry(self) -> operations.Operation:
+        """Its entry in the table of operations."""
+        return operations.OPERATIONS[self.mode]
+
+    @property
+    def inputs(self) -> int:
+        """How many maps it reads."""
+        return len(self.entry.inputs)
+
+    @property
+    def outputs(self) -> int:
+        """How many maps it makes."""
+        return self.entry.results * self.entry.batches
+
+    def call(self, module: nn.Module, *maps: Tensor) -> tuple[Tensor, ...]:
+        """Compute the results with a module that `make` has made."""
+        return self.entry.results_of(self.run(module, *maps))
 
     def volumes(self, way: str) -> int:
         """Return how many volumes must be moved.
@@ -83,21 +100,18 @@ class Operation(NamedTuple):
 
 
 OPERATIONS: Final = {
-    "block": Operation(
-        2, 4, MRCNBlock, lambda block, *maps: tuple(block(*maps)[1:5]), library_block, collapsed_block
+    "block": Measured("pair", MRCNBlock, MRCNBlock.__call__, library_block, collapsed_block),
+    "concat": Measured(
+        "concat", MRCNBlock, partial(MRCNBlock.__call__, concat=True), library_concat, collapsed_concat
     ),
-    "concat": Operation(
-        2, 6, MRCNBlock, lambda block, *maps: (block(*maps, concat=True),), library_concat, collapsed_concat
-    ),
-    "restitution": Operation(
-        1,
-        1,
+    "restitution": Measured(
+        "restitute",
         MRCNBlock,
-        lambda block, x: (block.restitute(x, "visible"),),
+        partial(MRCNBlock.restitute, modality="visible"),
         library_restitution,
         collapsed_restitution,
     ),
-    "snr": Operation(1, 3, SNRBlock, lambda block, x: tuple(block(x)), library_snr, collapsed_snr),
+    "snr": Measured("snr", SNRBlock, SNRBlock.__call__, library_snr, collapsed_snr),
 }
 
 
@@ -230,8 +244,8 @@ def _sets(problem: Problem) -> list[_Set]:
     operation, dtype = OPERATIONS[problem.operation], DTYPES[problem.dtype]
     backward = "backward" in problem.way
 
-    def tensor(count: int = 1) -> Tensor:
-        shape = (count * problem.shape[0], *problem.shape[1:])
+    def tensor(batches: int = 1) -> Tensor:
+        shape = (batches * problem.shape[0], *problem.shape[1:])
         made = torch.randn(shape, device=problem.device, dtype=dtype)
         made += torch.randn((*shape[:2], 1, 1), device=problem.device, dtype=dtype)  # planes have means
         return made.contiguous(memory_format=LAYOUTS[problem.layout])
@@ -240,9 +254,8 @@ def _sets(problem: Problem) -> list[_Set]:
         maps = tuple(tensor().requires_grad_(backward) for _ in range(operation.inputs))
         if not backward:
             return _Set(maps, ())
-        if problem.operation == "concat":
-            return _Set(maps, (tensor(operation.outputs),))
-        return _Set(maps, tuple(tensor() for _ in range(operation.outputs)))
+        results, batches = operation.entry.results, operation.entry.batches
+        return _Set(maps, tuple(tensor(batches) for _ in range(results)))
 
     moved = operation.volumes(problem.way) * problem.volume_bytes
     number = 1 if problem.hot else rotation(problem.device, moved)
@@ -290,7 +303,7 @@ def _exact(problem: Problem, plain: nn.Module, given: _Set) -> tuple[Tensor, ...
     at_once = max(1, int(samples * LARGEST_WITH_BASELINES / problem.volume_bytes))
     if at_once >= samples:
         return _exact_part(problem, wide, given)
-    if problem.operation == "concat":
+    if operation.entry.stacked:
         raise ValueError(
             "the sets of concat stand one after the other in its batch: no part of it is a slice"
         )
