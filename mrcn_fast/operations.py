@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Final, NamedTuple
 
 # The six feature sets in the paper's order: three with the visible samples, three with the infrared ones.
@@ -162,6 +163,9 @@ class Operation(Differentiable):
 
 LOSS: Final = Differentiable("cqc")
 
+# The block operations on one feature map with one gate.
+_of_one = partial(Operation, inputs=("features",), gates=("A",))
+
 _PAIR: Final = Operation(
     "block",
     function="mrcn_block",
@@ -176,23 +180,19 @@ _PAIR: Final = Operation(
     ),
 )
 
-OPERATIONS: Final = {
+OPERATIONS: Final[dict[str, Operation]] = {
     "pair": _PAIR,
     "concat": replace(_PAIR, op="block_concat", stacked=True),
-    "restitute": Operation(
+    "restitute": _of_one(
         "restitute",
         function="mrcn_restitution",
         equation="restitution",
-        inputs=("features",),
-        gates=("A",),
         sets=(MadeSet("restituted", (0,), 0),),
     ),
-    "snr": Operation(
+    "snr": _of_one(
         "snr",
         function="snr_block",
         equation="snr_block",
-        inputs=("features",),
-        gates=("A",),
         sets=(
             MadeSet("restituted", (0,), 0),
             MadeSet("contaminated", (0,), 0),
