@@ -46,6 +46,10 @@ class Case(NamedTuple):
     eps: float = 1e-5
     seed: int = 0
 
+    def in_layout(self, layout: str) -> Case:
+        """The same case with the inputs and the gradients of the outputs in one layout."""
+        return self._replace(layouts=(layout, layout), gradient_layout=layout)
+
 
 class Problem(NamedTuple):
     """The tensors of a `Case`: leaves that require gradients, and the gradients of the outputs."""
@@ -54,6 +58,16 @@ class Problem(NamedTuple):
     inputs: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]  # norm_weight, norm_bias, then the gate's
     gradients: tuple[Tensor, ...]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The tensors that the outputs are differentiated by."""
+        return *self.inputs, *self.parameters
+
+    def run(self, backend: str, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The operation's outputs for other leaves."""
+        count = len(self.inputs)
+        return call(self.case, leaves[:count], leaves[count:], backend)
 
 
 def _bright_corner(x: Tensor) -> Tensor:
@@ -170,18 +184,17 @@ def evaluate_reference(p: Problem, dtype: torch.dtype, device: str | None = None
         tuple(x.detach().to(**to).requires_grad_() for x in p.parameters),
         tuple(g.to(**to) for g in p.gradients),
     )
-    case, tensors = p.case, (*cast.inputs, *cast.parameters)
-    outputs = run_reference(case.mode, case.gate, case.eps, case.restitute_to, tensors)
+    case = p.case
+    outputs = run_reference(case.mode, case.gate, case.eps, case.restitute_to, cast.leaves)
     return with_gradients(cast, outputs)
 
 
 def with_gradients(p: Problem, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """``outputs`` of ``p`` and the gradients of its leaves, by name."""
     results = dict(zip(output_names(p.case.mode), outputs, strict=True))
-    leaves = (*p.inputs, *p.parameters)
     names = (*input_names(p.case.mode), *parameter_names(p.case.gate))
-    found = torch.autograd.grad(outputs, leaves, p.gradients)
-    for name, leaf, gradient in zip(names, leaves, found, strict=True):
+    found = torch.autograd.grad(outputs, p.leaves, p.gradients)
+    for name, leaf, gradient in zip(names, p.leaves, found, strict=True):
         assert gradient.dtype == leaf.dtype, f"gradient of {name} is {gradient.dtype}, not {leaf.dtype}"
         results[f"grad {name}"] = gradient
     return {name: result.detach() for name, result in results.items()}
