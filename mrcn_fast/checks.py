@@ -1,17 +1,18 @@
-"""What a call is refused for, in the caller's terms: what was given, what was expected, what to do.
+"""The checks of a call's arguments, and their messages: what was given, what was expected, what to do.
 
-Who owns which checks:
+Who checks what:
 
-- This module owns the words of every message, the checks of everything that is no tensor (gate, eps,
+- This module has the text of every message, the checks of all arguments that are no tensors (gate, eps,
   restitute_to, modality, margin, ...) and all checks of the loss.
-- The block's operations own whether their tensors fit one another (shape, dtype, device). Those of the
-  compiled library find it out in C++ (csrc/block/ops.h), in a fraction of the ten microseconds that
-  `check_tensors` takes, and raise RuntimeError; `autograd.run_block` catches that, and `check_tensors` then
-  says the same in the caller's terms. Those written in Python call `check_tensors` themselves (`checked`).
+- The block's operations check whether their tensors fit one another (shape, dtype, device). The operations of
+  the compiled library do so in C++ (csrc/block/ops.h), in a fraction of the ten microseconds that
+  `check_tensors` takes, and raise RuntimeError. `autograd.run_block` catches it, and `check_tensors` then
+  raises the error in the caller's terms. Operations that are written in Python call `check_tensors`
+  themselves (`checked`).
 - Where no operation sees the tensors as they are (plain PyTorch, tracing, transforms, tensors without data),
   `autograd.run_block` calls `check_tensors` first.
 
-tests/test_errors.py holds that C++ refuses what `check_tensors` refuses, and names the same argument.
+tests/test_errors.py checks that C++ refuses what `check_tensors` refuses, and names the same argument.
 """
 
 from __future__ import annotations
@@ -39,14 +40,14 @@ def check_choice(name: str, got: object, known: tuple[str, ...]) -> None:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """The value as an int: NumPy's integers are taken too."""
+    """The value as an int; NumPy's integers are accepted."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
     return int(value)
 
 
 def check_flag(name: str, value: object) -> bool:
-    """The value as a bool: 0, 1 and NumPy's are taken too, but no text, of which every one would be true."""
+    """The value as a bool; 0, 1 and NumPy's are accepted, but no text, because any text would be true."""
     if value not in (True, False):
         raise ValueError(f"{name}: got {value!r}, expected True or False")
     return bool(value)
