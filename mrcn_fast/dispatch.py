@@ -38,7 +38,7 @@ class BackendStatus(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The known backends by name, and whether each can be used here, with the reason."""
+    """The known backends, each with whether it is usable here and why (not)."""
     known = {name: BackendStatus(*module.status()) for name, module in KERNELS.items()}
     return known | {"reference": BackendStatus(True, "plain PyTorch, runs wherever torch does")}
 

@@ -4,8 +4,8 @@ Every kernel is compared with these functions, and they are the backend ``"refer
 be read beside the paper, not to be fast: the normalized features F̃ and the residual M exist here as tensors,
 which the kernels never form. Nothing here casts: PyTorch's type promotion decides the dtype of a result.
 
-Shapes: features are ``(N, C, H, W)``, and instance-norm parameters ``(C,)`` per modality. The parameters of a
-gate have no leading dimension for the gate; `se_gate` and the others list them.
+Shapes: features ``(N, C, H, W)``; instance-norm parameters ``(C,)`` a modality; gate parameters of one
+gate without the leading gate dimension (`se_gate` and the others say which).
 """
 
 from __future__ import annotations

@@ -50,23 +50,18 @@ class Measured(NamedTuple):
     """An operation of the library with the module that computes it, and the same in plain PyTorch.
 
     Attributes:
-        mode: its name in the table of operations
+        entry: its entry in the table of operations
         make: makes its module, from the number of channels
-        run: calls that module, as `run(module, *maps)`
-        library: its results with PyTorch's own instance normalization, as `library(module, *maps)`
-        collapsed: its results from one statistics pass and one elementwise pass, called likewise
+        call: computes its results with that module, as `call(module, *maps)`
+        library: the same with PyTorch's own instance normalization
+        collapsed: the same as one statistics pass and one elementwise pass
     """
 
-    mode: str
+    entry: operations.Operation
     make: Callable[..., nn.Module]
-    run: Callable[..., Any]
+    call: Callable[..., tuple[Tensor, ...]]
     library: Callable[..., tuple[Tensor, ...]]
     collapsed: Callable[..., tuple[Tensor, ...]]
-
-    @property
-    def entry(self) -> operations.Operation:
-        """Its entry in the table of operations."""
-        return operations.OPERATIONS[self.mode]
 
     @property
     def inputs(self) -> int:
@@ -77,10 +72,6 @@ class Measured(NamedTuple):
     def outputs(self) -> int:
         """How many maps it makes."""
         return self.entry.results * self.entry.batches
-
-    def call(self, module: nn.Module, *maps: Tensor) -> tuple[Tensor, ...]:
-        """Compute the results with a module that `make` has made."""
-        return self.entry.results_of(self.run(module, *maps))
 
     def volumes(self, way: str) -> int:
         """Return how many volumes must be moved.
@@ -99,19 +90,25 @@ class Measured(NamedTuple):
         return sum(p.numel() for p in self.make(channels, device="meta").parameters())
 
 
+def _measured(
+    mode: str, make: type[nn.Module], run: Callable[..., Any], *others: Callable[..., Any]
+) -> Measured:
+    """Return an operation of the table, computed by `run(module, *maps)` and, in PyTorch, by the others."""
+    entry = operations.OPERATIONS[mode]
+
+    def call(module: nn.Module, *maps: Tensor) -> tuple[Tensor, ...]:
+        return entry.results_of(run(module, *maps))
+
+    return Measured(entry, make, call, *others)
+
+
+_concat = partial(MRCNBlock.__call__, concat=True)
+_restitute = partial(MRCNBlock.restitute, modality="visible")
 OPERATIONS: Final = {
-    "block": Measured("pair", MRCNBlock, MRCNBlock.__call__, library_block, collapsed_block),
-    "concat": Measured(
-        "concat", MRCNBlock, partial(MRCNBlock.__call__, concat=True), library_concat, collapsed_concat
-    ),
-    "restitution": Measured(
-        "restitute",
-        MRCNBlock,
-        partial(MRCNBlock.restitute, modality="visible"),
-        library_restitution,
-        collapsed_restitution,
-    ),
-    "snr": Measured("snr", SNRBlock, SNRBlock.__call__, library_snr, collapsed_snr),
+    "block": _measured("pair", MRCNBlock, MRCNBlock.__call__, library_block, collapsed_block),
+    "concat": _measured("concat", MRCNBlock, _concat, library_concat, collapsed_concat),
+    "restitution": _measured("restitute", MRCNBlock, _restitute, library_restitution, collapsed_restitution),
+    "snr": _measured("snr", SNRBlock, SNRBlock.__call__, library_snr, collapsed_snr),
 }
 
 
