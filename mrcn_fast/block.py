@@ -18,7 +18,7 @@ from mrcn_fast.checks import (
     check_pair,
     positive_integer,
 )
-from mrcn_fast.gates import make_gate
+from mrcn_fast.gates import Gate, make_gate
 from mrcn_fast.operations import OPERATIONS, RESTITUTE_TO, Operation
 
 Modality = Literal["visible", "infrared"]
@@ -279,10 +279,13 @@ class _Block(nn.Module):
         """γ and β of the instance normalizations, (modalities, C) each."""
         return internals.parameters(self, ("norm_weight", "norm_bias"))
 
-    def _parameters_and_settings(self) -> tuple[list[Any], dict[str, Any]]:
-        """What the block's functions take besides feature maps: γ, β and the gate's, and the settings."""
+    def _parameters_and_settings(self, gate: Gate) -> tuple[list[Any], dict[str, Any]]:
+        """γ, β and the gate's parameters, and the settings that all of the block's functions take.
+
+        ``gate`` is ``self.gate``: a call looks it up once, as `nn.Module.__getattr__` takes a microsecond.
+        """
         settings = {"gate": self.gate_kind, "eps": self.eps, "backend": self.backend}
-        return [*self._norm(), self.gate.parameter_list()], settings
+        return [*self._norm(), gate.parameter_list()], settings
 
     def _residual(self, features: Tensor, modality: int) -> Tensor:
         """M of a modality (eq. 3)."""
@@ -353,15 +356,13 @@ class MRCNBlock(_Block):
         A hook that is registered on ``self.gate`` is called with each gate's residual and attention. For the
         hook they are computed once more, in plain PyTorch, and what it returns is not used.
         """
-        if self.gate.has_hooks():
+        gate = self.gate
+        if gate.has_hooks():
             self.attention(visible, infrared)
-        parameters, settings = self._parameters_and_settings()
-        return mrcn_block(visible, infrared, *parameters, concat=concat, **settings)
-
-    def _parameters_and_settings(self) -> tuple[list[Any], dict[str, Any]]:
-        parameters, settings = super()._parameters_and_settings()
-        settings["restitute_to"] = self.restitute_to
-        return parameters, settings
+        parameters, settings = self._parameters_and_settings(gate)
+        return mrcn_block(
+            visible, infrared, *parameters, restitute_to=self.restitute_to, concat=concat, **settings
+        )
 
     def restitute(self, features: Tensor, modality: Modality) -> Tensor:
         """F₊ of one modality for inference, any batch size; see `mrcn_restitution`.
@@ -371,11 +372,12 @@ class MRCNBlock(_Block):
         check_choice("modality", modality, MODALITIES)
         index = MODALITIES.index(modality)
         own = slice(index, index + 1)
-        if self.gate.has_hooks():
-            self.gate(self._residual(features, index), index)
-        (norm_weight, norm_bias, gate_parameters), settings = self._parameters_and_settings()
-        of_gate = [p[own] for p in gate_parameters]
-        return mrcn_restitution(features, norm_weight[own], norm_bias[own], of_gate, **settings)
+        gate = self.gate
+        if gate.has_hooks():
+            gate(self._residual(features, index), index)
+        (norm_weight, norm_bias, gate_parameters), settings = self._parameters_and_settings(gate)
+        parameters = norm_weight[own], norm_bias[own], [p[own] for p in gate_parameters]
+        return mrcn_restitution(features, *parameters, restitute_to=self.restitute_to, **settings)
 
     def attention(self, visible: Tensor, infrared: Tensor) -> MRCNAttention:
         """The attention of the four gates on a pair of feature maps, for inspection or for a loss on it.
@@ -434,9 +436,10 @@ class SNRBlock(_Block):
 
     def forward(self, features: Tensor) -> SNRFeatures:
         """F̃ + sM, F̃ + (1 - s)M and F̃ of a batch (N, C, H, W); see `snr_block`, and `MRCNBlock` on hooks."""
-        if self.gate.has_hooks():
+        gate = self.gate
+        if gate.has_hooks():
             self.attention(features)
-        parameters, settings = self._parameters_and_settings()
+        parameters, settings = self._parameters_and_settings(gate)
         return snr_block(features, *parameters, **settings)
 
     def restitute(self, features: Tensor) -> Tensor:
@@ -444,9 +447,10 @@ class SNRBlock(_Block):
 
         It reads one map and writes one, where `forward` writes three.
         """
-        if self.gate.has_hooks():
+        gate = self.gate
+        if gate.has_hooks():
             self.attention(features)
-        parameters, settings = self._parameters_and_settings()
+        parameters, settings = self._parameters_and_settings(gate)
         return mrcn_restitution(features, *parameters, **settings)
 
     def attention(self, features: Tensor) -> Tensor:
