@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mrcn_fast import internals
 from mrcn_fast.backends import batching, decompositions, shapes
-from mrcn_fast.operations import OPERATIONS
 
 # Written by setup.py: {"built": bool, "reason": str, "log": str, "cuda": {the same of the CUDA part, ...}}.
 BUILD_RECORD = Path(__file__).parents[1] / "_native_build.json"
@@ -125,15 +124,11 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
     def on_gpu(tensor: Tensor) -> bool:
         return (device_type or tensor.device.type) == "cuda"
 
-    def statistics(mode: str) -> Callable[..., Tensor]:
-        """Mean and 1/σ of every plane; from CUDA's kernels a row a sample, with the gates' hidden layers."""
-        modalities, rows = len(OPERATIONS[mode].inputs), shapes.saved_rows(mode)
+    def saved(mode: str) -> Callable[..., Tensor]:
+        rows, statistics = shapes.saved_rows(mode), shapes.saved_statistics(mode)
 
         def empty(*arguments: Any) -> Tensor:
-            first: Tensor = arguments[0]
-            if on_gpu(first):
-                return rows(*arguments)
-            return first.new_empty((modalities, *first.shape[:2], 2), dtype=shapes.precise(first.dtype))
+            return (rows if on_gpu(arguments[0]) else statistics)(*arguments)
 
         return empty
 
@@ -143,11 +138,7 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
             return (shapes.cqc_saved_on_gpu(slots, infrared_labels.shape[0], normalize),)
         return slots, 8
 
-    found = shapes.block_fakes(statistics)
-    return found | {
-        "cqc_forward": shapes.cqc_forward_fake(cqc_saved),
-        "cqc_backward": shapes.cqc_backward_fake,
-    }
+    return shapes.block_fakes(saved) | shapes.loss_fakes(cqc_saved)
 
 
 def _kept_whole(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:
