@@ -132,6 +132,12 @@ def test_generated_parts() -> None:
     assert markers == set(generated.PARTS)
 
 
+def test_the_api_page_has_every_public_name() -> None:
+    page = (DOCS / "reference" / "api.md").read_text()
+    shown = set(re.findall(r"^::: mrcn_fast\.(?:\w+\.)*(\w+)$", page, re.MULTILINE))
+    assert set(mrcn_fast.__all__) - shown == set()
+
+
 # --- code on the pages --------------------------------------------------------------------------------
 
 # These continue one another, and train.
