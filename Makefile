@@ -16,7 +16,8 @@ build_requirements = $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.
 
 # What an install depends on: these files, and where the checkout lies (an editable install points to it).
 fingerprint = { pwd; cat pyproject.toml setup.py mrcn_fast/__init__.py; } | cksum
-# Which packages an install brings: those that run the library, or with EXTRAS=all those of the tests too.
+# Which packages an install brings: those that run the library, with EXTRAS=all those of the tests too, or with
+# EXTRAS=docs those of the site, which `all` is without.
 EXTRAS = reid
 installed = $(VENV)/.mrcn-fast-installed
 kept = $(VENV)/.mrcn-fast-constraints.txt
@@ -28,7 +29,7 @@ cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 
 .DEFAULT_GOAL := help
 .PHONY: help install environment torch requirements native wheel demo test bench regression gpu-check lint ruff mypy \
-  clang-format warnings format clean
+  clang-format warnings format docs clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
 
@@ -37,6 +38,7 @@ help:  ## this list
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 test lint regression format: EXTRAS = all
+docs: EXTRAS = docs
 
 install: environment torch requirements native  ## make the environment VENV, build the libraries, install there what runs them
 	@"$(bin)/mrcn-fast" info
@@ -74,7 +76,7 @@ torch:
 
 requirements:
 	@is_of() { [ "$$(cat "$(installed)-$$1" 2>/dev/null)" = "$$($(fingerprint))" ]; }; \
-	if [ ! -x "$(bin)/mrcn-fast" ] || ! { is_of $(EXTRAS) || is_of all; }; then \
+	if [ ! -x "$(bin)/mrcn-fast" ] || ! { is_of $(EXTRAS) || { [ $(EXTRAS) != docs ] && is_of all; }; }; then \
 	  echo "Installing mrcn-fast[$(EXTRAS)] and what it needs into $(VENV)"; \
 	  $(pip) install -q -c "$(kept)" $(foreach r,$(build_requirements),"$(r)") \
 	  && MRCN_FAST_NATIVE=0 MRCN_FAST_CUDA=0 $(pip) install -q -c "$(kept)" --no-build-isolation -e '.[$(EXTRAS)]' \
@@ -135,6 +137,9 @@ format:  ## rewrite the sources in the project's format
 	"$(bin)/ruff" check --fix
 	"$(bin)/ruff" format
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" -i
+
+docs: install  ## the documentation as a site in build/site/, to be opened there as index.html
+	NO_MKDOCS_2_WARNING=1 "$(bin)/mkdocs" build --strict
 
 clean:  ## remove what builds left (no environment, not runs/)
 	for path in build/*; do find "$$path" build/pyvenv.cfg -name pyvenv.cfg 2>&- | grep -q . || rm -rf "$$path"; done

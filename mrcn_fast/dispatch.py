@@ -38,7 +38,14 @@ class BackendStatus(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The known backends, each with whether it is usable here and why (not)."""
+    """The known backends, each with whether it is usable here and why (not).
+
+    Example:
+        >>> list(backends())
+        ['cpu', 'triton', 'cuda', 'reference']
+        >>> backends()["reference"].usable
+        True
+    """
     known = {name: BackendStatus(*module.status()) for name, module in KERNELS.items()}
     return known | {"reference": BackendStatus(True, "plain PyTorch, runs wherever torch does")}
 

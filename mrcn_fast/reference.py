@@ -6,6 +6,14 @@ which the kernels never form. Nothing here casts: PyTorch's type promotion decid
 
 Shapes: features ``(N, C, H, W)``; instance-norm parameters ``(C,)`` a modality; gate parameters of one
 gate without the leading gate dimension (`se_gate` and the others say which).
+
+Example:
+    >>> maps = torch.arange(8.0).view(1, 2, 2, 2)
+    >>> normalized = instance_norm(maps, torch.ones(2), torch.zeros(2))
+    >>> residual(maps, normalized).mean(dim=(2, 3))  # the mean of what normalization removed
+    tensor([[1.5000, 5.5000]])
+    >>> distance(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+    tensor([5.])
 """
 
 from __future__ import annotations

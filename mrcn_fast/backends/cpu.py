@@ -69,6 +69,12 @@ def release_memory() -> None:
     Outputs of 2 MiB and more take the memory of earlier ones, because to get new pages from the system costs
     more than the block does. What is kept and all outputs that live are together never more than outputs took
     at once; `memory_in_use` says how much that is.
+
+    Example:
+        >>> from mrcn_fast.backends.cpu import memory_in_use
+        >>> release_memory()
+        >>> memory_in_use()[1]  # bytes that are kept
+        0
     """
     if _library is not None:
         _library.release_memory()
