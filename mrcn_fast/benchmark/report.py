@@ -20,6 +20,7 @@ from mrcn_fast.benchmark.results import Line, faster, markdown, newest
 from mrcn_fast.files import write_atomically
 
 try:
+    from matplotlib.artist import Artist
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
     from matplotlib.figure import Figure
@@ -236,7 +237,8 @@ def _dots(
         places = [(row[name], place) for place, row in enumerate(rows.values()) if name in row]
         if places:
             size = 80 if name == "fused" else 30
-            axes.scatter(*zip(*places, strict=True), s=size, color=form.color, label=form.title, zorder=3)
+            x, y = zip(*places, strict=True)
+            axes.scatter(x, y, s=size, color=form.color, label=form.title, zorder=3)
     if marked:
         label, values = marked
         at = [values[name] for name in rows]
@@ -298,7 +300,7 @@ def _finish(figure: Figure, group: Group, finding: str) -> None:
     engine = figure.get_layout_engine()
     assert isinstance(engine, ConstrainedLayoutEngine)
     engine.set(rect=(0, 0, 1, 1 - 0.52 * inch))
-    known: dict[str, object] = {}
+    known: dict[str, Artist] = {}
     for axes in figure.axes:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             known.setdefault(label, handle)
