@@ -8,6 +8,7 @@ from typing import Final, NamedTuple
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure  # not pyplot, which would choose the caller's backend
+from matplotlib.ticker import MaxNLocator
 
 from mrcn_fast.benchmark.forms import FORMS
 from mrcn_fast.reid.paper.plots import plain_text
@@ -104,7 +105,8 @@ def _draw_curves(
                 markersize=3.5,
                 label=plain_text(name),
             )
-    axes.set(title=title, xlabel=xlabel, ylim=(0, None))
+    axes.set(title=title, xlabel=xlabel, ylim=(0, 1.08 * max(max(y, default=0) for _, y in curves.values())))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
     axes.grid(True, alpha=0.25)
     _tidy(axes)
