@@ -203,9 +203,6 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
         lr=0.03,
         warmup_lr=0.003,
         trunk_lr=1.0,
-        # One of the readings of the loss that `mrcn-fast study cqc` compares.
-        cqc_features="unit",
-        cqc_reduction="mean",
         seed=config.seed,
         accelerator=config.accelerator,
         workers=0,

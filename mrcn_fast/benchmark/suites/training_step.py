@@ -420,7 +420,10 @@ class Options:
     def configs(self) -> list[TrainConfig]:
         """Return the configuration of each model that is measured."""
         size = {name: getattr(self, name) for name in _SIZE}
-        return [TrainConfig(data="", model=model, **size) for model in self.model or ("baseline", "mrcn")]
+        # The loss as printed, which is what the loop in plain PyTorch computes.
+        as_printed = {"cqc_features": "pooled", "cqc_reduction": "sum"}
+        models = self.model or ("baseline", "mrcn")
+        return [TrainConfig(data="", model=model, **as_printed, **size) for model in models]
 
 
 def flags() -> Flags:

@@ -162,7 +162,12 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
     Raises FolderInUseError where another process writes them.
     """
     # With a modality gap of 1, such short trainings learn little that holds in both modalities.
-    looks: dict[str, Any] = {"modality_gap": 0.6, "pose_spread": 0.4, "camera_style": 0.4}
+    looks: dict[str, Any] = {
+        "modality_gap": 0.6,
+        "infrared_colour": 0.4,
+        "pose_spread": 0.4,
+        "camera_style": 0.4,
+    }
     sizes = {
         "regdb": {"identities": 112, "images": 8, "splits": 1},
         "sysu": {"identities": 72, "test_identities": 16, "images_per_camera": 4},

@@ -116,9 +116,9 @@ class TrainConfig:
     """lambda2 (paper, Figure 4)."""
     cqc_margin: Weight = 0.2
     """alpha, the margin of the CQC loss (paper)."""
-    cqc_features: Literal["pooled", "unit"] = "pooled"
+    cqc_features: Literal["pooled", "unit"] = "unit"
     """What the CQC loss compares: pooled features, or unit ones, divided by their length (paper: silent)."""
-    cqc_reduction: Literal["sum", "mean"] = "sum"
+    cqc_reduction: Literal["sum", "mean"] = "mean"
     """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
     detach_negative: bool = False
     """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""

@@ -150,9 +150,9 @@ class LossOptions:
     """lambda2."""
     cqc_margin: Weight = 0.2
     """alpha, the margin of the CQC loss."""
-    cqc_features: Literal["pooled", "unit"] = "pooled"
+    cqc_features: Literal["pooled", "unit"] = "unit"
     """What the CQC loss compares: features as the network pools them, or divided by their length."""
-    cqc_reduction: Literal["sum", "mean"] = "sum"
+    cqc_reduction: Literal["sum", "mean"] = "mean"
     """Whether the CQC loss is the sum or the mean over the identities of a batch."""
     detach_negative: bool = False
     """Stop the gradient of the second distances of the CQC loss."""

@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Final
 
 import torch
 from rich.progress import Progress
 
 from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.data import write_regdb
-from mrcn_fast.reid.kinds import Count, Height, PathText, Strength, Width
+from mrcn_fast.reid.kinds import Count, Height, PathText, Share, Strength, Width
 from mrcn_fast.reid.settings import check_fields
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
 
-# With this gap, infrared cameras see what visible ones see, so that the pretraining meets no infrared image,
-# as on ImageNet. Because its pictures are of people, unlike ImageNet's, a short training is enough.
-MODALITY_GAP = 0.0
+# With these values, infrared cameras see what visible ones see, so that the pretraining meets no infrared
+# image, as on ImageNet. Because its pictures are of people, unlike ImageNet's, a short training is enough.
+VISIBLE_ALONE: Final = {"modality_gap": 0.0, "infrared_colour": 1.0}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -35,7 +36,9 @@ class SyntheticConfig:
     images: Count
     """Images of a person in each modality."""
     modality_gap: Strength = 0.75
-    """How far infrared differs from visible."""
+    """How far the brightness of a surface in infrared differs from that in visible light."""
+    infrared_colour: Share = 0.25
+    """How much of the colour an infrared image keeps."""
     height: Height
     """Image height in pixels."""
     width: Width
@@ -64,14 +67,15 @@ class SyntheticConfig:
 
     def write_people(self, seed: int, progress: Progress) -> Path:
         """Write the data set in RegDB's tree; returns its root."""
-        return self._write(self.tree, self.identities, self.modality_gap, seed, progress)
+        looks = {"modality_gap": self.modality_gap, "infrared_colour": self.infrared_colour}
+        return self._write(self.tree, self.identities, looks, seed, progress)
 
     def write_other_people(self, seed: int, progress: Progress) -> Path:
         """Write the people of the pretraining in RegDB's tree; returns its root."""
         root = self.pretraining / "data"
-        return self._write(root, self.pretraining_identities, MODALITY_GAP, seed, progress)
+        return self._write(root, self.pretraining_identities, VISIBLE_ALONE, seed, progress)
 
-    def _write(self, root: Path, people: int, modality_gap: float, seed: int, progress: Progress) -> Path:
+    def _write(self, root: Path, people: int, looks: dict[str, float], seed: int, progress: Progress) -> Path:
         task = progress.add_task("images", total=None, status="")
         return write_regdb(
             root,
@@ -80,9 +84,9 @@ class SyntheticConfig:
             splits=1,
             image_size=(self.height, self.width),
             seed=seed,
-            modality_gap=modality_gap,
             camera_style=0.4,
             pose_spread=0.4,
+            **looks,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
 

@@ -47,7 +47,7 @@ def test_the_defaults_are_the_papers() -> None:
         ({"identities": 1}, "got identities=1, expected an integer from 2 to"),
         ({"steps": 0}, "got steps=0, expected an integer from 1 to 1000000000, or none"),
         ({"flip": 1.5}, "got flip=1.5"),
-        ({"milestones": (60, 20)}, "got milestones=\(60, 20\), expected increasing values"),
+        ({"milestones": (60, 20)}, r"got milestones=\(60, 20\), expected increasing values"),
         ({"height": 8}, "got height=8"),
         ({"split": 2}, "sysu-mm01 has one split"),
         ({"parts": 0}, "got parts=0, expected an integer from 1 to"),

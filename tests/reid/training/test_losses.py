@@ -87,6 +87,8 @@ def random_output(sets: int, parts: int, *, batch: int = 6, seed: int = 0) -> Tr
     return TrainingOutput(pooled, torch.randn(parts, sets * batch, 3, generator=generator))
 
 
+# Equations 8 to 10 to the letter.
+AS_PRINTED: Any = {"cqc_features": "pooled", "cqc_reduction": "sum"}
 THREE_PEOPLE = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
@@ -117,33 +119,32 @@ def test_cqc_and_the_weights_by_hand() -> None:
     # [.2 + D(v+, n) - D(v+, v)] = .2 + 2 - 2, [.2 + D(n+, v) - D(n+, n)] = .2 + 1 - 3 < 0,
     # [.2 + D(v-, n) - D(v-, v)] = .2 + 1 - 3 < 0, [.2 + D(n-, v) - D(n-, n)] = .2 + 1 - 3 < 0.
     labels = torch.tensor([0, 1])
-    parts = ReIDLoss(triplet_weight=0.5, cqc_weight=2.0)(six_sets(), labels)
+    parts = ReIDLoss(triplet_weight=0.5, cqc_weight=2.0, **AS_PRINTED)(six_sets(), labels)
     assert parts.cqc.item() == pytest.approx(2 * 0.2, abs=1e-5)
     assert parts.triplet.item() == 0
     assert parts.identity.item() == pytest.approx(math.log(2), abs=1e-5)
     assert parts.total.item() == pytest.approx(math.log(2) + 2.0 * 0.4, abs=1e-5)
-    mean = ReIDLoss(cqc_reduction="mean")(six_sets(), labels)
+    mean = ReIDLoss(cqc_features="pooled", cqc_reduction="mean")(six_sets(), labels)
     assert mean.cqc.item() == pytest.approx(0.2, abs=1e-5)
 
 
 def test_unit_features_are_compared_by_direction_alone() -> None:
     """However long the features are, and as F.normalize in front of the loss says."""
     pooled, logits, styles = random_output(6, 2)
-    unit = ReIDLoss(cqc_features="unit", cqc_margin=1.5)
+    unit = ReIDLoss(cqc_margin=1.5)
+    pooled_features = ReIDLoss(cqc_margin=1.5, cqc_features="pooled")
     got = unit(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
     longer = unit(TrainingOutput(7 * pooled, logits, styles), THREE_PEOPLE).cqc
-    want = ReIDLoss(cqc_margin=1.5)(
-        TrainingOutput(F.normalize(pooled, dim=2), logits, styles), THREE_PEOPLE
-    ).cqc
+    want = pooled_features(TrainingOutput(F.normalize(pooled, dim=2), logits, styles), THREE_PEOPLE).cqc
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(longer, want)
-    assert got != ReIDLoss(cqc_margin=1.5)(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
+    assert got != pooled_features(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
 
 
 def test_four_sets_have_half_of_the_cqc_by_hand() -> None:
     # v 0, v+ 2, n+ 1, n 4: of the hinges above only that of v+ is left, 0.2 a person.
     pooled = torch.tensor([0.0, 100, 2, 102, 1, 101, 4, 104])[:, None]
-    parts = ReIDLoss()(one_part(pooled, torch.zeros(8, 2)), torch.tensor([0, 1]))
+    parts = ReIDLoss(**AS_PRINTED)(one_part(pooled, torch.zeros(8, 2)), torch.tensor([0, 1]))
     assert parts.cqc.item() == pytest.approx(2 * 0.2, abs=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_four_sets_have_half_of_the_cqc_by_hand() -> None:
 def test_half_the_cqc_is_equation_8_or_9(reduction: Literal["sum", "mean"], backend: str) -> None:
     """Value and gradient, against the reference's own function of the four centers."""
     pooled = random_output(4, 1).pooled[0].double().requires_grad_()
-    loss = ReIDLoss(cqc_margin=1.5, cqc_reduction=reduction, backend=backend)
+    loss = ReIDLoss(cqc_margin=1.5, cqc_features="pooled", cqc_reduction=reduction, backend=backend)
     got = loss(one_part(pooled, torch.zeros(24, 3)), THREE_PEOPLE).cqc
     identities = torch.arange(3)
     v, of_v, of_n, n = (reference.centers(f, THREE_PEOPLE, identities) for f in pooled.chunk(4))
@@ -217,10 +218,10 @@ def test_the_backend_reaches_the_cqc_loss(sets: int, backend: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_defaults_are_the_papers_with_the_accepted_reading_of_cqc() -> None:
     loss = ReIDLoss()
     assert (loss.triplet_weight, loss.cqc_weight) == (1.0, 1.2)
-    assert (loss.cqc.margin, loss.cqc.reduction) == (0.2, "sum")
+    assert (loss.cqc.margin, loss.cqc.reduction, loss.cqc.normalize) == (0.2, "mean", True)
     assert loss.identity.label_smoothing == 0.1
     assert loss.causality_weight == 0.1
 
