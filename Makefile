@@ -28,8 +28,8 @@ nvcc = $(if $(filter 0,$(MRCN_FAST_CUDA)),,$(shell "$(bin)/python" -c "import se
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install environment torch requirements native wheel demo test bench regression gpu-check lint ruff mypy \
-  clang-format warnings format docs clean
+.PHONY: help install environment torch requirements native wheel demo readme-figures test bench regression gpu-check \
+  lint ruff mypy clang-format warnings format docs clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
 
@@ -98,6 +98,10 @@ wheel: environment torch requirements  ## build a wheel into dist/, for machines
 
 demo: install  ## train and score the baseline and MRCN on synthetic images (6 minutes after the install)
 	@"$(bin)/mrcn-fast" demo $(ARGS)
+
+# ARGS="--demo runs/demo" shows the ranking lists of another demo.
+readme-figures: install  ## draw the pictures of README.md and of docs/performance.md from benchmarks/results
+	@"$(bin)/python" benchmarks/readme_figures.py $(ARGS)
 
 # In two processes: the tests' tensors are small, and much of the time one of them compiles or interprets kernels.
 # Where both compute, threads that spin while they wait would take the other's processor: half of the time.

@@ -334,6 +334,19 @@ def _figures(argv: list[str]) -> int:
     return 0
 
 
+def _report(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import log_to_console
+    from mrcn_fast.reid.report import ReportOptions, write_report
+
+    flags = _flags("report")
+    flags.add_of(write_report, skip={"progress", "options"})
+    flags.add_of(ReportOptions)
+    values = flags.values(argv)
+    log_to_console()
+    print(write_report(**values))
+    return 0
+
+
 def _bench(argv: list[str]) -> int:
     words = argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
@@ -427,6 +440,7 @@ COMMANDS = {
     "table": Command("run what a table of the paper lacks, and print ours beside the paper's", _table),
     "study": Command("train the readings of the CQC loss on synthetic people, and compare them", _study),
     "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
+    "report": Command("one HTML page about trained runs: scores, curves, distances, ranking lists", _report),
     "bench": Command("measure kernels, training steps, scorer and loader beside their baselines", _bench),
     "demo": Command("synthetic data, training and scores of both models, in one go", _demo),
 }

@@ -492,6 +492,45 @@ def test_a_report_is_charts_and_a_page_that_needs_nothing_else(tmp_path: Path) -
         assert path.read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_charts_show_the_fused_form_and_say_what_was_found() -> None:
+    pytest.importorskip("matplotlib", reason="reports are drawn with matplotlib")
+    from matplotlib.colors import to_hex
+
+    from mrcn_fast.benchmark import report
+    from mrcn_fast.benchmark.forms import FORMS
+
+    lines = []
+    for shape in ((1, 8, 6, 4), (2, 8, 6, 4), (4, 8, 6, 4), (8, 8, 6, 4), (8, 8, 12, 8)):
+        problem = Problem("block", "forward", shape)
+        timings = {name: Timing(ms, ms, ms) for name, ms in (("fused", 2.0), ("eager", 6.0), ("floor", 1.0))}
+        case = Case(problem.name, dict, {}, facts=problem.facts)
+        peaks = {"fused": 2 * problem.result_bytes, "eager": 8 * problem.result_bytes}
+        lines.append(results.row(case, timings, peaks=peaks))
+    group = report.Group("a machine", lines)
+    # Four sizes that differ in the samples alone are a series; the fifth differs in its pixels too.
+    (series,) = report.series_of(lines, "forward")
+    assert (series.grows, series.fixed, len(series.lines)) == ("samples", "N×8×6×4", 4)
+    findings = {
+        "speedup": "Times as long as mrcn_fast: eager 3.0 to 3.0 ×",
+        "size": "The fused block stays near the floor as the maps grow",
+        "memory": "The fused forms need at most 2.00 × the memory of their results",
+    }
+    for name, draw in report.CHARTS.items():
+        figure = draw(group)
+        assert figure is not None
+        assert [text.get_text() for text in figure.texts] == [findings[name], "a machine"]
+        (axes,) = figure.axes
+        handles, labels = axes.get_legend_handles_labels()
+        fused = handles[labels.index(FORMS["fused"].title)]
+        assert to_hex(_color(fused)) == FORMS["fused"].color
+        assert "10^" not in axes.get_xaxis().get_major_formatter()(10.0)
+
+
+def _color(handle: Any) -> Any:
+    """The colour of a line or of dots."""
+    return handle.get_color() if hasattr(handle, "get_color") else handle.get_facecolor()[0]
+
+
 # --- a GPU --------------------------------------------------------------------------------------------------
 
 

@@ -157,6 +157,12 @@ class Journal:
         )
 
 
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Read the whole lines of a run's metrics.jsonl; where there is no such file, there are none."""
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [line for line in map(_line, texts) if line is not None]
+
+
 def _line(text: bytes) -> dict[str, float] | None:
     """Read the values of a line of the file; None where it is damaged."""
     try:

@@ -125,7 +125,7 @@ def test_the_lists_in_the_numbers_follow_the_protocol(made: tuple[Path, dict[str
     for column in result["columns"].values():
         for query, found in zip(result["queries"], column["ranking"], strict=True):
             person = int(Path(query).parent.name)
-            assert len(found) == figures._LISTED
+            assert len(found) == figures.LISTED
             assert all(image["correct"] == (image["identity"] == person) for image in found)
             if "cam3" in Path(query).parts:
                 assert not any("cam2" in Path(image["path"]).parts for image in found)
