@@ -198,7 +198,7 @@ def check_reduction(reduction: object) -> None:
 
 def check_margin(margin: object) -> None:
     known = type(margin) is float or (isinstance(margin, Real) and not isinstance(margin, bool))
-    if not known or not math.isfinite(margin):  # type: ignore[arg-type]
+    if not known or not -math.inf < margin < math.inf:  # type: ignore[operator]
         raise ValueError(f"margin: got {margin!r}, expected a finite number")
 
 

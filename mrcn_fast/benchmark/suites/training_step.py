@@ -421,7 +421,7 @@ class Options:
         """Return the configuration of each model that is measured."""
         size = {name: getattr(self, name) for name in _SIZE}
         # The loss as printed, which is what the loop in plain PyTorch computes.
-        as_printed = {"cqc_features": "pooled", "cqc_reduction": "sum"}
+        as_printed: dict[str, Any] = {"cqc_features": "pooled", "cqc_reduction": "sum"}
         models = self.model or ("baseline", "mrcn")
         return [TrainConfig(data="", model=model, **as_printed, **size) for model in models]
 
