@@ -87,6 +87,13 @@ def inverse_deviation(variance, K: tl.constexpr):
 
 
 @triton.jit
+def planes_of(planes, i, saved_row):
+    """Return the saved row of sample i, γ and β, from those of the first sample."""
+    statistics, gamma, beta = planes
+    return statistics + i * saved_row, gamma, beta
+
+
+@triton.jit
 def plane(planes, m, c, inside, C, K: tl.constexpr):
     """Return mean, r, a, β of the channels `c` of modality m; `planes` is the sample's saved row, γ and β."""
     statistics, gamma, beta = planes
@@ -103,8 +110,14 @@ def pooled_residual(mean, a, beta):
 
 
 @triton.jit
+def extreme_pixel(a, maximum, minimum):
+    """Return the pixel at which M has its maximum; M is affine in x, and its slope is 1 - a."""
+    return tl.where(1.0 - a >= 0.0, maximum, minimum)
+
+
+@triton.jit
 def extreme_residual(mean, a, beta, extreme):
-    """Return GMP(M), from the pixel where M, which is affine in x, is largest."""
+    """Return GMP(M), from the pixel at which M has its maximum."""
     return (1.0 - a) * (extreme - mean) + (mean - beta)
 
 
@@ -112,6 +125,12 @@ def extreme_residual(mean, a, beta, extreme):
 def correction(scale, offset):
     term = scale * offset
     return tl.where(term - term == 0.0, term, 0.0)
+
+
+@triton.jit
+def normalized(offset, a, beta):
+    """Return scale and shift of F̃ (eq. 1, 2)."""
+    return a, beta - correction(a, offset)
 
 
 @triton.jit
@@ -148,3 +167,9 @@ def gate_gradient(mean, a, beta, S, T):
 def share_of_normalized(s, TO_INPUT: tl.constexpr):
     """Return the share of the gradient of F₊ that reaches F̃; the rest goes to x directly."""
     return -s if TO_INPUT else 1.0 - s
+
+
+@triton.jit
+def plane_gradient(r, a, U, V, dz, length):
+    """Return k1 and k2 of ∂x, ∂γ and ∂β: what comes through the statistics of a plane of `length` pixels."""
+    return (dz - a * V) / length, -a * r * r * U / length, r * U + 0.0 * dz, V - dz
