@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mrcn_fast.backends import shapes
-from mrcn_fast.backends.triton.cqc_backward import backward_kernel, unit_backward_kernel
+from mrcn_fast.backends.triton.cqc_backward import backward_kernel
 from mrcn_fast.backends.triton.cqc_forward import forward_kernel
 from mrcn_fast.backends.triton.launch import Arguments, Launcher, on_device
 
@@ -136,11 +136,10 @@ def backward_launcher(
     dtype: torch.dtype, samples: int, dimensions: int, stacked: bool, normalize: bool, detach: bool
 ) -> tuple[Launcher, int]:
     """Return the backward's launcher, and how many programs share the columns of a sample."""
-    kernel = unit_backward_kernel if normalize else backward_kernel
     warps = UNIT_BACKWARD_WARPS if normalize else BACKWARD_WARPS
     chosen = constants(dtype, samples, dimensions, warps, stacked=stacked, normalize=normalize, detach=detach)
     blocks = 1 if normalize else triton.cdiv(dimensions, chosen.DIMENSIONS)
-    return _launcher(kernel, warps, chosen), blocks
+    return _launcher(backward_kernel, warps, chosen), blocks
 
 
 def forward(

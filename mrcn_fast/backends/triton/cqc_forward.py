@@ -88,17 +88,19 @@ def _clear_scales(scales: tl.tensor, sample: tl.tensor, count: tl.tensor, K: tl.
 
 
 @triton.jit
-def _hinge(
-    pulled_square: tl.tensor,
-    pushed_square: tl.tensor,
-    margin: tl.tensor,
-    weights: tl.tensor,
-    K: tl.constexpr,
-) -> Any:
-    """Return [α + D pulled - D pushed]₊, and store the two weights of its distances.
+def _add_squares(squares: tl.tuple, moved: tl.tensor, other: tl.tensor, own: tl.tensor) -> Any:
+    """Return the squares of a hinge's two distances, by column, with those of more columns added."""
+    pulled, pushed = squares
+    return pulled + (moved - other) * (moved - other), pushed + (moved - own) * (moved - own)
 
-    A weight is ∂loss/∂D divided by D; the backward multiplies differences of centers with it.
+
+@triton.jit
+def _hinge(squares: tl.tuple, margin: tl.tensor, weights: tl.tensor, K: tl.constexpr) -> Any:
+    """Return [α + D pulled - D pushed]₊ of `_add_squares`, and store the two weights of its distances.
+
+    A weight is ∂loss/∂D divided by D; the backward multiplies differences of centers by it.
     """
+    pulled_square, pushed_square = tl.sum(squares[0]), tl.sum(squares[1])
     floor = tl.full((), LEAST_SQUARE, K.A)
     zero = tl.full((), 0, K.A)
     one = tl.full((), 1, K.A)
@@ -125,30 +127,20 @@ def _loss(
 ) -> Any:
     """Return the loss of ``identity`` (eq. 8-10), and store the weights of its distances."""
     DIMENSIONS: tl.constexpr = K.DIMENSIONS
-    v_plus_n = tl.zeros([DIMENSIONS], K.A)
-    v_plus_v = tl.zeros([DIMENSIONS], K.A)
-    n_plus_v = tl.zeros([DIMENSIONS], K.A)
-    n_plus_n = tl.zeros([DIMENSIONS], K.A)
-    v_minus_n = tl.zeros([DIMENSIONS], K.A)
-    v_minus_v = tl.zeros([DIMENSIONS], K.A)
-    n_minus_v = tl.zeros([DIMENSIONS], K.A)
-    n_minus_n = tl.zeros([DIMENSIONS], K.A)
+    zero = tl.zeros([DIMENSIONS], K.A)
+    of_v_plus, of_n_plus, of_v_minus, of_n_minus = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
     for start in range(0, dimensions, DIMENSIONS):
         columns = start + tl.arange(0, DIMENSIONS)
         v, v_plus, v_minus, _ = centers(both[0], identity, columns, dimensions, K)
         n_minus, n_plus, n, _ = centers(both[1], identity, columns, dimensions, K)
-        v_plus_n += (v_plus - n) * (v_plus - n)
-        v_plus_v += (v_plus - v) * (v_plus - v)
-        n_plus_v += (n_plus - v) * (n_plus - v)
-        n_plus_n += (n_plus - n) * (n_plus - n)
-        v_minus_n += (v_minus - n) * (v_minus - n)
-        v_minus_v += (v_minus - v) * (v_minus - v)
-        n_minus_v += (n_minus - v) * (n_minus - v)
-        n_minus_n += (n_minus - n) * (n_minus - n)
-    loss = _hinge(tl.sum(v_plus_n), tl.sum(v_plus_v), margin, weights, K)
-    loss += _hinge(tl.sum(n_plus_v), tl.sum(n_plus_n), margin, weights + 2, K)
-    loss += _hinge(tl.sum(v_minus_n), tl.sum(v_minus_v), margin, weights + 4, K)
-    loss += _hinge(tl.sum(n_minus_v), tl.sum(n_minus_n), margin, weights + 6, K)
+        of_v_plus = _add_squares(of_v_plus, v_plus, n, v)
+        of_n_plus = _add_squares(of_n_plus, n_plus, v, n)
+        of_v_minus = _add_squares(of_v_minus, v_minus, n, v)
+        of_n_minus = _add_squares(of_n_minus, n_minus, v, n)
+    loss = _hinge(of_v_plus, margin, weights, K)
+    loss += _hinge(of_n_plus, margin, weights + 2, K)
+    loss += _hinge(of_v_minus, margin, weights + 4, K)
+    loss += _hinge(of_n_minus, margin, weights + 6, K)
     return loss
 
 
