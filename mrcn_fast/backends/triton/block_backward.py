@@ -237,6 +237,21 @@ def _coefficients_of(table, m, c, inside, C, K: tl.constexpr):
 
 
 @triton.jit
+def _write_gradient(at, of, given, value, extreme, k3, K: tl.constexpr):
+    """Store a tile of ∂x at `at`, the first arguments of `write_tile`.
+
+    In concat it includes the gradient that was given for the input itself, and with CBAM that of GMP(M) at
+    the extreme pixels.
+    """
+    dx, c, px, here, pitch = at
+    if K.MODE == "concat":
+        of += given
+    if K.GATE == "cbam-channel":
+        of = tl.where(value == extreme, of + k3, of)
+    write_tile(dx, c, px, here, pitch, of, K)
+
+
+@triton.jit
 def _input_gradients(
     maps, of_inputs, table, strides, pitches, i, block, chunk, samples, C, L, K: tl.constexpr
 ):
@@ -278,20 +293,14 @@ def _input_gradients(
             if M == 2:
                 of0 = _add_product(g1, a0, gradient1, of0)
                 of0 = _add_product(g2, scale2, gradient2, of0)
-            if K.MODE == "concat":
-                of0 += gradient_v
-            if K.GATE == "cbam-channel":
-                of0 = tl.where(value0 == extreme0, of0 + k30, of0)
-            write_tile(dx0, c, px, here, pitch, of0, K)
+            at0 = (dx0, c, px, here, pitch)
+            _write_gradient(at0, of0, gradient_v, value0, extreme0, k30, K)
             if M == 2:
                 of1 = _add_product(g1, scale1, gradient1, fma(k21, value1 - mean1, k11))
                 of1 = _add_product(g2, a1, gradient2, of1)
                 of1 = _add_product(g3, scale3, gradient3, of1)
-                if K.MODE == "concat":
-                    of1 += gradient_n
-                if K.GATE == "cbam-channel":
-                    of1 = tl.where(value1 == extreme1, of1 + k31, of1)
-                write_tile(dx1, c, px, here, pitch, of1, K)
+                at1 = (dx1, c, px, here, pitch)
+                _write_gradient(at1, of1, gradient_n, value1, extreme1, k31, K)
 
 
 @triton.jit(do_not_specialize=["samples", "chunks"])

@@ -29,7 +29,7 @@ from mrcn_fast.backends.triton.gates import gate_value, whole_gates
 
 # A sample's row of scratch holds, in this order:
 #
-#   what rounding lost of each mean       before the parts are joined, the plane's first pixel
+#   the rounding error of each mean       or, until the parts are joined, the first pixel of each plane
 #   shares of the hidden layers           (blocks, gates, branches, R)
 #   moments of each part of the pixels    (parts, modalities, K.MOMENTS, C), if there are several
 #   the output's table                    K.OUTPUT_SLOTS planes of C numbers, see `gates_kernel`
@@ -78,19 +78,19 @@ def _join_round(moments, tiles, pivot, met, more, left, K: tl.constexpr):
             high, low = tl.where(higher, tiles[ahead], high), tl.where(lower, tiles[ahead], low)
     off = near - mean
     share = more / tl.maximum(met + more, 1.0)
-    # In this order: the square alone may be infinite, and with no values yet it is to be multiplied by 0.
+    # The order matters: `off` squared may be infinite, and at the first round it would be multiplied by 0.
     squares = fma(off, off * (met * share), squares)
     return fma(off, share, mean), squares, high, low
 
 
 @triton.jit
 def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
-    """Return the first pixel p; of the pixels from begin to end, mean - p, Σ (x - mean)² and the extremes.
+    """Return the plane's first pixel p and, from begin to end, mean - p, Σ (x - mean)² and the extremes.
 
-    Every lane of a tile is a chunk of its own in Chan's combination. It carries the mean and the squared
-    deviations of the pixels it met: those of a round have theirs from two passes over registers, and are
-    joined to those before. In the end the lanes are joined. All is taken of x less the plane's first pixel,
-    so that the mean keeps its digits on a plane far from zero.
+    Every lane of a tile has moments of its own, the mean and the squared deviations of the pixels that it has
+    met. Those of a round come from two passes over registers and are joined with the moments before (Chan et
+    al.). In the end the lanes are joined. The moments are those of x - p, so that the mean keeps its digits
+    on a plane far from zero.
     """
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
@@ -113,7 +113,7 @@ def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
         moments = _join_round(moments, tiles, pivot, met, more, left, K)
     mean, squares, high, low = moments
     met += more
-    # Shares before the sum, which could else be infinite where the mean is not.
+    # Each mean is multiplied by its lane's share first, because the sum of the means might overflow.
     shift = tl.sum(mean * (met / tl.cast(end - begin, K.A)), axis=1)
     off = mean - shift[:, None]
     squares = tl.sum(squares + met * off * off, axis=1)
@@ -134,12 +134,12 @@ def _leave_shares(shares, weights, g, z, branch, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _keep_planes(moments, planes, scratch, m, c, inside, C, L, K: tl.constexpr):
-    """Keep the statistics of whole planes; return mean, what its rounding lost, a, β, GAP(M), GMP(M)."""
+    """Store the statistics of whole planes; return mean, its rounding error, a, β, GAP(M) and GMP(M)."""
     statistics, gamma, beta = planes
     pivot, shift, squares, high, low = moments
     mean = pivot + shift
     kept = mean - pivot
-    offset = (pivot - (mean - kept)) + (shift - kept)  # exactly what the addition lost
+    offset = (pivot - (mean - kept)) + (shift - kept)  # the exact rounding error
     r = inverse_deviation(squares / tl.cast(L, K.A), K)
     tl.store(statistics + 2 * m * C + c, mean, mask=inside)
     tl.store(statistics + (2 * m + 1) * C + c, r, mask=inside)
@@ -155,7 +155,7 @@ def _keep_planes(moments, planes, scratch, m, c, inside, C, L, K: tl.constexpr):
 
 @triton.jit
 def _describe(moments, planes, scratch, parameters, block, m, c, inside, C, L, K: tl.constexpr):
-    """Keep the statistics of whole planes of modality m, and store the hidden layers' shares of them."""
+    """Store the statistics of whole planes of modality m, and the hidden layers' shares of them."""
     GATES: tl.constexpr = K.GATES
     MODALITIES: tl.constexpr = K.MODALITIES
     _, _, _, _, z, extreme_z = _keep_planes(moments, planes, scratch, m, c, inside, C, L, K)
@@ -177,12 +177,14 @@ def _parts_of(scratch, m, C, K: tl.constexpr):
 
 @triton.jit
 def _table_of(scratch, C, K: tl.constexpr):
+    """Return where the output's table begins, behind the parts."""
     parts, pitch = _parts_of(scratch, 0, C, K)
     return parts + (K.PARTS if K.PARTS > 1 else 0) * pitch
 
 
 @triton.jit
 def _leave_part(moments, scratch, part, m, c, inside, C, K: tl.constexpr):
+    """Store the moments of one part of the pixels; the first part stores the planes' first pixels too."""
     pivot, shift, squares, high, low = moments
     parts, pitch = _parts_of(scratch, m, C, K)
     parts += part * pitch + c
@@ -217,6 +219,7 @@ def _join_parts(scratch, m, c, inside, C, L, K: tl.constexpr):
 
 @triton.jit
 def _read_planes(x, pitch, planes, scratch, parameters, block, part, m, C, L, K: tl.constexpr):
+    """Make the moments of one part of the pixels of modality m, and store what follows from them."""
     c = block * K.BC + tl.arange(0, K.BC)
     inside = c < C
     begin = part * K.PART
@@ -254,6 +257,7 @@ def statistics_kernel(
 
 @triton.jit
 def _keep_set(table, k, scale, shift, c, inside, C, K: tl.constexpr):
+    """Store scale and shift of set k."""
     keep(table, 3 * K.MODALITIES + 2 * k, scale, c, inside, C)
     keep(table, 3 * K.MODALITIES + 2 * k + 1, shift, c, inside, C)
 
@@ -262,8 +266,8 @@ def _keep_set(table, k, scale, shift, c, inside, C, K: tl.constexpr):
 def gates_kernel(planes, parameters, scratch, C, L, saved_row, scratch_row, K: tl.constexpr):
     """Make the output's table for one block of channels of one sample and modality.
 
-    Where parts are joined, the block is all channels. The table has three slots per modality, its mean and
-    F̃'s scale and shift, then two per set: scale and shift of what comes to it through a gate.
+    Where parts are joined, the block has all channels. The table has three slots per modality, its mean and
+    F̃'s scale and shift. Then come two slots per set, the scale and shift of the term that has a gate.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.BC)
@@ -288,7 +292,7 @@ def gates_kernel(planes, parameters, scratch, C, L, saved_row, scratch_row, K: t
         s, more_s = whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K)
     else:
         if K.PARTS > 1:
-            tl.debug_barrier()  # ECA reads the neighbours' statistics, which other threads have kept
+            tl.debug_barrier()  # ECA reads the neighbours' statistics, which other threads have stored
         s = gate_value(planes, shares, parameters, m, c, inside, block, C, True, K)
         more_s = s
         if K.MODALITIES == 2:
@@ -352,7 +356,7 @@ def output_kernel(maps, made, scratch, strides, pitches, C, L, scratch_row, samp
     if K.MODALITIES == 2:
         x1 += i * strides[1]
     volume = tl.cast(C, tl.int64) * L
-    if K.MODE == "concat":  # the six sets one behind the other, the inputs first and last
+    if K.MODE == "concat":  # the six sets follow one another in one tensor, the inputs first and last
         batch = samples * volume
         first_set = y0 + i * volume
         last_set = first_set + 5 * batch

@@ -25,17 +25,19 @@ from mrcn_fast.backends.triton.launch import Arguments, Launcher, on_device
 # multiply-add of one center's share with the other's would leave a rounding error, and a direction with it.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
-# A leader has a multiprocessor nearly to itself: ptxas must not spill to make room for others.
+# The program of a leader has a multiprocessor nearly to itself. ptxas must not spill registers so that more
+# programs fit.
 REGISTERS = 255
 if torch.version.hip is None:
     OPTIONS["maxnreg"] = REGISTERS
 
-# In the forward one program per identity reads, in the backward of normalized rows one per sample, and each
-# has all columns. In the backward of plain rows every block of columns has a program; small blocks make many.
+# In the forward one program per identity reads features, and in the backward of normalized rows one per
+# sample; each of them has all columns. In the backward of plain rows every block of columns has a program,
+# and small blocks make many programs.
 FORWARD_WARPS, BACKWARD_WARPS, UNIT_BACKWARD_WARPS = 8, 2, 8
 
-# How many members of an identity a program reads at once: a leader is alone with its reads, so that their
-# latency is what they cost.
+# How many members of an identity a program reads at once. No other program hides the latency of a leader's
+# reads, so it starts several of them together.
 MEMBERS = 4
 
 

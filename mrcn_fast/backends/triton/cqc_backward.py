@@ -49,12 +49,12 @@ def _pull(
 
 
 @triton.jit
-def _slot_of(losses: tl.tuple, weights: tl.tensor, slot: tl.tensor, K: tl.constexpr) -> Any:
+def _slot_of(slots: tl.tuple, slot: tl.tensor, K: tl.constexpr) -> Any:
     """Return the weights of the identity at ``slot``, and the gradient of its loss.
 
-    ``losses`` are the gradients of the losses and their stride.
+    ``slots`` are the weights of all slots, the gradients of their losses, and the stride of these.
     """
-    gradient, gradient_stride = losses
+    weights, gradient, gradient_stride = slots
     return weights + WEIGHTS * slot, tl.load(gradient + slot * gradient_stride).to(K.A)
 
 
@@ -133,12 +133,7 @@ def _write_members(
 
 @triton.jit
 def _plain_rows(
-    both: tl.tuple,
-    targets: tl.tuple,
-    losses: tl.tuple,
-    weights: tl.tensor,
-    dimensions: tl.tensor,
-    K: tl.constexpr,
+    both: tl.tuple, targets: tl.tuple, slots: tl.tuple, dimensions: tl.tensor, K: tl.constexpr
 ) -> None:
     """Store a block of columns of a sample's rows; a leader stores the rows of all its identity's samples."""
     DIMENSIONS: tl.constexpr = K.DIMENSIONS
@@ -146,13 +141,13 @@ def _plain_rows(
     blocks = tl.cdiv(dimensions, DIMENSIONS)
     sample = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * DIMENSIONS + tl.arange(0, DIMENSIONS)
-    role = _role_of(weights, sample, visible)
+    role = _role_of(slots[0], sample, visible)
     if role != FOLLOWER:
         visible_targets = (targets[0], targets[1], targets[2])
         infrared_targets = (targets[3], targets[4], targets[5])
         if role == LEADER:
             identity = tl.load(labels + sample)
-            slot = _slot_of(losses, weights, sample.to(tl.int64), K)
+            slot = _slot_of(slots, sample.to(tl.int64), K)
             of_visible, of_infrared = _gradients(both, identity, slot, columns, dimensions, K)
             _write_members(visible_targets, both[0], identity, of_visible, columns, dimensions, K)
             _write_members(infrared_targets, both[1], identity, of_infrared, columns, dimensions, K)
@@ -220,12 +215,7 @@ def _of_row(
 
 @triton.jit
 def _unit_rows(
-    both: tl.tuple,
-    targets: tl.tuple,
-    losses: tl.tuple,
-    weights: tl.tensor,
-    dimensions: tl.tensor,
-    K: tl.constexpr,
+    both: tl.tuple, targets: tl.tuple, slots: tl.tuple, dimensions: tl.tensor, K: tl.constexpr
 ) -> None:
     """Store a sample's rows. The gradient of a row that is normalized to u is (g - u (u·g)) / its length."""
     DIMENSIONS: tl.constexpr = K.DIMENSIONS
@@ -237,7 +227,7 @@ def _unit_rows(
     target0 = tl.where(is_visible, targets[0], targets[3]) + row * dimensions
     target1 = tl.where(is_visible, targets[1], targets[4]) + row * dimensions
     target2 = tl.where(is_visible, targets[2], targets[5]) + row * dimensions
-    if _role_of(weights, sample, visible) == LONELY:
+    if _role_of(slots[0], sample, visible) == LONELY:
         nothing = tl.zeros([DIMENSIONS], K.A)
         for start in range(0, dimensions, DIMENSIONS):
             columns = start + tl.arange(0, DIMENSIONS)
@@ -247,7 +237,7 @@ def _unit_rows(
     else:
         identity = tl.load(tl.where(is_visible, labels, infrared_labels) + row)
         leader = first_of(labels, visible, identity, K).to(tl.int64)
-        slot = _slot_of(losses, weights, leader, K)
+        slot = _slot_of(slots, leader, K)
         own = tl.where(is_visible, scales, infrared_scales) + row
         rows = tl.where(is_visible, visible, infrared).to(tl.int64)
         scale0 = tl.load(own)
@@ -305,8 +295,8 @@ def backward_kernel(
     both = modalities(features, strides, labels, infrared_labels, weights, visible, infrared, K)
     dense = (dimensions, dimensions, dimensions, dimensions, dimensions, dimensions)
     targets = sets_of(gradients, dense, visible, infrared, True)  # the gradients are stacked and dense
-    losses = (gradient, gradient_stride)
+    slots = (weights, gradient, gradient_stride)
     if K.NORMALIZE:
-        _unit_rows(both, targets, losses, weights, dimensions, K)
+        _unit_rows(both, targets, slots, dimensions, K)
     else:
-        _plain_rows(both, targets, losses, weights, dimensions, K)
+        _plain_rows(both, targets, slots, dimensions, K)

@@ -146,21 +146,17 @@ def _loss(
 
 @triton.jit
 def _finish(
-    losses: tl.tensor,
-    roles: tl.tensor,
-    total: tl.tensor,
-    number: tl.tensor,
-    visible: tl.tensor,
-    K: tl.constexpr,
+    losses: tl.tensor, roles: tl.tensor, results: tl.tuple, visible: tl.tensor, K: tl.constexpr
 ) -> None:
-    """Store the sum of the losses and the number of identities, from what all programs have written."""
+    """Store the sum of the losses and the number of identities from those of all programs."""
+    total, number = results
     LABELS: tl.constexpr = K.LABELS
     sums = tl.zeros([LABELS], K.A)
     leaders = tl.zeros([LABELS], tl.int32)
     for start in range(0, visible, LABELS):
         slots = start + tl.arange(0, LABELS)
         here = slots < visible
-        # From L2, past an L1 that knows nothing of the other multiprocessors' stores.
+        # The loads bypass L1, which does not have the other multiprocessors' stores.
         sums += tl.load(losses + slots, mask=here, other=0, cache_modifier=".cg")
         roles_here = tl.load(roles + slots, mask=here, other=0, cache_modifier=".cg")
         leaders += (roles_here == LEADER).to(tl.int32)
@@ -224,5 +220,5 @@ def forward_kernel(
         # and acquires those of the ones before it. The barrier puts all of a program's threads before it.
         tl.debug_barrier()
         if tl.atomic_add(arrivals, 1, sem="acq_rel") == visible - 1:
-            _finish(losses, roles, total, number, visible, K)
+            _finish(losses, roles, (total, number), visible, K)
             tl.store(arrivals, 0)
