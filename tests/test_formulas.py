@@ -109,9 +109,8 @@ def test_both_give_the_same_numbers(dtype: torch.dtype, library: ctypes.CDLL, tm
     of_triton = in_triton(numbers, tmp_path)
     for name, of_cpp, other in zip(RESULTS, results, of_triton, strict=True):
         assert of_cpp.isfinite().sum() >= 64, f"{name} is hardly ever finite"
-        torch.testing.assert_close(
-            other, of_cpp, rtol=0, atol=0, equal_nan=True, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        same = (other == of_cpp) | (other.isnan() & of_cpp.isnan())
+        assert same.all(), f"{name}: {other[~same]} in Triton, {of_cpp[~same]} in C++"
 
 
 def test_every_formula_of_cpp_is_compared() -> None:

@@ -95,10 +95,9 @@ def source(launch: Launch) -> Any:
         if not isinstance(value, int | torch.Tensor) or (type(value) is int and value == 1 and not general):
             constants[place] = value
             return "constexpr"
-        pointer = isinstance(value, torch.Tensor)
-        if pointer or (value % 16 == 0 and not general):
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not general):
             attributes[place] = [["tt.divisibility", 16]]
-        return f"*{TYPES[value.dtype]}" if pointer else "i32"
+        return f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
 
     signature = {
         parameter.name: kind(value, (position,), parameter.do_not_specialize)

@@ -65,7 +65,7 @@ def evaluate(numbers: tl.tensor, results: tl.tensor, K: tl.constexpr) -> None:
     _, _, _, _, offset, s, x, y, S, T, U, V, dz, length = read
     mean, r, a, beta = f.plane((numbers, numbers + 2 * CASES, numbers + 3 * CASES), 0, c, inside, CASES, K)
     extreme = f.extreme_pixel(a, x, y)
-    made = (a, f.pooled_residual(mean, a, beta), extreme, f.extreme_residual(mean, a, beta, extreme))
+    made = (a, f.pooled_residual(mean, a, beta), extreme, f.extreme_residual(mean, a, beta, extreme))  # type: tuple
     made += (f.correction(s, offset),)
     made += f.normalized(offset, a, beta)
     made += f.restituted(s, mean, offset, a, beta, False)
