@@ -136,28 +136,31 @@ def _mean_where(wanted: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class LossOptions:
-    """The values of the total loss. Raises SettingError (a ValueError) for a value that is unfit."""
+    """The values of the total loss. Raises SettingError (a ValueError) for a value that is unfit.
+
+    `TrainConfig` has the same fields, and its module says what "paper", "field" and "ours" mean.
+    """
 
     label_smoothing: Share = 0.1
-    """Epsilon of the label-smoothed cross entropy."""
+    """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
     triplet_weight: Weight = 1.0
-    """lambda1."""
+    """lambda1 (paper)."""
     triplet_margin: Weight = 0.3
-    """Margin of the batch-hard triplet loss."""
+    """Margin of the batch-hard triplet loss (field; the paper is silent)."""
     soft_margin: bool = False
-    """Use the soft margin in place of the triplet's hinge."""
+    """Soft margin in place of the triplet's hinge (ours, an option)."""
     cqc_weight: Weight = 1.2
-    """lambda2."""
+    """lambda2 (paper, Figure 4)."""
     cqc_margin: Weight = 0.2
-    """alpha, the margin of the CQC loss."""
+    """alpha, the margin of the CQC loss (paper)."""
     cqc_features: Literal["pooled", "unit"] = "pooled"
-    """What the CQC loss compares: features as the network pools them, or divided by their length."""
+    """What the CQC loss compares: pooled features, or unit ones, divided by their length (paper: silent)."""
     cqc_reduction: Literal["sum", "mean"] = "sum"
-    """Whether the CQC loss is the sum or the mean over the identities of a batch."""
+    """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
     detach_negative: bool = False
-    """Stop the gradient of the second distances of the CQC loss."""
+    """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
     causality_weight: Weight = 0.1
-    """Weight of SNR's dual causality loss."""
+    """Weight of SNR's dual causality loss at each block, for model snr (Jin et al. 2020, first stages)."""
     backend: BackendName | None = None
     """Backend of the CQC loss, as `mrcn_fast.CQCLoss` takes it."""
 
