@@ -308,3 +308,33 @@ def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture
     path.write_bytes(b"")
     assert readable([sample(path)], workers=1) == ([], [sample(path)])
     assert "\udcff.png: expected a readable image" in caplog.messages[0]
+
+
+def test_images_are_rgb_of_the_size(tmp_path: Path) -> None:
+    colour = np.zeros((8, 6, 3), dtype=np.uint8)
+    colour[:4] = (250, 20, 130)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    Image.fromarray(np.full((20, 10), 90, dtype=np.uint8)).save(tmp_path / "grey.jpg")
+    samples = [Sample(tmp_path / name, 1, 1, "visible") for name in ("colour.png", "grey.jpg")]
+    images = PersonImages(samples, (8, 6))
+    assert len(images) == 2
+    assert torch.equal(images[0], torch.from_numpy(colour).permute(2, 0, 1))
+    assert (images[1].dtype, images[1].shape) == (torch.uint8, (3, 8, 6))
+    assert torch.equal(images[1], torch.full((3, 8, 6), 90, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"image_size must be \(height, width\)"):
+        PersonImages(samples, (0, 6))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut"])
+def test_unreadable_images_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "0042.jpg"
+    if damage != "missing":
+        generator = np.random.default_rng(0)
+        Image.fromarray(generator.integers(0, 256, (64, 32, 3), dtype=np.uint8)).save(path)
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"no image", "cut": whole[: len(whole) // 2]}[damage])
+    images = PersonImages([Sample(path, 7, 3, "infrared")], (64, 32))
+    with pytest.raises(
+        DatasetError, match=r"0042.jpg: expected a readable image of identity 7, camera 3; found"
+    ):
+        images[0]
