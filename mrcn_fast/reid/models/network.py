@@ -164,8 +164,8 @@ class ReIDModel(nn.Module):
 
     def forward(self, visible: Tensor, infrared: Tensor) -> TrainingOutput:
         """Compute what the losses need of two paired batches, (B, 3, H, W) each."""
-        _check_images("visible", visible)
-        _check_images("infrared", infrared)
+        for name, images in (("visible", visible), ("infrared", infrared)):
+            _check_images(name, images)
         if visible.shape != infrared.shape:
             raise ValueError(
                 f"got visible {tuple(visible.shape)} and infrared {tuple(infrared.shape)}, expected equal "
