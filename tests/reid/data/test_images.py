@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import random
 import struct
 import zlib
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from mrcn_fast.reid.data import DatasetError, PersonImages, Sample
 from mrcn_fast.reid.data.formats import FORMATS
 from mrcn_fast.reid.data.images import FILTERS, check_left, readable
+from tests.reid.data.refusals import damaged_copies
 
 SIZE = (24, 10)
 
@@ -256,13 +256,9 @@ def test_a_damaged_file_gives_pixels_or_a_dataset_error(format: str, tmp_path: P
     content = io.BytesIO()
     exif = {"exif": Image.Exif()} if format in ("JPEG", "PNG", "TIFF", "WEBP") else {}
     picture().save(content, format, **exif)
-    whole, generator = content.getvalue(), random.Random(0)
     path, damaged = tmp_path / "image", 0
-    for _ in range(150):
-        broken = bytearray(whole)
-        for _ in range(generator.choice((1, 2, 8))):
-            broken[generator.randrange(generator.choice((100, len(broken))))] = generator.randrange(256)
-        path.write_bytes(broken[: generator.randrange(len(broken))] if generator.random() < 0.3 else broken)
+    for broken in damaged_copies(content.getvalue(), 150, first=100, cut=0.3):
+        path.write_bytes(broken)
         try:
             assert read(path).shape == (3, *SIZE)
         except DatasetError as error:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import pickle
-import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from mrcn_fast.reid.data import SYSUMM01, DatasetError
 from mrcn_fast.reid.data.datasets.permutations import read_permutations
 from mrcn_fast.reid.data.datasets.sysu_mm01 import PERMUTATIONS
+from tests.reid.data.refusals import damaged_copies, refused
 from tests.reid.data.sysu_tree import COUNTS, names, write_tree
 
 
@@ -57,17 +57,17 @@ def test_official_draw_takes_the_first_of_a_row(root: Path, tmp_path: Path, plac
 
 
 def test_official_draw_of_another_tree_is_refused(root: Path) -> None:
-    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}: expected the official gallery draw"):
+    with refused(match=rf"{PERMUTATIONS}: expected the official gallery draw"):
         SYSUMM01(root).gallery(draw="official")
     path = root / PERMUTATIONS
     save_permutations(path, changed={(4, 6): 13})
-    with pytest.raises(DatasetError, match=r"permutations of the 12 images in .*cam4.0006; found 13 places"):
+    with refused(match=r"permutations of the 12 images in .*cam4.0006; found 13 places"):
         SYSUMM01(root).gallery(draw="official")
     save_permutations(path, trials=3)
     with pytest.raises(ValueError, match="trial must be below 3"):
         SYSUMM01(root).gallery(draw="official", trial=3)
     path.write_text("no MATLAB file")
-    with pytest.raises(DatasetError, match="expected a MATLAB file"):
+    with refused(match="expected a MATLAB file"):
         SYSUMM01(root).gallery(draw="official")
 
 
@@ -147,7 +147,7 @@ def test_an_official_draw_that_is_none_is_refused(
     save_permutations(path)
     scipy_io = pytest.importorskip("scipy.io")
     scipy_io.savemat(path, {"rand_perm_cam": change(scipy_io.loadmat(path)["rand_perm_cam"])})
-    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}.*{found}"):
+    with refused(match=rf"{PERMUTATIONS}.*{found}"):
         SYSUMM01(root).gallery(draw="official")
 
 
@@ -180,7 +180,7 @@ def test_other_files_are_no_official_draw(root: Path, kind: str, found: str) -> 
         "other": other.getvalue(),
     }
     path.write_bytes(content[kind])
-    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}: expected a MATLAB file .*; found: {found}"):
+    with refused(match=rf"{PERMUTATIONS}: expected a MATLAB file .*; found: {found}"):
         SYSUMM01(root).gallery(draw="official")
 
 
@@ -192,18 +192,15 @@ def test_a_damaged_official_draw_is_refused_or_the_same(root: Path, compress: bo
     scipy_io = pytest.importorskip("scipy.io")
     cells = scipy_io.loadmat(path)["rand_perm_cam"]
     scipy_io.savemat(path, {"rand_perm_cam": cells}, do_compression=compress)
-    whole, generator, refused = path.read_bytes(), random.Random(0), 0
-    for _ in range(300):
-        broken = bytearray(whole)
-        for _ in range(generator.choice((1, 2, 8))):
-            broken[generator.randrange(generator.choice((400, len(broken))))] = generator.randrange(256)
-        path.write_bytes(broken[: generator.randrange(len(broken))] if generator.random() < 0.2 else broken)
+    errors = 0
+    for broken in damaged_copies(path.read_bytes(), 300, first=400, cut=0.2):
+        path.write_bytes(broken)
         try:
             read_permutations(path, 6)
         except DatasetError as error:
-            refused += 1
+            errors += 1
             assert str(error).startswith(str(path))
-    assert refused > 50
+    assert errors > 50
 
 
 def test_official_searches(root: Path) -> None:
