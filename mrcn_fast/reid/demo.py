@@ -330,7 +330,7 @@ def _table(results: dict[str, Any]) -> Table:
     )
     table.add_column("")
     fused = f"share, {results['backend']}" if results["backend"] != "reference" else "share, fused"
-    for name in (*COLUMNS.values(), "ms a step", fused, "share, reference"):
+    for name in (*COLUMNS.values(), "ms per step", fused, "share, reference"):
         table.add_column(name, justify="right")
     shares = results["block_share"]
     automatic = f"{100 * shares['automatic']:.1f} %" if results["backend"] != "reference" else "not built"

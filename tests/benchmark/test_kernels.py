@@ -33,12 +33,12 @@ def test_the_names_of_the_cpus_cases_stay() -> None:
 
 @pytest.mark.parametrize("suite", kernels.SUITES)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_a_name_is_a_case(suite: str, device: str) -> None:
+def test_each_name_belongs_to_one_case(suite: str, device: str) -> None:
     names = [case.name for case in kernels.cases(suite, device)]
     assert names and len(set(names)) == len(names)
 
 
-def test_the_stages_are_the_papers() -> None:
+def test_the_stages_have_the_papers_sizes() -> None:
     """288 x 128 pixels: behind each stage, for 4 x 4 and 8 x 4 images of a modality."""
     from mrcn_fast.reid.models.resnet import Trunk
 
@@ -68,18 +68,18 @@ def test_a_gpu_has_cases_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @no_gpu
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "kernels", "--device", "cuda"]) == 2
     said = capsys.readouterr()
     assert "nothing to measure: --device cuda: there is no GPU here" in said.err and not said.out
 
 
-def test_a_name_that_no_case_has(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_no_case_has_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "kernels", "--only", "no such case"]) == 2
     assert "no case's name in the suite table contains" in capsys.readouterr().err
 
 
-def test_the_fused_form_is_the_kernels(
+def test_the_reference_is_not_measured_as_the_fused_form(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MRCN_FAST_BACKEND", "reference")
@@ -99,7 +99,9 @@ def test_the_fused_form_is_the_kernels(
         ),
     ],
 )
-def test_what_can_be_put_right(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bad_arguments_are_refused(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["bench", *words]) == 2
     assert message in capsys.readouterr().err
 

@@ -16,7 +16,7 @@ from mrcn_fast.benchmark.suites.problems import OPERATIONS, Problem
 
 
 def test_compulsory_volumes() -> None:
-    """algebra.md's: 6 and 8 for the pair, 8 with the six sets in one batch, 2 for restitution."""
+    """6 and 8 for the pair, 8 with the six sets in one batch, 2 for restitution."""
     assert [OPERATIONS["block"].volumes(way) for way in problems.WAYS] == [6, 8, 14]
     assert OPERATIONS["concat"].volumes("forward") == 8
     assert OPERATIONS["restitution"].volumes("forward") == 2
@@ -53,7 +53,7 @@ def test_large_volumes_are_compared_in_parts(way: str, monkeypatch: pytest.Monke
 
 
 def test_other_kernels_are_timed_beside_the_default_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And each result is compared before: the reference stands in for a GPU's second backend."""
+    """Each result is compared first; the reference stands in for a GPU's second backend."""
     assert problems.other_kernels("cpu") == []
     monkeypatch.setattr(problems, "other_kernels", lambda device: ["reference"])
     for calls in (
@@ -68,7 +68,7 @@ def test_other_kernels_are_timed_beside_the_default_ones(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-def test_the_other_forms_are_right(operation: str) -> None:
+def test_the_other_baselines_give_the_reference_results(operation: str) -> None:
     chosen = OPERATIONS[operation]
     torch.manual_seed(0)
     module = chosen.make(8, dtype=torch.float64, backend="reference")
@@ -107,7 +107,7 @@ def test_calls_use_their_tensors_in_turn(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_every_fused_form_is_compared_on_its_own_first_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU there are two, and several sets of tensors that each goes round."""
+    """On a GPU there are two fused forms, and each uses several sets of tensors in turn."""
     monkeypatch.setattr(problems, "rotation", lambda device, size: 3)
     monkeypatch.setattr(problems, "other_kernels", lambda device: ["reference"])
     calls = problems.map_calls(Problem("block", "forward+backward", (1, 4, 3, 3)))
@@ -115,7 +115,7 @@ def test_every_fused_form_is_compared_on_its_own_first_tensors(monkeypatch: pyte
     benchmark.check(calls)
 
 
-def test_a_hot_case_stays_at_one_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hot_case_uses_one_set_of_tensors(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(problems, "rotation", lambda device, size: 3)
     fused = problems.map_calls(Problem("block", "forward", (1, 4, 3, 3), hot=True))["fused"]
     assert torch.equal(fused()[0], fused()[0])
@@ -145,8 +145,10 @@ MISTAKES: dict[str, Callable[[Any], object]] = {
 
 @pytest.mark.parametrize("dtype", problems.DTYPES)
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_what_the_cases_tell_apart(mistake: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their parameters and maps are such that a block that mistakes one of them is not timed."""
+def test_mistakes_in_gates_and_norms_are_found(
+    mistake: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the parameters and maps of the cases, a block that makes such a mistake is not timed."""
 
     def call(block: Any, *maps: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if block.backend != "reference":

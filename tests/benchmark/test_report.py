@@ -10,7 +10,7 @@ from mrcn_fast.benchmark import Case, Timing, results
 from mrcn_fast.benchmark.suites.problems import Problem
 
 
-def test_a_report_is_charts_and_a_page_that_needs_nothing_else(tmp_path: Path) -> None:
+def test_a_report_has_charts_and_a_page_without_links(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="reports are drawn with matplotlib")
     from mrcn_fast.benchmark.report import write_report
 

@@ -58,7 +58,9 @@ def test_a_gpus_result_is_printed_and_tabled(tmp_path: Path, capsys: pytest.Capt
     assert "| a case | 1000.00 ms | 6.0 × | – | 2.0 × | – | 2.00 |" in printed and "5.0 ×" not in printed
 
 
-def test_what_moved_between_two_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_comparison_shows_what_changed_between_two_files(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     def scaled(line: dict[str, Any], by: float, floor: float = 1.0) -> dict[str, Any]:
         ms = {n: [t * (floor if n == "floor" else by) for t in times] for n, times in line["ms"].items()}
         return line | {"ms": ms}
@@ -79,7 +81,7 @@ def test_what_moved_between_two_files(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_machines_have_tables_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """And of each the newest result, whatever the order in the file."""
+    """A table has the newest result of each case, in whatever order the file has them."""
     file = tmp_path / "x.jsonl"
     cpu = {"cpu": "A", "threads": 2, "torch": "2.13", "pages": "warm"}
     old, new = (cpu | {"kernels": f"C++ kernels, {isa} of ..."} for isa in ("avx2", "avx512bf16"))
@@ -97,7 +99,7 @@ def test_machines_have_tables_of_their_own(tmp_path: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     "content", [None, "", "nothing of ours\n", '{"case": "a"}\n', '{"case": "step", "ms": {"habit": [1]}}\n']
 )
-def test_a_file_that_holds_no_results(
+def test_a_file_without_results_is_refused(
     content: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "x.jsonl"

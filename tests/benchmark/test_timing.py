@@ -25,14 +25,14 @@ from mrcn_fast.benchmark.suites.problems import Problem
     ],
     ids=["nan", "infinite", "another shape"],
 )
-def test_a_last_result_that_is_no_result(spoil: Callable[..., Any]) -> None:
+def test_an_unfit_last_result_is_an_infinite_error(spoil: Callable[..., Any]) -> None:
     results = torch.ones(2), torch.ones(3, 4)
     with pytest.raises(RuntimeError, match="off by inf"):
         benchmark.check({"fused": lambda: spoil(*results), "eager": lambda: results})
 
 
-def test_a_second_call_that_is_wrong() -> None:
-    """Triton's launches go another way from the second call on."""
+def test_a_wrong_second_call_is_found() -> None:
+    """From the second call on, Triton's launches take another path."""
     right, wrong = (torch.ones(2),), (torch.tensor([1.0, 1.1]),)
     calls = iter([right, wrong])
     with pytest.raises(RuntimeError, match="at the second call"):
@@ -51,8 +51,8 @@ def test_the_peak_is_what_the_system_counts() -> None:
     assert 47e6 < peak < 56e6
 
 
-def test_what_autograd_keeps() -> None:
-    """The statistics alone of the block, four bytes a number; of eager six maps."""
+def test_saved_bytes_are_those_that_autograd_keeps() -> None:
+    """The fused block keeps only statistics, four bytes per number; eager keeps six maps."""
     n, c = 2, 32
     calls = problems.map_calls(Problem("block", "forward+backward", (n, c, 9, 8)))
     # Of each plane the mean, what rounding left of it, and 1/σ; the hidden layers of four gates.
@@ -80,7 +80,7 @@ class FakeEvent:
 
 
 def test_every_round_has_an_order_of_its_own() -> None:
-    """None always follows the same one, and pays for what that left in the caches."""
+    """No call always follows the same call, whose lines it would always find in the caches."""
     log: list[str] = []
     calls: timing.Calls = {name: partial(log.append, name) for name in "abcd"}
     timing.measure(calls, 0.0, least=40)
@@ -93,7 +93,7 @@ def test_every_round_has_an_order_of_its_own() -> None:
 
 @pytest.mark.parametrize("hot", [False, True])
 @pytest.mark.parametrize("waits", [False, True])
-def test_measuring_on_a_gpu(waits: bool, hot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_calls_are_measured_in_turn_on_a_gpu(waits: bool, hot: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call runs once per round, and behind a pause longer than its host takes, unless it waits itself.
 
     Before the call other data or the same call fills the cache.

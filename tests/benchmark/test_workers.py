@@ -23,7 +23,7 @@ def test_a_wrong_result_is_not_timed() -> None:
         workers.measured_case(case, 0.0)
 
 
-def test_a_wrong_case_is_told_and_the_next_one_measured(
+def test_a_wrong_case_is_reported_and_the_next_one_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = [sums("first"), sums("wrong", off=1.0), sums("last")]
@@ -59,7 +59,7 @@ def wrong() -> tuple[torch.Tensor]:
 def test_cases_prepared_side_by_side_are_timed_in_their_order(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second case is wrong: that is reported, and the others have results."""
+    """The wrong second case is reported, and the others have results."""
     chosen = [sums("first"), sums("wrong", off=1.0), sums("gone"), sums("last")]
     monkeypatch.setattr(kernels, "cases", lambda *_: chosen)
     file = tmp_path / "x.jsonl"
@@ -78,14 +78,14 @@ def sums(name: str, off: float = 0.0) -> Case:
 
 
 def _sums(name: str, off: float) -> dict[str, Callable[[], Any]]:
-    """Here, because another process makes it."""
+    """Make the calls of a case. It is a function of the module, because another process makes them."""
     if name == "gone":
         os._exit(1)
     x = torch.ones(8)
     return {"fused": lambda: (x + off,), "eager": lambda: (x,)}
 
 
-def test_cases_are_shared_out_by_how_much_there_is_to_compile() -> None:
+def test_cases_are_shared_out_by_their_compilations() -> None:
     chosen = [sums("forward"), sums("forward+backward"), sums("forward"), sums("forward")]
     assert workers.shared_out(chosen, 2) == [[1, 3], [0, 2]]
     assert workers.shared_out(chosen, 9) == [[1], [0], [2], [3]]

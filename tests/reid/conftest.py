@@ -56,13 +56,13 @@ def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_tree: Path) -> TrainConfig:
-    """Six steps in two epochs; its `out` is nobody's: replace it."""
+    """A run of six steps in two epochs, whose `out` a test replaces."""
     return TrainConfig(data=str(tiny_tree), **TINY)
 
 
 @pytest.fixture
 def tiny_config(tiny_run: TrainConfig, tmp_path: Path) -> TrainConfig:
-    """`tiny_run` into a folder of the test's own."""
+    """`tiny_run` with a folder of the test as `out`."""
     return dataclasses.replace(tiny_run, out=str(tmp_path / "run"))
 
 

@@ -217,8 +217,8 @@ class ReIDLoss(nn.Module):
         if sets not in (2, 4, 6) or sets * len(labels) != rows:
             of_both = rows in (len(labels), 3 * len(labels))
             raise ValueError(
-                f"got {rows} features a part for {len(labels)} labels, expected two sets, four (v, v+, n+, n "
-                "or v, v-, n-, n) or six (v, v+, v-, n-, n+, n) of one feature a label"
+                f"got {rows} features per part for {len(labels)} labels, expected two sets, four (v, v+, n+, "
+                "n or v, v-, n-, n) or six (v, v+, v-, n-, n+, n) of one feature per label"
                 + "; pass one modality's labels, not those of both"
                 * of_both
             )
@@ -264,7 +264,7 @@ def _check_rows(name: str, features: Tensor, labels: Tensor) -> None:
     if features.dim() != 2 or labels.dim() != 1 or len(features) != len(labels):
         raise ValueError(
             f"got {name} {tuple(features.shape)} and labels {tuple(labels.shape)}, expected (M, D) and (M,): "
-            "a label a row"
+            "one label per row"
         )
 
 

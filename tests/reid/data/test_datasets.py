@@ -1,4 +1,4 @@
-"""Data sets by name: opened with what they have, and told from their trees."""
+"""Data sets are recognized by their trees and opened by name."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from mrcn_fast.reid.data import DATASETS, LLCM, SYSUMM01, DatasetError, RegDB, open_dataset, recognize
 
 
-def test_trees_are_told_and_opened(tiny_tree: Path, tiny_regdb: Path, tiny_llcm: Path) -> None:
+def test_trees_are_recognized_and_opened(tiny_tree: Path, tiny_regdb: Path, tiny_llcm: Path) -> None:
     assert list(DATASETS) == ["sysu-mm01", "regdb", "llcm"]
     for root, kind in ((tiny_tree, SYSUMM01), (tiny_regdb, RegDB), (tiny_llcm, LLCM)):
         name = recognize(str(root))

@@ -241,7 +241,7 @@ def test_files_that_differ_in_their_suffix_are_one_picture(root: Path) -> None:
         LLCM(root).searches()
 
 
-def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_the_images(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = LLCM(root)
         data.training()

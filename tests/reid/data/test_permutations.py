@@ -186,7 +186,7 @@ def test_other_files_are_no_official_draw(root: Path, kind: str, found: str) -> 
 
 @pytest.mark.parametrize("compress", [False, True])
 def test_a_damaged_official_draw_is_refused_or_the_same(root: Path, compress: bool) -> None:
-    """Among such files are some on which scipy's reader ends the process."""
+    """Some of these files end the process in scipy's reader."""
     path = root / PERMUTATIONS
     save_permutations(path)
     scipy_io = pytest.importorskip("scipy.io")

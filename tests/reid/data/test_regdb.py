@@ -199,7 +199,7 @@ def test_a_label_is_one_person(root: Path, part: str) -> None:
         RegDB(root)
 
 
-def test_folders_without_a_number_tell_no_person(root: Path) -> None:
+def test_folders_without_a_number_name_no_person(root: Path) -> None:
     for kind, folder in FOLDERS.items():
         (root / folder / "285").rename(root / folder / "anna")
         path = root / "idx" / f"train_{kind}_1.txt"
@@ -208,7 +208,7 @@ def test_folders_without_a_number_tell_no_person(root: Path) -> None:
 
 
 def test_people_of_training_and_test_are_apart(root: Path) -> None:
-    """Other images of the same people would do as well."""
+    """Other images of the same people are found too."""
     for kind, folder in FOLDERS.items():
         new = root / line(kind, 7, 3, 0).rsplit(" ", 1)[0]
         new.touch()
@@ -276,7 +276,7 @@ def test_names_need_not_be_utf8(root: Path) -> None:
     assert RegDB(root).training().visible[-1].path == Path(os.fsdecode(place))
 
 
-def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_the_images(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = RegDB(root, split=3)
         data.training()

@@ -178,7 +178,9 @@ def test_images_of_every_format_are_read(root: Path, suffix: str) -> None:
     assert query[0].path.name == f"0001{suffix}"
 
 
-def test_what_is_no_image_is_named_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_entries_that_are_no_images_are_named_and_counted(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (root / "cam1" / "0001" / "Thumbs.db").unlink()
     (root / "cam1" / "0001" / "._0001.jpg").unlink()
     before = SYSUMM01(root)
@@ -195,14 +197,14 @@ def test_what_is_no_image_is_named_and_counted(root: Path, caplog: pytest.LogCap
         data = SYSUMM01(root)
         assert data.training() == training
         assert data.query() == query
-    told = [message for message in caplog.messages if "entries that are neither" in message]
-    assert [message.rpartition(": ")[2].split(", ") for message in told] == [
+    warnings = [message for message in caplog.messages if "entries that are neither" in message]
+    assert [message.rpartition(": ")[2].split(", ") for message in warnings] == [
         ["cam7", "cam1/0001a", "cam2/0001.jpg", "cam2/@eaDir"],
         ["cam1/0001/folder.jpg", "cam3/0001/._0009.jpg", "cam3/0001/0009.gif", "cam3/0001/Thumbs.db",
          "cam3/0001/device.jpg"],
         ["cam3/0006/noise"],
     ]  # fmt: skip
-    assert told[1].startswith(f"sysu-mm01 at {root}: left out 5 entries that are neither images (.jpg, ")
+    assert warnings[1].startswith(f"sysu-mm01 at {root}: left out 5 entries that are neither images (.jpg, ")
 
 
 def test_links_that_lead_nowhere_are_images_that_cant_be_read(root: Path) -> None:
@@ -254,11 +256,11 @@ def test_test_identities_of_one_modality_are_named(root: Path, caplog: pytest.Lo
     shutil.rmtree(root / "cam6" / "0012")
     with caplog.at_level(logging.WARNING):
         SYSUMM01(root).searches("both")
-    told = [message for message in caplog.messages if "test identities" in message]
-    assert told == [f"sysu-mm01 at {root}: 1 test identities without infrared images: 12"]
+    warnings = [message for message in caplog.messages if "test identities" in message]
+    assert warnings == [f"sysu-mm01 at {root}: 1 test identities without infrared images: 12"]
 
 
-def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_the_images(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = SYSUMM01(root)
         data.training()

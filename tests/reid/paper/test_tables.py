@@ -85,7 +85,7 @@ def run(name: str, data: list[Path], out: Path, overlay: str, **more: Any) -> di
 
 @pytest.fixture
 def make_again(made: Made, overlay: str, tiny_tree: Path) -> MakeAgain:
-    """Makes a table in the folder of `made`, Table 4 on `tiny_tree` unless another one is given."""
+    """A function that makes a table in the folder of `made`, by default Table 4 on `tiny_tree`."""
 
     def make(name: str = "4", data: list[Path] | None = None, **more: Any) -> dict[str, Any]:
         return run(name, data or [tiny_tree], made[0], overlay, **more)
@@ -157,7 +157,7 @@ def test_rank1_by_each_pairing_follows(made: Made, tmp_path: Path) -> None:
         load_made_table(made_table, "4")
 
 
-def test_several_seeds_are_trained_and_their_spread_is_told(
+def test_several_seeds_are_trained_and_their_spread_is_printed(
     overlay: str, tiny_tree: Path, tmp_path: Path
 ) -> None:
     table = run("4", [tiny_tree], tmp_path, overlay, seeds=2, options=OPTIONS | {"trials": 1})
@@ -175,7 +175,9 @@ def test_several_seeds_are_trained_and_their_spread_is_told(
     assert "mean ± standard deviation over the runs" in markdown(table)
 
 
-def test_only_what_is_missing_is_run(made: Made, make_again: MakeAgain, watched: Watched) -> None:
+def test_only_missing_runs_are_trained_and_scored(
+    made: Made, make_again: MakeAgain, watched: Watched
+) -> None:
     _, table = made
     trained, scored = watched
     again = make_again()
@@ -332,7 +334,7 @@ def test_a_run_of_other_weights_in_the_way_is_refused(
 
 
 @pytest.mark.parametrize(("name", "value"), [("split", 2), ("dataset", "llcm")])
-def test_what_a_table_sets_itself_is_refused(
+def test_values_that_a_table_sets_are_refused(
     overlay: str, tiny_regdb: Path, tmp_path: Path, name: str, value: Any
 ) -> None:
     def configure(values: dict[str, Any]) -> TrainConfig:
@@ -390,7 +392,7 @@ def test_only_a_table_that_was_made_is_printed(tmp_path: Path) -> None:
 
     assert "50.0" in markdown(loaded(**first({key: scores})))
     assert loaded(draw="official", machine=machine | {"gpu": "b"}) == json.loads(path.read_text())
-    for changes, told in (
+    for changes, message in (
         ({"table": "2"}, "found table '2'"),
         ({"rows": rows[1:]}, f"of {len(rows)} rows; found {len(rows) - 1}"),
         ({"rows": [{"ours": {"other": scores}}, *rows[1:]]}, "found other scores in row 1"),
@@ -410,7 +412,7 @@ def test_only_a_table_that_was_made_is_printed(tmp_path: Path) -> None:
     ):
         with pytest.raises(DocumentError) as error:
             loaded(**changes)
-        assert str(path) in str(error.value) and told in str(error.value)
+        assert str(path) in str(error.value) and message in str(error.value)
 
 
 def test_rows_of_other_methods_have_the_papers_figures_alone() -> None:
