@@ -318,7 +318,7 @@ CALLS = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, tiny_tree: Path, finished: Path) -> dict[str, Path]:
-    """What the calls name in braces."""
+    """The paths that calls name in braces."""
     files = tmp_path_factory.mktemp("bad")
     for name, content in FILES.items():
         (files / name).write_bytes(content)
@@ -341,7 +341,7 @@ def named(text: str, places: dict[str, Path]) -> str:
 
 
 def command_line(line: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says when it refuses these words."""
+    """The message with which the command refuses these words."""
     words = shlex.split(line.format(**places))
     status = cli.main(words)
     printed = capsys.readouterr()
@@ -354,7 +354,7 @@ def command_line(line: str, places: dict[str, Path], capsys: pytest.CaptureFixtu
 
 
 def python_call(call: str, places: dict[str, Path]) -> str:
-    """What the call raises."""
+    """The type and message of the error that the call raises."""
     torch.manual_seed(0)
     known: dict[str, Any] = {
         **vars(mrcn_fast),

@@ -145,12 +145,12 @@ def test_the_steps_are_those_asked_for(tmp_path: Path) -> None:
 
 def test_a_second_demo_replaces_the_first(demo: DemoConfig, capsys: pytest.CaptureFixture[str]) -> None:
     run_demo(dataclasses.replace(demo, steps=1), overwrite=True)
-    told = capsys.readouterr().out
-    assert f"{Path(demo.out) / 'index.html'} shows what was trained and found" in told
-    for part in ("Rank-1", "Rank-10", "mAP", "mINP", "ms a step", "chance"):
-        assert part in told
+    output = capsys.readouterr().out
+    assert f"{Path(demo.out) / 'index.html'} shows what was trained and found" in output
+    for part in ("Rank-1", "Rank-10", "mAP", "mINP", "ms per step", "chance"):
+        assert part in output
     for title in ("two-stream baseline", "MRCN without CQC", "MRCN"):
-        assert any(line.split("│")[1].strip() == title for line in told.splitlines() if "│" in line)
+        assert any(line.split("│")[1].strip() == title for line in output.splitlines() if "│" in line)
     assert load_checkpoint(Path(demo.out) / "mrcn").step == 1
 
 
@@ -166,7 +166,7 @@ def test_another_demo_is_not_replaced(tmp_path: Path, finished: Path) -> None:
     record.unlink()
     # A run of the same folder name that isn't a demo's.
     shutil.copytree(finished.parent, tmp_path / "mrcn")
-    with pytest.raises(ResultError, match=rf"{tmp_path / 'mrcn'}: is there already, and nothing tells"):
+    with pytest.raises(ResultError, match=rf"{tmp_path / 'mrcn'}: is there already, and no record says"):
         run_demo(config)
     assert (tmp_path / "mrcn" / "checkpoint.pth").read_bytes() == finished.read_bytes()
 

@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.options import SECONDS
+from mrcn_fast.benchmark.options import SECONDS, read_options
 from mrcn_fast.benchmark.results import AS_PUBLISHED
 from mrcn_fast.benchmark.suites.baselines import LoopedCQC
 from mrcn_fast.benchmark.timing import check_measurable
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.flags import DEVICE, PATH, Flags, one_of
-from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.devices import check_alone
 from mrcn_fast.reid.models.blocks import BlockOutput, RestitutionCompensation
 from mrcn_fast.reid.models.network import ModelName, ReIDModel, use_layout
@@ -440,9 +439,7 @@ def flags() -> Flags:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mrcn-fast bench step argv...`: measure, and print a table per model."""
-    options = Options(**flags().values(argv))
-    if options.out:
-        check_file(options.out, "the results")
+    options = read_options(Options, flags(), argv)
     check_alone()
     check_measurable(options.device)
     for config in options.configs():

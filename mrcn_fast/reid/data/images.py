@@ -135,7 +135,7 @@ def check_left(
         return
     lost, still = (Counter(sample.modality for sample in samples) for samples in (unreadable, kept))
     counts = ", ".join(f"{lost[m]} of {lost[m] + still[m]} {m} images" for m in left if lost[m])
-    lacking = f"a batch needs {identities} distinct identities; got {len(paired)}"
+    lacking = f"a batch needs {identities} different identities; got {len(paired)}"
     if not paired:
         gone = [f"no {modality} image is left" for modality, found in left.items() if not found]
         lacking = "; ".join([f"no {part} identity has images of both modalities", *gone])

@@ -86,7 +86,7 @@ def extract(
 
 @contextmanager
 def _evaluating(model: ReIDModel) -> Iterator[None]:
-    """Keep the network in eval mode, and put it back into its mode of before."""
+    """Keep the network in eval mode, and restore its former mode."""
     training = model.training
     model.eval()
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from lightning_fabric import Fabric
 from rich.progress import Progress
@@ -138,6 +138,10 @@ def open_trained(
     return Trained(path, state, config, dataset, model, fabric, precision, serving)
 
 
+# The options of `open_trained`; the others are those of `Trained.features`.
+_OPENING: Final = ("split", "other_data", "backend", "accelerator", "precision", "permutations")
+
+
 @dataclass(kw_only=True)
 class EvaluationOptions:
     """How a trained network is opened and gives test features, for scoring and for figures alike.
@@ -169,13 +173,4 @@ class EvaluationOptions:
 
     def open(self, checkpoint: AnyPath, data: AnyPath) -> Trained:
         """`open_trained` with these options."""
-        return open_trained(
-            checkpoint,
-            data,
-            split=self.split,
-            other_data=self.other_data,
-            backend=self.backend,
-            accelerator=self.accelerator,
-            precision=self.precision,
-            permutations=self.permutations,
-        )
+        return open_trained(checkpoint, data, **{name: getattr(self, name) for name in _OPENING})

@@ -19,23 +19,19 @@ from mrcn_fast.reid.kinds import (
     BackendName,
     Count,
     CountOrZero,
-    Depth,
-    GateName,
     Height,
     PathOrEmpty,
     PathText,
     Precision,
-    RestituteTo,
     Seed,
     Several,
     Share,
     Split,
-    Stage,
     Weight,
     Width,
     Workers,
 )
-from mrcn_fast.reid.models.network import ModelName, ModelOptions
+from mrcn_fast.reid.models.network import ModelOptions
 from mrcn_fast.reid.settings import SettingError, check_fields, checked, kinds_of, record
 from mrcn_fast.reid.training.losses import LossOptions
 
@@ -48,8 +44,8 @@ class ConfigError(ValueError):
 
 
 @dataclass
-class TrainConfig:
-    """The values of a training run. Raises ConfigError for values that are unfit or don't fit each other."""
+class DataOptions:
+    """The files of a run."""
 
     data: PathOrEmpty
     """Root of the data set's tree, as its owners ship it."""
@@ -65,25 +61,13 @@ class TrainConfig:
     """Folder for a memory-mapped cache of the resized images; none: images are decoded each time."""
     skip_unreadable: bool = False
     """Leave out images that can't be read, named and counted, instead of stopping at one."""
-
-    model: ModelName = "mrcn"
-    """mrcn; mrm or mcm, half of it; snr; baseline, the plain two-stream network (paper, Tables 2 and 4)."""
-    depth: Depth = 50
-    """Layers of the ResNet (paper: 50)."""
-    stages: Annotated[Several[Stage], INCREASING] = (0,)
-    """Stages with a block behind them, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
-    gate: GateName = "se"
-    """Attention of restitution and compensation: se, eca, cbam or cbam-channel (paper: se)."""
-    reduction: Count = 16
-    """Dimension reduction of the gate (paper)."""
-    restitute_to: RestituteTo = "normalized"
-    """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
-    parts: Count = 1
-    """Horizontal stripes with a head each; above 1 this is MRCN-P (the authors' earlier code: 4)."""
-    pool: Literal["average", "gem"] = "average"
-    """Pooling of the last feature map (field: average)."""
     weights: PathText | None = None
     """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
+
+
+@dataclass(kw_only=True)
+class BatchOptions:
+    """The images of a training batch and their augmentation."""
 
     height: Height = 288
     """Image height in pixels (paper)."""
@@ -104,26 +88,13 @@ class TrainConfig:
     channel_augmentation: Share = 0.0
     """Probability that a visible image becomes one of its channels or its grey (CAJ's; paper: none)."""
 
-    label_smoothing: Share = 0.1
-    """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
-    triplet_weight: Weight = 1.0
-    """lambda1 (paper)."""
-    triplet_margin: Weight = 0.3
-    """Margin of the batch-hard triplet loss (field; the paper is silent)."""
-    soft_margin: bool = False
-    """Soft margin in place of the triplet's hinge (ours, an option)."""
-    cqc_weight: Weight = 1.2
-    """lambda2 (paper, Figure 4)."""
-    cqc_margin: Weight = 0.2
-    """alpha, the margin of the CQC loss (paper)."""
-    cqc_features: Literal["pooled", "unit"] = "unit"
-    """What the CQC loss compares: pooled features, or unit ones, divided by their length (paper: silent)."""
-    cqc_reduction: Literal["sum", "mean"] = "mean"
-    """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
-    detach_negative: bool = False
-    """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
-    causality_weight: Weight = 0.1
-    """Weight of SNR's dual causality loss at each block, for model snr (Jin et al. 2020, first stages)."""
+
+@dataclass(kw_only=True)
+class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
+    """The values of a training run: data, network, batches, loss, and here the schedule and the machine.
+
+    Raises ConfigError for values that are unfit or don't fit each other.
+    """
 
     epochs: Count = 80
     """Epochs (paper)."""
@@ -149,7 +120,7 @@ class TrainConfig:
     seed: Seed = 0
     """Seed of the initial weights, the sampler and the augmentation."""
     backend: BackendName | None = None
-    """Backend of the block: reference, cpu, ...; none: the best that serves."""
+    """Backend of block and CQC loss: reference, cpu, ...; none: the best that serves."""
     accelerator: str = "auto"
     """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
     precision: Precision = "32-true"
@@ -169,8 +140,7 @@ class TrainConfig:
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
             )
-        if not self.stages and self.model != "baseline":
-            raise ConfigError(f"got stages=(), expected at least one stage for the blocks of {self.model}")
+        self.check_stages(ConfigError)
         side = max(self.height, self.width)
         if self.padding > side:
             raise ConfigError(f"got padding={self.padding}, expected at most {side}, an image's longer side")

@@ -153,7 +153,7 @@ class Journal:
         return (
             f"loss {last['loss']:.3f} (identity {last['identity']:.3f}, triplet {last['triplet']:.3f}, "
             f"cqc {last['cqc']:.3f}), accuracy {last['accuracy']:.2f}, spread {last['spread']:.3f}, "
-            f"{last['step_seconds'] * 1000:.0f} ms a step, lr {last['lr']:g}"
+            f"{last['step_seconds'] * 1000:.0f} ms per step, lr {last['lr']:g}"
         )
 
 

@@ -56,7 +56,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough people to match, in default light and pose."""
+    """A tree with enough people to match, in default light and pose."""
     root = tmp_path_factory.mktemp("crowd")
     return write_sysu(root, identities=26, test_identities=24, images_per_camera=2, image_size=(64, 32))
 

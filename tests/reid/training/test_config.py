@@ -42,7 +42,7 @@ def test_the_defaults_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"identities": 1}, "got identities=1, expected an integer from 2 to"),
         ({"steps": 0}, "got steps=0, expected an integer from 1 to 1000000000, or none"),
@@ -83,8 +83,8 @@ def test_the_defaults_are_the_papers() -> None:
         ({"weights": 7}, "got weights=7, expected a path, or none"),
     ],
 )
-def test_bad_values_are_refused(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         TrainConfig(data="", **values)
 
 
