@@ -72,7 +72,7 @@ class SyntheticConfig:
         return self._write(root, self.pretraining_identities, MODALITY_GAP, seed, progress)
 
     def _write(self, root: Path, people: int, modality_gap: float, seed: int, progress: Progress) -> Path:
-        task = progress.add_task("images", total=None, status="")
+        task = progress.add_task(f"images of {root.parent.name}", total=None, status="")
         return write_regdb(
             root,
             identities=people,

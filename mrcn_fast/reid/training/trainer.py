@@ -235,7 +235,8 @@ class Trainer:
         self.journal.clear()
 
     def _run(self, bars: Progress) -> None:
-        task = bars.add_task(self.config.model, total=self.total_steps, completed=self.step_count, status="")
+        name = f"steps of {self.out.name}"
+        task = bars.add_task(name, total=self.total_steps, completed=self.step_count, status="")
         try:
             with enough_memory("a training step", _LESS):
                 while self.step_count < self.total_steps:
