@@ -15,6 +15,7 @@ import torch
 import mrcn_fast
 from mrcn_fast import cli
 from mrcn_fast.cli import main
+from mrcn_fast.flags import Flags
 
 REID_PACKAGES = (
     "PIL", "docstring_parser", "lightning_fabric", "matplotlib", "numpy",
@@ -98,6 +99,29 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"mrcn-fast {command}" in capsys.readouterr().out
+
+
+def test_every_flag_has_help_and_in_long_lists_a_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Flags] = []
+    begin = Flags.__init__
+
+    def noted(self: Flags, *arguments: Any) -> None:
+        begin(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Flags, "__init__", noted)
+    for name in cli.COMMANDS:
+        for words in [[name]] if name != "bench" else [[name, suite] for suite in cli.BENCHES]:
+            made.clear()
+            assert main([*words, "--help"]) == 0
+            (flags,) = made
+            assert flags._help_of.keys() == flags._default_of.keys()
+            assert not [flag for flag, help in flags._help_of.items() if not help], words
+            # A list of more flags than a screen shows is grouped; --help alone stands outside.
+            assert len(flags._help_of) < 15 or len(flags._optionals._group_actions) == 1, words
+    capsys.readouterr()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
