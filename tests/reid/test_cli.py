@@ -285,6 +285,19 @@ def test_a_config_file_is_like_a_recipe_and_overrides_it(
     assert (config.data, config.out) == (str(tiny_tree), str(tiny_tree.parent / "run"))
 
 
+def test_train_recognizes_the_tree(
+    tmp_path: Path, tiny_tree: Path, tiny_regdb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrcn_fast.reid.training import trainer
+
+    made: list[Any] = []
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, config: made.append(config))
+    monkeypatch.setattr(trainer.Trainer, "fit", lambda self, **_: "done")
+    for tree in (tiny_regdb, tiny_tree):
+        assert main(["train", "--data", str(tree), "--out", str(tmp_path / "run")]) == 0
+    assert [config.dataset for config in made] == ["regdb", "sysu-mm01"]
+
+
 def test_reranking_takes_its_neighbours_and_checks_them_first(
     tmp_path: Path, finished: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,7 +383,10 @@ def test_a_table_from_the_command_line(
     flags = ["--depth=18", "--height=32", "--width=16", "--identities=2", "--images=1", "--epochs=1"]
     flags += ["--batches=1", "--workers=0", "--accelerator=cpu"]
     assert main(["table", "4", "--data", str(tiny_regdb), "--out", str(out), "--splits=1", *flags]) == 0
-    told = capsys.readouterr().out
+    told, logged = capsys.readouterr()
+    # What it is about to run, what is missing, and how long that takes.
+    for said in ("3 trainings on", "of sysu-mm01 stay empty", "One of the 3 others takes about"):
+        assert said in " ".join(logged.split())
     assert "(85.1)" in told and "– (63.8)" in told
     assert main(["table", "4", "--from", str(out / "table-4.json")]) == 0
     assert capsys.readouterr().out == told
