@@ -15,6 +15,7 @@ import torch
 import mrcn_fast
 from mrcn_fast import cli
 from mrcn_fast.cli import main
+from mrcn_fast.flags import Flags
 
 REID_PACKAGES = (
     "PIL", "docstring_parser", "lightning_fabric", "matplotlib", "numpy",
@@ -98,6 +99,29 @@ def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert f"mrcn-fast {command}" in capsys.readouterr().out
+
+
+def test_every_flag_has_help_and_in_long_lists_a_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Flags] = []
+    begin = Flags.__init__
+
+    def noted(self: Flags, *arguments: Any) -> None:
+        begin(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Flags, "__init__", noted)
+    for name in cli.COMMANDS:
+        for words in [[name]] if name != "bench" else [[name, suite] for suite in cli.BENCHES]:
+            made.clear()
+            assert main([*words, "--help"]) == 0
+            (flags,) = made
+            assert flags._help_of.keys() == flags._default_of.keys()
+            assert not [flag for flag, help in flags._help_of.items() if not help], words
+            # A list of more flags than a screen shows is grouped; --help alone stands outside.
+            assert len(flags._help_of) < 15 or len(flags._optionals._group_actions) == 1, words
+    capsys.readouterr()
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
@@ -263,6 +287,19 @@ def test_a_config_file_is_like_a_recipe_and_overrides_it(
     assert (config.data, config.out) == (str(tiny_tree), str(tiny_tree.parent / "run"))
 
 
+def test_train_recognizes_the_tree(
+    tmp_path: Path, tiny_tree: Path, tiny_regdb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrcn_fast.reid.training import trainer
+
+    made: list[Any] = []
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, config: made.append(config))
+    monkeypatch.setattr(trainer.Trainer, "fit", lambda self, **_: "done")
+    for tree in (tiny_regdb, tiny_tree):
+        assert main(["train", "--data", str(tree), "--out", str(tmp_path / "run")]) == 0
+    assert [config.dataset for config in made] == ["regdb", "sysu-mm01"]
+
+
 def test_reranking_takes_its_neighbours_and_checks_them_first(
     tmp_path: Path, finished: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -348,7 +385,10 @@ def test_a_table_from_the_command_line(
     flags = ["--depth=18", "--height=32", "--width=16", "--identities=2", "--images=1", "--epochs=1"]
     flags += ["--batches=1", "--workers=0", "--accelerator=cpu"]
     assert main(["table", "4", "--data", str(tiny_regdb), "--out", str(out), "--splits=1", *flags]) == 0
-    output = capsys.readouterr().out
+    output, logged = capsys.readouterr()
+    # What it is about to run, what is missing, and how long that takes.
+    for said in ("3 trainings on", "of sysu-mm01 stay empty", "One of the 3 others takes about"):
+        assert said in " ".join(logged.split())
     assert "(85.1)" in output and "– (63.8)" in output
     assert main(["table", "4", "--from", str(out / "table-4.json")]) == 0
     assert capsys.readouterr().out == output

@@ -7,9 +7,11 @@ import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 
 from mrcn_fast.reid.demo import COLUMNS, CONTENDERS, DemoConfig, run_demo, train_config
 from mrcn_fast.reid.evaluation.results import ResultError
@@ -17,6 +19,10 @@ from mrcn_fast.reid.training.checkpoint import load_checkpoint, weights_fingerpr
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held
 
 ROWS = ["baseline", "mrcn-without-cqc", "mrcn"]
+
+
+# The names of the tasks whose progress the demo shows.
+TASKS: list[str] = []
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +40,21 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
         rounds=1,
         accelerator="cpu",
     )
-    run_demo(config)
+    add_task = Progress.add_task
+
+    def noted(bars: Progress, description: str, *arguments: Any, **options: Any) -> Any:
+        TASKS.append(description)
+        return add_task(bars, description, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "add_task", noted)
+        run_demo(config)
     return config
+
+
+def test_no_two_tasks_bear_one_name(demo: DemoConfig) -> None:
+    assert {f"steps of {name}" for name in ("pretraining", *ROWS)} < set(TASKS)
+    assert len(TASKS) == len(set(TASKS)), TASKS
 
 
 def test_everything_goes_under_one_folder(demo: DemoConfig) -> None:

@@ -37,6 +37,7 @@ from mrcn_fast.reid.settings import checked, kinds_of, with_more
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.streams import announced
 
 # What is added to the published step, in this order. Each step keeps all additions before its own.
 ADDITIONS: Final = {
@@ -259,8 +260,10 @@ def _first_losses(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, s
     losses: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, step in steps.items():
+        compiles = "compiled trunk" in step.plan.added
         try:
-            losses[name] = float(step())
+            with announced(f"{name}: first step{', which compiles the trunk' * compiles}"):
+                losses[name] = float(step())
         except Exception as error:
             if name == AS_PUBLISHED:
                 raise

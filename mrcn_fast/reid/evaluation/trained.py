@@ -70,9 +70,11 @@ class Trained(NamedTuple):
         """
         advance = None
         if progress is not None:
-            task = progress.add_task(f"{modality} features", total=len(samples), status="")
+            task = progress.add_task(
+                f"{modality} features of {self.path.parent.name}", total=len(samples), status=""
+            )
             advance = partial(progress.advance, task)
-        less = "Less is needed for a smaller --batch_size and for fewer --workers"
+        less = "Less is needed for a smaller --batch-size and for fewer --workers"
         with enough_memory(f"{modality} features in batches of {batch_size}", less):
             return extract(
                 self.model,
@@ -125,7 +127,7 @@ def open_trained(
     if found != config.dataset and not other_data:
         raise CheckpointError(
             f"{path}: this checkpoint belongs to another data set: expected a tree of {config.dataset}, "
-            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other_data"
+            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other-data"
         )
     dataset = open_dataset(
         found, data, split=state.data.split if found == "regdb" else 1, permutations=permutations

@@ -7,6 +7,7 @@ paper is silent, and the code of other authors agrees), or "ours" (a choice of t
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Final, Literal
@@ -37,6 +38,10 @@ from mrcn_fast.reid.training.losses import LossOptions
 
 # The most bytes that the images of one modality may have in a batch; more must be a typing error.
 _LARGEST_BATCH: Final = 2**32
+
+# Four decode as fast as a GPU trains; more than there are cores only hinder each other.
+_CORES: Final = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+DEFAULT_WORKERS: Final = min(4, _CORES)
 
 
 class ConfigError(ValueError):
@@ -127,8 +132,8 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Precision, as lightning-fabric names it."""
     channels_last: bool = False
     """Keep activations in the channels_last memory layout."""
-    workers: Workers = 4
-    """Processes that decode images; 0: the training process itself."""
+    workers: Workers = DEFAULT_WORKERS
+    """Processes that decode images, by default 4 or as many as there are cores; 0: the training's own."""
     log_every: Count = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 500

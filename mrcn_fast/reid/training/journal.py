@@ -66,7 +66,7 @@ class CollapseWatch:
         log.warning(
             "step %d: the embeddings have collapsed: for %d steps their spread has been below %g of their "
             "length (now %.1e, triplet loss %.3f). Training seldom recovers from this: lower the learning "
-            "rate, or try --soft_margin true.",
+            "rate, or try --soft-margin.",
             *(step, self._steps, COLLAPSED_SPREAD, result.spread, result.triplet),
         )
         return True

@@ -99,7 +99,7 @@ class SyntheticConfig:
         )
 
     def _write(self, root: Path, people: int, looks: dict[str, float], seed: int, progress: Progress) -> Path:
-        task = progress.add_task("images", total=None, status="")
+        task = progress.add_task(f"images of {root.parent.name}", total=None, status="")
         return write_regdb(
             root,
             identities=people,

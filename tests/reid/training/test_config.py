@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,10 @@ from mrcn_fast.reid.training.optimizer import make_optimizer
 )
 def test_the_schedule_is_the_papers(epoch: int, expected: float) -> None:
     assert learning_rate(TrainConfig(data=""), epoch) == pytest.approx(expected)
+
+
+def test_no_more_workers_than_cores() -> None:
+    assert 1 <= TrainConfig(data="").workers <= min(4, os.cpu_count() or 1)
 
 
 def test_the_defaults_are_the_papers() -> None:

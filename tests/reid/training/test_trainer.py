@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 
 from mrcn_fast import cli
+from mrcn_fast.reid import console
 from mrcn_fast.reid.data import DatasetError, write_sysu
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.models.heads import Head
@@ -62,6 +65,16 @@ def test_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
         assert torch.equal(tensor, whole.model[name]), name
     lines = (Path(tiny_config.out) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_random_weights_of_the_papers_network_are_not_overlooked(
+    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for depth, file in ((50, "resnet50-0676ba61.pth"), (18, "")):
+        written = io.StringIO()
+        monkeypatch.setattr(console, "console", Console(file=written, width=100))
+        Trainer(dataclasses.replace(tiny_config, depth=depth))._introduce()
+        assert file in written.getvalue() and bool(written.getvalue()) == bool(file)
 
 
 def test_a_second_run_does_not_replace_the_first(tiny_config: TrainConfig) -> None:
