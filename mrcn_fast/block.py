@@ -28,7 +28,13 @@ ROLES: tuple[Role, ...] = ("restitution", "compensation")
 
 
 class MRCNFeatures(NamedTuple):
-    """The six feature sets in the paper's order v, v+, v-, n-, n+, n: (N, C, H, W) each, or (N, D) pooled."""
+    """The six feature sets in the paper's order v, v+, v-, n-, n+, n: (N, C, H, W) each, or (N, D) pooled.
+
+    Example:
+        >>> sets = MRCNBlock(16)(*torch.randn(2, 3, 16, 6, 4))
+        >>> torch.equal(sets.visible_restituted, sets[1])
+        True
+    """
 
     visible: Tensor
     visible_restituted: Tensor
@@ -39,7 +45,13 @@ class MRCNFeatures(NamedTuple):
 
 
 class MRCNAttention(NamedTuple):
-    """The attention A(M) of a pair's four gates: (N, C) each, or (N, C, H, W) where the gate is "cbam"."""
+    """The attention A(M) of a pair's four gates: (N, C) each, or (N, C, H, W) where the gate is "cbam".
+
+    Example:
+        >>> attention = MRCNBlock(16).attention(*torch.randn(2, 3, 16, 6, 4))
+        >>> attention.infrared_compensation.shape
+        torch.Size([3, 16])
+    """
 
     visible_restitution: Tensor  # A_v1
     infrared_restitution: Tensor  # A_n1
@@ -48,7 +60,14 @@ class MRCNAttention(NamedTuple):
 
 
 class SNRFeatures(NamedTuple):
-    """F̃ + sM, F̃ + (1 - s)M and F̃; each (N, C, H, W)."""
+    """F̃ + sM, F̃ + (1 - s)M and F̃; each (N, C, H, W).
+
+    Example:
+        >>> maps = torch.randn(3, 16, 6, 4)
+        >>> sets = SNRBlock(16)(maps)
+        >>> torch.allclose(sets.restituted + sets.contaminated, maps + sets.normalized, atol=1e-5)
+        True
+    """
 
     restituted: Tensor
     contaminated: Tensor
@@ -142,6 +161,13 @@ def mrcn_block(
     Equivalent to:
         ``MRCNFeatures(*mrcn_fast.reference.mrcn_block(visible, infrared, norm_weight, norm_bias,
         gate_parameters))``, and ``torch.cat`` of it with ``concat``.
+
+    Example:
+        >>> visible, infrared = torch.randn(2, 3, 16, 6, 4)
+        >>> gate = torch.randn(4, 1, 16), torch.randn(4, 1), torch.randn(4, 16, 1), torch.randn(4, 16)
+        >>> sets = mrcn_block(visible, infrared, torch.ones(2, 16), torch.zeros(2, 16), gate)
+        >>> sets.infrared_compensated.shape
+        torch.Size([3, 16, 6, 4])
     """
     if _stand_ins(visible, infrared):
         made: MRCNFeatures | Tensor = handle_torch_function(
@@ -183,6 +209,11 @@ def mrcn_restitution(
 
     Equivalent to:
         ``reference.restitution(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
+
+    Example:
+        >>> gate = torch.randn(1, 1, 16), torch.randn(1, 1), torch.randn(1, 16, 1), torch.randn(1, 16)
+        >>> mrcn_restitution(torch.randn(3, 16, 6, 4), torch.ones(1, 16), torch.zeros(1, 16), gate).shape
+        torch.Size([3, 16, 6, 4])
     """
     if _stand_ins(features):
         made: Tensor = handle_torch_function(
@@ -213,6 +244,11 @@ def snr_block(
 
     Equivalent to:
         ``reference.snr_block(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
+
+    Example:
+        >>> gate = torch.randn(1, 1, 16), torch.randn(1, 1), torch.randn(1, 16, 1), torch.randn(1, 16)
+        >>> snr_block(torch.randn(3, 16, 6, 4), torch.ones(1, 16), torch.zeros(1, 16), gate)._fields
+        ('restituted', 'contaminated', 'normalized')
     """
     if _stand_ins(features):
         made: SNRFeatures = handle_torch_function(

@@ -60,6 +60,12 @@ def cqc_loss(
     Equivalent to:
         ``losses, identities = mrcn_fast.reference.cqc_loss(features, labels, infrared_labels)``, then
         ``losses.sum()``. With ``normalize=True`` the features are ``torch.nn.functional.normalize(f)``.
+
+    Example:
+        >>> features, labels = torch.randn(6 * 4, 8), torch.tensor([3, 3, 7, 7])  # six sets, stacked
+        >>> losses, identities = cqc_loss(features, labels, reduction="none")
+        >>> losses.shape, identities
+        (torch.Size([2]), tensor([3, 7]))
     """
     check_reduction(reduction)
     settings = _checked(margin, detach_negative, normalize)

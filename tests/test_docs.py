@@ -232,19 +232,6 @@ def test_commands_have_the_flags_that_pages_show(page: Path) -> None:
 
 # --- public docstrings --------------------------------------------------------------------------------
 
-# These have no example in their docstring yet.
-WITHOUT_EXAMPLE = {
-    "CQCLoss",
-    "MRCNAttention",
-    "MRCNFeatures",
-    "SNRBlock",
-    "SNRFeatures",
-    "cqc_loss",
-    "mrcn_block",
-    "mrcn_restitution",
-    "snr_block",
-}
-
 
 def doctests(name: str) -> list[doctest.DocTest]:
     """The docstrings of a public name and of what belongs to it, as tests."""
@@ -255,7 +242,7 @@ def doctests(name: str) -> list[doctest.DocTest]:
 
 def test_public_names_have_examples() -> None:
     missing = {name for name in mrcn_fast.__all__ if not any(test.examples for test in doctests(name))}
-    assert missing == WITHOUT_EXAMPLE
+    assert missing == set()
 
 
 @pytest.mark.parametrize("name", mrcn_fast.__all__)
