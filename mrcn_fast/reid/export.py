@@ -178,9 +178,15 @@ def _images(network: Network, pixels: Pixels, count: int) -> Tensor:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Leave out the exporters' own warnings, of which users can correct none."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
+    exporter = logging.getLogger("torch.onnx")
+    before = exporter.level
+    exporter.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        exporter.setLevel(before)
 
 
 def _program(path: Extraction, images: Tensor) -> ExportedProgram:

@@ -20,8 +20,7 @@ from mrcn_fast.reid.evaluation.scoring import score_trial
 from mrcn_fast.reid.evaluation.trained import open_network, open_trained
 from mrcn_fast.reid.export import METADATA, ExportError, export_network
 
-# The least that was seen is 2e-7.
-CLOSE: dict[str, float] = {"rtol": 0, "atol": 1e-6}
+ATOL = 1e-6
 
 
 def some_images(count: int) -> Tensor:
@@ -58,7 +57,9 @@ def test_onnx_has_standard_operators_and_our_features_and_scores(
 
     for count in (1, 7):
         images = some_images(count)
-        torch.testing.assert_close(run(images), own_features(finished, normalize(images), "visible"), **CLOSE)
+        torch.testing.assert_close(
+            run(images), own_features(finished, normalize(images), "visible"), rtol=0, atol=ATOL
+        )
     assert_scores_are_the_networks(finished, tiny_tree, run)
     assert main([*words, "--out", str(out)]) == 2
     assert "is there already" in capsys.readouterr().err
@@ -96,7 +97,9 @@ def test_a_program_of_standard_operations_needs_no_mrcn_fast(finished: Path, tmp
     command = [sys.executable, "-I", "-W", "ignore", "-c", RUN, str(out), str(given), str(made)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    torch.testing.assert_close(torch.load(made), own_features(finished, pixels, "infrared"), **CLOSE)
+    torch.testing.assert_close(
+        torch.load(made), own_features(finished, pixels, "infrared"), rtol=0, atol=ATOL
+    )
     about = json.loads(done.stdout)
     assert (about["modality"], about["pixels"], about["test_sets"]) == (
         "infrared",
@@ -109,12 +112,12 @@ def test_a_program_of_standard_operations_needs_no_mrcn_fast(finished: Path, tmp
 def test_a_program_of_fused_operations_runs_ours(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "visible.pt2"
     done = export_network(finished, "visible", "torch", out, operations="fused")
-    assert done.difference is not None and done.difference <= CLOSE["atol"]
+    assert done.difference is not None and done.difference <= ATOL
     program = torch.export.load(out)
     assert "mrcn_fast.restitute_forward.default" in {str(node.target) for node in program.graph.nodes}
     images = some_images(2)
     own = own_features(finished, normalize(images), "visible")
-    torch.testing.assert_close(program.module()(images), own, **CLOSE)
+    torch.testing.assert_close(program.module()(images), own, rtol=0, atol=ATOL)
 
 
 def test_what_cant_be_exported_is_refused(
@@ -127,7 +130,7 @@ def test_what_cant_be_exported_is_refused(
         export_network(finished, "rgb", "onnx", out)  # type: ignore[arg-type]
     with pytest.raises(OSError, match="expected a file for the exported network; found a folder"):
         export_network(finished, "visible", "onnx", tmp_path)
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
         ExportError, match="got no onnx and no onnxscript, which ONNX needs: pip install onnx"
     ):
