@@ -32,6 +32,7 @@ def own_features(finished: Path, pixels: Tensor, modality: Any) -> Tensor:
         return open_network(finished, accelerator="cpu").model.eval().extract(pixels, modality)
 
 
+@pytest.mark.slow
 def test_onnx_has_standard_operators_and_our_features_and_scores(
     finished: Path, tiny_tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,6 +90,7 @@ print(extra["{METADATA}"])
 """
 
 
+@pytest.mark.slow
 def test_a_program_of_standard_operations_needs_no_mrcn_fast(finished: Path, tmp_path: Path) -> None:
     out, given, made = tmp_path / "infrared.pt2", tmp_path / "given.pt", tmp_path / "made.pt"
     export_network(finished, "infrared", "torch", out, pixels="float")
@@ -108,6 +110,7 @@ def test_a_program_of_standard_operations_needs_no_mrcn_fast(finished: Path, tmp
     )
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*treespec")
 def test_a_program_of_fused_operations_runs_ours(finished: Path, tmp_path: Path) -> None:
     out = tmp_path / "visible.pt2"

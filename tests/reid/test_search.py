@@ -310,7 +310,7 @@ def test_search_refuses_what_doesnt_fit(
     write_features(other, torch.ones(1, size), Names.of(["a"]), tmp_path, {"network": "0" * 64})
     images = ["search", "--query", str(pictures), "--gallery", str(other)]
     for words, told in (
-        (images, "and no checkpoint, expected the one to extract with"),
+        (images, "and no network to extract with: give --checkpoint"),
         ([*images, "--checkpoint", str(finished), *CPU], "without their modality: give --query-modality"),
         (
             [*images, "--checkpoint", str(finished), *CPU, "--query-modality", "visible"],
@@ -398,6 +398,16 @@ def test_an_index_is_built_used_and_checked(tmp_path: Path, capsys: pytest.Captu
     assert main([*map(str, words), "--index", str(index)]) == 2
     assert "found another file" in capsys.readouterr().err
     assert index.read_bytes() == b"another file"
+    record, other = index.with_name("i.faiss.json"), tmp_path / "other"
+    index.unlink()
+    record.write_text('{"mine": 1}')
+    assert main([*map(str, words), "--index", str(index)]) == 2
+    assert f"{record}: expected the record of an index: got " in capsys.readouterr().err
+    assert (record.read_text(), index.exists()) == ('{"mine": 1}', False)
+    other.write_bytes(b"a file of mine")
+    assert main([*map(str, words), "--index", str(other)]) == 2
+    assert "other.json: expected the record of an index" in capsys.readouterr().err
+    assert other.read_bytes() == b"a file of mine"
 
 
 def test_an_index_needs_faiss(

@@ -170,7 +170,7 @@ def _both_sides(chosen: SearchOptions, options: NetworkOptions) -> tuple[Feature
     }
     images = [place for place in (chosen.query, chosen.gallery) if place not in stored]
     if images and chosen.checkpoint is None:
-        raise ValueError(f"got images, {images[0]}, and no checkpoint, expected the one to extract with")
+        raise ValueError(f"got images, {images[0]}, and no network to extract with: give --checkpoint")
     modalities = _modalities(chosen, stored)
     network = None if chosen.checkpoint is None else _opened(chosen.checkpoint, options)
     digests = {place: features.about.get("network") for place, features in stored.items()}

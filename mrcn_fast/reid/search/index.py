@@ -29,6 +29,7 @@ _PROBED_SHARE: Final = 16
 # Rows of the gallery whose values go into its fingerprint.
 _READ: Final = 64
 _READ_BYTES: Final = 1 << 22
+_INSTEAD: Final = "Give another --index, or remove this one to have it built again"
 _RECORD: Final = record("record", {"gallery": str, "index": str})
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class IndexFileError(ValueError):
 def open_index(path: str | Path, gallery: Features, *, memory: int) -> Any:
     """Open the index of a gallery in a file, which is built if it isn't there.
 
-    PATH.json beside it has the fingerprints of the index and of the gallery.
+    The record PATH.json beside it has the fingerprints of the index and of the gallery.
 
     Args:
         path: the file of the index, as FAISS writes it
@@ -49,22 +50,17 @@ def open_index(path: str | Path, gallery: Features, *, memory: int) -> Any:
         memory: the most bytes that features take while the index is built, beside the index itself
 
     Raises:
-        IndexFileError: for a file that is no index of this gallery, which stays as it is
+        IndexFileError: for a file that is no index of this gallery or no record; both stay as they are
         OSError: where the index can't be written
     """
     path, faiss = Path(path), _faiss()
     place = path.with_name(f"{path.name}.json")
+    kept = _kept(place) if path.exists() or place.exists() else {}
     if not path.exists():
         index = _built(faiss, gallery, memory)
         write_atomically(path, lambda file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write)))
         write_json(place, {"gallery": fingerprint(gallery), "index": _digest(path)})
         return index
-    try:
-        kept = checked(_RECORD, read_json(place, "the record of an index"), "")
-    except (DocumentError, SettingError) as error:
-        raise IndexFileError(
-            f"{path}: expected an index beside a record of what it was built of: {error}. {_INSTEAD}"
-        ) from None
     if kept["index"] != _digest(path):
         raise IndexFileError(f"{path}: expected the index of {place.name}; found another file. {_INSTEAD}")
     if kept["gallery"] != fingerprint(gallery):
@@ -72,9 +68,6 @@ def open_index(path: str | Path, gallery: Features, *, memory: int) -> Any:
             f"{path}: expected the index of {gallery.origin}; found one of other features. {_INSTEAD}"
         )
     return faiss.read_index(str(path))
-
-
-_INSTEAD: Final = "Give another --index, or remove this one to have it built again"
 
 
 def approximate(index: Any, query: Features, gallery: Features, top: int, probes: int | None = None) -> Hits:
@@ -123,6 +116,17 @@ def _faiss() -> ModuleType:
         ) from None
     module: ModuleType = faiss
     return module
+
+
+def _kept(place: Path) -> dict[str, str]:
+    """Read the record beside an index."""
+    try:
+        kept: dict[str, str] = checked(_RECORD, read_json(place, "the record of an index"), "")
+    except DocumentError as error:
+        raise IndexFileError(f"{error}. {_INSTEAD}") from None
+    except SettingError as error:
+        raise IndexFileError(f"{place}: expected the record of an index: {error}. {_INSTEAD}") from None
+    return kept
 
 
 def _built(faiss: ModuleType, gallery: Features, memory: int) -> Any:
