@@ -472,6 +472,23 @@ def _study(argv: list[str]) -> int:
     return 0
 
 
+def _searching(name: str) -> Callable[[list[str]], int]:
+    """Return what runs a command of mrcn_fast.reid.search.commands, which is then imported."""
+
+    def run(argv: list[str]) -> int:
+        module = importlib.import_module("mrcn_fast.reid.search.commands")
+        status: int = getattr(module, name)(_flags(name), argv)
+        return status
+
+    return run
+
+
+def _export(argv: list[str]) -> int:
+    from mrcn_fast.reid.export import command
+
+    return command(_flags("export"), argv)
+
+
 COMMANDS = {
     "info": Command("versions, and which backends are usable here and why (not)", _info),
     "synth": Command("write a synthetic data set in the tree of SYSU-MM01, RegDB or LLCM", _synth),
@@ -481,6 +498,10 @@ COMMANDS = {
     "study": Command("train the readings of the CQC loss on synthetic people, and compare them", _study),
     "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
     "report": Command("one HTML page about trained runs: scores, curves, distances, ranking lists", _report),
+    "extract": Command("write the features of your own images to a file", _searching("extract")),
+    "search": Command("find people in your own images, as text, JSON and a page", _searching("search")),
+    "score": Command("score features of any framework by a data set's protocol", _searching("score")),
+    "export": Command("write a network's test path for ONNX or torch.export", _export),
     "bench": Command("measure kernels, training steps, scorer and loader beside their baselines", _bench),
     "demo": Command("synthetic data, training and scores of both models, in one go", _demo),
 }

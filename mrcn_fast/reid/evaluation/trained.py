@@ -1,4 +1,4 @@
-"""A trained network on a data set: a checkpoint is opened, and gives test features."""
+"""A trained network, alone or on a data set: a checkpoint is opened, and gives test features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final
 
 from lightning_fabric import Fabric
 from rich.progress import Progress
@@ -33,13 +33,13 @@ from mrcn_fast.reid.training.checkpoint import (
 from mrcn_fast.reid.training.config import TrainConfig
 
 
-class Trained(NamedTuple):
-    """A checkpoint's network, ready to give features, and the data set that it is evaluated on."""
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint's network, ready to give features."""
 
     path: Path
     state: Checkpoint
     config: TrainConfig
-    dataset: PersonDataset
     model: ReIDModel
     fabric: Fabric
     precision: Precision  # of the network here; `config` has the training's
@@ -89,6 +89,42 @@ class Trained(NamedTuple):
             )
 
 
+@dataclass(frozen=True)
+class Trained(Network):
+    """A checkpoint's network, ready to give features, and the data set that it is evaluated on."""
+
+    dataset: PersonDataset
+
+
+@check_arguments
+def open_network(
+    checkpoint: AnyPath,
+    *,
+    backend: BackendName | None = None,
+    accelerator: str = "auto",
+    precision: Precision | None = None,
+) -> Network:
+    """Open a checkpoint (the file or its folder) for images of any origin.
+
+    The network computes in `precision`, by default the training's.
+
+    Raises:
+        CheckpointError: where the checkpoint can't be used
+        ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
+    """
+    path = Path(checkpoint)
+    path = path / CHECKPOINT_NAME if path.is_dir() else path
+    state = load_checkpoint(path)
+    config = state.config
+    precision = precision or config.precision
+    fabric = open_fabric(accelerator, precision)
+    serving = serving_backend(config, backend, fabric, precision)
+    model = build_model(path, state, backend)
+    use_layout(model, config.channels_last)
+    fabric.to_device(model)
+    return Network(path, state, config, model, fabric, precision, serving)
+
+
 @check_arguments
 def open_trained(
     checkpoint: AnyPath,
@@ -111,13 +147,8 @@ def open_trained(
             another data set
         ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
     """
-    path = Path(checkpoint)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
-    state = load_checkpoint(path)
-    config = state.config
-    precision = precision or config.precision
-    fabric = open_fabric(accelerator, precision)
-    serving = serving_backend(config, backend, fabric, precision)
+    network = open_network(checkpoint, backend=backend, accelerator=accelerator, precision=precision)
+    path, state, config = network.path, network.state, network.config
     if split is not None and split != state.data.split:
         raise CheckpointError(
             f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
@@ -134,10 +165,7 @@ def open_trained(
     )
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))
-    model = build_model(path, state, backend)
-    use_layout(model, config.channels_last)
-    fabric.to_device(model)
-    return Trained(path, state, config, dataset, model, fabric, precision, serving)
+    return Trained(**vars(network), dataset=dataset)
 
 
 # The options of `open_trained`; the others are those of `Trained.features`.
@@ -145,18 +173,9 @@ _OPENING: Final = ("split", "other_data", "backend", "accelerator", "precision",
 
 
 @dataclass(kw_only=True)
-class EvaluationOptions:
-    """How a trained network is opened and gives test features, for scoring and for figures alike.
+class NetworkOptions:
+    """How a trained network gives test features of images. Raises SettingError for a value that is unfit."""
 
-    Raises SettingError for a value that a field doesn't take.
-    """
-
-    permutations: PathText | None = None
-    """Path of SYSU-MM01's official gallery draw, rand_perm_cam.mat; none: it lies in the tree."""
-    split: Split | None = None
-    """Refuse a checkpoint of another split than this; none: any split."""
-    other_data: bool = False
-    """Take a tree other than the training data's, which is refused otherwise."""
     skip_unreadable: bool = False
     """Leave out images that can't be read, named and counted, instead of stopping at the first."""
     backend: BackendName | None = None
@@ -172,6 +191,21 @@ class EvaluationOptions:
 
     def __post_init__(self) -> None:
         check_fields(self, SettingError)
+
+
+@dataclass(kw_only=True)
+class EvaluationOptions(NetworkOptions):
+    """How a network is opened on a data set and gives test features, for scoring and for figures alike.
+
+    Raises SettingError for a value that a field doesn't take.
+    """
+
+    permutations: PathText | None = None
+    """Path of SYSU-MM01's official gallery draw, rand_perm_cam.mat; none: it lies in the tree."""
+    split: Split | None = None
+    """Refuse a checkpoint of another split than this; none: any split."""
+    other_data: bool = False
+    """Take a tree other than the training data's, which is refused otherwise."""
 
     def open(self, checkpoint: AnyPath, data: AnyPath) -> Trained:
         """`open_trained` with these options."""
