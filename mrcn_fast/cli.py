@@ -277,7 +277,7 @@ def _test(argv: list[str]) -> int:
 
     flags = _flags("test")
     flags.group("what is scored")
-    flags.add_of(score_checkpoint, skip={"progress", "options"})
+    flags.add_of(score_checkpoint, skip={"model", "progress", "options"})
     flags.add_of(ScoringOptions, groups=_EVALUATION_GROUPS | {"mode": "protocol", "rerank": "re-ranking"})
     values = flags.values(argv)
     log_to_console()

@@ -24,4 +24,5 @@ def test_an_example_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 def test_the_examples_are_there() -> None:
     known = {"drop_in", "training_step", "own_network", "inference", "export"}
+    known |= {"train_own_network", "own_backbone", "agw", "deen"}
     assert {path.stem for path in EXAMPLES} == known

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple, cast
 
 import torch
 from pydantic import Field
@@ -33,6 +33,7 @@ from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Seed, Width
 from mrcn_fast.reid.report import BlockTimes, Network, Subject, choose_subject, write_page
 from mrcn_fast.reid.training.batches import Batch
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
 from mrcn_fast.reid.training.run_folder import held
 from mrcn_fast.reid.training.trainer import Trainer
@@ -301,7 +302,7 @@ def measure(trainers: dict[str, Trainer], rounds: int, bars: Progress) -> dict[s
     def with_backend(name: str | None, work: Callable[[], object]) -> Callable[[], object]:
         def run() -> object:
             mrcn.model.set_backend(name)
-            mrcn.loss.cqc.backend = name
+            cast(ReIDLoss, mrcn.loss).cqc.backend = name
             return work()
 
         return run

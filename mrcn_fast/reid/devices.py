@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -33,14 +34,14 @@ _DTYPES: Final[dict[Precision, torch.dtype]] = {
 }
 
 
-def open_fabric(accelerator: str, precision: Precision) -> Fabric:
-    """Open one device with its precision, as a Fabric of lightning-fabric.
+def open_fabric(accelerator: str, precision: Precision, callbacks: Sequence[object] = ()) -> Fabric:
+    """Open one device with its precision, as a Fabric of lightning-fabric that calls `callbacks`.
 
     `fabric.autocast()` is the context in which a network computes in `precision`, unless its forward goes
     through `fabric.setup`. Raises ConfigError as `check_device` does.
     """
     check_device(accelerator, precision)
-    return Fabric(accelerator=accelerator, devices=1, precision=precision)
+    return Fabric(accelerator=accelerator, devices=1, precision=precision, callbacks=list(callbacks))
 
 
 def check_device(accelerator: str, precision: Precision) -> None:

@@ -116,8 +116,8 @@ def export_network(
     if format == "onnx":
         _check_onnx(operations)
     network = open_network(checkpoint, accelerator="cpu", precision="32-true")
-    use_layout(network.model, channels_last=False)
-    path = Extraction(network.model, modality, pixels)
+    use_layout(network.reid_model, channels_last=False)
+    path = Extraction(network.reid_model, modality, pixels)
     about = _about(network, path)
     with torch.no_grad(), _quiet():
         program = _program(path, _images(network, pixels, _TRACED))
@@ -164,7 +164,7 @@ def _about(network: Network, path: Extraction) -> dict[str, str]:
         "height": str(config.height),
         "width": str(config.width),
         "filter": config.filter,
-        "test_sets": " ".join(network.model.test_sets),
+        "test_sets": " ".join(network.reid_model.test_sets),
         "network": content_digest(network.state.model),
     }
 

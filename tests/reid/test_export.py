@@ -29,7 +29,7 @@ def some_images(count: int) -> Tensor:
 
 def own_features(finished: Path, pixels: Tensor, modality: Any) -> Tensor:
     with torch.no_grad():
-        return open_network(finished, accelerator="cpu").model.eval().extract(pixels, modality)
+        return open_network(finished, accelerator="cpu").reid_model.eval().extract(pixels, modality)
 
 
 @pytest.mark.slow

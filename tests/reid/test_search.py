@@ -306,7 +306,7 @@ def test_search_refuses_what_doesnt_fit(
     finished: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     other = tmp_path / "o.safetensors"
-    size = open_network(finished, accelerator="cpu").model.feature_size
+    size = open_network(finished, accelerator="cpu").reid_model.feature_size
     write_features(other, torch.ones(1, size), Names.of(["a"]), tmp_path, {"network": "0" * 64})
     images = ["search", "--query", str(pictures), "--gallery", str(other)]
     for words, told in (

@@ -26,6 +26,10 @@ def normalize(images: Tensor) -> Tensor:
     """Normalize by ImageNet's statistics: uint8 (B, 3, H, W) -> float32 of the same shape, device and layout.
 
     Raises ValueError for another dtype or shape.
+
+    Example:
+        >>> normalize(torch.zeros(1, 3, 2, 2, dtype=torch.uint8)).amax()
+        tensor(-1.8044)
     """
     _check_images(images)
     scale = 255 * torch.tensor((IMAGENET_MEAN, IMAGENET_STD))[..., None, None]
@@ -53,6 +57,11 @@ class Augmentation(nn.Module):
 
     Raises:
         ValueError: for another dtype or shape, and for probabilities out of range
+
+    Example:
+        >>> augment = Augmentation((64, 32), padding=4, channel=0.5)
+        >>> augment(torch.zeros(8, 3, 64, 32, dtype=torch.uint8)).dtype
+        torch.float32
     """
 
     def __init__(

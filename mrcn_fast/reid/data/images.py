@@ -62,6 +62,12 @@ class PersonImages(Dataset[torch.Tensor]):
         ValueError: for an unknown filter or a size below 1
         DatasetError: with the file, for an image that can't be read, has none of the `formats`,
             more than 8 bits per channel, several pictures, or transparent pixels
+
+    Example:
+        >>> samples = open_dataset("regdb", "data/regdb").training().infrared
+        >>> images = PersonImages(samples, (288, 128))
+        >>> images[0].shape, len(images) == len(samples)
+        (torch.Size([3, 288, 128]), True)
     """
 
     def __init__(

@@ -28,6 +28,12 @@ class Batches(Generic[Batch]):
         batch_sampler: gives the index lists of an epoch; by default batches of `batch_size` in order
         batch_bytes: bytes of one batch, from which the number of batches made ahead follows
         workers: number of processes; 0: this one
+
+    Example:
+        >>> samples = open_dataset("regdb", "data/regdb").training().visible
+        >>> batches = Batches(PersonImages(samples, (64, 32)), torch.stack, batch_size=5)
+        >>> next(iter(batches)).shape
+        torch.Size([5, 3, 64, 32])
     """
 
     def __init__(

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from lightning_fabric import Fabric
 from pydantic import SkipValidation
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
 from mrcn_fast.block import Modality
 from mrcn_fast.reid.data import PersonImages, Sample, normalize
 from mrcn_fast.reid.data.loading import Batches
+from mrcn_fast.reid.devices import open_fabric
 from mrcn_fast.reid.kinds import Count, Workers
-from mrcn_fast.reid.models.network import ReIDModel
+from mrcn_fast.reid.models.interface import ReIDNetwork, check_features
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.config import TrainConfig
 
@@ -23,12 +25,12 @@ from mrcn_fast.reid.training.config import TrainConfig
 @check_arguments
 @torch.inference_mode()
 def extract(
-    model: ReIDModel,
+    model: ReIDNetwork,
     samples: SkipValidation[Sequence[Sample]],
     modality: Modality,
     config: SkipValidation[TrainConfig],
     *,
-    fabric: Fabric,
+    fabric: Fabric | None = None,
     batch_size: Count = 64,
     workers: Workers = 0,
     images: Dataset[Tensor] | None = None,
@@ -37,28 +39,43 @@ def extract(
     """Extract the test features of samples of one modality, in their order.
 
     Args:
-        model: the network, which is already on the device of `fabric`
+        model: the network, which is already on the device of `fabric` if that is given
         samples: the images, all of `modality`
         config: of the training; it has the image size, the filter and the memory layout
-        fabric: has the device and the precision to compute in
+        fabric: has the device and the precision to compute in; none: those of `config`, and the network is
+            moved to the device
         batch_size: images per forward pass
         workers: processes that decode images; 0: this one
         images: the same images from a cache, in place of the samples' files
         advance: called after each batch with the number of its images
 
     Returns:
-        (len(samples), `model.feature_size`), float32, on the CPU
+        (len(samples), D), float32, on the CPU
 
     Raises:
         ValueError: before anything is computed, for a sample of another modality or of none, because a score
-            of exchanged modalities would look like any other
+            of exchanged modalities would look like any other; and where the network gives no features (N, D)
         DatasetError: for an image that can't be read
+
+    Example:
+        >>> config = TrainConfig(data="data/regdb", dataset="regdb", height=64, width=32)
+        >>> search = open_dataset("regdb", "data/regdb").searches()[0]
+        >>> model = ReIDModel(classes=4, depth=18)
+        >>> query = extract(model, search.query, "visible", config)
+        >>> gallery = extract(model, search.galleries[0], "infrared", config)
+        >>> scores = score(-query @ gallery.T, [sample.identity for sample in search.query],
+        ...     [sample.identity for sample in search.galleries[0]], protocol=search.protocol)
+        >>> 0 < scores.mAP <= 1
+        True
     """
     _check_modality(samples, modality)
     if images is None:
         images = PersonImages(samples, (config.height, config.width), filter=config.filter)
     if (found := len(images)) != len(samples):  # type: ignore[arg-type]
         raise ValueError(f"got {found} images of {len(samples)} samples")
+    if fabric is None:
+        fabric = open_fabric(config.accelerator, config.precision)
+        fabric.to_device(cast(nn.Module, model))
     device = fabric.device
     memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     batches = Batches(
@@ -70,14 +87,17 @@ def extract(
         pin_memory=device.type == "cuda",
     )
     # The features stay on the device until the end, because a copy to the host per batch would wait for it.
-    features = torch.empty(len(samples), model.feature_size, device=device)
+    features = torch.empty(0, 0)
     done = 0
     with _evaluating(model):
         for batch in batches:
             pixels = normalize(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
             # `extract` is not a method that fabric redirects, so that autocast has to be entered here.
             with fabric.autocast():
-                features[done : done + len(batch)] = model.extract(pixels, modality)
+                made = check_features(model.extract(pixels, modality), len(batch))
+            if not done:
+                features = torch.empty(len(samples), made.shape[1], device=device)
+            features[done : done + len(batch)] = made
             done += len(batch)
             if advance is not None:
                 advance(len(batch))
@@ -85,7 +105,7 @@ def extract(
 
 
 @contextmanager
-def _evaluating(model: ReIDModel) -> Iterator[None]:
+def _evaluating(model: ReIDNetwork) -> Iterator[None]:
     """Keep the network in eval mode, and restore its former mode."""
     training = model.training
     model.eval()

@@ -59,6 +59,11 @@ def rerank(
 
     Raises ValueError for features that don't fit together or are not finite, and for k1, k2 or weight out of
     range.
+
+    Example:
+        >>> distance = rerank(torch.eye(3), torch.eye(3).flip(0), k1=2, k2=1)
+        >>> distance.argmin(dim=1).tolist()
+        [2, 1, 0]
     """
     query, gallery = (
         _features(features, name)

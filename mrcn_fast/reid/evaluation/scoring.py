@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mrcn_fast.files import write_json
@@ -41,6 +41,7 @@ from mrcn_fast.reid.kinds import (
     Precision,
     Trials,
 )
+from mrcn_fast.reid.models.interface import test_sets_of
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.checkpoint import Checkpoint, content_digest
 
@@ -126,7 +127,12 @@ class ScoringOptions(EvaluationOptions):
 
 @check_arguments
 def score_checkpoint(
-    checkpoint: AnyPath, data: AnyPath, *, progress: Progress | None = None, **options: Any
+    checkpoint: AnyPath,
+    data: AnyPath,
+    *,
+    model: nn.Module | None = None,
+    progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Score a checkpoint by its data set's protocol, and write the result beside it as JSON.
 
@@ -141,6 +147,7 @@ def score_checkpoint(
     Args:
         checkpoint: the file that `mrcn-fast train` wrote, or its folder
         data: root of the data set's tree
+        model: the network, where the run trained one of your own; it gets the checkpoint's weights
         progress: bars to add to; by default this function shows its own
         options: the fields of `ScoringOptions`
 
@@ -155,11 +162,18 @@ def score_checkpoint(
         MemoryShortageError: where an allocation fails
 
     All but the last are raised before anything is computed.
+
+    Example:
+        >>> config = TrainConfig(data="data/regdb", dataset="regdb", out="runs/scored", depth=18,
+        ...     height=64, width=32, identities=2, images=2, steps=2, workers=0)
+        >>> result = score_checkpoint(Trainer(config).fit(), "data/regdb")
+        >>> list(result["searches"])
+        ['visible-to-infrared', 'infrared-to-visible']
     """
     chosen = ScoringOptions(**options)
     if chosen.cache is not None:
         check_folder(chosen.cache, "the cache")
-    trained = chosen.open(checkpoint, data)
+    trained = chosen.open(checkpoint, data, model)
     searches = searches_of(trained.dataset, chosen.of_protocol())
     check_folder(trained.path.parent, "the scores beside the checkpoint")
     conditions = chosen.conditions(trained)
@@ -284,7 +298,7 @@ def _score_searches(
 ) -> list[dict[str, Any]]:
     """Score each search by all pairings that the network's features have."""
     less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
-    pairings = pairings_of(len(trained.model.test_sets))
+    pairings = pairings_of(len(test_sets_of(trained.model)))
     with enough_memory("the distances of queries and gallery images", less):
         return [_score_search(search, tables, conditions, pairings) for search in searches]
 

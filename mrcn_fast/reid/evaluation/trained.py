@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Final, cast
 
 from lightning_fabric import Fabric
 from rich.progress import Progress
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from mrcn_fast.memory import enough_memory
@@ -19,6 +19,7 @@ from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation.extraction import extract
 from mrcn_fast.reid.kinds import AnyPath, BackendName, Count, PathText, Precision, Split, Workers
+from mrcn_fast.reid.models.interface import ReIDNetwork
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
 from mrcn_fast.reid.training.checkpoint import (
@@ -29,8 +30,10 @@ from mrcn_fast.reid.training.checkpoint import (
     check_data,
     data_identity,
     load_checkpoint,
+    load_weights,
 )
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.parts import check_model
 
 
 @dataclass(frozen=True)
@@ -40,10 +43,17 @@ class Network:
     path: Path
     state: Checkpoint
     config: TrainConfig
-    model: ReIDModel
+    model: nn.Module
     fabric: Fabric
     precision: Precision  # of the network here; `config` has the training's
     backend: str  # that serves the network's blocks here; "" for a network without blocks
+
+    @property
+    def reid_model(self) -> ReIDModel:
+        """The network as one of the library's. Raises TypeError for a network of the caller's."""
+        if not isinstance(self.model, ReIDModel):
+            raise TypeError(f"{self.path}: got {type(self.model).__name__}, expected a ReIDModel")
+        return self.model
 
     def features(
         self,
@@ -61,7 +71,7 @@ class Network:
         the chunks of equal length that a feature consists of.
 
         Returns:
-            (len(samples), `model.feature_size`), float32, on the CPU
+            (len(samples), D), float32, on the CPU
 
         Raises:
             ValueError: for a sample of another modality
@@ -77,7 +87,7 @@ class Network:
         less = "Less is needed for a smaller --batch-size and for fewer --workers"
         with enough_memory(f"{modality} features in batches of {batch_size}", less):
             return extract(
-                self.model,
+                cast(ReIDNetwork, self.model),
                 samples,
                 modality,
                 self.config,
@@ -103,13 +113,16 @@ def open_network(
     backend: BackendName | None = None,
     accelerator: str = "auto",
     precision: Precision | None = None,
+    model: nn.Module | None = None,
 ) -> Network:
     """Open a checkpoint (the file or its folder) for images of any origin.
 
-    The network computes in `precision`, by default the training's.
+    The network computes in `precision`, by default the training's. A run with a network of your own needs the
+    same network as `model`, which then has the checkpoint's weights.
 
     Raises:
-        CheckpointError: where the checkpoint can't be used
+        CheckpointError: where the checkpoint can't be used; and for a `model` that it isn't of, or none where
+            it needs one
         ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
     """
     path = Path(checkpoint)
@@ -118,8 +131,8 @@ def open_network(
     config = state.config
     precision = precision or config.precision
     fabric = open_fabric(accelerator, precision)
-    serving = serving_backend(config, backend, fabric, precision)
-    model = build_model(path, state, backend)
+    serving = "" if model else serving_backend(config, backend, fabric, precision)
+    model = build_model(path, state, backend) if model is None else _filled(path, state, model, backend)
     use_layout(model, config.channels_last)
     fabric.to_device(model)
     return Network(path, state, config, model, fabric, precision, serving)
@@ -136,18 +149,29 @@ def open_trained(
     accelerator: str = "auto",
     precision: Precision | None = None,
     permutations: AnyPath | None = None,
+    model: nn.Module | None = None,
 ) -> Trained:
     """Open a checkpoint (the file or its folder) for the data set under `data`.
 
     `split` is only checked, because a network is evaluated on the split that it was trained on. The network
-    computes in `precision`, by default the training's.
+    computes in `precision`, by default the training's. A run with a network of your own needs the same
+    network as `model`, which then has the checkpoint's weights.
 
     Raises:
         CheckpointError: where the checkpoint can't be used, is of another split or, unless `other_data`, of
-            another data set
+            another data set; and for a `model` that it isn't of, or none where it needs one
         ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
+
+    Example:
+        >>> config = TrainConfig(data="data/regdb", dataset="regdb", out="runs/opened", depth=18,
+        ...     height=64, width=32, identities=2, images=2, steps=1, workers=0)
+        >>> trained = open_trained(Trainer(config).fit(), "data/regdb")
+        >>> trained.features(trained.dataset.searches()[0].query, "visible").shape[1]
+        1024
     """
-    network = open_network(checkpoint, backend=backend, accelerator=accelerator, precision=precision)
+    network = open_network(
+        checkpoint, backend=backend, accelerator=accelerator, precision=precision, model=model
+    )
     path, state, config = network.path, network.state, network.config
     if split is not None and split != state.data.split:
         raise CheckpointError(
@@ -170,6 +194,17 @@ def open_trained(
 
 # The options of `open_trained`; the others are those of `Trained.features`.
 _OPENING: Final = ("split", "other_data", "backend", "accelerator", "precision", "permutations")
+
+
+def _filled(path: Path, state: Checkpoint, model: nn.Module, backend: str | None) -> nn.Module:
+    """Give the caller's network the weights of its checkpoint."""
+    check_model(model, state.config)
+    if backend is not None:
+        raise ConfigError(f"got backend={backend!r} with a network of your own: set it in the network")
+    if "model" not in state.parts:
+        raise CheckpointError(f"{path}: this run trained the library's own network: give no model")
+    load_weights(path, model, state.model)
+    return model
 
 
 @dataclass(kw_only=True)
@@ -207,6 +242,6 @@ class EvaluationOptions(NetworkOptions):
     other_data: bool = False
     """Take a tree other than the training data's, which is refused otherwise."""
 
-    def open(self, checkpoint: AnyPath, data: AnyPath) -> Trained:
+    def open(self, checkpoint: AnyPath, data: AnyPath, model: nn.Module | None = None) -> Trained:
         """`open_trained` with these options."""
-        return open_trained(checkpoint, data, **{name: getattr(self, name) for name in _OPENING})
+        return open_trained(checkpoint, data, model=model, **{name: getattr(self, name) for name in _OPENING})

@@ -43,6 +43,10 @@ class PartPool(nn.Module):
 
     Where neighbouring stripes share a row, this is logged once, at level INFO. Raises ValueError for more
     parts than rows.
+
+    Example:
+        >>> PartPool(3, "gem")(torch.rand(2, 64, 18, 8)).shape
+        torch.Size([3, 2, 64])
     """
 
     @check_arguments
@@ -82,7 +86,13 @@ def _means(x: Tensor, bounds: list[tuple[int, int]]) -> Tensor:
 
 
 class Head(nn.Module):
-    """BNNeck and classifier of one part (Luo et al. 2019): (M, D) pooled features -> (M, classes) logits."""
+    """BNNeck and classifier of one part (Luo et al. 2019): (M, D) pooled features -> (M, classes) logits.
+
+    Example:
+        >>> head = Head(features=64, classes=5)
+        >>> head(torch.rand(6, 64)).shape, head.neck(torch.rand(6, 64)).shape
+        (torch.Size([6, 5]), torch.Size([6, 64]))
+    """
 
     @check_arguments
     def __init__(self, features: Count, classes: Count) -> None:

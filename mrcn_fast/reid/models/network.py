@@ -36,6 +36,12 @@ class TrainingOutput(NamedTuple):
 
     There are six sets (v, v+, v-, n-, n+, n), four (v, v+, n+, n or v, v-, n-, n) or two (v, n or v+, n+). A
     network without parts has one part.
+
+    Example:
+        >>> pooled = torch.rand(12, 64)  # six sets of two images
+        >>> output = TrainingOutput(pooled[None], nn.Linear(64, 5)(pooled)[None])
+        >>> output.logits.shape
+        torch.Size([1, 12, 5])
     """
 
     pooled: Tensor  # (parts, sets * B, D), before the BNNeck and not normalised: for triplet and CQC loss
@@ -95,6 +101,7 @@ class ReIDModel(nn.Module):
 
     Args:
         classes: the number of training identities
+        trunk: a trunk of your own, such as `StagedTrunk`, in place of the ResNet of `depth`
         options: the fields of `ModelOptions`; the baseline ignores `stages` and the fields of the block
 
     Raises:
@@ -109,14 +116,18 @@ class ReIDModel(nn.Module):
     """
 
     @check_arguments
-    def __init__(self, classes: Count, **options: Any) -> None:
+    def __init__(self, classes: Count, *, trunk: nn.Module | None = None, **options: Any) -> None:
         super().__init__()
         chosen = ModelOptions(**options)
         self.model = chosen.model
         # Without a block there is no stage to split at: both modalities are one batch from the stems on.
         self.stages = () if chosen.model == "baseline" else chosen.stages
         self.parts = chosen.parts
-        self.trunk = Trunk(chosen.depth)
+        # A trunk of the caller's has what is used of Trunk here: `channels`, `stem` and `layers`.
+        self.trunk = Trunk(chosen.depth) if trunk is None else cast(Trunk, trunk)
+        self._last = len(self.trunk.channels) - 1
+        if self.stages and self.stages[-1] > self._last:
+            raise ValueError(f"got stages={self.stages}, expected stages from 0 to {self._last} of the trunk")
         # Checkpoints name the parameters of the blocks by this attribute.
         self.plugs = nn.ModuleList(
             make_block(
@@ -191,7 +202,7 @@ class ReIDModel(nn.Module):
             sets = maps.unflatten(0, (len(self.test_sets) if index else 1, -1)).unbind()
             maps = block.at_test(sets, modality)
             reached = stage
-        pooled = self.pool(self.trunk.layers(maps, reached + 1, 4))
+        pooled = self.pool(self.trunk.layers(maps, reached + 1, self._last))
         features = torch.stack([cast(Head, h).neck(part) for h, part in zip(self.heads, pooled, strict=True)])
         features = F.normalize(features.float(), dim=2)
         # (parts, sets * N, D) -> (N, sets, parts, D)
@@ -200,7 +211,7 @@ class ReIDModel(nn.Module):
     def _sets(self, v: Tensor, n: Tensor) -> tuple[Tensor, tuple[SNRFeatures, ...]]:
         """Compute the last maps of all sets as one batch, from the maps of the stems, and the styles."""
         if not self.blocks:
-            return self.trunk.layers(torch.cat((v, n)), 1, 4), ()
+            return self.trunk.layers(torch.cat((v, n)), 1, self._last), ()
         first, *later = zip(self.stages, self.blocks, strict=True)
         reached, block = first
         if reached > 0:
@@ -210,7 +221,7 @@ class ReIDModel(nn.Module):
             maps, more = block.later(self.trunk.layers(maps, reached + 1, stage))
             styles += more
             reached = stage
-        return self.trunk.layers(maps, reached + 1, 4), styles
+        return self.trunk.layers(maps, reached + 1, self._last), styles
 
 
 def _check_images(name: str, images: object) -> None:

@@ -108,6 +108,11 @@ class Trunk(nn.Module):
     baselines, so that a (N, 3, H, W) image gives (N, `channels[4]`, H/16, W/16).
 
     Raises ValueError for a depth other than 18 or 50.
+
+    Example:
+        >>> trunk = Trunk(18)
+        >>> trunk.layers(trunk.stem(torch.rand(1, 3, 64, 32), "visible"), 1, 4).shape
+        torch.Size([1, 512, 4, 2])
     """
 
     @check_arguments

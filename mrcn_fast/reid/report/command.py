@@ -133,14 +133,14 @@ def time_block(trained: Trained) -> BlockTimes | None:
     Returns:
         the medians; None for a network without MRCN's block
     """
-    blocks = [block for block in trained.model.blocks if isinstance(block, RestitutionCompensation)]
+    blocks = [block for block in trained.reid_model.blocks if isinstance(block, RestitutionCompensation)]
     if not blocks:
         return None
     config, device = trained.config, trained.fabric.device
     images = torch.zeros(1, 3, config.height, config.width, device=device)
     with torch.no_grad(), trained.fabric.autocast():
-        maps = trained.model.trunk.stem(images, "visible")
-        maps = trained.model.trunk.layers(maps, 1, trained.model.stages[0])
+        maps = trained.reid_model.trunk.stem(images, "visible")
+        maps = trained.reid_model.trunk.layers(maps, 1, trained.reid_model.stages[0])
     shape = (config.identities * config.images, *maps.shape[1:])
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     v, n = (

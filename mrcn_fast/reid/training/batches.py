@@ -83,6 +83,13 @@ class TrainingBatches:
         ValueError: for fewer identities than a batch needs
         DatasetError: for an unreadable image that goes into a cache, and where fewer identities than a batch
             needs remain without unreadable images
+
+    Example:
+        >>> config = TrainConfig(data="data/regdb", height=64, width=32, identities=2, images=3, workers=0)
+        >>> training = open_dataset("regdb", "data/regdb").training()
+        >>> batch = next(TrainingBatches(training, config, name="regdb").of(epoch=0))
+        >>> batch.visible.shape, batch.infrared.dtype, len(batch.labels)
+        (torch.Size([6, 3, 64, 32]), torch.uint8, 6)
     """
 
     def __init__(

@@ -16,7 +16,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
 
 import torch
 from lightning_fabric.utilities import move_data_to_device
@@ -35,7 +35,7 @@ from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainCon
 from mrcn_fast.reid.training.journal import LINE
 from mrcn_fast.reid.training.optimizer import make_optimizer
 
-FORMAT = 4
+FORMAT = 5
 CHECKPOINT_NAME = "checkpoint.pth"
 # The results of scoring, which are written beside the checkpoint.
 RESULT_NAMES = "test-*.json"
@@ -117,6 +117,7 @@ class Checkpoint(NamedTuple):
     epoch: int
     batch: int
     metrics: dict[str, float]
+    parts: dict[str, str]  # names of the caller's own "model", "loss" and "optimizer", where they were given
 
 
 def random_state() -> dict[str, Any]:
@@ -156,6 +157,12 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     The types and ranges of all fields are checked, whether the fields fit each other, and whether the content
     is bit by bit what was written. Raises CheckpointError with the path, the field, the expected and the
     found.
+
+    Example:
+        >>> config = TrainConfig(data="data/regdb", dataset="regdb", out="runs/loaded", depth=18,
+        ...     height=64, width=32, identities=2, images=2, steps=1, workers=0)
+        >>> load_checkpoint(Trainer(config).fit()).step
+        1
     """
     path = Path(path)
     if path.is_dir():
@@ -243,6 +250,7 @@ _STORED = record(
         "epoch": int,
         "batch": int,
         "metrics": dict[str, Any],
+        "parts": dict[Literal["model", "loss", "optimizer"], str],
     },
 )
 _ABOVE_ZERO = Annotated[FiniteFloat, Field(ge=sys.float_info.min)]
@@ -271,6 +279,16 @@ def _conforming(content: Mapping[str, Any]) -> Checkpoint:
     checkpoint = Checkpoint(**{name: values[name] for name in Checkpoint._fields})
     _check_identity(checkpoint)
     _check_place(checkpoint)
+    # What a network of the caller's must have, only the caller knows: see `load_weights`.
+    if "model" not in checkpoint.parts:
+        _check_network(checkpoint)
+    _check_scaler(checkpoint)
+    _check_random(checkpoint.random)
+    return checkpoint
+
+
+def _check_network(checkpoint: Checkpoint) -> None:
+    """Check that the weights and the state of the library's own optimizer fit the configuration."""
     parts = sum(name.endswith("classifier.weight") for name in checkpoint.model)
     _check(
         checkpoint.config.parts == parts, "config.parts", checkpoint.config.parts, f"{parts}, as in the model"
@@ -283,10 +301,8 @@ def _conforming(content: Mapping[str, Any]) -> Checkpoint:
     except ValueError as error:
         raise SettingError(f"config: {error}") from error
     _check_weights(checkpoint.model, network.state_dict())
-    _check_optimizer(checkpoint.optimizer, optimizer)
-    _check_scaler(checkpoint)
-    _check_random(checkpoint.random)
-    return checkpoint
+    if "optimizer" not in checkpoint.parts:
+        _check_optimizer(checkpoint.optimizer, optimizer)
 
 
 def _check(holds: bool, place: str, value: object, expected: str) -> None:
@@ -361,7 +377,7 @@ def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer)
     expected, groups = optimizer.state_dict()["param_groups"], found["param_groups"]
     _check(len(groups) == len(expected), "optimizer.param_groups", groups, f"{len(expected)} of them")
     for number, (group, own) in enumerate(zip(groups, expected, strict=True)):
-        _check_group(group, own, f"optimizer.param_groups[{number}]")
+        _check_group(group, own, f"optimizer.param_groups[{number}]", required=_GROUP)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, values in checked(dict[int, Any], found["state"], "optimizer.state").items():
         place = f"optimizer.state[{key}]"
@@ -371,9 +387,11 @@ def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer)
             _check_tensor(momentum, parameters[key], f"{place}.momentum_buffer")
 
 
-def _check_group(values: Mapping[str, Any], expected: Mapping[str, Any], place: str) -> None:
+def _check_group(
+    values: Mapping[str, Any], expected: Mapping[str, Any], place: str, *, required: Iterable[str] = ()
+) -> None:
     """Check that all values but the learning rate, which the schedule changes, are the configuration's."""
-    for name in values.keys() | set(_GROUP):
+    for name in (*values, *(name for name in required if name not in values)):
         there = values.get(name)
         if name == "lr":
             checked(Weight, there, f"{place}.lr")
@@ -443,7 +461,7 @@ def _weights_in_words(path: str | None, digest: str | None) -> str:
 
 def all_finite(tensor: Tensor) -> bool:
     """Whether all values are finite. The extremes are NaN if any value is, and need no mask."""
-    return bool(torch.stack(tensor.aminmax()).isfinite().all())
+    return not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
 
 def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -456,8 +474,11 @@ def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -
 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load the optimizer's state. Raises CheckpointError where it is of other parameters."""
+    """Load the optimizer's state. Raises CheckpointError where it is of other parameters or settings."""
+    own = optimizer.state_dict()["param_groups"]
     try:
+        for number, (group, expected) in enumerate(zip(state["param_groups"], own, strict=False)):
+            _check_group(group, expected, f"optimizer.param_groups[{number}]")
         optimizer.load_state_dict(dict(state))
     except ValueError as error:
         raise CheckpointError(f"{path}: the optimiser's state doesn't fit the network.\n{error}") from error
@@ -466,8 +487,15 @@ def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Ma
 def build_model(path: str | Path, checkpoint: Checkpoint, backend: str | None = None) -> ReIDModel:
     """Build the trained network of a checkpoint.
 
-    `backend` replaces the training's backend, which isn't part of the architecture.
+    `backend` replaces the training's backend, which isn't part of the architecture. Raises CheckpointError
+    for a run with a network of the caller's own.
     """
+    if "model" in checkpoint.parts:
+        raise CheckpointError(
+            f"{path}: this run trained a network of its caller's own ({checkpoint.parts['model']}), which "
+            "this library can't build. Give it in Python: "
+            "mrcn_fast.reid.score_checkpoint(checkpoint, data, model=...)"
+        )
     arguments = checkpoint.config.model_arguments() | {"backend": backend}
     model = ReIDModel(len(checkpoint.data.identities), **arguments)
     load_weights(path, model, checkpoint.model)

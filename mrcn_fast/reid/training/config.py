@@ -99,6 +99,10 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """The values of a training run: data, network, batches, loss, and here the schedule and the machine.
 
     Raises ConfigError for values that are unfit or don't fit each other.
+
+    Example:
+        >>> TrainConfig(data="data/regdb", dataset="regdb", stages=(1,)).cqc_weight
+        1.2
     """
 
     epochs: Count = 80
@@ -121,6 +125,8 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """SGD momentum (paper), Nesterov's (field)."""
     weight_decay: Weight = 5e-4
     """Weight decay (field)."""
+    selective_decay: bool = False
+    """Leave vectors and what `no_weight_decay()` of the blocks names out of weight decay (field: no)."""
 
     seed: Seed = 0
     """Seed of the initial weights, the sampler and the augmentation."""

@@ -25,6 +25,11 @@ class LossParts(NamedTuple):
 
     A term is 0 where its weight is 0. `cqc` is also 0 for networks without a block, and `causality` for all
     networks but SNR's.
+
+    Example:
+        >>> identity, none = torch.tensor(2.0), torch.tensor(0.0)
+        >>> LossParts(identity, identity, none, none, none).total
+        tensor(2.)
     """
 
     total: Tensor
@@ -49,6 +54,10 @@ class BatchHardTriplet(nn.Module):
 
     Raises:
         ValueError: where features and labels don't fit together
+
+    Example:
+        >>> BatchHardTriplet()(torch.tensor([[0.0], [1.0], [1.2]]), torch.tensor([0, 0, 1]))
+        tensor(0.6000)
     """
 
     @check_arguments
@@ -189,6 +198,12 @@ class ReIDLoss(nn.Module):
     Raises:
         ValueError: where the output is not two, four or six sets of B images and, on the CPU, for labels that
             are no classes
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> output = TrainingOutput(torch.rand(1, 24, 64), torch.rand(1, 24, 2))  # six sets of four
+        >>> ReIDLoss(cqc_weight=0.5)(output, labels).total.shape
+        torch.Size([])
     """
 
     def __init__(self, **options: Any) -> None:

@@ -1,26 +1,38 @@
-"""The optimizer of a run: SGD, with two groups of parameters that have different learning rates."""
+"""The optimizer of a run: SGD, whose groups of parameters differ in learning rate and weight decay."""
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from mrcn_fast.reid.models.network import ReIDModel
+import torch
+from torch import nn
+
 from mrcn_fast.reid.training.config import TrainConfig
 
 
-def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     """Make SGD with Nesterov momentum.
 
-    BNNeck and classifier learn at the full rate, all other parameters at the share `trunk_lr` of it. The
+    What the network's `head()` gives, BNNeck and classifier, learns at the full rate, and all other
+    parameters at the share `trunk_lr` of it. In a network without `head`, all learn at the full rate. The
     share of a group is its `scale`, by which the trainer multiplies the scheduled rate.
+
+    With `selective_decay`, vectors and what `without_decay` names are in groups without weight decay.
+
+    Example:
+        >>> model = ReIDModel(classes=5, depth=18)
+        >>> optimizer = make_optimizer(model, TrainConfig(data="", lr=0.2))
+        >>> [group["scale"] for group in optimizer.param_groups]
+        [1.0, 0.1]
     """
-    head = list(model.head())
-    in_head = {id(parameter) for parameter in head}
-    rest = [parameter for parameter in model.parameters() if id(parameter) not in in_head]
-    groups = [
-        {"params": [parameter for parameter in parameters if parameter.requires_grad], "scale": scale}
-        for parameters, scale in ((head, 1.0), (rest, config.trunk_lr))
-    ]
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    # Of the class: a network may well have a submodule of this name.
+    head = getattr(type(model), "head", nn.Module.parameters)
+    in_head = set(map(id, head(model)))
+    groups: list[dict[str, Any]] = []
+    for scale, of_head in ((1.0, True), (config.trunk_lr, False)):
+        named = {name: p for name, p in parameters.items() if (id(p) in in_head) == of_head}
+        groups += [{"params": own, "scale": scale} | decay for own, decay in _by_decay(model, named, config)]
     return torch.optim.SGD(
         groups,
         lr=config.lr,
@@ -28,3 +40,36 @@ def make_optimizer(model: ReIDModel, config: TrainConfig) -> torch.optim.SGD:
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
     )
+
+
+def without_decay(model: nn.Module) -> set[str]:
+    """The names of the parameters that a network's modules leave out of weight decay.
+
+    A module names them, relative to itself, by timm's method `no_weight_decay()`, as `MRCNBlock` does.
+
+    Example:
+        >>> sorted(without_decay(torch.nn.Sequential(mrcn_fast.SNRBlock(32))))
+        ['0.gate.fc1_bias', '0.gate.fc2_bias', '0.norm_bias', '0.norm_weight']
+    """
+    return {
+        f"{path}.{name}".lstrip(".")
+        for path, module in model.named_modules()
+        if callable(getattr(module, "no_weight_decay", None))
+        for name in module.no_weight_decay()
+    }
+
+
+def _by_decay(
+    model: nn.Module, named: dict[str, nn.Parameter], config: TrainConfig
+) -> list[tuple[list[nn.Parameter], dict[str, float]]]:
+    """Split parameters into those with and those without weight decay, with the setting of each group."""
+    if not config.selective_decay:
+        return [(list(named.values()), {})] if named else []
+    left_out = without_decay(model)
+    plain = [p for name, p in named.items() if p.dim() <= 1 or name in left_out]
+    decayed = [p for name, p in named.items() if p.dim() > 1 and name not in left_out]
+    groups: list[tuple[list[nn.Parameter], dict[str, float]]] = [
+        (decayed, {}),
+        (plain, {"weight_decay": 0.0}),
+    ]
+    return [(own, setting) for own, setting in groups if own]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import Generic, cast
 
 import torch
 from rich.progress import Progress, TaskID
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import TypeVar
 
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import notice, progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.devices import open_fabric, serving_backend
+from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.models.resnet import check_weights_file, imagenet_file
 from mrcn_fast.reid.training.batches import Batch, TrainingBatches
@@ -47,10 +51,22 @@ from mrcn_fast.reid.training.journal import (
 )
 from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.parts import (
+    Loss,
+    MakeOptimizer,
+    check_loss,
+    check_model,
+    check_parts,
+    loss_parts,
+    named_parts,
+    own_optimizer,
+)
 from mrcn_fast.reid.training.run_folder import held, run_files
 from mrcn_fast.reid.training.transfers import Readings, to_device
 
 log = logging.getLogger(__name__)
+
+Model = TypeVar("Model", bound=nn.Module, default=ReIDModel)
 
 _LESS = (
     "Less is needed for fewer people or images of each in a batch (--identities, --images), for smaller "
@@ -103,42 +119,76 @@ def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     return there
 
 
-class Trainer:
+class Trainer(Generic[Model]):
     """A training run, built from a TrainConfig. `fit()` trains to the end, `step()` takes one step.
+
+    A checkpoint of a run with parts of your own holds the network's and the optimizer's state, and the names
+    of the classes or functions of model, loss and optimizer. Code isn't in it: to go on, give the same parts
+    to a new Trainer, and to score, the network to `score_checkpoint`. Other parts are refused.
+
+    Args:
+        config: of the run. With a network of your own its fields of the architecture have no effect, with a
+            loss of your own those of the loss, and with an optimizer of your own `momentum`, `weight_decay`,
+            `selective_decay` and `trunk_lr`.
+        model: a network of your own with the methods of `ReIDNetwork`. You seed its weights.
+        loss: a function of the network's TrainingOutput and the labels (B,) that gives LossParts or a scalar
+        optimizer: a function of the network that makes its optimizer. The learning rates that it sets are
+            those at `config.lr`, and follow the schedule in proportion.
+        callbacks: objects with some of the methods of `Callback`
 
     Raises:
         DatasetError, WeightsError: for bad files
         ValueError: for values that don't fit, such as fewer identities than P, an accelerator that this
             machine doesn't have, or several processes
+        TypeError: for parts that are no network, loss or optimizer
         BackendError: for a backend that can't serve
 
     Example:
-        >>> config = TrainConfig(data="data/regdb", dataset="regdb", stages=(1,))  # doctest: +SKIP
-        >>> checkpoint = Trainer(config).fit()  # doctest: +SKIP
+        >>> config = TrainConfig(data="data/regdb", dataset="regdb", stages=(1,), out="runs/trainer",
+        ...     depth=18, height=64, width=32, identities=2, images=2, steps=2, workers=0)
+        >>> Trainer(config).fit().name
+        'checkpoint.pth'
     """
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        model: Model | None = None,
+        loss: Loss | None = None,
+        optimizer: MakeOptimizer | None = None,
+        callbacks: Sequence[object] = (),
+    ) -> None:
         self.config = config
         self.out = Path(config.out)
         self.checkpoint_path = self.out / CHECKPOINT_NAME
-        # A device or backend that can't serve is refused before the data set is read.
-        self.fabric = open_fabric(config.accelerator, config.precision)
-        serving_backend(config, config.backend, self.fabric, config.precision)
+        # A device, a backend or a part that can't serve is refused before the data set is read.
+        self.fabric = open_fabric(config.accelerator, config.precision, callbacks)
+        if model is None:
+            serving_backend(config, config.backend, self.fabric, config.precision)
+        else:
+            check_model(model, config)
+        if loss is not None:
+            check_loss(loss)
         dataset = open_dataset(config.dataset, config.data, split=config.split)
         self.training = dataset.training()
         self.data = data_identity(dataset, self.training)
 
         torch.manual_seed(config.seed)
         random.seed(config.seed)
-        self.model = ReIDModel(len(self.training.identities), **config.model_arguments())
-        if config.weights is not None:
-            self.model.trunk.load_imagenet(config.weights)
+        self.model = cast(Model, self._built()) if model is None else model
         self.weights = weights_fingerprint(config.weights)
         self.layout = use_layout(self.model, config.channels_last)
-        self.optimizer = make_optimizer(self.model, config)
+        self.optimizer: torch.optim.Optimizer = (
+            make_optimizer(self.model, config)
+            if optimizer is None
+            else own_optimizer(optimizer, self.model, config)
+        )
+        made = None if optimizer is None else self.optimizer
+        self.parts = named_parts(model=model, loss=loss, optimizer=made)
         # The wrapped pair has the device and the precision; checkpoints take the names from the plain pair.
         self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
-        self.loss = ReIDLoss(**config.loss_arguments())
+        self.loss: Loss = ReIDLoss(**config.loss_arguments()) if loss is None else loss
         size = (config.height, config.width)
         augment = partial(Augmentation, size, padding=config.padding, flip=config.flip, erase=config.erase)
         self.augment: dict[Modality, Augmentation] = {
@@ -156,6 +206,12 @@ class Trainer:
         # The number of steps taken, and the epoch and number of the next batch.
         self.step_count = self.epoch = self.batch = 0
 
+    def _built(self) -> ReIDModel:
+        model = ReIDModel(len(self.training.identities), **self.config.model_arguments())
+        if self.config.weights is not None:
+            model.trunk.load_imagenet(self.config.weights)
+        return model
+
     @property
     def total_steps(self) -> int:
         """The number of steps of the whole run."""
@@ -172,9 +228,10 @@ class Trainer:
         output = self._model(
             self.prepared(batch.visible, "visible"), self.prepared(batch.infrared, "infrared")
         )
-        parts = self.loss(output, labels)
+        output = check_output(output, len(labels))
+        parts = loss_parts(self.loss(output, labels))
         with torch.no_grad():
-            right = output.logits.argmax(2) == labels.repeat(self.model.sets)
+            right = output.logits.argmax(2) == labels.repeat(output.logits.shape[1] // len(labels))
             measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
             # One transfer from the device per step serves the check below and the journal.
             readings = Readings(torch.stack(measured))
@@ -216,9 +273,11 @@ class Trainer:
         with held(self.out, "trains"):
             self._begin(resume=resume, overwrite=overwrite)
             self._introduce()
+            self.fabric.call("on_fit_start", self)
             bars = progress_bars() if progress is None else progress
             with bars if progress is None else nullcontext():
                 self._run(bars)
+            self.fabric.call("on_fit_end", self)
         return self.checkpoint_path
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
@@ -248,23 +307,31 @@ class Trainer:
     def _introduce(self) -> None:
         config = self.config
         log.info(
-            "%s, ResNet-%d, on %s in %s: %d steps on %s",
-            *(self._title(), config.depth, self.fabric.device, config.precision, self.total_steps, self.data),
+            "%s, on %s in %s: %d steps on %s",
+            *(self._title(), self.fabric.device, config.precision, self.total_steps, self.data),
         )
-        if config.weights is None and config.depth == 50:  # the paper's network
+        own = "model" in self.parts
+        if config.weights is None and config.depth == 50 and not own:  # the paper's network
             notice(
                 "Training starts from random weights",
                 "The paper starts from weights pretrained on ImageNet, and its scores are out of reach "
                 "without them. Stop with Ctrl-C, give the weights (--weights FILE) and begin anew "
                 f"(--overwrite). The file is {imagenet_file(config.depth)}",
             )
-        elif config.weights is None:
+        elif config.weights is None and not own:
             log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
+
+    @property
+    def _name(self) -> str:
+        return self.parts.get("model", self.config.model)
 
     def _title(self) -> str:
         config = self.config
+        if "model" in self.parts:
+            return f"{self._name}, a network of the caller's"
         stages = "" if config.model == "baseline" else f" after stage {', '.join(map(str, config.stages))}"
-        return f"{config.model}{stages}" + (f", {config.parts} parts" if config.parts > 1 else "")
+        parts = f", {config.parts} parts" if config.parts > 1 else ""
+        return f"{config.model}{stages}{parts}, ResNet-{config.depth}"
 
     def _run_epoch(self, bars: Progress, task: TaskID) -> None:
         """Train from the next batch to the end of the epoch or of the run."""
@@ -279,6 +346,7 @@ class Trainer:
             self.batch += 1
             self.journal.add(result, time.perf_counter() - begun, begun - asked)
             self._watch.look(self.step_count, result)
+            self.fabric.call("on_step_end", self, batch, result)
             status = f"epoch {self.epoch + 1} loss {result.loss:.3f} accuracy {result.accuracy:.2f}"
             bars.update(task, completed=self.step_count, status=status)
             if self._ends_here():
@@ -291,7 +359,7 @@ class Trainer:
         self.save()
         log.info(
             "%s, step %d of %d, epoch %d of %d: %s",
-            *(self.config.model, self.step_count, self.total_steps, self.epoch, self.config.epochs),
+            *(self._name, self.step_count, self.total_steps, self.epoch, self.config.epochs),
             self.journal.summary(),
         )
 
@@ -324,12 +392,15 @@ class Trainer:
             epoch=self.epoch,
             batch=self.batch,
             metrics=self.journal.lines[-1] if self.journal.lines else {},
+            parts=self.parts,
         )
         save_checkpoint(self.checkpoint_path, checkpoint)
+        self.fabric.call("on_checkpoint", self, self.checkpoint_path)
 
     def _resume(self) -> None:
         path = self.checkpoint_path
         checkpoint = load_checkpoint(path)
+        check_parts(path, checkpoint, self.parts)
         check_config(path, checkpoint, self.config)
         check_data(path, checkpoint, self.data)
         load_weights(path, self.model, checkpoint.model)

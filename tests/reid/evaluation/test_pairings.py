@@ -7,7 +7,7 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -25,6 +25,7 @@ from mrcn_fast.reid.evaluation.pairings import (
 from mrcn_fast.reid.evaluation.results import describe, kept_result
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.evaluation.trained import open_trained
+from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
 
@@ -125,7 +126,7 @@ def test_exchanged_modalities_give_a_warning(
 ) -> None:
     """Features whose F matches no other F, while F₊ of one modality is F of the other."""
     own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
-    size = open_trained(own, tiny_tree).model.feature_size // 2
+    size = cast(ReIDModel, open_trained(own, tiny_tree).model).feature_size // 2
 
     def met_the_wrong_way(model, samples, modality, *_, **__):  # type: ignore[no-untyped-def]
         of_person = torch.eye(size)[[sample.identity % size for sample in samples]]

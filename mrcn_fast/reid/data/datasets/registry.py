@@ -36,6 +36,11 @@ def open_dataset(
     Raises:
         ValueError: for an unknown name, and for a split or permutations of another data set
         DatasetError: for a damaged tree
+
+    Example:
+        >>> dataset = open_dataset("regdb", "data/regdb", split=1)
+        >>> [search.name for search in dataset.searches()]
+        ['visible-to-infrared', 'infrared-to-visible']
     """
     if name not in DATASETS:
         raise ValueError(f"unknown data set {name!r}; known: {', '.join(DATASETS)}")
