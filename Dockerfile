@@ -12,4 +12,5 @@ COPY . .
 # torch's build for the CPU. For a GPU, start from an image with CUDA and leave TORCH at its default.
 ARG TORCH=torch==2.13.0+cpu
 ENV PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu TORCH=${TORCH} VENV=/opt/venv PATH=/opt/venv/bin:${PATH}
-RUN make install EXTRAS=all
+# For every instruction set: an image runs on other processors too.
+RUN MRCN_FAST_ISAS=all make install EXTRAS=all

@@ -7,6 +7,12 @@ TORCH ?= torch==2.13.0
 # Arguments for pytest, mrcn-fast demo, mrcn-fast bench and gpu-check: make test ARGS="-k gates -x"
 ARGS ?=
 
+# Where `make wheel` leaves the wheel.
+DIST ?= dist
+
+# V=1 shows the output of pip, CMake and the compilers, which otherwise is shown where one of them fails.
+V ?=
+
 bin = $(VENV)/bin
 pip = "$(bin)/python" -m pip --disable-pip-version-check
 built = build/warnings
@@ -16,7 +22,8 @@ build_requirements = $(shell sed -n 's/^requires = \[\(.*\)\]$$/\1/p' pyproject.
 
 # What an install depends on: these files, and where the checkout lies (an editable install points to it).
 fingerprint = { pwd; cat pyproject.toml setup.py mrcn_fast/__init__.py; } | cksum
-# Which packages an install brings: those that run the library, or with EXTRAS=all those of the tests too.
+# Which packages an install brings: those that run the library, with EXTRAS=all those of the tests too, or with
+# EXTRAS=docs those of the site, which `all` is without.
 EXTRAS = reid
 installed = $(VENV)/.mrcn-fast-installed
 kept = $(VENV)/.mrcn-fast-constraints.txt
@@ -24,19 +31,35 @@ kept = $(VENV)/.mrcn-fast-constraints.txt
 # Empty where there is none, or it is not wanted.
 nvcc = $(if $(filter 0,$(MRCN_FAST_CUDA)),,$(shell "$(bin)/python" -c "import setup; print(setup.find_nvcc())" 2>&-))
 
+# quietly COMMAND...: runs it without its output, says every 15 s that it goes on, and shows the end of the output
+# where it fails.
+define quietly
+quietly() { \
+  if [ -n "$(V)" ]; then "$$@"; return; fi; \
+  output=$$(mktemp) || return; seconds=0; \
+  while sleep 15 >&- 2>&-; do seconds=$$((seconds + 15)); echo "  $$seconds s so far"; done & beat=$$!; \
+  trap 'kill $$beat; rm -f "$$output"' EXIT; trap 'exit 130' INT TERM; \
+  if "$$@" >"$$output" 2>&1; then status=0; else status=$$?; tail -n 60 "$$output" >&2; fi; \
+  kill $$beat; rm -f "$$output"; trap - EXIT INT TERM; return $$status; \
+}
+endef
+
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install environment torch requirements native wheel demo test bench regression gpu-check lint ruff mypy \
-  clang-format warnings format clean
+.PHONY: help install environment torch requirements native wheel demo readme-figures test bench regression gpu-check \
+  lint ruff mypy clang-format warnings format docs clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
 
 help:  ## this list
-	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH='$(TORCH)'"
+	@echo "Variables: VENV=$(VENV) PYTHON=$(PYTHON) TORCH='$(TORCH)' V=1 (show the output of pip and the compilers)"
 	@sed -n 's/^\([a-z-]*\):.*##  *\(.*\)/  make \1\t\2/p' Makefile | expand -t 18
 
 test lint regression format: EXTRAS = all
+docs: EXTRAS = docs
+# Tests are of all instruction sets, a user needs those of this machine.
+test regression: export MRCN_FAST_ISAS ?= all
 
 install: environment torch requirements native  ## make the environment VENV, build the libraries, install there what runs them
 	@"$(bin)/mrcn-fast" info
@@ -69,33 +92,40 @@ environment:
 # for another: which build of torch a machine needs (CPU, a CUDA version) its owner knows, pip doesn't.
 torch:
 	@"$(bin)/python" -c 'import re, sys; from importlib import metadata; sys.exit(tuple(map(int, re.findall("[0-9]+", metadata.version("torch"))[:2])) < (2, 11))' 2>/dev/null \
-	  || { echo "Installing $(TORCH)"; $(pip) install -q "$(TORCH)"; }
+	  || { echo "Installing $(TORCH) into $(VENV): a download of 0.2 GB for the CPU, of 3 GB for CUDA"; \
+    $(quietly); quietly $(pip) install "$(TORCH)"; }
 	@"$(bin)/python" -c 'from importlib import metadata; print("torch==" + metadata.version("torch"))' > "$(kept)"
 
 requirements:
-	@is_of() { [ "$$(cat "$(installed)-$$1" 2>/dev/null)" = "$$($(fingerprint))" ]; }; \
-	if [ ! -x "$(bin)/mrcn-fast" ] || ! { is_of $(EXTRAS) || is_of all; }; then \
-	  echo "Installing mrcn-fast[$(EXTRAS)] and what it needs into $(VENV)"; \
-	  $(pip) install -q -c "$(kept)" $(foreach r,$(build_requirements),"$(r)") \
-	  && MRCN_FAST_NATIVE=0 MRCN_FAST_CUDA=0 $(pip) install -q -c "$(kept)" --no-build-isolation -e '.[$(EXTRAS)]' \
+	@$(quietly); is_of() { [ "$$(cat "$(installed)-$$1" 2>/dev/null)" = "$$($(fingerprint))" ]; }; \
+	if [ ! -x "$(bin)/mrcn-fast" ] || ! { is_of $(EXTRAS) || { [ $(EXTRAS) != docs ] && is_of all; }; }; then \
+	  echo "Installing mrcn-fast[$(EXTRAS)] and what it needs into $(VENV), about a minute"; \
+	  quietly $(pip) install -c "$(kept)" $(foreach r,$(build_requirements),"$(r)") \
+	  && MRCN_FAST_NATIVE=0 MRCN_FAST_CUDA=0 quietly $(pip) install -c "$(kept)" --no-build-isolation -e '.[$(EXTRAS)]' \
 	  && $(fingerprint) > "$(installed)-$(EXTRAS)"; \
 	fi
 
 # Not by pip, which would hide the compilers' output. Ninja rebuilds only what changed.
 native:
-	@"$(bin)/python" setup.py -q build_ext --inplace
+	@"$(bin)/python" setup.py $(if $(V),,-q) build_ext --inplace
 
 # auditwheel, where it is installed, checks that the wheel runs on other distributions, and marks it so.
-wheel: environment torch requirements  ## build a wheel into dist/, for machines without a compiler
-	@rm -rf build/wheel && mkdir -p dist
-	$(pip) wheel -q --no-deps --no-build-isolation -w build/wheel .
-	@if command -v "$(bin)/auditwheel" >/dev/null; then \
-	  "$(bin)/auditwheel" repair --exclude 'libtorch*' --exclude 'libc10*' -w dist build/wheel/*.whl; \
-	else mv build/wheel/*.whl dist/; fi
-	@ls dist
+wheel: environment torch requirements  ## build a wheel into DIST (dist/), for machines without a compiler
+	@rm -rf build/wheel && mkdir -p "$(DIST)"
+	@echo "Building the wheel, for every instruction set: some minutes"
+	@$(quietly); quietly $(pip) wheel --no-deps --no-build-isolation -w build/wheel . \
+	&& if [ -x "$(bin)/auditwheel" ]; then \
+	  quietly "$(bin)/auditwheel" repair --exclude 'libtorch*' --exclude 'libc10*' -w "$(DIST)" build/wheel/*.whl; \
+	else mv build/wheel/*.whl "$(DIST)"; fi
+	@ls -t "$(DIST)"/*.whl | head -n 1
 
 demo: install  ## train and score the baseline and MRCN on synthetic images (6 minutes after the install)
+	@echo "Training and scoring three networks on synthetic images, about 6 minutes on two cores"
 	@"$(bin)/mrcn-fast" demo $(ARGS)
+
+# ARGS="--demo runs/demo" shows the ranking lists of another demo.
+readme-figures: install  ## draw the pictures of README.md and of docs/performance.md from benchmarks/results
+	@"$(bin)/python" benchmarks/readme_figures.py $(ARGS)
 
 # In two processes: the tests' tensors are small, and much of the time one of them compiles or interprets kernels.
 # Where both compute, threads that spin while they wait would take the other's processor: half of the time.
@@ -135,6 +165,9 @@ format:  ## rewrite the sources in the project's format
 	"$(bin)/ruff" check --fix
 	"$(bin)/ruff" format
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" -i
+
+docs: install  ## the documentation as a site in build/site/, to be opened there as index.html
+	NO_MKDOCS_2_WARNING=1 "$(bin)/mkdocs" build --strict
 
 clean:  ## remove what builds left (no environment, not runs/)
 	for path in build/*; do find "$$path" build/pyvenv.cfg -name pyvenv.cfg 2>&- | grep -q . || rm -rf "$$path"; done

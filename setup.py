@@ -8,6 +8,13 @@ built where it can serve: where torch is a build for CUDA and there is nvcc, for
 MRCN_FAST_CUDA=1, for CUDA_ARCHS, and MRCN_FAST_CUDA_ARCHS ask for it on a machine without a GPU. The first
 part is built even if the second fails; the second is of no use without the first.
 
+MRCN_FAST_ISAS says for which of the processor's instruction sets the kernels are compiled: native (default
+where the library is built into the checkout), those of this machine's processor; all (default for a wheel);
+or names, such as avx2;avx512.
+
+The output of CMake and the compilers is shown, or with `setup.py -q` only where a step fails; then a line
+every 15 s says how far it is.
+
 The outcome stands in mrcn_fast/_native_build.json: {"built": bool, "reason": str, "log": str, "cuda": {the
 same, "archs": list, "left_out": list, "nvcc": version}}, a reason with what is missing and how to get it, a
 log with the end of the failed command's output. mrcn_fast.backends() and `mrcn-fast info` read it.
@@ -19,6 +26,7 @@ import hashlib
 import importlib.machinery
 import importlib.util
 import json
+import logging
 import os
 import re
 import runpy
@@ -28,7 +36,10 @@ import subprocess
 import sys
 import sysconfig
 import textwrap
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,6 +54,12 @@ STORAGE_LIBRARY = Path("mrcn_fast", "_storage.so")
 CUDA_LIBRARY = Path("mrcn_fast", "_cuda.so")
 RECORD = Path("mrcn_fast", "_native_build.json")
 LOG_LINES = 60
+SECONDS_BETWEEN_LINES = 15
+# What compiling one of the library's files takes a core on average.
+SECONDS_A_FILE = 10
+
+# setuptools sends it to stdout, and with -q nowhere.
+log = logging.getLogger("mrcn_fast.build")
 
 OLDEST_NVCC = (12, 4)
 # The data centre's and the desk's GPUs since Ampere. An nvcc before 12.8 does not know the last two.
@@ -256,8 +273,8 @@ def find_cuda(gpus: tuple[int, ...] = ()) -> Cuda:
 
 
 def call(step: str, command: list[str], advice: str = OLD_COMPILER) -> None:
-    """Runs a command, its output passed on as it comes."""
-    print("+", shlex.join(command), flush=True)
+    """Runs a command, its output passed on as it comes, or with -q where it fails."""
+    log.info("+ %s", shlex.join(command))
     lines: list[str] = []
     try:
         process = subprocess.Popen(
@@ -265,17 +282,39 @@ def call(step: str, command: list[str], advice: str = OLD_COMPILER) -> None:
         )
     except OSError as error:
         raise NativeBuildError(f"{step} could not start: {error}") from error
-    with process:
+    with process, reported(step, lines):
         assert process.stdout is not None
         for line in process.stdout:
-            print(line, end="", flush=True)
+            log.info(line.rstrip("\n"))
             lines.append(line)
     if process.returncode != 0:
+        if not log.isEnabledFor(logging.INFO):
+            print("".join(lines[-LOG_LINES:]), end="", file=sys.stderr, flush=True)
         raise NativeBuildError(
             f"{step} failed: {first_error(lines) or f'exit status {process.returncode}'}. "
             f"{advice}; {GET_AGAIN}",
             log="".join(lines[-LOG_LINES:]),
         )
+
+
+@contextmanager
+def reported(step: str, lines: list[str]) -> Iterator[None]:
+    """With -q, says every 15 s how far a step is whose output arrives in `lines`."""
+    begun, ended = time.monotonic(), threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            done = [found for line in lines if (found := re.match(r"\[(\d+)/(\d+)\]", line))]
+            far = f"{done[-1][1]} of {done[-1][2]} files, " if done else ""
+            print(f"  {step}: {far}{time.monotonic() - begun:.0f} s so far", flush=True)
+
+    writer = threading.Thread(target=go_on, daemon=True)
+    if not log.isEnabledFor(logging.INFO):
+        writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
 
 
 # Of compilers ("error:", nvcc's also "error #177-D:"), nvcc's other programs ("ptxas fatal   :"), linkers.
@@ -294,7 +333,19 @@ def first_error(lines: list[str]) -> str:
     return ""
 
 
-def configure(directory: Path, cmake: str, ninja: str, compiler: str, cuda: Cuda) -> None:
+def wanted_isas(in_place: bool) -> str:
+    """The instruction sets of MRCN_FAST_ISAS, as CMakeLists.txt takes them."""
+    value = os.environ.get("MRCN_FAST_ISAS", "").strip().lower() or ("native" if in_place else "all")
+    return "" if value == "all" else ";".join(re.split(r"[,;\s]+", value))
+
+
+def find_launcher() -> list[str]:
+    """What has CMake call the compiler through ccache, where there is one."""
+    ccache = shutil.which("ccache")
+    return [f"-DCMAKE_CXX_COMPILER_LAUNCHER={ccache}"] if ccache else []
+
+
+def configure(directory: Path, cmake: str, ninja: str, compiler: str, cuda: Cuda, isas: str) -> None:
     """Configures the build directory, unless it was configured in the very same way before."""
     command = [
         *(cmake, "-S", str(ROOT), "-B", str(directory), "-G", "Ninja"),
@@ -302,10 +353,11 @@ def configure(directory: Path, cmake: str, ninja: str, compiler: str, cuda: Cuda
         f"-DPython_EXECUTABLE={sys.executable}",
         f"-DTORCH_ROOT={find_torch()}",
         "-DCMAKE_BUILD_TYPE=Release",
-        *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+        *find_launcher(),
     ]
+    given = shlex.split(os.environ.get("CMAKE_ARGS", ""))
     flags = {name: os.environ.get(name, "") for name in ("CXXFLAGS", "LDFLAGS")}
-    now = [[command, compiler, flags], [*cuda.arguments(), cuda.version]]
+    now = [[command, given, compiler, flags], [*cuda.arguments(), cuda.version, isas]]
     stamp = directory / "configured.json"
     found = stamp.is_file() and (directory / "build.ninja").is_file()
     before = json.loads(stamp.read_text()) if found else []
@@ -313,11 +365,11 @@ def configure(directory: Path, cmake: str, ninja: str, compiler: str, cuda: Cuda
         return
     if before[:1] != now[:1]:
         # CMake keeps the compiler and the flags of a directory's first configuration: others need a fresh
-        # one. Another nvcc and other architectures don't, and the CPU part's objects stay.
+        # one. Another nvcc, other architectures and other instruction sets don't, and all objects stay.
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     stamp.unlink(missing_ok=True)
-    call("CMake's configuration", [*command, *cuda.arguments()])
+    call("CMake's configuration", [*command, *cuda.arguments(), f"-DMRCN_FAST_ISAS={isas}", *given])
     stamp.write_text(json.dumps(now))
 
 
@@ -330,7 +382,17 @@ def build_directory() -> Path:
     return ROOT / "build" / f"native-{tag}-{environment}{isolated}"
 
 
-def build_native(prefix: Path, cuda: Cuda) -> NativeBuildError | None:
+def announce(cmake: str, directory: Path) -> None:
+    """Says how many files are to be compiled, and about how long that takes."""
+    asked = [cmake, "--build", str(directory), "--", "-n"]
+    told = subprocess.run(asked, capture_output=True, text=True, errors="replace").stdout
+    files, cores = len(re.findall(r"Building \w+ object", told)), os.cpu_count() or 1
+    if files:
+        seconds = 15 * -(-files * SECONDS_A_FILE // (15 * cores))
+        print(f"Compiling the library: {files} files, about {seconds} s on {cores} cores", flush=True)
+
+
+def build_native(prefix: Path, cuda: Cuda, isas: str) -> NativeBuildError | None:
     """Builds the libraries in their own persistent directory and installs them under `prefix`.
 
     Raises where the first could not be built, and gives why the CUDA part could not.
@@ -338,7 +400,8 @@ def build_native(prefix: Path, cuda: Cuda) -> NativeBuildError | None:
     compiler, cmake, ninja = find_compiler(), find_tool("cmake"), find_tool("ninja")
     require_headers()
     directory = build_directory()
-    configure(directory, cmake, ninja, compiler, cuda)
+    configure(directory, cmake, ninja, compiler, cuda, isas)
+    announce(cmake, directory)
     compile_all = [cmake, "--build", str(directory)]
     install = [cmake, "--install", str(directory), "--prefix", str(prefix)]
     failure = None
@@ -368,7 +431,9 @@ def choice(variable: str) -> str:
     return value
 
 
-def build(prefix: Path, library: Path) -> tuple[NativeBuildError | None, NativeBuildError | None, Cuda]:
+def build(
+    prefix: Path, library: Path, isas: str
+) -> tuple[NativeBuildError | None, NativeBuildError | None, Cuda]:
     """Builds both parts where they are wanted and can be built.
 
     Gives why the first, which is to stand at `library`, and why the CUDA part could not be built, and what
@@ -391,7 +456,7 @@ def build(prefix: Path, library: Path) -> tuple[NativeBuildError | None, NativeB
     try:
         if native_choice == "0":
             raise NativeBuildError(switched_off.format("MRCN_FAST_NATIVE"))
-        failure = build_native(prefix, cuda)
+        failure = build_native(prefix, cuda, isas)
         no_cuda = no_cuda or failure
         if not library.is_file():
             raise NativeBuildError(f"the build went through but did not install {library}")
@@ -422,7 +487,8 @@ class BuildNative(build_ext):
 
     def run(self) -> None:
         prefix = ROOT if self.inplace else Path(self.build_lib).resolve()
-        no_native, no_cuda, cuda = build(prefix, prefix / self.get_ext_filename(EXTENSION))
+        library = prefix / self.get_ext_filename(EXTENSION)
+        no_native, no_cuda, cuda = build(prefix, library, wanted_isas(bool(self.inplace)))
         record = outcome(no_native) | {
             "cuda": outcome(no_cuda) | {"archs": cuda.archs, "left_out": cuda.left_out, "nvcc": cuda.version}
         }

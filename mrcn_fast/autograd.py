@@ -1,12 +1,11 @@
 """The autograd Functions around the kernels.
 
-One Function serves all block operations (mrcn_fast/operations.py), since all of them save the same: their
-inputs, which the layer before keeps anyway, and what their backend's forward gives last: statistics, O(N·C).
-Nothing of a feature map's size that the block made itself is kept. The second derivative goes through the
-reference.
+One Function serves all block operations (mrcn_fast/operations.py), because all of them save the same: their
+inputs, which the layer before keeps anyway, and the last result of their backend's forward, which are O(N·C)
+statistics. No feature map that the block has made is kept. The second derivative goes through the reference.
 
 `torch.func`'s transforms (vmap, grad, vjp, jacrev) need a Function with ``setup_context``, whose call takes
-torch longer. So each Function has a second form for them alone, ``Transformed...``.
+torch longer. `TransformedBlockFunction` serves them alone.
 """
 
 from __future__ import annotations
@@ -23,9 +22,9 @@ from mrcn_fast import dispatch, internals, plain, reference
 from mrcn_fast.backends import shapes
 from mrcn_fast.checks import check_settings, check_tensors
 from mrcn_fast.gates import FUSED, MOST_PARAMETERS
-from mrcn_fast.operations import OPERATIONS
+from mrcn_fast.operations import LOSS, OPERATIONS, SETS, rows_of_sets
 
-# The identity of a slot of the loss that none was left for.
+# The identity in the loss's slots that are not used.
 NOBODY = torch.iinfo(torch.int64).max
 
 
@@ -44,23 +43,19 @@ class BlockCall:
     flags: tuple[bool, ...]  # the operations' last argument, where they have one
 
     def arguments(self, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-        """What `forward` takes for a call's tensors, which are the inputs, γ, β and the gate's parameters."""
+        """The arguments of `forward` for these tensors: the inputs, γ, β and the gate's parameters."""
         n = self.inputs + 2
         return *tensors[:n], list(tensors[n:]), self.number, self.eps, *self.flags
 
     def run_reference(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """The feature sets through the reference, computed as precisely as the kernels do."""
-        n = self.inputs
-        return plain.run_precisely(
-            self.mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :],
-            self.gate, self.eps, self.restitute_to,
-        )  # fmt: skip
+        return plain.run_precisely(self.mode, self.gate, self.eps, self.restitute_to, tensors)
 
 
 @internals.assume_constant
 @functools.cache  # what a call costs the host is measured in microseconds
 def block_call(mode: str, backend: str, gate: str, eps: float, restitute_to: str) -> BlockCall:
-    """The call of an operation on a backend's kernels. Raises ValueError for settings that don't fit."""
+    """The call of an operation on a backend's kernels. Raises ValueError where a setting does not fit."""
     check_settings(gate, eps, restitute_to)
     operation, kernels = OPERATIONS[mode], dispatch.KERNELS[backend]
     return BlockCall(
@@ -69,18 +64,18 @@ def block_call(mode: str, backend: str, gate: str, eps: float, restitute_to: str
         float(eps),
         restitute_to,
         len(operation.inputs),
-        kernels.operation(f"{operation.op}_forward"),
-        kernels.operation(f"{operation.op}_backward"),
+        kernels.operation(operation.forward),
+        kernels.operation(operation.backward),
         FUSED.index(gate),
-        (restitute_to == "input",) if operation.restitutes else (),
+        operation.flags(restitute_to),
     )
 
 
 @functools.cache
 def _gets_gradient(mode: str, given: tuple[bool, ...]) -> tuple[bool, ...]:
-    """For inputs, γ, β and a gate's parameters: whether a result with a gradient was made of them.
+    """For each input, γ, β and each of a gate's parameters: whether a result with a gradient was made of it.
 
-    ``given`` says of each result whether it has one.
+    ``given`` says of each result whether it has a gradient.
     """
     used, by_gate = OPERATIONS[mode].used_by(given)
     return (*used, any(used), any(used), *[by_gate] * MOST_PARAMETERS)
@@ -113,8 +108,8 @@ class BlockFunction(torch.autograd.Function):
             call.number,
             *call.flags,
         )
-        # What no set with a gradient was made of has none, as in eager PyTorch: not zeros, by which an
-        # optimizer would decay a weight.
+        # A tensor of which no set with a gradient was made gets None, as in eager PyTorch. With zeros an
+        # optimizer would decay the weight.
         wanted = _gets_gradient(call.mode, tuple([g is not None for g in gradients]))
         count = len(tensors)
         return None, *[g if has else None for g, has in zip(found[:count], wanted, strict=False)]
@@ -152,8 +147,8 @@ def run_block(
 ) -> tuple[Tensor, ...]:
     """The feature sets that the operation ``mode`` makes of a call's tensors.
 
-    An ordinary call goes to the kernels unchecked, because they refuse tensors that don't fit themselves
-    (checks.py says who checks what). Only what they raise then, a RuntimeError, is looked into here.
+    An ordinary call goes to the kernels unchecked, because they refuse tensors that don't fit (checks.py says
+    who checks what). Only a RuntimeError, which they raise then, leads to the checks here.
     """
     check_settings(gate, eps, restitute_to)
     first = tensors[0]
@@ -169,7 +164,7 @@ def run_block(
         if backend == "reference":
             return _run_checked(mode, backend, gate, eps, restitute_to, tensors)
         if internals.recorded_by_jit():  # it would warn about the checks
-            return _run_plain(mode, gate, eps, restitute_to, tensors)
+            return plain.run_reference(mode, gate, eps, restitute_to, tensors)
         call = block_call(mode, backend, gate, eps, restitute_to)
         if torch.is_grad_enabled():
             return BlockFunction.apply(call, *tensors)
@@ -183,13 +178,16 @@ def run_block(
 def _run_checked(
     mode: str, requested: str | None, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
-    """`run_block` where no kernel is given the tensors as they are: plain PyTorch, tracing, transforms."""
+    """`run_block` for calls in which no kernel sees the tensors as they are.
+
+    These are calls in plain PyTorch, while tracing, or inside a transform.
+    """
     check_tensors(mode, gate, tensors)
     first = tensors[0]
     backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
     compiling = torch.compiler.is_compiling()
     if backend == "reference" or (not compiling and internals.in_forward_mode(tensors)):
-        return _run_plain(mode, gate, eps, restitute_to, tensors)
+        return plain.run_reference(mode, gate, eps, restitute_to, tensors)
     call = block_call(mode, backend, gate, eps, restitute_to)
     if not compiling and internals.under_transform(tensors):
         return TransformedBlockFunction.apply(call, *tensors)[:-1]
@@ -198,17 +196,8 @@ def _run_checked(
     return BlockFunction.apply(call, *distinct(*tensors))
 
 
-def _run_plain(
-    mode: str, gate: str, eps: float, restitute_to: str, tensors: tuple[Tensor, ...]
-) -> tuple[Tensor, ...]:
-    n = len(OPERATIONS[mode].inputs)
-    return plain.run_reference(
-        mode, tensors[:n], tensors[n], tensors[n + 1], tensors[n + 2 :], gate, eps, restitute_to
-    )
-
-
 def _fault(mode: str, gate: str, tensors: tuple[Tensor, ...]) -> TypeError | ValueError | None:
-    """What does not fit about the tensors, if anything."""
+    """The error that `check_tensors` raises for the tensors, or None."""
     try:
         check_tensors(mode, gate, tensors)
     except (TypeError, ValueError) as error:
@@ -217,7 +206,7 @@ def _fault(mode: str, gate: str, tensors: tuple[Tensor, ...]) -> TypeError | Val
 
 
 def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors, a view for each that came before: tracing a Function refuses one tensor in two places."""
+    """The tensors, with a view in place of each repetition: a traced Function takes no tensor twice."""
     if not torch.compiler.is_compiling():
         return tensors
     return tuple(
@@ -226,10 +215,10 @@ def distinct(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def needs_reference(gradients: tuple[Tensor | None, ...]) -> bool:
-    """Whether a backward has to be made of torch's operations.
+    """Whether a backward has to consist of torch's operations.
 
-    With ``create_graph=True`` it is differentiated itself, and with ``is_grads_batched=True`` its gradients
-    hold several.
+    With ``create_graph=True`` the backward is differentiated itself, and with ``is_grads_batched=True`` each
+    gradient holds several.
     """
     if torch.compiler.is_compiling():
         return False
@@ -243,8 +232,8 @@ def differentiable(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of ``function(*tensors)`` to its tensors, as differentiable functions of all of them.
 
-    Views stand in for the tensors: one may be computed from another, and only the direct gradient is
-    asked for.
+    It differentiates by views of the tensors, because one tensor may be computed from another and only the
+    direct gradient is wanted.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
@@ -267,7 +256,7 @@ def vector_jacobian_product(
     gradients: Sequence[Tensor | None],
     tensors: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
-    """The gradients of ``function(*tensors)``, under transforms that may be nested."""
+    """The gradients of ``function(*tensors)`` inside transforms, which may be nested."""
     outputs, product, *_ = torch.func.vjp(function, *tensors)
     given = tuple(torch.zeros_like(o) if g is None else g for o, g in zip(outputs, gradients, strict=True))
     found: tuple[Tensor, ...] = product(given)
@@ -275,7 +264,7 @@ def vector_jacobian_product(
 
 
 class CQCSettings(NamedTuple):
-    """What the loss takes besides tensors."""
+    """The arguments of the loss that are no tensors."""
 
     backend: str
     margin: float
@@ -283,7 +272,7 @@ class CQCSettings(NamedTuple):
     normalize: bool
 
     def options(self) -> dict[str, Any]:
-        """The same as keyword arguments of `reference.cqc_loss`."""
+        """The keyword arguments of `reference.cqc_loss`."""
         return {
             "margin": self.margin, "detach_negative": self.detach_negative, "normalize": self.normalize,
         }  # fmt: skip
@@ -293,7 +282,7 @@ def run_cqc(
     settings: CQCSettings, labels: Tensor, infrared_labels: Tensor, features: Sequence[Tensor]
 ) -> tuple[Tensor, ...]:
     """Total (), losses (B_v,), identities (B_v,), count (), and what is saved for the backward."""
-    kernel = dispatch.KERNELS[settings.backend].operation("cqc_forward")
+    kernel = dispatch.KERNELS[settings.backend].operation(LOSS.forward)
     made: tuple[Tensor, ...] = kernel(
         features, labels, infrared_labels, settings.margin, settings.detach_negative, settings.normalize
     )
@@ -316,8 +305,9 @@ def run_cqc_reference(
 class CQCFunction(torch.autograd.Function):
     """(settings, labels, infrared_labels, *features) -> total (), losses (B_v,), identities (B_v,), count ().
 
-    ``features`` is the six sets or all of them stacked. Losses and identities stand in slots, one for each
-    visible sample, in an order of the backend's own; slots left over have loss 0 and the identity `NOBODY`.
+    ``features`` are the six sets, or one tensor that stacks them. Losses and identities stand in slots, one
+    for each visible sample, in an order that the backend chooses. An unused slot has the loss 0 and the
+    identity `NOBODY`.
     """
 
     @staticmethod
@@ -344,23 +334,23 @@ class CQCFunction(torch.autograd.Function):
                 losses = run_cqc_reference(settings, labels, infrared_labels, features)
                 return losses.sum(), losses
 
-            # The reference has the identities in ascending order, and no slots left over.
+            # The reference has the identities in ascending order, and no unused slots.
             slots = identities.argsort()[: int((identities != NOBODY).sum())]
             of_identities = None if of_losses is None else of_losses[slots]
             return (None,) * 3 + differentiable(again, (of_total, of_identities), features)
         gradient = of_losses if of_total is None else of_total
         if of_total is not None and of_losses is not None:
             gradient = of_total + of_losses
-        kernel = dispatch.KERNELS[settings.backend].operation("cqc_backward")
+        kernel = dispatch.KERNELS[settings.backend].operation(LOSS.backward)
         stacked = kernel(
             gradient, features, labels, infrared_labels, saved, settings.detach_negative, settings.normalize
         )
-        sets = unstack([stacked], labels, infrared_labels) if len(features) == 6 else (stacked,)
+        sets = unstack([stacked], labels, infrared_labels) if len(features) == len(SETS) else (stacked,)
         return (None,) * 3 + tuple(sets)
 
 
 def unstack(features: Any, labels: Tensor, infrared_labels: Tensor) -> list[Tensor]:
-    """The six sets, of six tensors or of one (3 B_v + 3 B_n, D)."""
-    if len(features) == 6:
+    """The six sets, from six tensors or from one that stacks them, (3 B_v + 3 B_n, D)."""
+    if len(features) == len(SETS):
         return list(features)
-    return list(features[0].split([labels.shape[0]] * 3 + [infrared_labels.shape[0]] * 3))
+    return list(features[0].split(rows_of_sets(labels.shape[0], infrared_labels.shape[0])))

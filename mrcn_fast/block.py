@@ -1,9 +1,9 @@
-"""MRCN's block and SNR's: functions, modules and the checks of what they are given."""
+"""MRCN's block and SNR's block, as functions and as modules with parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, overload
+from typing import Any, ClassVar, Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,14 @@ from torch.overrides import handle_torch_function, has_torch_function
 from mrcn_fast import dispatch, internals, reference
 from mrcn_fast.autograd import run_block
 from mrcn_fast.checks import (
-    RESTITUTE_TO,
     check_choice,
     check_eps,
     check_maps,
     check_pair,
     positive_integer,
 )
-from mrcn_fast.gates import make_gate
+from mrcn_fast.gates import Gate, make_gate
+from mrcn_fast.operations import OPERATIONS, RESTITUTE_TO, Operation
 
 Modality = Literal["visible", "infrared"]
 MODALITIES: tuple[Modality, ...] = ("visible", "infrared")
@@ -28,7 +28,13 @@ ROLES: tuple[Role, ...] = ("restitution", "compensation")
 
 
 class MRCNFeatures(NamedTuple):
-    """The six feature sets in the paper's order v, v+, v-, n-, n+, n; each (N, C, H, W), pooled (N, D)."""
+    """The six feature sets in the paper's order v, v+, v-, n-, n+, n: (N, C, H, W) each, or (N, D) pooled.
+
+    Example:
+        >>> sets = MRCNBlock(16)(*torch.randn(2, 3, 16, 6, 4))
+        >>> torch.equal(sets.visible_restituted, sets[1])
+        True
+    """
 
     visible: Tensor
     visible_restituted: Tensor
@@ -39,7 +45,13 @@ class MRCNFeatures(NamedTuple):
 
 
 class MRCNAttention(NamedTuple):
-    """The gates' attention A(M) of a pair; each (N, C), of the whole CBAM (N, C, H, W)."""
+    """The attention A(M) of a pair's four gates: (N, C) each, or (N, C, H, W) where the gate is "cbam".
+
+    Example:
+        >>> attention = MRCNBlock(16).attention(*torch.randn(2, 3, 16, 6, 4))
+        >>> attention.infrared_compensation.shape
+        torch.Size([3, 16])
+    """
 
     visible_restitution: Tensor  # A_v1
     infrared_restitution: Tensor  # A_n1
@@ -48,7 +60,14 @@ class MRCNAttention(NamedTuple):
 
 
 class SNRFeatures(NamedTuple):
-    """F̃ + sM, F̃ + (1 - s)M and F̃; each (N, C, H, W)."""
+    """F̃ + sM, F̃ + (1 - s)M and F̃; each (N, C, H, W).
+
+    Example:
+        >>> maps = torch.randn(3, 16, 6, 4)
+        >>> sets = SNRBlock(16)(maps)
+        >>> torch.allclose(sets.restituted + sets.contaminated, maps + sets.normalized, atol=1e-5)
+        True
+    """
 
     restituted: Tensor
     contaminated: Tensor
@@ -120,28 +139,35 @@ def mrcn_block(
 
     Args:
         visible, infrared: (N, C, H, W), H·W >= 2, paired by identity; float32, float64, bfloat16 or float16;
-            contiguous, channels_last or any other strides. The outputs have the input's dtype and layout.
+            contiguous, channels_last or any other strides. The outputs have the inputs' dtype and layout.
         norm_weight, norm_bias: (2, C), γ and β of the two instance normalizations, visible then infrared;
-            the inputs' dtype or float32.
+            in the inputs' dtype or float32.
         gate_parameters: the gate's parameters with a leading 4 (A_v1, A_n1, A_v2, A_n2), in the order of
             `gates.Gate.parameter_list`.
         gate: "se", "eca", "cbam-channel", or "cbam", which plain PyTorch serves and no kernel can.
         eps: added to the variance.
         restitute_to: what M₊ is added to: "normalized" (F̃, the text) or "input" (F, eq. 5 as printed).
         concat: give the six sets as one (6N, C, H, W) tensor in the order of `MRCNFeatures`.
-        backend: "cpu", "triton", "cuda", "reference", or None for what serves (see `mrcn_fast.backends`).
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses one (see `mrcn_fast.backends`).
 
     Returns:
         `MRCNFeatures`, whose ``visible`` and ``infrared`` are the inputs; with ``concat`` one tensor.
 
     Raises:
-        TypeError: an argument that is no tensor, or a dtype that does not fit.
-        ValueError: a shape, device, gate, modality or backend name that does not fit.
-        RuntimeError: the backend asked for can't serve the call.
+        TypeError: an argument is no tensor, or a dtype does not fit.
+        ValueError: a shape, a device, ``eps`` or a name does not fit.
+        RuntimeError: the backend that was asked for can't serve the call.
 
     Equivalent to:
         ``MRCNFeatures(*mrcn_fast.reference.mrcn_block(visible, infrared, norm_weight, norm_bias,
         gate_parameters))``, and ``torch.cat`` of it with ``concat``.
+
+    Example:
+        >>> visible, infrared = torch.randn(2, 3, 16, 6, 4)
+        >>> gate = torch.randn(4, 1, 16), torch.randn(4, 1), torch.randn(4, 16, 1), torch.randn(4, 16)
+        >>> sets = mrcn_block(visible, infrared, torch.ones(2, 16), torch.zeros(2, 16), gate)
+        >>> sets.infrared_compensated.shape
+        torch.Size([3, 16, 6, 4])
     """
     if _stand_ins(visible, infrared):
         made: MRCNFeatures | Tensor = handle_torch_function(
@@ -167,13 +193,27 @@ def mrcn_restitution(
     restitute_to: str = "normalized",
     backend: str | None = None,
 ) -> Tensor:
-    """F₊ of one modality (eq. 1, 3, 4, 5): what MRCN uses at inference.
+    """F₊ of one modality (eq. 1, 3, 4, 5), which is what MRCN uses at inference.
 
-    Arguments, result and errors as in `mrcn_block`, for one (N, C, H, W) tensor: ``norm_weight`` and
-    ``norm_bias`` are (1, C), the gate's parameters have a leading 1.
+    Args:
+        features: (N, C, H, W).
+        norm_weight, norm_bias: (1, C).
+        gate_parameters: the gate's parameters with a leading 1.
+        gate, eps, restitute_to, backend: as in `mrcn_block`, like the dtypes and layouts of all tensors.
+
+    Returns:
+        (N, C, H, W).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as in `mrcn_block`.
 
     Equivalent to:
         ``reference.restitution(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
+
+    Example:
+        >>> gate = torch.randn(1, 1, 16), torch.randn(1, 1), torch.randn(1, 16, 1), torch.randn(1, 16)
+        >>> mrcn_restitution(torch.randn(3, 16, 6, 4), torch.ones(1, 16), torch.zeros(1, 16), gate).shape
+        torch.Size([3, 16, 6, 4])
     """
     if _stand_ins(features):
         made: Tensor = handle_torch_function(
@@ -197,10 +237,18 @@ def snr_block(
 ) -> SNRFeatures:
     """Style normalization and restitution (Jin et al. 2020): F̃ + sM, F̃ + (1 - s)M and F̃.
 
-    Arguments and errors as in `mrcn_restitution`.
+    The arguments and errors are those of `mrcn_restitution`.
+
+    Returns:
+        `SNRFeatures`, (N, C, H, W) each.
 
     Equivalent to:
         ``reference.snr_block(features, norm_weight[0], norm_bias[0], [p[0] for p in gate_parameters])``.
+
+    Example:
+        >>> gate = torch.randn(1, 1, 16), torch.randn(1, 1), torch.randn(1, 16, 1), torch.randn(1, 16)
+        >>> snr_block(torch.randn(3, 16, 6, 4), torch.ones(1, 16), torch.zeros(1, 16), gate)._fields
+        ('restituted', 'contaminated', 'normalized')
     """
     if _stand_ins(features):
         made: SNRFeatures = handle_torch_function(
@@ -213,7 +261,7 @@ def snr_block(
 
 
 def _stand_ins(*features: object) -> bool:
-    """Whether something that stands for a tensor is among them, such as a Proxy of torch.fx."""
+    """Whether one of the arguments only stands for a tensor, as a Proxy of torch.fx does."""
     for x in features:
         if not isinstance(x, Tensor):
             return has_torch_function(features)
@@ -221,19 +269,20 @@ def _stand_ins(*features: object) -> bool:
 
 
 class _Block(nn.Module):
-    """Instance-norm parameters of ``modalities`` and ``gates`` gates."""
+    """The parameters of an operation: γ and β of each of its inputs, and its gates."""
+
+    _operation: ClassVar[Operation]
 
     def __init__(
         self,
         channels: int,
-        modalities: int,
-        gates: int,
-        reduction: int,
-        eps: float,
-        gate: str,
-        backend: str | None,
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        *,
+        reduction: int = 16,
+        eps: float = 1e-5,
+        gate: str = "se",
+        backend: str | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         channels = positive_integer("channels", channels)
@@ -241,13 +290,9 @@ class _Block(nn.Module):
         check_eps(eps)
         if backend is not None:
             check_choice("backend", backend, (*dispatch.NAMES, "auto"))
-        self.channels, self.reduction, self.eps, self.gate_kind, self.backend = (
-            channels,
-            reduction,
-            eps,
-            gate,
-            backend,
-        )
+        self.channels, self.reduction, self.eps = channels, reduction, eps
+        self.gate_kind, self.backend = gate, backend
+        modalities, gates = len(self._operation.inputs), len(self._operation.gates)
         self.norm_weight = nn.Parameter(torch.ones(modalities, channels, device=device, dtype=dtype))
         self.norm_bias = nn.Parameter(torch.zeros(modalities, channels, device=device, dtype=dtype))
         self.gate = make_gate(gate, channels, gates, reduction=reduction, device=device, dtype=dtype)
@@ -261,13 +306,22 @@ class _Block(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """The names of the parameters that are usually left out of weight decay: γ, β and the gates' biases.
 
-        timm's convention. The parameters are stacked, so that rules such as ``p.ndim <= 1`` don't find them.
+        timm asks a module for them by this name. The parameters are stacked, so that rules such as
+        ``p.ndim <= 1`` don't find them.
         """
         return {"norm_weight", "norm_bias", *(f"gate.{name}" for name in self.gate.no_weight_decay())}
 
     def _norm(self) -> list[Tensor]:
         """γ and β of the instance normalizations, (modalities, C) each."""
         return internals.parameters(self, ("norm_weight", "norm_bias"))
+
+    def _parameters_and_settings(self, gate: Gate) -> tuple[list[Any], dict[str, Any]]:
+        """γ, β and the gate's parameters, and the settings that all of the block's functions take.
+
+        ``gate`` is ``self.gate``: a call looks it up once, as `nn.Module.__getattr__` takes a microsecond.
+        """
+        settings = {"gate": self.gate_kind, "eps": self.eps, "backend": self.backend}
+        return [*self._norm(), gate.parameter_list()], settings
 
     def _residual(self, features: Tensor, modality: int) -> Tensor:
         """M of a modality (eq. 3)."""
@@ -289,16 +343,24 @@ class MRCNBlock(_Block):
         eps: added to the variance.
         gate: "se" (the paper), "eca", "cbam-channel", or "cbam", which has a spatial part that no kernel can
             fuse: plain PyTorch serves it on every device.
-        restitute_to: "normalized" (default) or "input", see `mrcn_block`.
-        backend: "cpu", "triton", "cuda", "reference", or None for what serves.
+        restitute_to: "normalized" or "input", see `mrcn_block`.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses one (see `mrcn_fast.backends`).
         device, dtype: of the parameters.
 
     Parameters: ``norm_weight (2, C)``, ``norm_bias (2, C)`` (visible, infrared); ``gate.*`` with a leading 4
     in the order A_v1, A_n1, A_v2, A_n2 (visible restitution, infrared restitution, visible compensation,
     infrared compensation), see `mrcn_fast.gates`.
 
-    Raises ValueError for unknown names and sizes below 1.
+    Raises:
+        ValueError: an unknown name, a size below 1, or an ``eps`` that is not above 0.
+
+    Example:
+        >>> block, maps = MRCNBlock(64), torch.randn(2, 3, 64, 6, 4)
+        >>> block(*maps).infrared_compensated.shape
+        torch.Size([3, 64, 6, 4])
     """
+
+    _operation = OPERATIONS["pair"]
 
     def __init__(
         self,
@@ -312,7 +374,9 @@ class MRCNBlock(_Block):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(channels, 2, 4, reduction, eps, gate, backend, device, dtype)
+        super().__init__(
+            channels, reduction=reduction, eps=eps, gate=gate, backend=backend, device=device, dtype=dtype
+        )
         check_choice("restitute_to", restitute_to, RESTITUTE_TO)
         self.restitute_to = restitute_to
 
@@ -325,23 +389,15 @@ class MRCNBlock(_Block):
     def forward(self, visible: Tensor, infrared: Tensor, concat: bool = False) -> MRCNFeatures | Tensor:
         """The six feature sets of a pair, (N, C, H, W) each or one (6N, C, H, W); see `mrcn_block`.
 
-        A hook that is registered on ``self.gate`` is called with each gate's residual and attention. They are
-        computed beside the block for it, in plain PyTorch, and what it returns is not used.
+        A hook that is registered on ``self.gate`` is called with each gate's residual and attention. For the
+        hook they are computed once more, in plain PyTorch, and what it returns is not used.
         """
-        if self.gate.has_hooks():
+        gate = self.gate
+        if gate.has_hooks():
             self.attention(visible, infrared)
-        norm_weight, norm_bias = self._norm()
+        parameters, settings = self._parameters_and_settings(gate)
         return mrcn_block(
-            visible,
-            infrared,
-            norm_weight,
-            norm_bias,
-            self.gate.parameter_list(),
-            gate=self.gate_kind,
-            eps=self.eps,
-            restitute_to=self.restitute_to,
-            concat=concat,
-            backend=self.backend,
+            visible, infrared, *parameters, restitute_to=self.restitute_to, concat=concat, **settings
         )
 
     def restitute(self, features: Tensor, modality: Modality) -> Tensor:
@@ -352,23 +408,17 @@ class MRCNBlock(_Block):
         check_choice("modality", modality, MODALITIES)
         index = MODALITIES.index(modality)
         own = slice(index, index + 1)
-        if self.gate.has_hooks():
-            self.gate(self._residual(features, index), index)
-        return mrcn_restitution(
-            features,
-            self.norm_weight[own],
-            self.norm_bias[own],
-            [p[own] for p in self.gate.parameter_list()],
-            gate=self.gate_kind,
-            eps=self.eps,
-            restitute_to=self.restitute_to,
-            backend=self.backend,
-        )
+        gate = self.gate
+        if gate.has_hooks():
+            gate(self._residual(features, index), index)
+        (norm_weight, norm_bias, gate_parameters), settings = self._parameters_and_settings(gate)
+        parameters = norm_weight[own], norm_bias[own], [p[own] for p in gate_parameters]
+        return mrcn_restitution(features, *parameters, restitute_to=self.restitute_to, **settings)
 
     def attention(self, visible: Tensor, infrared: Tensor) -> MRCNAttention:
-        """The attention of the four gates on a pair of feature maps, for inspection or a loss of its own.
+        """The attention of the four gates on a pair of feature maps, for inspection or for a loss on it.
 
-        It is computed in plain PyTorch and is differentiable. Arguments as in `forward`.
+        It is computed in plain PyTorch and is differentiable. The arguments are those of `forward`.
 
         Example:
             >>> block, maps = MRCNBlock(64), torch.randn(2, 3, 64, 6, 4)
@@ -407,56 +457,37 @@ class MRCNBlock(_Block):
 
 
 class SNRBlock(_Block):
-    """SNR's block (Jin et al. 2020) with its parameters; arguments as in `MRCNBlock`.
+    """SNR's block (Jin et al. 2020) with its parameters.
+
+    The arguments are those of `MRCNBlock`, without ``restitute_to``.
 
     Parameters: ``norm_weight (1, C)``, ``norm_bias (1, C)``, ``gate.*`` with a leading 1.
+
+    Example:
+        >>> SNRBlock(64)(torch.randn(3, 64, 6, 4)).contaminated.shape
+        torch.Size([3, 64, 6, 4])
     """
 
-    def __init__(
-        self,
-        channels: int,
-        *,
-        reduction: int = 16,
-        eps: float = 1e-5,
-        gate: str = "se",
-        backend: str | None = None,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(channels, 1, 1, reduction, eps, gate, backend, device, dtype)
+    _operation = OPERATIONS["snr"]
 
     def forward(self, features: Tensor) -> SNRFeatures:
         """F̃ + sM, F̃ + (1 - s)M and F̃ of a batch (N, C, H, W); see `snr_block`, and `MRCNBlock` on hooks."""
-        if self.gate.has_hooks():
+        gate = self.gate
+        if gate.has_hooks():
             self.attention(features)
-        norm_weight, norm_bias = self._norm()
-        return snr_block(
-            features,
-            norm_weight,
-            norm_bias,
-            self.gate.parameter_list(),
-            gate=self.gate_kind,
-            eps=self.eps,
-            backend=self.backend,
-        )
+        parameters, settings = self._parameters_and_settings(gate)
+        return snr_block(features, *parameters, **settings)
 
     def restitute(self, features: Tensor) -> Tensor:
-        """F̃ + sM alone, for inference: the first of `forward`'s three, through `mrcn_restitution`.
+        """F̃ + sM alone, for inference: the first of `forward`'s three sets, through `mrcn_restitution`.
 
-        It reads and writes one map where `forward` reads one and writes three.
+        It reads one map and writes one, where `forward` writes three.
         """
-        if self.gate.has_hooks():
+        gate = self.gate
+        if gate.has_hooks():
             self.attention(features)
-        norm_weight, norm_bias = self._norm()
-        return mrcn_restitution(
-            features,
-            norm_weight,
-            norm_bias,
-            self.gate.parameter_list(),
-            gate=self.gate_kind,
-            eps=self.eps,
-            backend=self.backend,
-        )
+        parameters, settings = self._parameters_and_settings(gate)
+        return mrcn_restitution(features, *parameters, **settings)
 
     def attention(self, features: Tensor) -> Tensor:
         """The gate's attention s on feature maps, (N, C), in plain PyTorch; differentiable."""

@@ -1,17 +1,18 @@
-"""What a call is refused for, in the caller's terms: what was given, what was expected, what to do.
+"""The checks of a call's arguments, and their messages: what was given, what was expected, what to do.
 
-Who owns which checks:
+Who checks what:
 
-- This module owns the words of every message, the checks of everything that is no tensor (gate, eps,
+- This module has the text of every message, the checks of all arguments that are no tensors (gate, eps,
   restitute_to, modality, margin, ...) and all checks of the loss.
-- The block's operations own whether their tensors fit one another (shape, dtype, device). Those of the
-  compiled library find it out in C++ (csrc/block/ops.h), in a fraction of the ten microseconds that
-  `check_tensors` takes, and raise RuntimeError; `autograd.run_block` catches that, and `check_tensors` then
-  says the same in the caller's terms. Those written in Python call `check_tensors` themselves (`checked`).
+- The block's operations check whether their tensors fit one another (shape, dtype, device). The operations of
+  the compiled library do so in C++ (csrc/block/ops.h), in a fraction of the ten microseconds that
+  `check_tensors` takes, and raise RuntimeError. `autograd.run_block` catches it, and `check_tensors` then
+  raises the error in the caller's terms. Operations that are written in Python call `check_tensors`
+  themselves (`checked`).
 - Where no operation sees the tensors as they are (plain PyTorch, tracing, transforms, tensors without data),
   `autograd.run_block` calls `check_tensors` first.
 
-tests/test_errors.py holds that C++ refuses what `check_tensors` refuses, and names the same argument.
+tests/test_errors.py checks that C++ refuses what `check_tensors` refuses, and names the same argument.
 """
 
 from __future__ import annotations
@@ -26,9 +27,8 @@ from torch import Tensor
 
 from mrcn_fast.backends import shapes
 from mrcn_fast.gates import FUSED, GATES
-from mrcn_fast.operations import OPERATIONS
+from mrcn_fast.operations import OPERATIONS, RESTITUTE_TO, SETS, rows_of_sets
 
-RESTITUTE_TO = ("normalized", "input")
 GATE_NAMES = tuple(GATES)
 REDUCTIONS = ("sum", "mean", "none")
 LABEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -40,14 +40,14 @@ def check_choice(name: str, got: object, known: tuple[str, ...]) -> None:
 
 
 def positive_integer(name: str, value: object) -> int:
-    """The value as an int: NumPy's integers are taken too."""
+    """The value as an int; NumPy's integers are accepted."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected an integer of at least 1")
     return int(value)
 
 
 def check_flag(name: str, value: object) -> bool:
-    """The value as a bool: 0, 1 and NumPy's are taken too, but no text, of which every one would be true."""
+    """The value as a bool; 0, 1 and NumPy's are accepted, but no text, because any text would be true."""
     if value not in (True, False):
         raise ValueError(f"{name}: got {value!r}, expected True or False")
     return bool(value)
@@ -121,14 +121,14 @@ def checked(name: str, operation: Callable[..., Any]) -> Callable[..., Any]:
     """An operation written in Python, behind `check_tensors` where it is a block's forward."""
     for mode, block in OPERATIONS.items():
         if name == block.forward:
-            return _checked_forward(mode, len(block.inputs), operation)
+            return _checked_forward(mode, operation)
     return operation
 
 
-def _checked_forward(mode: str, inputs: int, operation: Callable[..., Any]) -> Callable[..., Any]:
+def _checked_forward(mode: str, operation: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*arguments: Any) -> Any:
-        tensors = (*arguments[: inputs + 2], *arguments[inputs + 2])
-        check_tensors(mode, FUSED[arguments[inputs + 3]], tensors)
+        given = OPERATIONS[mode].split(arguments)
+        check_tensors(mode, FUSED[given.gate], given.tensors)
         return operation(*arguments)
 
     return forward
@@ -186,8 +186,8 @@ def _gate_shapes(
         raise ValueError(f"gate_parameters of {gate!r}: got ({kinds}), expected {len(shapes)} tensors")
     if width < 1:
         raise ValueError(f"gate_parameters of {gate!r}: got a width of {width}, expected at least 1")
-    if gate == "eca" and width % 2 == 0:
-        raise ValueError(f"gate_parameters of 'eca': got a kernel of {width}, expected an odd one")
+    if GATES[gate].odd_width and width % 2 == 0:
+        raise ValueError(f"gate_parameters of {gate!r}: got a kernel of {width}, expected an odd one")
     return [(gates, *shape) for shape in shapes]
 
 
@@ -198,7 +198,7 @@ def check_reduction(reduction: object) -> None:
 
 def check_margin(margin: object) -> None:
     known = type(margin) is float or (isinstance(margin, Real) and not isinstance(margin, bool))
-    if not known or not math.isfinite(margin):  # type: ignore[arg-type]
+    if not known or not -math.inf < margin < math.inf:  # type: ignore[operator]
         raise ValueError(f"margin: got {margin!r}, expected a finite number")
 
 
@@ -216,13 +216,15 @@ def check_features(
     features: Sequence[Tensor] | Tensor, labels: Tensor, infrared_labels: Tensor
 ) -> tuple[Tensor, ...]:
     tensors = (features,) if isinstance(features, Tensor) else tuple(features)
-    if len(tensors) not in (1, 6) or not all(isinstance(f, Tensor) for f in tensors):
+    if len(tensors) not in (1, len(SETS)) or not all(isinstance(f, Tensor) for f in tensors):
         raise TypeError(
             f"features: got {len(tensors)} of {', '.join(sorted({type(f).__name__ for f in tensors}))}, "
             "expected six tensors v, v+, v-, n-, n+, n or one that stacks them"
         )
     visible, infrared = labels.shape[0], infrared_labels.shape[0]
-    rows = [3 * visible + 3 * infrared] if len(tensors) == 1 else [visible] * 3 + [infrared] * 3
+    rows = rows_of_sets(visible, infrared)
+    if len(tensors) == 1:
+        rows = [sum(rows)]
     first = tensors[0]
     dimensions, dtype, device = first.shape[-1:], first.dtype, first.device
     for f, expected in zip(tensors, rows, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import difflib
 import importlib
 import logging
 import platform
@@ -12,10 +11,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any, Final, NamedTuple
 
 import mrcn_fast
-from mrcn_fast.flags import Flags
+from mrcn_fast.flags import Flags, Reader, nearest
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.streams import flush_stdout, printable, stdout_is_unread
@@ -78,9 +77,15 @@ def _run(arguments: Sequence[str], commands: Mapping[str, Command], program: str
     if name == "--version" and commands is COMMANDS:
         print(f"mrcn_fast {mrcn_fast.__version__}")
         return 0
+    if name not in commands and name.startswith("-"):
+        print(
+            f"{program}: error: got {name} before the command; write {program} COMMAND {name} ...",
+            file=sys.stderr,
+        )
+        return 2
     if name not in commands:
-        near = difflib.get_close_matches(name, commands, 1)
-        meant = f"; did you mean {near[0]}?" if near else ""
+        near = nearest(name, [*commands, *["--version"] * (commands is COMMANDS)])
+        meant = f"; did you mean {near}?" if near else ""
         print(
             f"{program}: error: got the command {name!r}, expected one of {', '.join(commands)}{meant}",
             file=sys.stderr,
@@ -197,26 +202,56 @@ def _synth(argv: list[str]) -> int:
     return 0
 
 
-def _train(argv: list[str]) -> int:
-    from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.kinds import PathText
-    from mrcn_fast.reid.paper.recipes import load_recipe
-    from mrcn_fast.reid.training.config import TrainConfig
-    from mrcn_fast.reid.training.trainer import Trainer, check_new_run
+# The titles of the groups of TrainConfig's fields in --help, by the first field of each.
+_TRAINING_GROUPS: Final = {
+    "data": "data set and files",
+    "model": "network",
+    "height": "images of a batch and their augmentation",
+    "label_smoothing": "losses",
+    "epochs": "schedule and optimizer",
+    "seed": "machine and records",
+}
 
-    flags = _flags("train")
-    flags.add_of(TrainConfig)
-    flags.add_setting(
+
+# The same for EvaluationOptions and the classes that add fields to it.
+_EVALUATION_GROUPS: Final = {"permutations": "data set", "backend": "machine", "cache": "machine"}
+
+
+def _train_flags() -> Flags:
+    from mrcn_fast.reid.kinds import PathText
+    from mrcn_fast.reid.models.resnet import imagenet_file
+    from mrcn_fast.reid.settings import kinds_of
+    from mrcn_fast.reid.training.config import TrainConfig
+
+    flags = _flags("train", f"--weights for the paper's ResNet-50: {imagenet_file(50)}")
+    flags.group("where the values come from")
+    flags.add(
         "--recipe",
-        str,
+        Reader(str, "the name of a recipe or the path of a .yaml file"),
         None,
-        "a row of the paper's tables, such as regdb-mrcn, or a .yaml file like it; flags override its values",
+        "the values of a row of the paper's tables, such as regdb-mrcn; flags override them",
     )
     flags.add_setting(
         "--config", PathText, None, "YAML file like a recipe, whose values override the recipe's"
     )
+    flags.group("an earlier run in --out")
     flags.add_setting("--resume", bool, False, "go on with the run in --out, exactly")
     flags.add_setting("--overwrite", bool, False, "replace the run in --out")
+    flags.add_of(TrainConfig, skip={"dataset"}, groups=_TRAINING_GROUPS)
+    flags.group(_TRAINING_GROUPS["data"])
+    kind = kinds_of(TrainConfig)["dataset"]
+    flags.add_setting("--dataset", kind, None, "which data set it is; by default the tree's folders tell")
+    return flags
+
+
+def _train(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import log_to_console
+    from mrcn_fast.reid.data import recognize
+    from mrcn_fast.reid.paper.recipes import load_recipe
+    from mrcn_fast.reid.training.config import TrainConfig
+    from mrcn_fast.reid.training.trainer import Trainer, check_new_run
+
+    flags = _train_flags()
     given = flags.given(argv)
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     recipes = [given.pop(name) for name in ("recipe", "config") if name in given]
@@ -226,6 +261,8 @@ def _train(argv: list[str]) -> int:
     values |= given
     if not values.get("data"):
         flags.error("--data is missing: give the root of the data set's tree")
+    if "dataset" not in values:
+        values["dataset"] = recognize(values["data"])
     config = TrainConfig(**values)
     check_new_run(config, resume=resume, overwrite=overwrite)
     log_to_console()
@@ -239,8 +276,9 @@ def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_checkpoint
 
     flags = _flags("test")
+    flags.group("what is scored")
     flags.add_of(score_checkpoint, skip={"model", "progress", "options"})
-    flags.add_of(ScoringOptions)
+    flags.add_of(ScoringOptions, groups=_EVALUATION_GROUPS | {"mode": "protocol", "rerank": "re-ranking"})
     values = flags.values(argv)
     log_to_console()
     print(describe(score_checkpoint(**values)))
@@ -258,6 +296,7 @@ def _table_flags() -> Flags:
 
     flags = _flags("table")
     flags.add_word("table", Annotated[str, OneOf(tuple(table_names()))], "which one of the paper")
+    flags.group("the table")
     flags.add_setting("--data", Several[PathText], None, "the trees of RegDB and SYSU-MM01, or one")
     flags.add_setting("--synthetic", bool, False, "on synthetic trees, scaled down to what two cores train")
     flags.add_setting("--from", PathText, None, "only print a table made before")
@@ -268,7 +307,7 @@ def _table_flags() -> Flags:
     flags.add_setting("--shots", Count, 1, "SYSU-MM01: 1 or 10")
     flags.add_setting("--draw", Draw, "random", "SYSU-MM01's gallery draw")
     flags.add_setting("--overwrite", bool, False, "replace a table of other values in --out; its runs stay")
-    flags.add_of(TrainConfig, skip=_SET_BY_TABLE)
+    flags.add_of(TrainConfig, skip=_SET_BY_TABLE, groups=_TRAINING_GROUPS)
     return flags
 
 
@@ -325,12 +364,26 @@ def _figures(argv: list[str]) -> int:
     from mrcn_fast.reid.paper.figures import FigureOptions, make_figures
 
     flags = _flags("figures")
+    flags.group("what the figures show")
     flags.add_of(make_figures, skip={"progress", "options"})
-    flags.add_of(FigureOptions)
+    flags.add_of(FigureOptions, groups=_EVALUATION_GROUPS | {"people": "what the figures show"})
     values = flags.values(argv)
     log_to_console()
     for path in make_figures(**values)["files"]:
         print(path)
+    return 0
+
+
+def _report(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import log_to_console
+    from mrcn_fast.reid.report import ReportOptions, write_report
+
+    flags = _flags("report")
+    flags.add_of(write_report, skip={"progress", "options"})
+    flags.add_of(ReportOptions)
+    values = flags.values(argv)
+    log_to_console()
+    print(write_report(**values))
     return 0
 
 
@@ -419,6 +472,23 @@ def _study(argv: list[str]) -> int:
     return 0
 
 
+def _searching(name: str) -> Callable[[list[str]], int]:
+    """Return what runs a command of mrcn_fast.reid.search.commands, which is then imported."""
+
+    def run(argv: list[str]) -> int:
+        module = importlib.import_module("mrcn_fast.reid.search.commands")
+        status: int = getattr(module, name)(_flags(name), argv)
+        return status
+
+    return run
+
+
+def _export(argv: list[str]) -> int:
+    from mrcn_fast.reid.export import command
+
+    return command(_flags("export"), argv)
+
+
 COMMANDS = {
     "info": Command("versions, and which backends are usable here and why (not)", _info),
     "synth": Command("write a synthetic data set in the tree of SYSU-MM01, RegDB or LLCM", _synth),
@@ -427,6 +497,11 @@ COMMANDS = {
     "table": Command("run what a table of the paper lacks, and print ours beside the paper's", _table),
     "study": Command("train the readings of the CQC loss on synthetic people, and compare them", _study),
     "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
+    "report": Command("one HTML page about trained runs: scores, curves, distances, ranking lists", _report),
+    "extract": Command("write the features of your own images to a file", _searching("extract")),
+    "search": Command("find people in your own images, as text, JSON and a page", _searching("search")),
+    "score": Command("score features of any framework by a data set's protocol", _searching("score")),
+    "export": Command("write a network's test path for ONNX or torch.export", _export),
     "bench": Command("measure kernels, training steps, scorer and loader beside their baselines", _bench),
     "demo": Command("synthetic data, training and scores of both models, in one go", _demo),
 }
@@ -444,8 +519,8 @@ BENCHES = {
 }
 
 
-def _flags(name: str) -> Flags:
-    return Flags(name, COMMANDS[name].help)
+def _flags(name: str, epilog: str | None = None) -> Flags:
+    return Flags(name, COMMANDS[name].help, epilog)
 
 
 if __name__ == "__main__":

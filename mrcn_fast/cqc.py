@@ -35,40 +35,40 @@ def cqc_loss(
     """Center-quadruplet causal loss over the identities present in both modalities (eq. 8-10).
 
     Args:
-        features: `MRCNFeatures` of six pooled sets in the order v, v+, v-, n-, n+, n: the first three
+        features: `MRCNFeatures` of six pooled sets in the order v, v+, v-, n-, n+, n: the first three are
             (B_v, D), the last three (B_n, D); or all of them stacked, (3 B_v + 3 B_n, D). float32, float64,
             bfloat16 or float16; the two half dtypes are computed in float32 and give a float32 loss.
         labels: (B_v,) integer identities of the visible samples, in any order; below 2^63 - 1.
-        infrared_labels: (B_n,) of the infrared ones; ``labels`` where left out.
+        infrared_labels: (B_n,) identities of the infrared samples; without it they are ``labels``.
         margin: α.
         reduction: "sum" over identities (the paper), "mean" over them, or "none".
         detach_negative: take the pushed distances D(c±, c_own) as constants.
-        normalize: divide each feature row by its Euclidean length (at least 1e-12) before the centers are
-            made: c is the mean of f / ‖f‖. The paper does not say which features its loss takes. Of the same
-            author's other center losses MMN's normalizes and DEEN's does not. Centers of unit features are
-            at most 2 apart, so that α = 0.2 means the same however long the features are; without it the
-            loss is nearly blind to α where features are long. It is fused: nothing of the features' size
-            is made beside their gradient. A row shorter than 1e-12 is divided by that constant.
-        backend: "cpu", "triton", "cuda", "reference", or None for what serves.
+        normalize: divide each feature row by its Euclidean length (at least 1e-12) first, so that a center is
+            the mean of f / ‖f‖; see `CQCLoss` for when to use it. No normalized features are stored.
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses one (see `mrcn_fast.backends`).
 
     Returns:
         The scalar loss; for "none" a pair: the loss of each identity (I,) and the identities (I,), ascending.
 
     Raises:
-        TypeError: not six tensors or one, or a dtype that does not fit.
-        ValueError: a shape, label count, device or name that does not fit, or no identity in both modalities
-            (inside `torch.compile` that is a RuntimeError; on a GPU, which is not waited for, the sum is 0
-            and the mean NaN).
-        RuntimeError: the backend asked for can't serve the call.
+        TypeError: there are not six tensors or one, or a dtype does not fit.
+        ValueError: a shape, a number of labels, a device or a name does not fit, or no identity is in both
+            modalities. (The last is a RuntimeError inside `torch.compile`. On a GPU, which is not waited for,
+            the sum is 0 and the mean NaN.)
+        RuntimeError: the backend that was asked for can't serve the call.
 
     Equivalent to:
         ``losses, identities = mrcn_fast.reference.cqc_loss(features, labels, infrared_labels)``, then
         ``losses.sum()``. With ``normalize=True`` the features are ``torch.nn.functional.normalize(f)``.
+
+    Example:
+        >>> features, labels = torch.randn(6 * 4, 8), torch.tensor([3, 3, 7, 7])  # six sets, stacked
+        >>> losses, identities = cqc_loss(features, labels, reduction="none")
+        >>> losses.shape, identities
+        (torch.Size([2]), tensor([3, 7]))
     """
     check_reduction(reduction)
-    check_margin(margin)
-    detach_negative = check_flag("detach_negative", detach_negative)
-    normalize = check_flag("normalize", normalize)
+    settings = _checked(margin, detach_negative, normalize)
     if has_torch_function((labels,)) and not isinstance(labels, Tensor):  # such as torch.fx's Proxy
         made: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
             cqc_loss, (labels,), features, labels, infrared_labels, margin=margin, reduction=reduction,
@@ -78,7 +78,6 @@ def cqc_loss(
     labels = check_labels("labels", labels)
     infrared_labels = labels if infrared_labels is None else check_labels("infrared_labels", infrared_labels)
     tensors = check_features(features, labels, infrared_labels)
-    settings = CQCSettings("", float(margin), detach_negative, normalize)
     slots = _slots(backend, settings, labels, infrared_labels, tensors)
     _check_count(slots.number, labels, infrared_labels)
     if reduction == "none":
@@ -86,10 +85,17 @@ def cqc_loss(
     return slots.total if reduction == "sum" else slots.total / slots.number
 
 
-class _Slots(NamedTuple):
-    """The loss as the kernels give it: a slot for each visible sample, of which ``number`` are used.
+def _checked(margin: float, detach_negative: bool, normalize: bool) -> CQCSettings:
+    """The settings of a loss, for a backend that is not chosen yet. Raises ValueError where one is wrong."""
+    check_margin(margin)
+    detach_negative = check_flag("detach_negative", detach_negative)
+    return CQCSettings("", float(margin), detach_negative, check_flag("normalize", normalize))
 
-    The others have loss 0 and the identity `NOBODY`.
+
+class _Slots(NamedTuple):
+    """The loss as the kernels give it: one slot for each visible sample, of which ``number`` are used.
+
+    An unused slot has the loss 0 and the identity `NOBODY`.
     """
 
     total: Tensor  # ()
@@ -116,7 +122,7 @@ def _slots(
         settings = settings._replace(backend=backend)
         return _Slots(*CQCFunction.apply(settings, *distinct(labels, infrared_labels, *features)))
     with plain.without_autocast(first.device.type):
-        # The literal form loops over the identities that it finds in the labels.
+        # The literal form reads the labels' values, because it loops over the identities.
         literal = not (needs_plain or compiling) and type(labels) is Tensor and labels.device.type != "meta"
         form = _literal_slots if literal else _slots_by_sample
         sets = [f.to(shapes.precise(f.dtype)) for f in unstack(features, labels, infrared_labels)]
@@ -147,7 +153,7 @@ def _each(slots: _Slots, labels: Tensor, infrared_labels: Tensor) -> tuple[Tenso
             "reduction: got 'none' with tensors on the meta device, expected 'sum' or 'mean': how many "
             "identities there are depends on the labels' values"
         )
-    identities, order = slots.identities.sort()  # the slots left over are the last
+    identities, order = slots.identities.sort()  # the unused slots are the last
     number = int(slots.number)
     if not torch.compiler.is_compiling() and number == 0:
         raise ValueError(_nobody_shared(labels, infrared_labels))
@@ -161,9 +167,17 @@ class CQCLoss(nn.Module):
         margin: α, 0.2 in the paper.
         reduction: "sum" over identities (the paper), "mean" over them, or "none" (losses and identities).
         detach_negative: take the pushed distances as constants.
-        backend: "cpu", "triton", "cuda", "reference", or None for what serves.
-        normalize: divide each feature row by its length first, so that the margin does not depend on how long
-            the features are. As the paper writes its equations they are taken as they come (False).
+        backend: "cpu", "triton", "cuda" or "reference"; None chooses one (see `mrcn_fast.backends`).
+        normalize: divide each feature row by its Euclidean length first. The centers of unit features are at
+            most 2 apart, so that α = 0.2 means the same for features of any length; without it, the margin
+            hardly counts where features are long. The paper does not say which features its loss takes, and
+            its equations take them as they are (False). Of the same author's other center losses, MMN's
+            normalizes the features and DEEN's does not.
+
+    Example:
+        >>> features, labels = torch.randn(6, 8, 32), torch.arange(4).repeat_interleave(2)
+        >>> CQCLoss()(features.unbind(), labels).shape
+        torch.Size([])
     """
 
     def __init__(
@@ -176,10 +190,9 @@ class CQCLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_reduction(reduction)
-        check_margin(margin)
+        checked = _checked(margin, detach_negative, normalize)
         self.margin, self.reduction, self.backend = margin, reduction, backend
-        self.detach_negative = check_flag("detach_negative", detach_negative)
-        self.normalize = check_flag("normalize", normalize)
+        self.detach_negative, self.normalize = checked.detach_negative, checked.normalize
 
     def forward(
         self, features: Sequence[Tensor] | Tensor, labels: Tensor, infrared_labels: Tensor | None = None
@@ -214,7 +227,7 @@ def _nobody_shared(labels: Tensor, infrared_labels: Tensor) -> str:
 
 
 def _check_count(count: Tensor, labels: Tensor, infrared_labels: Tensor) -> None:
-    """Refuses a batch without a shared identity, where the number can be looked at without waiting for it."""
+    """Refuse a batch without a shared identity, where reading the number makes nobody wait for a device."""
     if torch.compiler.is_compiling():
         internals.assert_in_graph(count > 0, _NOBODY_SHARED)
         return

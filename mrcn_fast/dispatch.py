@@ -1,8 +1,8 @@
 """Which backend serves a call, and why another does not.
 
-From a device to a kernel it is torch's own dispatcher that chooses; this file answers an explicit choice
-(the argument ``backend=`` or the environment variable ``MRCN_FAST_BACKEND``), falls back to the plain
-reference where no kernel can serve, and gives the reasons.
+Within a backend, torch's dispatcher finds the kernel for a device. This module chooses the backend: the one
+that the argument ``backend=`` or the environment variable ``MRCN_FAST_BACKEND`` names, or else the first
+whose kernels can serve, or else the plain reference. It also gives the reasons.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NAMES = (*KERNELS, "reference")
 
 
 class BackendError(RuntimeError):
-    """The backend that was asked for can't serve the call; the message says why."""
+    """The backend that was asked for can't serve the call. The message says why."""
 
 
 class BackendStatus(NamedTuple):
@@ -38,7 +38,14 @@ class BackendStatus(NamedTuple):
 
 
 def backends() -> dict[str, BackendStatus]:
-    """The known backends, each with whether it is usable here and why (not)."""
+    """The known backends, each with whether it is usable here and why (not).
+
+    Example:
+        >>> list(backends())
+        ['cpu', 'triton', 'cuda', 'reference']
+        >>> backends()["reference"].usable
+        True
+    """
     known = {name: BackendStatus(*module.status()) for name, module in KERNELS.items()}
     return known | {"reference": BackendStatus(True, "plain PyTorch, runs wherever torch does")}
 
@@ -61,11 +68,14 @@ def _why_not(name: str, device_type: str, dtype: torch.dtype) -> str:
 def choose(requested: str | None, device_type: str, dtype: torch.dtype, gate: str | None = None) -> str:
     """The name of the backend that serves a call; ``gate`` is the block's, None for the loss.
 
-    ``requested`` is the caller's choice, else ``MRCN_FAST_BACKEND``; "auto" or nothing takes the first kernel
-    backend that can serve, then the reference. Each reason for that is logged once: at WARNING where a kernel
-    backend takes tensors of this device and could not serve, else at INFO.
+    ``requested`` is the caller's choice; without one, ``MRCN_FAST_BACKEND`` decides. With neither, or with
+    "auto", the first kernel backend that can serve is chosen, and if there is none, the reference. Each
+    reason for the reference is logged once: at WARNING where a kernel backend takes tensors of this device by
+    default and could not serve, otherwise at INFO.
 
-    Raises ValueError for an unknown name, RuntimeError with the reason where the choice can't serve the call.
+    Raises:
+        ValueError: the name is unknown.
+        BackendError: the backend that was asked for can't serve the call.
     """
     return _choose(requested or os.environ.get(ENVIRONMENT_VARIABLE) or "auto", device_type, dtype, gate)
 

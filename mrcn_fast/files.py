@@ -43,7 +43,7 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
         raise _unwritten(path, refused) from error
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def write_json(path: str | Path, content: object) -> None:
@@ -87,6 +87,16 @@ def remove_leftovers(folder: Path, *names: str) -> list[Path]:
     return removed
 
 
+def sync_folder(folder: Path) -> None:
+    """Make a new name survive a power cut, on systems that can sync folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 class _Sink(io.RawIOBase):
     """A file that remembers, as `refused`, the reason why the system refused a write."""
 
@@ -120,13 +130,3 @@ def _is_another_process(pid: int) -> bool:
     except PermissionError:  # the process of another user
         pass
     return True
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a new name survive a power cut, on systems that can sync folders."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

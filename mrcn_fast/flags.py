@@ -13,7 +13,7 @@ import os
 import re
 import reprlib
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn
@@ -38,8 +38,9 @@ class Reader(NamedTuple):
 class Flags(argparse.ArgumentParser):
     """The flags and words that a command takes.
 
-    Flags are written with dashes or underscores, as --image-size or --image_size. A setting that is true or
-    false and stands alone is true; several values of a setting are separated by spaces or commas.
+    Flags are written with dashes or underscores, as --image-size or --image_size, and never abbreviated. A
+    setting that is true or false and stands alone is true; several values of a setting are separated by
+    spaces or commas. `group` begins a group of flags in --help.
     """
 
     def __init__(self, command: str, description: str, epilog: str | None = None) -> None:
@@ -55,17 +56,25 @@ class Flags(argparse.ArgumentParser):
         self._flags: dict[str, Reader] = {}
         self._words: dict[str, Reader] = {}
         self._default_of: dict[str, Any] = {}
+        self._help_of: dict[str, str] = {}
+        self._group: argparse._ActionsContainer = self
+
+    def group(self, title: str) -> None:
+        """Begin or go on with a group of --help, which gets the flags that are added next."""
+        there = [group for group in self._action_groups if group.title == title]
+        self._group = there[0] if there else self.add_argument_group(title)
 
     def add(self, flag: str, reader: Reader, default: Any = None, help: str = "", **options: Any) -> None:
         """Add a flag such as "--out"; the options are those of argparse."""
-        self._flags[flag], self._default_of[flag] = reader, default
-        help = f"{help}: {reader.expected}" if help else reader.expected
-        self.add_argument(flag, help=_with_default(help, default).replace("%", "%%"), **options)
+        self._flags[flag], self._default_of[flag], self._help_of[flag] = reader, default, help
+        help = _with_default(f"{help}: {reader.expected}" if help else reader.expected, default)
+        options = {"metavar": flag.removeprefix("--").upper()} | options
+        self._group.add_argument(flag, help=help.replace("%", "%%"), **options)
 
     def add_switch(self, flag: str, help: str) -> None:
         """Add a flag without a value, which is true where it is given."""
-        self._default_of[flag] = False
-        self.add_argument(flag, action="store_true", help=help)
+        self._default_of[flag], self._help_of[flag] = False, help
+        self._group.add_argument(flag, action="store_true", help=help)
 
     def add_setting(self, flag: str, kind: Any, default: Any = REQUIRED, help: str = "") -> None:
         """Add a flag that takes a kind of setting (see `reid.kinds`)."""
@@ -73,15 +82,29 @@ class Flags(argparse.ArgumentParser):
 
         options: dict[str, Any] = {"nargs": "+"} if settings.is_list(kind) else {}
         if settings.is_truth(kind):
-            options = {"nargs": "?", "const": "true"}
+            options = {"nargs": "?", "const": "true", "metavar": "true|false"}
         self.add(flag, _reader(kind), default, help, **options)
 
-    def add_of(self, source: Callable[..., Any], *, skip: Collection[str] = ()) -> None:
-        """Add a flag per argument of a function or field of a dataclass, with help from the docstrings."""
+    def add_of(
+        self,
+        source: Callable[..., Any],
+        *,
+        skip: Collection[str] = (),
+        groups: Mapping[str, str] | None = None,
+    ) -> None:
+        """Add a flag per argument of a function or field of a dataclass, with help from the docstrings.
+
+        Args:
+            source: the function or the dataclass
+            skip: names that get no flag
+            groups: titles of groups, by the name of the first argument or field in each
+        """
         from mrcn_fast.reid import settings
 
         kinds, helps = settings.kinds_of(source), _helps(source)
         for name, parameter in inspect.signature(source).parameters.items():
+            if groups and name in groups:
+                self.group(groups[name])
             if name not in skip:
                 self.add_setting(_flag_of(name), kinds[name], parameter.default, helps.get(name, ""))
 
@@ -140,7 +163,9 @@ class Flags(argparse.ArgumentParser):
         if strange := [word for word in rest if word.startswith("-") and word != "-"]:
             self._refuse_unknown(strange[0])
         if len(rest) > len(self._words):
-            self.error(f"got {reprlib.repr(rest[-1])}, which belongs to no flag; {self._see_help()}")
+            self.error(
+                f"got {_written(rest[len(self._words)])}, which belongs to no flag; {self._see_help()}"
+            )
         for name, reader in list(self._words.items())[len(rest) :]:
             self.error(f"{name.upper()} is missing: give {reader.expected}")
         readers = zip(self._words.items(), rest, strict=True)
@@ -152,7 +177,7 @@ class Flags(argparse.ArgumentParser):
             return reader.read(words) if one else tuple(map(reader.read, words))
         except ValueError as error:
             written = " ".join(map(_written, [words] if isinstance(words, str) else words))
-            self.error(f"got {name} {written}, expected {error}")
+            self.error(f"got {name} {written}, expected {error}{_meant(written, str(error))}")
 
     def _refuse_count(self, name: str, message: str) -> NoReturn:
         """Refuse, in our words, a flag with too few values or with one too many."""
@@ -165,12 +190,27 @@ class Flags(argparse.ArgumentParser):
 
     def _refuse_unknown(self, word: str) -> NoReturn:
         flag = word.partition("=")[0]
-        near = difflib.get_close_matches(flag, self._default_of, 1, cutoff=0.7)
-        meant = f"did you mean {near[0]}? " if near else ""
+        near = self._nearest(flag)
+        meant = f"did you mean {near}? " if near else ""
         self.error(f"got {flag}, which {self.prog} doesn't have; {meant}{self._see_help()}")
+
+    def _nearest(self, flag: str) -> str | None:
+        """Find the flag that this one misspells or abbreviates, or else one whose help has its words."""
+        sought = flag.lstrip("-").replace("-", " ")
+        if (near := nearest(flag, self._default_of, cutoff=0.8)) or len(sought) < 2:
+            return near
+        named = re.compile(rf"\b{re.escape(sought)}\b", re.I)
+        return next((known for known, help in self._help_of.items() if named.search(help)), None)
 
     def _see_help(self) -> str:
         return f"`{self.prog} --help` lists the flags"
+
+
+def nearest(word: str, names: Iterable[str], cutoff: float = 0.7) -> str | None:
+    """Find the name that a word misspells, by the `cutoff` of difflib, or abbreviates."""
+    alike = difflib.get_close_matches(word, names, 1, cutoff)
+    begun = [name for name in names if name.startswith(word)] if len(word) > 1 else []
+    return next(iter(alike + begun), None)
 
 
 def one_of(names: Collection[str]) -> Reader:
@@ -239,6 +279,13 @@ def _reader(kind: Any) -> Reader:
 def _written(word: str) -> str:
     """Format a word for a message: as it was written, unless it is long or hard to see."""
     return word if word.strip() == word != "" and len(word) <= 80 else reprlib.repr(word)
+
+
+def _meant(written: str, expected: str) -> str:
+    """Ask whether the nearest of the names was meant, where names were expected."""
+    names = expected.removeprefix("one of ").split(", ") if expected.startswith("one of ") else []
+    near = nearest(written.lower(), names)
+    return f"; did you mean {near}?" if near else ""
 
 
 def _flag_of(name: str) -> str:

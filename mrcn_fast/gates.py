@@ -1,15 +1,15 @@
-"""Gates A, which say how much of the residual M (N, C, H, W) is distilled, by channel or by place too.
+"""Gates A, which say how much of the residual M (N, C, H, W) is distilled per channel, or per pixel too.
 
-A gate here is its parameters and their initialization. The computation stands in `reference.GATES` (plain
+A class here has a gate's parameters and their initialization. The computation is in `reference.GATES` (plain
 PyTorch) and in csrc/block/cpu/gates.h (kernels): both read the parameters in the order of `parameter_list`.
-Every parameter has a leading dimension, one slice an independent gate. A block calls no gate as a module,
-unless a hook is registered on it; `Gate.forward` serves those who want to see the attention.
+Every parameter has a leading dimension with one slice per independent gate. A block calls no gate as a
+module, unless a hook is registered on it; `Gate.forward` gives the attention to whoever asks for it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,16 +18,20 @@ from mrcn_fast import internals, reference
 
 
 class Gate(nn.Module):
-    """Parameters of ``count`` independent gates over ``channels`` channels; what they are, `shapes` says.
+    """The parameters of ``count`` independent gates over ``channels`` channels, as `shapes` lists them.
 
-    ``unfused`` is None for a gate that the kernels fuse: one that is a function of plane statistics. For any
-    other it says why they can't, to a user. ``hidden_layers`` are those that a GPU's forward saves, each of
-    the gate's width.
+    Attributes:
+        kind: the gate's name.
+        unfused: None for a gate that the kernels fuse, which is a function of plane statistics. For any other
+            gate it tells a user why they can't.
+        hidden_layers: how many hidden layers a GPU's forward saves, each of the gate's width.
+        odd_width: whether the width must be odd.
     """
 
     kind: ClassVar[str]
     unfused: ClassVar[str | None] = None
     hidden_layers: ClassVar[int] = 0
+    odd_width: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -48,7 +52,7 @@ class Gate(nn.Module):
 
     @staticmethod
     def width(channels: int, reduction: int) -> int:
-        """The one size that the channels don't fix: hidden units, or the length of a kernel."""
+        """The size that the channels alone don't fix: the number of hidden units, or a kernel's length."""
         raise NotImplementedError
 
     @classmethod
@@ -59,7 +63,8 @@ class Gate(nn.Module):
     def parameter_list(self) -> list[Tensor]:
         """The parameters in the order in which the operations take them.
 
-        By name: what `torch.nn.utils.parametrize` makes of one is among no module's ``parameters()``.
+        They are looked up by name, because a parametrized one (`torch.nn.utils.parametrize`) is not among the
+        module's ``parameters()``.
         """
         return internals.parameters(self, self._names)
 
@@ -71,7 +76,7 @@ class Gate(nn.Module):
             index: which of the ``count`` gates; MRCN's are A_v1, A_n1, A_v2, A_n2.
 
         Returns:
-            (N, C) with values in (0, 1); of the whole CBAM (N, C, H, W).
+            (N, C) with values in (0, 1), or (N, C, H, W) where the gate is "cbam".
         """
         return reference.GATES[self.kind](residual, [p[index] for p in self.parameter_list()])
 
@@ -88,7 +93,7 @@ class Gate(nn.Module):
 
     @classmethod
     def no_weight_decay(cls) -> frozenset[str]:
-        """The parameters that optimizers usually leave out of weight decay: biases, which are vectors."""
+        """The names of the parameters that are usually left out of weight decay: biases that are vectors."""
         known = cls.shapes(2, 1).items()
         return frozenset(name for name, shape in known if name.endswith("_bias") and len(shape) == 1)
 
@@ -121,7 +126,7 @@ class SEGate(Gate):
         }
 
     def reset_parameters(self) -> None:
-        """Uniform in ±1/√fan_in, weights and biases, as `torch.nn.Linear` draws them."""
+        """Draw weights and biases uniformly from ±1/√fan_in, as `torch.nn.Linear` does."""
         for weight, bias in ((self.fc1_weight, self.fc1_bias), (self.fc2_weight, self.fc2_bias)):
             bound = 1 / math.sqrt(weight.shape[-1])
             nn.init.uniform_(weight, -bound, bound)
@@ -131,10 +136,11 @@ class SEGate(Gate):
 class CBAMChannelGate(SEGate):
     """Channel part of CBAM (Woo et al. 2018): σ(mlp(GAP(M)) + mlp(GMP(M))); parameters as in `SEGate`.
 
-    The gradient of the maximum is shared evenly by the pixels that have it, as `torch.amax` shares it. The
-    kernels look for it in the input, of which M is an affine map: pixels share it where their inputs are
-    equal. Plain PyTorch looks in M as it was rounded. Where a plane varies by less than the rounding of M,
-    such as values of 1e-28 beside β = 0.5, it finds more pixels equal, and shares the same sum among them.
+    The pixels at which M is largest share the gradient of the maximum evenly, as in `torch.amax`. The kernels
+    look for these pixels in the input, of which M is an affine map: pixels share the gradient where their
+    inputs are equal. Plain PyTorch looks for them in the rounded M. If a plane varies by less than the
+    rounding of M, as with values of 1e-28 beside β = 0.5, plain PyTorch finds more pixels equal, and shares
+    the same sum among them.
     """
 
     kind = "cbam-channel"
@@ -142,9 +148,9 @@ class CBAMChannelGate(SEGate):
 
 
 class CBAMGate(CBAMChannelGate):
-    """CBAM whole (Woo et al. 2018): the channel part, then a weight for each place of what it leaves.
+    """The whole CBAM (Woo et al. 2018): the channel part, then a weight for each pixel of its result.
 
-    Parameters: those of `CBAMChannelGate`, then ``spatial_weight (count, 2, 7, 7)``, one convolution without
+    Parameters: those of `CBAMChannelGate`, then ``spatial_weight (count, 2, 7, 7)``, a convolution without
     bias over the mean and the maximum of the channels.
     """
 
@@ -161,7 +167,7 @@ class CBAMGate(CBAMChannelGate):
         return super().shapes(channels, width) | {"spatial_weight": (2, 7, 7)}
 
     def reset_parameters(self) -> None:
-        """As `SEGate`; the convolution uniform in ±1/√fan_in, as `torch.nn.Conv2d` draws it."""
+        """Initialize as `SEGate` does, and the convolution uniformly in ±1/√fan_in, as `torch.nn.Conv2d`."""
         super().reset_parameters()
         bound = 1 / math.sqrt(self.spatial_weight[0].numel())
         nn.init.uniform_(self.spatial_weight, -bound, bound)
@@ -175,6 +181,7 @@ class ECAGate(Gate):
     """
 
     kind = "eca"
+    odd_width = True
     weight: nn.Parameter
 
     @staticmethod
@@ -187,7 +194,7 @@ class ECAGate(Gate):
         return {"weight": (width,)}
 
     def reset_parameters(self) -> None:
-        """Uniform in ±1/√K, as `torch.nn.Conv1d` draws it."""
+        """Draw the weight uniformly from ±1/√K, as `torch.nn.Conv1d` does."""
         bound = 1 / math.sqrt(self.weight.shape[-1])
         nn.init.uniform_(self.weight, -bound, bound)
 
@@ -196,19 +203,15 @@ GATES: dict[str, type[Gate]] = {gate.kind: gate for gate in (SEGate, ECAGate, CB
 # The gates that kernels fuse. An operation takes a gate by its place here: `Gate` in csrc/block/params.h.
 FUSED = tuple(kind for kind, gate in GATES.items() if gate.unfused is None)
 # Gradients of gate parameters that a backward gives; of a gate with fewer parameters the last are empty.
-MOST_PARAMETERS = 4
+MOST_PARAMETERS = max(len(GATES[kind].shapes(1, 1)) for kind in FUSED)
 
 
-def make_gate(
-    kind: str,
-    channels: int,
-    count: int,
-    *,
-    reduction: int = 16,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> Gate:
-    """The gate module called ``kind``; ValueError lists the known ones."""
+def make_gate(kind: str, channels: int, count: int, **options: Any) -> Gate:
+    """A gate of one of the kinds in `GATES`; the other arguments are those of `Gate`.
+
+    Raises:
+        ValueError: the kind is unknown.
+    """
     if kind not in tuple(GATES):  # a tuple takes what can't be hashed, a dict does not
         raise ValueError(f"gate: got {kind!r}, expected one of {', '.join(map(repr, GATES))}")
-    return GATES[kind](channels, count, reduction=reduction, device=device, dtype=dtype)
+    return GATES[kind](channels, count, **options)

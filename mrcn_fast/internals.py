@@ -123,6 +123,15 @@ def register_decomposition(operation: Any) -> Callable[[_F], _F]:
     return registered
 
 
+def decompositions(namespace: str) -> dict[Any, Callable[..., Any]]:
+    """The decompositions that are registered for the operations of a namespace.
+
+    Uses ``torch._decomp.decomposition_table``. Without it there are none.
+    """
+    table = _private("_decomp.decomposition_table") or {}
+    return {op: made for op, made in table.items() if getattr(op, "namespace", None) == namespace}
+
+
 def keep_whole_in_inductor(operation: Any) -> None:
     """Let Inductor call an operation that has a decomposition for exporters.
 

@@ -48,3 +48,10 @@ def check_file(path: str | Path, what: str) -> None:
         check_folder(place.parent, what)
     elif not os.access(place, os.W_OK):
         raise OSError(f"{path}: expected a file for {what}; found one that can't be written to")
+
+
+def check_new(path: str | Path, what: str, overwrite: bool) -> None:
+    """Raise OSError as `check_file` does and, unless `overwrite`, for a file that is there already."""
+    check_file(path, what)
+    if os.path.lexists(path) and not overwrite:
+        raise OSError(f"{path}: is there already. Give another name, or replace it (--overwrite)")

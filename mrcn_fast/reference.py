@@ -1,12 +1,19 @@
-"""The paper's equations in plain PyTorch, a function an equation, literal and differentiable.
+"""The paper's equations in plain PyTorch: one function per equation, literal and twice differentiable.
 
-This is the ground truth every kernel is held against and the backend ``"reference"``. It favours being
-readable beside the paper over being fast: the normalized features F̃ and the residual M exist here as
-tensors, which the kernels never form. Nothing here casts: the result has the dtype that PyTorch's
-promotion gives. Twice differentiable.
+Every kernel is compared with these functions, and they are the backend ``"reference"``. They are written to
+be read beside the paper, not to be fast: the normalized features F̃ and the residual M exist here as tensors,
+which the kernels never form. Nothing here casts: PyTorch's type promotion decides the dtype of a result.
 
 Shapes: features ``(N, C, H, W)``; instance-norm parameters ``(C,)`` a modality; gate parameters of one
 gate without the leading gate dimension (`se_gate` and the others say which).
+
+Example:
+    >>> maps = torch.arange(8.0).view(1, 2, 2, 2)
+    >>> normalized = instance_norm(maps, torch.ones(2), torch.zeros(2))
+    >>> residual(maps, normalized).mean(dim=(2, 3))  # the mean of what normalization removed
+    tensor([[1.5000, 5.5000]])
+    >>> distance(torch.tensor([[3.0, 4.0]]), torch.zeros(1, 2))
+    tensor([5.])
 """
 
 from __future__ import annotations
@@ -18,6 +25,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 GateParameters = Sequence[Tensor]
+
+# Squared distances and squared lengths are clamped at these before the root, so that its gradient is finite.
+# The same two numbers are in csrc/cqc/hinges.h and backends/triton/cqc_rows.py.
+LEAST_SQUARE = 1e-12
+LEAST_SQUARED_LENGTH = 1e-24
 
 
 # --- instance normalization and residual (eq. 1-3) ---------------------------------------------------
@@ -35,7 +47,7 @@ def residual(features: Tensor, normalized: Tensor) -> Tensor:
     return features - normalized
 
 
-# --- gates A(M): (N, C, H, W) -> (N, C), for the whole CBAM (N, C, H, W); values in (0, 1) -------------
+# --- gates A(M): (N, C, H, W) -> (N, C), and of "cbam" (N, C, H, W); values in (0, 1) -----------------
 
 
 def excite(pooled: Tensor, parameters: GateParameters) -> Tensor:
@@ -55,9 +67,9 @@ def se_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
 def eca_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
     """Efficient channel attention (Wang et al. 2020): σ(conv1d over the channels of GAP(M)).
 
-    ``parameters`` is one weight (K,), K odd. The channels are padded with K // 2 zeros on each side, which
-    are multiplied like any number: a weight that is NaN or infinite makes all of them NaN. (`F.conv1d` leaves
-    the padding out or not, by dtype, size and device.)
+    ``parameters`` is one weight (K,), K odd. The channels are padded with K // 2 zeros on each side.
+    The zeros are multiplied like any number: zero times a NaN or infinite weight is NaN. (Whether `F.conv1d`
+    multiplies its padding depends on the dtype, the size and the device.)
     """
     (weight,) = parameters
     half = weight.shape[0] // 2
@@ -68,7 +80,7 @@ def eca_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
 def cbam_channel_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
     """Channel part of CBAM (Woo et al. 2018): σ(mlp(GAP(M)) + mlp(GMP(M))), one MLP for both.
 
-    Where several places share the maximum, its gradient is spread evenly over them (`torch.amax`).
+    Where several pixels share the maximum, its gradient is spread evenly over them (`torch.amax`).
     """
     average, maximum = residual.mean(dim=(2, 3)), residual.amax(dim=(2, 3))
     return torch.sigmoid(excite(average, parameters) + excite(maximum, parameters))
@@ -77,8 +89,8 @@ def cbam_channel_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
 def spatial_gate(features: Tensor, weight: Tensor) -> Tensor:
     """Spatial part of CBAM (Woo et al. 2018): σ(f([mean; maximum])) over channels, -> (N, 1, H, W).
 
-    f is the convolution with ``weight`` (2, K, K), K = 7, zeros around the map; it has no bias and no batch
-    normalization, as in the paper's equation. Where several channels share the maximum, its gradient is
+    f is the convolution with ``weight`` (2, K, K), K = 7, with zeros around the map. It has no bias and no
+    batch normalization, as in the paper's equation. Where several channels share the maximum, its gradient is
     spread evenly over them.
     """
     mean, maximum = features.mean(dim=1), features.amax(dim=1)
@@ -87,7 +99,7 @@ def spatial_gate(features: Tensor, weight: Tensor) -> Tensor:
 
 
 def cbam_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
-    """CBAM whole (Woo et al. 2018): its channel part A_c(M), times the spatial part of M x A_c(M).
+    """The whole CBAM (Woo et al. 2018): its channel part A_c(M), times the spatial part of M x A_c(M).
 
     ``parameters`` are those of `cbam_channel_gate`, then the weight (2, 7, 7) of `spatial_gate`.
     """
@@ -105,7 +117,7 @@ GATES: dict[str, Callable[[Tensor, GateParameters], Tensor]] = {
 
 
 def attention(residual: Tensor, gate: str, parameters: GateParameters) -> Tensor:
-    """A(M) as it multiplies M: (N, C, 1, 1) of a channel gate, (N, C, H, W) of the whole CBAM."""
+    """A(M) in the shape in which it multiplies M: (N, C, 1, 1), and (N, C, H, W) for "cbam"."""
     weights = GATES[gate](residual, parameters)
     return weights if weights.dim() == 4 else weights[:, :, None, None]
 
@@ -114,14 +126,14 @@ def attention(residual: Tensor, gate: str, parameters: GateParameters) -> Tensor
 
 
 def distill(residual: Tensor, gate: str, parameters: GateParameters) -> Tensor:
-    """M₊ = M x A₁(M) (eq. 4) and M₋ = M x A₂(M) (eq. 6), by which gate's parameters are given."""
+    """M₊ = M x A₁(M) (eq. 4), or M₋ = M x A₂(M) (eq. 6) where A₂'s parameters are given."""
     return residual * attention(residual, gate, parameters)
 
 
 def restitute(
     features: Tensor, normalized: Tensor, distilled: Tensor, restitute_to: str = "normalized"
 ) -> Tensor:
-    """F₊ = F̃ + M₊ (eq. 5 as the text and the abstract say it), or F + M₊ as printed (``"input"``)."""
+    """F₊ = F̃ + M₊ (eq. 5 as the paper's text and abstract say), or F + M₊ as printed (``"input"``)."""
     return (normalized if restitute_to == "normalized" else features) + distilled
 
 
@@ -221,18 +233,18 @@ def centers(features: Tensor, labels: Tensor, identities: Tensor) -> Tensor:
 
 def unit_rows(features: Tensor) -> Tensor:
     """Each row divided by its Euclidean length, which is clamped at 1e-12 as `distance` is: (B, D)."""
-    return features / (features * features).sum(dim=1, keepdim=True).clamp(min=1e-24).sqrt()
+    return features / (features * features).sum(dim=1, keepdim=True).clamp(min=LEAST_SQUARED_LENGTH).sqrt()
 
 
 def distance(a: Tensor, b: Tensor) -> Tensor:
     """Euclidean distance of rows, D² clamped at 1e-12 before the root so that its gradient is finite."""
-    return (a - b).square().sum(dim=-1).clamp(min=1e-12).sqrt()
+    return (a - b).square().sum(dim=-1).clamp(min=LEAST_SQUARE).sqrt()
 
 
 def center_hinge(
     center: Tensor, other_original: Tensor, own_original: Tensor, margin: float, detach_negative: bool = False
 ) -> Tensor:
-    """[α + D(center, other modality's original) - D(center, own original)]₊ an identity: (I,)."""
+    """[α + D(center, other modality's original) - D(center, own original)]₊ of each identity, (I,)."""
     negative = distance(center, own_original)
     return F.relu(
         margin + distance(center, other_original) - (negative.detach() if detach_negative else negative)
@@ -242,7 +254,7 @@ def center_hinge(
 def cqc_half(
     c_v: Tensor, c_n: Tensor, c_v_new: Tensor, c_n_new: Tensor, margin: float, detach_negative: bool = False
 ) -> Tensor:
-    """L_MRM (eq. 8, of restituted centers) or L_MCM (eq. 9, of compensated ones), an identity: (I,)."""
+    """L_MRM (eq. 8, restituted centers) or L_MCM (eq. 9, compensated centers) of each identity, (I,)."""
     return center_hinge(c_v_new, c_n, c_v, margin, detach_negative) + center_hinge(
         c_n_new, c_v, c_n, margin, detach_negative
     )
@@ -257,19 +269,23 @@ def cqc_loss(
     detach_negative: bool = False,
     normalize: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """L_CQC (eq. 10) an identity, (I,), and the identities, (I,).
+    """L_CQC (eq. 10) of each identity, (I,), and the identities, (I,).
 
     ``features`` are the six sets v, v+, v-, n-, n+, n, each (B, D) with the labels of its modality. With
-    ``normalize`` the centers are those of their `unit_rows`.
+    ``normalize`` they are replaced by their `unit_rows`.
     """
     features = [unit_rows(f) for f in features] if normalize else features
     identities = shared_identities(labels, infrared_labels)
     set_labels = [labels] * 3 + [infrared_labels] * 3
-    c_v, c_v_restituted, c_v_compensated, c_n_compensated, c_n_restituted, c_n = (
-        centers(f, of, identities) for f, of in zip(features, set_labels, strict=True)
-    )
+    six = [centers(f, of, identities) for f, of in zip(features, set_labels, strict=True)]
+    return cqc_of_six_centers(six, margin, detach_negative), identities
+
+
+def cqc_of_six_centers(six: Sequence[Tensor], margin: float, detach_negative: bool = False) -> Tensor:
+    """L_CQC (eq. 10) of each identity, (I,), from the centers of the six sets in the paper's order."""
+    c_v, c_v_restituted, c_v_compensated, c_n_compensated, c_n_restituted, c_n = six
     made = (c_v_restituted, c_n_restituted, c_v_compensated, c_n_compensated)
-    return cqc_of_centers(c_v, c_n, made, margin, detach_negative), identities
+    return cqc_of_centers(c_v, c_n, made, margin, detach_negative)
 
 
 def cqc_of_centers(
@@ -300,15 +316,16 @@ def cqc_loss_by_sample(
 ) -> tuple[Tensor, Tensor]:
     """`cqc_loss` with shapes that depend on no value, for tracing, transforms and tensors without data.
 
-    Returns a loss for each visible sample, (B_v,), and whether it counts, (B_v,): that of an identity stands
-    at its first visible sample; all others are 0.
+    Returns:
+        A loss for each visible sample, (B_v,), and whether it counts, (B_v,). The loss of an identity stands
+        at its first visible sample; the other samples have the loss 0.
     """
     features = [unit_rows(f) for f in features] if normalize else features
     same, across = labels[:, None] == labels, infrared_labels[:, None] == labels
     place = torch.arange(labels.shape[0], device=labels.device)
     first = same.long().argmax(dim=1)  # argmax gives the first of equal values
     counts = (first == place) & across.any(dim=0)
-    # Infrared samples of identities that no visible sample has go to a place of their own, behind the others.
+    # Infrared samples whose identity no visible sample has are gathered in one more place, behind the others.
     infrared_first = torch.where(across.any(dim=1), across.long().argmax(dim=1), labels.shape[0])
 
     def centers(set_features: Tensor, at: Tensor) -> Tensor:
@@ -317,9 +334,7 @@ def cqc_loss_by_sample(
         members = ones.new_zeros(labels.shape[0] + 1).index_add(0, at, ones)
         return (zeros.index_add(0, at, set_features) / members.clamp(min=1)[:, None])[:-1]
 
-    c_v, c_v_restituted, c_v_compensated, c_n_compensated, c_n_restituted, c_n = (
-        centers(f, at) for f, at in zip(features, [first] * 3 + [infrared_first] * 3, strict=True)
-    )
-    made = (c_v_restituted, c_n_restituted, c_v_compensated, c_n_compensated)
-    losses = cqc_of_centers(c_v, c_n, made, margin, detach_negative)
+    places = [first] * 3 + [infrared_first] * 3
+    six = [centers(f, at) for f, at in zip(features, places, strict=True)]
+    losses = cqc_of_six_centers(six, margin, detach_negative)
     return torch.where(counts, losses, torch.zeros_like(losses)), counts

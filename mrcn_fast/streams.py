@@ -1,4 +1,4 @@
-"""Printing to streams that can't write every character, and to pipes whose reader has gone."""
+"""Printing: characters that a stream can't write, pipes whose reader has gone, and steps that take long."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import io
 import os
 import select
 import sys
+import threading
+import time
 from collections.abc import Iterator
 from typing import Final, TextIO
+
+# Seconds between two lines about a step that takes long, where no bar moves.
+SECONDS_BETWEEN_LINES: Final = 15.0
 
 # ASCII replacements of the signs in our texts; other characters that a stream can't write are escaped.
 _ASCII: Final = {"±": "+/-", "×": "x", "–": "-", "−": "-", "µ": "u", "δ": "delta", "′": "'"}
@@ -76,3 +81,22 @@ def stdout_is_unread() -> bool:
         return any(event & select.POLLERR for _, event in poll.poll(0))
     except (AttributeError, OSError, ValueError):  # no poll on this system, no stdout, or one that is no file
         return False
+
+
+@contextlib.contextmanager
+def announced(step: str) -> Iterator[None]:
+    """Say on stderr what the body does, and every 15 s that it still does it."""
+    begun, ended = time.perf_counter(), threading.Event()
+
+    def go_on() -> None:
+        while not ended.wait(SECONDS_BETWEEN_LINES):
+            print(f"{step}: {time.perf_counter() - begun:.0f} s so far", file=sys.stderr, flush=True)
+
+    print(step, file=sys.stderr, flush=True)
+    writer = threading.Thread(target=go_on, daemon=True)
+    writer.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        writer.join()

@@ -1,14 +1,15 @@
 """A gate and an operation are added to a copy of the package as CONTRIBUTING says, and the files are counted.
 
-What is added are the tables, the equations in plain PyTorch, the public function, and the tests' equations in
-long double. The new entries must then be in the tests' matrices, and right, without any other change. Their
-kernels are neither written nor counted, in csrc (with the operation's schema) and in backends/triton: to
-compile or interpret them takes minutes. So the copy has no compiled library, and the backend is "reference".
+The tests add entries of the tables, the equations in plain PyTorch, the public function, and the tests'
+equations in long double. The new entries must then be in the tests' matrices, and right, without any other
+change. A slow test adds the operation to the CPU's kernels too, and compiles them. Kernels of the gate and
+Triton's kernels are neither written nor counted.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -18,23 +19,37 @@ import pytest
 
 from tests.support.processes import ROOT
 
-# Compares each setting of the new entry with the equations in long double, and prints the number of settings,
-# modes and gates. It hides the compiled library, which an editable install finds outside the copy.
+# Where commands are looked up: pip's CMake and Ninja are beside this Python.
+TOOLS = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+EXACT = "tests/support/extended.py"  # the equations in long double
+
+# Compares each setting of the new entry with the equations in long double, and what torch.compile traces with
+# the eager results. Prints the number of settings, modes and gates. For the backend "reference" it hides the
+# compiled library, which an editable install finds outside the copy.
 CHECK = """
 import sys
 import torch
 
-sys.modules["mrcn_fast._C"] = None
+folder, backend = sys.argv[1:]
+if backend == "reference":
+    sys.modules["mrcn_fast._C"] = None
 import mrcn_fast
 from tests.support import block_cases, matrix, rule
 
-assert mrcn_fast.__file__.startswith(sys.argv[1]) and not mrcn_fast.backends()["cpu"].usable
+assert mrcn_fast.__file__.startswith(folder)
+assert mrcn_fast.backends()["cpu"].usable == (backend == "cpu")
 settings = [setting for setting in matrix.SETTINGS if "toy" in setting]
 for mode, gate, restitute_to in settings:
-    p = block_cases.problem(block_cases.Case(mode, gate, restitute_to, dtype=torch.float64))
-    results = block_cases.evaluate(p, "reference")
-    for verdict in rule.verdicts(results, results, block_cases.truth(p)).values():
+    case = block_cases.Case(mode, gate, restitute_to, dtype=torch.float64)
+    p = block_cases.problem(case)
+    plain = block_cases.evaluate(p, "reference")
+    for verdict in rule.verdicts(plain, plain, block_cases.truth(p)).values():
         assert verdict.fused <= 100 * verdict.unit, f"{mode}, {gate}, {restitute_to}: {verdict.text}"
+    block_cases.check_accuracy(case, backend)
+traced = torch.compile(lambda *leaves: p.run(backend, *leaves), fullgraph=True, backend="aot_eager")
+expected = block_cases.evaluate(p, backend)
+for name, result in block_cases.with_gradients(p, traced(*p.leaves)).items():
+    torch.testing.assert_close(result, expected[name], rtol=1e-12, atol=1e-12)
 print(len(settings), len(matrix.MODES), len(matrix.GATES))
 """
 
@@ -46,32 +61,47 @@ class Copy:
         self.folder = folder
         self.edited: set[str] = set()
         ignored = shutil.ignore_patterns("__pycache__", "*.so", "*.pyd", "reid")
-        for package in ("mrcn_fast", "tests/support"):
+        for package in ("mrcn_fast", "tests/support", "csrc"):
             shutil.copytree(ROOT / package, folder / package, ignore=ignored)
         (folder / "tests" / "__init__.py").touch()
 
     def read(self, file: str) -> str:
         return (self.folder / file).read_text()
 
-    def insert(self, file: str, text: str, *, before: str = "", after: str = "") -> None:
-        """Insert ``text`` before or after the only place where the file has the other argument's text."""
-        content, anchor = self.read(file), before or after
-        assert content.count(anchor) == 1, f"{file} has {anchor!r} {content.count(anchor)} times, expected 1"
-        changed = content.replace(anchor, text + anchor if before else anchor + text)
-        (self.folder / file).write_text(changed)
+    def replace(self, file: str, old: str, new: str) -> None:
+        """Replace a text that the file has once."""
+        content = self.read(file)
+        assert content.count(old) == 1, f"{file} has {old!r} {content.count(old)} times, expected 1"
+        (self.folder / file).write_text(content.replace(old, new))
         self.edited.add(file)
 
-    def check(self) -> list[int]:
+    def insert(self, file: str, text: str, *, before: str = "", after: str = "") -> None:
+        """Insert ``text`` before or after the only place where the file has the other argument's text."""
+        anchor = before or after
+        self.replace(file, anchor, text + anchor if before else anchor + text)
+
+    def build(self) -> None:
+        """Compile the native library for one instruction set, quickly, and put it into the package."""
+        shutil.copy(ROOT / "CMakeLists.txt", self.folder)
+        folder = self.folder / "build"
+        configure = ["-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+        quickly = ["-DMRCN_FAST_ISAS=baseline", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
+        self._run(["cmake", *configure, *quickly])
+        self._run(["cmake", "--build", str(folder)])
+        (library,) = folder.glob("_C*.so")
+        shutil.copy(library, self.folder / "mrcn_fast")
+
+    def check(self, backend: str = "reference") -> list[int]:
         """The numbers of the new entry's settings, all of which must be right, of modes and of gates."""
-        run = subprocess.run(
-            [sys.executable, "-c", CHECK, str(self.folder)],
-            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(self.folder), *sys.path])},
-            cwd=self.folder,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode == 0, run.stderr
-        return [int(number) for number in run.stdout.split()]
+        printed = self._run([sys.executable, "-c", CHECK, str(self.folder), backend])
+        return [int(number) for number in printed.split()]
+
+    def _run(self, command: list[str]) -> str:
+        path = os.pathsep.join([str(self.folder), *sys.path])
+        environment = os.environ | {"PYTHONPATH": path, "PATH": TOOLS}
+        run = subprocess.run(command, env=environment, cwd=self.folder, capture_output=True, text=True)
+        assert run.returncode == 0, run.stdout + run.stderr
+        return run.stdout
 
 
 @pytest.fixture
@@ -110,71 +140,116 @@ def test_a_gate(copy: Copy) -> None:
 '''
     copy.insert("mrcn_fast/reference.py", equation, before="GATES: dict[")
     copy.insert("mrcn_fast/reference.py", '    "toy": toy_gate,\n', after='    "eca": eca_gate,\n')
-    truth = "tests/support/extended.py"
     forward = """        if kind == "toy":
             logits = self.pooled[0] * parameters[0]
 """
-    copy.insert(truth, forward, before="        self.result: Array = 1 / (1 + np.exp(-logits))\n")
-    copy.insert(truth, " or kind == 'toy'", after='logits = self._convolved() if kind == "eca"')
+    copy.insert(EXACT, forward, before="        self.result: Array = 1 / (1 + np.exp(-logits))\n")
+    copy.insert(EXACT, " or kind == 'toy'", after='logits = self._convolved() if kind == "eca"')
     backward = """        if self.kind == "toy":
             of_plane = (of_logits * self.parameters[0] / size)[:, :, None, None]
             return np.broadcast_to(of_plane, self.residual.shape), [(of_logits * self.pooled[0]).sum(axis=0)]
 """
-    copy.insert(truth, backward, before='        if self.kind == "eca":\n')
+    copy.insert(EXACT, backward, before='        if self.kind == "eca":\n')
 
     settings, modes, gates = copy.check()
     assert gates == 4 and settings == 2 * modes - 1  # both readings of eq. 5, except in SNR
-    assert copy.edited == {"mrcn_fast/gates.py", "mrcn_fast/reference.py", truth}
+    assert copy.edited == {"mrcn_fast/gates.py", "mrcn_fast/reference.py", EXACT}
+
+
+def add_operation(copy: Copy) -> None:
+    """Add an operation that gives the gated residual alone: M₊ = M x A(M) (eq. 4)."""
+    entry = """    "toy": _of_one(
+        "toy", function="toy", equation="toy", sets=(MadeSet("distilled", (0,), 0),), restitutes=False
+    ),
+"""
+    copy.insert("mrcn_fast/operations.py", entry, before='    "snr": _of_one(\n')
+    # The equation and the public function are SNR's under another name, with another result.
+    reference, block = "mrcn_fast/reference.py", "mrcn_fast/block.py"
+    equation = function(copy.read(reference), "snr_block").replace("snr_block", "toy")
+    *lines, _, _, _ = equation.splitlines(keepends=True)
+    equation = "".join(lines).replace("tuple[Tensor, Tensor, Tensor]", "Tensor")
+    copy.insert(reference, equation + "    return s * removed\n\n\n", before="def mrcn_block(")
+    public = function(copy.read(block), "snr_block").replace("snr_block", "toy").replace('"snr"', '"toy"')
+    public = public.replace("SNRFeatures._make(", "(").replace("SNRFeatures", "Tensor")
+    copy.insert(block, public.replace("tensors))", "tensors))[0]"), before="def snr_block(")
+    copy.insert("mrcn_fast/__init__.py", "    toy,\n", after="    snr_block,\n")
+    copy.insert("mrcn_fast/__init__.py", '    "toy",\n', after='    "snr_block",\n')
+    exact = """def _toy(modalities: list[Modality], gradients: list[Array], restitute_to: str) -> Any:
+    modalities[0].distilled_backward(0, gradients[0])
+    return (modalities[0].distilled(0),)
+
+
+"""
+    copy.insert(EXACT, exact, before="def _snr(")
+    copy.insert(EXACT, '"toy": _toy, ', before='"snr": _snr}')
+
+
+OPERATION = {f"mrcn_fast/{name}.py" for name in ("operations", "reference", "block", "__init__")} | {EXACT}
 
 
 def test_an_operation(copy: Copy) -> None:
-    """An operation that takes away what restitution adds: F̃ - M₊ or F - M₊, by ``restitute_to``."""
-    entry = """    "toy": Operation(
-        "toy",
-        inputs=("features",),
-        gates=("A",),
-        sets=(MadeSet("toy", (0,), 0),),
-        stacked=False,
-        restitutes=True,
-    ),
-"""
-    copy.insert("mrcn_fast/operations.py", entry, before='    "snr": Operation(\n')
-    # The equation and the public function are copies of restitution's under another name.
-    reference, block = "mrcn_fast/reference.py", "mrcn_fast/block.py"
-    equation = function(copy.read(reference), "restitution").replace("def restitution", "def toy")
-    equation = equation.replace("normalized, distilled, restitute_to", "normalized, -distilled, restitute_to")
-    copy.insert(reference, equation, before="def mrcn_block(")
-    served = """        if mode == "toy":
-            return (reference.toy(*own, gate=gate, eps=eps, restitute_to=restitute_to),)
-"""
-    copy.insert("mrcn_fast/plain.py", served, before='        if mode == "snr":\n')
-    public = function(copy.read(block), "mrcn_restitution").replace("mrcn_restitution", "toy")
-    copy.insert(block, public.replace('"restitute"', '"toy"'), before="def snr_block(")
-    copy.insert("mrcn_fast/__init__.py", "    toy,\n", after="    snr_block,\n")
-    copy.insert("mrcn_fast/__init__.py", '    "toy",\n', after='    "snr_block",\n')
-    cases, truth = "tests/support/block_cases.py", "tests/support/extended.py"
-    copy.insert(cases, ", toy", after="from mrcn_fast import mrcn_block, mrcn_restitution, snr_block")
-    call = '    "toy": lambda *tensors, **settings: (toy(*tensors, **settings),),\n'
-    copy.insert(cases, call, before='    "snr": lambda')
-    exact = """def _toy(modalities: list[Modality], gradients: list[Array], restitute_to: str) -> Any:
-    (m,), (gradient,) = modalities, gradients
-    to_input = restitute_to == "input"
-    (m.of_input if to_input else m.of_normalized)[...] += gradient
-    m.distilled_backward(0, -gradient)
-    return ((m.x if to_input else m.normalized) - m.distilled(0),)
-
-
-"""
-    copy.insert(truth, exact, before="def _snr(")
-    copy.insert(truth, '"toy": _toy, ', before='"snr": _snr}')
-
+    add_operation(copy)
     settings, modes, gates = copy.check()
-    assert modes == 5 and settings == 2 * gates
-    package = {f"mrcn_fast/{name}.py" for name in ("operations", "reference", "plain", "block", "__init__")}
-    assert copy.edited == package | {cases, truth}
+    assert modes == 5 and settings == gates
+    assert copy.edited == OPERATION
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    not all(shutil.which(tool, path=TOOLS) for tool in ("cmake", "ninja", "c++")),
+    reason="CMake, Ninja or a C++ compiler is missing",
+)
+def test_an_operation_with_its_kernels(copy: Copy) -> None:
+    """The kernels for the CPU, and those for CUDA from the same files, come from the table in sets.h."""
+    add_operation(copy)
+    table, schemas, operations = (f"csrc/{name}.h" for name in ("block/sets", "schemas", "block/ops"))
+    copy.insert(
+        table,
+        "  toy,        // x -> s M\n",
+        after="  snr,        // x -> restituted, contaminated, normalized\n",
+    )
+    copy.replace(table, "constexpr int modes = 4,", "constexpr int modes = 5,")
+    entry = """    {
+        .made_as = Mode::toy,
+        .inputs = 1,
+        .gates = 1,
+        .made = 1,
+        .parts = {{{Term::distilled, 0}}},
+    },
+"""
+    copy.insert(table, entry, before="};\n\nconstexpr const Sets& sets_of")
+    arguments = "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate"
+    gradients = ", ".join(["Tensor"] * 7)
+    schema = f"""  library.def("toy_forward(Tensor features, {arguments}, float eps) -> (Tensor, Tensor)");
+  library.def(
+      "toy_backward(Tensor? distilled, Tensor features, Tensor statistics, {arguments}) -> ({gradients})");
+"""
+    copy.insert(schemas, schema, before="  // The CQC loss. features are")
+    functions = """  static auto toy_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
+      Tensors gate_parameters, int64_t gate, double eps) {
+    return results_of<forward_results(Mode::toy)>(
+        forward<Device>(Mode::toy, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false));
+  }
+
+  static auto toy_backward(Optional distilled, Tensor features, Tensor statistics, Tensor norm_weight,
+      Tensor norm_bias, Tensors gate_parameters, int64_t gate) {
+    return results_of<backward_results(Mode::toy)>(backward<Device>(Mode::toy, {distilled}, {features},
+        statistics, norm_weight, norm_bias, gate_parameters, gate, false));
+  }
+
+"""
+    copy.insert(operations, functions, before="  template <class Library>\n  static void implement(")
+    implemented = """    library.impl("toy_forward", TORCH_BOX(&Operations::toy_forward));
+    library.impl("toy_backward", TORCH_BOX(&Operations::toy_backward));
+"""
+    copy.insert(operations, implemented, before='    library.impl("snr_forward"')
+    copy.build()
+    settings, modes, gates = copy.check("cpu")
+    assert modes == 5 and settings == gates
+    assert copy.edited == OPERATION | {table, schemas, operations}
 
 
 def function(source: str, name: str) -> str:
     """The text of a module's function, with the empty lines after it."""
-    start = source.index(f"def {name}(")
-    return source[start : source.index("\ndef ", start) + 1]
+    rest = source[source.index(f"def {name}(") :]
+    return re.split(r"(?<=\n\n\n)", rest, maxsplit=1)[0]

@@ -33,10 +33,8 @@ def test_accuracy(backend: str, mode: str, dtype: torch.dtype, data: st.DataObje
 def test_accuracy_in_every_layout(mode: str, layout: str, dtype: torch.dtype, backend: str) -> None:
     for gate in GATES:
         for shape in ((3, 5, 7, 9), (2, 19, 3, 4)):
-            case = Case(
-                mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout, seed=2
-            )
-            block_cases.check_accuracy(case, backend)
+            case = Case(mode, gate, shape=shape, dtype=dtype, seed=2)
+            block_cases.check_accuracy(case.in_layout(layout), backend)
 
 
 @matrix.backends(*KERNEL_BACKENDS)
@@ -62,10 +60,8 @@ def test_accuracy_of_shapes_at_the_edges(
 ) -> None:
     for layout in ("contiguous", "channels_last"):
         for gate in GATES:
-            case = Case(
-                mode, gate, shape=shape, dtype=dtype, layouts=(layout, layout), gradient_layout=layout, seed=5
-            )
-            block_cases.check_accuracy(case, backend)
+            case = Case(mode, gate, shape=shape, dtype=dtype, seed=5)
+            block_cases.check_accuracy(case.in_layout(layout), backend)
 
 
 @matrix.backends(*KERNEL_BACKENDS)
@@ -73,39 +69,26 @@ def test_accuracy_of_shapes_at_the_edges(
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_accuracy_where_the_mean_is_large(mode: str, layout: str, dtype: torch.dtype, backend: str) -> None:
-    """With a mean of 1000 and σ = 0.1 the rule holds as elsewhere: the truth is float64 of the same inputs.
+    """With a mean of 1000 and σ = 0.1 the rule holds as for other values.
 
-    E[x²] - E[x]² would leave no correct digit of the variance in float32 (1e6 · 6e-8 > 0.1²).
+    A variance computed as E[x²] - E[x]² would have no correct digit in float32 (1e6 · 6e-8 > 0.1²).
     """
     for gate in GATES:
         for shape in ((2, 5, 17, 15), (1, 2, 67, 61)):
-            block_cases.check_accuracy(
-                Case(
-                    mode,
-                    gate,
-                    shape=shape,
-                    dtype=dtype,
-                    layouts=(layout, layout),
-                    gradient_layout=layout,
-                    values="large mean",
-                ),
-                backend,
-            )
+            case = Case(mode, gate, shape=shape, dtype=dtype, values="large mean")
+            block_cases.check_accuracy(case.in_layout(layout), backend)
 
 
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
 def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) -> None:
-    """The normalized part is accurate by itself, which the rule can't see beside a mean of 1000.
+    """The normalized features are accurate by themselves, which the rule can't see beside a mean of 1000.
 
-    With s = 1/2 in every gate and restitution to F̃, F₊ = F̃ / 2 + F / 2; with SNR F̃ is an output. What is
-    compared is F̃'s deviation from its own mean over a plane, which is γ n whatever the mean of F.
+    With s = 1/2 in every gate and restitution to F̃, F₊ = F̃ / 2 + F / 2; with SNR F̃ is an output. The test
+    compares the deviation of F̃ from its own mean over a plane, which does not depend on the mean of F.
     """
-    case = Case(
-        mode, shape=(2, 5, 17, 15), values="large mean", layouts=(layout, layout), gradient_layout=layout
-    )
-    p = block_cases.problem(case)
+    p = block_cases.problem(Case(mode, shape=(2, 5, 17, 15), values="large mean").in_layout(layout))
     with torch.no_grad():
         for q in p.parameters[2:]:
             q.zero_()
@@ -113,7 +96,7 @@ def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) 
     for name in block_cases.output_names(mode):
         got, want = results[name].double(), truth[name]
         got, want = (x - x.mean(dim=(2, 3), keepdim=True) for x in (got, want))
-        # A float32 near 1000 is rounded by up to 3e-5, F̃ has slopes γ / σ of 10 to 20: 20 · 3e-5 · a few.
+        # A float32 near 1000 is rounded by up to 3e-5, which F̃ multiplies by γ / σ, which is 10 to 20.
         assert (got - want).abs().max() < 2e-3 * want.abs().max(), name
 
 
@@ -121,14 +104,10 @@ def test_variance_where_the_mean_is_large(mode: str, layout: str, backend: str) 
 @pytest.mark.parametrize("values", [*NETWORK_VALUES, "large mean", "constant planes"])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("mode", MODES)
-def test_accuracy_of_what_networks_make_in_every_layout(
-    mode: str, layout: str, values: str, backend: str
-) -> None:
-    """Rectified and pooled maps are unlike normal numbers: sums do not cancel, and many pixels are equal."""
+def test_accuracy_of_values_from_network_layers(mode: str, layout: str, values: str, backend: str) -> None:
+    """In rectified and pooled maps, unlike in normal numbers, sums don't cancel and many pixels are equal."""
     gate, shape = ("se", (2, 16, 18, 9)) if mode in ("pair", "snr") else ("cbam-channel", (1, 24, 16, 20))
-    case = Case(
-        mode, gate, shape=shape, layouts=(layout, layout), gradient_layout=layout, values=values, hidden=4
-    )
+    case = Case(mode, gate, shape=shape, values=values, hidden=4).in_layout(layout)
     block_cases.check_distribution(case, backend, draws=20 if CUDA_ON_HOST else 60)
 
 
@@ -140,16 +119,7 @@ def test_constant_planes(
     mode: str, gate: str, restitute_to: str, dtype: torch.dtype, values: str, backend: str
 ) -> None:
     for layout in ("contiguous", "channels_last"):
-        case = Case(
-            mode,
-            gate,
-            restitute_to,
-            (2, 3, 5, 7),
-            dtype,
-            layouts=(layout, layout),
-            gradient_layout=layout,
-            values=values,
-        )
+        case = Case(mode, gate, restitute_to, (2, 3, 5, 7), dtype, values=values).in_layout(layout)
         results = block_cases.evaluate(block_cases.problem(case), backend)
         assert all(r.isfinite().all() for r in results.values())
         block_cases.check_accuracy(case, backend)
@@ -165,23 +135,15 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
     """Each tensor in turn has one such value; inputs and gradients have it in a vector's body or in its tail.
 
     The outputs have NaN, inf and -inf where the reference has them, and after a NaN the gradients are finite
-    where the reference's are. (After an infinity the order of a sum decides between inf and inf - inf.) ECA's
-    reference is computed in float32 on the CPU: torch's convolutions differ by dtype and device in whether
-    they multiply the padding by a NaN or an infinity.
+    where the reference's are. (After an infinity, the order of a sum decides between inf and inf - inf.)
+    ECA's reference is computed in float32 on the CPU, because by dtype and device torch's convolutions differ
+    in whether they multiply the padding by a NaN or an infinity.
     """
     lines = []
     for layout in (
         ("contiguous", "channels_last") if dtype in (torch.float32, torch.bfloat16) else ("contiguous",)
     ):
-        case = Case(
-            mode,
-            gate,
-            restitute_to,
-            (2, 3, 5, 7),
-            dtype,
-            layouts=(layout, layout),
-            gradient_layout=layout,
-        )
+        case = Case(mode, gate, restitute_to, (2, 3, 5, 7), dtype).in_layout(layout)
         fresh = block_cases.problem(case)
         where = (0, 17, -1) if dtype == torch.float32 else (17,)
         places = [("inputs", i, at) for i in range(len(fresh.inputs)) for at in where]
@@ -211,12 +173,9 @@ def test_nonfinite_values_come_out_where_the_reference_has_them(
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7F800001, -1])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_any_nan_of_a_parameter_stays_one_in_bf16_in_every_layout(
-    layout: str, bits: int, backend: str
-) -> None:
+def test_a_nan_of_any_bits_in_a_parameter_stays_nan_in_bf16(layout: str, bits: int, backend: str) -> None:
     """Rounding by adding half of the last place would turn a NaN whose bits are all set into a number."""
-    case = Case(shape=(2, 64, 12, 11), dtype=torch.bfloat16, layouts=(layout, layout), gradient_layout=layout)
-    drawn = block_cases.problem(case)
+    drawn = block_cases.problem(Case(shape=(2, 64, 12, 11), dtype=torch.bfloat16).in_layout(layout))
     for index in (0, 1):  # norm_weight, norm_bias
         parameters = [p.detach().float().requires_grad_() for p in drawn.parameters]
         parameters[index].detach().view(torch.int32)[0, 37] = bits

@@ -1,9 +1,10 @@
-"""The block's derivatives of every kernel backend, and what torch checks of its operations."""
+"""The block's derivatives on every kernel backend, and torch's own checks of its operations."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,39 +26,20 @@ from tests.support.tensors import random, same_bits
 def test_gradcheck(
     mode: str, gate: str, restitute_to: str, layout: str, backend: str, ops_run: list[str]
 ) -> None:
-    case = Case(
-        mode,
-        gate,
-        restitute_to,
-        (2, 3, 2, 3),
-        torch.float64,
-        layouts=(layout, layout),
-        gradient_layout=layout,
-    )
+    case = Case(mode, gate, restitute_to, (2, 3, 2, 3), torch.float64).in_layout(layout)
     p = block_cases.problem(case)
     assert not block_cases.near_kink(p)
-    count = len(p.inputs)
-
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return block_cases.call(case, tensors[:count], tensors[count:], backend)
-
-    assert torch.autograd.gradcheck(run, (*p.inputs, *p.parameters))
-    assert {f"{OPERATIONS[mode].op}_forward", f"{OPERATIONS[mode].op}_backward"} <= set(ops_run)
+    assert torch.autograd.gradcheck(partial(p.run, backend), p.leaves)
+    assert {OPERATIONS[mode].forward, OPERATIONS[mode].backward} <= set(ops_run)
 
 
 @matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize(("mode", "gate", "restitute_to"), SETTINGS)
 def test_gradgradcheck(mode: str, gate: str, restitute_to: str, backend: str, ops_run: list[str]) -> None:
-    case = Case(mode, gate, restitute_to, (1, 2, 1, 3), torch.float64, eps=0.1)
-    p = block_cases.problem(case)
+    p = block_cases.problem(Case(mode, gate, restitute_to, (1, 2, 1, 3), torch.float64, eps=0.1))
     assert not block_cases.near_kink(p)
-    count = len(p.inputs)
-
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return block_cases.call(case, tensors[:count], tensors[count:], backend)
-
-    assert torch.autograd.gradgradcheck(run, (*p.inputs, *p.parameters))
-    assert f"{OPERATIONS[mode].op}_forward" in ops_run
+    assert torch.autograd.gradgradcheck(partial(p.run, backend), p.leaves)
+    assert OPERATIONS[mode].forward in ops_run
 
 
 def second_order(backend: str, visible: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -83,24 +65,23 @@ def test_double_backward_where_one_input_depends_on_the_other(backend: str, rela
 @pytest.mark.parametrize("mode", MODES)
 def test_first_gradients_are_the_same_with_create_graph(mode: str, backend: str) -> None:
     p = block_cases.problem(Case(mode, dtype=torch.float64))
-    leaves = (*p.inputs, *p.parameters)
-    outputs = block_cases.call(p.case, p.inputs, p.parameters, backend)
-    plain = torch.autograd.grad(outputs, leaves, p.gradients, retain_graph=True)
-    graphed = torch.autograd.grad(outputs, leaves, p.gradients, create_graph=True)
+    outputs = p.run(backend, *p.leaves)
+    plain = torch.autograd.grad(outputs, p.leaves, p.gradients, retain_graph=True)
+    graphed = torch.autograd.grad(outputs, p.leaves, p.gradients, create_graph=True)
     for a, b in zip(plain, graphed, strict=True):
         assert b.requires_grad and not a.requires_grad
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
 
 @matrix.backends(*KERNEL_BACKENDS)
-def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
-    """They are computed in float32 as without it: sums over planes overflow float16."""
+def test_first_gradients_in_float16_with_create_graph(backend: str) -> None:
+    """They are computed in float32, as without it, because sums over planes overflow float16."""
     case = Case("concat", shape=(16, 4, 72, 32), dtype=torch.float16, parameter_dtype=torch.float32)
     p = block_cases.problem(case)
-    leaves, gradients = (*p.inputs, *p.parameters), [g + 2 for g in p.gradients]
-    outputs = block_cases.call(case, p.inputs, p.parameters, backend)
-    plain = torch.autograd.grad(outputs, leaves, gradients, retain_graph=True)
-    graphed = torch.autograd.grad(outputs, leaves, gradients, create_graph=True)
+    gradients = [g + 2 for g in p.gradients]
+    outputs = p.run(backend, *p.leaves)
+    plain = torch.autograd.grad(outputs, p.leaves, gradients, retain_graph=True)
+    graphed = torch.autograd.grad(outputs, p.leaves, gradients, create_graph=True)
     assert max(float(g.abs().max()) for g in plain[2:]) > torch.finfo(torch.float16).max
     for a, b in zip(plain, graphed, strict=True):
         torch.testing.assert_close(a, b.detach(), rtol=1e-3, atol=1e-3 * float(a.abs().max()))
@@ -110,22 +91,15 @@ def test_first_gradients_of_halves_with_create_graph(backend: str) -> None:
 @pytest.mark.parametrize("mode", [mode for mode in MODES if OPERATIONS[mode].results > 1])
 def test_any_outputs_may_be_left_out_of_the_loss(mode: str, backend: str) -> None:
     p = block_cases.problem(Case(mode, dtype=torch.float64))
-    leaves = (*p.inputs, *p.parameters)
     number = len(p.gradients)
     for size in range(1, number):
         for chosen in itertools.combinations(range(number), size):
             found = []
             for name in (backend, "reference"):
-                outputs = block_cases.call(p.case, p.inputs, p.parameters, name)
-                found.append(
-                    torch.autograd.grad(
-                        [outputs[i] for i in chosen],
-                        leaves,
-                        [p.gradients[i] for i in chosen],
-                        allow_unused=True,
-                    )
-                )
-            for leaf, got, want in zip(leaves, *found, strict=True):
+                outputs = p.run(name, *p.leaves)
+                some, gradients = [outputs[i] for i in chosen], [p.gradients[i] for i in chosen]
+                found.append(torch.autograd.grad(some, p.leaves, gradients, allow_unused=True))
+            for leaf, got, want in zip(p.leaves, *found, strict=True):
                 zero = torch.zeros_like(leaf)
                 torch.testing.assert_close(
                     zero if got is None else got, zero if want is None else want, rtol=1e-11, atol=1e-11
@@ -139,8 +113,8 @@ def test_a_single_tensor_may_require_gradients(mode: str, backend: str) -> None:
     everything = block_cases.evaluate(p, backend)
     names = (*block_cases.input_names(mode), *block_cases.parameter_names(p.case.gate))
     for position, name in enumerate(names):
-        leaves = [x.detach().requires_grad_(i == position) for i, x in enumerate((*p.inputs, *p.parameters))]
-        outputs = block_cases.call(p.case, leaves[: len(p.inputs)], leaves[len(p.inputs) :], backend)
+        leaves = [x.detach().requires_grad_(i == position) for i, x in enumerate(p.leaves)]
+        outputs = p.run(backend, *leaves)
         used = [(o, g) for o, g in zip(outputs, p.gradients, strict=True) if o.requires_grad]
         (gradient,) = torch.autograd.grad([o for o, _ in used], leaves[position], [g for _, g in used])
         assert same_bits(gradient, everything[f"grad {name}"]), name
@@ -152,7 +126,7 @@ def test_gradients_accumulate_over_calls(mode: str, backend: str) -> None:
     p = block_cases.problem(Case(mode, dtype=torch.float64))
     once = block_cases.evaluate(p, backend)
     for _ in range(2):
-        torch.autograd.backward(block_cases.call(p.case, p.inputs, p.parameters, backend), p.gradients)
+        torch.autograd.backward(p.run(backend, *p.leaves), p.gradients)
     for name, leaf in zip(block_cases.input_names(mode), p.inputs, strict=True):
         torch.testing.assert_close(leaf.grad, 2 * once[f"grad {name}"])
     for name, leaf in zip(block_cases.parameter_names("se"), p.parameters, strict=True):
@@ -164,7 +138,7 @@ def test_gradients_accumulate_over_calls(mode: str, backend: str) -> None:
 def test_an_input_changed_before_the_backward_is_noticed(mode: str, backend: str) -> None:
     p = block_cases.problem(Case(mode))
     first = p.inputs[0] * 1
-    outputs = block_cases.call(p.case, (first, *p.inputs[1:]), p.parameters, backend)
+    outputs = p.run(backend, first, *p.leaves[1:])
     first.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.backward(outputs, p.gradients)
@@ -175,8 +149,8 @@ def op_arguments(p: Problem) -> tuple[list[Any], list[Any], str]:
     case = p.case
     norm_weight, norm_bias, *gate_parameters = (q.detach() for q in p.parameters)
     tensors = [*(x.detach() for x in p.inputs), norm_weight, norm_bias, gate_parameters]
-    flags = [case.restitute_to == "input"] if OPERATIONS[case.mode].restitutes else []
-    return tensors, flags, OPERATIONS[case.mode].op
+    operation = OPERATIONS[case.mode]
+    return tensors, list(operation.flags(case.restitute_to)), operation.op
 
 
 @matrix.backends(*KERNEL_BACKENDS)

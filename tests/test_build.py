@@ -1,17 +1,20 @@
-"""The install: one version, a failed build that says why, partial rebuilds, a wheel that stands alone."""
+"""The install: one version, a failed build that says why, partial rebuilds. Wheels: test_packages.py."""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
 import sys
 import sysconfig
-import zipfile
+import time
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -24,7 +27,7 @@ RECORD = "_native_build.json"
 CUDA_LIBRARY = "_cuda.so"
 SETTINGS = (
     *("CXX", "CXXFLAGS", "LDFLAGS", "CMAKE_ARGS", "CUDACXX", "CUDA_HOME", "PYTHONPATH"),
-    *("MRCN_FAST_NATIVE", "MRCN_FAST_CUDA", "MRCN_FAST_CUDA_ARCHS", "MRCN_FAST_BACKEND"),
+    *("MRCN_FAST_NATIVE", "MRCN_FAST_ISAS", "MRCN_FAST_CUDA", "MRCN_FAST_CUDA_ARCHS", "MRCN_FAST_BACKEND"),
 )
 
 # Two translation units and no torch: what setup.py does with CMake, in seconds. The CUDA part has one, for
@@ -62,7 +65,7 @@ def run(
 def build(checkout: Path, check: bool = True, **settings: str) -> subprocess.CompletedProcess[str]:
     """setup.py in place; without the CUDA part, unless `settings` say of it what a caller can."""
     settings = {"MRCN_FAST_CUDA": "0"} | settings
-    command = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    command = (sys.executable, "setup.py", "build_ext", "--inplace")
     return run(*command, cwd=checkout, check=check, settings=settings)
 
 
@@ -122,6 +125,16 @@ def cpu_status(checkout: Path) -> tuple[bool, str]:
     )
     usable, reason = json.loads(run_with(checkout, program))
     return usable, reason
+
+
+@pytest.fixture
+def setup() -> ModuleType:
+    """setup.py's functions."""
+    spec = importlib.util.spec_from_file_location("mrcn_fast_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def installed_metadata() -> metadata.Distribution:
@@ -202,6 +215,71 @@ def test_a_change_rebuilds_only_what_it_must(small_checkout: Path) -> None:
     assert compiled(changed) == ["two"]
     assert "compiler identification" not in changed.stdout  # configured once
     assert compiled(build(small_checkout, CXXFLAGS="-DOTHER")) == ["one", "two"]
+
+
+def test_the_output_of_the_compilers_is_shown_on_demand_or_where_they_fail(small_checkout: Path) -> None:
+    quiet = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
+    done = run(*quiet, cwd=small_checkout, settings={"MRCN_FAST_CUDA": "0"})
+    announced = rf"Compiling the library: 2 files, about 15 s on {os.cpu_count()} cores\n"
+    assert re.fullmatch(announced, done.stdout)
+    assert run(*quiet, cwd=small_checkout, settings={"MRCN_FAST_CUDA": "0"}).stdout == ""
+
+    (small_checkout / "csrc" / "one.cpp").write_text("int one() { return undeclared; }\n")
+    failed = run(*quiet, cwd=small_checkout, settings={"MRCN_FAST_CUDA": "0"})
+    assert "Building CXX object" not in failed.stdout and "one.cpp:1:" in failed.stderr
+    assert "Building CXX object" in build(small_checkout).stdout
+
+
+def test_a_long_compilation_says_how_far_it_is(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(setup, "SECONDS_BETWEEN_LINES", 0.02)
+    monkeypatch.setattr(setup.log, "disabled", True)
+    lines = [
+        "-- Configuring done\n",
+        "[1/27] Building CXX object one\n",
+        "[7/27] Linking CXX library\n",
+        "note\n",
+    ]
+    with setup.reported("the compilation", lines):
+        time.sleep(0.2)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == "  the compilation: 7 of 27 files, 0 s so far"
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")
+def test_a_checkouts_library_is_for_this_processor(tmp_path: Path) -> None:
+    def carried(isas: str, check: bool = True) -> set[str]:
+        folder = tmp_path / "build"
+        command = ("cmake", "-S", ROOT, "-B", folder, "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}")
+        done = run(*command, f"-DMRCN_FAST_ISAS={isas}", cwd=tmp_path, check=check)
+        if done.returncode != 0:
+            assert "got sse9, expected native, all or names of" in " ".join(done.stderr.split())
+            return set()
+        return set(re.findall(r"CMakeFiles/kernels_(\w+)\.dir", (folder / "build.ninja").read_text()))
+
+    flags = set(re.findall(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[0].split())
+    every = carried("")
+    assert {"baseline", "avx2", "avx512"} <= every
+    expected = every
+    if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= flags:
+        expected = {"avx512", *({"avx512bf16"} & every if "avx512_bf16" in flags else ())}
+    elif {"avx2", "fma", "f16c"} <= flags:
+        expected = {"avx2"}
+    assert carried("native") == expected
+    assert carried("baseline;avx2") == {"baseline", "avx2"}
+    assert carried("sse9", check=False) == set()
+
+
+def test_what_is_compiled_for_is_chosen_by_where_the_library_goes(
+    setup: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MRCN_FAST_ISAS", raising=False)
+    assert setup.wanted_isas(in_place=True) == "native"
+    assert setup.wanted_isas(in_place=False) == ""
+    for value, isas in (("all", ""), ("avx2, avx512", "avx2;avx512"), ("native", "native")):
+        monkeypatch.setenv("MRCN_FAST_ISAS", value)
+        assert {setup.wanted_isas(in_place) for in_place in (False, True)} == {isas}
 
 
 # --- the CUDA part ----------------------------------------------------------------------------------------
@@ -339,36 +417,6 @@ def test_a_wrong_setting_of_the_cuda_part_is_refused(
     assert not (small_checkout / "build").exists()
 
 
-@pytest.mark.slow
-def test_a_wheel_runs_outside_the_checkout(tmp_path: Path) -> None:
-    wheels = tmp_path / "wheels"
-    # From the checkout itself and with the caller's settings: the objects of its last build serve.
-    settings = {name: value for name, value in os.environ.items() if name in SETTINGS}
-    settings["MRCN_FAST_NATIVE"] = "1"
-    run(
-        *(sys.executable, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", wheels, "."),
-        cwd=ROOT,
-        settings=settings,
-    )
-    (wheel,) = wheels.glob("mrcn_fast-*.whl")
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    recipes = {str(path.relative_to(ROOT)) for path in (ROOT / "mrcn_fast" / "reid").glob("recipes/*.yaml")}
-    assert {f"mrcn_fast/{LIBRARY}", f"mrcn_fast/{RECORD}", "mrcn_fast/py.typed", *recipes} <= inside
-    sources = {str(path.relative_to(ROOT)) for path in (ROOT / "mrcn_fast").rglob("*.py")}
-    assert {name for name in inside if name.endswith(".py")} == sources
-    found = json.loads(zipfile.ZipFile(wheel).read(f"mrcn_fast/{RECORD}"))["cuda"]
-    assert (f"mrcn_fast/{CUDA_LIBRARY}" in inside) == found["built"], found["reason"]
-
-    elsewhere = tmp_path / "elsewhere"
-    zipfile.ZipFile(wheel).extractall(elsewhere)
-    program = (
-        "import mrcn_fast, torch; s = mrcn_fast.backends()['cpu']; assert s.usable, s.reason; "
-        "x = torch.randn(2, 16, 3, 2); mrcn_fast.MRCNBlock(16, backend='cpu')(x, x); "
-        "from mrcn_fast import _C; print(_C.__file__)"
-    )
-    assert Path(run_with(elsewhere, program).strip()) == elsewhere / "mrcn_fast" / LIBRARY
-
-
 def test_importing_the_core_imports_nothing_of_reid() -> None:
     requirements = installed_metadata().requires or []
     wanted = {
@@ -462,6 +510,32 @@ def test_what_is_no_environment_is_refused(tmp_path: Path, venv: str) -> None:
     after = contents(tmp_path)
     assert {name: after.get(name) for name in before} == before
     assert list((tmp_path / "full").iterdir()) == [tmp_path / "full" / "notes.txt"]
+
+
+NOISY_PYTHON = """#!/bin/sh
+if [ "$1 $2" = "-m venv" ]; then mkdir -p "$3/bin"; touch "$3/pyvenv.cfg"; cp "$0" "$3/bin/python"; exit; fi
+case "$*" in
+  *"import re, sys"*) exit 1 ;;
+  *" install "*) echo "Collecting torch"; echo "WARNING: noise" >&2; [ -z "$FAKE_FAILS" ] ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(("fails", "shown"), [("", ""), ("", "1"), ("yes", "")])
+def test_the_output_of_pip_is_shown_on_demand_or_where_it_fails(
+    tmp_path: Path, fails: str, shown: str
+) -> None:
+    shutil.copy2(ROOT / "Makefile", tmp_path)
+    fake = tmp_path / "fake-python"
+    fake.write_text(NOISY_PYTHON)
+    fake.chmod(0o755)
+    command = ("make", "environment", "torch", "VENV=env", f"PYTHON={fake}", "TORCH=torch==7", f"V={shown}")
+    settings = {"FAKE_FAILS": fails, "MAKEFLAGS": ""}
+    done = run(*command, cwd=tmp_path, check=False, settings=settings)
+    assert (done.returncode != 0) == bool(fails)
+    assert "Installing torch==7 into env: a download of" in done.stdout
+    for noise in ("Collecting torch", "WARNING: noise"):
+        assert (noise in done.stdout + done.stderr) == bool(fails or shown)
 
 
 def test_clean_keeps_environments(tmp_path: Path) -> None:

@@ -150,6 +150,22 @@ def test_growing_batches_recompile_at_most_once(backend: str) -> None:
 
 
 @matrix.backends(*KERNEL_BACKENDS)
+def test_block_and_loss_with_symbolic_sizes_and_numbers(backend: str) -> None:
+    """With dynamic=True Dynamo makes a symbolic number of the margin too."""
+    block, loss = MRCNBlock(8, reduction=4, backend=backend, device=DEVICE), CQCLoss(0.3, backend=backend)
+
+    def run(visible: Tensor, infrared: Tensor, labels: Tensor) -> Any:
+        return loss(block(visible, infrared, concat=True).mean(dim=(2, 3)), labels)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True, dynamic=True)
+    for people in (2, 3):
+        pair = torch.randn(2, 2 * people, 8, 6, 5, device=DEVICE)
+        labels = torch.arange(people, device=DEVICE).repeat_interleave(2)
+        visible, infrared = pair.unbind()
+        torch.testing.assert_close(compiled(visible, infrared, labels), run(visible, infrared, labels))
+
+
+@matrix.backends(*KERNEL_BACKENDS)
 @pytest.mark.parametrize("normalize", [False, True])
 def test_one_tensor_in_two_places(normalize: bool, backend: str) -> None:
     """Dynamo can't trace an autograd Function that gets one tensor twice."""

@@ -1,17 +1,30 @@
-"""The documents: links lead somewhere, examples run, and figures are those of the result files."""
+"""The documents: links lead somewhere, code runs, and figures are those of the result files."""
 
 from __future__ import annotations
 
+import doctest
+import importlib.util
+import inspect
 import json
+import os
 import re
+import shlex
 import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
 
+import mrcn_fast
 from mrcn_fast import cli
 
 ROOT = Path(__file__).resolve().parents[1]
+DOCS = ROOT / "docs"
 PAGES = sorted(
     path
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")]
@@ -35,12 +48,213 @@ def cells(row: str) -> list[str]:
     return [cell.strip() for cell in row.strip("|").split("|")]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_links_lead_to_files(page: Path) -> None:
-    prose = re.sub(r"```.*?```|`[^`\n]+`(?!\])", "", page.read_text(), flags=re.DOTALL)
-    targets = re.findall(r"\]\(([^)#\s]+)", prose)
-    local = [target for target in targets if not target.startswith(("http:", "https:"))]
-    assert [target for target in local if not (page.parent / target).exists()] == []
+def site_module(name: str) -> ModuleType:
+    """A module of docs/site, which is no package; those that MkDocs alone can import are not needed here."""
+    spec = importlib.util.spec_from_file_location(name, DOCS / "site" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+links, generated = site_module("links"), site_module("generated")
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and MkDocs both make them of plain words."""
+    prose = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
+    titles = re.findall(r"^#+ +(.*)$", prose, re.MULTILINE)
+    return {"#" + re.sub(r"[^\w\s-]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_to_files_and_headings(page: Path) -> None:
+    for path, anchor in links.links_of(page.read_text()):
+        there = (page.parent / path).resolve() if path else page
+        assert there.exists(), path
+        if anchor:
+            assert anchor in anchors(there), f"{path}{anchor}"
+
+
+def nav_pages(nav: list[Any]) -> Iterator[str]:
+    """The pages of MkDocs' nav, of all sections."""
+    for entry in nav:
+        if isinstance(entry, str):
+            yield entry
+        else:
+            (section,) = entry.values()
+            yield from [section] if isinstance(section, str) else nav_pages(section)
+
+
+def test_the_nav_has_every_page_once() -> None:
+    yaml = pytest.importorskip("yaml", reason="mkdocs.yml is read with PyYAML, of [reid]")
+    nav = list(nav_pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"]))
+    written = {page.relative_to(DOCS).as_posix() for page in DOCS.glob("**/*.md")}
+    assert sorted(nav) == sorted(written | set(links.OUTSIDE))
+
+
+def test_the_index_names_every_page() -> None:
+    named = {path for path, _ in links.links_of((DOCS / "README.md").read_text())}
+    written = {page.relative_to(DOCS).as_posix() for page in DOCS.glob("**/*.md")} - {"README.md"}
+    assert written - named == set()
+
+
+@pytest.mark.parametrize(
+    ("place", "text", "expected"),
+    [
+        ("how-to/a.md", "[x](../performance.md#y)", "[x](../performance.md#y)"),
+        ("how-to/a.md", "[log](../../benchmarks/LOG.md)", "[log](../log.md)"),
+        ("log.md", "[page](../docs/design/cpu.md)", "[page](design/cpu.md)"),
+        ("performance.md", "![c](../benchmarks/charts/a.png)", "![c](benchmarks/charts/a.png)"),
+        ("a.md", "[`s.py`](../examples/s.py) and `[a](b)`", "[`s.py`](examples.md#s) and `[a](b)`"),
+        ("a.md", "see [`csrc/block`](../csrc/block)", "see `csrc/block`"),
+        ("a.md", "[out](https://arxiv.org) [here](#b)", "[out](https://arxiv.org) [here](#b)"),
+    ],
+)
+def test_links_on_the_site(place: str, text: str, expected: str) -> None:
+    assert links.on_site(text, place) == expected
+
+
+def test_generated_parts() -> None:
+    pytest.importorskip("lightning_fabric", reason="the commands' flags come with the packages of [reid]")
+    from mrcn_fast.reid.paper.recipes import recipe_names
+
+    commands = generated.cli_part()
+    assert [name for name in cli.COMMANDS if f"## mrcn-fast {name}\n" not in commands] == []
+    assert "--cqc-features" in commands and "show this help" in commands
+    assert [name for name in recipe_names() if f"| `{name}` |" not in generated.recipes_part()] == []
+    assert "def main() -> None:" in generated.examples_part()
+    markers = {name for page in PAGES for name in re.findall(r"<!-- generated: (\w+) -->", page.read_text())}
+    assert markers == set(generated.PARTS)
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (DOCS / "reference" / "api.md").read_text()
+    shown = set(re.findall(r"^::: mrcn_fast\.(?:\w+\.)*(\w+)$", page, re.MULTILINE))
+    assert set(mrcn_fast.__all__) - shown == set()
+
+
+# --- code on the pages --------------------------------------------------------------------------------
+
+# These continue one another, and train.
+TUTORIAL = ("train-sysu-mm01.md", "read-results.md", "own-images.md")
+COMPILING = ("compile-and-export.md",)
+
+
+def blocks(page: Path, *languages: str) -> list[tuple[str, str]]:
+    """The code blocks of a page in some languages, as (language, code)."""
+    found = re.findall(r"^```(\w+)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [(language, code) for language, code in found if language in languages]
+
+
+WITH_CODE = [page for page in DOCS.glob("**/*.md") if blocks(page, "python") and page.name not in TUTORIAL]
+
+
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, marks=[pytest.mark.slow] if page.name in COMPILING else [])
+        for page in sorted(WITH_CODE)
+    ],
+    ids=page_name,
+)
+def test_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = [text for _, text in blocks(page, "python")]
+    if "mrcn_fast.reid" in "".join(code):
+        pytest.importorskip("lightning_fabric", reason="this page needs the packages of [reid]")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    for text in code:
+        exec(text, names)
+    assert torch.get_default_dtype() == torch.float32
+
+
+@pytest.mark.slow
+def test_the_tutorial_runs(tmp_path: Path) -> None:
+    pytest.importorskip("lightning_fabric", reason="the tutorial needs the packages of [reid]")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path)), "TERM": "dumb"}
+    for name in TUTORIAL:
+        page = DOCS / "tutorials" / name
+        code = blocks(page, "sh", "python")
+        assert code
+        # The blocks of Python share names, and are one script after the commands before them.
+        script = "".join(
+            text
+            if language == "python"
+            else "".join(
+                f"import subprocess, sys; subprocess.run({command!r}, check=True)\n"
+                for command in as_python(text)
+            )
+            for language, text in code
+        )
+        run = subprocess.run(
+            [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        print(run.stdout)
+        assert run.returncode == 0, run.stderr[-3000:]
+
+
+def as_python(shell: str) -> list[list[str]]:
+    """The mrcn-fast commands of a shell block, run by this Python."""
+    commands = [shlex.split(line, comments=True) for line in shell.splitlines()]
+    return [[sys.executable, "-m", "mrcn_fast", *words[1:]] for words in commands if words]
+
+
+def commands_on(page: Path) -> Iterator[list[str]]:
+    """The commands of mrcn-fast that a page shows in blocks or within a sentence, as words."""
+    text = page.read_text()
+    shown = re.findall(r"^(?: {4})?(mrcn-fast .*)$", text, re.MULTILINE)
+    shown += re.findall(r"`(mrcn-fast [^`]+)`", text)
+    for command in shown:
+        yield shlex.split(command.replace("...", ""), comments=True)[1:]
+
+
+# The log has the commands of its time.
+CURRENT = [page for page in PAGES if page.name != "LOG.md"]
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=page_name)
+def test_commands_have_the_flags_that_pages_show(page: Path) -> None:
+    pytest.importorskip("lightning_fabric", reason="the commands' flags come with the packages of [reid]")
+    for words in commands_on(page):
+        if words[0].isupper() or words[0].startswith("-"):
+            continue  # `mrcn-fast COMMAND --help`, `mrcn-fast --version`
+        command = tuple(words[:2]) if words[0] == "bench" and words[1:2] else (words[0],)
+        assert command in set(generated.commands()) | {("bench",)}, words
+        known = generated.help_of(command)
+        for flag in (word.partition("=")[0] for word in words if word.startswith("--")):
+            assert flag in known or flag == "--help", f"mrcn-fast {' '.join(words)}: {flag}"
+
+
+# --- public docstrings --------------------------------------------------------------------------------
+
+
+def doctests(name: str) -> list[doctest.DocTest]:
+    """The docstrings of a public name and of what belongs to it, as tests."""
+    item = getattr(mrcn_fast, name)
+    names = vars(mrcn_fast) | {"torch": torch} | (vars(item) if inspect.ismodule(item) else {})
+    return doctest.DocTestFinder().find(item, name, globs=names)
+
+
+def test_public_names_have_examples() -> None:
+    missing = {name for name in mrcn_fast.__all__ if not any(test.examples for test in doctests(name))}
+    assert missing == set()
+
+
+@pytest.mark.parametrize("name", mrcn_fast.__all__)
+def test_examples_in_docstrings_run(name: str) -> None:
+    torch.manual_seed(0)
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    for test in doctests(name):
+        runner.run(test)
+    assert runner.summarize().failed == 0
+
+
+# --- figures ------------------------------------------------------------------------------------------
 
 
 def test_the_readmes_examples_run() -> None:
@@ -101,3 +315,12 @@ def test_the_studys_table_is_that_of_the_result_file() -> None:
     page = (ROOT / "docs" / "explanation" / "cqc-readings.md").read_text()
     result = json.loads((ROOT / "benchmarks" / "results" / "study-cqc.json").read_text())
     assert rows(page.partition("## What the study shows")[2]) == rows(markdown(result))
+
+
+def test_the_synthetic_table_is_that_of_the_result_file(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("lightning_fabric", reason="tables need the packages of [reid]")
+    result = ROOT / "benchmarks" / "results" / "table-2-synthetic.json"
+    assert cli.main(["table", "2", "--from", str(result)]) == 0
+    printed = rows(capsys.readouterr().out)
+    assert len(printed) == 7
+    assert rows((DOCS / "how-to" / "reproduce-a-table.md").read_text()) == printed

@@ -64,8 +64,13 @@ def test_how_flags_may_be_written(words: str, given: dict[str, Any]) -> None:
             "got --colour, which mrcn-fast try doesn't have; `mrcn-fast try --help` lists",
         ),
         ("--out x --image-sise 3,4", "did you mean --image-size?"),
+        ("--out x --image 3,4", "got --image, which mrcn-fast try doesn't have; did you mean --image-size?"),
+        ("--out x --sk", "did you mean --skip-unreadable?"),
+        ("--folder x", "got --folder, which mrcn-fast try doesn't have; did you mean --out?"),
+        ("--out x --old 3", "got --old, which mrcn-fast try doesn't have; `mrcn-fast try --help` lists"),
+        ("--out x --dtype bf61", "got --dtype bf61, expected one of fp32, bf16; did you mean bf16?"),
         ("--out x -lr 3", "got -lr, which mrcn-fast try doesn't have"),
-        ("--out x y", "got 'y', which belongs to no flag"),
+        ("--out x y", "got y, which belongs to no flag"),
         ("--help=3", "got -h/--help with a value, which it doesn't take"),
     ],
 )
@@ -101,6 +106,20 @@ def test_help_has_what_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--out OUT a folder: a path (required)" in printed
     assert "100 % of it: 2 values, each a number of at least 0 (default 64 32)" in printed
     assert "one of fp32, bf16" in printed and "--lr LR a number of at least 0 (default 0.1)" in printed
+
+
+def test_help_has_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    made = Flags("try", "try groups")
+    for title, flag in (("files", "--in"), ("sizes", "--image-size"), ("files", "--out")):
+        made.group(title)
+        made.add(flag, TEXT, help="a text")
+    with pytest.raises(SystemExit):
+        made.values(["--help"])
+    printed = capsys.readouterr().out
+    places = [
+        printed.index(text) for text in ("files:", "--in", "--out", "sizes:", "--image-size IMAGE-SIZE")
+    ]
+    assert places == sorted(places) and printed.count("files:") == 1
 
 
 def plain() -> Flags:

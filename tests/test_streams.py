@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from mrcn_fast import cli
-from mrcn_fast.streams import printable
+from mrcn_fast import cli, streams
+from mrcn_fast.streams import announced, printable
 
 TEXT = "50 ± 2 – 16×64 é δ"
 
@@ -71,3 +73,16 @@ def test_a_full_disk_is_said() -> None:
         done = info(stdout=full)
     assert done.returncode == 2
     assert done.stderr == b"mrcn-fast: error: the output: No space left on device\n"
+
+
+def test_a_long_step_is_announced_and_goes_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streams, "SECONDS_BETWEEN_LINES", 0.02)
+    with announced("compiling two baselines"):
+        time.sleep(0.2)
+    first, *others = capsys.readouterr().err.splitlines()
+    assert first == "compiling two baselines"
+    assert others and all(re.fullmatch(r"compiling two baselines: \d+ s so far", line) for line in others)
+    time.sleep(0.05)
+    assert not capsys.readouterr().err

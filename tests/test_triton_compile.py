@@ -86,18 +86,25 @@ def run(
 
 def source(launch: Launch) -> Any:
     """The kernel specialized as Triton does it at a launch: ones and multiples of 16 are known."""
-    signature, constants, attributes = {}, {}, {}
-    for position, (parameter, value) in enumerate(zip(launch.kernel.params, launch.arguments, strict=True)):
-        name, general = parameter.name, parameter.do_not_specialize
-        one = type(value) is int and value == 1 and not general
-        if parameter.is_constexpr or value is None or one:
-            signature[name] = "constexpr"
-            constants[name] = value
-            continue
-        pointer = isinstance(value, torch.Tensor)
-        signature[name] = f"*{TYPES[value.dtype]}" if pointer else "i32"
-        if pointer or (value % 16 == 0 and not general):
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+
+    def kind(value: Any, place: tuple[int, ...], general: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(kind(member, (*place, k), general) for k, member in enumerate(value))
+        if not isinstance(value, int | torch.Tensor) or (type(value) is int and value == 1 and not general):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, torch.Tensor) or (value % 16 == 0 and not general):
+            attributes[place] = [["tt.divisibility", 16]]
+        return f"*{TYPES[value.dtype]}" if isinstance(value, torch.Tensor) else "i32"
+
+    signature = {
+        parameter.name: kind(value, (position,), parameter.do_not_specialize)
+        for position, (parameter, value) in enumerate(
+            zip(launch.kernel.params, launch.arguments, strict=True)
+        )
+    }
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 

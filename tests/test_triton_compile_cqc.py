@@ -18,7 +18,7 @@ from triton.compiler import ASTSource  # noqa: E402
 
 from mrcn_fast.backends import shapes  # noqa: E402
 from mrcn_fast.backends.triton import cqc  # noqa: E402
-from mrcn_fast.backends.triton.cqc_backward import backward_kernel, unit_backward_kernel  # noqa: E402
+from mrcn_fast.backends.triton.cqc_backward import backward_kernel  # noqa: E402
 from mrcn_fast.backends.triton.cqc_forward import forward_kernel  # noqa: E402
 
 pytestmark = pytest.mark.skipif(
@@ -62,7 +62,7 @@ def kernels() -> Iterator[Kernel]:
                 ("forward", forward_kernel, False, cqc.FORWARD_WARPS),
                 ("unit forward", forward_kernel, True, cqc.FORWARD_WARPS),
                 ("backward", backward_kernel, False, cqc.BACKWARD_WARPS),
-                ("unit backward", unit_backward_kernel, True, cqc.UNIT_BACKWARD_WARPS),
+                ("unit backward", backward_kernel, True, cqc.UNIT_BACKWARD_WARPS),
             ):
                 chosen = cqc.constants(
                     dtype, samples, DIMENSIONS, warps, stacked=stacked, normalize=normalize

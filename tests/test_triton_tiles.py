@@ -31,13 +31,13 @@ def power_of_two(n: int) -> bool:
 def test_whoever_adds_up_a_sample_has_all_of_it(pixels: bool, element_size: int) -> None:
     for channels, length, config in configurations(pixels, element_size):
         for first, between in ((config.statistics, config.gates), (config.sums, config.coefficients)):
-            told = f"{channels} channels of {length} pixels: {first}, {between}"
-            assert power_of_two(between.channels), told
+            case = f"{channels} channels of {length} pixels: {first}, {between}"
+            assert power_of_two(between.channels), case
             if first.span < length:  # one program joins the parts of every channel
-                assert channels <= between.channels, told
-                assert -(-length // first.span) * between.channels <= tiles.MOST_PARTS, told
+                assert channels <= between.channels, case
+                assert -(-length // first.span) * between.channels <= tiles.MOST_PARTS, case
             else:  # each block's share of a hidden layer is added up
-                assert -(-channels // first.channels) <= tiles.MOST_BLOCKS, told
+                assert -(-channels // first.channels) <= tiles.MOST_BLOCKS, case
 
 
 @WAYS
@@ -45,9 +45,9 @@ def test_tiles_fit_registers_and_the_map(pixels: bool, element_size: int) -> Non
     for channels, length, config in configurations(pixels, element_size):
         for name in ("statistics", "output", "sums", "gradient"):
             tile = getattr(config, name)
-            told = f"{name} of {channels} channels of {length} pixels: {tile}"
-            assert power_of_two(tile.channels) and power_of_two(tile.pixels), told
-            assert tile.span >= 1 and tile.ahead >= 1, told
-            assert tile.channels < 2 * channels, f"half of a tile is beyond the last channel: {told}"
+            case = f"{name} of {channels} channels of {length} pixels: {tile}"
+            assert power_of_two(tile.channels) and power_of_two(tile.pixels), case
+            assert tile.span >= 1 and tile.ahead >= 1, case
+            assert tile.channels < 2 * channels, f"half of a tile is beyond the last channel: {case}"
             most = 16 if name in ("sums", "gradient") else 32  # the sums keep ten accumulators of a tile
-            assert tile.channels * tile.pixels <= most * LANES * tile.warps, told
+            assert tile.channels * tile.pixels <= most * LANES * tile.warps, case

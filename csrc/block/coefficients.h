@@ -83,7 +83,7 @@ struct Given {
 
 // --- one pixel, or a vector of them -------------------------------------------------------------------
 
-// Set s.
+// The pixel of the made set s.
 template <class P, int s, class V>
 MRCN_INLINE V made_set(const V* k, const V* x) {
   V value = k[P::shift(s)];
@@ -110,7 +110,8 @@ MRCN_INLINE void add_sums(const V* mean, const V* x, const V* g, S* sums) {
   unroll<P::sets>([&](auto s) MRCN_BODY { add_sums_of<P, s.v>(mean, x, g[s.v], sums); });
 }
 
-// The gradients of the inputs: the terms that come through the statistics, and the term of set s.
+// The gradients of the inputs are made in two steps: first the terms that come through the statistics, then
+// the term of each set s.
 template <class P, class V>
 MRCN_INLINE void start_gradients(const V* k, const V* x, V* dx) {
   unroll<P::inputs>(
@@ -143,7 +144,7 @@ MRCN_INLINE void over_parts(const F& f) {
   });
 }
 
-// The value of a part's gate; of no use where the part has none.
+// The value of a part's gate. A part without a gate gets 0, which nothing reads.
 template <int gate, class V>
 MRCN_INLINE V gate_of([[maybe_unused]] const V* s) {
   if constexpr (gate >= 0) {

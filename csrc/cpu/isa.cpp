@@ -70,9 +70,15 @@ const Kernels& choose() {
     }
     throw std::runtime_error("MRCN_FAST_ISA: got '" + std::string(wanted) + "', expected one of " + known);
   }
-  const Kernels* best = &carried[0];
+  const Kernels* best = nullptr;
   for (const Kernels& k : carried) {
     if (runs_here(k.isa)) best = &k;
+  }
+  if (best == nullptr) {
+    throw std::runtime_error("the library was compiled for another processor, with " +
+                             std::string(carried[0].isa) +
+                             ", which this one doesn't have; compile it here (make install), or for every "
+                             "processor (MRCN_FAST_ISAS=all make install)");
   }
   return *best;
 }

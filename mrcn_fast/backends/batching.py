@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mrcn_fast.operations import OPERATIONS, Operation
+from mrcn_fast.backends import shapes
+from mrcn_fast.operations import LOSS, OPERATIONS, Operation
 
 Rule = Callable[..., tuple[Any, Any]]
 
@@ -21,11 +22,11 @@ Rule = Callable[..., tuple[Any, Any]]
 def register(namespace: str, operation: Callable[[str], Callable[..., Any]], lib: Any = None) -> None:
     """Registers the rules of all operations of ``namespace``; ``operation(name)`` gives each."""
     rules: dict[str, Callable[[Callable[..., Any]], Rule]] = {}
-    for name in ("cqc_forward", "cqc_backward"):
+    for name in (LOSS.forward, LOSS.backward):
         rules[name] = _one_by_one
     for block in OPERATIONS.values():
-        rules[f"{block.op}_forward"] = _folding(block)
-        rules[f"{block.op}_backward"] = _one_by_one
+        rules[block.forward] = _folding(block)
+        rules[block.backward] = _one_by_one
     for name, rule in rules.items():
         torch.library.register_vmap(f"{namespace}::{name}", rule(operation(name)), lib=lib)
 
@@ -60,8 +61,7 @@ def _folding(block: Operation) -> Callable[[Callable[..., Any]], Rule]:
             # A result with all six sets has them one after the other, each with all samples.
             parts = [x.unflatten(0, (block.batches, info.batch_size, samples)) for x in sets]
             made = [x.movedim(1, 0).flatten(1, 2) for x in parts]
-            # The CPU's statistics have their samples second, a GPU's first.
-            at = 1 if saved.dim() == 4 else 0
+            at = shapes.sample_dimension(saved)
             return (*made, saved.unflatten(at, (info.batch_size, samples))), (*[0] * len(made), at)
 
         return rule

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from mrcn_fast import internals
 from mrcn_fast.backends import batching, decompositions, shapes
-from mrcn_fast.operations import OPERATIONS
 
 # Written by setup.py: {"built": bool, "reason": str, "log": str, "cuda": {the same of the CUDA part, ...}}.
 BUILD_RECORD = Path(__file__).parents[1] / "_native_build.json"
@@ -70,6 +69,12 @@ def release_memory() -> None:
     Outputs of 2 MiB and more take the memory of earlier ones, because to get new pages from the system costs
     more than the block does. What is kept and all outputs that live are together never more than outputs took
     at once; `memory_in_use` says how much that is.
+
+    Example:
+        >>> from mrcn_fast.backends.cpu import memory_in_use
+        >>> release_memory()
+        >>> memory_in_use()[1]  # bytes that are kept
+        0
     """
     if _library is not None:
         _library.release_memory()
@@ -125,15 +130,11 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
     def on_gpu(tensor: Tensor) -> bool:
         return (device_type or tensor.device.type) == "cuda"
 
-    def statistics(mode: str) -> Callable[..., Tensor]:
-        """Mean and 1/σ of every plane; from CUDA's kernels a row a sample, with the gates' hidden layers."""
-        modalities, rows = len(OPERATIONS[mode].inputs), shapes.saved_rows(mode)
+    def saved(mode: str) -> Callable[..., Tensor]:
+        rows, statistics = shapes.saved_rows(mode), shapes.saved_statistics(mode)
 
         def empty(*arguments: Any) -> Tensor:
-            first: Tensor = arguments[0]
-            if on_gpu(first):
-                return rows(*arguments)
-            return first.new_empty((modalities, *first.shape[:2], 2), dtype=shapes.precise(first.dtype))
+            return (rows if on_gpu(arguments[0]) else statistics)(*arguments)
 
         return empty
 
@@ -143,11 +144,7 @@ def fakes(device_type: str | None = None) -> dict[str, Callable[..., Any]]:
             return (shapes.cqc_saved_on_gpu(slots, infrared_labels.shape[0], normalize),)
         return slots, 8
 
-    found = shapes.block_fakes(statistics)
-    return found | {
-        "cqc_forward": shapes.cqc_forward_fake(cqc_saved),
-        "cqc_backward": shapes.cqc_backward_fake,
-    }
+    return shapes.block_fakes(saved) | shapes.loss_fakes(cqc_saved)
 
 
 def _kept_whole(name: str, fake: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import internals, plain
+from mrcn_fast.backends import shapes
 from mrcn_fast.gates import FUSED
 from mrcn_fast.operations import OPERATIONS
 
@@ -20,20 +21,17 @@ from mrcn_fast.operations import OPERATIONS
 def register(operation: Callable[[str], Callable[..., Any]]) -> None:
     """Registers the decompositions; ``operation(name)`` gives each operation."""
     for mode, block in OPERATIONS.items():
-        internals.register_decomposition(operation(f"{block.op}_forward"))(_plain(mode))
+        internals.register_decomposition(operation(block.forward))(_plain(mode))
 
 
 def _plain(mode: str) -> Callable[..., tuple[Tensor, ...]]:
-    count = len(OPERATIONS[mode].inputs)
+    operation = OPERATIONS[mode]
 
     def forward(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, (norm_weight, norm_bias, gate_parameters) = arguments[:count], arguments[count : count + 3]
-        gate, eps, *to_input = arguments[count + 3 :]
-        made = plain.run_precisely(
-            mode, inputs, norm_weight, norm_bias, gate_parameters, FUSED[gate], eps,
-            "input" if to_input == [True] else "normalized",
-        )  # fmt: skip
-        return (*made, _statistics(inputs, eps))
+        given = operation.split(arguments)
+        restitute_to = operation.restitute_to(given.flags)
+        made = plain.run_precisely(mode, FUSED[given.gate], given.eps, restitute_to, given.tensors)
+        return (*made, _statistics(given.inputs, given.eps))
 
     return forward
 
@@ -42,7 +40,6 @@ def _statistics(inputs: tuple[Tensor, ...], eps: float) -> Tensor:
     """Mean and 1/σ of every plane, (modalities, N, C, 2), as the CPU's forward saves them."""
     found = []
     for x in inputs:
-        precise = x if x.dtype == torch.float64 else x.float()
-        variance, mean = torch.var_mean(precise, dim=(2, 3), correction=0)
+        variance, mean = torch.var_mean(x.to(shapes.precise(x.dtype)), dim=(2, 3), correction=0)
         found.append(torch.stack((mean, torch.rsqrt(variance + eps)), dim=-1))
     return torch.stack(found)

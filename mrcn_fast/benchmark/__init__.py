@@ -3,7 +3,7 @@
 - timing: cases, the check before a measurement, calls timed in turn, peak memory
 - workers: measuring many cases, prepared in several processes where asked for
 - results: result lines, tables of them, and comparisons of two files
-- report: charts of result lines
+- forms: what is compared, with titles and colours; report: charts of result lines
 - show: `bench show`, which measures nothing
 - options: flags that several subcommands share
 - suites: one module per subcommand that measures

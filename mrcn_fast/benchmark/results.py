@@ -160,7 +160,7 @@ def print_row(result: Line) -> None:
     if "saved_bytes" in result:
         cells.append(f"kept for the backward {result['saved_bytes']['fused'] / 1e6:.2f} MB")
     if result.get("grown_bytes", {}).get("in_use_a_call", 0) >= 1:
-        cells.append(f"LEAKS {result['grown_bytes']['in_use_a_call']} bytes a call")
+        cells.append(f"LEAKS {result['grown_bytes']['in_use_a_call']} bytes per call")
     cells += [f"{name} does not compile: {error}" for name, error in result.get("refused", {}).items()]
     cells.append(f"below the goal: {', '.join(result['missed'])}" if result["missed"] else "goals met")
     print("  ".join(cells), flush=True)
@@ -310,9 +310,9 @@ def markdown(found: Iterable[Line]) -> list[str]:
 def compare(before: Path, after: Path) -> list[str]:
     """Return lines of text that say which cases became faster or slower from one file to the other.
 
-    A case did where the ranges from the 20th to the 80th percentile of its fused times don't overlap. Where
-    the floor's ranges don't overlap either, the machine was at least a part of the reason. If a file has
-    results of a case from several machines, the newest one counts.
+    A case became faster or slower where the ranges from the 20th to the 80th percentile of its fused times
+    don't overlap. Where the floor's ranges don't overlap either, the machine was at least a part of the
+    reason. If a file has results of a case from several machines, the newest one counts.
 
     Raises:
         ValueError: a file has no results of cases.

@@ -168,16 +168,26 @@ def measure(calls: Calls, seconds: float, least: int = 7) -> dict[str, Timing]:
     for call in calls.values():
         call()
         call()
+
+    def timed(name: str) -> float:
+        start = time.perf_counter()
+        result = calls[name]()
+        taken = time.perf_counter() - start
+        del result
+        return taken
+
+    return _in_turn(calls, seconds, least, timed)
+
+
+def _in_turn(calls: Calls, seconds: float, least: int, timed: Callable[[str], float]) -> dict[str, Timing]:
+    """Time every call once per round by `timed`, which makes the call of a name and returns its seconds."""
     taken: dict[str, list[float]] = {name: [] for name in calls}
     end = time.perf_counter() + seconds
     orders = _orders(calls)
     rounds = 0
     while rounds < least or time.perf_counter() < end:
         for name in next(orders):
-            start = time.perf_counter()
-            result = calls[name]()
-            taken[name].append(time.perf_counter() - start)
-            del result
+            taken[name].append(timed(name))
         rounds += 1
     return {name: Timing(*quantiles(times)) for name, times in taken.items()}
 
@@ -381,26 +391,22 @@ def measure_gpu(
     fill = cache_filler()
     costs = {name: cost_on_gpu(call) for name, call in calls.items()}
     rate = pause_rate()
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    orders = _orders(calls)
-    rounds = 0
-    while rounds < least or time.perf_counter() < end:
-        for name in next(orders):
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if not waits:
-                # Long enough for the host to queue the whole call: the GPU finds no gaps then.
-                queued = 2 if hot else 1
-                torch.cuda._sleep(int(rate * (2e-6 * queued * costs[name].host + 1e-4)))
-            (calls[name] if hot else fill)()
-            start.record()
-            result = calls[name]()
-            stop.record()
-            stop.synchronize()
-            taken[name].append(1e-3 * start.elapsed_time(stop))
-            del result
-        rounds += 1
-    return {name: Timing(*quantiles(times)) for name, times in taken.items()}, costs
+
+    def timed(name: str) -> float:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        if not waits:
+            # Long enough for the host to queue the whole call: the GPU finds no gaps then.
+            queued = 2 if hot else 1
+            torch.cuda._sleep(int(rate * (2e-6 * queued * costs[name].host + 1e-4)))
+        (calls[name] if hot else fill)()
+        start.record()
+        result = calls[name]()
+        stop.record()
+        stop.synchronize()
+        del result
+        return 1e-3 * start.elapsed_time(stop)
+
+    return _in_turn(calls, seconds, least, timed), costs
 
 
 def cost_on_gpu(call: Callable[[], Any], times: int = 20) -> Cost:

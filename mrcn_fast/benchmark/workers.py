@@ -32,6 +32,7 @@ from mrcn_fast.benchmark.timing import (
     peak_bytes,
     saved_bytes,
 )
+from mrcn_fast.streams import announced
 
 Shares = list[list[int]]
 
@@ -75,9 +76,11 @@ def prepared(case: Case) -> tuple[Calls, dict[str, str]]:
         RuntimeError: a fused result is wrong.
     """
     calls = case.calls()
-    check(calls, TOLERANCES[case.dtype])
-    calls.pop(EXACT, None)
-    refused = uncompilable(calls)
+    compiled = [name for name in calls if name.startswith("compile")]
+    with announced(f"{case.name}: checking{', and compiling ' * bool(compiled)}{', '.join(compiled)}"):
+        check(calls, TOLERANCES[case.dtype])
+        calls.pop(EXACT, None)
+        refused = uncompilable(calls)
     return {name: call for name, call in calls.items() if name not in refused}, refused
 
 

@@ -11,25 +11,26 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple, cast
 
 import torch
-from matplotlib.figure import Figure  # not pyplot, which would choose the caller's backend
 from pydantic import Field
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
+from torch import Tensor
 from torch.nn import functional as F
 
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.dispatch import choose
-from mrcn_fast.files import write_atomically, write_json
+from mrcn_fast.files import write_json
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import RegDB
+from mrcn_fast.reid.data.types import Modality
 from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.extraction import extract
 from mrcn_fast.reid.evaluation.results import HEADLINE, check_free
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint, score_trial
 from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Seed, Width
-from mrcn_fast.reid.paper.figures import all_test_images
+from mrcn_fast.reid.report import BlockTimes, Network, Subject, choose_subject, write_page
 from mrcn_fast.reid.training.batches import Batch
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.losses import ReIDLoss
@@ -37,13 +38,13 @@ from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
 from mrcn_fast.reid.training.run_folder import held
 from mrcn_fast.reid.training.trainer import Trainer
 
-RESULTS_NAME = "results.json"
+RESULTS_NAME, PAGE_NAME = "results.json", "index.html"
 _RANDOM_RANKINGS: Final = 10
 COLUMNS = {"rank1": "Rank-1", "rank10": "Rank-10", "mAP": "mAP", "mINP": "mINP"}
 
 
 class Contender(NamedTuple):
-    """A trained row of the table: its title, the values that only it has, and what it shows."""
+    """A trained row of the table: its title, the values that only it has, and the sentence of what it is."""
 
     title: str
     values: dict[str, Any]
@@ -52,12 +53,12 @@ class Contender(NamedTuple):
 
 CONTENDERS: Final = {
     "baseline": Contender(
-        "two-stream baseline", {"model": "baseline"}, "a ResNet with a stem for each modality"
+        "two-stream baseline", {"model": "baseline"}, "A ResNet with a stem for each modality"
     ),
     "mrcn-without-cqc": Contender(
-        "MRCN without CQC", {"model": "mrcn", "cqc_weight": 0.0}, "with MRCN's block behind the stem"
+        "MRCN without CQC", {"model": "mrcn", "cqc_weight": 0.0}, "With MRCN's block behind the stem"
     ),
-    "mrcn": Contender("MRCN", {"model": "mrcn"}, "with the CQC loss on unit features too"),
+    "mrcn": Contender("MRCN", {"model": "mrcn"}, "With the CQC loss on unit features too"),
 }
 
 
@@ -90,8 +91,9 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
     """Run the demo, print its table, and return the results as results.json holds them.
 
     Writes under `config.out`: data/ (RegDB's tree), pretraining/ (a tree, a checkpoint, weights.pth), a
-    folder for each of `CONTENDERS` (checkpoint, metrics, scores), losses.png and results.json. An earlier
-    demo of the same values is replaced. Other files with these names are replaced only with `overwrite`.
+    folder for each of `CONTENDERS` (checkpoint, metrics, scores), results.json, and index.html, a page about
+    all of it that needs no other file. An earlier demo of the same values is replaced. Other files with these
+    names are replaced only with `overwrite`.
 
     Raises:
         ResultError: for other files with these names, without `overwrite`
@@ -104,7 +106,7 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
     configs = [train_config(config, name, out, out) for name in CONTENDERS]
     check_device(config.accelerator, configs[0].precision)
     made_of = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
-    others = [out / name for name in ("data", "pretraining", *CONTENDERS, "losses.png")]
+    others = [out / name for name in ("data", "pretraining", *CONTENDERS, PAGE_NAME)]
     with held(out, "runs a demo"):
         if not overwrite:
             check_free(out / RESULTS_NAME, others, made_of)
@@ -117,18 +119,15 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
     with console.capture() as table:
         console.print(_table(results))
     print(table.get(), end="")
-    print(
-        f"Everything is in {out}: data/, pretraining/, {'/, '.join(CONTENDERS)}/, losses.png, {RESULTS_NAME}"
-    )
+    print(f"{out / PAGE_NAME} shows what was trained and found: open it in a browser")
     return results
 
 
 def _results(config: DemoConfig) -> dict[str, Any]:
-    """Make data, train, score and measure: everything but the table."""
-    out = Path(config.out)
+    """Make data, train, score, measure and write the page: everything but the table."""
     seconds: dict[str, float] = {}
     trainers: dict[str, Trainer] = {}
-    distances: dict[str, dict[str, float]] = {}
+    features: dict[str, dict[Modality, Tensor]] = {}
     pairings: dict[str, dict[str, dict[str, float]]] = {}
     with progress_bars() as bars:
         with _timed(seconds, "data"):
@@ -136,24 +135,23 @@ def _results(config: DemoConfig) -> dict[str, Any]:
         with _timed(seconds, "pretraining"):
             weights = _pretrained(config, bars)
         scores = {"chance": _chance(tree, config.seed)}
+        subject = choose_subject(RegDB(tree), seed=config.seed)
         for name in CONTENDERS:
             trainers[name] = trainer = Trainer(train_config(config, name, tree, weights))
             with _timed(seconds, f"training {name}"):
                 checkpoint = trainer.fit(overwrite=True, progress=bars)
             with _timed(seconds, f"scoring {name}"):
                 result = score_checkpoint(checkpoint, tree, accelerator=config.accelerator, progress=bars)
-                distances[name] = _distances(trainer, tree)
+                features[name] = _features(trainer, subject)
             search = result["searches"][result["headline"]]
             scores[name] = search["mean"]
             pairings[name] = {pairing: of["mean"] for pairing, of in search["pairings"].items()}
         with _timed(seconds, "measuring"):
             times = measure(trainers, config.rounds, bars)
-    losses = draw_losses({name: trainer.journal.lines for name, trainer in trainers.items()})
-    write_atomically(out / "losses.png", lambda file: losses.savefig(file, format="png", dpi=120))
-    return {
+    results = {
         "scores": scores,
         "pairings": pairings,
-        "distances": distances,
+        "distances": {name: _distances(of, subject) for name, of in features.items()},
         "milliseconds": times,
         "block_share": {
             name: times[f"block {name}"] / times[f"mrcn {name}"] for name in ("automatic", "reference")
@@ -161,6 +159,16 @@ def _results(config: DemoConfig) -> dict[str, Any]:
         "backend": choose(None, trainers["mrcn"].fabric.device.type, torch.float32),
         "seconds": seconds,
     }
+    networks = [
+        Network(of.title, of.shows, trainers[name].journal.lines, features[name])
+        for name, of in CONTENDERS.items()
+    ]
+    block = _block_times(results, trainers["mrcn"])
+    page = Path(config.out) / PAGE_NAME
+    write_page(
+        page, "The demo of mrcn_fast, on synthetic people", subject, networks, block, chance=scores["chance"]
+    )
+    return results
 
 
 def train_config(config: DemoConfig, name: str, tree: Path, weights: Path) -> TrainConfig:
@@ -172,23 +180,19 @@ def train_config(config: DemoConfig, name: str, tree: Path, weights: Path) -> Tr
 def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfig:
     """The paper's recipe at the demo's size, with the CQC loss on unit features."""
     batches = max(1, steps // 10)
-    return TrainConfig(
-        data=str(tree),
-        out=str(out),
-        dataset="regdb",
+    return config.training(
+        tree,
+        out,
+        steps,
         # Chosen on seeds 10 to 12: on images this small the block gains more behind the stem, where the paper
         # has it on SYSU-MM01, than behind stage 1, where the paper has it on RegDB.
         stages=(0,),
-        depth=18,
-        height=config.height,
-        width=config.width,
         # A batch has 16 images per modality, as in the paper, but of more people.
         identities=BATCH_IDENTITIES,
         images=2,
         padding=3,
         batches=batches,
         epochs=-(-steps // batches),
-        steps=steps,
         # The paper's schedule in ten epochs. The trunk comes from a short pretraining or from random weights,
         # and so learns as fast as the head.
         warmup_epochs=1,
@@ -196,12 +200,7 @@ def _scaled(config: DemoConfig, tree: Path, out: Path, steps: int) -> TrainConfi
         lr=0.03,
         warmup_lr=0.003,
         trunk_lr=1.0,
-        # One of the readings of the loss that `mrcn-fast study cqc` compares.
-        cqc_features="unit",
-        cqc_reduction="mean",
         seed=config.seed,
-        accelerator=config.accelerator,
-        workers=0,
         log_every=max(1, steps // 60),
     )
 
@@ -246,24 +245,45 @@ def _chance(tree: Path, seed: int) -> dict[str, float]:
     return {name: statistics.fmean(row[name] for row in rows) for name in HEADLINE}
 
 
-def _distances(trainer: Trainer, tree: Path) -> dict[str, float]:
+def _features(trainer: Trainer, subject: Subject) -> dict[Modality, Tensor]:
+    """Extract the features of all test images."""
+    return {
+        modality: extract(
+            trainer.model, subject.images[modality], modality, trainer.config, fabric=trainer.fabric
+        )
+        for modality in MODALITIES
+    }
+
+
+def _distances(features: dict[Modality, Tensor], subject: Subject) -> dict[str, float]:
     """Mean distances of unit features of the test people, which show whether modalities or people lie apart.
 
     "one person": from a person's visible to their infrared images; "two people": between visible images of
     different people.
     """
-    images = all_test_images(RegDB(tree))
-    visible, infrared = (
-        F.normalize(extract(trainer.model, images[modality], modality, trainer.config, fabric=trainer.fabric))
-        for modality in MODALITIES
-    )
+    visible, infrared = (F.normalize(features[modality]) for modality in MODALITIES)
     people, sought = (
-        torch.tensor([s.identity for s in images[modality]])[:, None] for modality in MODALITIES
+        torch.tensor([s.identity for s in subject.images[modality]])[:, None] for modality in MODALITIES
     )
     return {
         "one person": torch.cdist(visible, infrared)[people == sought.T].mean().item(),
         "two people": torch.cdist(visible, visible)[people != people.T].mean().item(),
     }
+
+
+def _block_times(results: dict[str, Any], mrcn: Trainer) -> BlockTimes:
+    """The measured times of the block, and its share of a training step, for the page."""
+    maps, *_ = _block_inputs(mrcn, next(iter(mrcn.batches.of(0))))
+    times, shares = results["milliseconds"], results["block_share"]
+    return BlockTimes(
+        times["block automatic"],
+        times["block reference"],
+        results["backend"],
+        mrcn.fabric.device.type,
+        " × ".join(map(str, maps.shape)),
+        f"The block is {100 * shares['automatic']:.1f} % of a training step of MRCN, and in plain PyTorch "
+        f"{100 * shares['reference']:.1f} %.",
+    )
 
 
 def measure(trainers: dict[str, Trainer], rounds: int, bars: Progress) -> dict[str, float]:
@@ -327,57 +347,19 @@ def _synchronize(device: torch.device) -> None:
 
 
 def _table(results: dict[str, Any]) -> Table:
-    """The demo's table, with scores in percent."""
+    """The demo's short table, with scores in percent."""
     data, times = results["made_of"], results["milliseconds"]
     table = Table(
         title=f"Synthetic people, modality gap {data['modality_gap']}; RegDB's protocol, visible to infrared;"
         f"\nResNet-18 at {data['height']} x {data['width']}, {data['pretraining_steps']} steps on other "
         f"people in visible light, then {data['steps']}",
-        caption=caption(results),
     )
     table.add_column("")
-    fused = f"share, {results['backend']}" if results["backend"] != "reference" else "share, fused"
-    for name in (*COLUMNS.values(), "ms a step", fused, "share, reference"):
+    for name in (*COLUMNS.values(), "ms per step"):
         table.add_column(name, justify="right")
-    shares = results["block_share"]
-    automatic = f"{100 * shares['automatic']:.1f} %" if results["backend"] != "reference" else "not built"
-    cells = {
-        "baseline": (f"{times['baseline']:.0f}",),
-        "mrcn": (f"{times['mrcn automatic']:.0f}", automatic, f"{100 * shares['reference']:.1f} %"),
-    }
+    steps = {"baseline": times["baseline"], "mrcn": times["mrcn automatic"]}
     for row, scores in results["scores"].items():
         title = CONTENDERS[row].title if row in CONTENDERS else row
-        table.add_row(title, *(f"{100 * scores[name]:.1f}" for name in COLUMNS), *cells.get(row, ()))
+        taken = f"{steps[row]:.0f}" if row in steps else ""
+        table.add_row(title, *(f"{100 * scores[name]:.1f}" for name in COLUMNS), taken)
     return table
-
-
-def caption(results: dict[str, Any]) -> str:
-    """The caption of the table: what each row shows, and what the shares are."""
-    rank1 = {name: 100 * results["scores"][name]["rank1"] for name in CONTENDERS}
-    lines, before = [], None
-    for name, contender in CONTENDERS.items():
-        gain = "" if before is None else f": {rank1[name] - rank1[before]:+.1f} points of rank-1"
-        lines.append(f"{contender.title}: {contender.shows}{gain}")
-        before = name
-    lines.append("share: the block's forward and backward alone, of a training step")
-    return "\n".join(lines)
-
-
-def draw_losses(journals: dict[str, list[dict[str, float]]]) -> Figure:
-    """Draw the loss terms over the steps, one panel per term, from the lines of the journals."""
-    terms = {
-        "identity": "identity loss",
-        "triplet": "triplet loss",
-        "cqc": "CQC loss",
-        "accuracy": "accuracy",
-    }
-    figure = Figure(figsize=(4 * len(terms), 3.2), layout="constrained")
-    for panel, (term, title) in zip(figure.subplots(1, len(terms)), terms.items(), strict=True):
-        for index, (name, lines) in enumerate(journals.items()):
-            steps, values = [line["step"] for line in lines], [line[term] for line in lines]
-            # A term that a network is not trained with is 0 throughout.
-            if any(values):
-                panel.plot(steps, values, color=f"C{index}", label=CONTENDERS[name].title)
-        panel.set(title=title, xlabel="step", ylim=(0, None))
-        panel.legend()
-    return figure

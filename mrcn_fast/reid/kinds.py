@@ -24,10 +24,10 @@ from pydantic import (
 )
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from mrcn_fast.checks import RESTITUTE_TO
 from mrcn_fast.dispatch import NAMES
 from mrcn_fast.flags import device_name, path_text
 from mrcn_fast.gates import GATES
+from mrcn_fast.operations import RESTITUTE_TO
 
 Item = TypeVar("Item")
 

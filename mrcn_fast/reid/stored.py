@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from mrcn_fast.memory import shortage
 
@@ -61,15 +64,20 @@ def read_torch(path: Path) -> Any:
 
 def read_safetensors(path: Path) -> dict[str, torch.Tensor]:
     """Read the tensors of a .safetensors file onto the CPU. Raises StoredError for any other file."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    with open_safetensors(path) as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, it is no mapping
 
+
+@contextmanager
+def open_safetensors(path: Path) -> Iterator[safe_open]:
+    """Open a .safetensors file, whose tensors are read one by one. Raises StoredError for any other file."""
     begin = _begin(path)
     if not _is_safetensors(path, begin):
         found = "a file that torch.save wrote: name it .pth"
         raise StoredError(found if begin.startswith((_ZIP, _PICKLE)) else _found(path, begin))
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            yield file
     except SafetensorError:
         raise StoredError("a safetensors file that is cut short or damaged: copy it again") from None
 

@@ -19,7 +19,7 @@ PACKAGE = Path(benchmark.__file__).parent
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
-    """The subcommands that are run, with their arguments, in place of running them."""
+    """Record the subcommands and their arguments instead of running them."""
     log: list[tuple[str, list[str]]] = []
 
     def recorder(name: str) -> cli.Command:
@@ -136,7 +136,7 @@ def imported(file: Path) -> Iterator[str]:
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
-    """Neither at the top of a module nor in a function; and no module needs tests/."""
+    """This holds at the top of a module and in functions; and no module needs tests/."""
     files = {
         ".".join(file.relative_to(PACKAGE.parents[1]).with_suffix("").parts).removesuffix(".__init__"): file
         for file in PACKAGE.rglob("*.py")

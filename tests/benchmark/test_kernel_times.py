@@ -22,7 +22,7 @@ def kernel_times() -> ModuleType:
 
 
 def test_a_kernel_is_known_by_its_place_in_a_call(kernel_times: ModuleType) -> None:
-    """A name may stand in a call twice; one slow call of three leaves the median."""
+    """A call may launch a kernel twice; one slow call of three doesn't change the median."""
     found = [
         kernel_times.Kernel(name, 10.0 * call + place, time + (100.0 if call == 1 else 0.0))
         for call in range(3)
@@ -31,7 +31,7 @@ def test_a_kernel_is_known_by_its_place_in_a_call(kernel_times: ModuleType) -> N
     assert kernel_times.medians(found, 3) == [("sums", 4.0), ("copy", 1.0), ("sums", 6.0)]
 
 
-def test_where_calls_differ_a_name_has_its_mean(kernel_times: ModuleType) -> None:
+def test_a_kernel_of_unequal_calls_has_its_mean_time(kernel_times: ModuleType) -> None:
     found = [kernel_times.Kernel(name, 0.0, 3.0) for name in ("a", "b", "a")]
     assert kernel_times.medians(found, 2) == [("a", 3.0), ("b", 1.5)]
     assert kernel_times.medians([], 2) == []
@@ -44,6 +44,8 @@ def test_the_lines(kernel_times: ModuleType) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(kernel_times: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_says_that_there_is_no_gpu(
+    kernel_times: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert kernel_times.main([]) == 2
     assert "there is no GPU here that torch can use" in capsys.readouterr().err

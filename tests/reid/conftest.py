@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,22 @@ TINY: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.fixture(scope="session")
-def tiny_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SYSU-MM01's tree with 4 training and 3 test identities, two images a camera."""
-    root = tmp_path_factory.mktemp("data") / "sysu"
-    return write_sysu(root, identities=7, test_identities=3, images_per_camera=2, image_size=(32, 16))
+def _written(write: Callable[..., Path], **sizes: int) -> Any:
+    """Make a fixture of a session: the root of a synthetic tree with images of 32 x 16 pixels."""
+
+    @pytest.fixture(scope="session")
+    def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+        return write(tmp_path_factory.mktemp("data") / "tree", **sizes, image_size=(32, 16))
+
+    return tree
 
 
-@pytest.fixture(scope="session")
-def tiny_regdb(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RegDB's tree: four training and four test identities in each of two splits, two images a modality."""
-    root = tmp_path_factory.mktemp("data") / "regdb"
-    return write_regdb(root, identities=8, images=2, splits=2, image_size=(32, 16))
-
-
-@pytest.fixture(scope="session")
-def tiny_llcm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """LLCM's tree: four training and three test identities, an image a camera."""
-    root = tmp_path_factory.mktemp("data") / "llcm"
-    return write_llcm(root, identities=7, test_identities=3, images_per_camera=1, image_size=(32, 16))
+# SYSU-MM01's tree with 4 training and 3 test identities, two images per camera.
+tiny_tree = _written(write_sysu, identities=7, test_identities=3, images_per_camera=2)
+# RegDB's tree: four training and four test identities in each of two splits, two images per modality.
+tiny_regdb = _written(write_regdb, identities=8, images=2, splits=2)
+# LLCM's tree: four training and three test identities, one image per camera.
+tiny_llcm = _written(write_llcm, identities=7, test_identities=3, images_per_camera=1)
 
 
 @pytest.fixture(scope="session")
@@ -58,13 +56,13 @@ def resnet18(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_run(tiny_tree: Path) -> TrainConfig:
-    """Six steps in two epochs; its `out` is nobody's: replace it."""
+    """A run of six steps in two epochs, whose `out` a test replaces."""
     return TrainConfig(data=str(tiny_tree), **TINY)
 
 
 @pytest.fixture
 def tiny_config(tiny_run: TrainConfig, tmp_path: Path) -> TrainConfig:
-    """`tiny_run` into a folder of the test's own."""
+    """`tiny_run` with a folder of the test as `out`."""
     return dataclasses.replace(tiny_run, out=str(tmp_path / "run"))
 
 

@@ -80,6 +80,9 @@ TEST = "test --checkpoint {run} --data {tree}"
 COMMANDS = [
     "trian",
     "--colour train",
+    "version",
+    "-v",
+    "--traceback",
     "info extra",
     "info --verbose",
     "train",
@@ -89,6 +92,22 @@ COMMANDS = [
     f"{TRAIN} extra",
     f"{TRAIN} --colour red",
     f"{TRAIN} --learning-rate 0.1",
+    f"{TRAIN} --epoch 3",
+    f"{TRAIN} --ident 4",
+    f"{TRAIN} --batch-size 16",
+    f"{TRAIN} --lambda2 1.2",
+    f"{TRAIN} --skip",
+    f"{TRAIN} -lr 0.1",
+    f"{TRAIN} --epochs three",
+    f"{TRAIN} --lr 0,1",
+    f"{TRAIN} --recipe",
+    f"{TRAIN} --dataset SYSU",
+    f"{TRAIN} --dataset regdb",
+    f"{TRAIN} --recipe regdb-mrcn",
+    f"{TRAIN} --precision bf16",
+    f"{TRAIN} --accelerator gpu0",
+    "train --data {files} --out {out}",
+    "train --data {file} --out {out}",
     f"{TRAIN} --depth 34",
     f"{TRAIN} --depth",
     f"{TRAIN} --height 48.5",
@@ -138,6 +157,9 @@ COMMANDS = [
     "test --checkpoint {absent} --data {tree}",
     "test --checkpoint {run} --data {absent}",
     "test --checkpoint {files}/lfs.pth --data {tree}",
+    "test --ckpt {run} --data {tree}",
+    "test run.pth tree",
+    f"{TEST} --mode al",
     f"{TEST} --mode outdoor",
     f"{TEST} --shots 0",
     f"{TEST} --draw official",
@@ -154,6 +176,10 @@ COMMANDS = [
     f"{TEST} --split 2",
     f"{TEST} --backend abacus",
     "table",
+    "table all --synthetic",
+    "table --synthetic",
+    "table 2 --data {tree} {tree}",
+    "table 2 --synthetic --epoch 3",
     "table 5 --data {tree}",
     "table 2",
     "table 2 --data {tree} --synthetic",
@@ -174,6 +200,8 @@ COMMANDS = [
     "figures --checkpoints {run} --data {tree} --out {out} --people 0",
     "figures --checkpoints {run} --data {tree} --out {out} --seed 4294967296",
     "figures --checkpoints {run} --data {tree} --out {out} --query-paths nobody.jpg",
+    "synth tree",
+    "synth --out {out} --layout regdb --test-identities 3",
     "synth",
     "synth --out {out} --layout market",
     "synth --out {out} --identities 2",
@@ -196,6 +224,25 @@ COMMANDS = [
     "study cqc --identities 6",
     "study cqc --out {file}",
     "table 2 --synthetic --seeds 0",
+    "bench kernel",
+    "bench kernels --list yes",
+    "extract --checkpoint {run} --images {absent} --modality visible --out {out}.safetensors",
+    "extract --checkpoint {run} --images {files} --modality visible --out {out}.safetensors",
+    "extract --checkpoint {run} --images {files}/one.yaml --modality visible --out {out}.safetensors",
+    "extract --checkpoint {run} --images {tree} --modality thermal --out {out}.safetensors",
+    "extract --checkpoint {run} --images {tree} --modality visible --out {out}",
+    "search --query {tree} --gallery {tree}",
+    "search --query {tree} --gallery {tree} --checkpoint {run}",
+    "search --query {tree} --gallery {absent}.safetensors --checkpoint {run}",
+    "search --query {tree} --gallery {tree} --checkpoint {run} --index {out}",
+    "search --query {tree} --gallery {tree} --checkpoint {run} --json {file}",
+    "search --query {tree} --gallery {tree} --memory 0",
+    "score --features {file} --protocol regdb",
+    "score --features {file} {file} --protocol regdb",
+    "score --features {file} {file} --protocol market",
+    "export --checkpoint {run} --modality visible --format keras --out {out}",
+    "export --checkpoint {run} --modality visible --format torch --out {file}",
+    "export --checkpoint {run} --modality visible --format onnx --out {out} --operations fused",
     "bench kernels --suite nothing",
     "bench kernels --device tpu",
     "bench kernels --dtype int8",
@@ -318,7 +365,7 @@ CALLS = [
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory: pytest.TempPathFactory, tiny_tree: Path, finished: Path) -> dict[str, Path]:
-    """What the calls name in braces."""
+    """The paths that calls name in braces."""
     files = tmp_path_factory.mktemp("bad")
     for name, content in FILES.items():
         (files / name).write_bytes(content)
@@ -341,7 +388,7 @@ def named(text: str, places: dict[str, Path]) -> str:
 
 
 def command_line(line: str, places: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> str:
-    """What the command says when it refuses these words."""
+    """The message with which the command refuses these words."""
     words = shlex.split(line.format(**places))
     status = cli.main(words)
     printed = capsys.readouterr()
@@ -354,7 +401,7 @@ def command_line(line: str, places: dict[str, Path], capsys: pytest.CaptureFixtu
 
 
 def python_call(call: str, places: dict[str, Path]) -> str:
-    """What the call raises."""
+    """The type and message of the error that the call raises."""
     torch.manual_seed(0)
     known: dict[str, Any] = {
         **vars(mrcn_fast),

@@ -15,6 +15,7 @@ import torch
 import mrcn_fast
 from mrcn_fast import cli
 from mrcn_fast.cli import main
+from mrcn_fast.flags import Flags
 
 REID_PACKAGES = (
     "PIL", "docstring_parser", "lightning_fabric", "matplotlib", "numpy",
@@ -88,8 +89,8 @@ def test_missing_packages_are_named() -> None:
 
 def test_help_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
-    told = capsys.readouterr().out
-    assert all(f"\n  {name} " in told for name in cli.COMMANDS)
+    output = capsys.readouterr().out
+    assert all(f"\n  {name} " in output for name in cli.COMMANDS)
     assert main([]) == 2
     assert "commands:" in capsys.readouterr().err
 
@@ -100,12 +101,35 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
     assert f"mrcn-fast {command}" in capsys.readouterr().out
 
 
+def test_every_flag_has_help_and_in_long_lists_a_group(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made: list[Flags] = []
+    begin = Flags.__init__
+
+    def noted(self: Flags, *arguments: Any) -> None:
+        begin(self, *arguments)
+        made.append(self)
+
+    monkeypatch.setattr(Flags, "__init__", noted)
+    for name in cli.COMMANDS:
+        for words in [[name]] if name != "bench" else [[name, suite] for suite in cli.BENCHES]:
+            made.clear()
+            assert main([*words, "--help"]) == 0
+            (flags,) = made
+            assert flags._help_of.keys() == flags._default_of.keys()
+            assert not [flag for flag, help in flags._help_of.items() if not help], words
+            # A list of more flags than a screen shows is grouped; --help alone stands outside.
+            assert len(flags._help_of) < 15 or len(flags._optionals._group_actions) == 1, words
+    capsys.readouterr()
+
+
 def refused(capsys: pytest.CaptureFixture[str], *arguments: Any) -> str:
-    """What mrcn-fast tells on stderr when it refuses these arguments."""
+    """The message on stderr with which mrcn-fast refuses these arguments."""
     assert main([str(argument) for argument in arguments]) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    return told
+    output = capsys.readouterr().err
+    assert "Traceback" not in output
+    return output
 
 
 def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,9 +141,9 @@ def test_wrong_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> None
 
 def test_a_missing_tree_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tree = tmp_path / "absent"
-    told = refused(capsys, "train", "--data", tree, "--out", tmp_path / "run")
-    assert str(tree) in told.replace("\n", "")
-    assert "expected" in told
+    output = refused(capsys, "train", "--data", tree, "--out", tmp_path / "run")
+    assert str(tree) in output.replace("\n", "")
+    assert "expected" in output
     assert not (tmp_path / "run").exists()
 
 
@@ -129,27 +153,29 @@ def test_a_wrong_checkpoint_is_named(
     for name, content, found in (("absent.pth", None, "no such file"), ("bad.pth", b"x", "can't be read")):
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        told = refused(capsys, "test", "--checkpoint", tmp_path / name, "--data", tiny_tree)
-        assert str(tmp_path / name) in told
-        assert found in told
+        output = refused(capsys, "test", "--checkpoint", tmp_path / name, "--data", tiny_tree)
+        assert str(tmp_path / name) in output
+        assert found in output
 
 
 def test_an_unknown_backend_is_refused(
     tmp_path: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    told = refused(capsys, "train", "--data", tiny_tree, "--out", tmp_path, "--depth=18", "--backend=abacus")
-    assert "abacus" in told
-    assert "reference" in told
+    output = refused(
+        capsys, "train", "--data", tiny_tree, "--out", tmp_path, "--depth=18", "--backend=abacus"
+    )
+    assert "abacus" in output
+    assert "reference" in output
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and Triton serves it")
-def test_a_backend_that_cant_serve_is_told(
+def test_the_message_says_why_a_backend_cant_serve(
     tmp_path: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MRCN_FAST_BACKEND", "triton")
     size = ("--depth=18", "--height=32", "--width=16", "--identities=2", "--images=2", "--workers=0")
-    told = refused(capsys, "train", "--data", tiny_tree, "--out", tmp_path, *size)
-    assert "backend 'triton' can't serve this call" in told
+    output = refused(capsys, "train", "--data", tiny_tree, "--out", tmp_path, *size)
+    assert "backend 'triton' can't serve this call" in output
 
 
 def test_unreadable_images_are_named_without_a_traceback(
@@ -165,8 +191,8 @@ def test_unreadable_images_are_named_without_a_traceback(
         "--data", tree, "--out", tmp_path / "run", "--depth=18", "--height=32", "--width=16",
         "--identities=2", "--images=4", "--workers=1", "--accelerator=cpu", "--epochs=1", "--batches=1",
     ]  # fmt: skip
-    told = refused(capsys, "train", *given, "--batches=20")
-    assert str(tree / "cam6") in told
+    output = refused(capsys, "train", *given, "--batches=20")
+    assert str(tree / "cam6") in output
     # Camera 3 is infrared, too: without camera 6 every identity has both modalities.
     assert main(["train", *map(str, given), "--skip-unreadable", "--overwrite"]) == 0
 
@@ -176,12 +202,12 @@ def test_every_command_that_reads_images_can_leave_some_out(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     main([*words, "--help"])
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     # A table takes all flags of the training.
-    assert any(flag in told for flag in ("--skip-unreadable", "--skip_unreadable", "mrcn-fast train"))
+    assert any(flag in output for flag in ("--skip-unreadable", "--skip_unreadable", "mrcn-fast train"))
 
 
-def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_the_library_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(argv: list[str]) -> int:
         raise KeyError("a defect")
 
@@ -190,12 +216,12 @@ def test_a_defect_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -
         main(["info"])
 
 
-def test_a_users_error_shows_its_place_on_demand(tmp_path: Path) -> None:
+def test_traceback_shows_where_a_users_error_arose(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="absent"):
         main(["--traceback", "train", "--data", str(tmp_path / "absent")])
 
 
-def test_an_interruption_is_no_error(
+def test_an_interruption_is_reported_without_a_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(argv: list[str]) -> int:
@@ -221,9 +247,9 @@ def test_synth_train_and_test_from_the_command_line(
         main(["test", "--checkpoint", str(out), "--data", str(tiny_tree), "--trials=2", "--accelerator=cpu"])
         == 0
     )
-    told = capsys.readouterr().out
-    assert "sysu-mm01, split 1, all-search, single-shot, random draw, 2 trials, 12 of 12 queries" in told
-    assert all(name in told for name in ("Rank-1", "Rank-10", "Rank-20", "mAP", "mINP", "±"))
+    output = capsys.readouterr().out
+    assert "sysu-mm01, split 1, all-search, single-shot, random draw, 2 trials, 12 of 12 queries" in output
+    assert all(name in output for name in ("Rank-1", "Rank-10", "Rank-20", "mAP", "mINP", "±"))
 
 
 @pytest.mark.parametrize(
@@ -261,6 +287,19 @@ def test_a_config_file_is_like_a_recipe_and_overrides_it(
     assert (config.data, config.out) == (str(tiny_tree), str(tiny_tree.parent / "run"))
 
 
+def test_train_recognizes_the_tree(
+    tmp_path: Path, tiny_tree: Path, tiny_regdb: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mrcn_fast.reid.training import trainer
+
+    made: list[Any] = []
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, config: made.append(config))
+    monkeypatch.setattr(trainer.Trainer, "fit", lambda self, **_: "done")
+    for tree in (tiny_regdb, tiny_tree):
+        assert main(["train", "--data", str(tree), "--out", str(tmp_path / "run")]) == 0
+    assert [config.dataset for config in made] == ["regdb", "sysu-mm01"]
+
+
 def test_reranking_takes_its_neighbours_and_checks_them_first(
     tmp_path: Path, finished: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -274,13 +313,13 @@ def test_reranking_takes_its_neighbours_and_checks_them_first(
         "--trials=1",
         "--accelerator=cpu",
     ]
-    for words, told in (
+    for words, expected in (
         (["--rerank", "--k1", "24"], "k1 must be at least 1 and below the number of images, 24"),
         (["--rerank", "--k1", "5", "--k2", "7"], "k2 must be from 1"),
         (["--k2", "3"], "got k1=None, k2=3 without rerank"),
     ):
         message = refused(capsys, *test, *words)
-        assert told in message and "features" not in message
+        assert expected in message and "features" not in message
     assert not list(tmp_path.glob("*.json"))
     assert main([*test, "--rerank", "--k1", "5", "--k2", "2"]) == 0
     assert "re-ranked with k1=5 and k2=2" in capsys.readouterr().out
@@ -292,11 +331,11 @@ def test_a_run_that_is_there_is_refused_before_anything(
     from mrcn_fast.reid.training import trainer
 
     monkeypatch.setattr(trainer, "open_dataset", None)
-    told = refused(capsys, "train", "--data", tiny_tree, "--out", finished.parent)
-    assert "a run is already there" in told
+    output = refused(capsys, "train", "--data", tiny_tree, "--out", finished.parent)
+    assert "a run is already there" in output
 
 
-def test_names_and_signs_beyond_the_terminals_are_printed(
+def test_characters_that_the_terminal_lacks_are_printed(
     tmp_path: Path, finished: Path, tiny_tree: Path, capsysbinary: pytest.CaptureFixture[bytes]
 ) -> None:
     folder = tmp_path / os.fsdecode(b"run\xff")
@@ -308,7 +347,7 @@ def test_names_and_signs_beyond_the_terminals_are_printed(
     assert " ± ".encode() in printed and b"written to " + os.fsencode(folder) in printed
 
 
-def test_bars_that_nobody_reads_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_bars_without_a_reader_are_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     from mrcn_fast.reid.console import _Console
 
     reading, writing = os.pipe()
@@ -335,8 +374,8 @@ def test_flags_override_a_recipe(tmp_path: Path, tiny_regdb: Path) -> None:
 
 
 def test_an_unknown_recipe_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    told = refused(capsys, "train", "--recipe", "regdb-mrcnn", "--data=x")
-    assert "regdb-mrcnn" in told and "regdb-mrcn-p" in told
+    output = refused(capsys, "train", "--recipe", "regdb-mrcnn", "--data=x")
+    assert "regdb-mrcnn" in output and "regdb-mrcn-p" in output
 
 
 def test_a_table_from_the_command_line(
@@ -346,16 +385,19 @@ def test_a_table_from_the_command_line(
     flags = ["--depth=18", "--height=32", "--width=16", "--identities=2", "--images=1", "--epochs=1"]
     flags += ["--batches=1", "--workers=0", "--accelerator=cpu"]
     assert main(["table", "4", "--data", str(tiny_regdb), "--out", str(out), "--splits=1", *flags]) == 0
-    told = capsys.readouterr().out
-    assert "(85.1)" in told and "– (63.8)" in told
+    output, logged = capsys.readouterr()
+    # What it is about to run, what is missing, and how long that takes.
+    for said in ("3 trainings on", "of sysu-mm01 stay empty", "One of the 3 others takes about"):
+        assert said in " ".join(logged.split())
+    assert "(85.1)" in output and "– (63.8)" in output
     assert main(["table", "4", "--from", str(out / "table-4.json")]) == 0
-    assert capsys.readouterr().out == told
-    told = refused(capsys, "table", "4", "--data", tiny_regdb, "--out", out, "--colour=red")
-    assert "got --colour, which mrcn-fast table doesn't have" in told
+    assert capsys.readouterr().out == output
+    output = refused(capsys, "table", "4", "--data", tiny_regdb, "--out", out, "--colour=red")
+    assert "got --colour, which mrcn-fast table doesn't have" in output
     assert "got TABLE 5, expected one of 1, 2, 3, 4" in refused(capsys, "table", "5", "--data", tiny_regdb)
     other = ("--data", tiny_regdb, "--out", tmp_path / "other", "--splits=1", "--split=2")
-    told = refused(capsys, "table", "4", *other, *flags)
-    assert "got --split, which mrcn-fast table doesn't have; did you mean --splits?" in told
+    output = refused(capsys, "table", "4", *other, *flags)
+    assert "got --split, which mrcn-fast table doesn't have; did you mean --splits?" in output
 
 
 def test_figures_from_the_command_line(

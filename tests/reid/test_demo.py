@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from rich.progress import Progress
 
-from mrcn_fast.reid.demo import (
-    CONTENDERS,
-    DemoConfig,
-    caption,
-    draw_losses,
-    run_demo,
-    train_config,
-)
+from mrcn_fast.reid.demo import COLUMNS, CONTENDERS, DemoConfig, run_demo, train_config
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.training.checkpoint import load_checkpoint, weights_fingerprint
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held
 
 ROWS = ["baseline", "mrcn-without-cqc", "mrcn"]
+
+
+# The names of the tasks whose progress the demo shows.
+TASKS: list[str] = []
 
 
 @pytest.fixture(scope="module")
@@ -40,17 +40,29 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
         rounds=1,
         accelerator="cpu",
     )
-    run_demo(config)
+    add_task = Progress.add_task
+
+    def noted(bars: Progress, description: str, *arguments: Any, **options: Any) -> Any:
+        TASKS.append(description)
+        return add_task(bars, description, *arguments, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Progress, "add_task", noted)
+        run_demo(config)
     return config
+
+
+def test_no_two_tasks_bear_one_name(demo: DemoConfig) -> None:
+    assert {f"steps of {name}" for name in ("pretraining", *ROWS)} < set(TASKS)
+    assert len(TASKS) == len(set(TASKS)), TASKS
 
 
 def test_everything_goes_under_one_folder(demo: DemoConfig) -> None:
     out = Path(demo.out)
     assert {path.name for path in out.iterdir()} == {
-        *(".lock", "data", "pretraining", "losses.png", "results.json"),
+        *(".lock", "data", "pretraining", "index.html", "results.json"),
         *ROWS,
     }
-    assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     for name in ROWS:
         names = {path.name for path in (out / name).iterdir()} - {".lock", "checkpoint.pth", "metrics.jsonl"}
         (scores,) = names
@@ -88,7 +100,8 @@ def test_contenders_begin_from_one_pretraining(demo: DemoConfig) -> None:
 def test_the_pretraining_sees_other_people_in_visible_light(demo: DemoConfig) -> None:
     trees = [Path(demo.out) / "data", Path(demo.out) / "pretraining" / "data"]
     ours, theirs = (json.loads((tree / "synthetic.json").read_text()) for tree in trees)
-    assert theirs["modality_gap"] == 0 < ours["modality_gap"]
+    assert (theirs["modality_gap"], theirs["infrared_colour"]) == (0, 1)
+    assert ours["modality_gap"] > 0 and ours["infrared_colour"] < 1
     assert theirs["seed"] != ours["seed"]
     config = load_checkpoint(trees[1].parent).config
     assert (config.model, config.triplet_weight, config.weights) == ("baseline", 0, None)
@@ -123,19 +136,23 @@ def test_results_hold_scores_times_and_shares(demo: DemoConfig) -> None:
     assert results["pairings"]["baseline"] == {}
 
 
-def test_the_losses_show_each_contender_in_the_terms_it_is_trained_with() -> None:
-    def line(step: int, cqc: float) -> dict[str, float]:
-        return {"step": step, "identity": 2.0, "triplet": 1.0, "cqc": cqc, "accuracy": 0.5}
-
-    figure = draw_losses({name: [line(1, name == "mrcn"), line(2, 0.0)] for name in ROWS})
-    shown = {panel.get_title(): {c.get_label(): c.get_color() for c in panel.lines} for panel in figure.axes}
-    everyone = {"two-stream baseline": "C0", "MRCN without CQC": "C1", "MRCN": "C2"}
-    assert shown == {
-        "identity loss": everyone,
-        "triplet loss": everyone,
-        "CQC loss": {"MRCN": "C2"},
-        "accuracy": everyone,
-    }
+def test_the_page_has_the_demos_scores_and_times(demo: DemoConfig) -> None:
+    page = (Path(demo.out) / "index.html").read_text()
+    results = json.loads((Path(demo.out) / "results.json").read_text())
+    # The page computes its scores from features, and results.json has those of `score_checkpoint`.
+    for scores in results["scores"].values():
+        cells = "".join(
+            f'<td data-name="{title}">{100 * scores[name]:.1f}</td>' for name, title in COLUMNS.items()
+        )
+        assert cells in page
+    titles = re.findall(r"<tr><td>([^<]*)</td>", page)
+    assert titles == ["chance", "two-stream baseline", "MRCN without CQC", "MRCN"]
+    rank1 = [100 * results["scores"][name]["rank1"] for name in ROWS]
+    gain = f"With the CQC loss on unit features too: {rank1[2] - rank1[1]:+.1f} points of Rank-1"
+    assert gain in page
+    assert f"The fused block takes {results['milliseconds']['block automatic']:.2f} ms" in page
+    for term in ("identity", "triplet", "cqc", "accuracy"):
+        assert f'alt="{term} over the training steps"' in page
 
 
 def test_the_steps_are_those_asked_for(tmp_path: Path) -> None:
@@ -147,11 +164,12 @@ def test_the_steps_are_those_asked_for(tmp_path: Path) -> None:
 
 def test_a_second_demo_replaces_the_first(demo: DemoConfig, capsys: pytest.CaptureFixture[str]) -> None:
     run_demo(dataclasses.replace(demo, steps=1), overwrite=True)
-    told = capsys.readouterr().out
-    for part in ("Rank-1", "Rank-10", "mAP", "mINP", "ms a step", "chance"):
-        assert part in told
+    output = capsys.readouterr().out
+    assert f"{Path(demo.out) / 'index.html'} shows what was trained and found" in output
+    for part in ("Rank-1", "Rank-10", "mAP", "mINP", "ms per step", "chance"):
+        assert part in output
     for title in ("two-stream baseline", "MRCN without CQC", "MRCN"):
-        assert any(line.split("│")[1].strip() == title for line in told.splitlines() if "│" in line)
+        assert any(line.split("│")[1].strip() == title for line in output.splitlines() if "│" in line)
     assert load_checkpoint(Path(demo.out) / "mrcn").step == 1
 
 
@@ -167,7 +185,7 @@ def test_another_demo_is_not_replaced(tmp_path: Path, finished: Path) -> None:
     record.unlink()
     # A run of the same folder name that isn't a demo's.
     shutil.copytree(finished.parent, tmp_path / "mrcn")
-    with pytest.raises(ResultError, match=rf"{tmp_path / 'mrcn'}: is there already, and nothing tells"):
+    with pytest.raises(ResultError, match=rf"{tmp_path / 'mrcn'}: is there already, and no record says"):
         run_demo(config)
     assert (tmp_path / "mrcn" / "checkpoint.pth").read_bytes() == finished.read_bytes()
 
@@ -176,13 +194,3 @@ def test_two_demos_in_one_folder_are_refused(tmp_path: Path) -> None:
     with held(tmp_path, "runs a demo"), pytest.raises(FolderInUseError, match="another process runs a demo"):
         run_demo(DemoConfig(out=str(tmp_path), accelerator="cpu"))
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
-
-
-def test_the_caption_says_what_each_row_shows() -> None:
-    rank1 = {"baseline": 0.70, "mrcn-without-cqc": 0.755, "mrcn": 0.74}
-    lines = caption({"scores": {name: {"rank1": value} for name, value in rank1.items()}}).splitlines()
-    assert lines[:3] == [
-        "two-stream baseline: a ResNet with a stem for each modality",
-        "MRCN without CQC: with MRCN's block behind the stem: +5.5 points of rank-1",
-        "MRCN: with the CQC loss on unit features too: -1.5 points of rank-1",
-    ]

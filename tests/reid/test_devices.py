@@ -212,7 +212,7 @@ def test_an_accelerator_that_is_not_here_is_refused(accelerator: str) -> None:
 
 @without_gpu
 @pytest.mark.parametrize("command", ["train", "test", "figures", "table", "demo", "bench"])
-def test_every_command_refuses_it_in_a_line(
+def test_every_command_refuses_a_missing_accelerator_in_one_line(
     command: str, tiny_tree: Path, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = ["--out", str(tmp_path / "out")]
@@ -226,8 +226,8 @@ def test_every_command_refuses_it_in_a_line(
         "bench": ["step", "--device", "cuda"],
     }
     assert cli.main([command, *given[command]]) == 2
-    told = capsys.readouterr().err.strip().splitlines()
-    assert len(told) == 1 and "cuda" in told[0]
+    errors = capsys.readouterr().err.strip().splitlines()
+    assert len(errors) == 1 and "cuda" in errors[0]
     assert not (tmp_path / "out").exists()
 
 

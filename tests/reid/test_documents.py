@@ -29,7 +29,7 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b"", "found an empty file"),
         (b"# a note\n", "found an empty file"),
@@ -58,7 +58,7 @@ def test_scalars_are_those_of_yaml_1_2(tmp_path: Path) -> None:
         (b"a: [" + b"*a, " * 9000, "more than 16 aliases"),
     ],
 )
-def test_other_yaml_is_refused_at_once(tmp_path: Path, content: bytes, told: str) -> None:
+def test_other_yaml_is_refused_at_once(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "a.yaml"
     path.write_bytes(content)
     begun = time.perf_counter()
@@ -66,12 +66,12 @@ def test_other_yaml_is_refused_at_once(tmp_path: Path, content: bytes, told: str
         read_yaml(path, "values by name")
     assert time.perf_counter() - begun < 10
     message = str(error.value)
-    assert message.startswith(f"{path}: expected values by name") and told in message
+    assert message.startswith(f"{path}: expected values by name") and expected in message
     assert len(message) < 500 and "\n" not in message
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "expected"),
     [
         (b"", "this is no JSON from line 1, column 1 on"),
         (b'{"a": 1,\n}', "this is no JSON from line 2"),
@@ -81,12 +81,12 @@ def test_other_yaml_is_refused_at_once(tmp_path: Path, content: bytes, told: str
         (b"\xff\xfe", "found UTF-16"),
     ],
 )
-def test_other_json_is_refused(tmp_path: Path, content: bytes, told: str) -> None:
+def test_other_json_is_refused(tmp_path: Path, content: bytes, expected: str) -> None:
     path = tmp_path / "a.json"
     path.write_bytes(content)
     with pytest.raises(DocumentError) as error:
         read_json(path, "a table")
-    assert str(error.value).startswith(f"{path}: expected a table") and told in str(error.value)
+    assert str(error.value).startswith(f"{path}: expected a table") and expected in str(error.value)
 
 
 @pytest.mark.parametrize("read", [read_yaml, read_json])

@@ -1,4 +1,4 @@
-"""Former names of modules: what imported before imports now, and is told the present name."""
+"""Former names of modules can be imported, and a warning gives the present name."""
 
 from __future__ import annotations
 
@@ -37,6 +37,6 @@ def test_a_package_has_the_names_of_the_module_before_it(package: str) -> None:
     assert not hasattr(module, "nonsense")
 
 
-def test_a_module_that_never_was_is_not_found() -> None:
+def test_an_unknown_module_is_not_found() -> None:
     with pytest.raises(ModuleNotFoundError, match=r"mrcn_fast\.reid\.nonsense"):
         importlib.import_module("mrcn_fast.reid.nonsense")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import doctest
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -37,7 +36,6 @@ from mrcn_fast.reid.training.config import ConfigError
 from tests.reid.conftest import quiet
 
 ROOT = Path(__file__).resolve().parents[2]
-EXAMPLES = ("own_network", "own_backbone", "agw", "deen")
 CLASSES = 4
 
 
@@ -350,13 +348,6 @@ def test_a_trunk_of_ones_own_has_its_stages() -> None:
         ReIDModel(CLASSES, trunk=trunk, stages=(2,))
     with pytest.raises(ValueError, match="expected a number for each stage"):
         StagedTrunk(stages, channels=[32])
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_an_example_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    path = ROOT / "examples" / f"{name}.py"
-    runpy.run_path(str(path), run_name="__main__")
-    assert len(capsys.readouterr().out.splitlines()) >= 2
 
 
 def test_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -90,12 +90,12 @@ def plain(value: Any, expected: Any) -> bool:
         (Height | None, None, None),
     ],
 )
-def test_what_fits(kind: Any, value: object, wanted: object) -> None:
+def test_fitting_values_are_taken(kind: Any, value: object, wanted: object) -> None:
     assert plain(checked(kind, value, "name"), wanted)
 
 
 @pytest.mark.parametrize(
-    ("kind", "value", "told"),
+    ("kind", "value", "message"),
     [
         (Height, 48.0, "got name=48.0, expected an integer from 32 to 8192"),
         (Height, "48", "got name='48', expected an integer from 32 to 8192"),
@@ -149,21 +149,21 @@ def test_what_fits(kind: Any, value: object, wanted: object) -> None:
         (record("r", {"a.b": int}), {}, "got no name.a.b, expected an integer"),
     ],
 )
-def test_what_does_not_fit(kind: Any, value: object, told: str) -> None:
+def test_unfit_values_are_refused(kind: Any, value: object, message: str) -> None:
     with pytest.raises(SettingError) as error:
         checked(kind, value, "name")
-    assert told in str(error.value) and "pydantic" not in str(error.value)
+    assert message in str(error.value) and "pydantic" not in str(error.value)
 
 
-def test_other_numbers_and_tensors_are_shown_shortly() -> None:
-    for value, told in (
+def test_long_numbers_and_tensors_are_shortened_in_messages() -> None:
+    for value, message in (
         (torch.zeros(1000, 3), "name=Tensor of torch.float32 (1000, 3)"),
         (np.zeros((1000, 3)), "name=ndarray of float64 (1000, 3)"),
         (Decimal(50), "name=Decimal('50')"),
     ):
         with pytest.raises(SettingError) as error:
             checked(Height, value, "name")
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
 def test_a_record_may_have_more() -> None:
@@ -182,7 +182,7 @@ def test_numbers_beyond_every_limit_are_refused() -> None:
         read(Height, "9" * 5000)
 
 
-def test_a_value_that_holds_itself_is_shown_shortly() -> None:
+def test_a_value_that_contains_itself_is_shortened_in_messages() -> None:
     value: list[Any] = []
     for _ in range(20):
         value.extend([value] * 9)
@@ -216,12 +216,12 @@ def test_a_value_that_holds_itself_is_shown_shortly() -> None:
         (str, "two words", "two words"),
     ],
 )
-def test_what_a_flag_may_say(kind: Any, words: str | list[str], wanted: object) -> None:
+def test_words_of_flags_are_read(kind: Any, words: str | list[str], wanted: object) -> None:
     assert plain(read(kind, words), wanted)
 
 
 @pytest.mark.parametrize(
-    ("kind", "words", "told"),
+    ("kind", "words", "message"),
     [
         # Files can't say these either.
         (Height, "48.0", "an integer from 32 to 8192"),
@@ -246,10 +246,10 @@ def test_what_a_flag_may_say(kind: Any, words: str | list[str], wanted: object) 
         (GateName | None, "sse", "one of se, eca, cbam-channel, cbam, or none"),
     ],
 )
-def test_what_a_flag_may_not_say(kind: Any, words: str | list[str], told: str) -> None:
+def test_unfit_words_of_flags_are_refused(kind: Any, words: str | list[str], message: str) -> None:
     with pytest.raises(SettingError) as error:
         read(kind, words)
-    assert str(error.value) == told
+    assert str(error.value) == message
 
 
 def test_kinds_in_words() -> None:
@@ -289,6 +289,6 @@ def test_a_function_checks_its_arguments() -> None:
     found = source(["a"], three, other=other)  # type: ignore[arg-type]
     assert found[:2] == (["a"], 3) and found[2] is other
     assert source(["a"]) == (["a"], 1, None)
-    for arguments, told in (({"places": "a"}, "places='a'"), ({"places": [], "count": 0}, "count=0")):
-        with pytest.raises(SettingError, match=told):
+    for arguments, message in (({"places": "a"}, "places='a'"), ({"places": [], "count": 0}, "count=0")):
+        with pytest.raises(SettingError, match=message):
             source(**arguments)

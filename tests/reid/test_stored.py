@@ -55,18 +55,18 @@ OTHERS = [
 ]
 
 
-@pytest.mark.parametrize(("content", "told"), OTHERS)
-def test_other_files_are_named(tmp_path: Path, content: bytes, told: str) -> None:
+@pytest.mark.parametrize(("content", "message"), OTHERS)
+def test_other_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "weights"
     path.write_bytes(content)
     for read in (read_torch, read_safetensors):
         with pytest.raises(StoredError) as error:
             read(path)
-        assert told in str(error.value)
+        assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (save(STATE), "a safetensors file: name it .safetensors"),
         (
@@ -80,12 +80,12 @@ def test_other_files_are_named(tmp_path: Path, content: bytes, told: str) -> Non
         (b"PK\x03\x04", "a torch file that is cut short or damaged"),
     ],
 )
-def test_what_torch_may_not_read_is_named(tmp_path: Path, content: bytes, told: str) -> None:
+def test_unreadable_torch_files_are_named(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with pytest.raises(StoredError) as error:
         read_torch(path)
-    assert told in str(error.value)
+    assert message in str(error.value)
 
 
 def test_a_torchscript_archive_is_named(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
@@ -97,7 +97,7 @@ def test_a_torchscript_archive_is_named(tmp_path: Path, recwarn: pytest.Warnings
     assert not len(recwarn)
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_written_tensors_are_read(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     for content in (saved(STATE), saved(STATE, _use_new_zipfile_serialization=False)):
         path.write_bytes(content)
@@ -108,7 +108,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert all(torch.equal(value, STATE[name]) for name, value in read_safetensors(path).items())
 
 
-def test_damage_never_ends_in_anothers_error(tmp_path: Path) -> None:
+def test_damaged_files_raise_stored_errors_alone(tmp_path: Path) -> None:
     path = tmp_path / "weights"
     generator = random.Random(0)
     sources = (saved(STATE), saved(STATE, _use_new_zipfile_serialization=False), save(STATE))
@@ -125,6 +125,6 @@ def test_damage_never_ends_in_anothers_error(tmp_path: Path) -> None:
 
 
 def test_places_without_a_file(tmp_path: Path) -> None:
-    for path, told in ((tmp_path, "a folder"), (tmp_path / "absent", "No such file")):
-        with pytest.raises(StoredError, match=told):
+    for path, message in ((tmp_path, "a folder"), (tmp_path / "absent", "No such file")):
+        with pytest.raises(StoredError, match=message):
             read_torch(path)

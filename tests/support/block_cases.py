@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mrcn_fast import mrcn_block, mrcn_restitution, snr_block
+import mrcn_fast
 from mrcn_fast.gates import GATES as GATE_MODULES
 from mrcn_fast.operations import OPERATIONS
 from mrcn_fast.plain import run_reference
@@ -46,6 +46,10 @@ class Case(NamedTuple):
     eps: float = 1e-5
     seed: int = 0
 
+    def in_layout(self, layout: str) -> Case:
+        """The same case with the inputs and the gradients of the outputs in one layout."""
+        return self._replace(layouts=(layout, layout), gradient_layout=layout)
+
 
 class Problem(NamedTuple):
     """The tensors of a `Case`: leaves that require gradients, and the gradients of the outputs."""
@@ -54,6 +58,16 @@ class Problem(NamedTuple):
     inputs: tuple[Tensor, ...]
     parameters: tuple[Tensor, ...]  # norm_weight, norm_bias, then the gate's
     gradients: tuple[Tensor, ...]
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        """The tensors that the outputs are differentiated by."""
+        return *self.inputs, *self.parameters
+
+    def run(self, backend: str, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The operation's outputs for other leaves."""
+        count = len(self.inputs)
+        return call(self.case, leaves[:count], leaves[count:], backend)
 
 
 def _bright_corner(x: Tensor) -> Tensor:
@@ -140,30 +154,19 @@ def problem(case: Case, device: str = DEVICE) -> Problem:
     return Problem(case, inputs, parameters, gradients)
 
 
-def _pair(visible: Tensor, infrared: Tensor, *parameters: Any, **settings: Any) -> tuple[Tensor, ...]:
-    features = mrcn_block(visible, infrared, *parameters, **settings)
-    assert features.visible is visible and features.infrared is infrared
-    return tuple(features[1:5])
-
-
-# The public call of each operation: (*inputs, norm_weight, norm_bias, gate_parameters) -> its outputs.
-CALLS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
-    "pair": _pair,
-    "concat": lambda *tensors, **settings: (mrcn_block(*tensors, concat=True, **settings),),
-    "restitute": lambda *tensors, **settings: (mrcn_restitution(*tensors, **settings),),
-    "snr": lambda *tensors, **settings: tuple(snr_block(*tensors, **settings)),
-}
-
-
 def call(
     case: Case, inputs: Sequence[Tensor], parameters: Sequence[Tensor], backend: str
 ) -> tuple[Tensor, ...]:
-    """The operation's outputs, in the order of `output_names`."""
+    """The outputs of the operation's public function, in the order of `output_names`."""
+    operation = OPERATIONS[case.mode]
     norm_weight, norm_bias, *gate_parameters = parameters
     settings: dict[str, Any] = {"gate": case.gate, "eps": case.eps, "backend": backend}
-    if OPERATIONS[case.mode].restitutes:
+    if operation.restitutes:
         settings["restitute_to"] = case.restitute_to
-    return CALLS[case.mode](*inputs, norm_weight, norm_bias, gate_parameters, **settings)
+    if operation.stacked:
+        settings["concat"] = True
+    function = getattr(mrcn_fast, operation.function)
+    return operation.results_of(function(*inputs, norm_weight, norm_bias, gate_parameters, **settings))
 
 
 def evaluate(p: Problem, backend: str) -> dict[str, Tensor]:
@@ -181,27 +184,17 @@ def evaluate_reference(p: Problem, dtype: torch.dtype, device: str | None = None
         tuple(x.detach().to(**to).requires_grad_() for x in p.parameters),
         tuple(g.to(**to) for g in p.gradients),
     )
-    norm_weight, norm_bias, *gate_parameters = cast.parameters
-    outputs = run_reference(
-        p.case.mode,
-        cast.inputs,
-        norm_weight,
-        norm_bias,
-        gate_parameters,
-        p.case.gate,
-        p.case.eps,
-        p.case.restitute_to,
-    )
+    case = p.case
+    outputs = run_reference(case.mode, case.gate, case.eps, case.restitute_to, cast.leaves)
     return with_gradients(cast, outputs)
 
 
 def with_gradients(p: Problem, outputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
     """``outputs`` of ``p`` and the gradients of its leaves, by name."""
     results = dict(zip(output_names(p.case.mode), outputs, strict=True))
-    leaves = (*p.inputs, *p.parameters)
     names = (*input_names(p.case.mode), *parameter_names(p.case.gate))
-    found = torch.autograd.grad(outputs, leaves, p.gradients)
-    for name, leaf, gradient in zip(names, leaves, found, strict=True):
+    found = torch.autograd.grad(outputs, p.leaves, p.gradients)
+    for name, leaf, gradient in zip(names, p.leaves, found, strict=True):
         assert gradient.dtype == leaf.dtype, f"gradient of {name} is {gradient.dtype}, not {leaf.dtype}"
         results[f"grad {name}"] = gradient
     return {name: result.detach() for name, result in results.items()}

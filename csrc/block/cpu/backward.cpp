@@ -12,7 +12,7 @@ class Backward : Call<P, A> {
 
  public:
   Backward(const BlockBackward& call, const Passes<A>& passes)
-      : Base(call.shape, call.parameters, call.inputs, passes, true),
+      : Base(call, passes, true),
         call_(call),
         statistics_(static_cast<const A*>(call.statistics)),
         norm_(P::inputs * this->N_ * this->C_ * 2),
@@ -293,8 +293,7 @@ class Backward : Call<P, A> {
             this->chunk_rows(unit), this->C_, call_.stream, this->extremes_);
       } else {
         A k[P::backward_slots];
-        const A* given = coefficient(group, i) + unit;
-        for (int slot = 0; slot < P::backward_slots; ++slot) k[slot] = given[slot * this->array_pitch_];
+        this->take_coefficients(coefficient(group, i), unit, k);
         this->passes_.gradient_plane(k, x, g, dx, this->L_, call_.stream, this->extremes_);
       }
     });
@@ -330,9 +329,8 @@ class Backward : Call<P, A> {
 }  // namespace
 
 void block_backward(const BlockBackward& call) {
-  with_pattern(call.shape.mode, [&]<class P>(P) {
-    with_element(call.shape.dtype,
-        [&]<class T>(T) { Backward<typename P::Made, acc_t<T>>(call, backward_passes<P, T>()).run(); });
+  with_types(call.shape, [&]<class P, class T>(P, T) {
+    Backward<typename P::Made, acc_t<T>>(call, backward_passes<P, T>()).run();
   });
 }
 

@@ -13,9 +13,7 @@ class Forward : Call<P, A> {
 
  public:
   Forward(const BlockForward& call, const Passes<A>& passes)
-      : Base(call.shape, call.parameters, call.inputs, passes, false),
-        call_(call),
-        statistics_(static_cast<A*>(call.statistics)) {}
+      : Base(call, passes, false), call_(call), statistics_(static_cast<A*>(call.statistics)) {}
 
   void run() {
     this->template each_group<Scratch>(P::inputs, [&](const auto& group) {
@@ -150,8 +148,7 @@ class Forward : Call<P, A> {
             this->C_, call_.stream);
       } else {
         A k[P::forward_slots];
-        const A* given = coefficient(group, i) + unit;
-        for (int slot = 0; slot < P::forward_slots; ++slot) k[slot] = given[slot * this->array_pitch_];
+        this->take_coefficients(coefficient(group, i), unit, k);
         this->passes_.make_plane(k, x, y, this->L_, call_.stream);
       }
     });
@@ -164,9 +161,8 @@ class Forward : Call<P, A> {
 }  // namespace
 
 void block_forward(const BlockForward& call) {
-  with_pattern(call.shape.mode, [&]<class P>(P) {
-    with_element(call.shape.dtype,
-        [&]<class T>(T) { Forward<typename P::Made, acc_t<T>>(call, forward_passes<P, T>()).run(); });
+  with_types(call.shape, [&]<class P, class T>(P, T) {
+    Forward<typename P::Made, acc_t<T>>(call, forward_passes<P, T>()).run();
   });
 }
 

@@ -29,7 +29,7 @@ template <class A, int half>
 MRCN_INLINE vec<A> interleave(vec<A> a, vec<A> b) {
   constexpr int W = lanes<A>;
 #if defined(__clang__)
-  // It has no __builtin_shuffle, and makes a shuffle of this.
+  // Clang has no __builtin_shuffle, but it compiles this loop to a shuffle.
   vec<A> v{};
   unroll<W>([&](auto i) MRCN_BODY { v[i.v] = (i.v % 2 == 0 ? a : b)[half * W / 2 + i.v / 2]; });
   return v;

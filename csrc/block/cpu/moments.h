@@ -53,7 +53,7 @@ template <class T>
 MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   using A = acc_t<T>;
   constexpr int W = lanes<A>, line = line_vectors<T>;
-  // Any order of the terms would do for the sums; this one is fixed by the place of each vector.
+  // The order of the terms is arbitrary, but it is fixed: it follows from the place of each vector.
   const auto each_line = [](int64_t i, int64_t end, const auto& step) MRCN_BODY {
     for (; i + 4 * W <= end; i += 4 * W) {
       unroll<4 / line>([&](auto u) MRCN_BODY { step(i + u.v * line * W, u.v * line, constant<line>{}); });
@@ -72,7 +72,8 @@ MRCN_INLINE void part_moments(const T* x, int64_t n, Moments& moments) {
   for (; rest < n; ++rest) last += get(x + rest);
   const A shift = (sum<A>((s[0] + s[1]) + (s[2] + s[3])) + last) / A(n);
 
-  // Sums of sums: next to a few values far from all others, each of the others would be rounded like those.
+  // These are sums of sums. If single values were added to a sum that a few values far from all others have
+  // made large, each of them would be rounded to the last place of that sum.
   vec<A> all_e{}, all_q{};
   const vec<A> shifts = all<A>(shift);
   for (rest = 0; rest + W <= n;) {
@@ -206,7 +207,7 @@ void rows_moments(const void* first_row, int64_t rows, int64_t pitch, int64_t ch
   A* squares = scratch + 2 * channels;
   static_assert(joined_rows % single_terms == 0);
   each_band<T, single_terms>(rows, pitch, channels, [&](const Band& b, const auto& next) MRCN_BODY {
-    // The band has rows begin to end of the n that are joined here.
+    // Of the n rows that are joined here, the band has those from begin to end.
     const int64_t first = b.row / joined_rows * joined_rows, begin = b.row - first, end = begin + b.rows;
     const int64_t n = least(joined_rows, rows - first);
     const A share = A(1) / A(b.rows), share_of_all = A(b.rows) / A(end),

@@ -24,7 +24,7 @@ namespace {
 constexpr int64_t group_bytes = 4 << 20;
 // The most bytes of the groups of all threads that stay there together.
 constexpr int64_t cache_bytes = 16 << 20;
-// Another thread is woken for at least this many elements.
+// The work is split between threads only where each of them has at least about this many elements.
 constexpr int64_t thread_elements = 16384;
 
 inline void serial(int64_t count, int64_t, RangeFunction function, void* context) {
@@ -74,31 +74,32 @@ struct Group {
 template <class P, class A>
 class Call {
  public:
-  // What the size of scratch memory depends on.
+  // The size of scratch memory depends on these.
   int64_t channels() const { return C_; }
   int64_t parts() const { return parts_; }
   int64_t array_pitch() const { return array_pitch_; }
   bool seeks_extremes() const { return extremes_; }
 
  protected:
-  Call(const BlockShape& shape, const BlockParameters& parameters, const FeatureMap* inputs,
-      const Passes<A>& passes, bool backward)
-      : shape_(shape),
+  // Direction: BlockForward or BlockBackward.
+  template <class Direction>
+  Call(const Direction& call, const Passes<A>& passes, bool backward)
+      : shape_(call.shape),
         passes_(passes),
-        all_(sets_of(shape.mode).all()),
-        made_(sets_of(shape.mode).first_made()),
-        N_(shape.samples),
-        C_(shape.channels),
-        L_(shape.length),
-        array_pitch_(shape.pixels ? C_ : Gates<A>::pitch_of(C_)),
-        extremes_(shape.gate == Gate::cbam_channel),
+        all_(sets_of(shape_.mode).all()),
+        made_(sets_of(shape_.mode).first_made()),
+        N_(shape_.samples),
+        C_(shape_.channels),
+        L_(shape_.length),
+        array_pitch_(shape_.pixels ? C_ : Gates<A>::pitch_of(C_)),
+        extremes_(shape_.gate == Gate::cbam_channel),
         chunk_(most<int64_t>(256, (L_ + 63) / 64)),
         chunks_((L_ + chunk_ - 1) / chunk_),
-        parts_(shape.pixels ? chunks_ : 1),
-        inputs_(inputs),
-        gamma_(static_cast<const A*>(parameters.norm_weight)),
-        beta_(static_cast<const A*>(parameters.norm_bias)),
-        gates_(shape, parameters, backward) {
+        parts_(shape_.pixels ? chunks_ : 1),
+        inputs_(call.inputs),
+        gamma_(static_cast<const A*>(call.parameters.norm_weight)),
+        beta_(static_cast<const A*>(call.parameters.norm_bias)),
+        gates_(shape_, call.parameters, backward) {
     if (extremes_) extreme_values_.allocate(P::inputs * N_ * C_ * 2);
   }
 
@@ -162,7 +163,7 @@ class Call {
     each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) { over_channels(group, c0, c1, f); });
   }
 
-  // The same, after the gates of these channels.
+  // Computes the gates of a block of channels, and then calls f for it as `each_channels` does.
   template <class Samples, class F>
   void each_channels_gated(const Samples& group, const F& f) const {
     each_block(group.pool, group.samples(), [&](int64_t c0, int64_t c1) {
@@ -252,13 +253,19 @@ class Call {
     }
   }
 
+  // Reads the coefficients of one channel.
+  template <int n>
+  MRCN_INLINE void take_coefficients(const A* of_sample, int64_t c, A (&k)[n]) const {
+    for (int slot = 0; slot < n; ++slot) k[slot] = of_sample[slot * array_pitch_ + c];
+  }
+
   const BlockShape& shape_;
   const Passes<A> passes_;
   const int all_;   // how many sets there are, with the inputs that are handed through
   const int made_;  // the first computed set
   const int64_t N_, C_, L_;
   // The stride between the arrays of channels of two coefficients or sums. For rows of pixels it is C, as
-  // pixel_passes.h expects. For planes, which access one element of each array at a time, it is a line more.
+  // row_passes.h expects. For planes, which access one element of each array at a time, it is a line more.
   const int64_t array_pitch_;
   const bool extremes_;           // the gate needs GMP(M)
   const int64_t chunk_, chunks_;  // rows per chunk, and chunks per sample
@@ -269,6 +276,12 @@ class Call {
   Gates<A> gates_;
   Buffer<A> extreme_values_;  // (inputs, N, C, 2)
 };
+
+// Calls f(Pattern, element) for a call's mode and dtype.
+template <class F>
+inline void with_types(const BlockShape& shape, const F& f) {
+  with_pattern(shape.mode, [&]<class P>(P) { with_element(shape.dtype, [&]<class T>(T) { f(P{}, T{}); }); });
+}
 
 }  // namespace
 }  // namespace mrcn::MRCN_ISA

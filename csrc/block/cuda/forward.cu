@@ -1,7 +1,5 @@
 // The block's forward on a GPU, in one launch (see schedule.cuh). First items compute the statistics and the
 // gates' hidden layers, second items the gates and the sets.
-#include <type_traits>
-
 #include "block/cuda/schedule.cuh"
 
 namespace mrcn::MRCN_ISA {
@@ -364,11 +362,7 @@ int run_forward(const BlockForward& call, void* scratch, void* stream) {
                   lines_aligned<T>(a.passed, call.shape);
 
   constexpr auto* kernel = forward_kernel<T, P, pixels>;
-  Device device;
-  if (int error = device_of<kernel>(shared, &device); error != 0) return error;
-  a.common.ahead = samples_ahead<T>(a.common, device, P::inputs);
-  if (int error = clear(scratch, counter_bytes(call.shape.samples), stream); error != 0) return error;
-  return launch<kernel>(a, blocks_of(a.common, device), shared, stream);
+  return launch_items<kernel, T>(a, call.shape, shared, P::inputs, scratch, stream);
 }
 
 }  // namespace
@@ -380,23 +374,11 @@ int64_t saved_row(const BlockShape& shape) {
          sets_of(shape.mode).gates * branches(shape) * hidden(shape);
 }
 
-int64_t forward_scratch(const BlockShape& shape) {
-  int64_t bytes = 0;
-  with_element(shape.dtype, [&](auto element) {
-    using T = decltype(element);
-    const int64_t row = forward_row(shape, cut<T>(shape).blocks) * int64_t(sizeof(acc_t<T>));
-    bytes = counter_bytes(shape.samples) + shape.samples * row;
-    return 0;
-  });
-  return bytes;
-}
+int64_t forward_scratch(const BlockShape& shape) { return scratch_bytes(shape, forward_row); }
 
 int block_forward(const BlockForward& call, void* scratch, void* stream) {
-  return with_element(call.shape.dtype, [&](auto element) {
-    return with_kernel(call.shape, [&](auto pattern, auto pixels) {
-      return run_forward<decltype(element), decltype(pattern), decltype(pixels)::value>(
-          call, scratch, stream);
-    });
+  return with_kernel(call.shape, [&](auto element, auto pattern, auto pixels) {
+    return run_forward<decltype(element), decltype(pattern), decltype(pixels)::value>(call, scratch, stream);
   });
 }
 

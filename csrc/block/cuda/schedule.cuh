@@ -11,6 +11,7 @@
 #pragma once
 
 #include <cmath>
+#include <type_traits>
 
 #include "block/coefficients.h"
 #include "block/cuda/kernels.h"
@@ -444,14 +445,42 @@ MRCN_DEVICE void read_coefficients(const Shared& shared, int channel, A (&k)[slo
   unroll<slots>([&](auto slot) { k[slot.v] = shared.k[slot.v][channel]; });
 }
 
-// --- dtypes -------------------------------------------------------------------------------------------
+// --- launches -----------------------------------------------------------------------------------------
 
-// Calls f(Pattern, whether channels are contiguous). Modes that make the same sets run the same kernels.
+// The bytes of a call's scratch memory. row(shape, blocks) is how many numbers a sample has there if its
+// channels are cut into so many blocks.
+template <class F>
+inline int64_t scratch_bytes(const BlockShape& shape, const F& row) {
+  int64_t bytes = 0;
+  with_element(shape.dtype, [&](auto element) {
+    using T = decltype(element);
+    const int64_t numbers = shape.samples * row(shape, cut<T>(shape).blocks);
+    bytes = counter_bytes(shape.samples) + numbers * int64_t(sizeof(acc_t<T>));
+    return 0;
+  });
+  return bytes;
+}
+
+// Launches a kernel whose first items read `maps` maps.
+template <auto* kernel, class T, class Arguments>
+inline int launch_items(
+    Arguments& arguments, const BlockShape& shape, int shared, int maps, void* scratch, void* stream) {
+  Device device;
+  if (int error = device_of<kernel>(shared, &device); error != 0) return error;
+  arguments.common.ahead = samples_ahead<T>(arguments.common, device, maps);
+  if (int error = clear(scratch, counter_bytes(shape.samples), stream); error != 0) return error;
+  return launch<kernel>(arguments, blocks_of(arguments.common, device), shared, stream);
+}
+
+// Calls f(element, Pattern, whether channels are contiguous). Modes that make the same sets run the same
+// kernels.
 template <class F>
 inline int with_kernel(const BlockShape& shape, const F& f) {
-  return with_pattern(shape.mode, [&](auto pattern) {
-    using Made = typename decltype(pattern)::Made;
-    return shape.pixels ? f(Made{}, std::true_type{}) : f(Made{}, std::false_type{});
+  return with_element(shape.dtype, [&](auto element) {
+    return with_pattern(shape.mode, [&](auto pattern) {
+      using Made = typename decltype(pattern)::Made;
+      return shape.pixels ? f(element, Made{}, std::true_type{}) : f(element, Made{}, std::false_type{});
+    });
   });
 }
 

@@ -135,6 +135,22 @@ inline int64_t identity_grain(int64_t dimensions, const CqcGroups& groups) {
   return elements / most<int64_t>(1, rows * dimensions);
 }
 
+// Calls f(identity, centers) for each identity. `arrays` says for how many arrays of the centers' size there
+// is memory at `centers`.
+template <class T, class Direction, class F>
+inline void each_identity(const Direction& call, int arrays, const F& f) {
+  using A = acc_t<T>;
+  const int64_t D = call.features.dimensions;
+  const CqcGroups& groups = call.groups;
+  parallel(call.parallel, groups.identities, identity_grain(D, groups), [&](int64_t begin, int64_t end) {
+    Buffer<A> centers(arrays * sets * D);
+    for (int64_t identity = begin; identity < end; ++identity) {
+      make_centers<T>(call.features, groups, identity, centers.data);
+      f(identity, centers.data);
+    }
+  });
+}
+
 template <class A>
 inline A squared_distance(const A* a, const A* b, int64_t D) {
   return sum_of_terms<A>(D, [&](int64_t d, auto w) MRCN_BODY {
@@ -147,25 +163,20 @@ template <class T>
 void forward(const CqcForward& call) {
   using A = acc_t<T>;
   const int64_t D = call.features.dimensions;
-  const CqcGroups& groups = call.groups;
-  parallel(call.parallel, groups.identities, identity_grain(D, groups), [&](int64_t begin, int64_t end) {
-    Buffer<A> centers(sets * D);
-    const auto center = [&](int set) { return centers.data + set * D; };
-    for (int64_t identity = begin; identity < end; ++identity) {
-      make_centers<T>(call.features, groups, identity, centers.data);
-      A* weight = static_cast<A*>(call.weights) + identity * 2 * hinges;
-      A loss(0);
-      for (const Hinge& h : hinge) {
-        const Distance<A> pulled(squared_distance(center(h.center), center(h.pulled), D));
-        const Distance<A> pushed(squared_distance(center(h.center), center(h.pushed), D));
-        const A value = A(call.margin) + pulled.value - pushed.value;
-        const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
-        loss += active ? value : A(0);
-        *weight++ = active ? pulled.weight : A(0);
-        *weight++ = active ? -pushed.weight : A(0);
-      }
-      static_cast<A*>(call.losses)[identity] = loss;
+  each_identity<T>(call, 1, [&](int64_t identity, const A* centers) {
+    const auto center = [&](int set) { return centers + set * D; };
+    A* weight = static_cast<A*>(call.weights) + identity * 2 * hinges;
+    A loss(0);
+    for (const Hinge& h : hinge) {
+      const Distance<A> pulled(squared_distance(center(h.center), center(h.pulled), D));
+      const Distance<A> pushed(squared_distance(center(h.center), center(h.pushed), D));
+      const A value = A(call.margin) + pulled.value - pushed.value;
+      const bool active = !(value <= A(0));  // a NaN passes, as in torch.relu
+      loss += active ? value : A(0);
+      *weight++ = active ? pulled.weight : A(0);
+      *weight++ = active ? -pushed.weight : A(0);
     }
+    static_cast<A*>(call.losses)[identity] = loss;
   });
 }
 
@@ -193,42 +204,42 @@ inline void write_unit_gradient(const T* row, const acc_t<T>* g, int64_t D, T* o
       D, [&](int64_t d, auto w) { keep(out + d, (fetch(g + d, w) - unit(d, w) * along) * scale.factor, w); });
 }
 
+// Writes the gradients of the rows of an identity's samples in a set, given the gradient of the set's center.
+template <class T>
+inline void write_rows(const CqcBackward& call, int set, int64_t identity, acc_t<T>* gradient) {
+  const int64_t D = call.features.dimensions;
+  const int m = modality_of[set];
+  const int64_t first = call.groups.start[m][identity], last = call.groups.start[m][identity + 1];
+  const acc_t<T> number = acc_t<T>(last - first);
+  if (call.features.normalize) divide(gradient, number, D, gradient);
+  for (int64_t i = first; i < last; ++i) {
+    const int64_t sample = call.groups.order[m][i];
+    T* out = static_cast<T*>(call.feature_gradients[set]) + sample * D;
+    if (call.features.normalize) {
+      write_unit_gradient<T>(row<T>(call.features, set, sample), gradient, D, out);
+    } else {
+      divide(gradient, number, D, out);
+    }
+  }
+}
+
 template <class T>
 void backward(const CqcBackward& call) {
   using A = acc_t<T>;
   const int64_t D = call.features.dimensions;
-  const CqcGroups& groups = call.groups;
-  parallel(call.parallel, groups.identities, identity_grain(D, groups), [&](int64_t begin, int64_t end) {
-    Buffer<A> centers(sets * D), gradients(sets * D);
-    const auto of = [=](const Buffer<A>& buffer, int set) { return buffer.data + set * D; };
-    for (int64_t identity = begin; identity < end; ++identity) {
-      const A* weights = static_cast<const A*>(call.weights) + identity * 2 * hinges;
-      const A scale = static_cast<const A*>(call.gradient)[identity * call.gradient_stride];
-      make_centers<T>(call.features, groups, identity, centers.data);
-      std::memset(gradients.data, 0, sets * D * sizeof(A));
-      for (int n = 0; n < 2 * hinges; ++n) {
-        if (n % 2 == 1 && call.detach_negative) continue;
-        const int from = hinge[n / 2].center, to = n % 2 == 0 ? hinge[n / 2].pulled : hinge[n / 2].pushed;
-        pull<A>(scale * weights[n], of(centers, from), of(centers, to), of(gradients, from),
-            of(gradients, to), D);
-      }
-      for (int set = 0; set < sets; ++set) {
-        const int m = modality_of[set];
-        const int64_t first = groups.start[m][identity], last = groups.start[m][identity + 1];
-        const A number = A(last - first);
-        A* gradient = of(gradients, set);
-        if (call.features.normalize) divide(gradient, number, D, gradient);
-        for (int64_t i = first; i < last; ++i) {
-          const int64_t sample = groups.order[m][i];
-          T* out = static_cast<T*>(call.feature_gradients[set]) + sample * D;
-          if (call.features.normalize) {
-            write_unit_gradient<T>(row<T>(call.features, set, sample), gradient, D, out);
-          } else {
-            divide(gradient, number, D, out);
-          }
-        }
-      }
+  each_identity<T>(call, 2, [&](int64_t identity, A* centers) {
+    A* gradients = centers + sets * D;
+    const auto of = [=](A* array, int set) { return array + set * D; };
+    const A* weights = static_cast<const A*>(call.weights) + identity * 2 * hinges;
+    const A scale = static_cast<const A*>(call.gradient)[identity * call.gradient_stride];
+    std::memset(gradients, 0, sets * D * sizeof(A));
+    for (int n = 0; n < 2 * hinges; ++n) {
+      if (n % 2 == 1 && call.detach_negative) continue;
+      const int from = hinge[n / 2].center, to = n % 2 == 0 ? hinge[n / 2].pulled : hinge[n / 2].pushed;
+      pull<A>(
+          scale * weights[n], of(centers, from), of(centers, to), of(gradients, from), of(gradients, to), D);
     }
+    for (int set = 0; set < sets; ++set) write_rows<T>(call, set, identity, of(gradients, set));
   });
 }
 

@@ -7,16 +7,18 @@ import triton.language as tl
 
 from mrcn_fast.backends.triton.formulas import (
     column,
-    correction,
     distilled,
+    extreme_pixel,
     extreme_residual,
     fma,
     inverse_deviation,
     keep,
     matrix,
+    normalized,
     part_length,
     places,
     plane,
+    planes_of,
     pooled_residual,
     read_tile,
     restituted,
@@ -27,7 +29,7 @@ from mrcn_fast.backends.triton.gates import gate_value, whole_gates
 
 # A sample's row of scratch holds, in this order:
 #
-#   what rounding lost of each mean       before the parts are joined, the plane's first pixel
+#   the rounding error of each mean       or, until the parts are joined, the first pixel of each plane
 #   shares of the hidden layers           (blocks, gates, branches, R)
 #   moments of each part of the pixels    (parts, modalities, K.MOMENTS, C), if there are several
 #   the output's table                    K.OUTPUT_SLOTS planes of C numbers, see `gates_kernel`
@@ -76,19 +78,19 @@ def _join_round(moments, tiles, pivot, met, more, left, K: tl.constexpr):
             high, low = tl.where(higher, tiles[ahead], high), tl.where(lower, tiles[ahead], low)
     off = near - mean
     share = more / tl.maximum(met + more, 1.0)
-    # In this order: the square alone may be infinite, and with no values yet it is to be multiplied by 0.
+    # The order matters: `off` squared may be infinite, and at the first round it would be multiplied by 0.
     squares = fma(off, off * (met * share), squares)
     return fma(off, share, mean), squares, high, low
 
 
 @triton.jit
 def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
-    """Return the first pixel p; of the pixels from begin to end, mean - p, Σ (x - mean)² and the extremes.
+    """Return the plane's first pixel p and, from begin to end, mean - p, Σ (x - mean)² and the extremes.
 
-    Every lane of a tile is a chunk of its own in Chan's combination. It carries the mean and the squared
-    deviations of the pixels it met: those of a round have theirs from two passes over registers, and are
-    joined to those before. In the end the lanes are joined. All is taken of x less the plane's first pixel,
-    so that the mean keeps its digits on a plane far from zero.
+    Every lane of a tile has moments of its own, the mean and the squared deviations of the pixels that it has
+    met. Those of a round come from two passes over registers and are joined with the moments before (Chan et
+    al.). In the end the lanes are joined. The moments are those of x - p, so that the mean keeps its digits
+    on a plane far from zero.
     """
     BC: tl.constexpr = K.BC
     BL: tl.constexpr = K.BL
@@ -111,7 +113,7 @@ def _moments(x, pitch, c, inside, begin, end, K: tl.constexpr):
         moments = _join_round(moments, tiles, pivot, met, more, left, K)
     mean, squares, high, low = moments
     met += more
-    # Shares before the sum, which could else be infinite where the mean is not.
+    # Each mean is multiplied by its lane's share first, because the sum of the means might overflow.
     shift = tl.sum(mean * (met / tl.cast(end - begin, K.A)), axis=1)
     off = mean - shift[:, None]
     squares = tl.sum(squares + met * off * off, axis=1)
@@ -132,12 +134,12 @@ def _leave_shares(shares, weights, g, z, branch, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _keep_planes(moments, planes, scratch, m, c, inside, C, L, K: tl.constexpr):
-    """Keep the statistics of whole planes; return mean, what its rounding lost, a, β, GAP(M), GMP(M)."""
+    """Store the statistics of whole planes; return mean, its rounding error, a, β, GAP(M) and GMP(M)."""
     statistics, gamma, beta = planes
     pivot, shift, squares, high, low = moments
     mean = pivot + shift
     kept = mean - pivot
-    offset = (pivot - (mean - kept)) + (shift - kept)  # exactly what the addition lost
+    offset = (pivot - (mean - kept)) + (shift - kept)  # the exact rounding error
     r = inverse_deviation(squares / tl.cast(L, K.A), K)
     tl.store(statistics + 2 * m * C + c, mean, mask=inside)
     tl.store(statistics + (2 * m + 1) * C + c, r, mask=inside)
@@ -147,13 +149,13 @@ def _keep_planes(moments, planes, scratch, m, c, inside, C, L, K: tl.constexpr):
     z = pooled_residual(mean, a, b)
     extreme_z = z
     if K.BRANCHES == 2:
-        extreme_z = extreme_residual(mean, a, b, tl.where(1.0 - a >= 0.0, high, low))
+        extreme_z = extreme_residual(mean, a, b, extreme_pixel(a, high, low))
     return mean, offset, a, b, z, extreme_z
 
 
 @triton.jit
-def _describe(moments, planes, scratch, p0, block, m, c, inside, C, L, K: tl.constexpr):
-    """Keep the statistics of whole planes of modality m, and store the hidden layers' shares of them."""
+def _describe(moments, planes, scratch, parameters, block, m, c, inside, C, L, K: tl.constexpr):
+    """Store the statistics of whole planes of modality m, and the hidden layers' shares of them."""
     GATES: tl.constexpr = K.GATES
     MODALITIES: tl.constexpr = K.MODALITIES
     _, _, _, _, z, extreme_z = _keep_planes(moments, planes, scratch, m, c, inside, C, L, K)
@@ -161,9 +163,9 @@ def _describe(moments, planes, scratch, p0, block, m, c, inside, C, L, K: tl.con
         shares = scratch + MODALITIES * C + block * (GATES * K.BRANCHES * K.R)
         for k in tl.static_range(GATES // MODALITIES):
             g = m + k * MODALITIES
-            _leave_shares(shares, p0, g, z, 0, c, inside, C, K)
+            _leave_shares(shares, parameters[0], g, z, 0, c, inside, C, K)
             if K.BRANCHES == 2:
-                _leave_shares(shares, p0, g, extreme_z, 1, c, inside, C, K)
+                _leave_shares(shares, parameters[0], g, extreme_z, 1, c, inside, C, K)
 
 
 @triton.jit
@@ -175,12 +177,14 @@ def _parts_of(scratch, m, C, K: tl.constexpr):
 
 @triton.jit
 def _table_of(scratch, C, K: tl.constexpr):
+    """Return where the output's table begins, behind the parts."""
     parts, pitch = _parts_of(scratch, 0, C, K)
     return parts + (K.PARTS if K.PARTS > 1 else 0) * pitch
 
 
 @triton.jit
 def _leave_part(moments, scratch, part, m, c, inside, C, K: tl.constexpr):
+    """Store the moments of one part of the pixels; the first part stores the planes' first pixels too."""
     pivot, shift, squares, high, low = moments
     parts, pitch = _parts_of(scratch, m, C, K)
     parts += part * pitch + c
@@ -214,35 +218,21 @@ def _join_parts(scratch, m, c, inside, C, L, K: tl.constexpr):
 
 
 @triton.jit
-def _read_planes(x, pitch, planes, scratch, p0, block, part, m, C, L, K: tl.constexpr):
+def _read_planes(x, pitch, planes, scratch, parameters, block, part, m, C, L, K: tl.constexpr):
+    """Make the moments of one part of the pixels of modality m, and store what follows from them."""
     c = block * K.BC + tl.arange(0, K.BC)
     inside = c < C
     begin = part * K.PART
     moments = _moments(x, pitch, c, inside, begin, begin + part_length(part, L, K), K)
     if K.PARTS == 1:
-        _describe(moments, planes, scratch, p0, block, m, c, inside, C, L, K)
+        _describe(moments, planes, scratch, parameters, block, m, c, inside, C, L, K)
     else:
         _leave_part(moments, scratch, part, m, c, inside, C, K)
 
 
 @triton.jit
 def statistics_kernel(
-    x0,
-    x1,
-    gamma,
-    beta,
-    p0,
-    statistics,
-    scratch,
-    x0_sample,
-    x0_pitch,
-    x1_sample,
-    x1_pitch,
-    C,
-    L,
-    saved_row,
-    scratch_row,
-    K: tl.constexpr,
+    maps, planes, parameters, scratch, strides, pitches, C, L, saved_row, scratch_row, K: tl.constexpr
 ):
     """Make the statistics of one part of the pixels of one block of channels of one sample and modality."""
     program = tl.program_id(0)
@@ -252,12 +242,14 @@ def statistics_kernel(
     m = program // (blocks * K.PARTS) % K.MODALITIES
     i = (program // (blocks * K.PARTS * K.MODALITIES)).to(tl.int64)
     scratch += i * scratch_row
-    planes = (statistics + i * saved_row, gamma, beta)
-    # A call for each modality: choosing a pointer would lose what is known of its alignment.
+    planes = planes_of(planes, i, saved_row)
+    # Each modality has a call of its own, because the alignment of a pointer is lost where it is chosen.
     if K.MODALITIES == 1 or m == 0:
-        _read_planes(x0 + i * x0_sample, x0_pitch, planes, scratch, p0, block, part, 0, C, L, K)
+        x = maps[0] + i * strides[0]
+        _read_planes(x, pitches[0], planes, scratch, parameters, block, part, 0, C, L, K)
     else:
-        _read_planes(x1 + i * x1_sample, x1_pitch, planes, scratch, p0, block, part, 1, C, L, K)
+        x = maps[1] + i * strides[1]
+        _read_planes(x, pitches[1], planes, scratch, parameters, block, part, 1, C, L, K)
 
 
 # --- gates ------------------------------------------------------------------------------------------------
@@ -265,27 +257,25 @@ def statistics_kernel(
 
 @triton.jit
 def _keep_set(table, k, scale, shift, c, inside, C, K: tl.constexpr):
+    """Store scale and shift of set k."""
     keep(table, 3 * K.MODALITIES + 2 * k, scale, c, inside, C)
     keep(table, 3 * K.MODALITIES + 2 * k + 1, shift, c, inside, C)
 
 
 @triton.jit
-def gates_kernel(
-    gamma, beta, p0, statistics, scratch, p1, p2, p3, C, L, saved_row, scratch_row, K: tl.constexpr
-):
+def gates_kernel(planes, parameters, scratch, C, L, saved_row, scratch_row, K: tl.constexpr):
     """Make the output's table for one block of channels of one sample and modality.
 
-    Where parts are joined, the block is all channels. The table has three slots per modality, its mean and
-    F̃'s scale and shift, then two per set: scale and shift of what comes to it through a gate.
+    Where parts are joined, the block has all channels. The table has three slots per modality, its mean and
+    F̃'s scale and shift. Then come two slots per set, the scale and shift of the term that has a gate.
     """
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.BC)
     block = program % blocks
     m = program // blocks % K.MODALITIES
     i = (program // (blocks * K.MODALITIES)).to(tl.int64)
-    statistics += i * saved_row
     scratch += i * scratch_row
-    planes, parameters = (statistics, gamma, beta), (p0, p1, p2, p3)
+    planes = planes_of(planes, i, saved_row)
     table = _table_of(scratch, C, K)
     shares = scratch + K.MODALITIES * C
     c = block * K.BC + tl.arange(0, K.BC)
@@ -298,19 +288,20 @@ def gates_kernel(
         offset = vector(scratch, m * C + c, inside, K)
     other = m + K.GATES - K.MODALITIES
     if K.PARTS > 1 and K.GATE != "eca":
-        row = statistics + 2 * K.MODALITIES * C
+        row = planes[0] + 2 * K.MODALITIES * C
         s, more_s = whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K)
     else:
         if K.PARTS > 1:
-            tl.debug_barrier()  # ECA reads the neighbours' statistics, which other threads have kept
+            tl.debug_barrier()  # ECA reads the neighbours' statistics, which other threads have stored
         s = gate_value(planes, shares, parameters, m, c, inside, block, C, True, K)
         more_s = s
         if K.MODALITIES == 2:
             more_s = gate_value(planes, shares, parameters, other, c, inside, block, C, True, K)
 
+    scale, shift = normalized(offset, a, b)
     keep(table, 3 * m, mean, c, inside, C)
-    keep(table, 3 * m + 1, a, c, inside, C)
-    keep(table, 3 * m + 2, b - correction(a, offset), c, inside, C)
+    keep(table, 3 * m + 1, scale, c, inside, C)
+    keep(table, 3 * m + 2, shift, c, inside, C)
     scale, shift = restituted(s, mean, offset, a, b, K.TO_INPUT)
     _keep_set(table, 3 * m, scale, shift, c, inside, C, K)
     if K.MODE == "snr":
@@ -332,32 +323,17 @@ def _of_set(table, k, c, inside, C, K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["samples", "chunks"])
-def output_kernel(
-    x0,
-    x1,
-    scratch,
-    y0,
-    y1,
-    y2,
-    y3,
-    x0_sample,
-    x0_pitch,
-    x1_sample,
-    x1_pitch,
-    C,
-    L,
-    scratch_row,
-    samples,
-    chunks,
-    K: tl.constexpr,
-):
-    """Write every set for one block of channels of one sample, over K.CHUNK pixels."""
+def output_kernel(maps, made, scratch, strides, pitches, C, L, scratch_row, samples, chunks, K: tl.constexpr):
+    """Write every made set for one block of channels of one sample, over K.CHUNK pixels."""
+    x0, x1 = maps
+    y0, y1, y2, y3 = made
     AHEAD: tl.constexpr = K.AHEAD
     program = tl.program_id(0)
     blocks = tl.cdiv(C, K.BC)
-    block = program % blocks if K.PIXELS else program // chunks % blocks  # neighbours in memory side by side
+    # Programs that start together read neighbours in memory.
+    block = program % blocks if K.PIXELS else program // chunks % blocks
     chunk = program // blocks % chunks if K.PIXELS else program % chunks
-    # The last sample first: its planes are what the statistics left in the cache.
+    # The last sample comes first, because the statistics have left its planes in the cache.
     i = (samples - 1 - program // (chunks * blocks)).to(tl.int64)
     table = _table_of(scratch + i * scratch_row, C, K)
     c = block * K.BC + tl.arange(0, K.BC)
@@ -376,11 +352,11 @@ def output_kernel(
         shift1 += b0
         shift2 += b1
 
-    x0 += i * x0_sample
+    x0 += i * strides[0]
     if K.MODALITIES == 2:
-        x1 += i * x1_sample
+        x1 += i * strides[1]
     volume = tl.cast(C, tl.int64) * L
-    if K.MODE == "concat":  # the six sets one behind the other, the inputs first and last
+    if K.MODE == "concat":  # the six sets follow one another in one tensor, the inputs first and last
         batch = samples * volume
         first_set = y0 + i * volume
         last_set = first_set + 5 * batch
@@ -402,10 +378,10 @@ def output_kernel(
         for ahead in tl.static_range(AHEAD):
             px = first + ahead * K.BL + tl.arange(0, K.BL)
             here = inside[:, None] & (px < end)[None, :]
-            pixel0 = read_tile(x0, c, px, here, x0_pitch, False, K)
+            pixel0 = read_tile(x0, c, px, here, pitches[0], False, K)
             pixel1 = pixel0
             if K.MODALITIES == 2:
-                pixel1 = read_tile(x1, c, px, here, x1_pitch, False, K)
+                pixel1 = read_tile(x1, c, px, here, pitches[1], False, K)
             tiles += ((px, here, pixel0, pixel1),)
         for ahead in tl.static_range(AHEAD):
             px, here, pixel0, pixel1 = tiles[ahead]

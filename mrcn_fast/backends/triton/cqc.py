@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from mrcn_fast.backends import shapes
-from mrcn_fast.backends.triton.cqc_backward import backward_kernel, unit_backward_kernel
+from mrcn_fast.backends.triton.cqc_backward import backward_kernel
 from mrcn_fast.backends.triton.cqc_forward import forward_kernel
 from mrcn_fast.backends.triton.launch import Arguments, Launcher, on_device
 
@@ -25,17 +25,19 @@ from mrcn_fast.backends.triton.launch import Arguments, Launcher, on_device
 # multiply-add of one center's share with the other's would leave a rounding error, and a direction with it.
 OPTIONS: dict[str, Any] = {"enable_fp_fusion": False}
 
-# A leader has a multiprocessor nearly to itself: ptxas must not spill to make room for others.
+# The program of a leader has a multiprocessor nearly to itself. ptxas must not spill registers so that more
+# programs fit.
 REGISTERS = 255
 if torch.version.hip is None:
     OPTIONS["maxnreg"] = REGISTERS
 
-# In the forward one program per identity reads, in the backward of normalized rows one per sample, and each
-# has all columns. In the backward of plain rows every block of columns has a program; small blocks make many.
+# In the forward one program per identity reads features, and in the backward of normalized rows one per
+# sample; each of them has all columns. In the backward of plain rows every block of columns has a program,
+# and small blocks make many programs.
 FORWARD_WARPS, BACKWARD_WARPS, UNIT_BACKWARD_WARPS = 8, 2, 8
 
-# How many members of an identity a program reads at once: a leader is alone with its reads, so that their
-# latency is what they cost.
+# How many members of an identity a program reads at once. No other program hides the latency of a leader's
+# reads, so it starts several of them together.
 MEMBERS = 4
 
 
@@ -136,11 +138,10 @@ def backward_launcher(
     dtype: torch.dtype, samples: int, dimensions: int, stacked: bool, normalize: bool, detach: bool
 ) -> tuple[Launcher, int]:
     """Return the backward's launcher, and how many programs share the columns of a sample."""
-    kernel = unit_backward_kernel if normalize else backward_kernel
     warps = UNIT_BACKWARD_WARPS if normalize else BACKWARD_WARPS
     chosen = constants(dtype, samples, dimensions, warps, stacked=stacked, normalize=normalize, detach=detach)
     blocks = 1 if normalize else triton.cdiv(dimensions, chosen.DIMENSIONS)
-    return _launcher(kernel, warps, chosen), blocks
+    return _launcher(backward_kernel, warps, chosen), blocks
 
 
 def forward(

@@ -1,8 +1,8 @@
-"""The loss's backward in Triton: `backward_kernel`, and `unit_backward_kernel` where rows are normalized.
+"""The loss's backward in Triton: `backward_kernel`, which makes the gradients of plain or of normalized rows.
 
-Of plain rows all samples of an identity get the same gradient, which the leader's program writes to each.
-The gradient of a normalized row depends on the whole row: there each sample has one program, which makes its
-three rows and reads all rows of its identity twice.
+Without normalization all samples of an identity have the same gradient, which the leader's program writes to
+each. The gradient of a normalized row depends on the whole row. Then each sample has one program, which makes
+its three rows and reads all rows of its identity twice.
 """
 
 from __future__ import annotations
@@ -49,10 +49,12 @@ def _pull(
 
 
 @triton.jit
-def _slot_of(
-    gradient: tl.tensor, gradient_stride: tl.tensor, weights: tl.tensor, slot: tl.tensor, K: tl.constexpr
-) -> Any:
-    """Return the weights of the identity at ``slot``, and the gradient of its loss."""
+def _slot_of(slots: tl.tuple, slot: tl.tensor, K: tl.constexpr) -> Any:
+    """Return the weights of the identity at ``slot``, and the gradient of its loss.
+
+    ``slots`` are the weights of all slots, the gradients of their losses, and the stride of these.
+    """
+    weights, gradient, gradient_stride = slots
     return weights + WEIGHTS * slot, tl.load(gradient + slot * gradient_stride).to(K.A)
 
 
@@ -86,18 +88,11 @@ def _gradients(
 
 
 @triton.jit
-def _targets(gradients: tl.tuple, dimensions: tl.tensor, visible: tl.tensor, infrared: tl.tensor) -> Any:
-    """Return the first row of each of the six gradients, which are stacked and dense."""
-    dense = (dimensions, dimensions, dimensions, dimensions, dimensions, dimensions)
-    return sets_of(gradients, dense, visible, infrared, True)
-
-
-@triton.jit
 def _role_of(weights: tl.tensor, sample: tl.tensor, visible: tl.tensor) -> Any:
     return tl.load(weights + WEIGHTS * visible.to(tl.int64) + sample)
 
 
-# --- rows as they are -------------------------------------------------------------------------------------
+# --- plain rows -------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -136,39 +131,23 @@ def _write_members(
             _write(targets, members, wanted <= found, gradients, columns, dimensions)
 
 
-@triton.jit(do_not_specialize=["visible", "infrared"])
-def backward_kernel(
-    gradient: tl.tensor,
-    gradient_stride: tl.tensor,
-    # the six sets, and the gradients that are made of them
-    features: tl.tuple,
-    strides: tl.tuple,
-    gradients: tl.tuple,
-    labels: tl.tensor,
-    infrared_labels: tl.tensor,
-    weights: tl.tensor,
-    visible: tl.tensor,
-    infrared: tl.tensor,
-    dimensions: tl.tensor,
-    K: tl.constexpr,
+@triton.jit
+def _plain_rows(
+    both: tl.tuple, targets: tl.tuple, slots: tl.tuple, dimensions: tl.tensor, K: tl.constexpr
 ) -> None:
-    """One program per sample and block of columns, in one dimension, because a grid's others end at 65,535.
-
-    A leader writes the rows of all its identity's samples.
-    """
+    """Store a block of columns of a sample's rows; a leader stores the rows of all its identity's samples."""
     DIMENSIONS: tl.constexpr = K.DIMENSIONS
+    visible, labels = both[0][4], both[0][3]
     blocks = tl.cdiv(dimensions, DIMENSIONS)
     sample = tl.program_id(0) // blocks
     columns = tl.program_id(0) % blocks * DIMENSIONS + tl.arange(0, DIMENSIONS)
-    role = _role_of(weights, sample, visible)
+    role = _role_of(slots[0], sample, visible)
     if role != FOLLOWER:
-        targets = _targets(gradients, dimensions, visible, infrared)
         visible_targets = (targets[0], targets[1], targets[2])
         infrared_targets = (targets[3], targets[4], targets[5])
         if role == LEADER:
             identity = tl.load(labels + sample)
-            both = modalities(features, strides, labels, infrared_labels, weights, visible, infrared, K)
-            slot = _slot_of(gradient, gradient_stride, weights, sample.to(tl.int64), K)
+            slot = _slot_of(slots, sample.to(tl.int64), K)
             of_visible, of_infrared = _gradients(both, identity, slot, columns, dimensions, K)
             _write_members(visible_targets, both[0], identity, of_visible, columns, dimensions, K)
             _write_members(infrared_targets, both[1], identity, of_infrared, columns, dimensions, K)
@@ -234,32 +213,21 @@ def _of_row(
     return (g - _unit(row, scale, columns, dimensions, K) * along) * tl.abs(scale)
 
 
-@triton.jit(do_not_specialize=["visible", "infrared"])
-def unit_backward_kernel(
-    gradient: tl.tensor,
-    gradient_stride: tl.tensor,
-    # the six sets, and the gradients that are made of them
-    features: tl.tuple,
-    strides: tl.tuple,
-    gradients: tl.tuple,
-    labels: tl.tensor,
-    infrared_labels: tl.tensor,
-    weights: tl.tensor,
-    visible: tl.tensor,
-    infrared: tl.tensor,
-    dimensions: tl.tensor,
-    K: tl.constexpr,
+@triton.jit
+def _unit_rows(
+    both: tl.tuple, targets: tl.tuple, slots: tl.tuple, dimensions: tl.tensor, K: tl.constexpr
 ) -> None:
-    """One program per sample. A row that is normalized to u gets (g - u (u·g)) / its length."""
+    """Store a sample's rows. The gradient of a row that is normalized to u is (g - u (u·g)) / its length."""
     DIMENSIONS: tl.constexpr = K.DIMENSIONS
+    (v0, v1, v2), (v0_stride, v1_stride, v2_stride), scales, labels, visible = both[0]
+    (n0, n1, n2), (n0_stride, n1_stride, n2_stride), infrared_scales, infrared_labels, infrared = both[1]
     sample = tl.program_id(0)
     is_visible = sample < visible
     row = tl.where(is_visible, sample, sample - visible).to(tl.int64)
-    targets = _targets(gradients, dimensions, visible, infrared)
     target0 = tl.where(is_visible, targets[0], targets[3]) + row * dimensions
     target1 = tl.where(is_visible, targets[1], targets[4]) + row * dimensions
     target2 = tl.where(is_visible, targets[2], targets[5]) + row * dimensions
-    if _role_of(weights, sample, visible) == LONELY:
+    if _role_of(slots[0], sample, visible) == LONELY:
         nothing = tl.zeros([DIMENSIONS], K.A)
         for start in range(0, dimensions, DIMENSIONS):
             columns = start + tl.arange(0, DIMENSIONS)
@@ -269,10 +237,7 @@ def unit_backward_kernel(
     else:
         identity = tl.load(tl.where(is_visible, labels, infrared_labels) + row)
         leader = first_of(labels, visible, identity, K).to(tl.int64)
-        slot = _slot_of(gradient, gradient_stride, weights, leader, K)
-        both = modalities(features, strides, labels, infrared_labels, weights, visible, infrared, K)
-        (v0, v1, v2), (v0_stride, v1_stride, v2_stride), scales, _, _ = both[0]
-        (n0, n1, n2), (n0_stride, n1_stride, n2_stride), infrared_scales, _, _ = both[1]
+        slot = _slot_of(slots, leader, K)
         own = tl.where(is_visible, scales, infrared_scales) + row
         rows = tl.where(is_visible, visible, infrared).to(tl.int64)
         scale0 = tl.load(own)
@@ -302,3 +267,36 @@ def unit_backward_kernel(
             tl.store(target0 + columns, of0, mask=columns < dimensions)
             tl.store(target1 + columns, of1, mask=columns < dimensions)
             tl.store(target2 + columns, of2, mask=columns < dimensions)
+
+
+# --- the kernel -------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["visible", "infrared"])
+def backward_kernel(
+    gradient: tl.tensor,
+    gradient_stride: tl.tensor,
+    # the six sets, and the gradients that are made of them
+    features: tl.tuple,
+    strides: tl.tuple,
+    gradients: tl.tuple,
+    labels: tl.tensor,
+    infrared_labels: tl.tensor,
+    weights: tl.tensor,
+    visible: tl.tensor,
+    infrared: tl.tensor,
+    dimensions: tl.tensor,
+    K: tl.constexpr,
+) -> None:
+    """One program per sample with K.NORMALIZE, and else one per sample and block of columns.
+
+    The grid has one dimension, because the others of a grid end at 65,535.
+    """
+    both = modalities(features, strides, labels, infrared_labels, weights, visible, infrared, K)
+    dense = (dimensions, dimensions, dimensions, dimensions, dimensions, dimensions)
+    targets = sets_of(gradients, dense, visible, infrared, True)  # the gradients are stacked and dense
+    slots = (weights, gradient, gradient_stride)
+    if K.NORMALIZE:
+        _unit_rows(both, targets, slots, dimensions, K)
+    else:
+        _plain_rows(both, targets, slots, dimensions, K)

@@ -88,17 +88,19 @@ def _clear_scales(scales: tl.tensor, sample: tl.tensor, count: tl.tensor, K: tl.
 
 
 @triton.jit
-def _hinge(
-    pulled_square: tl.tensor,
-    pushed_square: tl.tensor,
-    margin: tl.tensor,
-    weights: tl.tensor,
-    K: tl.constexpr,
-) -> Any:
-    """Return [α + D pulled - D pushed]₊, and store the two weights of its distances.
+def _add_squares(squares: tl.tuple, moved: tl.tensor, other: tl.tensor, own: tl.tensor) -> Any:
+    """Return the squares of a hinge's two distances, by column, with those of more columns added."""
+    pulled, pushed = squares
+    return pulled + (moved - other) * (moved - other), pushed + (moved - own) * (moved - own)
 
-    A weight is ∂loss/∂D divided by D; the backward multiplies differences of centers with it.
+
+@triton.jit
+def _hinge(squares: tl.tuple, margin: tl.tensor, weights: tl.tensor, K: tl.constexpr) -> Any:
+    """Return [α + D pulled - D pushed]₊ of `_add_squares`, and store the two weights of its distances.
+
+    A weight is ∂loss/∂D divided by D; the backward multiplies differences of centers by it.
     """
+    pulled_square, pushed_square = tl.sum(squares[0]), tl.sum(squares[1])
     floor = tl.full((), LEAST_SQUARE, K.A)
     zero = tl.full((), 0, K.A)
     one = tl.full((), 1, K.A)
@@ -125,50 +127,36 @@ def _loss(
 ) -> Any:
     """Return the loss of ``identity`` (eq. 8-10), and store the weights of its distances."""
     DIMENSIONS: tl.constexpr = K.DIMENSIONS
-    v_plus_n = tl.zeros([DIMENSIONS], K.A)
-    v_plus_v = tl.zeros([DIMENSIONS], K.A)
-    n_plus_v = tl.zeros([DIMENSIONS], K.A)
-    n_plus_n = tl.zeros([DIMENSIONS], K.A)
-    v_minus_n = tl.zeros([DIMENSIONS], K.A)
-    v_minus_v = tl.zeros([DIMENSIONS], K.A)
-    n_minus_v = tl.zeros([DIMENSIONS], K.A)
-    n_minus_n = tl.zeros([DIMENSIONS], K.A)
+    zero = tl.zeros([DIMENSIONS], K.A)
+    of_v_plus, of_n_plus, of_v_minus, of_n_minus = (zero, zero), (zero, zero), (zero, zero), (zero, zero)
     for start in range(0, dimensions, DIMENSIONS):
         columns = start + tl.arange(0, DIMENSIONS)
         v, v_plus, v_minus, _ = centers(both[0], identity, columns, dimensions, K)
         n_minus, n_plus, n, _ = centers(both[1], identity, columns, dimensions, K)
-        v_plus_n += (v_plus - n) * (v_plus - n)
-        v_plus_v += (v_plus - v) * (v_plus - v)
-        n_plus_v += (n_plus - v) * (n_plus - v)
-        n_plus_n += (n_plus - n) * (n_plus - n)
-        v_minus_n += (v_minus - n) * (v_minus - n)
-        v_minus_v += (v_minus - v) * (v_minus - v)
-        n_minus_v += (n_minus - v) * (n_minus - v)
-        n_minus_n += (n_minus - n) * (n_minus - n)
-    loss = _hinge(tl.sum(v_plus_n), tl.sum(v_plus_v), margin, weights, K)
-    loss += _hinge(tl.sum(n_plus_v), tl.sum(n_plus_n), margin, weights + 2, K)
-    loss += _hinge(tl.sum(v_minus_n), tl.sum(v_minus_v), margin, weights + 4, K)
-    loss += _hinge(tl.sum(n_minus_v), tl.sum(n_minus_n), margin, weights + 6, K)
+        of_v_plus = _add_squares(of_v_plus, v_plus, n, v)
+        of_n_plus = _add_squares(of_n_plus, n_plus, v, n)
+        of_v_minus = _add_squares(of_v_minus, v_minus, n, v)
+        of_n_minus = _add_squares(of_n_minus, n_minus, v, n)
+    loss = _hinge(of_v_plus, margin, weights, K)
+    loss += _hinge(of_n_plus, margin, weights + 2, K)
+    loss += _hinge(of_v_minus, margin, weights + 4, K)
+    loss += _hinge(of_n_minus, margin, weights + 6, K)
     return loss
 
 
 @triton.jit
 def _finish(
-    losses: tl.tensor,
-    roles: tl.tensor,
-    total: tl.tensor,
-    number: tl.tensor,
-    visible: tl.tensor,
-    K: tl.constexpr,
+    losses: tl.tensor, roles: tl.tensor, results: tl.tuple, visible: tl.tensor, K: tl.constexpr
 ) -> None:
-    """Store the sum of the losses and the number of identities, from what all programs have written."""
+    """Store the sum of the losses and the number of identities from those of all programs."""
+    total, number = results
     LABELS: tl.constexpr = K.LABELS
     sums = tl.zeros([LABELS], K.A)
     leaders = tl.zeros([LABELS], tl.int32)
     for start in range(0, visible, LABELS):
         slots = start + tl.arange(0, LABELS)
         here = slots < visible
-        # From L2, past an L1 that knows nothing of the other multiprocessors' stores.
+        # The loads bypass L1, which does not have the other multiprocessors' stores.
         sums += tl.load(losses + slots, mask=here, other=0, cache_modifier=".cg")
         roles_here = tl.load(roles + slots, mask=here, other=0, cache_modifier=".cg")
         leaders += (roles_here == LEADER).to(tl.int32)
@@ -232,5 +220,5 @@ def forward_kernel(
         # and acquires those of the ones before it. The barrier puts all of a program's threads before it.
         tl.debug_barrier()
         if tl.atomic_add(arrivals, 1, sem="acq_rel") == visible - 1:
-            _finish(losses, roles, total, number, visible, K)
+            _finish(losses, roles, (total, number), visible, K)
             tl.store(arrivals, 0)

@@ -175,7 +175,7 @@ def scales_of(weights: tl.tensor, visible: tl.tensor, infrared: tl.tensor) -> An
 
 @triton.jit
 def _factor(scales: tl.tensor, rows: tl.tensor, mask: tl.tensor) -> Any:
-    """Return what the rows are multiplied with, and 0 where ``mask`` is false."""
+    """Return the factors that normalize the rows, and 0 where ``mask`` is false."""
     return tl.abs(tl.load(scales + rows, mask=mask, other=0))
 
 

@@ -1,4 +1,7 @@
-"""What the block's kernels are made of: tiles, small vectors and the formulas of csrc/block/formulas.h."""
+"""What the block's kernels share: tiles, small vectors, and the formulas of csrc/block/formulas.h.
+
+tests/test_formulas.py compares the formulas with those of C++, function by function.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ def read_tile(start, c, px, inside, pitch, KEEP: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def write_tile(start, c, px, inside, pitch, value, K: tl.constexpr):
-    """Store a tile that nothing reads before it has left the cache."""
+    """Store a tile that no kernel reads again while it is in the cache."""
     tl.store(
         places(start, c, px, pitch, K), value.to(start.dtype.element_ty), mask=inside, cache_modifier=".cs"
     )
@@ -33,11 +36,13 @@ def write_tile(start, c, px, inside, pitch, value, K: tl.constexpr):
 
 @triton.jit
 def vector(start, at, inside, K: tl.constexpr):
+    """Return the numbers at the places `at` in the accumulation type, and 0 where `inside` is false."""
     return tl.load(start + at, mask=inside, other=0.0).to(K.A)
 
 
 @triton.jit
 def matrix(start, rows, columns, pitch, row_inside, column_inside, K: tl.constexpr):
+    """Return a matrix [rows, columns] as `vector` does; `pitch` is the stride between rows."""
     inside = row_inside[:, None] & column_inside[None, :]
     return tl.load(start + rows[:, None] * pitch + columns[None, :], mask=inside, other=0.0).to(K.A)
 
@@ -75,7 +80,7 @@ def add_shares(shares, r, pitch, K: tl.constexpr):
 
 @triton.jit
 def inverse_deviation(variance, K: tl.constexpr):
-    # Correctly rounded where `/` and sqrt are approximations: the error would be in every pixel.
+    """Return 1/σ, rounded correctly: in fp32 `/` and sqrt only approximate, and every pixel would be off."""
     if K.DOUBLE:
         r = 1.0 / tl.sqrt(variance + K.EPS)
     else:
@@ -84,6 +89,13 @@ def inverse_deviation(variance, K: tl.constexpr):
 
 
 # --- formulas.h -------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def planes_of(planes, i, saved_row):
+    """Return the saved row of sample i, γ and β, from those of the first sample."""
+    statistics, gamma, beta = planes
+    return statistics + i * saved_row, gamma, beta
 
 
 @triton.jit
@@ -98,20 +110,34 @@ def plane(planes, m, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def pooled_residual(mean, a, beta):
-    # 0·a: not a number where the literal equations have none, else nothing.
+    """Return GAP(M), the input of a gate."""
+    # 0·a is NaN where the literal equations give one, and otherwise adds nothing.
     return mean - beta + 0.0 * a
 
 
 @triton.jit
+def extreme_pixel(a, maximum, minimum):
+    """Return the pixel at which M has its maximum; M is affine in x, and its slope is 1 - a."""
+    return tl.where(1.0 - a >= 0.0, maximum, minimum)
+
+
+@triton.jit
 def extreme_residual(mean, a, beta, extreme):
-    """Return GMP(M), from the pixel where M, which is affine in x, is largest."""
+    """Return GMP(M), from the pixel at which M has its maximum."""
     return (1.0 - a) * (extreme - mean) + (mean - beta)
 
 
 @triton.jit
 def correction(scale, offset):
+    """Return what a shift must subtract because the pixels are centered by a rounded mean."""
     term = scale * offset
     return tl.where(term - term == 0.0, term, 0.0)
+
+
+@triton.jit
+def normalized(offset, a, beta):
+    """Return scale and shift of F̃ (eq. 1, 2)."""
+    return a, beta - correction(a, offset)
 
 
 @triton.jit
@@ -148,3 +174,9 @@ def gate_gradient(mean, a, beta, S, T):
 def share_of_normalized(s, TO_INPUT: tl.constexpr):
     """Return the share of the gradient of F₊ that reaches F̃; the rest goes to x directly."""
     return -s if TO_INPUT else 1.0 - s
+
+
+@triton.jit
+def plane_gradient(r, a, U, V, dz, length):
+    """Return k1 and k2 of ∂x, ∂γ and ∂β: what comes through the statistics of a plane of `length` pixels."""
+    return (dz - a * V) / length, -a * r * r * U / length, r * U + 0.0 * dz, V - dz

@@ -1,4 +1,4 @@
-"""Channel gates in Triton, forward: csrc/block/cpu/gates.h for a few channels of one sample, or for all."""
+"""The channel gates in Triton, forward, for a few channels of one sample or for all of them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mrcn_fast.backends.triton.formulas import (
 
 @triton.jit
 def hidden_layer(row, shares, bias, g, b, r, FORWARD: tl.constexpr, K: tl.constexpr):
-    """Return the hidden layer of gate g and branch b, from the shares or in the backward as it was kept."""
+    """Return the hidden layer of gate g and branch b: from the shares, or in the backward as it was saved."""
     at = (g * K.BRANCHES + b) * K.R
     if FORWARD:
         before = add_shares(shares + at, r, K.GATES * K.BRANCHES * K.R, K) + vector(
@@ -30,7 +30,7 @@ def hidden_layer(row, shares, bias, g, b, r, FORWARD: tl.constexpr, K: tl.conste
 
 @triton.jit
 def excite(row, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr, K: tl.constexpr):
-    """Return what comes before the sigmoid of SE and CBAM; rank 0 keeps the hidden layers in `row`."""
+    """Return the sigmoid's argument of SE and CBAM; the program of rank 0 saves the hidden layers."""
     BRANCHES: tl.constexpr = K.BRANCHES
     RB: tl.constexpr = K.RB
     _, biases, more_weights, more_biases = parameters
@@ -38,7 +38,7 @@ def excite(row, shares, parameters, g, c, inside, rank, C, FORWARD: tl.constexpr
     for first in range(0, K.R, RB):
         r = first + tl.arange(0, RB)
         weight = matrix(more_weights, g * C + c, r, K.R, inside, r < K.R, K)
-        for b in tl.static_range(BRANCHES):  # not W (h + h'): infinity times zero would be lost in the sum
+        for b in tl.static_range(BRANCHES):  # W (h + h') would lose the NaN of infinity times zero
             hidden = hidden_layer(row, shares, biases, g, b, r, FORWARD, K)
             x += tl.sum(weight * hidden[None, :], axis=1)
             if FORWARD:
@@ -59,7 +59,7 @@ def layers(parameters, g, r, c, inside, C, K: tl.constexpr):
 
 @triton.jit
 def _add_layers(x, layer, z, row, g, b: tl.constexpr, r, K: tl.constexpr):
-    """Return x with what these hidden numbers of branch b add to it, and keep them in the row."""
+    """Return x, increased by the shares of the hidden numbers r of branch b, and save these in the row."""
     weight, bias, more_weight = layer
     before = tl.sum(weight * z[None, :], axis=1) + bias
     hidden = tl.where(before < 0.0, 0.0, before)
@@ -79,7 +79,7 @@ def whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K: tl.constexpr)
         r = first + tl.arange(0, RB)
         layer0 = layers(parameters, m, r, c, inside, C, K)
         layer1 = layer0
-        if K.MODALITIES == 2:  # read before the first gate's sums are waited for
+        if K.MODALITIES == 2:  # the reads start before the program waits for the first gate's sums
             layer1 = layers(parameters, other, r, c, inside, C, K)
         x0 = _add_layers(x0, layer0, z, row, m, 0, r, K)
         if K.BRANCHES == 2:
@@ -93,13 +93,13 @@ def whole_gates(z, extreme_z, row, parameters, m, c, inside, C, K: tl.constexpr)
 
 @triton.jit
 def convolve(planes, weight, g, m, c, C, K: tl.constexpr):
-    """Return what comes before ECA's sigmoid: a convolution over the channels' pooled residuals."""
+    """Return the sigmoid's argument of ECA, a convolution over the channels' pooled residuals."""
     x = tl.zeros(c.shape, K.A)
     for t in range(K.R):
         neighbour = c + t - K.R // 2
         inside = (neighbour >= 0) & (neighbour < C)
         mean, _, a, shift = plane(planes, m, neighbour, inside, C, K)
-        # The padding's zeros too: a weight that is not finite makes NaN of them.
+        # The zeros of the padding count too: a weight that is not finite makes them NaN.
         z = tl.where(inside, pooled_residual(mean, a, shift), 0.0)
         x += tl.load(weight + g * K.R + t).to(K.A) * z
     return x

@@ -26,7 +26,7 @@ FIRST_LONG = 2**31
 
 COMPILED_KERNEL = internals.compiled_kernel_type()
 
-NO_GROUPS: Mapping[str, tuple[Tensor, ...]] = {}
+NO_GROUPS: Mapping[str, tuple[Tensor | None, ...]] = {}
 
 
 def on_device(device: torch.device) -> contextlib.AbstractContextManager[Any]:
@@ -44,7 +44,7 @@ class Arguments:
         tensors: Tensors, or None for a parameter that this call does not use.
         integers: Integers, and tuples of them. Triton compiles a kernel for their values.
         numbers: Numbers that the kernels do not specialize on (`do_not_specialize`), except for their width.
-        groups: Parameters that take a tuple of tensors, all of one dtype.
+        groups: Parameters that take a tuple of such tensors.
 
     Attributes:
         addresses: All arguments, with an address in place of each tensor.
@@ -58,7 +58,7 @@ class Arguments:
         tensors: Mapping[str, Tensor | None],
         integers: Mapping[str, int | tuple[int, ...]],
         numbers: Mapping[str, float],
-        groups: Mapping[str, tuple[Tensor, ...]] = NO_GROUPS,
+        groups: Mapping[str, tuple[Tensor | None, ...]] = NO_GROUPS,
     ) -> None:
         self._named = tensors, integers, numbers, groups
         given = tensors.values()
@@ -66,8 +66,8 @@ class Arguments:
         self.key = (device.index, *integers.values(), *[None if t is None else t.dtype for t in given])
         self.addresses = (*pointers, *integers.values(), *numbers.values())
         for group in groups.values():
-            places = tuple([t.data_ptr() for t in group])
-            self.key += (group[0].dtype,)
+            places = tuple([0 if t is None else t.data_ptr() for t in group])
+            self.key += tuple([None if t is None else t.dtype for t in group])
             self.addresses += (places,)
             pointers += places
         self.plain = self._are_plain(pointers, max(numbers.values()))

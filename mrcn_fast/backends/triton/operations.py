@@ -23,7 +23,7 @@ the kernel asks for it (`fma`).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -86,28 +86,39 @@ def _plan_for(
     )
 
 
-def _in_layout(maps: Sequence[Tensor | None], pixels: bool) -> tuple[list[Tensor | None], list[int]]:
-    """Return the maps as the kernels read them, and two strides of each.
+class Maps(NamedTuple):
+    """Feature maps as the kernels read them; a map that a call does not have is None, with strides of 0."""
 
-    The strides go from sample to sample, and from plane to plane or with ``pixels`` from pixel to pixel.
-    """
+    tensors: tuple[Tensor | None, ...]
+    strides: tuple[int, ...]  # from sample to sample
+    pitches: tuple[
+        int, ...
+    ]  # from plane to plane, or from pixel to pixel where maps are read as channels_last
+
+
+def _in_layout(maps: Sequence[Tensor | None], pixels: bool) -> Maps:
+    """Return the maps as the kernels read them, with ``pixels`` as channels_last."""
     readable: list[Tensor | None] = []
     strides: list[int] = []
+    pitches: list[int] = []
     known, layout = None, None  # the last map's: most maps of a call have the same strides
     for x in maps:
         if x is None:
-            strides += 0, 0
+            strides.append(0)
+            pitches.append(0)
         else:
             given = x.stride()
             if layout is None or given != known:
                 known, layout = given, _layout(x.shape, given)
             if layout.readable[pixels]:
-                strides += given[0], layout.pitch[pixels]
+                strides.append(given[0])
+                pitches.append(layout.pitch[pixels])
             else:
                 x = shapes.in_layout(x, pixels)
-                strides += x.stride(0), _layout(x.shape, x.stride()).pitch[pixels]
+                strides.append(x.stride(0))
+                pitches.append(_layout(x.shape, x.stride()).pitch[pixels])
         readable.append(x)
-    return readable, strides
+    return Maps(tuple(readable), tuple(strides), tuple(pitches))
 
 
 def _empties_like(x: Tensor, layout: Layout, batch: int, number: int) -> list[Tensor]:
@@ -117,9 +128,54 @@ def _empties_like(x: Tensor, layout: Layout, batch: int, number: int) -> list[Te
     return shapes.empties_like(x, batch, number)
 
 
-def _padded(tensors: Sequence[Tensor], length: int) -> list[Tensor | None]:
+def _padded(tensors: Sequence[Tensor | None], length: int) -> tuple[Tensor | None, ...]:
     """Return the tensors, followed by None up to ``length``."""
-    return [*tensors, *[None] * (length - len(tensors))]
+    return (*tensors, *[None] * (length - len(tensors)))
+
+
+def _arguments(
+    first: Tensor,
+    maps: Maps,
+    parameters: Sequence[Tensor],
+    statistics: Tensor,
+    scratch: Tensor,
+    chunks: int,
+    results: Mapping[str, Tensor],
+    groups: Mapping[str, tuple[Tensor | None, ...]],
+) -> Arguments:
+    """Return the arguments of a direction's kernels.
+
+    Args:
+        first: The first input.
+        maps: The maps that the kernels read.
+        parameters: norm_weight, norm_bias and the gate's parameters.
+        statistics: The rows that the forward saves.
+        scratch: The rows that the launches leave to each other.
+        chunks: How many programs of the last kernel share the pixels of a plane.
+        results: The results that are a tensor each.
+        groups: The results that are tuples of tensors.
+    """
+    gamma, beta, *of_gate = [q.contiguous() for q in parameters]
+    samples, channels, height, width = first.shape
+    return Arguments(
+        first.device,
+        {"scratch": scratch, **results},
+        {
+            "strides": maps.strides,
+            "pitches": maps.pitches,
+            "C": channels,
+            "L": height * width,
+            "saved_row": statistics.shape[1],
+            "scratch_row": scratch.shape[1],
+        },
+        {"samples": samples, "chunks": chunks},
+        {
+            "maps": maps.tensors,
+            "planes": (statistics, gamma, beta),
+            "parameters": _padded(of_gate, MOST_PARAMETERS),
+            **groups,
+        },
+    )
 
 
 def forward(
@@ -136,30 +192,17 @@ def forward(
     first, operation = inputs[0], OPERATIONS[mode]
     layout = _layout(first.shape, first.stride())
     p = _plan_for(mode, first, layout, gate_parameters, gate, eps, to_input, operation.all_given())
-    samples, channels, height, width = first.shape
+    samples = first.shape[0]
     made = _empties_like(first, layout, operation.batches * samples, operation.results)
     precise = shapes.precise(first.dtype)
     statistics = first.new_empty((samples, p.saved_row), dtype=precise)
     if samples == 0:
         return (*made, statistics)
     scratch = first.new_empty((samples, p.forward_row), dtype=precise)
-    (x0, x1), strides = _in_layout(_padded(inputs, 2), layout.pixels)
-    x0_sample, x0_pitch, x1_sample, x1_pitch = strides
-    p0, p1, p2, p3 = _padded([q.contiguous() for q in gate_parameters], 4)
-    y0, y1, y2, y3 = _padded(made, 4)
-    gamma, beta = norm_weight.contiguous(), norm_bias.contiguous()
-    given = Arguments(
-        first.device,
-        {
-            "x0": x0, "x1": x1, "gamma": gamma, "beta": beta, "p0": p0, "p1": p1, "p2": p2, "p3": p3,
-            "statistics": statistics, "scratch": scratch, "y0": y0, "y1": y1, "y2": y2, "y3": y3,
-        },
-        {
-            "x0_sample": x0_sample, "x0_pitch": x0_pitch, "x1_sample": x1_sample, "x1_pitch": x1_pitch,
-            "C": channels, "L": height * width, "saved_row": p.saved_row, "scratch_row": p.forward_row,
-        },
-        {"samples": samples, "chunks": p.output_chunks},
-    )  # fmt: skip
+    maps = _in_layout(_padded(inputs, 2), layout.pixels)
+    parameters = norm_weight, norm_bias, *gate_parameters
+    groups = {"made": _padded(made, 4)}
+    given = _arguments(first, maps, parameters, statistics, scratch, p.output_chunks, {}, groups)
     with on_device(first.device):
         p.statistics(p.programs.statistics * samples, given)
         p.gates(p.programs.gates * samples, given)
@@ -183,37 +226,18 @@ def backward(
     layout = _layout(first.shape, first.stride())
     present = tuple(g is not None for g in gradients)
     p = _plan_for(mode, first, layout, gate_parameters, gate, 0.0, to_input, present)
-    samples, channels, height, width = first.shape
+    samples = first.shape[0]
     of_inputs = _empties_like(first, layout, samples, len(inputs))
     of_weight, of_bias = shapes.dense_like(norm_weight), shapes.dense_like(norm_bias)
     of_gate = [shapes.dense_like(q) for q in gate_parameters]
     scratch = first.new_empty((samples, p.backward_row), dtype=statistics.dtype)
     if mode == "concat":  # one tensor holds every set's gradient
         gradients = [*gradients] * 4
-    maps = [*_padded(inputs, 2), *gradients, *[None] * (4 - len(gradients))]
-    (x0, x1, g0, g1, g2, g3), strides = _in_layout(maps, layout.pixels)
-    x0_sample, x0_pitch, x1_sample, x1_pitch, g0_sample, g0_pitch, *strides = strides
-    g1_sample, g1_pitch, g2_sample, g2_pitch, g3_sample, g3_pitch = strides
-    p0, p1, p2, p3 = _padded([q.contiguous() for q in gate_parameters], 4)
-    dx0, dx1 = _padded(of_inputs, 2)
-    d0, d1, d2, d3 = _padded(of_gate, 4)
-    gamma, beta = norm_weight.contiguous(), norm_bias.contiguous()
-    given = Arguments(
-        first.device,
-        {
-            "x0": x0, "x1": x1, "g0": g0, "g1": g1, "g2": g2, "g3": g3, "gamma": gamma, "beta": beta,
-            "p0": p0, "p1": p1, "p2": p2, "p3": p3, "statistics": statistics, "scratch": scratch,
-            "dx0": dx0, "dx1": dx1, "dgamma": of_weight, "dbeta": of_bias,
-            "d0": d0, "d1": d1, "d2": d2, "d3": d3,
-        },
-        {
-            "x0_sample": x0_sample, "x0_pitch": x0_pitch, "x1_sample": x1_sample, "x1_pitch": x1_pitch,
-            "g0_sample": g0_sample, "g0_pitch": g0_pitch, "g1_sample": g1_sample, "g1_pitch": g1_pitch,
-            "g2_sample": g2_sample, "g2_pitch": g2_pitch, "g3_sample": g3_sample, "g3_pitch": g3_pitch,
-            "C": channels, "L": height * width, "saved_row": p.saved_row, "scratch_row": p.backward_row,
-        },
-        {"samples": samples, "chunks": p.gradient_chunks},
-    )  # fmt: skip
+    maps = _in_layout((*_padded(inputs, 2), *_padded(gradients, 4)), layout.pixels)
+    parameters = norm_weight, norm_bias, *gate_parameters
+    results = {"dgamma": of_weight, "dbeta": of_bias}
+    groups = {"of_inputs": _padded(of_inputs, 2), "of_gate": _padded(of_gate, MOST_PARAMETERS)}
+    given = _arguments(first, maps, parameters, statistics, scratch, p.gradient_chunks, results, groups)
     with on_device(first.device):
         if samples > 0:
             p.sums(p.programs.sums * samples, given)

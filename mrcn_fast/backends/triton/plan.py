@@ -10,11 +10,8 @@ import torch
 import triton.language as tl
 
 from mrcn_fast.backends import shapes
-from mrcn_fast.backends.triton.block_backward import (
-    coefficients_kernel,
-    gradient_kernel,
-    sums_kernel,
-)
+from mrcn_fast.backends.triton.block_backward import gradient_kernel, sums_kernel
+from mrcn_fast.backends.triton.block_backward_gates import coefficients_kernel
 from mrcn_fast.backends.triton.block_forward import gates_kernel, output_kernel, statistics_kernel
 from mrcn_fast.backends.triton.constants import Constants
 from mrcn_fast.backends.triton.launch import Launcher

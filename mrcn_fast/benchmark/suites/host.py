@@ -20,10 +20,10 @@ from torch import Tensor
 
 from mrcn_fast import CQCLoss, MRCNBlock, dispatch, mrcn_block
 from mrcn_fast.benchmark import results
+from mrcn_fast.benchmark.options import read_options
 from mrcn_fast.benchmark.timing import Calls, check_measurable, quantiles
 from mrcn_fast.flags import DEVICE, PATH, Flags, one_of
 from mrcn_fast.gates import FUSED
-from mrcn_fast.outputs import check_file
 
 # Of a map and of the loss's features: so small that a GPU finishes a call before the host has made the next
 # one.
@@ -159,9 +159,7 @@ def flags() -> Flags:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mrcn-fast bench host argv...`: measure, and print a line per call."""
-    options = Options(**flags().values(argv))
-    if options.out:
-        check_file(options.out, "the result")
+    options = read_options(Options, flags(), argv)
     check_measurable(options.device)
     found = measure_host(options.serving, options.device)
     print_times(found)

@@ -21,7 +21,7 @@ from typing import Final
 import torch
 
 from mrcn_fast.benchmark import results, workers
-from mrcn_fast.benchmark.options import add_case_flags, print_names
+from mrcn_fast.benchmark.options import add_case_flags, print_names, read_options
 from mrcn_fast.benchmark.suites import problems
 from mrcn_fast.benchmark.suites.problems import (
     DTYPES,
@@ -35,7 +35,6 @@ from mrcn_fast.benchmark.suites.problems import (
 )
 from mrcn_fast.benchmark.timing import Case, check_measurable
 from mrcn_fast.flags import DEVICE, Flags, number, one_of
-from mrcn_fast.outputs import check_file
 
 SUITES: Final = ("table", "stages", "sweep")
 
@@ -237,9 +236,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         0; 1 where a goal was missed or a case failed; 2 where nothing could be measured.
     """
     parser = flags()
-    options = Options(**parser.values(argv))
-    if options.out:
-        check_file(options.out, "the results")
+    options = read_options(Options, parser, argv)
     known = cases(options.suite, options.device, options.dtypes)
     chosen = [case for case in known if options.only in case.name]
     if options.list:

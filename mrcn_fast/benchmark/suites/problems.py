@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mrcn_fast import backends, reference
+from mrcn_fast import backends, operations, reference
 from mrcn_fast.backends import cuda
 from mrcn_fast.benchmark.suites.baselines import (
     collapsed_block,
@@ -46,24 +46,32 @@ WAYS: Final = ("forward", "backward", "forward+backward")
 LARGEST_WITH_BASELINES: Final = 80e6
 
 
-class Operation(NamedTuple):
-    """One of the library's operations.
+class Measured(NamedTuple):
+    """An operation of the library with the module that computes it, and the same in plain PyTorch.
 
     Attributes:
-        inputs: how many maps it reads
-        outputs: how many maps it makes
+        entry: its entry in the table of operations
         make: makes its module, from the number of channels
-        call: calls that module, as `call(module, *maps)`
+        call: computes its results with that module, as `call(module, *maps)`
         library: the same with PyTorch's own instance normalization
         collapsed: the same as one statistics pass and one elementwise pass
     """
 
-    inputs: int
-    outputs: int
+    entry: operations.Operation
     make: Callable[..., nn.Module]
     call: Callable[..., tuple[Tensor, ...]]
     library: Callable[..., tuple[Tensor, ...]]
     collapsed: Callable[..., tuple[Tensor, ...]]
+
+    @property
+    def inputs(self) -> int:
+        """How many maps it reads."""
+        return len(self.entry.inputs)
+
+    @property
+    def outputs(self) -> int:
+        """How many maps it makes."""
+        return self.entry.results * self.entry.batches
 
     def volumes(self, way: str) -> int:
         """Return how many volumes must be moved.
@@ -82,22 +90,25 @@ class Operation(NamedTuple):
         return sum(p.numel() for p in self.make(channels, device="meta").parameters())
 
 
+def _measured(
+    mode: str, make: type[nn.Module], run: Callable[..., Any], *others: Callable[..., Any]
+) -> Measured:
+    """Return an operation of the table, computed by `run(module, *maps)` and, in PyTorch, by the others."""
+    entry = operations.OPERATIONS[mode]
+
+    def call(module: nn.Module, *maps: Tensor) -> tuple[Tensor, ...]:
+        return entry.results_of(run(module, *maps))
+
+    return Measured(entry, make, call, *others)
+
+
+_concat = partial(MRCNBlock.__call__, concat=True)
+_restitute = partial(MRCNBlock.restitute, modality="visible")
 OPERATIONS: Final = {
-    "block": Operation(
-        2, 4, MRCNBlock, lambda block, *maps: tuple(block(*maps)[1:5]), library_block, collapsed_block
-    ),
-    "concat": Operation(
-        2, 6, MRCNBlock, lambda block, *maps: (block(*maps, concat=True),), library_concat, collapsed_concat
-    ),
-    "restitution": Operation(
-        1,
-        1,
-        MRCNBlock,
-        lambda block, x: (block.restitute(x, "visible"),),
-        library_restitution,
-        collapsed_restitution,
-    ),
-    "snr": Operation(1, 3, SNRBlock, lambda block, x: tuple(block(x)), library_snr, collapsed_snr),
+    "block": _measured("pair", MRCNBlock, MRCNBlock.__call__, library_block, collapsed_block),
+    "concat": _measured("concat", MRCNBlock, _concat, library_concat, collapsed_concat),
+    "restitution": _measured("restitute", MRCNBlock, _restitute, library_restitution, collapsed_restitution),
+    "snr": _measured("snr", SNRBlock, SNRBlock.__call__, library_snr, collapsed_snr),
 }
 
 
@@ -230,8 +241,8 @@ def _sets(problem: Problem) -> list[_Set]:
     operation, dtype = OPERATIONS[problem.operation], DTYPES[problem.dtype]
     backward = "backward" in problem.way
 
-    def tensor(count: int = 1) -> Tensor:
-        shape = (count * problem.shape[0], *problem.shape[1:])
+    def tensor(batches: int = 1) -> Tensor:
+        shape = (batches * problem.shape[0], *problem.shape[1:])
         made = torch.randn(shape, device=problem.device, dtype=dtype)
         made += torch.randn((*shape[:2], 1, 1), device=problem.device, dtype=dtype)  # planes have means
         return made.contiguous(memory_format=LAYOUTS[problem.layout])
@@ -240,9 +251,8 @@ def _sets(problem: Problem) -> list[_Set]:
         maps = tuple(tensor().requires_grad_(backward) for _ in range(operation.inputs))
         if not backward:
             return _Set(maps, ())
-        if problem.operation == "concat":
-            return _Set(maps, (tensor(operation.outputs),))
-        return _Set(maps, tuple(tensor() for _ in range(operation.outputs)))
+        results, batches = operation.entry.results, operation.entry.batches
+        return _Set(maps, tuple(tensor(batches) for _ in range(results)))
 
     moved = operation.volumes(problem.way) * problem.volume_bytes
     number = 1 if problem.hot else rotation(problem.device, moved)
@@ -290,7 +300,7 @@ def _exact(problem: Problem, plain: nn.Module, given: _Set) -> tuple[Tensor, ...
     at_once = max(1, int(samples * LARGEST_WITH_BASELINES / problem.volume_bytes))
     if at_once >= samples:
         return _exact_part(problem, wide, given)
-    if problem.operation == "concat":
+    if operation.entry.stacked:
         raise ValueError(
             "the sets of concat stand one after the other in its batch: no part of it is a slice"
         )

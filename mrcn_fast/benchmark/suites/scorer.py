@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.options import add_case_flags, print_names
+from mrcn_fast.benchmark.options import add_case_flags, print_names, read_options
 from mrcn_fast.flags import Flags
-from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.evaluation.scores import score
 
 GOALS = {"loop": 20.0}
@@ -189,9 +188,7 @@ def flags() -> Flags:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mrcn-fast bench scorer argv...`; the status is 1 where a goal was missed."""
     parser = flags()
-    options = Options(**parser.values(argv))
-    if options.out:
-        check_file(options.out, "the results")
+    options = read_options(Options, parser, argv)
     chosen = [case for case in cases() if options.only in case.name]
     if options.list:
         print_names(chosen)

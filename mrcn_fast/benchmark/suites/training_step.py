@@ -24,13 +24,12 @@ from torch import Tensor, nn
 from typing_extensions import TypedDict
 
 from mrcn_fast import benchmark
-from mrcn_fast.benchmark.options import SECONDS
+from mrcn_fast.benchmark.options import SECONDS, read_options
 from mrcn_fast.benchmark.results import AS_PUBLISHED
 from mrcn_fast.benchmark.suites.baselines import LoopedCQC
 from mrcn_fast.benchmark.timing import check_measurable
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.flags import DEVICE, PATH, Flags, one_of
-from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.devices import check_alone
 from mrcn_fast.reid.models.blocks import BlockOutput, RestitutionCompensation
 from mrcn_fast.reid.models.network import ModelName, ReIDModel, use_layout
@@ -38,6 +37,7 @@ from mrcn_fast.reid.settings import checked, kinds_of, with_more
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.streams import announced
 
 # What is added to the published step, in this order. Each step keeps all additions before its own.
 ADDITIONS: Final = {
@@ -260,8 +260,10 @@ def _first_losses(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, s
     losses: dict[str, float] = {}
     failed: dict[str, str] = {}
     for name, step in steps.items():
+        compiles = "compiled trunk" in step.plan.added
         try:
-            losses[name] = float(step())
+            with announced(f"{name}: first step{', which compiles the trunk' * compiles}"):
+                losses[name] = float(step())
         except Exception as error:
             if name == AS_PUBLISHED:
                 raise
@@ -420,7 +422,10 @@ class Options:
     def configs(self) -> list[TrainConfig]:
         """Return the configuration of each model that is measured."""
         size = {name: getattr(self, name) for name in _SIZE}
-        return [TrainConfig(data="", model=model, **size) for model in self.model or ("baseline", "mrcn")]
+        # The loss as printed, which is what the loop in plain PyTorch computes.
+        as_printed: dict[str, Any] = {"cqc_features": "pooled", "cqc_reduction": "sum"}
+        models = self.model or ("baseline", "mrcn")
+        return [TrainConfig(data="", model=model, **as_printed, **size) for model in models]
 
 
 def flags() -> Flags:
@@ -437,9 +442,7 @@ def flags() -> Flags:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `mrcn-fast bench step argv...`: measure, and print a table per model."""
-    options = Options(**flags().values(argv))
-    if options.out:
-        check_file(options.out, "the results")
+    options = read_options(Options, flags(), argv)
     check_alone()
     check_measurable(options.device)
     for config in options.configs():

@@ -25,6 +25,7 @@ from filelock import FileLock, Timeout
 from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
+from mrcn_fast.files import sync_folder
 from mrcn_fast.reid.data.images import PersonImages
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.data.types import DatasetError, Sample
@@ -226,7 +227,7 @@ def _build(path: Path, images: PersonImages, name: str, workers: int) -> None:
         raise OSError(error.errno, _cant_write(error.strerror, needed, free), str(path)) from error
     finally:
         part.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
     _log.info("Cache of %s: done in %.1f s", name, time.monotonic() - start)
 
 
@@ -248,16 +249,6 @@ def _write(file: BinaryIO, batches: Iterable[Tensor], shape: tuple[int, ...]) ->
     file.write(_checksum(value))
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the new name survive a power cut, on systems that can sync folders."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def _logged(batches: Iterable[Tensor], count: int, name: str) -> Iterator[Tensor]:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from mrcn_fast.reid.data.formats import FORMATS
 from mrcn_fast.reid.data.loading import Batches
-from mrcn_fast.reid.data.types import DatasetError, Sample, identities_by_modality
+from mrcn_fast.reid.data.types import UNKNOWN, DatasetError, Sample, identities_by_modality
 
 # Pillow's filters by name. The field's preprocessing uses ANTIALIAS, the earlier name of lanczos.
 FILTERS: Final = ("bilinear", "bicubic", "lanczos")
@@ -56,11 +56,12 @@ class PersonImages(Dataset[torch.Tensor]):
         samples: the images' files
         image_size: (height, width)
         filter: one of FILTERS
+        formats: the formats that an image may have, by Pillow's names
 
     Raises:
         ValueError: for an unknown filter or a size below 1
-        DatasetError: with the file, for an image that can't be read, has another format than
-            `formats.FORMATS`, more than 8 bits per channel, several pictures, or transparent pixels
+        DatasetError: with the file, for an image that can't be read, has none of the `formats`,
+            more than 8 bits per channel, several pictures, or transparent pixels
 
     Example:
         >>> samples = open_dataset("regdb", "data/regdb").training().infrared
@@ -70,7 +71,12 @@ class PersonImages(Dataset[torch.Tensor]):
     """
 
     def __init__(
-        self, samples: Sequence[Sample], image_size: tuple[int, int], *, filter: str = "lanczos"
+        self,
+        samples: Sequence[Sample],
+        image_size: tuple[int, int],
+        *,
+        filter: str = "lanczos",
+        formats: Sequence[str] = FORMATS,
     ) -> None:
         try:
             height, width = map(operator.index, image_size)
@@ -83,12 +89,13 @@ class PersonImages(Dataset[torch.Tensor]):
         self.samples = tuple(samples)
         self.image_size = (height, width)
         self.filter = filter
+        self.formats = tuple(formats)
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        image = _decoded(self.samples[index])
+        image = decoded(self.samples[index], self.formats)
         height, width = self.image_size
         # A grey image is resized as one channel, because resizing keeps equal channels equal.
         if image.size != (width, height):
@@ -99,7 +106,9 @@ class PersonImages(Dataset[torch.Tensor]):
         return torch.frombuffer(content, dtype=torch.uint8).view(3, height, width)
 
 
-def readable(samples: Sequence[Sample], *, workers: int = 0) -> tuple[list[Sample], list[Sample]]:
+def readable(
+    samples: Sequence[Sample], *, workers: int = 0, formats: Sequence[str] = FORMATS
+) -> tuple[list[Sample], list[Sample]]:
     """Split samples into (kept, unreadable), both in order, by whether their images can be read.
 
     Every image is decoded completely, by `workers` processes or by this one. The first unreadable files are
@@ -108,7 +117,7 @@ def readable(samples: Sequence[Sample], *, workers: int = 0) -> tuple[list[Sampl
     samples = tuple(samples)
     if samples:
         _log.info("Checking that %d images can be read", len(samples))
-    checked = Batches(_Reasons(samples), list, batch_size=_CHECKED, workers=workers)
+    checked = Batches(_Reasons(samples, tuple(formats)), list, batch_size=_CHECKED, workers=workers)
     reasons = [reason for batch in checked for reason in batch]
     kept: list[Sample] = []
     unreadable: list[Sample] = []
@@ -141,7 +150,7 @@ def check_left(
         return
     lost, still = (Counter(sample.modality for sample in samples) for samples in (unreadable, kept))
     counts = ", ".join(f"{lost[m]} of {lost[m] + still[m]} {m} images" for m in left if lost[m])
-    lacking = f"a batch needs {identities} distinct identities; got {len(paired)}"
+    lacking = f"a batch needs {identities} different identities; got {len(paired)}"
     if not paired:
         gone = [f"no {modality} image is left" for modality, found in left.items() if not found]
         lacking = "; ".join([f"no {part} identity has images of both modalities", *gone])
@@ -154,24 +163,25 @@ def check_left(
 class _Reasons(Dataset[str | None]):
     """The reason why the image of each sample can't be read; None where it can."""
 
-    def __init__(self, samples: tuple[Sample, ...]) -> None:
+    def __init__(self, samples: tuple[Sample, ...], formats: tuple[str, ...]) -> None:
         self.samples = samples
+        self.formats = formats
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def __getitem__(self, index: int) -> str | None:
         try:
-            _decoded(self.samples[index])
+            decoded(self.samples[index], self.formats)
         except DatasetError as error:
             return str(error)
         return None
 
 
-def _decoded(sample: Sample) -> Image.Image:
+def decoded(sample: Sample, formats: tuple[str, ...] = FORMATS) -> Image.Image:
     """Decode an image, upright, in Pillow's mode L or RGB. Raises DatasetError where that fails."""
     try:
-        with Image.open(sample.path, formats=FORMATS) as image:
+        with Image.open(sample.path, formats=formats) as image:
             refusal = _refusal(image)
             if refusal is None:
                 image.load()
@@ -180,10 +190,7 @@ def _decoded(sample: Sample) -> Image.Image:
             if refusal is None:
                 return upright if upright.mode in ("L", "RGB") else upright.convert("RGB")
     except _DAMAGED as error:
-        raise DatasetError(
-            f"{sample.path}: expected a readable image of identity {sample.identity}, camera "
-            f"{sample.camera}; found: {_reason(sample, error)}. Copy the file from the data set again"
-        ) from error
+        raise DatasetError(_damaged(sample, _reason(sample, error, formats))) from error
     raise DatasetError(f"{sample.path}: {refusal}")
 
 
@@ -225,11 +232,20 @@ def _transparency(image: Image.Image) -> str | None:
     )
 
 
-def _reason(sample: Sample, error: BaseException) -> str:
+def _damaged(sample: Sample, reason: str) -> str:
+    if sample.identity == UNKNOWN:
+        return f"{sample.path}: expected a readable image; found: {reason}. Copy the file again"
+    return (
+        f"{sample.path}: expected a readable image of identity {sample.identity}, camera {sample.camera}; "
+        f"found: {reason}. Copy the file from the data set again"
+    )
+
+
+def _reason(sample: Sample, error: BaseException, formats: tuple[str, ...]) -> str:
     """Say what is wrong with a file that can't be decoded."""
     if isinstance(error, UnidentifiedImageError):
         empty = os.path.getsize(sample.path) == 0
-        return "an empty file" if empty else f"content of none of the formats {', '.join(FORMATS)}"
+        return "an empty file" if empty else f"content of none of the formats {', '.join(formats)}"
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         return f"more pixels than a person's picture can have: {error}"
     if isinstance(error, OSError) and error.strerror:

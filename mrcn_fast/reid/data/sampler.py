@@ -100,6 +100,6 @@ def _check_identities(visible: dict[int, np.ndarray], infrared: dict[int, np.nda
         )
     if len(visible) < needed:
         raise ValueError(
-            f"a batch needs {needed} distinct identities; got {len(visible)}. Train on more people, or take "
+            f"a batch needs {needed} different identities; got {len(visible)}. Train on more people, or take "
             "fewer for a batch (`identities` of the training configuration)"
         )

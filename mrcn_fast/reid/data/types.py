@@ -6,9 +6,12 @@ import logging
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple, Protocol
+from typing import ClassVar, Final, Literal, NamedTuple, Protocol
 
 Modality = Literal["visible", "infrared"]
+
+UNKNOWN: Final = -1
+"""Identity and camera of an image that belongs to no data set."""
 
 _log = logging.getLogger(__name__)
 

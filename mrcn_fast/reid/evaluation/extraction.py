@@ -106,7 +106,7 @@ def extract(
 
 @contextmanager
 def _evaluating(model: ReIDNetwork) -> Iterator[None]:
-    """Keep the network in eval mode, and put it back into its mode of before."""
+    """Keep the network in eval mode, and restore its former mode."""
     training = model.training
     model.eval()
     try:

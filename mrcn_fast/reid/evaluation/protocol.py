@@ -20,7 +20,7 @@ def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
             f"{dataset.name}'s protocol has no {', '.join(unknown)}; "
-            + (f"it has {', '.join(known)}" if known else "nothing in it is to be chosen")
+            + (f"it has {', '.join(known)}" if known else "it has no options")
         )
     return dataset.searches(**options)
 

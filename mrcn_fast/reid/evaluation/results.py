@@ -121,7 +121,7 @@ def check_free(record: Path, others: Iterable[Path], made_of: Mapping[str, Any])
     try:
         found = checked(_MADE, read_json(record, "what was made"), "")["made_of"]
     except (DocumentError, SettingError):
-        differing = "and nothing tells what it was made of"
+        differing = "and no record says what it was made of"
     else:
         asked = json.loads(json.dumps(made_of))
         names = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]

@@ -104,7 +104,7 @@ class ScoringOptions(EvaluationOptions):
         super().__post_init__()
         if not self.rerank and (self.k1, self.k2) != (None, None):
             raise ValueError(
-                f"got k1={self.k1}, k2={self.k2} without rerank, which alone reads them: ask for --rerank"
+                f"got k1={self.k1}, k2={self.k2} without rerank; only re-ranking reads them: give --rerank"
             )
 
     def of_protocol(self) -> dict[str, Any]:

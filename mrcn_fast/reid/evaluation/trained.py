@@ -1,4 +1,4 @@
-"""A trained network on a data set: a checkpoint is opened, and gives test features."""
+"""A trained network, alone or on a data set: a checkpoint is opened, and gives test features."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Final, cast
 
 from lightning_fabric import Fabric
 from rich.progress import Progress
@@ -20,7 +20,7 @@ from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.evaluation.extraction import extract
 from mrcn_fast.reid.kinds import AnyPath, BackendName, Count, PathText, Precision, Split, Workers
 from mrcn_fast.reid.models.interface import ReIDNetwork
-from mrcn_fast.reid.models.network import use_layout
+from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
@@ -36,17 +36,24 @@ from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.parts import check_model
 
 
-class Trained(NamedTuple):
-    """A checkpoint's network, ready to give features, and the data set that it is evaluated on."""
+@dataclass(frozen=True)
+class Network:
+    """A checkpoint's network, ready to give features."""
 
     path: Path
     state: Checkpoint
     config: TrainConfig
-    dataset: PersonDataset
     model: nn.Module
     fabric: Fabric
     precision: Precision  # of the network here; `config` has the training's
     backend: str  # that serves the network's blocks here; "" for a network without blocks
+
+    @property
+    def reid_model(self) -> ReIDModel:
+        """The network as one of the library's. Raises TypeError for a network of the caller's."""
+        if not isinstance(self.model, ReIDModel):
+            raise TypeError(f"{self.path}: got {type(self.model).__name__}, expected a ReIDModel")
+        return self.model
 
     def features(
         self,
@@ -73,9 +80,11 @@ class Trained(NamedTuple):
         """
         advance = None
         if progress is not None:
-            task = progress.add_task(f"{modality} features", total=len(samples), status="")
+            task = progress.add_task(
+                f"{modality} features of {self.path.parent.name}", total=len(samples), status=""
+            )
             advance = partial(progress.advance, task)
-        less = "Less is needed for a smaller --batch_size and for fewer --workers"
+        less = "Less is needed for a smaller --batch-size and for fewer --workers"
         with enough_memory(f"{modality} features in batches of {batch_size}", less):
             return extract(
                 cast(ReIDNetwork, self.model),
@@ -88,6 +97,45 @@ class Trained(NamedTuple):
                 images=images,
                 advance=advance,
             )
+
+
+@dataclass(frozen=True)
+class Trained(Network):
+    """A checkpoint's network, ready to give features, and the data set that it is evaluated on."""
+
+    dataset: PersonDataset
+
+
+@check_arguments
+def open_network(
+    checkpoint: AnyPath,
+    *,
+    backend: BackendName | None = None,
+    accelerator: str = "auto",
+    precision: Precision | None = None,
+    model: nn.Module | None = None,
+) -> Network:
+    """Open a checkpoint (the file or its folder) for images of any origin.
+
+    The network computes in `precision`, by default the training's. A run with a network of your own needs the
+    same network as `model`, which then has the checkpoint's weights.
+
+    Raises:
+        CheckpointError: where the checkpoint can't be used; and for a `model` that it isn't of, or none where
+            it needs one
+        ConfigError, BackendError: for an accelerator, a precision or a backend that this machine doesn't have
+    """
+    path = Path(checkpoint)
+    path = path / CHECKPOINT_NAME if path.is_dir() else path
+    state = load_checkpoint(path)
+    config = state.config
+    precision = precision or config.precision
+    fabric = open_fabric(accelerator, precision)
+    serving = "" if model else serving_backend(config, backend, fabric, precision)
+    model = build_model(path, state, backend) if model is None else _filled(path, state, model, backend)
+    use_layout(model, config.channels_last)
+    fabric.to_device(model)
+    return Network(path, state, config, model, fabric, precision, serving)
 
 
 @check_arguments
@@ -121,13 +169,10 @@ def open_trained(
         >>> trained.features(trained.dataset.searches()[0].query, "visible").shape[1]
         1024
     """
-    path = Path(checkpoint)
-    path = path / CHECKPOINT_NAME if path.is_dir() else path
-    state = load_checkpoint(path)
-    config = state.config
-    precision = precision or config.precision
-    fabric = open_fabric(accelerator, precision)
-    serving = "" if model else serving_backend(config, backend, fabric, precision)
+    network = open_network(
+        checkpoint, backend=backend, accelerator=accelerator, precision=precision, model=model
+    )
+    path, state, config = network.path, network.state, network.config
     if split is not None and split != state.data.split:
         raise CheckpointError(
             f"{path}: expected a checkpoint of split {split}, found one of split {state.data.split}: its "
@@ -137,17 +182,18 @@ def open_trained(
     if found != config.dataset and not other_data:
         raise CheckpointError(
             f"{path}: this checkpoint belongs to another data set: expected a tree of {config.dataset}, "
-            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other_data"
+            f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other-data"
         )
     dataset = open_dataset(
         found, data, split=state.data.split if found == "regdb" else 1, permutations=permutations
     )
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))
-    model = build_model(path, state, backend) if model is None else _filled(path, state, model, backend)
-    use_layout(model, config.channels_last)
-    fabric.to_device(model)
-    return Trained(path, state, config, dataset, model, fabric, precision, serving)
+    return Trained(**vars(network), dataset=dataset)
+
+
+# The options of `open_trained`; the others are those of `Trained.features`.
+_OPENING: Final = ("split", "other_data", "backend", "accelerator", "precision", "permutations")
 
 
 def _filled(path: Path, state: Checkpoint, model: nn.Module, backend: str | None) -> nn.Module:
@@ -162,18 +208,9 @@ def _filled(path: Path, state: Checkpoint, model: nn.Module, backend: str | None
 
 
 @dataclass(kw_only=True)
-class EvaluationOptions:
-    """How a trained network is opened and gives test features, for scoring and for figures alike.
+class NetworkOptions:
+    """How a trained network gives test features of images. Raises SettingError for a value that is unfit."""
 
-    Raises SettingError for a value that a field doesn't take.
-    """
-
-    permutations: PathText | None = None
-    """Path of SYSU-MM01's official gallery draw, rand_perm_cam.mat; none: it lies in the tree."""
-    split: Split | None = None
-    """Refuse a checkpoint of another split than this; none: any split."""
-    other_data: bool = False
-    """Take a tree other than the training data's, which is refused otherwise."""
     skip_unreadable: bool = False
     """Leave out images that can't be read, named and counted, instead of stopping at the first."""
     backend: BackendName | None = None
@@ -190,16 +227,21 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         check_fields(self, SettingError)
 
+
+@dataclass(kw_only=True)
+class EvaluationOptions(NetworkOptions):
+    """How a network is opened on a data set and gives test features, for scoring and for figures alike.
+
+    Raises SettingError for a value that a field doesn't take.
+    """
+
+    permutations: PathText | None = None
+    """Path of SYSU-MM01's official gallery draw, rand_perm_cam.mat; none: it lies in the tree."""
+    split: Split | None = None
+    """Refuse a checkpoint of another split than this; none: any split."""
+    other_data: bool = False
+    """Take a tree other than the training data's, which is refused otherwise."""
+
     def open(self, checkpoint: AnyPath, data: AnyPath, model: nn.Module | None = None) -> Trained:
         """`open_trained` with these options."""
-        return open_trained(
-            checkpoint,
-            data,
-            split=self.split,
-            other_data=self.other_data,
-            backend=self.backend,
-            accelerator=self.accelerator,
-            precision=self.precision,
-            permutations=self.permutations,
-            model=model,
-        )
+        return open_trained(checkpoint, data, model=model, **{name: getattr(self, name) for name in _OPENING})

@@ -29,7 +29,7 @@ def stripes(rows: int, parts: int) -> list[tuple[int, int]]:
         raise ValueError(f"got {parts} parts, expected at least 1")
     if parts > rows:
         raise ValueError(
-            f"got a last feature map of {rows} rows for {parts} parts, expected a row a part at least; "
+            f"got a last feature map of {rows} rows for {parts} parts, expected at least one row per part; "
             f"take higher images (a row is 16 pixels) or at most {rows} parts"
         )
     return [(i * rows // parts, -(-(i + 1) * rows // parts)) for i in range(parts)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, NamedTuple, cast, get_args
 
@@ -19,6 +19,7 @@ from mrcn_fast.reid.kinds import (
     Depth,
     GateName,
     RestituteTo,
+    Several,
     Stage,
 )
 from mrcn_fast.reid.models.blocks import BLOCKS, AnyBlock, SetName, make_block
@@ -50,31 +51,38 @@ class TrainingOutput(NamedTuple):
 
 @dataclass(kw_only=True)
 class ModelOptions:
-    """The architecture of a network. Raises SettingError (a ValueError) for a value that is unfit."""
+    """The architecture of a network. Raises SettingError (a ValueError) for a value that is unfit.
+
+    `TrainConfig` has the same fields, and its module says what "paper" and "field" mean.
+    """
 
     model: ModelName = "mrcn"
-    """baseline, without block; mrcn; mrm or mcm, its restitution or compensation alone; snr, SNR's block."""
+    """mrcn; mrm or mcm, half of it; snr; baseline, the plain two-stream network (paper, Tables 2 and 4)."""
     depth: Depth = 50
-    """Layers of the ResNet: 18 or 50."""
-    stages: Annotated[Sequence[Stage], INCREASING] = (0,)
-    """Insertion points of the blocks, ascending: 0 (after the stem's max-pool) to 4 (after layer4)."""
+    """Layers of the ResNet (paper: 50)."""
+    stages: Annotated[Several[Stage], INCREASING] = (0,)
+    """Stages with a block behind them, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
     gate: GateName = "se"
-    """Attention of the blocks, as `mrcn_fast.MRCNBlock` takes it."""
+    """Attention of restitution and compensation: se, eca, cbam or cbam-channel (paper: se)."""
     reduction: Count = 16
-    """Dimension reduction of the gate."""
+    """Dimension reduction of the gate (paper)."""
     restitute_to: RestituteTo = "normalized"
-    """What eq. 5 adds the restituted residual to; SNR's block ignores it."""
+    """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
     parts: Count = 1
-    """Stripes of the last feature map, each with a BNNeck and a classifier of its own (MRCN-P: 4)."""
+    """Horizontal stripes with a head each; above 1 this is MRCN-P (the authors' earlier code: 4)."""
     pool: PoolName = "average"
-    """Pooling of the last feature map, average or gem, see `heads.PartPool`."""
+    """Pooling of the last feature map (field: average)."""
     backend: BackendName | None = None
     """Backend of the blocks; none: the best that serves."""
 
     def __post_init__(self) -> None:
         check_fields(self, SettingError)
+        self.check_stages(SettingError)
+
+    def check_stages(self, error: type[ValueError]) -> None:
+        """Raise `error` where a network with blocks has no stage for them."""
         if not self.stages and self.model != "baseline":
-            raise ValueError(f"got stages=(), expected at least one for the blocks of {self.model}")
+            raise error(f"got stages=(), expected at least one stage for the blocks of {self.model}")
 
 
 class ReIDModel(nn.Module):
@@ -113,7 +121,7 @@ class ReIDModel(nn.Module):
         chosen = ModelOptions(**options)
         self.model = chosen.model
         # Without a block there is no stage to split at: both modalities are one batch from the stems on.
-        self.stages = () if chosen.model == "baseline" else tuple(chosen.stages)
+        self.stages = () if chosen.model == "baseline" else chosen.stages
         self.parts = chosen.parts
         # A trunk of the caller's has what is used of Trunk here: `channels`, `stem` and `layers`.
         self.trunk = Trunk(chosen.depth) if trunk is None else cast(Trunk, trunk)
@@ -167,8 +175,8 @@ class ReIDModel(nn.Module):
 
     def forward(self, visible: Tensor, infrared: Tensor) -> TrainingOutput:
         """Compute what the losses need of two paired batches, (B, 3, H, W) each."""
-        _check_images("visible", visible)
-        _check_images("infrared", infrared)
+        for name, images in (("visible", visible), ("infrared", infrared)):
+            _check_images(name, images)
         if visible.shape != infrared.shape:
             raise ValueError(
                 f"got visible {tuple(visible.shape)} and infrared {tuple(infrared.shape)}, expected equal "

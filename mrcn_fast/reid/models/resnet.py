@@ -21,6 +21,8 @@ from mrcn_fast.reid.stored import StoredError, read_safetensors, read_torch
 # The end of the names of BatchNorm's integer counts of batches.
 _COUNTER = "num_batches_tracked"
 _WANTED = "ImageNet weights in torchvision's format (.pth, .safetensors)"
+# The files of torchvision's weights IMAGENET1K_V1, by the depth of the ResNet.
+_IMAGENET_FILES = {18: "resnet18-f37072fd.pth", 50: "resnet50-0676ba61.pth"}
 
 
 class WeightsError(ValueError):
@@ -191,12 +193,23 @@ class Trunk(nn.Module):
         return keys
 
 
+def imagenet_file(depth: int) -> str:
+    """Say which file has the ImageNet weights of a ResNet of this depth, and how to get it."""
+    name = _IMAGENET_FILES[depth]
+    return (
+        f"{name}, torchvision's ResNet-{depth} with the weights IMAGENET1K_V1: "
+        f"curl -O https://download.pytorch.org/models/{name}"
+    )
+
+
 def check_weights_file(path: str | Path) -> None:
     """Raise WeightsError for a path without a file; the file is not read."""
     path = Path(path)
     if not path.is_file():
         found = "a folder" if path.is_dir() else "no such file"
-        raise WeightsError(f"{path}: expected {_WANTED}; found {found}")
+        raise WeightsError(
+            f"{path}: expected {_WANTED}; found {found}. The paper's are in {imagenet_file(50)}"
+        )
 
 
 def read_weights(path: Path) -> Mapping[str, Tensor]:

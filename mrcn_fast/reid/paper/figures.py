@@ -43,7 +43,7 @@ INITIAL = "initial"
 
 PICTURES = ("distances.png", "tsne.png", "ranking.png")
 
-_LISTED = 10  # number of images in a ranking list
+LISTED = 10  # number of images in a ranking list
 _THUMBNAIL = 192  # height of its images in pixels
 
 _log = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def _open_networks(checkpoints: Sequence[str], data: str, options: FigureOptions
     opened = [options.open(path, data) for path in paths]
     if options.initial:
         _forget_training(opened[0])
-    return dict(zip(_titles(opened, options.initial), opened, strict=True))
+    return dict(zip(titles_of(opened, options.initial), opened, strict=True))
 
 
 def _choose_subject(dataset: PersonDataset, options: FigureOptions) -> _Subject:
@@ -212,21 +212,45 @@ class _Column(NamedTuple):
 
 
 def _column(subject: _Subject, features: Mapping[Modality, Tensor], seed: int) -> _Column:
-    images, gallery = subject.images, subject.search.galleries[0]
-    apart = plots.distances(
+    points = plots.tsne_map(torch.stack([features[m][row] for m, row in subject.mapped()]), seed=seed)
+    return _Column(
+        distances_of(subject.images, features),
+        points,
+        ranking_of(subject.images, features, subject.search, subject.query()),
+    )
+
+
+def distances_of(
+    images: Mapping[Modality, Sequence[Sample]], features: Mapping[Modality, Tensor]
+) -> plots.Distances:
+    """Count the distances of all visible-infrared pairs of images, whose features are in their order."""
+    return plots.distances(
         features["visible"],
         _identities(images["visible"]),
         features["infrared"],
         _identities(images["infrared"]),
     )
-    points = plots.tsne_map(torch.stack([features[m][row] for m, row in subject.mapped()]), seed=seed)
-    places = {s.path: (m, row) for m, samples in images.items() for row, s in enumerate(samples)}
-    query, found = (
-        torch.stack([features[m][row] for m, row in (places[sample.path] for sample in side)])
-        for side in (subject.query(), gallery)
-    )
-    lists = plots.ranking(-(query @ found.T), **_labels(subject.search, subject.query()), count=_LISTED)
-    return _Column(apart, points, lists)
+
+
+def features_of(
+    samples: Sequence[Sample],
+    images: Mapping[Modality, Sequence[Sample]],
+    features: Mapping[Modality, Tensor],
+) -> Tensor:
+    """Select the features of some of the images, (len(samples), D)."""
+    rows = {sample.path: row for side in images.values() for row, sample in enumerate(side)}
+    return torch.stack([features[sample.modality][rows[sample.path]] for sample in samples])
+
+
+def ranking_of(
+    images: Mapping[Modality, Sequence[Sample]],
+    features: Mapping[Modality, Tensor],
+    search: Search,
+    query: Sequence[Sample],
+) -> plots.Ranking:
+    """Rank the images of a search's first gallery for some of its queries, by features of `images`."""
+    wanted, found = (features_of(side, images, features) for side in (query, search.galleries[0]))
+    return plots.ranking(-(wanted @ found.T), **labels_of(search, query, search.galleries[0]), count=LISTED)
 
 
 def _drawn(subject: _Subject, columns: Mapping[str, _Column], config: TrainConfig) -> tuple[Figure, ...]:
@@ -241,7 +265,7 @@ def _drawn(subject: _Subject, columns: Mapping[str, _Column], config: TrainConfi
             [sample.modality == "infrared" for sample in mapped],
         ),
         plots.draw_rankings(
-            {title: _rows(subject, c.ranking, size) for title, c in columns.items()}, count=_LISTED
+            {title: _rows(subject, c.ranking, size) for title, c in columns.items()}, count=LISTED
         ),
     )
 
@@ -290,7 +314,7 @@ def choose_queries(search: Search, queries: int, paths: Sequence[str] | None, se
     """
     if paths is not None:
         return [_query_named(search, path) for path in paths]
-    labels = _labels(search, search.query)
+    labels = labels_of(search, search.query, search.galleries[0])
     own = labels["query_ids"][:, None] == labels["gallery_ids"]
     matched = (own & ~skipped_images(**labels)).any(dim=1)
     rows = torch.nonzero(matched).flatten().tolist()
@@ -334,7 +358,7 @@ def _forget_training(trained: Trained) -> None:
     trained.model.load_state_dict(model.state_dict())
 
 
-def _titles(opened: Sequence[Trained], initial: bool) -> list[str]:
+def titles_of(opened: Sequence[Trained], initial: bool = False) -> list[str]:
     """Title each column by its model, and by the folder of its run where columns have the same model."""
     titles = [_title(trained.config) for trained in opened]
     if initial:
@@ -359,9 +383,8 @@ def _identities(samples: Sequence[Sample]) -> Tensor:
     return torch.tensor([sample.identity for sample in samples])
 
 
-def _labels(search: Search, query: Sequence[Sample]) -> dict[str, Any]:
-    """The arguments of `skipped_images` for these queries and the first gallery."""
-    gallery = search.galleries[0]
+def labels_of(search: Search, query: Sequence[Sample], gallery: Sequence[Sample]) -> dict[str, Any]:
+    """The arguments of `score` and `skipped_images` for these images of a search."""
     return {
         "query_ids": _identities(query),
         "gallery_ids": _identities(gallery),
@@ -371,16 +394,18 @@ def _labels(search: Search, query: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-def _rows(subject: _Subject, lists: plots.Ranking, size: tuple[int, int]) -> list[plots.Row]:
-    def pictures(samples: Sequence[Sample]) -> list[NDArray[np.uint8]]:
-        images = PersonImages(samples, size)
-        return [images[place].permute(1, 2, 0).numpy() for place in range(len(samples))]
+def pictures(samples: Sequence[Sample], size: tuple[int, int]) -> list[NDArray[np.uint8]]:
+    """Read images and resize them to `size`, (height, width): uint8 (height, width, 3) each."""
+    images = PersonImages(samples, size)
+    return [images[place].permute(1, 2, 0).numpy() for place in range(len(samples))]
 
+
+def _rows(subject: _Subject, lists: plots.Ranking, size: tuple[int, int]) -> list[plots.Row]:
     rows = []
     for query, order, correct in zip(subject.query(), lists.order, lists.correct, strict=True):
         found = [subject.search.galleries[0][place] for place in order if place >= 0]
         name = f"person {query.identity}\ncamera {query.camera}"
-        rows.append(plots.Row(name, pictures([query])[0], pictures(found), correct.tolist()))
+        rows.append(plots.Row(name, pictures([query], size)[0], pictures(found, size), correct.tolist()))
     return rows
 
 

@@ -12,15 +12,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.typing import LineStyleType
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from mrcn_fast.reid.evaluation.scores import skipped_images
 
-# The colours of distances in Figure 5, of frames in Figure 6, and of up to 20 people.
-INTRA, INTER = "tab:blue", "tab:green"
-CORRECT, WRONG, QUERY = "#2ca02c", "#d62728", "0.3"
+# The colours of distances in Figure 5, of frames in Figure 6, and of up to 20 people. Colour-blind readers
+# can tell blue from orange, and this green from this red; frames of wrong images are dashed too.
+INTRA, INTER = "#0072b2", "#e69f00"
+CORRECT, WRONG, QUERY = "#009e73", "#cc3311", "#4d4d4d"
 PEOPLE = "tab20"
 
 # Vectors of length 1 are at most 2 apart. Distances are counted in _BINS bins, and drawn in at most _BARS
@@ -67,14 +69,17 @@ def distances(visible: Tensor, visible_ids: Tensor, infrared: Tensor, infrared_i
     return Distances(counts[0].numpy(), counts[1].numpy(), *means)
 
 
-def draw_distances(columns: Mapping[str, Distances]) -> Figure:
-    """Draw Figure 5 (a-e): one panel per title, all on one scale, with dashed means and δ."""
-    figure, panels = _panels(len(columns), width=3.1, height=3.0)
+def draw_distances(columns: Mapping[str, Distances], *, stacked: bool = False) -> Figure:
+    """Draw Figure 5 (a-e): one panel per title, all on one scale, with dashed means and δ.
+
+    The panels stand side by side, as in the paper, or `stacked` one below the other.
+    """
+    figure, panels = _panels(len(columns), *((4.6, 2.0) if stacked else (3.1, 3.0)), stacked=stacked)
     used = np.flatnonzero(sum(d.intra + d.inter for d in columns.values()))
     first, last = (int(used[0]), int(used[-1])) if len(used) else (0, _BINS - 1)
     group = -(-(last + 1 - first) // _BARS)
     for panel, (title, found) in zip(panels, columns.items(), strict=True):
-        for counts, color, name in ((found.intra, INTRA, "intra-class"), (found.inter, INTER, "inter-class")):
+        for counts, color, name in ((found.intra, INTRA, "one person"), (found.inter, INTER, "two people")):
             starts = np.arange(first, last + 1, group)
             bars = np.add.reduceat(counts[: last + 1], starts)
             edges = np.append(starts, starts[-1] + group) * (_FARTHEST / _BINS)
@@ -83,18 +88,16 @@ def draw_distances(columns: Mapping[str, Distances]) -> Figure:
             )
         for mean, color in ((found.intra_mean, INTRA), (found.inter_mean, INTER)):
             panel.axvline(mean, ymax=0.87, color=color, linestyle="--", linewidth=1.3)
-        panel.set_title(_plain(title))
+        panel.set_title(plain_text(title))
         panel.text(0.03, 0.96, f"δ = {found.delta:.3f}", transform=panel.transAxes, va="top")
         panel.margins(x=0.02)
     # δ stands above the bars and the means.
     top = 1.2 * max(panel.get_ylim()[1] for panel in panels)
     for panel in panels:
         panel.set_ylim(0, top)
-    panels[0].set_ylabel("share of pairs (%)")
+    figure.supylabel("share of pairs (%)", fontsize=10)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
-    figure.supxlabel(
-        "Euclidean distance of visible and infrared test features of length 1 (dashed: means)", fontsize=10
-    )
+    figure.supxlabel("distance of visible and infrared features of length 1 (dashed: means)", fontsize=9)
     return figure
 
 
@@ -134,7 +137,7 @@ def draw_tsne(
     columns: Mapping[str, NDArray[np.float32]], ids: Sequence[int], infrared: Sequence[bool]
 ) -> Figure:
     """Draw Figure 5 (f-j): one (n, 2) map per title, one colour per person, crosses for infrared images."""
-    figure, panels = _panels(len(columns), width=3.1, height=3.3)
+    figure, panels = _panels(len(columns), 3.1, 3.3)
     people, owner = np.unique(np.asarray(ids), return_inverse=True)
     palette = matplotlib.colormaps[PEOPLE if len(people) <= 20 else "turbo"]
     shades = palette(np.arange(len(people)) if len(people) <= 20 else np.linspace(0, 1, len(people)))
@@ -144,7 +147,7 @@ def draw_tsne(
             width = 0 if marker == "o" else 1.0
             x, y = points[chosen].T
             panel.scatter(x, y, s=size, c=shades[owner[chosen]], marker=marker, linewidths=width)
-        panel.set_title(_plain(title))
+        panel.set_title(plain_text(title))
         panel.set(xticks=[], yticks=[])
         panel.margins(0.06)
     shapes = [
@@ -213,39 +216,40 @@ def draw_rankings(blocks: Mapping[str, Sequence[Row]], *, count: int = 10) -> Fi
         len(blocks), 1, squeeze=False, height_ratios=[len(block) for block in blocks.values()]
     )[:, 0]
     for part, (title, block) in zip(parts, blocks.items(), strict=True):
-        part.suptitle(_plain(title), fontsize=12, fontweight="bold")
+        part.suptitle(plain_text(title), fontsize=12, fontweight="bold")
         # A narrow empty column separates the query.
         ratios = [1, 0.15, *[1] * count]
         panels = part.subplots(len(block), count + 2, squeeze=False, width_ratios=ratios)
         for line, (axes, row) in enumerate(zip(panels, block, strict=True)):
             for panel in axes:
                 panel.axis("off")
-            _frame(axes[0], row.query, QUERY)
+            _frame(axes[0], row.query, QUERY, "-")
             axes[0].set_ylabel(row.name, fontsize=8)
             for panel, image, correct in zip(axes[2:], row.found, row.correct, strict=False):
-                _frame(panel, image, CORRECT if correct else WRONG)
+                _frame(panel, image, *((CORRECT, "-") if correct else (WRONG, (0, (2.5, 1.2)))))
             if line == 0:
                 for panel, name in zip((axes[0], *axes[2:]), ("query", *range(1, count + 1)), strict=True):
                     panel.set_title(str(name), fontsize=9)
     return figure
 
 
-def _plain(title: str) -> str:
+def plain_text(title: str) -> str:
     """Escape a title, which may contain the name of a folder, for matplotlib."""
     readable = title.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
     return readable.replace("$", r"\$")
 
 
-def _frame(panel: Axes, image: NDArray[np.uint8], color: str) -> None:
+def _frame(panel: Axes, image: NDArray[np.uint8], color: str, style: LineStyleType) -> None:
     panel.axis("on")
     panel.imshow(image, interpolation="bilinear")
     panel.set(xticks=[], yticks=[])
     for spine in panel.spines.values():
-        spine.set(color=color, linewidth=3)
+        spine.set(color=color, linewidth=3, linestyle=style)
 
 
-def _panels(columns: int, *, width: float, height: float) -> tuple[Figure, list[Axes]]:
-    if not columns:
+def _panels(count: int, width: float, height: float, *, stacked: bool = False) -> tuple[Figure, list[Axes]]:
+    if not count:
         raise ValueError("expected at least one column to draw; got none")
-    figure = Figure(figsize=(0.5 + width * columns, height + 0.4), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+    rows, columns = (count, 1) if stacked else (1, count)
+    figure = Figure(figsize=(0.5 + width * columns, height * rows + 0.4), layout="constrained")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)

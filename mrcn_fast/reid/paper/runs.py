@@ -100,6 +100,16 @@ def _check_own(config: TrainConfig, own: Mapping[str, Any]) -> None:
             )
 
 
+def seconds_of_training(config: TrainConfig) -> float:
+    """Estimate how long a training takes here, from its second step. Only the cache of images is written."""
+    trainer = Trainer(config)
+    batch = next(iter(trainer.batches.of(0)))
+    trainer.step(batch)
+    begun = time.perf_counter()
+    trainer.step(batch)
+    return trainer.total_steps * (time.perf_counter() - begun)
+
+
 def result_of(run: Run, options: dict[str, Any], progress: Progress | None) -> dict[str, Any]:
     """Train and score a run where that is missing; the result says under "trained" whether it was."""
     config = run.config

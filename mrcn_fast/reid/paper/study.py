@@ -15,9 +15,8 @@ import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
-from pydantic import Field
 from rich.progress import Progress
 
 from mrcn_fast.benchmark import machine
@@ -28,7 +27,7 @@ from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, PAIRINGS, TITLES
 from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
-from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Width
+from mrcn_fast.reid.kinds import Count, PathText
 from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
@@ -79,24 +78,12 @@ ROWS: Final = {
 }
 
 
-# A batch has four people, and half of the people of a tree are for the training.
-TrainedPeople = Annotated[int, Field(ge=8, le=9999), NUMPY]
-
-
 @dataclasses.dataclass(kw_only=True)
 class StudyConfig(SyntheticConfig):
     """The study's size. All rows get the same data, pretraining and number of steps."""
 
     out: PathText = "runs/study-cqc"
     """Folder for everything the study writes; processes that share it share the runs."""
-    identities: TrainedPeople = 412
-    """People in the synthetic data set: half of them for the training, half for the test (RegDB has 412)."""
-    images: Count = 10
-    """Images of a person in each modality (RegDB has 10)."""
-    height: Height = 64
-    width: Width = 32
-    pretraining_identities: TrainedPeople = 400
-    pretraining_steps: Count = 3000
     steps: Count = 2000
     """Training steps of each run; the paper's schedule of 80 epochs is scaled to them."""
 
@@ -144,21 +131,15 @@ def run_config(config: StudyConfig, name: str, seed: int, tree: Path, weights: P
 
 
 def _scaled(config: StudyConfig, tree: Path, out: Path, steps: int) -> TrainConfig:
-    return TrainConfig(
-        data=str(tree),
-        out=str(out),
-        dataset="regdb",
+    return config.training(
+        tree,
+        out,
+        steps,
         stages=(1,),
-        depth=18,
-        height=config.height,
-        width=config.width,
         padding=max(1, round(10 * config.height / 288)),
         epochs=_EPOCHS,
         # Rounded up, so that `steps` ends the run before the last epoch does.
         batches=-(-steps // _EPOCHS),
-        steps=steps,
-        accelerator=config.accelerator,
-        workers=0,
         log_every=max(1, steps // 80),
     )
 

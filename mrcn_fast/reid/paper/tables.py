@@ -14,6 +14,7 @@ from rich.progress import Progress
 from mrcn_fast.benchmark import machine
 from mrcn_fast.files import write_json
 from mrcn_fast.outputs import check_folder
+from mrcn_fast.reid.console import in_words
 from mrcn_fast.reid.data import SYSUMM01, WRITERS, RegDB, is_whole, open_dataset, recognize
 from mrcn_fast.reid.data.synthetic.writers import is_synthetic
 from mrcn_fast.reid.devices import check_device
@@ -22,9 +23,17 @@ from mrcn_fast.reid.evaluation.results import HEADLINE, check_free
 from mrcn_fast.reid.kinds import AnyPath
 from mrcn_fast.reid.paper.made_tables import draw_curves, load_made_table, markdown
 from mrcn_fast.reid.paper.recipes import TableSpec, load_table
-from mrcn_fast.reid.paper.runs import Run, TablePlan, options_of, repeated, result_of, runs_of
+from mrcn_fast.reid.paper.runs import (
+    Run,
+    TablePlan,
+    options_of,
+    repeated,
+    result_of,
+    runs_of,
+    seconds_of_training,
+)
 from mrcn_fast.reid.settings import check_arguments
-from mrcn_fast.reid.training.checkpoint import content_digest, data_identity
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, content_digest, data_identity
 from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError
 from mrcn_fast.reid.training.run_folder import held
 
@@ -88,6 +97,7 @@ def run_table(
     made_of = _made_of(runs_of_rows, dict(options or {}))
     if not overwrite:
         check_free(record, [chart] if spec.curve else [], made_of)
+    _announce(spec, trees, runs_of_rows)
     begun = time.perf_counter()
     rows, trained = _make_rows(spec, runs_of_rows, dict(options or {}), progress)
     table = {
@@ -134,6 +144,27 @@ def check_table(name: str, trees: Mapping[str, Path], **plan: Any) -> list[dict[
     return runs
 
 
+def _announce(
+    spec: TableSpec, trees: Mapping[str, Path], runs_of_rows: Sequence[Mapping[str, Sequence[Run]]]
+) -> None:
+    """Log which trainings the table needs, how many of them are there, and how long the others take."""
+    for dataset in sorted({column.dataset for column in spec.columns.values()} - trees.keys()):
+        log.warning("%s: the columns of %s stay empty: its tree is not given", spec.title, dataset)
+    for dataset, tree in trees.items():
+        runs = {run.config.out: run for row in runs_of_rows for run in row.get(dataset, ())}
+        missing = [run for out, run in runs.items() if not Path(out, CHECKPOINT_NAME).exists()]
+        log.info(
+            "%s: %d trainings on %s, of which %d are begun or done",
+            *(spec.title, len(runs), tree, len(runs) - len(missing)),
+        )
+        if missing:
+            seconds = seconds_of_training(missing[0].config)
+            log.info(
+                "One of the %d others takes about %s here, all together about %s, and scoring comes on top",
+                *(len(missing), in_words(seconds), in_words(len(missing) * seconds)),
+            )
+
+
 def _make_rows(
     spec: TableSpec,
     runs_of_rows: Sequence[Mapping[str, Sequence[Run]]],
@@ -162,7 +193,12 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
     Raises FolderInUseError where another process writes them.
     """
     # With a modality gap of 1, such short trainings learn little that holds in both modalities.
-    looks: dict[str, Any] = {"modality_gap": 0.6, "pose_spread": 0.4, "camera_style": 0.4}
+    looks: dict[str, Any] = {
+        "modality_gap": 0.6,
+        "infrared_colour": 0.4,
+        "pose_spread": 0.4,
+        "camera_style": 0.4,
+    }
     sizes = {
         "regdb": {"identities": 112, "images": 8, "splits": 1},
         "sysu": {"identities": 72, "test_identities": 16, "images_per_camera": 4},

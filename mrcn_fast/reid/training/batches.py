@@ -98,7 +98,7 @@ class TrainingBatches:
         # Checked before images are read, which takes minutes.
         if len(training.identities) < config.identities:
             raise ConfigError(
-                f"{name}: a batch needs {config.identities} distinct identities; got "
+                f"{name}: a batch needs {config.identities} different identities; got "
                 f"{len(training.identities)}. Train on more people, or take fewer for a batch (identities)"
             )
         used = training

@@ -7,6 +7,7 @@ paper is silent, and the code of other authors agrees), or "ours" (a choice of t
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Final, Literal
@@ -19,28 +20,28 @@ from mrcn_fast.reid.kinds import (
     BackendName,
     Count,
     CountOrZero,
-    Depth,
-    GateName,
     Height,
     PathOrEmpty,
     PathText,
     Precision,
-    RestituteTo,
     Seed,
     Several,
     Share,
     Split,
-    Stage,
     Weight,
     Width,
     Workers,
 )
-from mrcn_fast.reid.models.network import ModelName, ModelOptions
+from mrcn_fast.reid.models.network import ModelOptions
 from mrcn_fast.reid.settings import SettingError, check_fields, checked, kinds_of, record
 from mrcn_fast.reid.training.losses import LossOptions
 
 # The most bytes that the images of one modality may have in a batch; more must be a typing error.
 _LARGEST_BATCH: Final = 2**32
+
+# Four decode as fast as a GPU trains; more than there are cores only hinder each other.
+_CORES: Final = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+DEFAULT_WORKERS: Final = min(4, _CORES)
 
 
 class ConfigError(ValueError):
@@ -48,13 +49,8 @@ class ConfigError(ValueError):
 
 
 @dataclass
-class TrainConfig:
-    """The values of a training run. Raises ConfigError for values that are unfit or don't fit each other.
-
-    Example:
-        >>> TrainConfig(data="data/regdb", dataset="regdb", stages=(1,)).cqc_weight
-        1.2
-    """
+class DataOptions:
+    """The files of a run."""
 
     data: PathOrEmpty
     """Root of the data set's tree, as its owners ship it."""
@@ -70,25 +66,13 @@ class TrainConfig:
     """Folder for a memory-mapped cache of the resized images; none: images are decoded each time."""
     skip_unreadable: bool = False
     """Leave out images that can't be read, named and counted, instead of stopping at one."""
-
-    model: ModelName = "mrcn"
-    """mrcn; mrm or mcm, half of it; snr; baseline, the plain two-stream network (paper, Tables 2 and 4)."""
-    depth: Depth = 50
-    """Layers of the ResNet (paper: 50)."""
-    stages: Annotated[Several[Stage], INCREASING] = (0,)
-    """Stages with a block behind them, 0 (stem) to 4 (paper, Table 3: 0 on SYSU-MM01, 1 on RegDB)."""
-    gate: GateName = "se"
-    """Attention of restitution and compensation: se, eca, cbam or cbam-channel (paper: se)."""
-    reduction: Count = 16
-    """Dimension reduction of the gate (paper)."""
-    restitute_to: RestituteTo = "normalized"
-    """What eq. 5 adds the restituted residual to: normalized, as its sentence says, or input, as printed."""
-    parts: Count = 1
-    """Horizontal stripes with a head each; above 1 this is MRCN-P (the authors' earlier code: 4)."""
-    pool: Literal["average", "gem"] = "average"
-    """Pooling of the last feature map (field: average)."""
     weights: PathText | None = None
     """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
+
+
+@dataclass(kw_only=True)
+class BatchOptions:
+    """The images of a training batch and their augmentation."""
 
     height: Height = 288
     """Image height in pixels (paper)."""
@@ -109,26 +93,17 @@ class TrainConfig:
     channel_augmentation: Share = 0.0
     """Probability that a visible image becomes one of its channels or its grey (CAJ's; paper: none)."""
 
-    label_smoothing: Share = 0.1
-    """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
-    triplet_weight: Weight = 1.0
-    """lambda1 (paper)."""
-    triplet_margin: Weight = 0.3
-    """Margin of the batch-hard triplet loss (field; the paper is silent)."""
-    soft_margin: bool = False
-    """Soft margin in place of the triplet's hinge (ours, an option)."""
-    cqc_weight: Weight = 1.2
-    """lambda2 (paper, Figure 4)."""
-    cqc_margin: Weight = 0.2
-    """alpha, the margin of the CQC loss (paper)."""
-    cqc_features: Literal["pooled", "unit"] = "pooled"
-    """What the CQC loss compares: pooled features, or unit ones, divided by their length (paper: silent)."""
-    cqc_reduction: Literal["sum", "mean"] = "sum"
-    """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
-    detach_negative: bool = False
-    """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
-    causality_weight: Weight = 0.1
-    """Weight of SNR's dual causality loss at each block, for model snr (Jin et al. 2020, first stages)."""
+
+@dataclass(kw_only=True)
+class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
+    """The values of a training run: data, network, batches, loss, and here the schedule and the machine.
+
+    Raises ConfigError for values that are unfit or don't fit each other.
+
+    Example:
+        >>> TrainConfig(data="data/regdb", dataset="regdb", stages=(1,)).cqc_weight
+        1.2
+    """
 
     epochs: Count = 80
     """Epochs (paper)."""
@@ -156,15 +131,15 @@ class TrainConfig:
     seed: Seed = 0
     """Seed of the initial weights, the sampler and the augmentation."""
     backend: BackendName | None = None
-    """Backend of the block: reference, cpu, ...; none: the best that serves."""
+    """Backend of block and CQC loss: reference, cpu, ...; none: the best that serves."""
     accelerator: str = "auto"
     """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
     precision: Precision = "32-true"
     """Precision, as lightning-fabric names it."""
     channels_last: bool = False
     """Keep activations in the channels_last memory layout."""
-    workers: Workers = 4
-    """Processes that decode images; 0: the training process itself."""
+    workers: Workers = DEFAULT_WORKERS
+    """Processes that decode images, by default 4 or as many as there are cores; 0: the training's own."""
     log_every: Count = 50
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 500
@@ -176,8 +151,7 @@ class TrainConfig:
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
             )
-        if not self.stages and self.model != "baseline":
-            raise ConfigError(f"got stages=(), expected at least one stage for the blocks of {self.model}")
+        self.check_stages(ConfigError)
         side = max(self.height, self.width)
         if self.padding > side:
             raise ConfigError(f"got padding={self.padding}, expected at most {side}, an image's longer side")

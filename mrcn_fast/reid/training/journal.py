@@ -66,7 +66,7 @@ class CollapseWatch:
         log.warning(
             "step %d: the embeddings have collapsed: for %d steps their spread has been below %g of their "
             "length (now %.1e, triplet loss %.3f). Training seldom recovers from this: lower the learning "
-            "rate, or try --soft_margin true.",
+            "rate, or try --soft-margin.",
             *(step, self._steps, COLLAPSED_SPREAD, result.spread, result.triplet),
         )
         return True
@@ -153,8 +153,14 @@ class Journal:
         return (
             f"loss {last['loss']:.3f} (identity {last['identity']:.3f}, triplet {last['triplet']:.3f}, "
             f"cqc {last['cqc']:.3f}), accuracy {last['accuracy']:.2f}, spread {last['spread']:.3f}, "
-            f"{last['step_seconds'] * 1000:.0f} ms a step, lr {last['lr']:g}"
+            f"{last['step_seconds'] * 1000:.0f} ms per step, lr {last['lr']:g}"
         )
+
+
+def read_lines(path: Path) -> list[dict[str, float]]:
+    """Read the whole lines of a run's metrics.jsonl; where there is no such file, there are none."""
+    texts = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [line for line in map(_line, texts) if line is not None]
 
 
 def _line(text: bytes) -> dict[str, float] | None:

@@ -145,28 +145,31 @@ def _mean_where(wanted: Tensor, values: Tensor) -> Tensor:
 
 @dataclass(kw_only=True)
 class LossOptions:
-    """The values of the total loss. Raises SettingError (a ValueError) for a value that is unfit."""
+    """The values of the total loss. Raises SettingError (a ValueError) for a value that is unfit.
+
+    `TrainConfig` has the same fields, and its module says what "paper", "field" and "ours" mean.
+    """
 
     label_smoothing: Share = 0.1
-    """Epsilon of the label-smoothed cross entropy."""
+    """Epsilon of the label-smoothed cross entropy (paper: smoothed; .1 is its source's)."""
     triplet_weight: Weight = 1.0
-    """lambda1."""
+    """lambda1 (paper)."""
     triplet_margin: Weight = 0.3
-    """Margin of the batch-hard triplet loss."""
+    """Margin of the batch-hard triplet loss (field; the paper is silent)."""
     soft_margin: bool = False
-    """Use the soft margin in place of the triplet's hinge."""
+    """Soft margin in place of the triplet's hinge (ours, an option)."""
     cqc_weight: Weight = 1.2
-    """lambda2."""
+    """lambda2 (paper, Figure 4)."""
     cqc_margin: Weight = 0.2
-    """alpha, the margin of the CQC loss."""
-    cqc_features: Literal["pooled", "unit"] = "pooled"
-    """What the CQC loss compares: features as the network pools them, or divided by their length."""
-    cqc_reduction: Literal["sum", "mean"] = "sum"
-    """Whether the CQC loss is the sum or the mean over the identities of a batch."""
+    """alpha, the margin of the CQC loss (paper)."""
+    cqc_features: Literal["pooled", "unit"] = "unit"
+    """What the CQC loss compares: pooled features, or unit ones, divided by their length (paper: silent)."""
+    cqc_reduction: Literal["sum", "mean"] = "mean"
+    """CQC over the identities of a batch (paper: sum; the authors' later code: mean)."""
     detach_negative: bool = False
-    """Stop the gradient of the second distances of the CQC loss."""
+    """Stop the gradient of CQC's second distances (the authors' later code; paper: no)."""
     causality_weight: Weight = 0.1
-    """Weight of SNR's dual causality loss."""
+    """Weight of SNR's dual causality loss at each block, for model snr (Jin et al. 2020, first stages)."""
     backend: BackendName | None = None
     """Backend of the CQC loss, as `mrcn_fast.CQCLoss` takes it."""
 
@@ -229,8 +232,8 @@ class ReIDLoss(nn.Module):
         if sets not in (2, 4, 6) or sets * len(labels) != rows:
             of_both = rows in (len(labels), 3 * len(labels))
             raise ValueError(
-                f"got {rows} features a part for {len(labels)} labels, expected two sets, four (v, v+, n+, n "
-                "or v, v-, n-, n) or six (v, v+, v-, n-, n+, n) of one feature a label"
+                f"got {rows} features per part for {len(labels)} labels, expected two sets, four (v, v+, n+, "
+                "n or v, v-, n-, n) or six (v, v+, v-, n-, n+, n) of one feature per label"
                 + "; pass one modality's labels, not those of both"
                 * of_both
             )
@@ -276,7 +279,7 @@ def _check_rows(name: str, features: Tensor, labels: Tensor) -> None:
     if features.dim() != 2 or labels.dim() != 1 or len(features) != len(labels):
         raise ValueError(
             f"got {name} {tuple(features.shape)} and labels {tuple(labels.shape)}, expected (M, D) and (M,): "
-            "a label a row"
+            "one label per row"
         )
 
 

@@ -8,41 +8,52 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated, Any, Final
 
 import torch
+from pydantic import Field
 from rich.progress import Progress
 
 from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.data import write_regdb
-from mrcn_fast.reid.kinds import Count, Height, PathText, Strength, Width
+from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Share, Strength, Width
 from mrcn_fast.reid.settings import check_fields
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
 
-# With this gap, infrared cameras see what visible ones see, so that the pretraining meets no infrared image,
-# as on ImageNet. Because its pictures are of people, unlike ImageNet's, a short training is enough.
-MODALITY_GAP = 0.0
+# With these values, infrared cameras see what visible ones see, so that the pretraining meets no infrared
+# image, as on ImageNet. Because its pictures are of people, unlike ImageNet's, a short training is enough.
+VISIBLE_ALONE: Final = {"modality_gap": 0.0, "infrared_colour": 1.0}
+
+
+# A batch has four people, and half of the people of a tree are for the training.
+_TrainedPeople = Annotated[int, Field(ge=8, le=9999), NUMPY]
 
 
 @dataclasses.dataclass(kw_only=True)
 class SyntheticConfig:
-    """The size of trainings on synthetic people: the values that the demo and the study both have."""
+    """The size of trainings on synthetic people, which the demo and the study have.
+
+    By default there are as many people and images as in RegDB.
+    """
 
     out: PathText
     """Folder for everything that is written."""
-    identities: Count
+    identities: _TrainedPeople = 412
     """People in the synthetic data set: half of them for the training, half for the test."""
-    images: Count
+    images: Count = 10
     """Images of a person in each modality."""
     modality_gap: Strength = 0.75
-    """How far infrared differs from visible."""
-    height: Height
+    """How far the brightness of a surface in infrared differs from that in visible light."""
+    infrared_colour: Share = 0.25
+    """How much of the colour an infrared image keeps."""
+    height: Height = 64
     """Image height in pixels."""
-    width: Width
+    width: Width = 32
     """Image width in pixels."""
-    pretraining_identities: Count
+    pretraining_identities: _TrainedPeople = 400
     """Other people, in visible light alone, for the pretraining of the ResNet; it trains on half of them."""
-    pretraining_steps: Count
+    pretraining_steps: Count = 3000
     """Training steps of the pretraining."""
     steps: Count
     """Training steps of each network."""
@@ -64,15 +75,31 @@ class SyntheticConfig:
 
     def write_people(self, seed: int, progress: Progress) -> Path:
         """Write the data set in RegDB's tree; returns its root."""
-        return self._write(self.tree, self.identities, self.modality_gap, seed, progress)
+        looks = {"modality_gap": self.modality_gap, "infrared_colour": self.infrared_colour}
+        return self._write(self.tree, self.identities, looks, seed, progress)
 
     def write_other_people(self, seed: int, progress: Progress) -> Path:
         """Write the people of the pretraining in RegDB's tree; returns its root."""
         root = self.pretraining / "data"
-        return self._write(root, self.pretraining_identities, MODALITY_GAP, seed, progress)
+        return self._write(root, self.pretraining_identities, VISIBLE_ALONE, seed, progress)
 
-    def _write(self, root: Path, people: int, modality_gap: float, seed: int, progress: Progress) -> Path:
-        task = progress.add_task("images", total=None, status="")
+    def training(self, tree: Path, out: Path, steps: int, **values: Any) -> TrainConfig:
+        """Return the configuration of a ResNet-18's training on a tree of these sizes, with other values."""
+        return TrainConfig(
+            data=str(tree),
+            out=str(out),
+            dataset="regdb",
+            depth=18,
+            height=self.height,
+            width=self.width,
+            steps=steps,
+            accelerator=self.accelerator,
+            workers=0,
+            **values,
+        )
+
+    def _write(self, root: Path, people: int, looks: dict[str, float], seed: int, progress: Progress) -> Path:
+        task = progress.add_task(f"images of {root.parent.name}", total=None, status="")
         return write_regdb(
             root,
             identities=people,
@@ -80,9 +107,9 @@ class SyntheticConfig:
             splits=1,
             image_size=(self.height, self.width),
             seed=seed,
-            modality_gap=modality_gap,
             camera_style=0.4,
             pose_spread=0.4,
+            **looks,
             progress=lambda done, total: progress.update(task, completed=done, total=total),
         )
 

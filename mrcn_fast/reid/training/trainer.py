@@ -18,12 +18,12 @@ from typing_extensions import TypeVar
 
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
-from mrcn_fast.reid.console import progress_bars
+from mrcn_fast.reid.console import notice, progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
-from mrcn_fast.reid.models.resnet import check_weights_file
+from mrcn_fast.reid.models.resnet import check_weights_file, imagenet_file
 from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
@@ -294,7 +294,8 @@ class Trainer(Generic[Model]):
         self.journal.clear()
 
     def _run(self, bars: Progress) -> None:
-        task = bars.add_task(self._name, total=self.total_steps, completed=self.step_count, status="")
+        name = f"steps of {self.out.name}"
+        task = bars.add_task(name, total=self.total_steps, completed=self.step_count, status="")
         try:
             with enough_memory("a training step", _LESS):
                 while self.step_count < self.total_steps:
@@ -309,7 +310,15 @@ class Trainer(Generic[Model]):
             "%s, on %s in %s: %d steps on %s",
             *(self._title(), self.fabric.device, config.precision, self.total_steps, self.data),
         )
-        if config.weights is None and "model" not in self.parts:
+        own = "model" in self.parts
+        if config.weights is None and config.depth == 50 and not own:  # the paper's network
+            notice(
+                "Training starts from random weights",
+                "The paper starts from weights pretrained on ImageNet, and its scores are out of reach "
+                "without them. Stop with Ctrl-C, give the weights (--weights FILE) and begin anew "
+                f"(--overwrite). The file is {imagenet_file(config.depth)}",
+            )
+        elif config.weights is None and not own:
             log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
 
     @property

@@ -90,7 +90,7 @@ def test_fewer_images_than_a_batch_are_refused(tiny_regdb: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(tiny_tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_says_that_there_is_no_gpu(tiny_tree: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words in (["loader", str(tiny_tree)], ["--loader", str(tiny_tree)], [f"--loader={tiny_tree}"]):
         assert cli.main(["bench", *words, "--device", "cuda"]) == 2
         assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err

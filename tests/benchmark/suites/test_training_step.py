@@ -192,7 +192,7 @@ def test_a_file_without_steps(content: str, tmp_path: Path, capsys: pytest.Captu
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_message_says_that_there_is_no_gpu(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "step", "--device", "cuda"]) == 2
     assert "nothing to measure: --device cuda: there is no GPU here" in capsys.readouterr().err
 

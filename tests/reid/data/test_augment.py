@@ -27,7 +27,7 @@ def test_normalize(images: torch.Tensor) -> None:
     torch.testing.assert_close(got.double(), (images.double() / 255 - mean) / std, atol=1e-6, rtol=1e-6)
 
 
-def test_nothing_asked_is_normalisation_alone(images: torch.Tensor) -> None:
+def test_without_augmentation_images_are_only_normalized(images: torch.Tensor) -> None:
     got = Augmentation(SIZE, padding=0, flip=0, erase=0)(images)
     assert torch.equal(got, normalize(images))
 
@@ -102,7 +102,7 @@ def test_channels_become_one_of_them_or_grey_each_as_likely(images: torch.Tensor
 
 
 def test_channels_are_augmented_with_the_crop_and_before_erasing(images: torch.Tensor) -> None:
-    """The same generator: crop, flip and rectangle are those without it."""
+    """With the same generator, crop, flip and rectangle are those without channel augmentation."""
     alone = Augmentation(SIZE, padding=3, erase=1)
     augment = Augmentation(SIZE, padding=3, erase=1, channel=1)
     got = augment(images, torch.Generator().manual_seed(5))
@@ -115,7 +115,7 @@ def test_channels_are_augmented_with_the_crop_and_before_erasing(images: torch.T
 
 
 def test_no_channel_augmentation_draws_nothing(images: torch.Tensor) -> None:
-    """Seeds and resumed runs of before: 3 values an image, then 35."""
+    """The stream of earlier seeds stays: 3 values per image, then 35."""
     generator, counted = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
     Augmentation(SIZE)(images, generator)
     for values in (3, 35):

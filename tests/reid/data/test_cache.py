@@ -73,14 +73,14 @@ def opened(samples: list[Sample], folder: Path, **changes: Any) -> CachedImages:
 
 
 def builds(caplog: pytest.LogCaptureFixture) -> int:
-    """Builds logged since the last question."""
+    """Count the builds that were logged since the last call."""
     count = sum(": writing " in record.getMessage() for record in caplog.records)
     caplog.clear()
     return count
 
 
 def left(folder: Path) -> list[str]:
-    """What is in the folder besides locks."""
+    """The files in the folder besides locks."""
     return sorted(entry.name for entry in folder.glob("*") if entry.suffix != ".lock")
 
 
@@ -106,7 +106,7 @@ def test_items_are_those_of_the_files(
     assert left(tmp_path / "a" / "b") == [images.path.name]
 
 
-def test_what_is_whole_is_used_again(
+def test_a_whole_cache_is_used_again(
     samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = opened(samples, tmp_path / "cache")
@@ -130,7 +130,7 @@ def test_a_tree_that_moved_is_the_same_tree(
 
 
 @pytest.mark.parametrize("change", ["content", "time", "size", "order", "fewer", "other"])
-def test_stale_is_rebuilt_and_the_old_file_removed(
+def test_a_stale_cache_is_rebuilt_and_its_file_removed(
     change: str, samples: list[Sample], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     old = opened(samples, tmp_path / "cache")
@@ -185,7 +185,7 @@ DAMAGES = ["cut", "empty", "longer", "other", "zip", "pickle", "text", "header",
 
 
 def damaged(whole: bytes, damage: str) -> bytes:
-    """The content of a cache's file, made into something else."""
+    """Replace the content of a cache's file."""
     file = io.BytesIO()
     if damage == "other":
         np.save(file, np.zeros((40, 3, *SIZE), dtype=np.int8))
@@ -229,7 +229,7 @@ def test_a_damaged_file_is_rebuilt(
 def test_a_file_that_was_replaced_is_refused_by_name(
     damage: str, samples: list[Sample], tmp_path: Path
 ) -> None:
-    """By a process that maps it when the run has long begun."""
+    """A process maps the file only after the run has begun."""
     images = opened(samples, tmp_path / "cache")
     content = pickle.dumps(images)
     images.path.write_bytes(damaged(images.path.read_bytes(), damage))
@@ -239,12 +239,12 @@ def test_a_file_that_was_replaced_is_refused_by_name(
         pickle.loads(content)[0]
 
 
-def test_no_images_are_a_cache_too(tmp_path: Path) -> None:
+def test_a_cache_of_no_images_can_be_built(tmp_path: Path) -> None:
     assert len(opened([], tmp_path / "cache")) == 0
     assert len(opened([], tmp_path / "cache")) == 0
 
 
-def test_pickled_it_is_small_and_opens_the_file(samples: list[Sample], tmp_path: Path) -> None:
+def test_a_pickled_cache_is_small_and_opens_the_file(samples: list[Sample], tmp_path: Path) -> None:
     images = opened(samples, tmp_path / "cache")
     content = pickle.dumps(images)
     assert len(content) < images.path.stat().st_size // 2
@@ -284,7 +284,7 @@ def test_an_unreadable_image_is_named_and_no_cache_left(
         assert torch.equal(opened(samples, tmp_path / "cache")[37], PersonImages(samples, SIZE)[37])
 
 
-def test_without_room_nothing_is_begun(
+def test_a_full_disk_is_reported_before_the_build(
     samples: list[Sample], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=19199)
@@ -328,7 +328,7 @@ def total(samples: list[Sample]) -> str:
     return f"sum {sum(int(images[i].sum()) for i in range(len(images)))}"
 
 
-def test_of_two_processes_one_builds(samples: list[Sample], tmp_path: Path) -> None:
+def test_one_of_two_processes_builds_the_cache(samples: list[Sample], tmp_path: Path) -> None:
     both = [run(samples, tmp_path / "cache", delay=0.05) for _ in range(2)]
     said = [process.communicate(timeout=60)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
@@ -341,7 +341,7 @@ def test_of_two_processes_one_builds(samples: list[Sample], tmp_path: Path) -> N
 @pytest.mark.skipif(sys.platform == "win32", reason="needs SIGKILL")
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_killed_builder_does_no_harm(workers: int, samples: list[Sample], tmp_path: Path) -> None:
-    """Killed in the middle of a batch; and the one that has waited for it builds."""
+    """A process that is killed while it writes leaves the build to a process that waits."""
     folder = tmp_path / "cache"
     killed = run(samples, folder, delay=0.1, workers=workers)
     wait_for(lambda: folder.is_dir() and any(folder.glob("*.part")), killed)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import os
-import random
 import struct
 import zlib
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import EpsImagePlugin, ExifTags, Image, ImageOps
 from mrcn_fast.reid.data import DatasetError, PersonImages, Sample
 from mrcn_fast.reid.data.formats import FORMATS
 from mrcn_fast.reid.data.images import FILTERS, check_left, readable
+from tests.reid.data.refusals import damaged_copies
 
 SIZE = (24, 10)
 
@@ -83,7 +83,7 @@ def test_the_default_filter_is_the_fields(tmp_path: Path) -> None:
     assert [filter for filter, image in by_filter.items() if torch.equal(image, default)] == ["lanczos"]
 
 
-def test_an_image_is_nobody_elses_memory(tmp_path: Path) -> None:
+def test_images_share_no_memory(tmp_path: Path) -> None:
     picture().save(tmp_path / "image.png")
     images = PersonImages([sample(tmp_path / "image.png")], SIZE)
     first = images[0]
@@ -123,7 +123,9 @@ def test_of_many_unreadable_images_some_are_named(tmp_path: Path, caplog: pytest
     assert messages[-1] == "Left out 70 of 70 images that can't be read: 70 visible"
 
 
-def test_where_all_can_be_read_nothing_is_said(tree: list[Sample], caplog: pytest.LogCaptureFixture) -> None:
+def test_without_unreadable_images_nothing_is_logged(
+    tree: list[Sample], caplog: pytest.LogCaptureFixture
+) -> None:
     good = [tree[0], tree[2]]
     with caplog.at_level(logging.WARNING):
         assert readable(good) == (good, [])
@@ -132,7 +134,7 @@ def test_where_all_can_be_read_nothing_is_said(tree: list[Sample], caplog: pytes
 
 
 def test_an_image_whose_pixels_are_cut_is_unreadable(tmp_path: Path) -> None:
-    """Its header alone would pass."""
+    """Its header alone is whole."""
     path = tmp_path / "cut.jpg"
     picture().save(path)
     path.write_bytes(path.read_bytes()[:-200])
@@ -145,7 +147,7 @@ def test_an_image_whose_pixels_are_cut_is_unreadable(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "dtype"), [("I;16", np.uint16), ("I", np.int32), ("F", np.float32)])
 def test_more_than_8_bits_are_refused(mode: str, dtype: type, tmp_path: Path) -> None:
-    """They would come out white."""
+    """Conversion to 8 bits would make them white."""
     path = tmp_path / "deep.tiff"
     Image.fromarray(np.full((61, 33), 3000, dtype)).save(path)
     with Image.open(path) as file:
@@ -195,7 +197,7 @@ def test_other_programs_are_never_run(tmp_path: Path, monkeypatch: pytest.Monkey
         read(path)
 
 
-def test_a_file_of_no_bytes(tmp_path: Path) -> None:
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.jpg").touch()
     with pytest.raises(DatasetError, match=r"empty.jpg: .* found: an empty file. Copy"):
         read(tmp_path / "empty.jpg")
@@ -227,7 +229,7 @@ def test_more_than_one_picture_is_refused(suffix: str, tmp_path: Path) -> None:
 
 
 def test_previews_behind_a_picture_do_no_harm(tmp_path: Path) -> None:
-    """As phones store them."""
+    """Phones store such previews."""
     path = tmp_path / "photo.jpg"
     picture().save(path, "MPO", save_all=True, append_images=[picture(1).resize((8, 8))])
     with Image.open(path) as file:
@@ -237,7 +239,7 @@ def test_previews_behind_a_picture_do_no_harm(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("mode", "suffix"), [("RGBA", "png"), ("LA", "png"), ("P", "png"), ("RGBA", "webp")])
 def test_transparent_pixels_are_refused(mode: str, suffix: str, tmp_path: Path) -> None:
-    """What colour they have nobody has ever seen."""
+    """The colour of transparent pixels was never visible."""
     path = tmp_path / f"transparent.{suffix}"
     image = picture().convert(mode)
     if mode == "P":
@@ -256,13 +258,9 @@ def test_a_damaged_file_gives_pixels_or_a_dataset_error(format: str, tmp_path: P
     content = io.BytesIO()
     exif = {"exif": Image.Exif()} if format in ("JPEG", "PNG", "TIFF", "WEBP") else {}
     picture().save(content, format, **exif)
-    whole, generator = content.getvalue(), random.Random(0)
     path, damaged = tmp_path / "image", 0
-    for _ in range(150):
-        broken = bytearray(whole)
-        for _ in range(generator.choice((1, 2, 8))):
-            broken[generator.randrange(generator.choice((100, len(broken))))] = generator.randrange(256)
-        path.write_bytes(broken[: generator.randrange(len(broken))] if generator.random() < 0.3 else broken)
+    for broken in damaged_copies(content.getvalue(), 150, first=100, cut=0.3):
+        path.write_bytes(broken)
         try:
             assert read(path).shape == (3, *SIZE)
         except DatasetError as error:
@@ -271,7 +269,7 @@ def test_a_damaged_file_gives_pixels_or_a_dataset_error(format: str, tmp_path: P
     assert damaged > 20
 
 
-def test_what_is_left_must_be_enough(tmp_path: Path) -> None:
+def test_the_readable_images_must_be_enough(tmp_path: Path) -> None:
     visible, infrared = (
         [Sample(tmp_path / f"{modality}{i}.jpg", i, 1, modality) for i in range(4)]
         for modality in ("visible", "infrared")
@@ -287,7 +285,7 @@ def test_what_is_left_must_be_enough(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"no training identity has images of both modalities. Left out"):
         check_left(visible[:2] + infrared[2:], visible[2:] + infrared[:2], "training")
     with pytest.raises(
-        DatasetError, match=r"a batch needs 3 distinct identities; got 2. Left out were 2 of 4"
+        DatasetError, match=r"a batch needs 3 different identities; got 2. Left out were 2 of 4"
     ):
         check_left(visible[2:] + infrared, visible[:2], "training", identities=3)
 
@@ -308,3 +306,33 @@ def test_names_need_not_be_utf8(tmp_path: Path, caplog: pytest.LogCaptureFixture
     path.write_bytes(b"")
     assert readable([sample(path)], workers=1) == ([], [sample(path)])
     assert "\udcff.png: expected a readable image" in caplog.messages[0]
+
+
+def test_images_are_rgb_of_the_size(tmp_path: Path) -> None:
+    colour = np.zeros((8, 6, 3), dtype=np.uint8)
+    colour[:4] = (250, 20, 130)
+    Image.fromarray(colour).save(tmp_path / "colour.png")
+    Image.fromarray(np.full((20, 10), 90, dtype=np.uint8)).save(tmp_path / "grey.jpg")
+    samples = [Sample(tmp_path / name, 1, 1, "visible") for name in ("colour.png", "grey.jpg")]
+    images = PersonImages(samples, (8, 6))
+    assert len(images) == 2
+    assert torch.equal(images[0], torch.from_numpy(colour).permute(2, 0, 1))
+    assert (images[1].dtype, images[1].shape) == (torch.uint8, (3, 8, 6))
+    assert torch.equal(images[1], torch.full((3, 8, 6), 90, dtype=torch.uint8))
+    with pytest.raises(ValueError, match=r"image_size must be \(height, width\)"):
+        PersonImages(samples, (0, 6))
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut"])
+def test_unreadable_images_are_named(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / "0042.jpg"
+    if damage != "missing":
+        generator = np.random.default_rng(0)
+        Image.fromarray(generator.integers(0, 256, (64, 32, 3), dtype=np.uint8)).save(path)
+        whole = path.read_bytes()
+        path.write_bytes({"empty": b"", "text": b"no image", "cut": whole[: len(whole) // 2]}[damage])
+    images = PersonImages([Sample(path, 7, 3, "infrared")], (64, 32))
+    with pytest.raises(
+        DatasetError, match=r"0042.jpg: expected a readable image of identity 7, camera 3; found"
+    ):
+        images[0]

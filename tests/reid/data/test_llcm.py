@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from mrcn_fast.reid.data import LLCM, DatasetError
+from mrcn_fast.reid.data import LLCM
+from tests.reid.data.refusals import refused
 
 CAMERAS = {"vis": (1, 2, 3, 4, 5, 6, 7, 8, 9), "nir": (1, 2, 4, 5, 6, 7, 8, 9)}
 # The test people; images of each by camera, in either modality: one more than the remainder by 3 or 4.
@@ -129,7 +130,7 @@ def test_folders_are_matched_by_their_number(root: Path) -> None:
     searches = LLCM(root).searches(trials=1)
     assert [len(search.query) for search in searches] == expected
     shutil.copytree(camera / "12", camera / "0012")
-    with pytest.raises(DatasetError, match="cam2: expected one folder an identity; found 0012 and 12"):
+    with refused(match="cam2: expected one folder an identity; found 0012 and 12"):
         LLCM(root).searches()
 
 
@@ -142,31 +143,19 @@ def test_unseen_identities_are_named(root: Path, caplog: pytest.LogCaptureFixtur
     assert "1 test identities without infrared images: 705" in caplog.text
 
 
-def test_missing_trees(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"nowhere: expected LLCM's tree .*found no such folder"):
-        LLCM(tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match=r"found no idx, test_vis/cam1, .* and 10 more, but LLCM"):
-        LLCM(tmp_path)
-    shutil.rmtree(root / "test_nir" / "cam8")
-    with pytest.raises(DatasetError, match=r"found no test_nir/cam8, but idx, nir, test_nir, test_vis, vis"):
-        LLCM(root)
-
-
 def test_missing_or_malformed_lists(root: Path) -> None:
     (root / "idx" / "test_id.txt").write_text("3,x\n")
-    with pytest.raises(DatasetError, match=r"test_id.txt: expected one line of comma-separated .*found 'x'"):
+    with refused(match=r"test_id.txt: expected one line of comma-separated .*found 'x'"):
         LLCM(root)
     (root / "idx" / "test_id.txt").write_text("3\n")
     (root / "idx" / "train_nir.txt").write_text("nir/0001/a.jpg\n")
-    with pytest.raises(DatasetError, match=r"train_nir.txt, line 1: expected lines such as 'vis/0001"):
+    with refused(match=r"train_nir.txt, line 1: expected lines such as 'vis/0001"):
         LLCM(root)
     (root / "idx" / "train_nir.txt").write_text("nir/0001/a.jpg 0\n")
-    with pytest.raises(DatasetError, match=r"0001.a.jpg: expected this image, .*1 of the list's images"):
+    with refused(match=r"0001.a.jpg: expected this image, .*1 of the list's images"):
         LLCM(root)
     (root / "idx" / "train_nir.txt").unlink()
-    with pytest.raises(
-        DatasetError, match=r"train_nir.txt: .*found no such file, but test_id.txt, train_vis"
-    ):
+    with refused(match=r"train_nir.txt: .*found no such file, but test_id.txt, train_vis"):
         LLCM(root)
 
 
@@ -174,21 +163,21 @@ def test_swapped_modalities_and_test_images_are_refused(root: Path) -> None:
     visible, infrared = root / "idx" / "train_vis.txt", root / "idx" / "train_nir.txt"
     texts = visible.read_text(), infrared.read_text()
     visible.write_text(texts[1])
-    with pytest.raises(DatasetError, match=r"train_vis.txt, line 1: expected no image of nir"):
+    with refused(match=r"train_vis.txt, line 1: expected no image of nir"):
         LLCM(root)
     visible.write_text(texts[0])
     infrared.write_text(texts[0])
-    with pytest.raises(DatasetError, match=r"train_nir.txt, line 1: expected no image of vis"):
+    with refused(match=r"train_nir.txt, line 1: expected no image of vis"):
         LLCM(root)
     infrared.write_text(texts[1] + f"test_nir/cam1/0003/{names('nir', 3, 1)[0]} 3\n")
-    with pytest.raises(DatasetError, match=r"train_nir.txt, line 7: expected no image of test_nir"):
+    with refused(match=r"train_nir.txt, line 7: expected no image of test_nir"):
         LLCM(root)
 
 
 def test_a_camera_without_test_images_is_refused(root: Path) -> None:
     for identity in TEST:
         shutil.rmtree(root / "test_nir" / "cam4" / f"{identity:04d}")
-    with pytest.raises(DatasetError, match=r"cam4: expected images of the identities that idx/test_id"):
+    with refused(match=r"cam4: expected images of the identities that idx/test_id"):
         LLCM(root).searches()
 
 
@@ -197,30 +186,27 @@ def test_a_label_is_one_person(root: Path) -> None:
     path = root / "idx" / "train_nir.txt"
     lines = [line.rsplit(" ", 1) for line in path.read_text().splitlines()]
     path.write_text("".join(f"{place} {(int(label) + 1) % 3}\n" for place, label in lines))
-    with pytest.raises(
-        DatasetError,
+    with refused(
         match=r"train_nir.txt, line 1: expected one person for a label, .*; found label 1 for folder "
-        r"nir/0001, but label 1 for folder vis/0002 in .*train_vis.txt, line 3",
+        r"nir/0001, but label 1 for folder vis/0002 in .*train_vis.txt, line 3"
     ):
         LLCM(root)
 
 
 def test_people_of_training_and_test_are_apart(root: Path) -> None:
     (root / "idx" / "test_id.txt").write_text("12,3,2,705,44")
-    with pytest.raises(
-        DatasetError, match=r"test_id.txt: expected test people apart .*; found 2 in both: 2, 44"
-    ):
+    with refused(match=r"test_id.txt: expected test people apart .*; found 2 in both: 2, 44"):
         LLCM(root)
 
 
 def test_unknown_identities_are_refused_at_once(root: Path) -> None:
     path = root / "idx" / "test_id.txt"
     path.write_text(path.read_text().strip() + ",500")
-    with pytest.raises(DatasetError, match=r"test_id.txt: expected identities .*; found 1 of 4 .*: 500\."):
+    with refused(match=r"test_id.txt: expected identities .*; found 1 of 4 .*: 500\."):
         LLCM(root)
     # A folder alone is not enough.
     (root / "test_nir" / "cam1" / "0500").mkdir()
-    with pytest.raises(DatasetError, match=r"test_id.txt: expected identities .*; found 1 of 4 .*: 500\."):
+    with refused(match=r"test_id.txt: expected identities .*; found 1 of 4 .*: 500\."):
         LLCM(root).searches()
 
 
@@ -251,11 +237,11 @@ def test_files_that_differ_in_their_suffix_are_one_picture(root: Path) -> None:
     folder = root / "test_nir" / "cam1" / "0003"
     name = names("nir", 3, 1)[0]
     (folder / name.replace(".jpg", ".bmp")).touch()
-    with pytest.raises(DatasetError, match=r"cam1/0003/\S+: expected one image of a name; found"):
+    with refused(match=r"cam1/0003/\S+: expected one image of a name; found"):
         LLCM(root).searches()
 
 
-def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_the_images(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = LLCM(root)
         data.training()

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from mrcn_fast.reid.data import DatasetError, RegDB
+from mrcn_fast.reid.data import RegDB
+from tests.reid.data.refusals import refused
 
 # The people of each list, by their number in the tree; label 0 is the first.
 PEOPLE = {"train": (285, 7, 30), "test": (4, 112)}
@@ -87,7 +88,7 @@ def test_published_counts(tmp_path: Path) -> None:
 def test_each_split_has_its_lists(root: Path) -> None:
     write(root, "test_visible_3.txt", line("visible", 112, 2, 1))
     assert [len(RegDB(root, split=split).searches()[0].query) for split in (1, 3)] == [4, 1]
-    with pytest.raises(DatasetError, match=r"train_visible_2.txt: expected the list of split 2.*splits 1, 3"):
+    with refused(match=r"train_visible_2.txt: expected the list of split 2.*splits 1, 3"):
         RegDB(root, split=2)
     for split in (0, 11, -1):
         with pytest.raises(ValueError, match=f"split must be from 1 to 10; got {split}"):
@@ -110,19 +111,10 @@ def test_one_modality_is_left_out(root: Path, caplog: pytest.LogCaptureFixture) 
     assert "split 1: left out 1 training identities without infrared images (2 images): 1" in caplog.text
 
 
-def test_missing_trees(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"nowhere: expected RegDB's tree .*found no such folder"):
-        RegDB(tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match=r"expected RegDB's tree .*found no Visible, .*idx, but RegDB"):
-        RegDB(tmp_path)
+def test_a_missing_list_is_refused(root: Path) -> None:
     for name in ("test_thermal_1.txt", "test_thermal_3.txt"):
         (root / "idx" / name).unlink()
-    with pytest.raises(
-        DatasetError, match=r"test_thermal_1.txt: expected the list .*found no such file, but test_visible_1"
-    ):
-        RegDB(root)
-    shutil.rmtree(root / "Thermal")
-    with pytest.raises(DatasetError, match=r"found no Thermal, but Visible, idx"):
+    with refused(match=r"test_thermal_1.txt: expected the list .*found no such file, but test_visible_1"):
         RegDB(root)
 
 
@@ -140,13 +132,13 @@ def test_missing_trees(root: Path, tmp_path: Path) -> None:
 )
 def test_malformed_lists(root: Path, lines: tuple[str, ...], message: str) -> None:
     write(root, "train_visible_1.txt", *(text.format(line("visible", 7, 1, 1)) for text in lines))
-    with pytest.raises(DatasetError, match=message):
+    with refused(match=message):
         RegDB(root)
 
 
 def test_one_image_has_one_label(root: Path) -> None:
     write(root, "test_visible_1.txt", line("visible", 4, 1, 0), line("visible", 4, 1, 1))
-    with pytest.raises(DatasetError, match=r"line 2: expected one label .*found 1, and 0 .*Visible/4"):
+    with refused(match=r"line 2: expected one label .*found 1, and 0 .*Visible/4"):
         RegDB(root)
 
 
@@ -156,15 +148,13 @@ def test_swapped_modalities_are_refused(root: Path, part: str) -> None:
     texts = visible.read_text(), thermal.read_text()
     visible.write_text(texts[1])
     thermal.write_text(texts[0])
-    with pytest.raises(
-        DatasetError, match=rf"{part}_visible_1.txt, line 1: expected no image of Thermal.*interchanged"
-    ):
+    with refused(match=rf"{part}_visible_1.txt, line 1: expected no image of Thermal.*interchanged"):
         RegDB(root)
     # One line is enough, and either list.
     visible.write_text(texts[0])
     thermal.write_text(texts[1] + texts[0].splitlines()[0])
     last = len(texts[1].splitlines()) + 1
-    with pytest.raises(DatasetError, match=rf"{part}_thermal_1.txt, line {last}: expected no image of Vis"):
+    with refused(match=rf"{part}_thermal_1.txt, line {last}: expected no image of Vis"):
         RegDB(root)
 
 
@@ -172,10 +162,9 @@ def test_missing_images_are_named_and_counted(root: Path) -> None:
     for image in (1, 2):
         (root / "Thermal" / "112" / f"male back_t_0000{image}_112.bmp").unlink()
     shutil.rmtree(root / "Thermal" / "4")
-    with pytest.raises(
-        DatasetError,
+    with refused(
         match=r"4.male back_t_00001_4.bmp: expected this image, which .*test_thermal_1.txt names in line 1; "
-        r"found no such file. 4 of the list's images are missing",
+        r"found no such file. 4 of the list's images are missing"
     ):
         RegDB(root)
 
@@ -184,9 +173,7 @@ def test_training_images_in_the_test_are_refused(root: Path) -> None:
     train = (root / "idx" / "train_thermal_1.txt").read_text().splitlines(keepends=True)
     test = (root / "idx" / "test_thermal_1.txt").read_text()
     write(root, "test_thermal_1.txt", test, train[0].replace(" 0\n", " 2\n"))
-    with pytest.raises(
-        DatasetError, match=r"idx: expected training images of split 1 .*found 1 in both: .*285"
-    ):
+    with refused(match=r"idx: expected training images of split 1 .*found 1 in both: .*285"):
         RegDB(root)
 
 
@@ -198,22 +185,21 @@ def test_a_label_is_one_person(root: Path, part: str) -> None:
     # As of another split: labels 0 and 1 are exchanged.
     path.write_text(re.sub(r" ([01])$", lambda label: f" {1 - int(label[1])}", text, flags=re.MULTILINE))
     first, second = PEOPLE[part][:2]
-    with pytest.raises(
-        DatasetError,
+    with refused(
         match=rf"{part}_thermal_1.txt, line 1: expected one person for a label, .*; found label 1 for folder "
-        rf"Thermal/{first}, but label 1 for folder Visible/{second} in .*{part}_visible_1.txt, line 3",
+        rf"Thermal/{first}, but label 1 for folder Visible/{second} in .*{part}_visible_1.txt, line 3"
     ):
         RegDB(root)
     # One line is enough, in one list as well: a person who stands in another's place.
     path.write_text(text.replace(line("thermal", second, 2, 1), line("thermal", second, 2, 0)))
-    with pytest.raises(DatasetError, match=rf"line 4: .* found label 0 for folder Thermal/{second}, but "):
+    with refused(match=rf"line 4: .* found label 0 for folder Thermal/{second}, but "):
         RegDB(root)
     path.write_text(text.replace(line("thermal", second, 2, 1), line("thermal", second, 2, 7)))
-    with pytest.raises(DatasetError, match=r"line 4: .* label 7 for folder .*, but label 1 for folder "):
+    with refused(match=r"line 4: .* label 7 for folder .*, but label 1 for folder "):
         RegDB(root)
 
 
-def test_folders_without_a_number_tell_no_person(root: Path) -> None:
+def test_folders_without_a_number_name_no_person(root: Path) -> None:
     for kind, folder in FOLDERS.items():
         (root / folder / "285").rename(root / folder / "anna")
         path = root / "idx" / f"train_{kind}_1.txt"
@@ -222,14 +208,14 @@ def test_folders_without_a_number_tell_no_person(root: Path) -> None:
 
 
 def test_people_of_training_and_test_are_apart(root: Path) -> None:
-    """Other images of the same people would do as well."""
+    """Other images of the same people are found too."""
     for kind, folder in FOLDERS.items():
         new = root / line(kind, 7, 3, 0).rsplit(" ", 1)[0]
         new.touch()
         path = root / "idx" / f"test_{kind}_1.txt"
         path.write_text(path.read_text() + line(kind, 7, 3, 2))
         assert new.parent.parent.name == folder
-    with pytest.raises(DatasetError, match=r"idx: expected test people apart .*; found 1 in both: 7\."):
+    with refused(match=r"idx: expected test people apart .*; found 1 in both: 7\."):
         RegDB(root)
 
 
@@ -248,9 +234,7 @@ def test_files_that_differ_in_their_suffix_are_one_picture(root: Path) -> None:
     (root / text.rsplit(" ", 1)[0]).touch()
     path = root / "idx" / "train_visible_1.txt"
     path.write_text(path.read_text() + text)
-    with pytest.raises(
-        DatasetError, match=r"line 7: expected one image of a name; found .*PNG, and .*line 3"
-    ):
+    with refused(match=r"line 7: expected one image of a name; found .*PNG, and .*line 3"):
         RegDB(root)
 
 
@@ -260,22 +244,18 @@ def test_a_list_names_images(root: Path) -> None:
     for name in ("7.txt", "7", "._7.bmp", "7.gif", "7.mat"):
         (root / "Visible" / "7" / name).touch()
         path.write_text(whole + f"Visible/7/{name} 1\n")
-        with pytest.raises(
-            DatasetError, match=r"line 7: expected the name of an image, .*\.jpg.*; found 'Vis"
-        ):
+        with refused(match=r"line 7: expected the name of an image, .*\.jpg.*; found 'Vis"):
             RegDB(root)
     (root / "Visible" / "7" / "folder.bmp").mkdir()
     path.write_text(whole + "Visible/7/folder.bmp 1\n")
-    with pytest.raises(
-        DatasetError, match=r"folder.bmp: expected this image, .* in line 7; found no such file"
-    ):
+    with refused(match=r"folder.bmp: expected this image, .* in line 7; found no such file"):
         RegDB(root)
 
 
 @pytest.mark.parametrize("label", ["9" * 10, "9" * 5000, "1.0", "nan", "1e3", "\u0663", "0x1"])
 def test_labels_are_numbers(root: Path, label: str) -> None:
     write(root, "train_visible_1.txt", f"Visible/7/a.bmp {label}\n")
-    with pytest.raises(DatasetError, match=r"train_visible_1.txt, line 1: expected lines such as") as caught:
+    with refused(match=r"train_visible_1.txt, line 1: expected lines such as") as caught:
         RegDB(root)
     assert len(str(caught.value)) < 500
 
@@ -283,7 +263,7 @@ def test_labels_are_numbers(root: Path, label: str) -> None:
 def test_a_list_of_another_encoding_is_refused(root: Path) -> None:
     path = root / "idx" / "train_visible_1.txt"
     path.write_text(path.read_text(), encoding="utf-16")
-    with pytest.raises(DatasetError, match=r"train_visible_1.txt, line 1: expected lines such as"):
+    with refused(match=r"train_visible_1.txt, line 1: expected lines such as"):
         RegDB(root)
 
 
@@ -296,7 +276,7 @@ def test_names_need_not_be_utf8(root: Path) -> None:
     assert RegDB(root).training().visible[-1].path == Path(os.fsdecode(place))
 
 
-def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_the_images(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = RegDB(root, split=3)
         data.training()
@@ -314,9 +294,8 @@ def test_test_identities_of_one_modality(root: Path, caplog: pytest.LogCaptureFi
         RegDB(root)
     assert caplog.messages == [f"regdb at {root}, split 1: 1 test identities without infrared images: 0"]
     write(root, "test_visible_1.txt", line("visible", 4, 1, 0))
-    with pytest.raises(
-        DatasetError,
+    with refused(
         match=r"split 1: expected test identities with images of both modalities; found 1 identities with "
-        r"visible images and 1 identities with infrared images, none in common",
+        r"visible images and 1 identities with infrared images, none in common"
     ):
         RegDB(root)

@@ -72,11 +72,11 @@ def test_iterating_leaves_the_global_generators_alone() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (([1, 2, 3], [1, 2, 3], 4, 2), "a batch needs 4 distinct identities; got 3"),
+        (([1, 2, 3], [1, 2, 3], 4, 2), "a batch needs 4 different identities; got 3"),
         (([1, 2, 3], [1, 2, 4], 2, 2), "2 have one only: 3, 4"),
         (([1, 2], [1, 2], 0, 2), "identities must be at least 1; got 0"),
         (([1, 2], [1, 2], 2, 0), "images must be at least 1; got 0"),
-        (([], [], 2, 2), "a batch needs 2 distinct identities; got 0"),
+        (([], [], 2, 2), "a batch needs 2 different identities; got 0"),
     ],
 )
 def test_bad_arguments(arguments: tuple[list[int], list[int], int, int], message: str) -> None:
@@ -89,7 +89,7 @@ def test_bad_arguments(arguments: tuple[list[int], list[int], int, int], message
 
 @pytest.mark.parametrize("identities", [[1.5, 2.0], [1.0, float("nan")], ["1", "2"], [[1, 2]], [True, False]])
 def test_identities_are_integers(identities: Any) -> None:
-    """As indices, numbers of other kinds would stand for somebody else."""
+    """As indices, numbers of other kinds would mean other people."""
     with pytest.raises(ValueError, match="expected the images' identities as a row of integers; got"):
         PairedIdentitySampler(identities, [1, 2], identities=1, images=1)
     with pytest.raises(ValueError, match="expected the images' identities as a row of integers; got"):

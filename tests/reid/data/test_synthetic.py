@@ -26,7 +26,7 @@ from mrcn_fast.reid.data import (
     write_sysu,
 )
 from mrcn_fast.reid.data.synthetic import writers
-from mrcn_fast.reid.data.synthetic.body import Pose, seen
+from mrcn_fast.reid.data.synthetic.body import VISIBLE, Pose, Spectrum, seen
 from mrcn_fast.reid.data.synthetic.people import Person, Surface
 from mrcn_fast.reid.data.synthetic.rendering import Camera
 from mrcn_fast.reid.data.synthetic.writers import is_synthetic
@@ -56,7 +56,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def crowd(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Enough people to match, in default light and pose."""
+    """A tree with enough people to match, in default light and pose."""
     root = tmp_path_factory.mktemp("crowd")
     return write_sysu(root, identities=26, test_identities=24, images_per_camera=2, image_size=(64, 32))
 
@@ -273,19 +273,35 @@ def test_infrared_is_grey_and_visible_is_not(
             assert (colour < 1) == grey
 
 
-def test_no_gap_is_no_difference_of_spectra() -> None:
+def test_infrared_is_the_response_of_the_surface_and_its_share_of_colour() -> None:
     cloth = Surface(visible=(0.8, 0.2, 0.1), infrared=0.7)
     luminance = 0.299 * 0.8 + 0.587 * 0.2 + 0.114 * 0.1
-    np.testing.assert_allclose(seen(cloth, 0.0), cloth.visible, atol=1e-6)
-    np.testing.assert_allclose(seen(cloth, 1.0), [0.7] * 3, atol=1e-6)
-    half = seen(cloth, 0.5)
-    assert half.mean() == pytest.approx(
-        luminance + 0.5 * (0.7 - luminance) + 0.5 * (np.mean(cloth.visible) - luminance), abs=1e-6
-    )
+    np.testing.assert_allclose(seen(cloth, VISIBLE), cloth.visible, atol=1e-6)
+    np.testing.assert_allclose(seen(cloth, Spectrum(gap=1.0, colour=0.0)), [0.7] * 3, atol=1e-6)
+    half = luminance + 0.5 * (0.7 - luminance)
+    np.testing.assert_allclose(seen(cloth, Spectrum(gap=0.5, colour=0.0)), [half] * 3, atol=1e-6)
+    chroma = np.array(cloth.visible) - luminance
+    np.testing.assert_allclose(seen(cloth, Spectrum(0.5, 0.25)), half + 0.25 * chroma, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [0.0, 0.5, 1.0])
+def test_infrared_images_are_grey_unless_asked_for_colour(gap: float, tmp_path: Path) -> None:
+    def colourfulness(root: Path, image: str) -> float:
+        pixels = np.asarray(Image.open(root / image).convert("RGB")).astype(float)
+        return float(np.ptp(pixels, axis=2).mean())
+
+    grey = write_regdb(tmp_path / "grey", **LAYOUTS["regdb"], modality_gap=gap)
+    tinted = write_regdb(tmp_path / "tinted", **LAYOUTS["regdb"], modality_gap=gap, infrared_colour=0.25)
+    infrared = next((grey / "Thermal").rglob("*.bmp")).relative_to(grey).as_posix()
+    visible = next((grey / "Visible").rglob("*.bmp")).relative_to(grey).as_posix()
+    assert colourfulness(grey, infrared) == 0
+    assert colourfulness(tinted, infrared) > 2
+    assert (grey / visible).read_bytes() == (tinted / visible).read_bytes()
 
 
 def test_without_style_gap_and_pose_all_cameras_see_one_picture(tmp_path: Path) -> None:
     none: dict[str, Any] = {"modality_gap": 0.0, "camera_style": 0.0, "pose_spread": 0.0}
+    none["infrared_colour"] = 1.0
     root = write_sysu(tmp_path / "plain", **SMALL, **none)
     for identity in ("0001", "0002"):
         pictures = {

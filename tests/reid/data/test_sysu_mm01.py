@@ -1,57 +1,24 @@
-"""SYSU-MM01's reader: the tree as published, the field's and the official draw, and clear errors."""
+"""SYSU-MM01's reader: the tree as published, the random draw of the field, and clear errors."""
 
 from __future__ import annotations
 
-import io
 import logging
 import os
-import pickle
 import random
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
-from PIL import Image
 
-from mrcn_fast.reid.data import SYSUMM01, DatasetError, PersonImages, Sample
-from mrcn_fast.reid.data.datasets.permutations import read_permutations
-from mrcn_fast.reid.data.datasets.sysu_mm01 import PERMUTATIONS
-
-# Images of each identity by camera; 3 has no infrared, 4 no visible images, 7 is not seen by camera 1.
-COUNTS = {
-    1: {1: 2, 2: 1, 3: 2, 4: 1, 5: 1, 6: 1},
-    2: {1: 1, 2: 2, 3: 1, 4: 1, 5: 1, 6: 2},
-    3: {1: 1, 4: 2},
-    4: {6: 1},
-    6: {1: 3, 2: 3, 3: 2, 4: 12, 5: 3, 6: 2},
-    7: {2: 11, 3: 1, 5: 3, 6: 1},
-    12: {1: 4, 4: 4, 6: 3},
-}
+from mrcn_fast.reid.data import SYSUMM01, PersonImages
+from tests.reid.data.refusals import refused
+from tests.reid.data.sysu_tree import COUNTS, names, write_tree
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    root = tmp_path / "SYSU-MM01"
-    for identity, cameras in COUNTS.items():
-        for camera, images in cameras.items():
-            folder = root / f"cam{camera}" / f"{identity:04d}"
-            folder.mkdir(parents=True)
-            for image in range(1, images + 1):
-                (folder / f"{image:04d}.jpg").touch()
-    (root / "cam1" / "0001" / "Thumbs.db").touch()
-    (root / "cam1" / "0001" / "._0001.jpg").touch()
-    (root / "exp").mkdir()
-    for split, text in {"train": "3,1\n", "val": "2, 4", "test": "12,7,6", "available": "1"}.items():
-        (root / "exp" / f"{split}_id.txt").write_text(text)
-    return root
-
-
-def names(samples: list[Sample]) -> list[tuple[int, int, str]]:
-    return [(s.identity, s.camera, s.path.name) for s in samples]
+    return write_tree(tmp_path / "SYSU-MM01")
 
 
 def test_training_has_train_and_val_identities(root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -111,190 +78,6 @@ def test_multi_shot_takes_ten_or_all_there_are(root: Path) -> None:
     assert SYSUMM01(root).gallery("all", shots=10, trial=2) != gallery
 
 
-def save_permutations(
-    path: Path, *, trials: int = 10, changed: dict[tuple[int, int], int] | None = None
-) -> None:
-    scipy_io = pytest.importorskip("scipy.io")
-    generator = np.random.default_rng(0)
-    cameras = np.empty((6, 1), dtype=object)
-    for camera in range(1, 7):
-        cells = np.empty((12, 1), dtype=object)
-        for identity in range(1, 13):
-            count = COUNTS.get(identity, {}).get(camera, 0)
-            count = (changed or {}).get((camera, identity), count)
-            rows = [generator.permutation(count) + 1 for _ in range(trials)]
-            cells[identity - 1, 0] = np.array(rows, dtype=np.uint8).reshape(trials, count)
-        cameras[camera - 1, 0] = cells
-    scipy_io.savemat(path, {"rand_perm_cam": cameras})
-
-
-@pytest.mark.parametrize("place", ["beside", "exp", "given"])
-def test_official_draw_takes_the_first_of_a_row(root: Path, tmp_path: Path, place: str) -> None:
-    path = {"beside": root, "exp": root / "exp", "given": tmp_path}[place] / PERMUTATIONS
-    save_permutations(path)
-    cells = pytest.importorskip("scipy.io").loadmat(path)["rand_perm_cam"]
-    data = SYSUMM01(root, permutations=path if place == "given" else None)
-    for shots in (1, 10):
-        expected = [
-            (identity, camera, f"{number:04d}.jpg")
-            for identity in (6, 7, 12)
-            for camera in (1, 2)
-            if camera in COUNTS[identity]
-            for number in cells[camera - 1, 0][identity - 1, 0][4, :shots].tolist()
-        ]
-        assert names(data.gallery("indoor", shots=shots, trial=4, draw="official")) == expected
-
-
-def test_official_draw_of_another_tree_is_refused(root: Path) -> None:
-    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}: expected the official gallery draw"):
-        SYSUMM01(root).gallery(draw="official")
-    path = root / PERMUTATIONS
-    save_permutations(path, changed={(4, 6): 13})
-    with pytest.raises(DatasetError, match=r"permutations of the 12 images in .*cam4.0006; found 13 places"):
-        SYSUMM01(root).gallery(draw="official")
-    save_permutations(path, trials=3)
-    with pytest.raises(ValueError, match="trial must be below 3"):
-        SYSUMM01(root).gallery(draw="official", trial=3)
-    path.write_text("no MATLAB file")
-    with pytest.raises(DatasetError, match="expected a MATLAB file"):
-        SYSUMM01(root).gallery(draw="official")
-
-
-@pytest.mark.parametrize("compress", [False, True])
-def test_the_official_draw_may_be_compressed(root: Path, compress: bool) -> None:
-    path = root / PERMUTATIONS
-    save_permutations(path)
-    expected = SYSUMM01(root).gallery(draw="official", trial=4)
-    scipy_io = pytest.importorskip("scipy.io")
-    cells = scipy_io.loadmat(path)["rand_perm_cam"]
-    others = {"before": np.arange(6.0), "text": "a text", "struct": {"field": 1}}
-    scipy_io.savemat(path, {**others, "rand_perm_cam": cells}, do_compression=compress)
-    assert SYSUMM01(root).gallery(draw="official", trial=4) == expected
-
-
-def changed_rows(change: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], object]:
-    """Change the permutations of person 6 in camera 4."""
-
-    def changed(cells: np.ndarray) -> np.ndarray:
-        cells[3, 0][5, 0] = change(cells[3, 0][5, 0])
-        return cells
-
-    return changed
-
-
-def with_place(value: int) -> Callable[[np.ndarray], np.ndarray]:
-    def changed(rows: np.ndarray) -> np.ndarray:
-        rows = rows.astype(np.int16)
-        rows[2, 1] = value
-        return rows
-
-    return changed
-
-
-@pytest.mark.parametrize(
-    ("change", "found"),
-    [
-        (changed_rows(lambda rows: rows.astype(float)), "camera 4, identity 6: .*found float64 numbers"),
-        (changed_rows(lambda rows: rows + 0.5), "camera 4, identity 6: .*found float64 numbers"),
-        (changed_rows(lambda rows: rows * np.nan), "camera 4, identity 6: .*found float64 numbers"),
-        (
-            changed_rows(lambda rows: rows - 1),
-            "camera 4, identity 6, trial 0: expected each place from 1 to 12",
-        ),
-        (
-            changed_rows(lambda rows: rows + 1),
-            "camera 4, identity 6, trial 0: expected each place from 1 to 12",
-        ),
-        (
-            changed_rows(with_place(13)),
-            "camera 4, identity 6, trial 2: expected each place from 1 to 12 once",
-        ),
-        (
-            changed_rows(with_place(-1)),
-            "camera 4, identity 6, trial 2: expected each place from 1 to 12 once",
-        ),
-        (
-            changed_rows(lambda rows: rows[:, [0, *range(11)]]),
-            "trial 0: expected each place from 1 to 12 once",
-        ),
-        (
-            changed_rows(lambda rows: rows[:, :, None].repeat(2, 2)),
-            r"found uint8 numbers of shape \(10, 12, 2\)",
-        ),
-        (changed_rows(lambda rows: rows[:, :11]), "found 11 places|trial 0: expected each place"),
-        (lambda cells: cells[:5], r"6 x 1 cells; found cells of shape \(5, 1\)"),
-        (lambda cells: cells.T, r"6 x 1 cells; found cells of shape \(1, 6\)"),
-        (lambda cells: np.arange(6.0)[:, None], r"6 x 1 cells; found float64 numbers of shape \(6, 1\)"),
-        (lambda cells: "text", "found: something else than cells and real numbers"),
-        (lambda cells: np.array([1j]), "found: something else than cells and real numbers"),
-    ],
-)
-def test_an_official_draw_that_is_none_is_refused(
-    root: Path, change: Callable[[np.ndarray], object], found: str
-) -> None:
-    path = root / PERMUTATIONS
-    save_permutations(path)
-    scipy_io = pytest.importorskip("scipy.io")
-    scipy_io.savemat(path, {"rand_perm_cam": change(scipy_io.loadmat(path)["rand_perm_cam"])})
-    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}.*{found}"):
-        SYSUMM01(root).gallery(draw="official")
-
-
-@pytest.mark.parametrize(
-    ("kind", "found"),
-    [
-        ("text", "no MATLAB file of version 5 to 7"),
-        ("empty", "no MATLAB file of version 5 to 7"),
-        ("pickle", "no MATLAB file of version 5 to 7"),
-        ("version 4", "no MATLAB file of version 5 to 7"),
-        ("version 7.3", "a MATLAB file of version 7.3; save it anew"),
-        ("cut", "a MATLAB file that is cut off"),
-        ("other", "no such variable, but test_id"),
-    ],
-)
-def test_other_files_are_no_official_draw(root: Path, kind: str, found: str) -> None:
-    path = root / PERMUTATIONS
-    save_permutations(path)
-    whole, version4, other = path.read_bytes(), io.BytesIO(), io.BytesIO()
-    scipy_io = pytest.importorskip("scipy.io")
-    scipy_io.savemat(version4, {"rand_perm_cam": np.arange(6.0)}, format="4")
-    scipy_io.savemat(other, {"test_id": np.arange(6.0)})
-    content = {
-        "text": b"no MATLAB file",
-        "empty": b"",
-        "pickle": pickle.dumps({"rand_perm_cam": [1, 2, 3] * 99}),
-        "version 4": version4.getvalue(),
-        "version 7.3": whole[:124] + b"\x00\x02IM" + bytes(512),
-        "cut": whole[: len(whole) // 2],
-        "other": other.getvalue(),
-    }
-    path.write_bytes(content[kind])
-    with pytest.raises(DatasetError, match=rf"{PERMUTATIONS}: expected a MATLAB file .*; found: {found}"):
-        SYSUMM01(root).gallery(draw="official")
-
-
-@pytest.mark.parametrize("compress", [False, True])
-def test_a_damaged_official_draw_is_refused_or_the_same(root: Path, compress: bool) -> None:
-    """Among such files are some on which scipy's reader ends the process."""
-    path = root / PERMUTATIONS
-    save_permutations(path)
-    scipy_io = pytest.importorskip("scipy.io")
-    cells = scipy_io.loadmat(path)["rand_perm_cam"]
-    scipy_io.savemat(path, {"rand_perm_cam": cells}, do_compression=compress)
-    whole, generator, refused = path.read_bytes(), random.Random(0), 0
-    for _ in range(300):
-        broken = bytearray(whole)
-        for _ in range(generator.choice((1, 2, 8))):
-            broken[generator.randrange(generator.choice((400, len(broken))))] = generator.randrange(256)
-        path.write_bytes(broken[: generator.randrange(len(broken))] if generator.random() < 0.2 else broken)
-        try:
-            read_permutations(path, 6)
-        except DatasetError as error:
-            refused += 1
-            assert str(error).startswith(str(path))
-    assert refused > 50
-
-
 def test_searches_are_the_query_against_each_trials_gallery(root: Path) -> None:
     data = SYSUMM01(root)
     assert data.split == 1
@@ -313,46 +96,25 @@ def test_searches_are_the_query_against_each_trials_gallery(root: Path) -> None:
     assert data.searches("indoor", shots=10, trials=2) == both[1:]
 
 
-def test_official_searches(root: Path) -> None:
-    save_permutations(root / PERMUTATIONS)
-    data = SYSUMM01(root)
-    (search,) = data.searches("indoor", draw="official", trials=10)
-    assert search.settings == "single-shot, official draw"
-    assert list(search.galleries[7]) == data.gallery("indoor", trial=7, draw="official")
-    with pytest.raises(ValueError, match="trial must be below 10"):
-        data.searches(draw="official", trials=11)
-
-
-def test_unknown_modes_and_draws(root: Path) -> None:
-    data = SYSUMM01(root)
-    with pytest.raises(ValueError, match="unknown mode 'outdoor'; known: all, indoor"):
-        data.gallery("outdoor")
-    with pytest.raises(ValueError, match="unknown draw 'first'; known: random, official"):
-        data.gallery(draw="first")
-    with pytest.raises(ValueError, match="shots must be at least 1"):
-        data.gallery(shots=0)
-    with pytest.raises(ValueError, match="unknown mode 'outdoor'; known: all, indoor, both"):
-        data.searches("outdoor")
-    with pytest.raises(ValueError, match="unknown draw 'first'"):
-        data.searches(draw="first")
-    with pytest.raises(ValueError, match="trials must be at least 1; got 0"):
-        data.searches(trials=0)
-    numbers: Any = 2.5
-    for name in ("trial", "shots"):
-        with pytest.raises(ValueError, match=rf"{name} must be an integer; got 2\.5"):
-            data.gallery(**{name: numbers})
-    with pytest.raises(ValueError, match=r"trials must be an integer; got 2\.5"):
-        data.searches(trials=numbers)
-
-
-def test_missing_trees(root: Path, tmp_path: Path) -> None:
-    with pytest.raises(DatasetError, match=r"nowhere: expected SYSU-MM01's tree .*found no such folder"):
-        SYSUMM01(tmp_path / "nowhere")
-    with pytest.raises(DatasetError, match=r"found no cam1, cam2, .* exp, but SYSU-MM01"):
-        SYSUMM01(tmp_path)
-    shutil.rmtree(root / "cam5")
-    with pytest.raises(DatasetError, match=r"found no cam5, but cam1, cam2, cam3, cam4, cam6, exp"):
-        SYSUMM01(root)
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ("gallery", {"mode": "outdoor"}, "unknown mode 'outdoor'; known: all, indoor"),
+        ("gallery", {"draw": "first"}, "unknown draw 'first'; known: random, official"),
+        ("gallery", {"shots": 0}, "shots must be at least 1"),
+        ("gallery", {"shots": 2.5}, r"shots must be an integer; got 2\.5"),
+        ("gallery", {"trial": 2.5}, r"trial must be an integer; got 2\.5"),
+        ("searches", {"mode": "outdoor"}, "unknown mode 'outdoor'; known: all, indoor, both"),
+        ("searches", {"draw": "first"}, "unknown draw 'first'"),
+        ("searches", {"trials": 0}, "trials must be at least 1; got 0"),
+        ("searches", {"trials": 2.5}, r"trials must be an integer; got 2\.5"),
+    ],
+)
+def test_unfit_options_of_a_gallery_are_refused(
+    root: Path, method: str, values: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        getattr(SYSUMM01(root), method)(**values)
 
 
 @pytest.mark.parametrize(
@@ -370,24 +132,24 @@ def test_missing_trees(root: Path, tmp_path: Path) -> None:
 def test_malformed_identities(root: Path, text: str | None, found: str) -> None:
     path = root / "exp" / "val_id.txt"
     path.unlink() if text is None else path.write_text(text)
-    with pytest.raises(DatasetError, match=rf"val_id.txt: expected one line of comma-separated .*{found}"):
+    with refused(match=rf"val_id.txt: expected one line of comma-separated .*{found}"):
         SYSUMM01(root)
 
 
 def test_identities_of_training_and_test(root: Path) -> None:
     (root / "exp" / "test_id.txt").write_text("2,6")
-    with pytest.raises(DatasetError, match=r"found 1 in both: 2"):
+    with refused(match=r"found 1 in both: 2"):
         SYSUMM01(root)
 
 
 def test_empty_cameras(root: Path) -> None:
     shutil.rmtree(root / "cam5" / "0006")
     shutil.rmtree(root / "cam5" / "0007")
-    with pytest.raises(DatasetError, match=r"cam5: expected images of the test identities .*found none"):
+    with refused(match=r"cam5: expected images of the test identities .*found none"):
         SYSUMM01(root).gallery()
     shutil.rmtree(root / "cam3")
     (root / "cam3" / "0001").mkdir(parents=True)
-    with pytest.raises(DatasetError, match=r"cam3: .*found an empty camera: 0001"):
+    with refused(match=r"cam3: .*found an empty camera: 0001"):
         SYSUMM01(root)
 
 
@@ -400,38 +162,8 @@ def test_no_identity_in_both_modalities(root: Path) -> None:
         (folder / "0001.jpg").touch()
     shutil.move(root / "cam3" / "0004", root / "cam3" / "0005")
     (root / "exp" / "val_id.txt").write_text("4,5")
-    with pytest.raises(DatasetError, match="no training identity has images of both modalities"):
+    with refused(match="no training identity has images of both modalities"):
         SYSUMM01(root).training()
-
-
-def test_images_are_rgb_of_the_size(tmp_path: Path) -> None:
-    colour = np.zeros((8, 6, 3), dtype=np.uint8)
-    colour[:4] = (250, 20, 130)
-    Image.fromarray(colour).save(tmp_path / "colour.png")
-    Image.fromarray(np.full((20, 10), 90, dtype=np.uint8)).save(tmp_path / "grey.jpg")
-    samples = [Sample(tmp_path / name, 1, 1, "visible") for name in ("colour.png", "grey.jpg")]
-    images = PersonImages(samples, (8, 6))
-    assert len(images) == 2
-    assert torch.equal(images[0], torch.from_numpy(colour).permute(2, 0, 1))
-    assert (images[1].dtype, images[1].shape) == (torch.uint8, (3, 8, 6))
-    assert torch.equal(images[1], torch.full((3, 8, 6), 90, dtype=torch.uint8))
-    with pytest.raises(ValueError, match=r"image_size must be \(height, width\)"):
-        PersonImages(samples, (0, 6))
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "text", "cut"])
-def test_unreadable_images_are_named(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "0042.jpg"
-    if damage != "missing":
-        generator = np.random.default_rng(0)
-        Image.fromarray(generator.integers(0, 256, (64, 32, 3), dtype=np.uint8)).save(path)
-        whole = path.read_bytes()
-        path.write_bytes({"empty": b"", "text": b"no image", "cut": whole[: len(whole) // 2]}[damage])
-    images = PersonImages([Sample(path, 7, 3, "infrared")], (64, 32))
-    with pytest.raises(
-        DatasetError, match=r"0042.jpg: expected a readable image of identity 7, camera 3; found"
-    ):
-        images[0]
 
 
 @pytest.mark.parametrize(
@@ -446,7 +178,9 @@ def test_images_of_every_format_are_read(root: Path, suffix: str) -> None:
     assert query[0].path.name == f"0001{suffix}"
 
 
-def test_what_is_no_image_is_named_and_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_entries_that_are_no_images_are_named_and_counted(
+    root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     (root / "cam1" / "0001" / "Thumbs.db").unlink()
     (root / "cam1" / "0001" / "._0001.jpg").unlink()
     before = SYSUMM01(root)
@@ -463,14 +197,14 @@ def test_what_is_no_image_is_named_and_counted(root: Path, caplog: pytest.LogCap
         data = SYSUMM01(root)
         assert data.training() == training
         assert data.query() == query
-    told = [message for message in caplog.messages if "entries that are neither" in message]
-    assert [message.rpartition(": ")[2].split(", ") for message in told] == [
+    warnings = [message for message in caplog.messages if "entries that are neither" in message]
+    assert [message.rpartition(": ")[2].split(", ") for message in warnings] == [
         ["cam7", "cam1/0001a", "cam2/0001.jpg", "cam2/@eaDir"],
         ["cam1/0001/folder.jpg", "cam3/0001/._0009.jpg", "cam3/0001/0009.gif", "cam3/0001/Thumbs.db",
          "cam3/0001/device.jpg"],
         ["cam3/0006/noise"],
     ]  # fmt: skip
-    assert told[1].startswith(f"sysu-mm01 at {root}: left out 5 entries that are neither images (.jpg, ")
+    assert warnings[1].startswith(f"sysu-mm01 at {root}: left out 5 entries that are neither images (.jpg, ")
 
 
 def test_links_that_lead_nowhere_are_images_that_cant_be_read(root: Path) -> None:
@@ -480,14 +214,14 @@ def test_links_that_lead_nowhere_are_images_that_cant_be_read(root: Path) -> Non
     found = [sample for sample in SYSUMM01(root).query() if sample.path.parent == folder]
     assert [sample.path.name for sample in found] == ["0001.jpg", "0002.jpg", "0003.jpg", "0004.jpg"]
     for sample in found[2:]:
-        with pytest.raises(DatasetError, match=rf"{sample.path.name}: expected a readable image .*; found: "):
+        with refused(match=rf"{sample.path.name}: expected a readable image .*; found: "):
             PersonImages([sample], (8, 6))[0]
 
 
 @pytest.mark.parametrize("twin", ["0001.png", "0001.JPG", "0001.jpeg"])
 def test_files_that_differ_in_their_suffix_are_one_picture(root: Path, twin: str) -> None:
     (root / "cam3" / "0006" / twin).touch()
-    with pytest.raises(DatasetError, match=r"cam3/0006/0001.\w+: expected one image of a name; found 0001"):
+    with refused(match=r"cam3/0006/0001.\w+: expected one image of a name; found 0001"):
         SYSUMM01(root).query()
 
 
@@ -496,7 +230,7 @@ def test_folders_are_matched_by_their_number(root: Path) -> None:
     (root / "cam3" / "0006").rename(root / "cam3" / "6")
     assert names(SYSUMM01(root).query()) == expected
     shutil.copytree(root / "cam3" / "6", root / "cam3" / "00006")
-    with pytest.raises(DatasetError, match="cam3: expected one folder an identity; found 00006 and 6"):
+    with refused(match="cam3: expected one folder an identity; found 00006 and 6"):
         SYSUMM01(root)
 
 
@@ -504,9 +238,7 @@ def test_folders_are_matched_by_their_number(root: Path) -> None:
 def test_unknown_identities_are_refused_at_once(root: Path, split: str) -> None:
     path = root / "exp" / f"{split}_id.txt"
     path.write_text(path.read_text().strip() + ",500,501")
-    with pytest.raises(
-        DatasetError, match=rf"{split}_id.txt: expected identities .*; found 2 of .*: 500, 501\."
-    ):
+    with refused(match=rf"{split}_id.txt: expected identities .*; found 2 of .*: 500, 501\."):
         SYSUMM01(root)
 
 
@@ -516,7 +248,7 @@ def test_identities_without_images_are_refused(root: Path, identity: int) -> Non
         for path in folder.iterdir():
             path.rename(path.with_suffix(".gif"))
     data = SYSUMM01(root)
-    with pytest.raises(DatasetError, match=rf"exp: expected identities .*; found 1 of .*: {identity}\."):
+    with refused(match=rf"exp: expected identities .*; found 1 of .*: {identity}\."):
         data.training() if identity == 4 else data.searches()
 
 
@@ -524,11 +256,11 @@ def test_test_identities_of_one_modality_are_named(root: Path, caplog: pytest.Lo
     shutil.rmtree(root / "cam6" / "0012")
     with caplog.at_level(logging.WARNING):
         SYSUMM01(root).searches("both")
-    told = [message for message in caplog.messages if "test identities" in message]
-    assert told == [f"sysu-mm01 at {root}: 1 test identities without infrared images: 12"]
+    warnings = [message for message in caplog.messages if "test identities" in message]
+    assert warnings == [f"sysu-mm01 at {root}: 1 test identities without infrared images: 12"]
 
 
-def test_what_is_read_is_counted(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_log_counts_the_images(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         data = SYSUMM01(root)
         data.training()
@@ -552,6 +284,6 @@ def test_lists_of_other_editors(root: Path, caplog: pytest.LogCaptureFixture) ->
 )
 def test_lists_of_other_forms(root: Path, text: str) -> None:
     (root / "exp" / "test_id.txt").write_text(text)
-    with pytest.raises(DatasetError, match=r"test_id.txt: expected one line of comma-separated") as caught:
+    with refused(match=r"test_id.txt: expected one line of comma-separated") as caught:
         SYSUMM01(root)
     assert len(str(caught.value)) < 500

@@ -53,20 +53,20 @@ def test_one_set_has_one_pairing() -> None:
     assert pairings_of(2) == PAIRINGS
 
 
-def test_exchange_is_told_above_ten_points() -> None:
+def test_exchanged_modalities_are_reported_above_ten_points() -> None:
     assert exchange({"paper": 0.5}) is None
     assert exchange({"paper": 0.5, "crossed": 0.59, "all": 0.9}) is None
     assert exchange({"paper": 0.9, "crossed": 0.5, "all": 0.9}) is None
-    told = exchange({"paper": 0.712, "crossed": 0.934, "all": 0.9})
-    assert told is not None
-    assert told.startswith("modalities exchanged: rank-1 is 71.2 by the paper's pairing")
-    assert "93.4 by the crossed one" in told
+    output = exchange({"paper": 0.712, "crossed": 0.934, "all": 0.9})
+    assert output is not None
+    assert output.startswith("modalities exchanged: rank-1 is 71.2 by the paper's pairing")
+    assert "93.4 by the crossed one" in output
 
 
 def test_results_have_all_pairings(
     finished: Path, tiny_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A network whose features are exchanged: the pairings' scores change places, and all stays."""
+    """With exchanged features, the scores of the paper's and the crossed pairing change places."""
     own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
     plain = score_checkpoint(own, tiny_tree, mode="both", trials=2, **QUIET)
     extract = extraction.extract
@@ -85,13 +85,13 @@ def test_results_have_all_pairings(
             assert search["pairings"]["crossed"][statistic] == before[statistic]
             assert search[statistic] == before["pairings"]["crossed"][statistic]
             assert search["pairings"]["all"][statistic] == before["pairings"]["all"][statistic]
-    told = describe(result)
+    output = describe(result)
     crossed = 100 * result["searches"]["all-search"]["pairings"]["crossed"]["mean"]["rank1"]
-    assert f"v·n₊ + v₊·n: Rank-1 {crossed:.2f}, mAP " in told
+    assert f"v·n₊ + v₊·n: Rank-1 {crossed:.2f}, mAP " in output
 
 
 @pytest.mark.parametrize(
-    ("pairings", "told"),
+    ("pairings", "message"),
     [
         (None, "got searches.all-search.pairings=None, expected values by name"),
         ({"crossed": {}}, "got no searches.all-search.pairings.crossed.mean, expected values by name"),
@@ -104,7 +104,7 @@ def test_a_result_without_whole_pairings_is_not_kept(
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     pairings: Any,
-    told: str,
+    message: str,
 ) -> None:
     own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
     score_checkpoint(own, tiny_tree, trials=1, **QUIET)
@@ -114,17 +114,17 @@ def test_a_result_without_whole_pairings_is_not_kept(
     result["searches"]["all-search"]["pairings"] = pairings
     path.write_text(json.dumps(result))
     assert kept_result(tmp_path, result) is None
-    assert f"{path}: not taken for a result: {told}" in caplog.text
+    assert f"{path}: not taken for a result: {message}" in caplog.text
 
 
-def test_an_exchange_is_warned_of(
+def test_exchanged_modalities_give_a_warning(
     finished: Path,
     tiny_tree: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """Features in which each image's F is alone, and F₊ of one modality is F of the other."""
+    """Features whose F matches no other F, while F₊ of one modality is F of the other."""
     own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
     size = cast(ReIDModel, open_trained(own, tiny_tree).model).feature_size // 2
 

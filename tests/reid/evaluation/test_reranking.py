@@ -58,7 +58,7 @@ def looped(queries: Tensor, gallery: Tensor, k1: int, k2: int, weight: float) ->
 def people(
     identities: int, images: int, noise: float, seed: int = 0, size: int = 16
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Query and gallery features, and the identities of either: so many images of each in both."""
+    """Query and gallery features, and the identities of both; each identity has `images` in both."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.arange(identities).repeat_interleave(images)
     centers = torch.randn(identities, size, generator=generator)
@@ -84,7 +84,7 @@ def test_equals_the_loop(k1: int, k2: int, weight: float) -> None:
 
 
 def test_expansion_matters() -> None:
-    """The loop above would not tell if no neighbourhood were ever expanded."""
+    """Some neighbourhood is expanded, so that the comparison with the loop covers the expansion."""
     query, gallery, _ = people(6, 5, 0.8, seed=7)
     distance = torch.cdist(torch.cat((query, gallery)).double(), torch.cat((query, gallery)).double()).numpy()
     grown = 0
@@ -120,13 +120,13 @@ def test_it_improves_the_ranking_of_clustered_features() -> None:
     assert better.cmc[0] > plain.cmc[0]
 
 
-def test_the_given_distance_alone() -> None:
+def test_lambda_1_gives_the_given_distance_alone() -> None:
     query, gallery, _ = people(6, 5, 0.8)
     got = rerank(query, gallery, weight=1.0)
     assert torch.equal(got.argsort(dim=1), torch.cdist(query.double(), gallery.double()).argsort(dim=1))
 
 
-def test_images_that_are_all_one() -> None:
+def test_equal_images_have_finite_distances() -> None:
     assert torch.isfinite(rerank(torch.ones(4, 3), torch.ones(5, 3), k1=4, k2=2)).all()
 
 

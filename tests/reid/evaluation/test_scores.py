@@ -29,7 +29,7 @@ def loop_score(
     protocol: str,
     max_rank: int,
 ) -> Scores:
-    """The definition, a query at a time."""
+    """Compute the scores by their definition, one query at a time."""
     curve, precisions, penalties = np.zeros(max_rank), [], []
     for row, identity in enumerate(queries):
         order = np.argsort(distance[row], kind="stable").tolist()
@@ -61,7 +61,7 @@ def assert_equal(got: Scores, expected: Scores) -> None:
 
 
 @pytest.mark.parametrize("protocol", ["sysu", "regdb", "llcm"])
-@pytest.mark.parametrize("tied", [False, True], ids=["distinct", "tied"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_the_loop(protocol: str, tied: bool, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     # Small chunks, so that queries are spread over several.

@@ -64,8 +64,8 @@ def test_a_checkpoint_and_the_tree_suffice_to_score(own: Path, tiny_tree: Path) 
         mean = sum(values) / 3
         assert search["mean"][name] == pytest.approx(mean)
         assert search["std"][name] == pytest.approx((sum((v - mean) ** 2 for v in values) / 2) ** 0.5)
-    told = describe(result)
-    assert "all-search, single-shot, random draw, 3 trials, 12 of 12 queries valid, 12 gallery images" in told
+    text = describe(result)
+    assert "all-search, single-shot, random draw, 3 trials, 12 of 12 queries valid, 12 gallery images" in text
 
 
 def test_both_modes_share_one_extraction(own: Path, tiny_tree: Path) -> None:
@@ -96,7 +96,7 @@ def test_llcm_is_scored_in_both_directions(tiny_config: TrainConfig, tiny_llcm: 
     assert sizes == {"infrared-to-visible": (24, [27, 27]), "visible-to-infrared": (27, [24, 24])}
 
 
-def test_reranked_scores_say_so(own: Path, tiny_tree: Path) -> None:
+def test_a_result_says_that_its_scores_are_reranked(own: Path, tiny_tree: Path) -> None:
     plain = score_checkpoint(own, tiny_tree, trials=1, **QUIET)
     reranked = score_checkpoint(own, tiny_tree, trials=1, rerank=True, **QUIET)
     assert (plain["rerank"], reranked["rerank"]) == (False, True)
@@ -225,16 +225,16 @@ def test_another_data_set_is_refused(regdb_run: Path, tiny_tree: Path, tiny_regd
     assert (result["dataset"], result["trained_on"]["name"]) == ("regdb", "sysu-mm01")
 
 
-def test_options_that_a_protocol_has_not_are_refused(regdb_run: Path, tiny_regdb: Path) -> None:
+def test_options_of_another_protocol_are_refused(regdb_run: Path, tiny_regdb: Path) -> None:
     with pytest.raises(ValueError, match="regdb's protocol has no draw, mode"):
         score_checkpoint(regdb_run, tiny_regdb, mode="all", draw="random", **QUIET)
     with pytest.raises(ValueError, match="has no split; it has mode, shots, draw, trials"):
         searches_of(SYSUMM01.__new__(SYSUMM01), {"split": 1})
-    with pytest.raises(ValueError, match="nothing in it is to be chosen"):
+    with pytest.raises(ValueError, match="it has no options"):
         searches_of(RegDB.__new__(RegDB), {"mode": "all"})
 
 
-def test_a_folder_that_takes_no_scores_is_refused_before_any_are_made(
+def test_a_folder_that_cant_be_written_to_is_refused_before_scoring(
     finished: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def computed(*arguments: Any, **more: Any) -> None:
@@ -248,7 +248,7 @@ def test_a_folder_that_takes_no_scores_is_refused_before_any_are_made(
 
 @pytest.fixture
 def tree(tiny_tree: Path, tmp_path: Path) -> Path:
-    """A copy to damage. Sizes of files must stay, by which a checkpoint knows its data set."""
+    """A copy that a test damages. It keeps the sizes of files, by which a checkpoint knows its data set."""
     return Path(shutil.copytree(tiny_tree, tmp_path / "tree"))
 
 
@@ -257,7 +257,9 @@ def damage(path: Path) -> None:
 
 
 @pytest.mark.parametrize(("modality", "lost"), [("infrared", 12), ("visible", 12)])
-def test_a_side_without_readable_images_is_refused(own: Path, tree: Path, modality: str, lost: int) -> None:
+def test_a_modality_without_readable_images_is_refused(
+    own: Path, tree: Path, modality: str, lost: int
+) -> None:
     search = SYSUMM01(tree).searches(trials=1)[0]
     side = search.query if modality == "infrared" else search.galleries[0]
     for sample in side:
@@ -272,7 +274,7 @@ def test_a_side_without_readable_images_is_refused(own: Path, tree: Path, modali
 
 
 def test_a_gallery_without_readable_images_is_refused(own: Path, tree: Path) -> None:
-    """One trial of several."""
+    """Only one of several trials has such a gallery."""
     for sample in SYSUMM01(tree).gallery("indoor", trial=1):
         damage(sample.path)
     with pytest.raises(
@@ -281,7 +283,7 @@ def test_a_gallery_without_readable_images_is_refused(own: Path, tree: Path) -> 
         score_checkpoint(own, tree, mode="indoor", trials=2, skip_unreadable=True, **QUIET)
 
 
-def test_nobody_to_find_among_the_readable_images_is_refused(own: Path, tree: Path) -> None:
+def test_readable_images_without_a_match_are_refused(own: Path, tree: Path) -> None:
     first = SYSUMM01(tree).test_identities[0]
     search = SYSUMM01(tree).searches(trials=1)[0]
     for sample in (*search.query, *search.galleries[0]):
@@ -347,7 +349,7 @@ def test_a_link_in_a_circle_is_an_unreadable_image(own: Path, tree: Path) -> Non
     assert result["unreadable"] == [str(path)]
 
 
-def test_memory_that_is_not_there_is_reported(
+def test_a_failed_allocation_is_reported(
     own: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def huge(*_: Any, **__: Any) -> torch.Tensor:
@@ -356,9 +358,9 @@ def test_memory_that_is_not_there_is_reported(
     monkeypatch.setattr(ReIDModel, "extract", huge)
     given = ["--checkpoint", str(own), "--data", str(tiny_tree), "--accelerator=cpu", "--batch-size=9"]
     assert cli.main(["test", *given]) == 2
-    (told,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
-    assert f"infrared features in batches of 9, could not allocate {1 << 60} bytes" in told
-    assert "--batch_size" in told
+    (output,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert f"infrared features in batches of 9, could not allocate {1 << 60} bytes" in output
+    assert "--batch_size" in output
     assert list(own.parent.glob("test-*.json")) == []
     monkeypatch.undo()
     monkeypatch.setattr(reranking, "rerank", huge)

@@ -57,7 +57,7 @@ def heads_of(model: ReIDModel) -> list[Head]:
     [("baseline", "se"), *((model, gate) for model in MODELS[1:] for gate in GATES)],
 )
 def test_every_model_trains_with_every_gate(model: str, gate: str) -> None:
-    """A step with two plugs; every parameter gets a finite gradient."""
+    """In a step with two blocks, every parameter gets a finite gradient."""
     network = build(model=model, gate=gate, stages=(1, 2), pool="gem")
     output = network(*images(2))
     assert output.pooled.shape == (1, network.sets * 2, 512)
@@ -108,7 +108,7 @@ def test_the_sets_are_the_papers_in_its_order() -> None:
 
 @pytest.mark.parametrize("model", ["mrcn", "mrm", "mcm", "snr"])
 def test_each_stream_is_a_stack_of_blocks(model: str) -> None:
-    """Two plugs, each stream followed by itself from the stems to the last map."""
+    """With two blocks, each stream is followed from the stems to the last map."""
     network = build(model=model, stages=(0, 2)).eval()
     first, second = cast(list[Any], network.blocks)
     trunk = network.trunk
@@ -169,7 +169,7 @@ def test_snrs_styles_are_the_means_of_both_modalities_maps() -> None:
 @pytest.mark.parametrize("parts", [1, 3])
 @pytest.mark.parametrize("model", MODELS)
 def test_test_features_are_those_of_training(model: str, parts: int) -> None:
-    """Set after set and part after part, each the unit vector behind its own BNNeck; two plugs."""
+    """With two blocks, a feature has set after set and in a set part after part, each a unit vector."""
     network = build(model=model, stages=(0, 3), parts=parts, pool="gem").eval()
     visible, infrared = images(2, 64, 32)
     with torch.inference_mode():
@@ -263,7 +263,7 @@ def test_gem_is_computed_in_float32() -> None:
     torch.testing.assert_close(pooled, torch.tensor([[[300.0]]]))
 
 
-def test_uneven_stripes_are_told_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_uneven_stripes_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     pool = PartPool(2)
     with caplog.at_level(logging.INFO, "mrcn_fast.reid.models.heads"):
         pool(torch.rand(1, 2, 4, 1))
@@ -306,7 +306,7 @@ def test_the_neck_is_centred_and_the_classifier_has_no_bias() -> None:
 
 
 def results(network: ReIDModel) -> dict[str, Tensor]:
-    """Outputs, gradients of everything, and test features after it; float64."""
+    """The outputs, all gradients, and the test features after the step, in float64."""
     pair = [x.requires_grad_() for x in images(3, 64, dtype=torch.float64)]
     output: TrainingOutput = network.train()(*pair)
     found = {"pooled": output.pooled, "logits": output.logits}
@@ -325,7 +325,7 @@ def results(network: ReIDModel) -> dict[str, Tensor]:
 @backends("cpu")
 @pytest.mark.parametrize("model", ["mrcn", "mrm", "mcm", "snr"])
 def test_kernels_and_reference_agree(model: str, backend: str) -> None:
-    """Outputs and every gradient, with two plugs and parts, in float64."""
+    """Outputs and all gradients agree in float64, with two blocks and several parts."""
     settings = {"model": model, "stages": (0, 2), "parts": 2, "pool": "gem"}
     fused, plain = (results(build(backend=b, **settings).double()) for b in (backend, "reference"))
     assert fused.keys() == plain.keys()
@@ -360,7 +360,7 @@ def test_channels_last_gives_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         ({"model": "snrr"}, "got model='snrr', expected one of"),
         ({"depth": 34}, "got depth=34, expected one of"),
@@ -384,8 +384,8 @@ def test_channels_last_gives_the_same() -> None:
         ({"parts": True}, "got parts=True, expected an integer"),
     ],
 )
-def test_unknown_names_are_refused(arguments: dict[str, object], told: str) -> None:
-    with pytest.raises(ValueError, match=told):
+def test_unknown_names_are_refused(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         ReIDModel(**({"classes": 5, "depth": 18} | arguments))  # type: ignore[arg-type]
 
 
@@ -402,7 +402,7 @@ def test_numpy_integers_are_taken() -> None:
 
 
 @pytest.mark.parametrize(
-    ("batch", "told"),
+    ("batch", "message"),
     [
         (
             torch.zeros(2, 3, 32, 16, dtype=torch.uint8),
@@ -413,11 +413,11 @@ def test_numpy_integers_are_taken() -> None:
         (np.zeros((2, 3, 32, 16), np.float32), "got visible of ndarray, expected a floating-point tensor"),
     ],
 )
-def test_what_are_no_images_is_refused(batch: Any, told: str) -> None:
+def test_inputs_other_than_images_are_refused(batch: Any, message: str) -> None:
     model = ReIDModel(5, depth=18)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         model(batch, batch)
-    with pytest.raises(ValueError, match=told.replace("visible", "images")):
+    with pytest.raises(ValueError, match=message.replace("visible", "images")):
         model.extract(batch, "visible")
 
 

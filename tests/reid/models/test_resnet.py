@@ -138,7 +138,7 @@ CONV = "layer1.0.conv1.weight"
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (
             {CONV: torch.full((64, 64, 3, 3), torch.nan)},
@@ -156,19 +156,17 @@ CONV = "layer1.0.conv1.weight"
         ({"bn1.running_var": torch.full((64,), -1.0)}, "found negative values in bn1.running_var"),
     ],
 )
-def test_weights_that_can_not_be_computed_with_are_refused(
-    tmp_path: Path, change: dict[str, Tensor], told: str
-) -> None:
+def test_weights_of_unfit_values_are_refused(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
     torch.save(published_weights(18) | change, tmp_path / "odd.pth")
     trunk = Trunk(18)
     before = {name: tensor.clone() for name, tensor in trunk.state_dict().items()}
     with pytest.raises(WeightsError) as error:
         trunk.load_imagenet(tmp_path / "odd.pth")
-    assert str(tmp_path / "odd.pth") in str(error.value) and told in str(error.value)
+    assert str(tmp_path / "odd.pth") in str(error.value) and message in str(error.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in trunk.state_dict().items())
 
 
-def test_half_precision_and_what_nobody_reads_are_taken(tmp_path: Path) -> None:
+def test_half_precision_and_unused_tensors_are_accepted(tmp_path: Path) -> None:
     weights = {name: tensor.half() for name, tensor in published_weights(18).items()}
     weights["fc.weight"] = torch.full((3, 3), torch.nan)
     torch.save(weights, tmp_path / "half.pth")
@@ -193,7 +191,7 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "told"),
+    ("name", "content", "message"),
     [
         ("lfs.pth", b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer"),
         ("page.safetensors", b"<html></html>", "a web page"),
@@ -204,17 +202,17 @@ def test_a_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_unreadable_weights_name_the_path(
-    tmp_path: Path, name: str, content: bytes | None, told: str
+    tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     path = tmp_path / name
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(WeightsError, match=told) as error:
+    with pytest.raises(WeightsError, match=message) as error:
         Trunk(18).load_imagenet(path)
     assert str(path) in str(error.value)
 
 
-def test_a_checkpoint_in_place_of_weights_is_told(tmp_path: Path) -> None:
+def test_a_checkpoint_in_place_of_weights_is_named(tmp_path: Path) -> None:
     torch.save({"model": published_weights(18), "epoch": 3}, tmp_path / "run.pth")
     with pytest.raises(WeightsError, match=r"expected a state_dict.*model, epoch: save 'model' of it alone"):
         Trunk(18).load_imagenet(tmp_path / "run.pth")

@@ -82,7 +82,7 @@ def test_queries_by_their_paths(search: Search) -> None:
 def made(
     finished: Path, tiny_tree: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, dict[str, Any]]:
-    """The figures of a finished run, with its beginning, and what was returned."""
+    """The figures of a finished run and of its network before training, and the function's result."""
     out = tmp_path_factory.mktemp("figures")
     result = make_figures(
         [str(finished)],
@@ -125,7 +125,7 @@ def test_the_lists_in_the_numbers_follow_the_protocol(made: tuple[Path, dict[str
     for column in result["columns"].values():
         for query, found in zip(result["queries"], column["ranking"], strict=True):
             person = int(Path(query).parent.name)
-            assert len(found) == figures._LISTED
+            assert len(found) == figures.LISTED
             assert all(image["correct"] == (image["identity"] == person) for image in found)
             if "cam3" in Path(query).parts:
                 assert not any("cam2" in Path(image["path"]).parts for image in found)
@@ -151,8 +151,8 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
         ({"people": 0}, "got people=0, expected an integer from 1"),
         ({"queries": 0}, "got queries=0, expected an integer from 1"),
     )
-    for change, told in changes:
-        with pytest.raises(ValueError, match=told):
+    for change, message in changes:
+        with pytest.raises(ValueError, match=message):
             make_figures(**({"checkpoints": ["x"], "data": "x", "out": str(tmp_path)} | change))
 
 
@@ -205,7 +205,7 @@ def test_other_figures_are_not_replaced(
         with pytest.raises(ResultError, match=rf"figures\.json: is there already, .*{named}.*--overwrite"):
             make(**change)
     (out / "figures.json").unlink()
-    with pytest.raises(ResultError, match=r"distances\.png: is there already, and nothing tells"):
+    with pytest.raises(ResultError, match=r"distances\.png: is there already, and no record says"):
         make()
     assert {path: path.read_bytes() for path in out.iterdir()} == {
         path: content for path, content in before.items() if path.name != "figures.json"

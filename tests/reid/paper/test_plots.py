@@ -166,7 +166,7 @@ def test_the_lists_are_those_that_are_scored(protocol: str) -> None:
     assert (whole.order < 0).any() == (protocol != "regdb")
 
 
-def test_frames_tell_right_from_wrong() -> None:
+def test_frames_show_right_and_wrong_matches() -> None:
     image = np.full((8, 4, 3), 128, dtype=np.uint8)
     row = plots.Row("person 1", image, [image] * 3, [True, False, True])
     figure = draw_rankings({"baseline": [row], "MRCN": [row, row]}, count=4)
@@ -191,6 +191,6 @@ assert "matplotlib.pyplot" not in sys.modules
 """
 
 
-def test_pyplot_is_left_alone(tmp_path: Path) -> None:
+def test_drawing_leaves_pyplot_alone(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", UNTOUCHED, str(tmp_path / "x.png")], check=True)
     assert (tmp_path / "x.png").stat().st_size > 0

@@ -61,7 +61,7 @@ def test_every_row_of_every_table_has_its_recipe() -> None:
     readings = {
         f"{data}-mrcn-{reading}"
         for data in ("regdb", "sysu-mm01", "llcm")
-        for reading in ("unit-mean", "mean-detached")
+        for reading in ("pooled-sum", "mean-detached")
     }
     assert set(recipe_names()) - used == BASES | readings | {"llcm-mrcn", "llcm-baseline"}
 
@@ -79,7 +79,7 @@ def test_one_recipe_has_one_published_figure() -> None:
                         assert seen.setdefault(place, value) == value, place
 
 
-def test_the_rows_differ_in_what_they_are_about() -> None:
+def test_rows_differ_only_in_what_their_table_compares() -> None:
     def configs(table: str, dataset: str) -> dict[str, TrainConfig]:
         rows = load_table(table).rows
         return {row.title: config_of(row.recipes[dataset]) for row in rows if row.recipes}
@@ -106,7 +106,7 @@ def test_the_synthetic_scale_leaves_the_rows_alone() -> None:
     assert not ROW_VALUES & set(load_recipe("synthetic"))
 
 
-def test_a_file_extends_what_is_beside_it(tmp_path: Path) -> None:
+def test_a_recipe_extends_a_file_beside_it(tmp_path: Path) -> None:
     (tmp_path / "base.yaml").write_text("extends: regdb-mrcn\nepochs: 3\nlr: 0.5\n")
     (tmp_path / "own.yaml").write_text("extends: base.yaml\nlr: 0.25\n")
     config = config_of(str(tmp_path / "own.yaml"))
@@ -114,7 +114,7 @@ def test_a_file_extends_what_is_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, r"got recipe '.*odd\.yaml', expected the path of a .yaml file or one of .*regdb-mrcn"),
         ("colour: red\nshape: round\n", "unknown values: colour, shape"),
@@ -138,11 +138,11 @@ def test_a_file_extends_what_is_beside_it(tmp_path: Path) -> None:
         ("7: 8\n", r"odd\.yaml: unknown values: 7"),
     ],
 )
-def test_unfit_recipes_are_refused(tmp_path: Path, content: str | None, told: str) -> None:
+def test_unfit_recipes_are_refused(tmp_path: Path, content: str | None, message: str) -> None:
     path = tmp_path / "odd.yaml"
     if content is not None:
         path.write_text(content)
-    with pytest.raises(ConfigError, match=told):
+    with pytest.raises(ConfigError, match=message):
         load_recipe(str(path))
 
 

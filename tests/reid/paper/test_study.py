@@ -75,7 +75,7 @@ def test_a_run_has_the_steps_asked_for(tmp_path: Path) -> None:
         assert config.epochs * config.batches >= steps == config.steps
 
 
-def test_runs_that_are_there_are_not_repeated(
+def test_finished_runs_are_not_repeated(
     made: tuple[StudyConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, result = made
@@ -89,7 +89,7 @@ def test_runs_that_are_there_are_not_repeated(
     assert again["rows"] == result["rows"]
 
 
-def test_a_run_that_was_interrupted_goes_on(
+def test_an_interrupted_run_goes_on(
     made: tuple[StudyConfig, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     resumed = []
@@ -166,7 +166,7 @@ def test_a_gain_is_accepted_by_the_rule(tmp_path: Path, gains: list[float], acce
     )
 
 
-def test_markdown_has_a_line_a_row_and_names_what_did_not_run(tmp_path: Path) -> None:
+def test_markdown_has_a_line_per_row_and_names_rows_without_runs(tmp_path: Path) -> None:
     config = StudyConfig(out=str(tmp_path), **SIZES)
     for seed, rank1 in enumerate((0.60, 0.62, 0.64)):
         _finish(config, "without-cqc", seed, rank1)
@@ -179,8 +179,8 @@ def test_markdown_has_a_line_a_row_and_names_what_did_not_run(tmp_path: Path) ->
 
 def test_the_command_checks_rows_and_seeds(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["study", "cqc", "--rows", "unit"]) == 2
-    told = capsys.readouterr().err
-    assert "got --rows unit, expected " in told
-    assert "without-cqc" in told
+    errors = capsys.readouterr().err
+    assert "got --rows unit, expected " in errors
+    assert "without-cqc" in errors
     assert cli.main(["study", "sgd"]) == 2
     assert "cqc" in capsys.readouterr().err

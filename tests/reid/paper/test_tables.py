@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,10 @@ from tests.reid.conftest import TINY
 
 OPTIONS: dict[str, Any] = {"trials": 2, "shots": 1, "draw": "random"}
 
+Made = tuple[Path, dict[str, Any]]
+MakeAgain = Callable[..., dict[str, Any]]
+Watched = tuple[list[str], list[str]]
+
 
 @pytest.fixture(scope="module")
 def overlay(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -38,9 +43,7 @@ def overlay(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def made(
-    overlay: str, tiny_tree: Path, tiny_regdb: Path, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict[str, Any]]:
+def made(overlay: str, tiny_tree: Path, tiny_regdb: Path, tmp_path_factory: pytest.TempPathFactory) -> Made:
     """Table 4 on both trees with both splits of RegDB, and the folder it was made in."""
     out = tmp_path_factory.mktemp("tables")
     return out, run("4", [tiny_regdb, tiny_tree], out, overlay)
@@ -54,12 +57,12 @@ def other_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
+def watched(monkeypatch: pytest.MonkeyPatch) -> Watched:
     """The folders of the runs that are trained, and of those that are scored, as it happens."""
     trained: list[str] = []
     scored: list[str] = []
 
-    class Watched(Trainer):
+    class WatchedTrainer(Trainer):
         def fit(self, **arguments: Any) -> Path:
             trained.append(Path(self.config.out).name)
             return super().fit(**arguments)
@@ -68,7 +71,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> tuple[list[str], list[str]]:
         scored.append(checkpoint.parent.name)
         return score_checkpoint(checkpoint, *rest, **arguments)
 
-    monkeypatch.setattr(runs, "Trainer", Watched)
+    monkeypatch.setattr(runs, "Trainer", WatchedTrainer)
     monkeypatch.setattr(runs, "score_checkpoint", watched_score)
     return trained, scored
 
@@ -80,7 +83,17 @@ def run(name: str, data: list[Path], out: Path, overlay: str, **more: Any) -> di
     return run_table(name, data, out=out, overlay=overlay, **arguments)
 
 
-def test_a_table_trains_and_scores_every_row(made: tuple[Path, dict[str, Any]]) -> None:
+@pytest.fixture
+def make_again(made: Made, overlay: str, tiny_tree: Path) -> MakeAgain:
+    """A function that makes a table in the folder of `made`, by default Table 4 on `tiny_tree`."""
+
+    def make(name: str = "4", data: list[Path] | None = None, **more: Any) -> dict[str, Any]:
+        return run(name, data or [tiny_tree], made[0], overlay, **more)
+
+    return make
+
+
+def test_a_table_trains_and_scores_every_row(made: Made) -> None:
     out, table = made
     folders = {path.parent.name for path in out.glob("*/checkpoint.pth")}
     assert folders == {f"sysu-mm01-{row}" for row in ("baseline", "snr", "mrcn")} | {
@@ -105,7 +118,7 @@ def test_a_table_trains_and_scores_every_row(made: tuple[Path, dict[str, Any]]) 
     assert json.loads((out / "table-4.json").read_text()) == json.loads(json.dumps(table))
 
 
-def test_it_prints_the_papers_figures_beside_ours(made: tuple[Path, dict[str, Any]]) -> None:
+def test_it_prints_the_papers_figures_beside_ours(made: Made) -> None:
     _, table = made
     lines = markdown(table).splitlines()
     assert "Table 4" in lines[0]
@@ -118,7 +131,7 @@ def test_it_prints_the_papers_figures_beside_ours(made: tuple[Path, dict[str, An
     assert any(line.startswith("9 runs trained and scored in ") for line in lines)
 
 
-def test_rank1_by_each_pairing_follows(made: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_rank1_by_each_pairing_follows(made: Made, tmp_path: Path) -> None:
     _, table = made
     mrcn = table["rows"][2]
     by_pairing = mrcn["pairings"]["sysu"]
@@ -144,7 +157,7 @@ def test_rank1_by_each_pairing_follows(made: tuple[Path, dict[str, Any]], tmp_pa
         load_made_table(made_table, "4")
 
 
-def test_several_seeds_are_trained_and_their_spread_is_told(
+def test_several_seeds_are_trained_and_their_spread_is_printed(
     overlay: str, tiny_tree: Path, tmp_path: Path
 ) -> None:
     table = run("4", [tiny_tree], tmp_path, overlay, seeds=2, options=OPTIONS | {"trials": 1})
@@ -162,25 +175,22 @@ def test_several_seeds_are_trained_and_their_spread_is_told(
     assert "mean ± standard deviation over the runs" in markdown(table)
 
 
-def test_only_what_is_missing_is_run(
-    made: tuple[Path, dict[str, Any]],
-    overlay: str,
-    tiny_tree: Path,
-    watched: tuple[list[str], list[str]],
+def test_only_missing_runs_are_trained_and_scored(
+    made: Made, make_again: MakeAgain, watched: Watched
 ) -> None:
-    out, table = made
+    _, table = made
     trained, scored = watched
-    again = run("4", [tiny_tree], out, overlay)
+    again = make_again()
     assert (trained, scored, again["trained"]) == ([], [], 0)
     assert [row["ours"]["sysu"] for row in again["rows"]] == [row["ours"]["sysu"] for row in table["rows"]]
     # Table 2 shares two of its rows; columns without a tree stay empty.
-    other = run("2", [tiny_tree], out, overlay)
+    other = make_again("2")
     assert trained == scored == ["sysu-mm01-mrcn-without-cqc", "sysu-mm01-mcm", "sysu-mm01-mrm"]
     assert all(set(row["ours"]) == {"sysu"} for row in other["rows"])
     assert "| MRCN | – (91.4) | – (84.6) |" in markdown(other)
     # Other trials are other scores of the same runs.
     del trained[:], scored[:]
-    run("4", [tiny_tree], out, overlay, options=OPTIONS | {"trials": 1})
+    make_again(options=OPTIONS | {"trials": 1})
     assert (trained, len(scored)) == ([], 3)
 
 
@@ -201,20 +211,15 @@ def test_an_interrupted_row_goes_on(overlay: str, tiny_regdb: Path, tmp_path: Pa
 
 
 def test_scores_are_taken_over_from_a_moved_tree_alone(
-    made: tuple[Path, dict[str, Any]],
-    overlay: str,
-    tiny_tree: Path,
-    other_tree: Path,
-    tmp_path: Path,
-    watched: tuple[list[str], list[str]],
+    made: Made, make_again: MakeAgain, tiny_tree: Path, other_tree: Path, tmp_path: Path, watched: Watched
 ) -> None:
     out, _ = made
     trained, scored = watched
-    ours = [row["ours"]["sysu"] for row in run("4", [tiny_tree], out, overlay)["rows"]]
+    ours = [row["ours"]["sysu"] for row in make_again()["rows"]]
     del scored[:]
     moved = tmp_path / "moved"
     moved.symlink_to(tiny_tree)
-    run("4", [moved], out, overlay)
+    make_again(data=[moved])
     assert (trained, scored) == ([], [])
     # Scores of another tree beside them.
     checkpoint = out / "sysu-mm01-mrcn"
@@ -222,7 +227,7 @@ def test_scores_are_taken_over_from_a_moved_tree_alone(
         checkpoint, other_tree, other_data=True, mode="both", progress=Progress(disable=True), **OPTIONS
     )
     assert of_other["searches"]["all-search"]["mean"] != ours[2]
-    again = run("4", [tiny_tree], out, overlay)
+    again = make_again()
     assert (trained, scored) == ([], [])
     assert [row["ours"]["sysu"] for row in again["rows"]] == ours
 
@@ -244,35 +249,28 @@ def test_scores_are_taken_over_from_a_moved_tree_alone(
     ids=str,
 )
 def test_scores_of_another_measurement_are_not_taken_over(
-    made: tuple[Path, dict[str, Any]],
-    overlay: str,
-    tiny_tree: Path,
-    watched: tuple[list[str], list[str]],
-    other: Any,
+    made: Made, make_again: MakeAgain, watched: Watched, other: Any
 ) -> None:
     out, _ = made
     trained, scored = watched
     folder = out / "sysu-mm01-snr"
-    run("4", [tiny_tree], out, overlay)
+    make_again()
     whole = {path: path.read_bytes() for path in folder.glob("test-*.json")}
     del scored[:]
     for path, content in whole.items():
         path.write_text(json.dumps(json.loads(content) | other if isinstance(other, dict) else other))
-    run("4", [tiny_tree], out, overlay)
+    make_again()
     assert (trained, scored) == ([], ["sysu-mm01-snr"])
     for path, content in whole.items():
         path.write_bytes(content)
 
 
 def test_scores_of_another_backend_are_taken_over(
-    made: tuple[Path, dict[str, Any]],
-    overlay: str,
-    tiny_tree: Path,
-    watched: tuple[list[str], list[str]],
+    made: Made, make_again: MakeAgain, tiny_tree: Path, watched: Watched
 ) -> None:
     out, _ = made
     trained, scored = watched
-    run("4", [tiny_tree], out, overlay)
+    make_again()
     for path in (out / "sysu-mm01-mrcn").glob("test-*.json"):
         path.unlink()
     del scored[:]
@@ -280,21 +278,17 @@ def test_scores_of_another_backend_are_taken_over(
     score_checkpoint(out / "sysu-mm01-mrcn", tiny_tree, backend="reference", **options)
     # Nor are those of other options in the way.
     score_checkpoint(out / "sysu-mm01-mrcn", tiny_tree, **options | {"trials": 1})
-    table = run("4", [tiny_tree], out, overlay)
+    table = make_again()
     assert (trained, scored) == ([], [])
     assert table["rows"][2]["runs"]["sysu-mm01"][0]["searches"]["all-search"]["trials"] == 2
 
 
 def test_another_table_is_not_replaced(
-    made: tuple[Path, dict[str, Any]],
-    overlay: str,
-    tiny_tree: Path,
-    tiny_regdb: Path,
-    watched: tuple[list[str], list[str]],
+    made: Made, make_again: MakeAgain, tiny_tree: Path, tiny_regdb: Path, watched: Watched
 ) -> None:
     out, _ = made
     both = [tiny_regdb, tiny_tree]
-    run("4", both, out, overlay)
+    make_again(data=both)
     record = out / "table-4.json"
     before = record.read_bytes()
     del watched[1][:]
@@ -305,45 +299,42 @@ def test_another_table_is_not_replaced(
     }
     for named, change in changes.items():
         with pytest.raises(ResultError, match=rf"{record}: .* value of {named}.*--overwrite"):
-            run("4", both, out, overlay, overwrite=False, **change)
+            make_again(data=both, overwrite=False, **change)
     with pytest.raises(ResultError, match=r"value of data sets"):
-        run("4", [tiny_tree], out, overlay, overwrite=False)
+        make_again(overwrite=False)
     with pytest.raises(ValueError, match="draw"):
-        run("4", both, out, overlay, options=OPTIONS | {"draw": "any"})
+        make_again(data=both, options=OPTIONS | {"draw": "any"})
     assert record.read_bytes() == before
     # Where nothing differs it is made again, from the scores that are there.
-    assert run("4", both, out, overlay, overwrite=False)["rows"] == json.loads(before)["rows"]
+    assert make_again(data=both, overwrite=False)["rows"] == json.loads(before)["rows"]
     assert watched == ([], [])
 
 
-def test_a_run_of_other_values_in_the_way_is_refused(
-    made: tuple[Path, dict[str, Any]], overlay: str, tiny_tree: Path
-) -> None:
-    out, _ = made
+def test_a_run_of_other_values_in_the_way_is_refused(make_again: MakeAgain) -> None:
     with pytest.raises(CheckpointError, match=r"under other values(.|\n)*lr: expected 0.02"):
-        run("4", [tiny_tree], out, overlay, configure=lambda values: TrainConfig(**(values | {"lr": 0.5})))
+        make_again(configure=lambda values: TrainConfig(**(values | {"lr": 0.5})))
 
 
 def test_a_run_of_another_tree_in_the_way_is_refused(
-    made: tuple[Path, dict[str, Any]], overlay: str, other_tree: Path
+    made: Made, make_again: MakeAgain, other_tree: Path
 ) -> None:
     out, _ = made
     with pytest.raises(CheckpointError, match="belongs to another data set") as error:
-        run("4", [other_tree], out, overlay)
+        make_again(data=[other_tree])
     assert f"give another folder (--out), or delete {out / 'sysu-mm01-baseline'}" in str(error.value)
 
 
 def test_a_run_of_other_weights_in_the_way_is_refused(
-    made: tuple[Path, dict[str, Any]], overlay: str, tiny_tree: Path, resnet18: Path
+    made: Made, make_again: MakeAgain, resnet18: Path
 ) -> None:
     out, _ = made
     with pytest.raises(CheckpointError, match=r"weights: expected random ones .*resnet18\.pth") as error:
-        run("4", [tiny_tree], out, overlay, configure=lambda v: TrainConfig(**v, weights=str(resnet18)))
+        make_again(configure=lambda v: TrainConfig(**v, weights=str(resnet18)))
     assert f"give another folder (--out), or delete {out / 'sysu-mm01-baseline'}" in str(error.value)
 
 
 @pytest.mark.parametrize(("name", "value"), [("split", 2), ("dataset", "llcm")])
-def test_what_a_table_sets_itself_is_refused(
+def test_values_that_a_table_sets_are_refused(
     overlay: str, tiny_regdb: Path, tmp_path: Path, name: str, value: Any
 ) -> None:
     def configure(values: dict[str, Any]) -> TrainConfig:
@@ -401,7 +392,7 @@ def test_only_a_table_that_was_made_is_printed(tmp_path: Path) -> None:
 
     assert "50.0" in markdown(loaded(**first({key: scores})))
     assert loaded(draw="official", machine=machine | {"gpu": "b"}) == json.loads(path.read_text())
-    for changes, told in (
+    for changes, message in (
         ({"table": "2"}, "found table '2'"),
         ({"rows": rows[1:]}, f"of {len(rows)} rows; found {len(rows) - 1}"),
         ({"rows": [{"ours": {"other": scores}}, *rows[1:]]}, "found other scores in row 1"),
@@ -421,7 +412,7 @@ def test_only_a_table_that_was_made_is_printed(tmp_path: Path) -> None:
     ):
         with pytest.raises(DocumentError) as error:
             loaded(**changes)
-        assert str(path) in str(error.value) and told in str(error.value)
+        assert str(path) in str(error.value) and message in str(error.value)
 
 
 def test_rows_of_other_methods_have_the_papers_figures_alone() -> None:

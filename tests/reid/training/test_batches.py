@@ -22,7 +22,7 @@ NAME = "sysu-mm01-split1"
 
 @pytest.fixture
 def tree(tiny_tree: Path, tmp_path: Path) -> Path:
-    """A tree to damage: 4 training identities with 2 images of each of 6 cameras."""
+    """A tree that a test damages: 4 training identities with 2 images of each of 6 cameras."""
     return Path(shutil.copytree(tiny_tree, tmp_path / "tree"))
 
 
@@ -135,7 +135,7 @@ def test_without_unreadable_images_skipping_changes_nothing(tiny_config: TrainCo
     assert equal(list(batches.of(0)), expected)
 
 
-def test_a_cache_of_what_can_be_read(tiny_config: TrainConfig, tree: Path, tmp_path: Path) -> None:
+def test_a_cache_holds_the_readable_images(tiny_config: TrainConfig, tree: Path, tmp_path: Path) -> None:
     training = SYSUMM01(tree).training()
     damage(training.visible[3])
     config = dataclasses.replace(tiny_config, cache=str(tmp_path / "cache"), batches=10)
@@ -149,7 +149,7 @@ def test_too_few_identities_after_skipping(tiny_config: TrainConfig, tree: Path)
     training = SYSUMM01(tree).training()
     config = dataclasses.replace(tiny_config, skip_unreadable=True)
     damage(*(s for s in training.visible if s.identity != training.identities[0]))
-    with pytest.raises(ValueError, match="a batch needs 2 distinct identities; got 1"):
+    with pytest.raises(ValueError, match="a batch needs 2 different identities; got 1"):
         TrainingBatches(training, config, name=NAME)
     damage(*training.visible)
     with pytest.raises(

@@ -33,7 +33,7 @@ CONV = "trunk.layer1.0.conv1.weight"
 
 @pytest.fixture(scope="module")
 def content(finished: Path) -> dict[str, Any]:
-    """What is in the file of a finished run: 6 steps, 2 epochs of 3 batches."""
+    """The content of a finished run's file: 6 steps, 2 epochs of 3 batches."""
     loaded: dict[str, Any] = torch.load(finished, weights_only=True)
     return loaded
 
@@ -203,9 +203,9 @@ def test_an_edited_file_is_refused_in_a_line(
     values = content["config"] | {"out": str(tmp_path)}
     flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
     assert cli.main(["train", *flags, "--resume"]) == 2
-    told = capsys.readouterr().err
-    assert "got step=-5, expected 6, after 2 epochs and 0 batches" in " ".join(told.split())
-    assert "Traceback" not in told
+    errors = capsys.readouterr().err
+    assert "got step=-5, expected 6, after 2 epochs and 0 batches" in " ".join(errors.split())
+    assert "Traceback" not in errors
     # Written anew without an edit, it is the same checkpoint.
     torch.save(content, path)
     assert load_checkpoint(path).step == 6
@@ -247,7 +247,7 @@ def digest_of(checkpoint: Checkpoint) -> str:
     return content_digest(fields)
 
 
-def test_the_digest_tells_values_types_and_order_apart() -> None:
+def test_the_digest_depends_on_values_types_and_order() -> None:
     ones = torch.ones(2, 3)
     different = [
         {"a": ones}, {"b": ones}, {"a": ones.view(3, 2)}, {"a": ones.double()}, {"a": ones.bfloat16()},
@@ -262,7 +262,7 @@ def test_the_digest_tells_values_types_and_order_apart() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
-def test_each_place_in_a_run_is_one(content: dict[str, Any], steps: int) -> None:
+def test_step_epoch_and_batch_must_fit_each_other(content: dict[str, Any], steps: int) -> None:
     checkpoint = module._conforming(content)
     epoch, batch = divmod(steps, 3)
     here = checkpoint._replace(step=steps, epoch=epoch, batch=batch, metrics={})
@@ -283,7 +283,7 @@ def test_an_epoch_without_unreadable_images_may_be_shorter(content: dict[str, An
             module._check_place(checkpoint._replace(step=step, epoch=2, batch=1))
 
 
-def test_a_gradient_scaler_must_be_one(content: dict[str, Any]) -> None:
+def test_an_unfit_state_of_the_gradient_scaler_is_refused(content: dict[str, Any]) -> None:
     state = {
         "scale": 65536.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000,
         "_growth_tracker": 0,
@@ -300,7 +300,7 @@ def test_a_gradient_scaler_must_be_one(content: dict[str, Any]) -> None:
 def test_a_full_disk_keeps_the_checkpoint_before(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """See also test_files.py, where it is the system that refuses."""
+    """In test_files.py, the system itself refuses the write."""
     path = Path(shutil.copy(finished, tmp_path))
     before = path.read_bytes()
     checkpoint = load_checkpoint(path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def test_the_schedule_is_the_papers(epoch: int, expected: float) -> None:
     assert learning_rate(TrainConfig(data=""), epoch) == pytest.approx(expected)
 
 
+def test_no_more_workers_than_cores() -> None:
+    assert 1 <= TrainConfig(data="").workers <= min(4, os.cpu_count() or 1)
+
+
 def test_the_defaults_are_the_papers() -> None:
     config = TrainConfig(data="")
     assert (config.model, config.depth, config.stages, config.gate) == ("mrcn", 50, (0,), "se")
@@ -42,12 +47,12 @@ def test_the_defaults_are_the_papers() -> None:
 
 
 @pytest.mark.parametrize(
-    ("values", "told"),
+    ("values", "message"),
     [
         ({"identities": 1}, "got identities=1, expected an integer from 2 to"),
         ({"steps": 0}, "got steps=0, expected an integer from 1 to 1000000000, or none"),
         ({"flip": 1.5}, "got flip=1.5"),
-        ({"milestones": (60, 20)}, "got milestones=\(60, 20\), expected increasing values"),
+        ({"milestones": (60, 20)}, r"got milestones=\(60, 20\), expected increasing values"),
         ({"height": 8}, "got height=8"),
         ({"split": 2}, "sysu-mm01 has one split"),
         ({"parts": 0}, "got parts=0, expected an integer from 1 to"),
@@ -83,8 +88,8 @@ def test_the_defaults_are_the_papers() -> None:
         ({"weights": 7}, "got weights=7, expected a path, or none"),
     ],
 )
-def test_bad_values_are_refused(values: dict[str, Any], told: str) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_bad_values_are_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         TrainConfig(data="", **values)
 
 

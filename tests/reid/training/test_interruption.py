@@ -33,7 +33,7 @@ sys.exit(main(json.loads(sys.argv[1])))
 
 
 def started(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
-    """`mrcn-fast train` with these values, in a process of its own."""
+    """Start `mrcn-fast train` with these values in a process of its own."""
     values = config.as_dict() | {"checkpoint_every": 1}
     flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
     return subprocess.Popen(
@@ -47,7 +47,7 @@ def started(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
 
 
 def wait_for(process: subprocess.Popen[str], config: TrainConfig, steps: int) -> None:
-    """Until the run has taken so many steps."""
+    """Wait until the run has taken this many steps."""
     metrics = Path(config.out) / "metrics.jsonl"
     until = time.monotonic() + 300  # never reached but where training does not start
     while not metrics.exists() or len(metrics.read_text().splitlines()) < steps:
@@ -61,13 +61,13 @@ def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> No
     try:
         wait_for(process, config, 4)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=120)
     finally:
         process.kill()
     path = Path(config.out) / CHECKPOINT_NAME
     assert process.returncode == 130
-    assert "Traceback" not in told
-    assert f"The last complete checkpoint is {path}" in told
+    assert "Traceback" not in errors
+    assert f"The last complete checkpoint is {path}" in errors
     checkpoint = load_checkpoint(path)
     assert checkpoint.step >= 3
     build_model(path, checkpoint)
@@ -87,10 +87,10 @@ def test_a_killed_run_ends_bitwise_as_one_that_was_not(tiny_config: TrainConfig,
             killed.communicate()
             assert killed.returncode == -signal.SIGKILL
             killed = started(config, "--resume")
-        _, told = killed.communicate(timeout=300)
-        assert killed.returncode == 0, told
-        _, told = first.communicate(timeout=300)
-        assert first.returncode == 0, told
+        _, errors = killed.communicate(timeout=300)
+        assert killed.returncode == 0, errors
+        _, errors = first.communicate(timeout=300)
+        assert first.returncode == 0, errors
     finally:
         first.kill()
         killed.kill()
@@ -126,16 +126,16 @@ def test_a_folder_that_another_process_holds_is_refused(tiny_config: TrainConfig
     train(dataclasses.replace(config, steps=2), resume=True)
 
 
-def test_the_system_lets_go_of_a_killed_runs_folder(tiny_config: TrainConfig) -> None:
+def test_the_folder_of_a_killed_run_can_be_used_again(tiny_config: TrainConfig) -> None:
     # Its processes that decode images live a little longer: they don't hold the folder.
     config = dataclasses.replace(tiny_config, epochs=100000, workers=1)
     process = started(config)
     try:
         wait_for(process, config, 1)
         second = started(config, "--resume")
-        _, told = second.communicate(timeout=300)
+        _, errors = second.communicate(timeout=300)
         assert second.returncode == 2
-        assert f"{config.out}: another process trains in this folder" in told and "Traceback" not in told
+        assert f"{config.out}: another process trains in this folder" in errors and "Traceback" not in errors
     finally:
         process.kill()
         process.communicate()
@@ -144,7 +144,7 @@ def test_the_system_lets_go_of_a_killed_runs_folder(tiny_config: TrainConfig) ->
 
 
 @pytest.mark.parametrize("arguments", [{"resume": True}, {"overwrite": True}], ids=["resume", "overwrite"])
-def test_what_a_killed_run_left_goes(tiny_config: TrainConfig, arguments: dict[str, bool]) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tiny_config: TrainConfig, arguments: dict[str, bool]) -> None:
     config = dataclasses.replace(tiny_config, steps=1)
     folder = train(config).out
     ended = subprocess.Popen([sys.executable, "-c", ""])
@@ -159,9 +159,7 @@ def test_what_a_killed_run_left_goes(tiny_config: TrainConfig, arguments: dict[s
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged", "test-all-search.json"])
-def test_what_is_left_of_a_run_without_checkpoint_is_not_replaced(
-    tiny_config: TrainConfig, name: str
-) -> None:
+def test_files_of_a_run_without_checkpoint_are_not_replaced(tiny_config: TrainConfig, name: str) -> None:
     config = dataclasses.replace(tiny_config, steps=1)
     there = Path(config.out) / name
     there.parent.mkdir()

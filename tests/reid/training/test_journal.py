@@ -18,7 +18,7 @@ from mrcn_fast.reid.training.journal import CollapseWatch, Journal, StepResult, 
 from tests.reid.conftest import train
 
 
-def test_collapse_is_told_while_it_happens(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_collapse_is_logged_while_it_happens(caplog: pytest.LogCaptureFixture) -> None:
     def result(spread: float) -> StepResult:
         return StepResult(1.0, 1.0, 0.3, 0.0, 0.0, 0.1, spread)
 

@@ -48,7 +48,7 @@ def test_triplet_of_equal_points_has_finite_gradients() -> None:
 
 @pytest.mark.parametrize("soft_margin", [False, True])
 def test_batch_hard_triplet_anchor_by_anchor(soft_margin: bool) -> None:
-    """With anchors that have no positive, and all of them without a negative."""
+    """Some anchors have no positive, and in one batch no anchor has a negative."""
     features = torch.randn(9, 5, generator=torch.Generator().manual_seed(0), requires_grad=True)
     loss = BatchHardTriplet(0.3, soft_margin)
     for labels in (torch.tensor([0, 1, 0, 2, 1, 3, 0, 1, 4]), torch.zeros(9, dtype=torch.int64)):
@@ -87,6 +87,8 @@ def random_output(sets: int, parts: int, *, batch: int = 6, seed: int = 0) -> Tr
     return TrainingOutput(pooled, torch.randn(parts, sets * batch, 3, generator=generator))
 
 
+# Equations 8 to 10 to the letter.
+AS_PRINTED: Any = {"cqc_features": "pooled", "cqc_reduction": "sum"}
 THREE_PEOPLE = torch.tensor([0, 0, 1, 1, 2, 2])
 
 
@@ -117,33 +119,32 @@ def test_cqc_and_the_weights_by_hand() -> None:
     # [.2 + D(v+, n) - D(v+, v)] = .2 + 2 - 2, [.2 + D(n+, v) - D(n+, n)] = .2 + 1 - 3 < 0,
     # [.2 + D(v-, n) - D(v-, v)] = .2 + 1 - 3 < 0, [.2 + D(n-, v) - D(n-, n)] = .2 + 1 - 3 < 0.
     labels = torch.tensor([0, 1])
-    parts = ReIDLoss(triplet_weight=0.5, cqc_weight=2.0)(six_sets(), labels)
+    parts = ReIDLoss(triplet_weight=0.5, cqc_weight=2.0, **AS_PRINTED)(six_sets(), labels)
     assert parts.cqc.item() == pytest.approx(2 * 0.2, abs=1e-5)
     assert parts.triplet.item() == 0
     assert parts.identity.item() == pytest.approx(math.log(2), abs=1e-5)
     assert parts.total.item() == pytest.approx(math.log(2) + 2.0 * 0.4, abs=1e-5)
-    mean = ReIDLoss(cqc_reduction="mean")(six_sets(), labels)
+    mean = ReIDLoss(cqc_features="pooled", cqc_reduction="mean")(six_sets(), labels)
     assert mean.cqc.item() == pytest.approx(0.2, abs=1e-5)
 
 
 def test_unit_features_are_compared_by_direction_alone() -> None:
-    """However long the features are, and as F.normalize in front of the loss says."""
+    """The loss doesn't depend on the features' lengths, and equals the loss after F.normalize."""
     pooled, logits, styles = random_output(6, 2)
-    unit = ReIDLoss(cqc_features="unit", cqc_margin=1.5)
+    unit = ReIDLoss(cqc_margin=1.5)
+    pooled_features = ReIDLoss(cqc_margin=1.5, cqc_features="pooled")
     got = unit(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
     longer = unit(TrainingOutput(7 * pooled, logits, styles), THREE_PEOPLE).cqc
-    want = ReIDLoss(cqc_margin=1.5)(
-        TrainingOutput(F.normalize(pooled, dim=2), logits, styles), THREE_PEOPLE
-    ).cqc
+    want = pooled_features(TrainingOutput(F.normalize(pooled, dim=2), logits, styles), THREE_PEOPLE).cqc
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(longer, want)
-    assert got != ReIDLoss(cqc_margin=1.5)(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
+    assert got != pooled_features(TrainingOutput(pooled, logits, styles), THREE_PEOPLE).cqc
 
 
 def test_four_sets_have_half_of_the_cqc_by_hand() -> None:
     # v 0, v+ 2, n+ 1, n 4: of the hinges above only that of v+ is left, 0.2 a person.
     pooled = torch.tensor([0.0, 100, 2, 102, 1, 101, 4, 104])[:, None]
-    parts = ReIDLoss()(one_part(pooled, torch.zeros(8, 2)), torch.tensor([0, 1]))
+    parts = ReIDLoss(**AS_PRINTED)(one_part(pooled, torch.zeros(8, 2)), torch.tensor([0, 1]))
     assert parts.cqc.item() == pytest.approx(2 * 0.2, abs=1e-5)
 
 
@@ -152,7 +153,7 @@ def test_four_sets_have_half_of_the_cqc_by_hand() -> None:
 def test_half_the_cqc_is_equation_8_or_9(reduction: Literal["sum", "mean"], backend: str) -> None:
     """Value and gradient, against the reference's own function of the four centers."""
     pooled = random_output(4, 1).pooled[0].double().requires_grad_()
-    loss = ReIDLoss(cqc_margin=1.5, cqc_reduction=reduction, backend=backend)
+    loss = ReIDLoss(cqc_margin=1.5, cqc_features="pooled", cqc_reduction=reduction, backend=backend)
     got = loss(one_part(pooled, torch.zeros(24, 3)), THREE_PEOPLE).cqc
     identities = torch.arange(3)
     v, of_v, of_n, n = (reference.centers(f, THREE_PEOPLE, identities) for f in pooled.chunk(4))
@@ -217,10 +218,10 @@ def test_the_backend_reaches_the_cqc_loss(sets: int, backend: str) -> None:
     torch.testing.assert_close(*gradients)
 
 
-def test_the_defaults_are_the_papers() -> None:
+def test_the_defaults_are_the_papers_with_the_accepted_reading_of_cqc() -> None:
     loss = ReIDLoss()
     assert (loss.triplet_weight, loss.cqc_weight) == (1.0, 1.2)
-    assert (loss.cqc.margin, loss.cqc.reduction) == (0.2, "sum")
+    assert (loss.cqc.margin, loss.cqc.reduction, loss.cqc.normalize) == (0.2, "mean", True)
     assert loss.identity.label_smoothing == 0.1
     assert loss.causality_weight == 0.1
 
@@ -228,7 +229,7 @@ def test_the_defaults_are_the_papers() -> None:
 @pytest.mark.parametrize("rows", [6, 10, 13])
 def test_other_numbers_of_sets_are_refused(rows: int) -> None:
     output = one_part(torch.rand(rows, 3), torch.rand(rows, 2))
-    with pytest.raises(ValueError, match=f"got {rows} features a part for 2 labels"):
+    with pytest.raises(ValueError, match=f"got {rows} features per part for 2 labels"):
         ReIDLoss()(output, torch.tensor([0, 1]))
 
 
@@ -241,7 +242,7 @@ def test_labels_of_both_modalities_are_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("labels", "told"),
+    ("labels", "message"),
     [
         ([0, 2], "got labels from 0 to 2, expected classes from 0 to 1"),
         ([-100, 0], "got labels from -100 to 0"),
@@ -251,9 +252,9 @@ def test_labels_of_both_modalities_are_named() -> None:
         ([], r"\(0,\)"),
     ],
 )
-def test_labels_that_are_no_classes_are_refused(labels: list[Any], told: str) -> None:
+def test_labels_that_are_no_classes_are_refused(labels: list[Any], message: str) -> None:
     output = one_part(torch.rand(12, 3), torch.rand(12, 2))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         ReIDLoss()(output, torch.tensor(labels))
 
 
@@ -272,13 +273,13 @@ def test_labels_of_other_integers_are_taken() -> None:
         assert torch.equal(ReIDLoss()(output, torch.tensor([0, 1], dtype=dtype)).total, expected)
 
 
-def test_values_that_no_loss_has_are_refused() -> None:
-    for values, told in (
+def test_unfit_options_of_the_loss_are_refused() -> None:
+    for values, message in (
         ({"triplet_margin": torch.nan}, "got triplet_margin=nan, expected a finite number"),
         ({"label_smoothing": 2.0}, "got label_smoothing=2.0, expected a number from 0 to 1"),
         ({"cqc_weight": "1.2"}, "got cqc_weight='1.2', expected a number"),
     ):
-        with pytest.raises(ValueError, match=told):
+        with pytest.raises(ValueError, match=message):
             ReIDLoss(**values)
 
 
@@ -340,7 +341,7 @@ def test_dual_causality_is_the_papers_over_all_triplets() -> None:
     assert dual_causality(styles, labels).item() == pytest.approx(sum(each) / len(each), abs=1e-5)
 
 
-def test_dual_causality_prefers_restitution_that_tells_people_apart() -> None:
+def test_dual_causality_prefers_restitution_that_separates_people() -> None:
     people = torch.eye(2).repeat(2, 1)  # each person in a direction of its own, in both modalities
     mixed = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # by modality
     norm = torch.full((4, 2), 0.7)
@@ -352,7 +353,7 @@ def test_dual_causality_prefers_restitution_that_tells_people_apart() -> None:
 
 
 def test_features_without_a_direction_are_at_distance_0() -> None:
-    """mean(F̃) is β, 0 at first but for rounding: neither its noise nor a huge gradient may come of it."""
+    """mean(F̃) is β, at first 0 except for rounding, which must give neither noise nor a huge gradient."""
     noise = (1e-8 * torch.randn(4, 64, generator=torch.Generator().manual_seed(0))).requires_grad_()
     labels = torch.tensor([0, 1, 0, 1])
     loss = dual_causality(SNRFeatures(noise, noise, noise), labels)
@@ -370,7 +371,7 @@ def test_people_without_positives_or_negatives_add_nothing() -> None:
         assert all(g.isfinite().all() for g in torch.autograd.grad(loss, styles))
 
 
-def test_causality_is_the_sum_over_plugs_with_its_weight() -> None:
+def test_causality_is_the_weighted_sum_over_blocks() -> None:
     labels = torch.tensor([0, 1])
     generator = torch.Generator().manual_seed(0)
     styles = tuple(

@@ -55,20 +55,20 @@ def test_a_checkpoint_comes_back_as_it_was(finished: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (None, "no such file"),
         (b"garbage", "can't be read"),
         ({"weights": torch.ones(1)}, "found the keys weights"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused_by_path(tmp_path: Path, content: Any, told: str) -> None:
+def test_other_files_than_checkpoints_are_refused_by_path(tmp_path: Path, content: Any, message: str) -> None:
     path = tmp_path / CHECKPOINT_NAME
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
         torch.save(content, path)
-    with pytest.raises(CheckpointError, match=told) as error:
+    with pytest.raises(CheckpointError, match=message) as error:
         load_checkpoint(path)
     assert str(path) in str(error.value)
 
@@ -110,8 +110,8 @@ def test_a_run_goes_on_from_its_own_weights_alone(
     config = dataclasses.replace(tiny_config, weights=str(resnet18), steps=1)
     path = train(config).checkpoint_path
     checkpoint = load_checkpoint(path)
-    for weights, told in ((None, "random ones"), (str(other), r"other\.pth")):
-        with pytest.raises(CheckpointError, match=rf"weights: expected '.*resnet18\.pth.* found .*{told}"):
+    for weights, message in ((None, "random ones"), (str(other), r"other\.pth")):
+        with pytest.raises(CheckpointError, match=rf"weights: expected '.*resnet18\.pth.* found .*{message}"):
             check_config(path, checkpoint, dataclasses.replace(config, weights=weights))
     assert train(dataclasses.replace(config, weights=str(moved), steps=2), resume=True).step_count == 2
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from rich.console import Console
 
 from mrcn_fast import cli
+from mrcn_fast.reid import console
 from mrcn_fast.reid.data import DatasetError, write_sysu
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.models.heads import Head
@@ -62,6 +65,16 @@ def test_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
         assert torch.equal(tensor, whole.model[name]), name
     lines = (Path(tiny_config.out) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_random_weights_of_the_papers_network_are_not_overlooked(
+    tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for depth, file in ((50, "resnet50-0676ba61.pth"), (18, "")):
+        written = io.StringIO()
+        monkeypatch.setattr(console, "console", Console(file=written, width=100))
+        Trainer(dataclasses.replace(tiny_config, depth=depth))._introduce()
+        assert file in written.getvalue() and bool(written.getvalue()) == bool(file)
 
 
 def test_a_second_run_does_not_replace_the_first(tiny_config: TrainConfig) -> None:
@@ -175,7 +188,7 @@ def test_weights_that_are_not_finite_are_never_saved(tiny_config: TrainConfig) -
     assert trainer.checkpoint_path.read_bytes() == before
 
 
-def test_memory_that_is_not_there_stops_the_run_in_a_line(
+def test_a_failed_allocation_stops_the_run_with_one_line(
     tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = train(dataclasses.replace(tiny_config, steps=1)).checkpoint_path
@@ -183,9 +196,9 @@ def test_memory_that_is_not_there_stops_the_run_in_a_line(
     monkeypatch.setattr(ReIDModel, "forward", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
     flags = [f"--{name}={value}" for name, value in tiny_config.as_dict().items() if value is not None]
     assert cli.main(["train", *flags, "--resume"]) == 2
-    told = capsys.readouterr().err
-    assert "Traceback" not in told
-    last = told.strip().splitlines()[-1]
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    last = errors.strip().splitlines()[-1]
     assert f"could not allocate {1 << 60} bytes" in last and "--identities" in last
     assert path.read_bytes() == before
     monkeypatch.undo()
@@ -202,7 +215,7 @@ def test_an_unreadable_image_stops_training_by_name(tiny_config: TrainConfig, tm
         train(dataclasses.replace(tiny_config, data=str(root), batches=20, epochs=1))
 
 
-def test_what_files_alone_tell_is_refused_first(tiny_config: TrainConfig, tmp_path: Path) -> None:
+def test_unfit_files_are_refused_before_training(tiny_config: TrainConfig, tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("")
     out = Path(tiny_config.out)
@@ -211,8 +224,8 @@ def test_what_files_alone_tell_is_refused_first(tiny_config: TrainConfig, tmp_pa
         ({"cache": str(file)}, OSError, "expected a folder for the cache; found a file"),
         ({"weights": str(out / "absent.pth")}, WeightsError, "no such file"),
     ]
-    for values, error, told in refused:
-        with pytest.raises(error, match=told):
+    for values, error, message in refused:
+        with pytest.raises(error, match=message):
             check_new_run(dataclasses.replace(tiny_config, **values), resume=False, overwrite=False)
     with pytest.raises(TrainingError, match="both --resume and --overwrite"):
         check_new_run(tiny_config, resume=True, overwrite=True)
@@ -220,5 +233,5 @@ def test_what_files_alone_tell_is_refused_first(tiny_config: TrainConfig, tmp_pa
 
 
 def test_too_few_identities_are_refused(tiny_config: TrainConfig) -> None:
-    with pytest.raises(ValueError, match="a batch needs 5 distinct identities; got 4"):
+    with pytest.raises(ValueError, match="a batch needs 5 different identities; got 4"):
         Trainer(dataclasses.replace(tiny_config, identities=5))

@@ -46,7 +46,7 @@ class Waits(TorchDispatchMode):
         (lambda x: x.unique(), "_unique2"),
     ],
 )
-def test_what_waits_is_seen(work: Callable[[torch.Tensor], object], name: str) -> None:
+def test_operations_that_wait_are_counted(work: Callable[[torch.Tensor], object], name: str) -> None:
     with Waits() as waits:
         work(torch.randn(9))
     assert waits.found[name] == 1
@@ -64,7 +64,7 @@ def test_a_training_step_has_nothing_to_wait_for(tiny_config: TrainConfig, value
     assert waits.found == Counter(_local_scalar_dense=looks)
 
 
-def test_the_readings_are_asked_for_behind_the_backward(
+def test_readings_are_requested_after_the_backward(
     tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(tiny_config)
@@ -97,7 +97,7 @@ def test_on_a_gpu_nothing_waits(tiny_config: TrainConfig) -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_there_and_back() -> None:
+def test_later_writes_do_not_change_readings() -> None:
     numbers = torch.arange(5.0)
     there = to_device(numbers, torch.device("cuda"))
     assert there.is_cuda

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,12 +53,26 @@ class _Part(IntEnum):
     FACE = 9
 
 
-def seen(surface: Surface, modality_gap: float) -> Floats:
-    """The reflectance of a surface, (3,): its colour for gap 0, its grey near-infrared response for gap 1."""
+class Spectrum(NamedTuple):
+    """What a camera sees of a surface: how far from the visible response, and how much of the colour."""
+
+    gap: float
+    colour: float
+
+
+VISIBLE: Final = Spectrum(gap=0.0, colour=1.0)
+NEAR_INFRARED: Final = Spectrum(gap=1.0, colour=0.0)
+
+
+def seen(surface: Surface, spectrum: Spectrum) -> Floats:
+    """The reflectance of a surface, (3,): its luminance at gap 0, its near-infrared response at gap 1.
+
+    To both, the share `spectrum.colour` of the surface's colour is added; without it, the result is grey.
+    """
     colour = np.array(surface.visible, dtype=np.float32)
     luminance = colour @ _LUMINANCE
-    response = luminance + modality_gap * (surface.infrared - luminance)
-    chroma = (1 - min(modality_gap, 1.0)) * (colour - luminance)
+    response = luminance + spectrum.gap * (surface.infrared - luminance)
+    chroma = spectrum.colour * (colour - luminance)
     return np.clip(response + chroma, 0.02, 1.0).astype(np.float32)
 
 
@@ -68,8 +82,8 @@ class Figure:
     Points are in body heights, with x to the right from the middle and y down from the crown.
     """
 
-    def __init__(self, person: Person, pose: Pose, image_size: tuple[int, int], modality_gap: float) -> None:
-        self.person, self.pose, self.modality_gap = person, pose, modality_gap
+    def __init__(self, person: Person, pose: Pose, image_size: tuple[int, int], spectrum: Spectrum) -> None:
+        self.person, self.pose, self.spectrum = person, pose, spectrum
         height, width = (side * SUPERSAMPLING for side in image_size)
         self._size = (width, height)
         self._parts = Image.new("L", self._size, _Part.NOTHING)
@@ -94,7 +108,7 @@ class Figure:
 
     def reflectance(self) -> Floats:
         """The reflectance of each supersampled pixel, (H, W, 3); 0 outside the figure."""
-        person, gap = self.person, self.modality_gap
+        person, spectrum = self.person, self.spectrum
         parts = self.parts()
         surfaces = {
             _Part.SKIN: person.skin,
@@ -109,7 +123,7 @@ class Figure:
         }
         table = np.zeros((len(_Part), 3), dtype=np.float32)
         for part, surface in surfaces.items():
-            table[part] = seen(surface, gap)
+            table[part] = seen(surface, spectrum)
         result = np.take(table, parts, axis=0)
         self._print(result, parts == _Part.TOP, person.top, 0.16)
         self._print(result, parts == _Part.BOTTOM, person.bottom, person.body.hip_height)
@@ -307,7 +321,7 @@ class Figure:
         u = (columns - self._middle - self.pose.lean * self._unit * (1 - v)) / (self._unit * self._breadth)
         # A print in the middle turns with the body, and is on the back as well as on the front.
         printed = _pattern(garment, u, v - top, 0.05 * self._sideways)
-        result[rows[printed], columns[printed]] = seen(garment.accent, self.modality_gap)
+        result[rows[printed], columns[printed]] = seen(garment.accent, self.spectrum)
 
     def _light(self) -> Floats:
         """Shade the parts, darker towards the outline as on round bodies."""

@@ -12,7 +12,16 @@ from typing import Final
 import numpy as np
 from PIL import Image, ImageFilter
 
-from mrcn_fast.reid.data.synthetic.body import SUPERSAMPLING, Figure, Floats, Pose, seen
+from mrcn_fast.reid.data.synthetic.body import (
+    NEAR_INFRARED,
+    SUPERSAMPLING,
+    VISIBLE,
+    Figure,
+    Floats,
+    Pose,
+    Spectrum,
+    seen,
+)
 from mrcn_fast.reid.data.synthetic.people import RGB, Person, Surface
 from mrcn_fast.reid.data.types import Modality
 
@@ -25,7 +34,7 @@ class Camera:
     """The properties of a camera: its spectrum, light, lens, sensor, view and room. See `make_camera`."""
 
     modality: Modality
-    modality_gap: float
+    spectrum: Spectrum
     gain: float
     cast: RGB
     gradient: tuple[float, float]  # change of light across the image, to the right and downwards
@@ -47,17 +56,18 @@ def make_camera(
     image_size: tuple[int, int],
     room_generator: np.random.Generator,
     *,
-    modality_gap: float = 1.0,
+    infrared_spectrum: Spectrum = NEAR_INFRARED,
     camera_style: float = 1.0,
     pose_spread: float = 1.0,
 ) -> Camera:
     """Draw a camera at random. Cameras with equal `room_generator` streams stand in the same room.
 
-    The strengths are 1 by default. At modality_gap 0, an infrared camera sees the same as a visible one. At
+    `infrared_spectrum` is what infrared cameras see; with `VISIBLE`, they see the same as visible ones. At
     camera_style 0, all cameras have the same even light, noiseless sensor and plain room. At pose_spread 0,
     all people stand upright, face the camera and have the same size in the image.
     """
     infrared = modality == "infrared"
+    spectrum = infrared_spectrum if infrared else VISIBLE
     style = camera_style
 
     def around(middle: float, spread: float) -> float:
@@ -67,17 +77,17 @@ def make_camera(
     cast = (around(1.0, 0.13), around(1.0, 0.07), around(1.0, 0.13))
     return Camera(
         modality=modality,
-        modality_gap=modality_gap if infrared else 0.0,
+        spectrum=spectrum,
         gain=gain,
         # An infrared sensor has one channel, and so no colour shift.
-        cast=(1.0, 1.0, 1.0) if infrared and modality_gap > 0 else cast,
+        cast=cast if spectrum == VISIBLE else (1.0, 1.0, 1.0),
         gradient=(around(0, 0.3), around(0, 0.25)),
         # The infrared lamp stands beside the lens, so that the middle is brighter.
         vignette=style * generator.uniform(0.25, 0.5) if infrared else style * generator.uniform(0, 0.15),
         gamma=around(1.0, 0.2),
         blur=style * generator.uniform(0.2, 0.7),
         noise=style * (generator.uniform(0.02, 0.05) if infrared else generator.uniform(0.01, 0.03)),
-        room=_make_room(room_generator, image_size, modality, modality_gap if infrared else 0.0, style),
+        room=_make_room(room_generator, image_size, spectrum, style),
         yaw=pose_spread * generator.uniform(-0.5, 0.5),
         yaw_spread=pose_spread * generator.uniform(0.2, 0.6),
         away=min(1.0, pose_spread * generator.uniform(0.1, 0.7)),
@@ -112,7 +122,7 @@ def render(
 ) -> Image.Image:
     """Render the RGB image of `person` for `camera`; `generator` makes the noise."""
     width = image_size[1]
-    figure = Figure(person, pose, image_size, camera.modality_gap)
+    figure = Figure(person, pose, image_size, camera.spectrum)
     figure.draw()
     colour = _reduced(figure.reflectance())
     covered = _reduced(figure.covered()[..., None].astype(np.float32))
@@ -133,7 +143,7 @@ def _reduced(image: Floats) -> Floats:
 
 
 def _make_room(
-    generator: np.random.Generator, image_size: tuple[int, int], modality: Modality, gap: float, style: float
+    generator: np.random.Generator, image_size: tuple[int, int], spectrum: Spectrum, style: float
 ) -> Floats:
     """Draw the background, twice as wide as an image: wall, floor, joints, and a few flat objects."""
     height, width = image_size[0], 2 * image_size[1]
@@ -142,7 +152,7 @@ def _make_room(
     def paint(rows: slice, columns: slice) -> None:
         colour = generator.uniform(0.25, 0.8) + generator.uniform(-0.12, 0.12, 3)
         red, green, blue = np.clip(colour, 0.05, 0.95).tolist()
-        room[rows, columns] = seen(Surface((red, green, blue), generator.uniform(0.1, 0.6)), gap)
+        room[rows, columns] = seen(Surface((red, green, blue), generator.uniform(0.1, 0.6)), spectrum)
 
     horizon = round(height * generator.uniform(0.55, 0.82))
     everything = slice(0, width)
@@ -177,8 +187,8 @@ def _photograph(scene: Floats, camera: Camera, pose: Pose, generator: np.random.
         image = image.filter(ImageFilter.GaussianBlur(camera.blur * height / 128))
     if not camera.noise:
         return image
-    # Without colour, the sensor has one channel, and so one noise.
-    channels = 1 if camera.modality_gap else 3
+    # An infrared sensor has one channel, and so one noise.
+    channels = 3 if camera.spectrum == VISIBLE else 1
     noise = generator.standard_normal((height, width, channels), dtype=np.float32)
     noise *= np.float32(255 * camera.noise)
     return Image.fromarray(np.clip(np.asarray(image) + noise, 0, 255).astype(np.uint8))

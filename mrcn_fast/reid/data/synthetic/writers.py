@@ -12,6 +12,7 @@ from pydantic import Field
 
 from mrcn_fast.reid.data.datasets import llcm, sysu_mm01
 from mrcn_fast.reid.data.datasets.regdb import CAMERA_OF
+from mrcn_fast.reid.data.synthetic.body import Spectrum
 from mrcn_fast.reid.data.synthetic.people import make_person
 from mrcn_fast.reid.data.synthetic.rendering import Camera, make_camera, make_pose, render
 from mrcn_fast.reid.data.synthetic.tree import (
@@ -21,7 +22,7 @@ from mrcn_fast.reid.data.synthetic.tree import (
     is_synthetic,
 )
 from mrcn_fast.reid.data.types import Modality
-from mrcn_fast.reid.kinds import NUMPY, AnyPath, Pair, People, Seed, Split, Strength
+from mrcn_fast.reid.kinds import NUMPY, AnyPath, Pair, People, Seed, Share, Split, Strength
 from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
 
 __all__ = [
@@ -65,7 +66,9 @@ class _Options:
     seed: Seed = 0
     """Seed of people, cameras, images and splits."""
     modality_gap: Strength = 1.0
-    """How far infrared differs from visible; 0: not at all."""
+    """How far the brightness of a surface in infrared differs from that in visible light; 0: not at all."""
+    infrared_colour: Share = 0.0
+    """How much of the colour an infrared image keeps; 0: none, as the image of an infrared camera."""
     camera_style: Strength = 1.0
     """How far light, noise and rooms differ between the cameras; 0: not at all."""
     pose_spread: Strength = 1.0
@@ -87,7 +90,7 @@ class _Options:
             modality,
             self.image_size,
             np.random.default_rng((self.seed, _ROOM, room)),
-            modality_gap=self.modality_gap,
+            infrared_spectrum=Spectrum(self.modality_gap, self.infrared_colour),
             camera_style=self.camera_style,
             pose_spread=self.pose_spread,
         )
