@@ -379,8 +379,9 @@ def _report(argv: list[str]) -> int:
     from mrcn_fast.reid.report import ReportOptions, write_report
 
     flags = _flags("report")
+    flags.group("what the page shows")
     flags.add_of(write_report, skip={"progress", "options"})
-    flags.add_of(ReportOptions)
+    flags.add_of(ReportOptions, groups=_EVALUATION_GROUPS)
     values = flags.values(argv)
     log_to_console()
     print(write_report(**values))

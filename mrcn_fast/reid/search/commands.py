@@ -110,8 +110,9 @@ class SearchOptions:
 
 def search(flags: Flags, argv: list[str]) -> int:
     """Search a gallery for the people in queries, and print and write what was found."""
-    flags.add_of(SearchOptions)
-    flags.add_of(NetworkOptions)
+    hits = {"top": "how it is searched", "json": "where the hits go"}
+    flags.add_of(SearchOptions, groups={"query": "what is searched"} | hits)
+    flags.add_of(NetworkOptions, groups={"skip_unreadable": "what is searched", "backend": "machine"})
     values = flags.values(argv)
     chosen = SearchOptions(**{name: values.pop(name) for name in SearchOptions.__dataclass_fields__})
     log_to_console()
