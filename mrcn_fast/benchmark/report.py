@@ -108,7 +108,7 @@ def draw_speedups(group: Group) -> Figure | None:
         return None
     fused = {name: {"fused": 1.0, **ratios} for name, ratios in rows.items()}
     finding = f"Times as long as mrcn_fast: {_ranges(list(rows.values()))}"
-    figure = _dots(group, fused, finding, "time over mrcn_fast's time", "{:g} ×", ticks=(1, 2, 5))
+    figure = _dots(group, fused, finding, "time over mrcn_fast's time", "{:g} ×")
     for axes in figure.axes:
         axes.axvline(1, color=FORMS["fused"].color, linewidth=1, zorder=0)
     return figure
@@ -145,7 +145,7 @@ def draw_memory(group: Group) -> Figure | None:
     finding = f"The fused forms need at most {most:.2f} × the memory of their results"
     results = {line["case"]: line["result_bytes"] / 1e6 for line in lines}
     marked = ("the results alone", results)
-    return _dots(group, rows, finding, "peak memory", "{:g} MB", ticks=(1, 2, 5), marked=marked)
+    return _dots(group, rows, finding, "peak memory", "{:g} MB", marked=marked)
 
 
 CHARTS: Final[dict[str, Callable[[Group], Figure | None]]] = {
@@ -187,7 +187,7 @@ def _draw_series(axes: Axes, series: Series) -> None:
     axes.set(xscale="log", yscale="log", title=f"more {series.grows}: {series.fixed}")
     axes.set_xlabel("size of a map (MB)")
     for axis in (axes.xaxis, axes.yaxis):
-        _plain_numbers(axis, "{:g}", (1,))
+        _plain_numbers(axis, "{:g}")
     axes.title.set_fontsize(10)
     axes.grid(True, which="major", alpha=0.3)
 
@@ -213,7 +213,6 @@ def _dots(
     xlabel: str,
     unit: str,
     *,
-    ticks: Sequence[float] = (1,),
     marked: tuple[str, Mapping[str, float]] | None = None,
 ) -> Figure:
     """Draw the values of rows by form as dots on a logarithmic axis; the first row is on top.
@@ -224,7 +223,6 @@ def _dots(
         finding: the title
         xlabel: of the axis
         unit: how a value of the axis is written
-        ticks: the axis is labelled at these numbers times 1, 10, 100, ...
         marked: a label, and for each row a value that gets a black line
     """
     figure = Figure(figsize=(9.5, 1.7 + 0.235 * len(rows)), layout="constrained")
@@ -244,7 +242,7 @@ def _dots(
         at = [values[name] for name in rows]
         axes.scatter(at, range(len(rows)), marker="|", s=130, color="black", label=label, zorder=4)
     axes.set_xscale("log")
-    _plain_numbers(axes.xaxis, unit, ticks)
+    _plain_numbers(axes.xaxis, unit)
     axes.set(xlabel=xlabel, ylim=(len(rows) - 0.4, -0.6))
     axes.set_yticks(range(len(rows)), list(rows), fontsize=8.5)
     axes.grid(True, axis="x", alpha=0.3)
@@ -253,8 +251,10 @@ def _dots(
     return figure
 
 
-def _plain_numbers(axis: Axis, unit: str, ticks: Sequence[float]) -> None:
-    """Label a logarithmic axis with the numbers that people read: 0.1, 1, 10, 100."""
+def _plain_numbers(axis: Axis, unit: str) -> None:
+    """Label a logarithmic axis with numbers that people read: 1, 10, 100, or on a short axis 1, 2, 5, 10."""
+    low, high = axis.get_view_interval()
+    ticks = (1, 2, 5) if high < 100 * low else (1,)
     axis.set_major_locator(LogLocator(base=10, subs=ticks))
     axis.set_major_formatter(FuncFormatter(lambda value, _: unit.format(value)))
     axis.set_minor_formatter(NullFormatter())

@@ -48,7 +48,7 @@ OTHERS = [
     (b"<?xml version='1.0'?><Error/>", "a web page or XML"),
     (b'{"error": "not found"}', "JSON text"),
     (b"Not Found", "text that begins with 'Not Found'"),
-    (gzip.compress(b"x"), "a gzip archive"),
+    (gzip.compress(b"x", mtime=0), "a gzip archive"),
     (array(), "a NumPy array"),
     (b"\x89HDF\r\n", "an HDF5 file"),
     (bytes(range(3, 200)), "bytes that neither torch nor safetensors wrote"),
