@@ -305,7 +305,7 @@ def reported(step: str, lines: list[str]) -> Iterator[None]:
     def go_on() -> None:
         while not ended.wait(SECONDS_BETWEEN_LINES):
             done = [found for line in lines if (found := re.match(r"\[(\d+)/(\d+)\]", line))]
-            far = f"{done[-1][1]} of {done[-1][2]} files, " if done else ""
+            far = f"{done[-1][1]} of {done[-1][2]} steps, " if done else ""
             print(f"  {step}: {far}{time.monotonic() - begun:.0f} s so far", flush=True)
 
     writer = threading.Thread(target=go_on, daemon=True)

@@ -168,6 +168,7 @@ def _info(argv: list[str]) -> int:
 def _synth(argv: list[str]) -> int:
     from mrcn_fast.reid.console import progress_bars
     from mrcn_fast.reid.data import WRITERS
+    from mrcn_fast.reid.data.synthetic.tree import check_replaceable
     from mrcn_fast.reid.data.synthetic.writers import OPTIONS
     from mrcn_fast.reid.kinds import OneOf, PathText
 
@@ -176,7 +177,10 @@ def _synth(argv: list[str]) -> int:
     first.add_argument("--layout", nargs="?")
     layout = first.parse_known_args(argv)[0].layout
     flags = _flags("synth")
+    if layout in OPTIONS:  # named where an error says which command lacks a flag
+        flags.prog += f" --layout {layout}"
     flags.add_setting("--out", PathText, help="folder for the tree; made where it isn't there")
+    flags.add_switch("--overwrite", "replace an earlier synthetic data set of other values in this folder")
     flags.add_setting(
         "--layout",
         Annotated[str, OneOf(tuple(WRITERS))],
@@ -185,8 +189,11 @@ def _synth(argv: list[str]) -> int:
     )
     flags.add_of(OPTIONS.get(layout, OPTIONS["sysu"]))
     values = flags.values(argv)
-    write = WRITERS[values.pop("layout")]
-    check_folder(values["out"], "the tree")
+    layout, overwrite = values.pop("layout"), values.pop("overwrite", False)
+    out = values.pop("out")
+    check_folder(out, "the tree")
+    if not overwrite:
+        check_replaceable(Path(out), OPTIONS[layout](**values).parameters())
     bars = progress_bars()
     task = bars.add_task("images", total=None, status="")
 
@@ -195,7 +202,7 @@ def _synth(argv: list[str]) -> int:
         bars.update(task, completed=done, total=total)
 
     try:
-        root = write(values.pop("out"), progress=show, **values)
+        root = WRITERS[layout](out, progress=show, **values)
     finally:
         bars.stop()
     print(root)
@@ -495,7 +502,9 @@ COMMANDS = {
     "synth": Command("write a synthetic data set in the tree of SYSU-MM01, RegDB or LLCM", _synth),
     "train": Command("train MRCN or a network it is compared with", _train),
     "test": Command("score a checkpoint on the data set's test images", _test),
-    "table": Command("run what a table of the paper lacks, and print ours beside the paper's", _table),
+    "table": Command(
+        "train the missing runs of a table of the paper, and print ours beside the paper's", _table
+    ),
     "study": Command("train the readings of the CQC loss on synthetic people, and compare them", _study),
     "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
     "report": Command("one HTML page about trained runs: scores, curves, distances, ranking lists", _report),
@@ -504,7 +513,7 @@ COMMANDS = {
     "score": Command("score features of any framework by a data set's protocol", _searching("score")),
     "export": Command("write a network's test path for ONNX or torch.export", _export),
     "bench": Command("measure kernels, training steps, scorer and loader beside their baselines", _bench),
-    "demo": Command("synthetic data, training and scores of both models, in one go", _demo),
+    "demo": Command("synthetic data, and training and scores of three networks, in one go", _demo),
 }
 
 

@@ -244,7 +244,7 @@ def test_a_long_compilation_says_how_far_it_is(
     with setup.reported("the compilation", lines):
         time.sleep(0.2)
     first = capsys.readouterr().out.splitlines()[0]
-    assert first == "  the compilation: 7 of 27 files, 0 s so far"
+    assert first == "  the compilation: 7 of 27 steps, 0 s so far"
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have one instruction set")

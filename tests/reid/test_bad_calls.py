@@ -212,6 +212,8 @@ COMMANDS = [
     "synth --out {file}",
     "synth --out {run}",
     "synth --layout regdb --out {out} --splits 11",
+    "synth --layout regdb --out {out} --images-per-camera 3",
+    "synth --layout sysu --out {tree}",
     "demo --steps 0",
     "demo --images 0",
     "demo --height 7",

@@ -268,6 +268,22 @@ def test_synth_writes_each_tree(tmp_path: Path, layout: str, flags: list[str], n
     assert recognize(tree) == name
 
 
+def test_synth_replaces_other_values_only_when_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["synth", "--layout=regdb", f"--out={tmp_path}/tree", "--identities=4", "--splits=1"]
+    given.append("--image-size=[32,16]")
+    assert main([*given, "--images=2"]) == 0
+    assert main([*given, "--images=2"]) == 0
+    images = sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.bmp"))
+    capsys.readouterr()
+    for other in ([*given, "--images=1"], ["synth", "--layout=sysu", f"--out={tmp_path}/tree"]):
+        assert "--overwrite to replace it" in refused(capsys, *other)
+        assert sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*.bmp")) == images
+    assert main([*given, "--images=1", "--overwrite"]) == 0
+    assert len(list(tmp_path.rglob("*.bmp"))) == len(images) // 2
+
+
 def test_a_config_file_is_like_a_recipe_and_overrides_it(
     tmp_path: Path, tiny_tree: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

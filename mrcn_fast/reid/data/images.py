@@ -234,7 +234,10 @@ def _transparency(image: Image.Image) -> str | None:
 
 def _damaged(sample: Sample, reason: str) -> str:
     if sample.identity == UNKNOWN:
-        return f"{sample.path}: expected a readable image; found: {reason}. Copy the file again"
+        return (
+            f"{sample.path}: expected a readable image; found: {reason}. Copy the file again, or leave "
+            "it out with --skip-unreadable"
+        )
     return (
         f"{sample.path}: expected a readable image of identity {sample.identity}, camera {sample.camera}; "
         f"found: {reason}. Copy the file from the data set again"

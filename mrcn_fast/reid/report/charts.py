@@ -101,7 +101,7 @@ def _draw_curves(
                 y,
                 STYLES[index % len(STYLES)],
                 color=COLORS[index % len(COLORS)],
-                marker=marker,
+                marker=marker or ("o" if len(x) < 3 else None),  # a line of one point is invisible
                 markersize=3.5,
                 label=plain_text(name),
             )

@@ -25,6 +25,7 @@ _HEAD: Final = """<!DOCTYPE html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
   content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>Search results</title>
@@ -33,6 +34,7 @@ body { font: 14px system-ui, sans-serif; margin: 1.5rem; }
 section { border-top: 1px solid #bbb; padding: .75rem 0; }
 ol { display: flex; flex-wrap: wrap; gap: .5rem; list-style: none; margin: 0; padding: 0; }
 figure { margin: 0; width: 112px; overflow-wrap: anywhere; }
+figure img { width: 96px; }
 .query { padding-right: .5rem; border-right: 4px solid #888; }
 .missing { display: block; width: 96px; height: 64px; border: 1px dashed #888; color: #666; }
 </style>

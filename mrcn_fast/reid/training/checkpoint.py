@@ -168,7 +168,11 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if path.is_dir():
         path = path / CHECKPOINT_NAME
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such file; expected a checkpoint that `mrcn-fast train` wrote")
+        below = sorted(str(found.parent) for found in path.parent.glob(f"*/{CHECKPOINT_NAME}"))
+        there = f"; found some in {', '.join(below[:5])}" if below else ""
+        raise CheckpointError(
+            f"{path}: no such file{there}; expected a checkpoint that `mrcn-fast train` wrote"
+        )
     content = _read(path)
     try:
         checkpoint = _conforming(content)

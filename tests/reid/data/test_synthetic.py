@@ -228,7 +228,7 @@ def test_folders_that_the_earlier_layout_does_not_own_are_kept(tmp_path: Path) -
     [
         (
             {"test_identities": 5},
-            "test_identities must leave at least 2 identities for the training; got 5 of 6",
+            "got test_identities=5 with identities=6, expected at least 2 identities more",
         ),
         ({"images_per_camera": 0}, "got images_per_camera=0, expected an integer from 1 to 9999"),
         ({"modality_gap": -0.1}, "got modality_gap=-0.1, expected a number from 0 to 2"),
@@ -250,7 +250,11 @@ def test_bad_parameters(tmp_path: Path, change: dict, message: str) -> None:
         ("regdb", {"splits": 11}, "got splits=11, expected an integer from 1 to 10"),
         ("regdb", {"splits": 0}, "got splits=0, expected an integer from 1 to 10"),
         ("regdb", {"camera_style": 2.1}, "got camera_style=2.1, expected a number from 0 to 2"),
-        ("llcm", {"test_identities": 4}, "test_identities must leave at least 2 .*; got 4 of 5"),
+        (
+            "llcm",
+            {"test_identities": 4},
+            "got test_identities=4 with identities=5, expected at least 2 identities more",
+        ),
         ("llcm", {"identities": 10_000}, "got identities=10000, expected an integer from 3 to 9999"),
         ("llcm", {"seed": -1}, "got seed=-1, expected an integer from 0"),
     ],

@@ -360,7 +360,7 @@ def test_a_failed_allocation_is_reported(
     assert cli.main(["test", *given]) == 2
     (output,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
     assert f"infrared features in batches of 9, could not allocate {1 << 60} bytes" in output
-    assert "--batch_size" in output
+    assert "--batch-size" in output
     assert list(own.parent.glob("test-*.json")) == []
     monkeypatch.undo()
     monkeypatch.setattr(reranking, "rerank", huge)

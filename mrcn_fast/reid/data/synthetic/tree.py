@@ -60,12 +60,27 @@ def claim(root: Path, parameters: Mapping[str, Any]) -> None:
     (root / MARKER).write_text(json.dumps(note, indent=2) + "\n", encoding="utf-8")
 
 
+def check_replaceable(root: Path, parameters: Mapping[str, Any]) -> None:
+    """Raise DatasetError where `root` has a synthetic data set of other parameters."""
+    if not is_synthetic(root):
+        return
+    earlier = json.loads((root / MARKER).read_text(encoding="utf-8"))
+    asked = json.loads(json.dumps(parameters))
+    names = sorted(name for name in asked if earlier.get(name) != asked[name])
+    if names:
+        values = ", ".join(f"{name} {earlier.get(name)!r} instead of {asked[name]!r}" for name in names)
+        raise DatasetError(
+            f"{root}: expected a new folder or a synthetic data set of the same values; found one with "
+            f"{values}. Give another folder, or --overwrite to replace it"
+        )
+
+
 def check_test_share(parameters: Mapping[str, Any]) -> None:
     """Raise ValueError unless two identities remain for the training."""
     if parameters["test_identities"] > parameters["identities"] - 2:
         raise ValueError(
-            f"test_identities must leave at least 2 identities for the training; got "
-            f"{parameters['test_identities']} of {parameters['identities']}"
+            f"got test_identities={parameters['test_identities']} with identities="
+            f"{parameters['identities']}, expected at least 2 identities more than test_identities"
         )
 
 
