@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `mrcn-fast argv...`, by default with the process's arguments, and return the exit status.
 
     0: done, also if the reader of stdout has gone. 2: an error that the caller can correct, with a message on
-    stderr. 130: interrupted.
+    stderr. 130: interrupted. 143: a training ended by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     traced = arguments[:1] == ["--traceback"]

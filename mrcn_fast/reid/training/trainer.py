@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.models.resnet import check_weights_file, imagenet_file
+from mrcn_fast.reid.stopping import StopRequests
 from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
@@ -203,6 +205,7 @@ class Trainer(Generic[Model]):
         )
         self.journal = Journal(self.out / METRICS_NAME)
         self._watch = CollapseWatch()
+        self._requests = StopRequests()
         # The number of steps taken, and the epoch and number of the next batch.
         self.step_count = self.epoch = self.batch = 0
 
@@ -267,7 +270,10 @@ class Trainer(Generic[Model]):
             FolderInUseError: where another process trains into `out`
             MemoryShortageError: where an allocation fails
 
-        After MemoryShortageError and after Ctrl-C the last checkpoint is whole, and its path is logged.
+        Ctrl-C and SIGTERM end the run after the step that it is taking, with a checkpoint. The command that
+        goes on with it is logged. Then KeyboardInterrupt is raised or, for SIGTERM, SystemExit with status
+        143. A second signal ends the process at once. After that and after MemoryShortageError, the last
+        checkpoint is whole.
         """
         check_new_run(self.config, resume=resume, overwrite=overwrite)
         with held(self.out, "trains"):
@@ -297,10 +303,11 @@ class Trainer(Generic[Model]):
         name = f"steps of {self.out.name}"
         task = bars.add_task(name, total=self.total_steps, completed=self.step_count, status="")
         try:
-            with enough_memory("a training step", _LESS):
-                while self.step_count < self.total_steps:
+            with enough_memory("a training step", _LESS), self._requests as requests:
+                while self.step_count < self.total_steps and requests.received is None:
                     self._run_epoch(bars, task)
-        except (KeyboardInterrupt, MemoryShortageError):
+            requests.grant()
+        except (KeyboardInterrupt, SystemExit, MemoryShortageError):
             log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
             raise
 
@@ -364,7 +371,8 @@ class Trainer(Generic[Model]):
         )
 
     def _ends_here(self) -> bool:
-        return self.batch >= len(self.batches) or self.step_count == self.total_steps
+        stopped = self._requests.received is not None
+        return stopped or self.batch >= len(self.batches) or self.step_count == self.total_steps
 
     def _write_within_epoch(self, rate: float) -> None:
         if self.step_count % self.config.log_every == 0:
@@ -423,4 +431,9 @@ class Trainer(Generic[Model]):
     def _last_checkpoint(self) -> str:
         if not self.checkpoint_path.exists():
             return "No checkpoint had been written yet."
-        return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."
+        again = (
+            "fit(resume=True) of a Trainer with the same parts"
+            if self.parts
+            else f"`mrcn-fast train --resume {shlex.quote(str(self.out))}`"
+        )
+        return f"The last complete checkpoint is {self.checkpoint_path}; {again} goes on from it."
