@@ -284,6 +284,7 @@ class Trainer(Generic[Model]):
             with bars if progress is None else nullcontext():
                 self._run(bars)
             self.fabric.call("on_fit_end", self)
+        log.info("%s", self._summary())
         return self.checkpoint_path
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
@@ -368,6 +369,20 @@ class Trainer(Generic[Model]):
             "%s, step %d of %d, epoch %d of %d: %s",
             *(self._name, self.step_count, self.total_steps, self.epoch, self.config.epochs),
             self.journal.summary(),
+        )
+
+    def _summary(self) -> str:
+        """The run's end in one line, with the commands to go on."""
+        where, data = shlex.quote(str(self.out)), shlex.quote(self.config.data)
+        commands = (
+            f"`mrcn-fast test --checkpoint {where} --data {data}` and "
+            f"`mrcn-fast report --runs {where} --data {data}`"
+        )
+        if "model" in self.parts:
+            commands = f"mrcn_fast.reid.score_checkpoint({str(self.out)!r}, {self.config.data!r}, model=...)"
+        return (
+            f"{self._name} is trained to step {self.step_count}: {self.journal.summary()}. "
+            f"To go on: {commands}"
         )
 
     def _ends_here(self) -> bool:
