@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
@@ -34,6 +36,7 @@ class StopRequests:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._replaced: list[signal.Signals] = []
+        self._at_once = False
 
     def __enter__(self) -> StopRequests:
         self.received = None
@@ -49,6 +52,17 @@ class StopRequests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number)
         self._restore()
+        if self._at_once:
+            self.grant()
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """A context within this one, in which a signal is granted at once."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
 
     def _restore(self) -> None:
         while self._replaced:

@@ -35,8 +35,10 @@ from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainCon
 from mrcn_fast.reid.training.journal import LINE
 from mrcn_fast.reid.training.optimizer import make_optimizer
 
-FORMAT = 5
+FORMAT = 6
 CHECKPOINT_NAME = "checkpoint.pth"
+# The checkpoint with the best validation.
+BEST_NAME = "best.pth"
 # The results of scoring, which are written beside the checkpoint.
 RESULT_NAMES = "test-*.json"
 # The least number of images whose contents go into the fingerprint of a data set (if it has so many).

@@ -144,6 +144,8 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 500
     """Steps between two checkpoints, besides one at the end of each epoch."""
+    validate_every: Count | None = None
+    """Epochs between two scorings by the data set's test protocol; the best is best.pth; none: no scoring."""
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
@@ -202,7 +204,7 @@ def _kind() -> Any:
 FREE_ON_RESUME = frozenset(
     (
         "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers",
-        "log_every", "checkpoint_every",
+        "log_every", "checkpoint_every", "validate_every",
     )
 )  # fmt: skip
 

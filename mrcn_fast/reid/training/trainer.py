@@ -65,6 +65,7 @@ from mrcn_fast.reid.training.parts import (
 )
 from mrcn_fast.reid.training.run_folder import held, run_files
 from mrcn_fast.reid.training.transfers import Readings, to_device
+from mrcn_fast.reid.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -166,8 +167,9 @@ class Trainer(Generic[Model]):
         self.checkpoint_path = self.out / CHECKPOINT_NAME
         # A device, a backend or a part that can't serve is refused before the data set is read.
         self.fabric = open_fabric(config.accelerator, config.precision, callbacks)
+        serving = ""
         if model is None:
-            serving_backend(config, config.backend, self.fabric, config.precision)
+            serving = serving_backend(config, config.backend, self.fabric, config.precision)
         else:
             check_model(model, config)
         if loss is not None:
@@ -202,6 +204,9 @@ class Trainer(Generic[Model]):
             config,
             name=f"{dataset.name}-split{dataset.split}",
             pin_memory=self.fabric.device.type == "cuda",
+        )
+        self._validation = (
+            None if config.validate_every is None else Validation(config, dataset, self.fabric, serving)
         )
         self.journal = Journal(self.out / METRICS_NAME)
         self._watch = CollapseWatch()
@@ -305,8 +310,10 @@ class Trainer(Generic[Model]):
         task = bars.add_task(name, total=self.total_steps, completed=self.step_count, status="")
         try:
             with enough_memory("a training step", _LESS), self._requests as requests:
+                self._validate()
                 while self.step_count < self.total_steps and requests.received is None:
                     self._run_epoch(bars, task)
+                    self._validate()
             requests.grant()
         except (KeyboardInterrupt, SystemExit, MemoryShortageError):
             log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
@@ -371,6 +378,18 @@ class Trainer(Generic[Model]):
             self.journal.summary(),
         )
 
+    def _validate(self) -> None:
+        """Score the network if an epoch has just ended after which that is due and hasn't been done."""
+        every, done = self.config.validate_every, self.journal.validations
+        if self._validation is None or every is None or self._requests.received is not None:
+            return
+        due = self.epoch > 0 and self.batch == 0 and self.epoch % every == 0
+        if not due or (done and done[-1]["step"] == self.step_count):
+            return
+        # The checkpoint was just written, so that nothing is lost where a signal ends the validation.
+        with self._requests.at_once():
+            self._validation.run(self.model, self._state(), self.journal)
+
     def _summary(self) -> str:
         """The run's end in one line, with the commands to go on."""
         where, data = shlex.quote(str(self.out)), shlex.quote(self.config.data)
@@ -403,11 +422,15 @@ class Trainer(Generic[Model]):
                 f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
                 f"Lower the learning rate. {self._last_checkpoint()}"
             )
-        checkpoint = Checkpoint(
+        save_checkpoint(self.checkpoint_path, self._state())
+        self.fabric.call("on_checkpoint", self, self.checkpoint_path)
+
+    def _state(self) -> Checkpoint:
+        return Checkpoint(
             config=self.config,
             data=self.data,
             weights=self.weights,
-            model=state,
+            model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.fabric.strategy.precision.state_dict(),
             random=random_state(),
@@ -417,8 +440,6 @@ class Trainer(Generic[Model]):
             metrics=self.journal.lines[-1] if self.journal.lines else {},
             parts=self.parts,
         )
-        save_checkpoint(self.checkpoint_path, checkpoint)
-        self.fabric.call("on_checkpoint", self, self.checkpoint_path)
 
     def _resume(self) -> None:
         path = self.checkpoint_path

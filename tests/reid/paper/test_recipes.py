@@ -29,7 +29,7 @@ def test_the_papers_values_are_the_defaults() -> None:
     free = {
         "data", "out", "dataset", "split", "stages", "cache", "skip_unreadable", "weights", "batches",
         "steps", "seed", "backend", "accelerator", "precision", "channels_last", "workers", "log_every",
-        "checkpoint_every",
+        "checkpoint_every", "validate_every",
     }  # fmt: skip
     assert {field.name for field in fields(TrainConfig)} - set(values) == free
 

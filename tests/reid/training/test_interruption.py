@@ -224,7 +224,9 @@ def test_leftovers_of_a_killed_run_are_removed(tiny_config: TrainConfig, argumen
     assert [path.exists() for path in (*left, *others)] == [False] * 3 + [True] * 2
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged", "test-all-search.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "metrics.jsonl.damaged", "best.pth", "test-all-search.json"]
+)
 def test_files_of_a_run_without_checkpoint_are_not_replaced(tiny_config: TrainConfig, name: str) -> None:
     config = dataclasses.replace(tiny_config, steps=1)
     there = Path(config.out) / name
