@@ -33,7 +33,7 @@ from mrcn_fast.reid.settings import SettingError, checked, record
 from mrcn_fast.reid.stored import StoredError, read_torch
 from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.training.journal import LINE
-from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 
 FORMAT = 6
 CHECKPOINT_NAME = "checkpoint.pth"
@@ -299,6 +299,7 @@ def _check_network(checkpoint: Checkpoint) -> None:
         # The meta device has names, shapes and types, but no memory.
         with torch.device("meta"):
             network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
+        freeze(network, checkpoint.config.freeze)
         optimizer = make_optimizer(network, checkpoint.config)
     except ValueError as error:
         raise SettingError(f"config: {error}") from error

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from mrcn_fast.reid.kinds import (
     INCREASING,
@@ -127,6 +127,10 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Weight decay (field)."""
     selective_decay: bool = False
     """Leave vectors and what `no_weight_decay()` of the blocks names out of weight decay (field: no)."""
+    clip_norm: Annotated[FiniteFloat, Field(ge=1e-6), NUMPY] | None = None
+    """Greatest norm of the gradient of all parameters, which is scaled down to it; none: any (field)."""
+    freeze: Several[Literal["stem", "layer1", "layer2", "layer3", "layer4"]] = ()
+    """Layers of the ResNet that stay as they are, with the statistics of their BatchNorms (field: none)."""
 
     seed: Seed = 0
     """Seed of the initial weights, the sampler and the augmentation."""
@@ -182,7 +186,8 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values in plain types, for a checkpoint or JSON."""
-        return asdict(self) | {"milestones": list(self.milestones), "stages": list(self.stages)}
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:

@@ -52,7 +52,7 @@ from mrcn_fast.reid.training.journal import (
     embedding_spread,
 )
 from mrcn_fast.reid.training.losses import ReIDLoss
-from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 from mrcn_fast.reid.training.parts import (
     Loss,
     MakeOptimizer,
@@ -182,6 +182,7 @@ class Trainer(Generic[Model]):
         random.seed(config.seed)
         self.model = cast(Model, self._built()) if model is None else model
         self.weights = weights_fingerprint(config.weights)
+        self._frozen = freeze(cast(ReIDModel, self.model), config.freeze)
         self.layout = use_layout(self.model, config.channels_last)
         self.optimizer: torch.optim.Optimizer = (
             make_optimizer(self.model, config)
@@ -233,6 +234,8 @@ class Trainer(Generic[Model]):
         """
         labels = to_device(batch.labels, self.fabric.device)
         self._model.train()
+        for module in self._frozen:
+            module.eval()
         output = self._model(
             self.prepared(batch.visible, "visible"), self.prepared(batch.infrared, "infrared")
         )
@@ -249,6 +252,11 @@ class Trainer(Generic[Model]):
         result = StepResult(*readings.values())
         if not result.finite:
             raise TrainingError(self._not_finite(batch, result))
+        if self.config.clip_norm is not None:
+            # In 16-mixed a gradient may be infinite: the scaler then leaves the step out.
+            self.fabric.clip_gradients(
+                self._model, self._optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+            )
         self._optimizer.step()
         return result
 
