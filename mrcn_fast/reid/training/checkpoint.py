@@ -102,7 +102,13 @@ def _size(path: Path) -> int | None:
 
 def weights_fingerprint(path: str | Path | None) -> str | None:
     """SHA-256 of a file of initial weights; None for random weights. Raises OSError."""
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return None if path is None else hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The path of a file, or of the checkpoint in a folder."""
+    path = Path(path)
+    return path / CHECKPOINT_NAME if path.is_dir() else path
 
 
 class Checkpoint(NamedTuple):
@@ -166,9 +172,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         >>> load_checkpoint(Trainer(config).fit()).step
         1
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / CHECKPOINT_NAME
+    path = checkpoint_file(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a checkpoint that `mrcn-fast train` wrote")
     content = _read(path)
@@ -328,7 +332,7 @@ def _check_identity(checkpoint: Checkpoint) -> None:
     people = list(data.identities)
     _check(people != [] and people == sorted(set(people)), "data.identities", people, "ascending numbers")
     _check(min(data.images) > 0, "data.images", data.images, "at least one of each modality")
-    began, digest = config.weights, checkpoint.weights
+    began, digest = config.initial, checkpoint.weights
     if began is None:
         _check(digest is None, "weights", digest, "none, as in the configuration")
     else:
@@ -446,10 +450,10 @@ def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -
         for name in began
         if name not in FREE_ON_RESUME and began[name] != now[name]
     ]
-    weights = weights_fingerprint(given.weights)
+    weights = weights_fingerprint(given.initial)
     if checkpoint.weights != weights:
-        expected = _weights_in_words(checkpoint.config.weights, checkpoint.weights)
-        found = _weights_in_words(given.weights, weights)
+        expected = _weights_in_words(checkpoint.config.initial, checkpoint.weights)
+        found = _weights_in_words(given.initial, weights)
         differing.append(f"weights: expected {expected} (checkpoint), found {found} (given)")
     if differing:
         raise CheckpointError(

@@ -68,6 +68,8 @@ class DataOptions:
     """Leave out images that can't be read, named and counted, instead of stopping at one."""
     weights: PathText | None = None
     """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
+    init: PathText | None = None
+    """Checkpoint or state_dict of a trained network that this one begins with; classifiers may differ."""
 
 
 @dataclass(kw_only=True)
@@ -157,6 +159,11 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
             )
+        if self.weights is not None and self.init is not None:
+            raise ConfigError(
+                f"got weights={self.weights!r} and init={self.init!r}, expected one of them: ImageNet "
+                "weights of the ResNet, or the weights of a trained network"
+            )
         self.check_stages(ConfigError)
         side = max(self.height, self.width)
         if self.padding > side:
@@ -175,6 +182,11 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
                 f"width={self.width}, which make a batch of {batch} bytes of pixels in each modality, "
                 f"expected at most {_LARGEST_BATCH}"
             )
+
+    @property
+    def initial(self) -> str | None:
+        """The file of the initial weights, `weights` or `init`; none: random weights."""
+        return self.weights if self.init is None else self.init
 
     def model_arguments(self) -> dict[str, Any]:
         """The options of `ReIDModel` in this run."""
@@ -208,7 +220,7 @@ def _kind() -> Any:
 # fingerprints.
 FREE_ON_RESUME = frozenset(
     (
-        "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers",
+        "data", "out", "cache", "weights", "init", "epochs", "steps", "backend", "accelerator", "workers",
         "log_every", "checkpoint_every", "validate_every",
     )
 )  # fmt: skip

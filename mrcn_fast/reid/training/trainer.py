@@ -24,7 +24,7 @@ from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
-from mrcn_fast.reid.models.resnet import check_weights_file, imagenet_file
+from mrcn_fast.reid.models.resnet import imagenet_file
 from mrcn_fast.reid.stopping import StopRequests
 from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
@@ -43,6 +43,7 @@ from mrcn_fast.reid.training.checkpoint import (
     weights_fingerprint,
 )
 from mrcn_fast.reid.training.config import TrainConfig, learning_rate
+from mrcn_fast.reid.training.initial import begin, check_initial
 from mrcn_fast.reid.training.journal import (
     DAMAGED_NAME,
     METRICS_NAME,
@@ -99,8 +100,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
             _replaced_files(out, resume=resume, overwrite=overwrite)
     if config.cache is not None:
         check_folder(config.cache, "the cache")
-    if config.weights is not None:
-        check_weights_file(config.weights)
+    check_initial(config)
 
 
 def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
@@ -181,7 +181,7 @@ class Trainer(Generic[Model]):
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         self.model = cast(Model, self._built()) if model is None else model
-        self.weights = weights_fingerprint(config.weights)
+        self.weights = weights_fingerprint(config.initial)
         self._frozen = freeze(cast(ReIDModel, self.model), config.freeze)
         self.layout = use_layout(self.model, config.channels_last)
         self.optimizer: torch.optim.Optimizer = (
@@ -217,8 +217,7 @@ class Trainer(Generic[Model]):
 
     def _built(self) -> ReIDModel:
         model = ReIDModel(len(self.training.identities), **self.config.model_arguments())
-        if self.config.weights is not None:
-            model.trunk.load_imagenet(self.config.weights)
+        begin(model, self.config)
         return model
 
     @property
@@ -334,14 +333,14 @@ class Trainer(Generic[Model]):
             *(self._title(), self.fabric.device, config.precision, self.total_steps, self.data),
         )
         own = "model" in self.parts
-        if config.weights is None and config.depth == 50 and not own:  # the paper's network
+        if config.initial is None and config.depth == 50 and not own:  # the paper's network
             notice(
                 "Training starts from random weights",
                 "The paper starts from weights pretrained on ImageNet, and its scores are out of reach "
                 "without them. Stop with Ctrl-C, give the weights (--weights FILE) and begin anew "
                 f"(--overwrite). The file is {imagenet_file(config.depth)}",
             )
-        elif config.weights is None and not own:
+        elif config.initial is None and not own:
             log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
 
     @property
