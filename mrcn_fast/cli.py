@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, NamedTuple
 
 import mrcn_fast
-from mrcn_fast.flags import Flags, Reader, nearest
+from mrcn_fast.flags import Flags, Reader, nearest, path_text
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.streams import flush_stdout, printable, stdout_is_unread
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run `mrcn-fast argv...`, by default with the process's arguments, and return the exit status.
 
     0: done, also if the reader of stdout has gone. 2: an error that the caller can correct, with a message on
-    stderr. 130: interrupted.
+    stderr. 130: interrupted. 143: a training ended by SIGTERM.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     traced = arguments[:1] == ["--traceback"]
@@ -241,8 +241,16 @@ def _train_flags() -> Flags:
     flags.add_setting(
         "--config", PathText, None, "YAML file like a recipe, whose values override the recipe's"
     )
-    flags.group("an earlier run in --out")
-    flags.add_setting("--resume", bool, False, "go on with the run in --out, exactly")
+    flags.group("an earlier run")
+    flags.add(
+        "--resume",
+        Reader(_resumed, "the run's folder; without one, the run in --out"),
+        False,
+        "go on with a run, exactly; its checkpoint has all other values",
+        nargs="?",
+        const="true",
+        metavar="DIR",
+    )
     flags.add_setting("--overwrite", bool, False, "replace the run in --out")
     flags.add_of(TrainConfig, skip={"dataset"}, groups=_TRAINING_GROUPS)
     flags.group(_TRAINING_GROUPS["data"])
@@ -251,26 +259,54 @@ def _train_flags() -> Flags:
     return flags
 
 
-def _train(argv: list[str]) -> int:
-    from mrcn_fast.reid.console import log_to_console
+def _resumed(word: str) -> bool | str:
+    """Read --resume: whether to go on with the run in --out, or the folder of a run."""
+    return {"true": True, "false": False}.get(word, path_text(word))
+
+
+def _train_values(flags: Flags, given: dict[str, Any], resume: bool | str) -> dict[str, Any]:
+    """The values of a run: its checkpoint's where it goes on, then the recipe's, then the given flags'."""
     from mrcn_fast.reid.data import recognize
     from mrcn_fast.reid.paper.recipes import load_recipe
+    from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
+    from mrcn_fast.reid.training.config import TrainConfig
+
+    if isinstance(resume, str):
+        out = given.setdefault("out", resume)
+        if Path(out) != Path(resume):
+            flags.error(f"got --resume {resume} and --out {out}, expected one folder: leave out --out")
+    recipes = [given.pop(name) for name in ("recipe", "config") if name in given]
+    own: dict[str, Any] = {}
+    for recipe in recipes:
+        own |= load_recipe(recipe)
+    own |= given
+    values: dict[str, Any] = {}
+    checkpoint = Path(own.setdefault("out", TrainConfig.out)) / CHECKPOINT_NAME
+    if resume and checkpoint.is_file():
+        values |= load_checkpoint(checkpoint).config.as_dict()
+    values |= own
+    if resume and not values.get("data"):
+        flags.error(
+            f"got --resume, but no run with a checkpoint: {checkpoint} isn't there; give the run's folder, "
+            "or --data to begin the run"
+        )
+    if not values.get("data"):
+        flags.error("--data is missing: give the root of the data set's tree")
+    if "dataset" not in values:
+        values["dataset"] = recognize(values["data"])
+    return values
+
+
+def _train(argv: list[str]) -> int:
+    from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.training.config import TrainConfig
     from mrcn_fast.reid.training.trainer import Trainer, check_new_run
 
     flags = _train_flags()
     given = flags.given(argv)
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
-    recipes = [given.pop(name) for name in ("recipe", "config") if name in given]
-    values: dict[str, Any] = {}
-    for recipe in recipes:
-        values |= load_recipe(recipe)
-    values |= given
-    if not values.get("data"):
-        flags.error("--data is missing: give the root of the data set's tree")
-    if "dataset" not in values:
-        values["dataset"] = recognize(values["data"])
-    config = TrainConfig(**values)
+    config = TrainConfig(**_train_values(flags, given, resume))
+    resume = resume is not False
     check_new_run(config, resume=resume, overwrite=overwrite)
     log_to_console()
     print(Trainer(config).fit(resume=resume, overwrite=overwrite))

@@ -427,3 +427,21 @@ def test_figures_from_the_command_line(
         "distances.png", "tsne.png", "ranking.png",
     }  # fmt: skip
     assert all(path.is_file() for path in files)
+
+
+@pytest.mark.parametrize("place", ["folder", "out"])
+def test_resume_needs_no_other_flag(tmp_path: Path, tiny_tree: Path, finished: Path, place: str) -> None:
+    import torch
+
+    from mrcn_fast.reid.training.checkpoint import load_checkpoint
+
+    run, values = tmp_path / "run", load_checkpoint(finished).config.as_dict()
+    values |= {"out": run, "steps": 2}
+    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    assert main(["train", *flags]) == 0
+    moved = run.rename(tmp_path / "moved")
+    words = ["--resume", str(moved)] if place == "folder" else ["--resume", "--out", str(moved)]
+    assert main(["train", *words, "--steps", "none"]) == 0
+    expected, found = load_checkpoint(finished), load_checkpoint(moved)
+    assert found.config.out == str(moved) and found.step == expected.step == 6
+    assert all(torch.equal(tensor, expected.model[name]) for name, tensor in found.model.items())

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mrcn_fast.reid.data.types import DatasetError
+from mrcn_fast.reid.stopping import outlive_one_signal
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -56,6 +57,7 @@ class Batches(Generic[Batch]):
             persistent_workers=workers > 0,
             prefetch_factor=max(_LEAST_READY, min(ahead, _MOST_READY)) if workers else None,
             pin_memory=pin_memory,
+            worker_init_fn=outlive_one_signal,
             # The loader draws a seed per epoch; from the global generator, this would shift the stream of the
             # augmentation.
             generator=torch.Generator(),

@@ -180,15 +180,10 @@ def score_checkpoint(
     _check_neighbours(searches, conditions)
     result = outline(trained.state, trained.dataset, searches, conditions)
     written = trained.path.with_name(result_name(result, trained.path.stem))
-    samples, unreadable = _readable_images(searches, chosen)
-    kept = [without(search, unreadable) for search in searches]
-    _check_neighbours(kept, conditions)
     with progress_bars() if progress is None else nullcontext(progress) as bars:
-        tables = _feature_tables(trained, samples, _cache_name(searches), chosen, bars)
-    for search, scores in zip(searches, _score_searches(trained, kept, tables, conditions), strict=True):
+        scored, unreadable = score_searches(trained, searches, chosen, bars)
+    for search, scores in zip(searches, scored, strict=True):
         result["searches"][search.name] |= scores
-        if warning := exchange(_rank1(scores)):
-            log.warning("%s, %s: %s", trained.path, search.name, warning)
     result |= {
         "headline": searches[0].name,
         "unreadable": sorted(map(str, unreadable)),
@@ -199,6 +194,30 @@ def score_checkpoint(
     }
     write_json(written, result)
     return result
+
+
+def score_searches(
+    trained: Trained, searches: Sequence[Search], options: ScoringOptions, bars: Progress
+) -> tuple[list[dict[str, Any]], set[Path]]:
+    """Score an opened network by searches, and log a warning where training exchanged the modalities.
+
+    Returns:
+        the scores of each search as they stand in a result, and the unreadable images that were left out
+
+    Raises:
+        DatasetError, ValueError: where an image can't be read or, left out, leaves too few
+        MemoryShortageError: where an allocation fails
+    """
+    conditions = options.conditions(trained)
+    samples, unreadable = _readable_images(searches, options)
+    kept = [without(search, unreadable) for search in searches]
+    _check_neighbours(kept, conditions)
+    tables = _feature_tables(trained, samples, _cache_name(searches), options, bars)
+    scored = _score_searches(trained, kept, tables, conditions)
+    for search, scores in zip(searches, scored, strict=True):
+        if warning := exchange(_rank1(scores)):
+            log.warning("%s, %s: %s", trained.path, search.name, warning)
+    return scored, unreadable
 
 
 def outline(

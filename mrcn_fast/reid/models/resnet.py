@@ -176,7 +176,7 @@ class Trunk(nn.Module):
                 + "; ".join(f"{title}: {_listed(keys)}" for title, keys in problems.items() if keys)
                 + f". {_advice(given, expected)}"
             )
-        _check_values(path, given)
+        check_values(path, given)
         with torch.no_grad():
             for key, targets in expected.items():
                 for target in targets:
@@ -223,6 +223,11 @@ def read_weights(path: Path) -> Mapping[str, Tensor]:
         state = read_safetensors(path) if path.suffix == ".safetensors" else read_torch(path)
     except StoredError as error:
         raise WeightsError(f"{expected}; can't be read: found {error}") from None
+    return check_state(path, state)
+
+
+def check_state(path: Path, state: object) -> Mapping[str, Tensor]:
+    """Return what a file has as a state_dict. Raises WeightsError, with the path, for anything else."""
     expected = f"{path}: expected a state_dict (names to tensors)"
     if not isinstance(state, Mapping):
         raise WeightsError(f"{expected}, found {type(state).__name__}")
@@ -247,7 +252,7 @@ def _is_state(value: object) -> bool:
     return all(isinstance(tensor, Tensor) for tensor in value.values())
 
 
-def _check_values(path: Path, weights: Mapping[str, Tensor]) -> None:
+def check_values(path: Path, weights: Mapping[str, Tensor]) -> None:
     """Raise WeightsError, with the key, for values that a network can't compute with."""
     for key, value in weights.items():
         if value.layout != torch.strided or value.is_meta or value.is_nested:

@@ -37,6 +37,7 @@ from mrcn_fast.reid.paper import plots
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.checkpoint import content_digest, fingerprint
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.initial import begin
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
@@ -348,13 +349,12 @@ def _ranked_search(dataset: PersonDataset, permutations: str | None) -> Search:
 
 
 def _forget_training(trained: Trained) -> None:
-    """Give a network its initial weights: those of its seed, and the ImageNet weights if it had any."""
+    """Give a network its initial weights: those of its seed, and those of a file if it began with one."""
     config = trained.config
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = ReIDModel(len(trained.state.data.identities), **config.model_arguments())
-    if config.weights is not None:
-        model.trunk.load_imagenet(config.weights)
+    begin(model, config)
     trained.model.load_state_dict(model.state_dict())
 
 

@@ -33,10 +33,12 @@ from mrcn_fast.reid.settings import SettingError, checked, record
 from mrcn_fast.reid.stored import StoredError, read_torch
 from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.training.journal import LINE
-from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 
-FORMAT = 5
+FORMAT = 6
 CHECKPOINT_NAME = "checkpoint.pth"
+# The checkpoint with the best validation.
+BEST_NAME = "best.pth"
 # The results of scoring, which are written beside the checkpoint.
 RESULT_NAMES = "test-*.json"
 # The least number of images whose contents go into the fingerprint of a data set (if it has so many).
@@ -100,7 +102,13 @@ def _size(path: Path) -> int | None:
 
 def weights_fingerprint(path: str | Path | None) -> str | None:
     """SHA-256 of a file of initial weights; None for random weights. Raises OSError."""
-    return None if path is None else hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return None if path is None else hashlib.sha256(checkpoint_file(path).read_bytes()).hexdigest()
+
+
+def checkpoint_file(path: str | Path) -> Path:
+    """The path of a file, or of the checkpoint in a folder."""
+    path = Path(path)
+    return path / CHECKPOINT_NAME if path.is_dir() else path
 
 
 class Checkpoint(NamedTuple):
@@ -164,9 +172,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         >>> load_checkpoint(Trainer(config).fit()).step
         1
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / CHECKPOINT_NAME
+    path = checkpoint_file(path)
     if not path.is_file():
         below = sorted(str(found.parent) for found in path.parent.glob(f"*/{CHECKPOINT_NAME}"))
         there = f"; found some in {', '.join(below[:5])}" if below else ""
@@ -301,6 +307,7 @@ def _check_network(checkpoint: Checkpoint) -> None:
         # The meta device has names, shapes and types, but no memory.
         with torch.device("meta"):
             network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
+        freeze(network, checkpoint.config.freeze)
         optimizer = make_optimizer(network, checkpoint.config)
     except ValueError as error:
         raise SettingError(f"config: {error}") from error
@@ -329,7 +336,7 @@ def _check_identity(checkpoint: Checkpoint) -> None:
     people = list(data.identities)
     _check(people != [] and people == sorted(set(people)), "data.identities", people, "ascending numbers")
     _check(min(data.images) > 0, "data.images", data.images, "at least one of each modality")
-    began, digest = config.weights, checkpoint.weights
+    began, digest = config.initial, checkpoint.weights
     if began is None:
         _check(digest is None, "weights", digest, "none, as in the configuration")
     else:
@@ -447,10 +454,10 @@ def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -
         for name in began
         if name not in FREE_ON_RESUME and began[name] != now[name]
     ]
-    weights = weights_fingerprint(given.weights)
+    weights = weights_fingerprint(given.initial)
     if checkpoint.weights != weights:
-        expected = _weights_in_words(checkpoint.config.weights, checkpoint.weights)
-        found = _weights_in_words(given.weights, weights)
+        expected = _weights_in_words(checkpoint.config.initial, checkpoint.weights)
+        found = _weights_in_words(given.initial, weights)
         differing.append(f"weights: expected {expected} (checkpoint), found {found} (given)")
     if differing:
         raise CheckpointError(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, FiniteFloat
 
 from mrcn_fast.reid.kinds import (
     INCREASING,
@@ -68,6 +68,8 @@ class DataOptions:
     """Leave out images that can't be read, named and counted, instead of stopping at one."""
     weights: PathText | None = None
     """ImageNet weights of the ResNet in torchvision's format, .pth or .safetensors (field: pretrained)."""
+    init: PathText | None = None
+    """Checkpoint or state_dict of a trained network that this one begins with; classifiers may differ."""
 
 
 @dataclass(kw_only=True)
@@ -127,6 +129,10 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Weight decay (field)."""
     selective_decay: bool = False
     """Leave vectors and what `no_weight_decay()` of the blocks names out of weight decay (field: no)."""
+    clip_norm: Annotated[FiniteFloat, Field(ge=1e-6), NUMPY] | None = None
+    """Greatest norm of the gradient of all parameters, which is scaled down to it; none: any (field)."""
+    freeze: Several[Literal["stem", "layer1", "layer2", "layer3", "layer4"]] = ()
+    """Layers of the ResNet that stay as they are, with the statistics of their BatchNorms (field: none)."""
 
     seed: Seed = 0
     """Seed of the initial weights, the sampler and the augmentation."""
@@ -144,12 +150,19 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 500
     """Steps between two checkpoints, besides one at the end of each epoch."""
+    validate_every: Count | None = None
+    """Epochs between two scorings by the data set's test protocol; the best is best.pth; none: no scoring."""
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
         if self.split != 1 and self.dataset != "regdb":
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
+            )
+        if self.weights is not None and self.init is not None:
+            raise ConfigError(
+                f"got weights={self.weights!r} and init={self.init!r}, expected one of them: ImageNet "
+                "weights of the ResNet, or the weights of a trained network"
             )
         self.check_stages(ConfigError)
         side = max(self.height, self.width)
@@ -170,6 +183,11 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
                 f"expected at most {_LARGEST_BATCH}"
             )
 
+    @property
+    def initial(self) -> str | None:
+        """The file of the initial weights, `weights` or `init`; none: random weights."""
+        return self.weights if self.init is None else self.init
+
     def model_arguments(self) -> dict[str, Any]:
         """The options of `ReIDModel` in this run."""
         return {field.name: getattr(self, field.name) for field in fields(ModelOptions)}
@@ -180,7 +198,8 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
 
     def as_dict(self) -> dict[str, Any]:
         """Return the values in plain types, for a checkpoint or JSON."""
-        return asdict(self) | {"milestones": list(self.milestones), "stages": list(self.stages)}
+        values = asdict(self)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
@@ -201,8 +220,8 @@ def _kind() -> Any:
 # fingerprints.
 FREE_ON_RESUME = frozenset(
     (
-        "data", "out", "cache", "weights", "epochs", "steps", "backend", "accelerator", "workers",
-        "log_every", "checkpoint_every",
+        "data", "out", "cache", "weights", "init", "epochs", "steps", "backend", "accelerator", "workers",
+        "log_every", "checkpoint_every", "validate_every",
     )
 )  # fmt: skip
 

@@ -7,13 +7,13 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pydantic import FiniteFloat
 from torch import Tensor
 
 from mrcn_fast.files import append, write_atomically
-from mrcn_fast.reid.settings import checked, record
+from mrcn_fast.reid.settings import by_name, checked, record
 
 log = logging.getLogger(__name__)
 
@@ -75,18 +75,27 @@ class CollapseWatch:
 _MEANS = (*StepResult._fields, "step_seconds", "wait_seconds")
 # The type of a line, as `checked` takes it.
 LINE = record("line", {"step": int, "epoch": int, "lr": FiniteFloat, **dict.fromkeys(_MEANS, FiniteFloat)})
+_SCORES = record("scores", dict.fromkeys(("rank1", "rank10", "rank20", "mAP", "mINP"), FiniteFloat))
+# The same for the line of a validation.
+VALIDATION = record(
+    "validation",
+    {"step": int, "epoch": int, "validation": str, "headline": str, "searches": by_name(_SCORES)},
+)
 
 
 class Journal:
     """The file metrics.jsonl, whose JSON lines have the means over some steps each.
 
     Besides the fields of StepResult, a line has step, epoch (from 0), lr, and the mean seconds per step
-    (`step_seconds`) and of waiting for its batch (`wait_seconds`). `lines` has the content of the file.
+    (`step_seconds`) and of waiting for its batch (`wait_seconds`). The line of a validation has step, epoch,
+    `validation` (the protocol in words), `headline` (the first search's name) and `searches`, which has the
+    scores of each search. `lines` and `validations` have the content of the file.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: list[dict[str, float]] = []
+        self.validations: list[dict[str, Any]] = []
         self._steps: list[tuple[float, ...]] = []
 
     def add(self, result: StepResult, step_seconds: float, wait_seconds: float) -> None:
@@ -103,9 +112,15 @@ class Journal:
         self.lines.append(line)
         append(self.path, f"{json.dumps(line)}\n".encode())
 
+    def write_validation(self, line: dict[str, Any]) -> None:
+        """Write the line of a validation."""
+        self.validations.append(line)
+        append(self.path, f"{json.dumps(line)}\n".encode())
+
     def clear(self) -> None:
         """Remove the file of an earlier run, and the file of its damaged lines."""
         self.lines.clear()
+        self.validations.clear()
         self.path.unlink(missing_ok=True)
         self.damaged_path.unlink(missing_ok=True)
 
@@ -120,20 +135,21 @@ class Journal:
         Lines that are damaged or out of order are moved to `damaged_path`, with a warning.
         """
         self.lines.clear()
+        self.validations.clear()
         if not self.path.exists():
             return
         damaged: dict[int, bytes] = {}
-        reached = 0.0
+        kept = ""
         for number, text in enumerate(self.path.read_bytes().split(b"\n"), start=1):
-            line = _line(text)
-            if line is None or line["step"] <= reached:
+            line, lines = _line(text), self.lines
+            if line is None:
+                line, lines = _line(text, VALIDATION), self.validations
+            if line is None or (lines and line["step"] <= lines[-1]["step"]):
                 damaged[number] = text
-                continue
-            reached = line["step"]
-            if reached <= step:
-                self.lines.append(line)
+            elif line["step"] <= step:
+                lines.append(line)
+                kept += json.dumps(line) + "\n"
         self._set_aside({number: text for number, text in damaged.items() if text})
-        kept = "".join(json.dumps(line) + "\n" for line in self.lines)
         write_atomically(self.path, lambda file: file.write(kept.encode()))
 
     def _set_aside(self, damaged: Mapping[int, bytes]) -> None:
@@ -158,15 +174,15 @@ class Journal:
 
 
 def read_lines(path: Path) -> list[dict[str, float]]:
-    """Read the whole lines of a run's metrics.jsonl; where there is no such file, there are none."""
+    """Read the whole lines about steps in a run's metrics.jsonl; where there is no file, there are none."""
     texts = path.read_bytes().split(b"\n") if path.is_file() else []
     return [line for line in map(_line, texts) if line is not None]
 
 
-def _line(text: bytes) -> dict[str, float] | None:
-    """Read the values of a line of the file; None where it is damaged."""
+def _line(text: bytes, kind: Any = LINE) -> dict[str, Any] | None:
+    """Read the values of a line of the file; None where it is damaged or of another kind."""
     try:
-        line: dict[str, float] = checked(LINE, json.loads(text), "")
+        line: dict[str, Any] = checked(kind, json.loads(text), "")
     except (ValueError, RecursionError):  # JSON, UTF-8 or a value is wrong; brackets are nested too deeply
         return None
     return line

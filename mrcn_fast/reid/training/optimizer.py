@@ -1,13 +1,37 @@
-"""The optimizer of a run: SGD, whose groups of parameters differ in learning rate and weight decay."""
+"""The parameters that a run trains, and its optimizer: SGD with groups of learning rate and weight decay."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.training.config import TrainConfig
+
+
+def freeze(model: ReIDModel, layers: Sequence[str]) -> list[nn.Module]:
+    """Leave the stems ("stem") or "layer1" to "layer4" of the trunk out of the training; returns the modules.
+
+    Their parameters get no gradient. The caller keeps the modules in eval mode, so that their BatchNorms
+    normalize by the statistics that they have.
+
+    Example:
+        >>> model = ReIDModel(classes=5, depth=18)
+        >>> len(freeze(model, ["stem", "layer1"]))
+        3
+        >>> next(model.trunk.layer1.parameters()).requires_grad
+        False
+    """
+    frozen: list[nn.Module] = []
+    for layer in layers:
+        trunk = model.trunk
+        frozen += [trunk.visible, trunk.infrared] if layer == "stem" else [trunk.get_submodule(layer)]
+    for module in frozen:
+        module.requires_grad_(False)
+    return frozen
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:

@@ -9,12 +9,12 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mrcn_fast.files import remove_leftovers
-from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, RESULT_NAMES
+from mrcn_fast.reid.training.checkpoint import BEST_NAME, CHECKPOINT_NAME, RESULT_NAMES
 from mrcn_fast.reid.training.journal import DAMAGED_NAME, METRICS_NAME
 
 LOCK_NAME = ".lock"
 # Patterns of all files that a run and its scoring write.
-RUN_FILES = (CHECKPOINT_NAME, METRICS_NAME, DAMAGED_NAME, RESULT_NAMES)
+RUN_FILES = (CHECKPOINT_NAME, BEST_NAME, METRICS_NAME, DAMAGED_NAME, RESULT_NAMES)
 
 
 class FolderInUseError(ValueError):

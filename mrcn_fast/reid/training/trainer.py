@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import random
+import shlex
 import time
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -23,7 +24,8 @@ from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.devices import open_fabric, serving_backend
 from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
-from mrcn_fast.reid.models.resnet import check_weights_file, imagenet_file
+from mrcn_fast.reid.models.resnet import imagenet_file
+from mrcn_fast.reid.stopping import StopRequests
 from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
@@ -41,6 +43,7 @@ from mrcn_fast.reid.training.checkpoint import (
     weights_fingerprint,
 )
 from mrcn_fast.reid.training.config import TrainConfig, learning_rate
+from mrcn_fast.reid.training.initial import begin, check_initial
 from mrcn_fast.reid.training.journal import (
     DAMAGED_NAME,
     METRICS_NAME,
@@ -50,7 +53,7 @@ from mrcn_fast.reid.training.journal import (
     embedding_spread,
 )
 from mrcn_fast.reid.training.losses import ReIDLoss
-from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 from mrcn_fast.reid.training.parts import (
     Loss,
     MakeOptimizer,
@@ -63,6 +66,7 @@ from mrcn_fast.reid.training.parts import (
 )
 from mrcn_fast.reid.training.run_folder import held, run_files
 from mrcn_fast.reid.training.transfers import Readings, to_device
+from mrcn_fast.reid.training.validation import Validation
 
 log = logging.getLogger(__name__)
 
@@ -96,8 +100,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
             _replaced_files(out, resume=resume, overwrite=overwrite)
     if config.cache is not None:
         check_folder(config.cache, "the cache")
-    if config.weights is not None:
-        check_weights_file(config.weights)
+    check_initial(config)
 
 
 def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
@@ -164,8 +167,9 @@ class Trainer(Generic[Model]):
         self.checkpoint_path = self.out / CHECKPOINT_NAME
         # A device, a backend or a part that can't serve is refused before the data set is read.
         self.fabric = open_fabric(config.accelerator, config.precision, callbacks)
+        serving = ""
         if model is None:
-            serving_backend(config, config.backend, self.fabric, config.precision)
+            serving = serving_backend(config, config.backend, self.fabric, config.precision)
         else:
             check_model(model, config)
         if loss is not None:
@@ -177,7 +181,8 @@ class Trainer(Generic[Model]):
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         self.model = cast(Model, self._built()) if model is None else model
-        self.weights = weights_fingerprint(config.weights)
+        self.weights = weights_fingerprint(config.initial)
+        self._frozen = freeze(cast(ReIDModel, self.model), config.freeze)
         self.layout = use_layout(self.model, config.channels_last)
         self.optimizer: torch.optim.Optimizer = (
             make_optimizer(self.model, config)
@@ -201,15 +206,18 @@ class Trainer(Generic[Model]):
             name=f"{dataset.name}-split{dataset.split}",
             pin_memory=self.fabric.device.type == "cuda",
         )
+        self._validation = (
+            None if config.validate_every is None else Validation(config, dataset, self.fabric, serving)
+        )
         self.journal = Journal(self.out / METRICS_NAME)
         self._watch = CollapseWatch()
+        self._requests = StopRequests()
         # The number of steps taken, and the epoch and number of the next batch.
         self.step_count = self.epoch = self.batch = 0
 
     def _built(self) -> ReIDModel:
         model = ReIDModel(len(self.training.identities), **self.config.model_arguments())
-        if self.config.weights is not None:
-            model.trunk.load_imagenet(self.config.weights)
+        begin(model, self.config)
         return model
 
     @property
@@ -225,6 +233,8 @@ class Trainer(Generic[Model]):
         """
         labels = to_device(batch.labels, self.fabric.device)
         self._model.train()
+        for module in self._frozen:
+            module.eval()
         output = self._model(
             self.prepared(batch.visible, "visible"), self.prepared(batch.infrared, "infrared")
         )
@@ -241,6 +251,11 @@ class Trainer(Generic[Model]):
         result = StepResult(*readings.values())
         if not result.finite:
             raise TrainingError(self._not_finite(batch, result))
+        if self.config.clip_norm is not None:
+            # In 16-mixed a gradient may be infinite: the scaler then leaves the step out.
+            self.fabric.clip_gradients(
+                self._model, self._optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
+            )
         self._optimizer.step()
         return result
 
@@ -267,7 +282,10 @@ class Trainer(Generic[Model]):
             FolderInUseError: where another process trains into `out`
             MemoryShortageError: where an allocation fails
 
-        After MemoryShortageError and after Ctrl-C the last checkpoint is whole, and its path is logged.
+        Ctrl-C and SIGTERM end the run after the step that it is taking, with a checkpoint. The command that
+        goes on with it is logged. Then KeyboardInterrupt is raised or, for SIGTERM, SystemExit with status
+        143. A second signal ends the process at once. After that and after MemoryShortageError, the last
+        checkpoint is whole.
         """
         check_new_run(self.config, resume=resume, overwrite=overwrite)
         with held(self.out, "trains"):
@@ -278,6 +296,7 @@ class Trainer(Generic[Model]):
             with bars if progress is None else nullcontext():
                 self._run(bars)
             self.fabric.call("on_fit_end", self)
+        log.info("%s", self._summary())
         return self.checkpoint_path
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
@@ -297,10 +316,13 @@ class Trainer(Generic[Model]):
         name = f"steps of {self.out.name}"
         task = bars.add_task(name, total=self.total_steps, completed=self.step_count, status="")
         try:
-            with enough_memory("a training step", _LESS):
-                while self.step_count < self.total_steps:
+            with enough_memory("a training step", _LESS), self._requests as requests:
+                self._validate()
+                while self.step_count < self.total_steps and requests.received is None:
                     self._run_epoch(bars, task)
-        except (KeyboardInterrupt, MemoryShortageError):
+                    self._validate()
+            requests.grant()
+        except (KeyboardInterrupt, SystemExit, MemoryShortageError):
             log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
             raise
 
@@ -311,14 +333,14 @@ class Trainer(Generic[Model]):
             *(self._title(), self.fabric.device, config.precision, self.total_steps, self.data),
         )
         own = "model" in self.parts
-        if config.weights is None and config.depth == 50 and not own:  # the paper's network
+        if config.initial is None and config.depth == 50 and not own:  # the paper's network
             notice(
                 "Training starts from random weights",
                 "The paper starts from weights pretrained on ImageNet, and its scores are out of reach "
                 "without them. Stop with Ctrl-C, give the weights (--weights FILE) and begin anew "
                 f"(--overwrite). The file is {imagenet_file(config.depth)}",
             )
-        elif config.weights is None and not own:
+        elif config.initial is None and not own:
             log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
 
     @property
@@ -363,8 +385,35 @@ class Trainer(Generic[Model]):
             self.journal.summary(),
         )
 
+    def _validate(self) -> None:
+        """Score the network if an epoch has just ended after which that is due and hasn't been done."""
+        every, done = self.config.validate_every, self.journal.validations
+        if self._validation is None or every is None or self._requests.received is not None:
+            return
+        due = self.epoch > 0 and self.batch == 0 and self.epoch % every == 0
+        if not due or (done and done[-1]["step"] == self.step_count):
+            return
+        # The checkpoint was just written, so that nothing is lost where a signal ends the validation.
+        with self._requests.at_once():
+            self._validation.run(self.model, self._state(), self.journal)
+
+    def _summary(self) -> str:
+        """The run's end in one line, with the commands to go on."""
+        where, data = shlex.quote(str(self.out)), shlex.quote(self.config.data)
+        commands = (
+            f"`mrcn-fast test --checkpoint {where} --data {data}` and "
+            f"`mrcn-fast report --runs {where} --data {data}`"
+        )
+        if "model" in self.parts:
+            commands = f"mrcn_fast.reid.score_checkpoint({str(self.out)!r}, {self.config.data!r}, model=...)"
+        return (
+            f"{self._name} is trained to step {self.step_count}: {self.journal.summary()}. "
+            f"To go on: {commands}"
+        )
+
     def _ends_here(self) -> bool:
-        return self.batch >= len(self.batches) or self.step_count == self.total_steps
+        stopped = self._requests.received is not None
+        return stopped or self.batch >= len(self.batches) or self.step_count == self.total_steps
 
     def _write_within_epoch(self, rate: float) -> None:
         if self.step_count % self.config.log_every == 0:
@@ -380,11 +429,15 @@ class Trainer(Generic[Model]):
                 f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
                 f"Lower the learning rate. {self._last_checkpoint()}"
             )
-        checkpoint = Checkpoint(
+        save_checkpoint(self.checkpoint_path, self._state())
+        self.fabric.call("on_checkpoint", self, self.checkpoint_path)
+
+    def _state(self) -> Checkpoint:
+        return Checkpoint(
             config=self.config,
             data=self.data,
             weights=self.weights,
-            model=state,
+            model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.fabric.strategy.precision.state_dict(),
             random=random_state(),
@@ -394,8 +447,6 @@ class Trainer(Generic[Model]):
             metrics=self.journal.lines[-1] if self.journal.lines else {},
             parts=self.parts,
         )
-        save_checkpoint(self.checkpoint_path, checkpoint)
-        self.fabric.call("on_checkpoint", self, self.checkpoint_path)
 
     def _resume(self) -> None:
         path = self.checkpoint_path
@@ -423,4 +474,9 @@ class Trainer(Generic[Model]):
     def _last_checkpoint(self) -> str:
         if not self.checkpoint_path.exists():
             return "No checkpoint had been written yet."
-        return f"The last complete checkpoint is {self.checkpoint_path}; --resume goes on from it."
+        again = (
+            "fit(resume=True) of a Trainer with the same parts"
+            if self.parts
+            else f"`mrcn-fast train --resume {shlex.quote(str(self.out))}`"
+        )
+        return f"The last complete checkpoint is {self.checkpoint_path}; {again} goes on from it."

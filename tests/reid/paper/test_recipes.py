@@ -27,9 +27,9 @@ def test_the_papers_values_are_the_defaults() -> None:
     assert values == {name: defaults[name] for name in values}
     # Everything that decides what is computed is written down there or in a data set's recipe.
     free = {
-        "data", "out", "dataset", "split", "stages", "cache", "skip_unreadable", "weights", "batches",
+        "data", "out", "dataset", "split", "stages", "cache", "skip_unreadable", "weights", "init", "batches",
         "steps", "seed", "backend", "accelerator", "precision", "channels_last", "workers", "log_every",
-        "checkpoint_every",
+        "checkpoint_every", "validate_every",
     }  # fmt: skip
     assert {field.name for field in fields(TrainConfig)} - set(values) == free
 

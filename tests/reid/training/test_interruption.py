@@ -6,6 +6,8 @@ import dataclasses
 import json
 import logging
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,12 +17,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from mrcn_fast.reid.stopping import StopRequests
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     build_model,
     load_checkpoint,
 )
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.journal import read_lines
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held
 from mrcn_fast.reid.training.trainer import TrainingError
 from tests.reid.conftest import train
@@ -34,12 +38,17 @@ sys.exit(main(json.loads(sys.argv[1])))
 
 def started(config: TrainConfig, *more: str) -> subprocess.Popen[str]:
     """Start `mrcn-fast train` with these values in a process of its own."""
-    values = config.as_dict() | {"checkpoint_every": 1}
-    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    flags = [f"--{name}={value}" for name, value in config.as_dict().items() if value is not None]
+    return launched(["train", *flags, *more])
+
+
+def launched(words: list[str]) -> subprocess.Popen[str]:
+    """Start `mrcn-fast words...` in a process of its own, which leads a group of processes."""
     return subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, json.dumps(["train", *flags, *more])],
+        [sys.executable, "-c", PROGRAM, json.dumps(words)],
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1", "COLUMNS": "500"},
         # A shell's background jobs, and what they start, ignore it: this one shall hear it all the same.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -55,28 +64,85 @@ def wait_for(process: subprocess.Popen[str], config: TrainConfig, steps: int) ->
         time.sleep(0.02)
 
 
-def test_ctrl_c_leaves_the_last_checkpoint_whole(tiny_config: TrainConfig) -> None:
-    config = dataclasses.replace(tiny_config, epochs=100000)
+def ended(process: subprocess.Popen[str]) -> str:
+    """Wait until the run has ended; returns what it wrote to stderr."""
+    try:
+        return process.communicate(timeout=300)[1]
+    finally:
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "workers"),
+    [(signal.SIGINT, 130, 0), (signal.SIGINT, 130, 1), (signal.SIGTERM, 143, 0), (signal.SIGTERM, 143, 1)],
+)
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(
+    tiny_config: TrainConfig, number: signal.Signals, status: int, workers: int
+) -> None:
+    # A terminal and a scheduler send the signal to all processes of the job, also to those that decode.
+    config = dataclasses.replace(
+        tiny_config, epochs=100000, workers=workers, checkpoint_every=10**6, batches=9
+    )
     process = started(config)
     try:
         wait_for(process, config, 4)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=120)
+        os.killpg(process.pid, number)
     finally:
-        process.kill()
+        errors = ended(process)
     path = Path(config.out) / CHECKPOINT_NAME
-    assert process.returncode == 130
-    assert "Traceback" not in errors
-    assert f"The last complete checkpoint is {path}" in errors
+    assert process.returncode == status and "Traceback" not in errors, errors
     checkpoint = load_checkpoint(path)
-    assert checkpoint.step >= 3
+    assert f"Stopped after step {checkpoint.step}. The last complete checkpoint is {path}" in errors
+    assert f"`mrcn-fast train --resume {config.out}` goes on from it" in errors
+    assert [line["step"] for line in read_lines(path.with_name("metrics.jsonl"))][-1] == checkpoint.step
     build_model(path, checkpoint)
     assert [file.name for file in path.parent.iterdir() if file.name.startswith(".")] == [".lock"]
 
 
+def test_a_run_that_was_stopped_ends_bitwise_as_one_that_was_not(
+    tiny_config: TrainConfig, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, epochs=100000, batches=5)
+    stopped = started(config)
+    try:
+        wait_for(stopped, config, 3)
+        stopped.send_signal(signal.SIGTERM)
+    finally:
+        errors = ended(stopped)
+    steps = load_checkpoint(config.out).step + 3
+    (command,) = re.findall(r"`mrcn-fast (train --resume .*)` goes on", errors)
+    ended(launched([*shlex.split(command), "--steps", str(steps)]))
+    whole = dataclasses.replace(config, out=str(tmp_path / "whole"), steps=steps)
+    ended(started(whole))
+    expected, found = load_checkpoint(whole.out), load_checkpoint(config.out)
+    assert found.step == expected.step == steps
+    assert all(torch.equal(tensor, expected.model[name]) for name, tensor in found.model.items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_requests_leave_signals_that_the_caller_handles(number: signal.Signals) -> None:
+    seen: list[int] = []
+    before = signal.signal(number, lambda received, _: seen.append(received))
+    try:
+        with StopRequests() as requests:
+            signal.raise_signal(number)
+    finally:
+        signal.signal(number, before)
+    assert requests.received is None and seen == [number]
+
+
+def test_the_second_signal_has_its_usual_effect() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequests() as requests:
+        signal.raise_signal(signal.SIGINT)
+        assert requests.received is signal.SIGINT
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
 @pytest.mark.slow
 def test_a_killed_run_ends_bitwise_as_one_that_was_not(tiny_config: TrainConfig, tmp_path: Path) -> None:
-    config = dataclasses.replace(tiny_config, epochs=4, batches=5)
+    config = dataclasses.replace(tiny_config, epochs=4, batches=5, checkpoint_every=1)
     whole = dataclasses.replace(config, out=str(tmp_path / "whole"))
     first = started(whole)
     killed = started(config)
@@ -147,18 +213,20 @@ def test_the_folder_of_a_killed_run_can_be_used_again(tiny_config: TrainConfig) 
 def test_leftovers_of_a_killed_run_are_removed(tiny_config: TrainConfig, arguments: dict[str, bool]) -> None:
     config = dataclasses.replace(tiny_config, steps=1)
     folder = train(config).out
-    ended = subprocess.Popen([sys.executable, "-c", ""])
-    ended.wait()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
     names = (CHECKPOINT_NAME, "metrics.jsonl", "test-all-search.json")
-    left = [folder / f".{name}.{ended.pid}.tmp" for name in names]
-    others = [folder / f".notes.{ended.pid}.tmp", folder / f".{CHECKPOINT_NAME}.{os.getppid()}.tmp"]
+    left = [folder / f".{name}.{gone.pid}.tmp" for name in names]
+    others = [folder / f".notes.{gone.pid}.tmp", folder / f".{CHECKPOINT_NAME}.{os.getppid()}.tmp"]
     for path in (*left, *others):
         path.write_bytes(b"half")
     train(dataclasses.replace(config, steps=2), **arguments)
     assert [path.exists() for path in (*left, *others)] == [False] * 3 + [True] * 2
 
 
-@pytest.mark.parametrize("name", ["metrics.jsonl", "metrics.jsonl.damaged", "test-all-search.json"])
+@pytest.mark.parametrize(
+    "name", ["metrics.jsonl", "metrics.jsonl.damaged", "best.pth", "test-all-search.json"]
+)
 def test_files_of_a_run_without_checkpoint_are_not_replaced(tiny_config: TrainConfig, name: str) -> None:
     config = dataclasses.replace(tiny_config, steps=1)
     there = Path(config.out) / name

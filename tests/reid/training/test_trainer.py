@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import logging
+import re
+import shlex
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,6 +68,22 @@ def test_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(
         assert torch.equal(tensor, whole.model[name]), name
     lines = (Path(tiny_config.out) / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_end_names_commands_that_run(
+    tiny_config: TrainConfig, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    config = dataclasses.replace(tiny_config, out=str(tmp_path / "two words"), steps=1)
+    with caplog.at_level(logging.INFO, logger="mrcn_fast"):
+        train(config)
+    (line,) = (line for line in caplog.messages if "is trained" in line)
+    assert line.startswith("mrcn is trained to step 1: loss ")
+    test, report = (shlex.split(command) for command in re.findall("`mrcn-fast ([^`]*)`", line))
+    assert cli.main([*test, "--trials=1", "--accelerator=cpu"]) == 0
+    assert list(Path(config.out).glob("test-*.json"))
+    page = tmp_path / "page.html"
+    assert cli.main([*report, f"--out={page}", "--queries=1", "--accelerator=cpu"]) == 0
+    assert page.is_file()
 
 
 def test_random_weights_of_the_papers_network_are_not_overlooked(
