@@ -30,14 +30,24 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 torch.set_num_threads(min(torch.get_num_threads(), 4))
 
 
+LOGGER = logging.getLogger("mrcn_fast")
+LEVEL, HANDLERS = LOGGER.level, list(LOGGER.handlers)
+
+
 @pytest.fixture(autouse=True)
-def logs_as_before() -> Iterator[None]:
-    """Undo what a command, run by a test, changes in the logger's level and handlers."""
-    logger = logging.getLogger("mrcn_fast")
-    level, handlers = logger.level, list(logger.handlers)
+def logs_as_at_first() -> Iterator[None]:
+    """Undo what a command changes in the logger's level and handlers.
+
+    A fixture of a module runs before this one, so that its changes are undone before the test.
+    """
+    _reset_logger()
     yield
-    logger.setLevel(level)
-    logger.handlers[:] = handlers
+    _reset_logger()
+
+
+def _reset_logger() -> None:
+    LOGGER.setLevel(LEVEL)
+    LOGGER.handlers[:] = HANDLERS
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,6 +40,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> DemoConfig:
         rounds=1,
         accelerator="cpu",
     )
+    TASKS.clear()  # a process may make this fixture more than once
     add_task = Progress.add_task
 
     def noted(bars: Progress, description: str, *arguments: Any, **options: Any) -> Any:

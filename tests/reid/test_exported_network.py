@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -88,6 +89,24 @@ with torch.no_grad():
 torch.save(features, sys.argv[3])
 print(extra["{METADATA}"])
 """
+
+
+@pytest.mark.slow
+def test_the_page_runs(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reason = "onnxscript and onnxruntime come with the extra [export]"
+    pytest.importorskip("onnxruntime", reason=reason)
+    pytest.importorskip("onnxscript", reason=reason)
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "export.md").read_text()
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    mrcn-fast (.*)$", page, re.MULTILINE)
+    assert len(commands) == 2
+    for command in commands:
+        assert main(command.replace("runs/people", str(finished)).split()) == 0
+    names: dict[str, Any] = {}
+    for code in re.findall(r"^```python\n(.*?)^```$", page, re.DOTALL | re.MULTILINE):
+        features, names["features"] = names.get("features"), None
+        exec(code, names)
+        assert features is None or features.shape == names["features"].shape
 
 
 @pytest.mark.slow
