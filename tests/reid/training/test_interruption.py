@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,15 @@ def test_requests_leave_signals_that_the_caller_handles(number: signal.Signals) 
     assert requests.received is None and seen == [number]
 
 
+@pytest.fixture
+def usual_interrupt() -> Iterator[None]:
+    """Ctrl-C as Python handles it, also where the tests run in the background, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("usual_interrupt")
 def test_the_second_signal_has_its_usual_effect() -> None:
     with pytest.raises(KeyboardInterrupt), StopRequests() as requests:
         signal.raise_signal(signal.SIGINT)

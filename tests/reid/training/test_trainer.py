@@ -214,7 +214,8 @@ def test_a_failed_allocation_stops_the_run_with_one_line(
     before = path.read_bytes()
     monkeypatch.setattr(ReIDModel, "forward", lambda *_: torch.empty(1 << 60, dtype=torch.uint8))
     flags = [f"--{name}={value}" for name, value in tiny_config.as_dict().items() if value is not None]
-    assert cli.main(["train", *flags, "--resume"]) == 2
+    # Without --steps the run would end where the checkpoint's did.
+    assert cli.main(["train", *flags, "--resume", "--steps=6"]) == 2
     errors = capsys.readouterr().err
     assert "Traceback" not in errors
     last = errors.strip().splitlines()[-1]
