@@ -39,7 +39,7 @@ def main() -> None:
         data = write_regdb(f"{folder}/regdb", identities=8, images=4, image_size=(64, 32))
         config = TrainConfig(
             data=str(data), dataset="regdb", out=f"{folder}/run", accelerator="cpu", workers=0, epochs=2,
-            batches=4, identities=2, height=64, width=32, cqc_features="unit", cqc_reduction="mean",
+            batches=4, identities=2, height=64, width=32,
         )  # fmt: skip
         network = Network(classes=len(open_dataset("regdb", data).training().identities))
         checkpoint = Trainer(config, model=network).fit()

@@ -22,7 +22,7 @@ def main() -> None:
     augment = Augmentation((64, 32), padding=4)
 
     model = ReIDModel(PEOPLE, model="mrcn", depth=18, stages=(0,))
-    criterion = ReIDLoss(cqc_features="unit", cqc_reduction="mean")
+    criterion = ReIDLoss()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True)
     model.train()
     for step, batch in enumerate(sampler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 
 import mrcn_fast
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 LIBRARY = "_C" + (sysconfig.get_config_var("EXT_SUFFIX") or ".so")
@@ -130,11 +130,7 @@ def cpu_status(checkout: Path) -> tuple[bool, str]:
 @pytest.fixture
 def setup() -> ModuleType:
     """setup.py's functions."""
-    spec = importlib.util.spec_from_file_location("mrcn_fast_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("setup.py")
 
 
 def installed_metadata() -> metadata.Distribution:

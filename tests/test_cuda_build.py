@@ -25,6 +25,7 @@ from mrcn_fast import dispatch
 from mrcn_fast.backends import cpu, cuda
 from mrcn_fast.gates import FUSED, GATES
 from mrcn_fast.operations import OPERATIONS
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = [
@@ -39,11 +40,7 @@ OPS = [
 @pytest.fixture(scope="module")
 def setup() -> Any:
     """setup.py's functions."""
-    spec = importlib.util.spec_from_file_location("mrcn_fast_setup", ROOT / "setup.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("setup.py")
 
 
 def write_nvcc(folder: Path, release: str = "12.8") -> str:

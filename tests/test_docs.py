@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib.util
 import inspect
 import json
 import os
@@ -22,6 +21,7 @@ import torch
 
 import mrcn_fast
 from mrcn_fast import cli
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -50,11 +50,7 @@ def cells(row: str) -> list[str]:
 
 def site_module(name: str) -> ModuleType:
     """A module of docs/site, which is no package; those that MkDocs alone can import are not needed here."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / "site" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(f"docs/site/{name}.py")
 
 
 links, generated = site_module("links"), site_module("generated")

@@ -2,23 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
-FILE = Path(__file__).resolve().parents[2] / "benchmarks" / "kernel_times.py"
+from tests.support.scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def kernel_times() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("kernel_times", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/kernel_times.py")
 
 
 def test_a_kernel_is_known_by_its_place_in_a_call(kernel_times: ModuleType) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from pathlib import Path
@@ -18,19 +17,15 @@ pytest.importorskip("matplotlib", reason="the pictures are drawn with matplotlib
 from PIL import Image
 
 from mrcn_fast.benchmark.forms import FORMS
+from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[2]
-FILE = ROOT / "benchmarks" / "readme_figures.py"
 CHARTS = ROOT / "benchmarks" / "charts"
 
 
 @pytest.fixture(scope="module")
 def figures() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("readme_figures", FILE)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks/readme_figures.py")
 
 
 def pixels(path: Path) -> tuple[NDArray[np.uint8], str]:
