@@ -150,6 +150,8 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 500
     """Steps between two checkpoints, besides one at the end of each epoch."""
+    logger: Literal["none", "csv", "tensorboard"] = "none"
+    """What gets the metrics besides metrics.jsonl: csv/metrics.csv or TensorBoard's files, in `out`."""
     validate_every: Count | None = None
     """Epochs between two scorings by the data set's test protocol; the best is best.pth; none: no scoring."""
 
@@ -221,7 +223,7 @@ def _kind() -> Any:
 FREE_ON_RESUME = frozenset(
     (
         "data", "out", "cache", "weights", "init", "epochs", "steps", "backend", "accelerator", "workers",
-        "log_every", "checkpoint_every", "validate_every",
+        "log_every", "checkpoint_every", "logger", "validate_every",
     )
 )  # fmt: skip
 

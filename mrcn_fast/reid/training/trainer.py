@@ -6,8 +6,8 @@ import logging
 import random
 import shlex
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Generic, cast
@@ -50,6 +50,7 @@ from mrcn_fast.reid.training.journal import (
     Journal,
     StepResult,
 )
+from mrcn_fast.reid.training.loggers import RunLog, check_logger
 from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 from mrcn_fast.reid.training.parts import (
@@ -87,6 +88,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
         FolderInUseError: where another process trains into the folder
         OSError: where the folder or the cache can't be written to
         WeightsError: for initial weights that can't be read
+        ConfigError: for a logger whose package is not installed
     """
     if resume and overwrite:
         raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
@@ -98,6 +100,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
     if config.cache is not None:
         check_folder(config.cache, "the cache")
     check_initial(config)
+    check_logger(config.logger)
 
 
 def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
@@ -275,7 +278,7 @@ class Trainer(Generic[Model]):
             self._introduce()
             self.fabric.call("on_fit_start", self)
             bars = progress_bars() if progress is None else progress
-            with bars if progress is None else nullcontext():
+            with bars if progress is None else nullcontext(), self._logging():
                 self._run(bars)
             self.fabric.call("on_fit_end", self)
         log.info("%s", self._summary())
@@ -293,6 +296,18 @@ class Trainer(Generic[Model]):
         for path in there:
             path.unlink(missing_ok=True)
         self.journal.clear()
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """A context in which the journal sends its lines to the logger, if there is one."""
+        if self.config.logger == "none":
+            yield
+            return
+        self.journal.log = RunLog(self.config, self.step_count)
+        try:
+            yield
+        finally:
+            self.journal.log.close()
 
     def _run(self, bars: Progress) -> None:
         name = f"steps of {self.out.name}"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 from lightning_fabric import Fabric
 from rich.progress import Progress
-from torch import nn
+from torch import Tensor, nn
 
-from mrcn_fast.reid.data.types import PersonDataset
-from mrcn_fast.reid.evaluation.protocol import searches_of
+from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample
+from mrcn_fast.reid.evaluation.protocol import searches_of, without
 from mrcn_fast.reid.evaluation.results import HEADLINE
 from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_searches
 from mrcn_fast.reid.evaluation.trained import Trained
@@ -23,6 +24,18 @@ log = logging.getLogger(__name__)
 
 # The score of the headline search that the best checkpoint has most of.
 CRITERION: Final = "rank1"
+
+
+@dataclass(frozen=True)
+class _Remembering(Trained):
+    """A network that keeps the features which it gives, by their image."""
+
+    seen: dict[Sample, Tensor] = field(default_factory=dict)
+
+    def features(self, samples: Sequence[Sample], modality: Modality, **options: Any) -> Tensor:
+        found = super().features(samples, modality, **options)
+        self.seen.update(zip(samples, found, strict=True))
+        return found
 
 
 class Validation:
@@ -54,7 +67,7 @@ class Validation:
     def run(self, model: nn.Module, state: Checkpoint, journal: Journal) -> None:
         """Score the network, whose checkpoint is `state`; the best one so far becomes best.pth."""
         path = journal.path.with_name(BEST_NAME)
-        trained = Trained(
+        trained = _Remembering(
             path=path,
             state=state,
             config=self.config,
@@ -64,7 +77,7 @@ class Validation:
             backend=self.backend,
             dataset=self.dataset,
         )
-        scored, _ = score_searches(trained, self.searches, self.options, Progress(disable=True))
+        scored, unreadable = score_searches(trained, self.searches, self.options, Progress(disable=True))
         scores = {search.name: _means(found) for search, found in zip(self.searches, scored, strict=True)}
         headline = scores[self.searches[0].name]
         best = max(
@@ -83,6 +96,9 @@ class Validation:
                 "searches": scores,
             }
         )
+        if journal.log is not None:
+            searches = [without(search, unreadable) for search in self.searches]
+            journal.log.features(state.step, searches, trained.seen)
         log.info(
             "Validation after step %d by the %s: rank-1 %.1f, mAP %.1f, mINP %.1f%s",
             *(state.step, self.protocol, *(100 * headline[name] for name in ("rank1", "mAP", "mINP"))),
