@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 import torch
-from lightning_fabric.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning_fabric.loggers.csv_logs import CSVLogger
+from lightning_fabric.loggers.logger import Logger
+from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 
 from mrcn_fast.reid.data.types import Modality, Sample, Search
@@ -116,12 +118,14 @@ def _opened(name: str, out: Path, step: int) -> Logger:
     return TensorBoardLogger(out, name="tensorboard", version="", purge_step=step + 1 if step else None)
 
 
-def _rows(path: Path, step: int) -> list[dict[str, float]]:
+def _rows(path: Path, step: int) -> list[dict[str, Tensor | float]]:
     """Take the rows up to a step out of a CSV file, which is removed."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)]
+        rows: list[dict[str, Tensor | float]] = [
+            {name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)
+        ]
     path.unlink()
     return [row for row in rows if row["step"] <= step]
 
