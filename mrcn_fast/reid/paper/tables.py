@@ -248,7 +248,9 @@ def _made_of(runs_of_rows: Sequence[Mapping[str, Sequence[Run]]], options: dict[
         config = run.config
         tree = f"{config.dataset}, split {config.split}"
         if tree not in images:
-            dataset = open_dataset(config.dataset, config.data, split=config.split)
+            dataset = open_dataset(
+                config.dataset, config.data, split=config.split, hold_out_val=config.validate_on == "val"
+            )
             searches = searches_of(dataset, options_of(config.dataset, options))
             images[tree] = {search.name: search_fingerprint(dataset, search) for search in searches}
             images[tree]["training"] = data_identity(dataset, dataset.training()).fingerprint

@@ -154,12 +154,19 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """What gets the metrics besides metrics.jsonl: csv/metrics.csv or TensorBoard's files, in `out`."""
     validate_every: Count | None = None
     """Epochs between two scorings by the data set's test protocol; the best is best.pth; none: no scoring."""
+    validate_on: Literal["test", "val"] = "test"
+    """People of these scorings: the test's, or SYSU-MM01's val list, not trained on then (field: test)."""
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
         if self.split != 1 and self.dataset != "regdb":
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
+            )
+        if self.validate_on == "val" and self.dataset != "sysu-mm01":
+            raise ConfigError(
+                f"got validate_on='val' on {self.dataset}, expected 'test': only sysu-mm01 has a list of "
+                "validation identities"
             )
         if self.weights is not None and self.init is not None:
             raise ConfigError(

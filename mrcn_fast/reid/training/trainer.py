@@ -174,7 +174,9 @@ class Trainer(Generic[Model]):
             check_model(model, config)
         if loss is not None:
             check_loss(loss)
-        dataset = open_dataset(config.dataset, config.data, split=config.split)
+        dataset = open_dataset(
+            config.dataset, config.data, split=config.split, hold_out_val=config.validate_on == "val"
+        )
         self.training = dataset.training()
         self.data = data_identity(dataset, self.training)
 

@@ -11,6 +11,7 @@ from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor, nn
 
+from mrcn_fast.reid.data import SYSUMM01
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample
 from mrcn_fast.reid.evaluation.protocol import searches_of, without
 from mrcn_fast.reid.evaluation.results import HEADLINE
@@ -41,7 +42,8 @@ class _Remembering(Trained):
 class Validation:
     """Scores a network in training, writes the scores to the journal, and keeps the best checkpoint.
 
-    The scores are those that `mrcn-fast test` gives without options. Random generators and the network's
+    The scores are those that `mrcn-fast test` gives without options or, where the configuration says so,
+    those of the same protocol on SYSU-MM01's validation identities. Random generators and the network's
     state stay as they are, so that a run ends at the same weights with validations as without.
 
     Args:
@@ -56,13 +58,17 @@ class Validation:
 
     def __init__(self, config: TrainConfig, dataset: PersonDataset, fabric: Fabric, backend: str) -> None:
         self.config, self.dataset, self.fabric, self.backend = config, dataset, fabric, backend
-        self.searches = searches_of(dataset, {})
+        people = ""
+        searched = dataset
+        if config.validate_on == "val" and isinstance(dataset, SYSUMM01):
+            people, searched = " on its validation identities", dataset.validation()
+        self.searches = searches_of(searched, {})
         self.options = ScoringOptions(
             skip_unreadable=config.skip_unreadable, workers=config.workers, cache=config.cache
         )
         headline = self.searches[0]
         settings = f", {headline.settings}" if headline.settings else ""
-        self.protocol = f"test protocol of {dataset.name}, {headline.name}{settings}"
+        self.protocol = f"test protocol of {dataset.name}{people}, {headline.name}{settings}"
 
     def run(self, model: nn.Module, state: Checkpoint, journal: Journal) -> None:
         """Score the network, whose checkpoint is `state`; the best one so far becomes best.pth."""
