@@ -177,7 +177,7 @@ def test_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     pytest.importorskip("lightning_fabric", reason="the tutorial needs the packages of [reid]")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path)), "TERM": "dumb"}
