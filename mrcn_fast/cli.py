@@ -11,10 +11,10 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Annotated, Any, Final, NamedTuple
+from typing import Annotated, Final, NamedTuple
 
 import mrcn_fast
-from mrcn_fast.flags import Flags, Reader, nearest, path_text
+from mrcn_fast.flags import Flags, nearest
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.streams import flush_stdout, printable, stdout_is_unread
@@ -209,108 +209,9 @@ def _synth(argv: list[str]) -> int:
     return 0
 
 
-# The titles of the groups of TrainConfig's fields in --help, by the first field of each.
-_TRAINING_GROUPS: Final = {
-    "data": "data set and files",
-    "model": "network",
-    "height": "images of a batch and their augmentation",
-    "label_smoothing": "losses",
-    "epochs": "schedule and optimizer",
-    "seed": "machine and records",
-}
-
-
-# The same for EvaluationOptions and the classes that add fields to it.
+# The titles of the groups of fields in --help, by the first field of each: those of EvaluationOptions and of
+# the classes that add fields to it.
 _EVALUATION_GROUPS: Final = {"permutations": "data set", "backend": "machine", "cache": "machine"}
-
-
-def _train_flags() -> Flags:
-    from mrcn_fast.reid.kinds import PathText
-    from mrcn_fast.reid.models.resnet import imagenet_file
-    from mrcn_fast.reid.settings import kinds_of
-    from mrcn_fast.reid.training.config import TrainConfig
-
-    flags = _flags("train", f"--weights for the paper's ResNet-50: {imagenet_file(50)}")
-    flags.group("where the values come from")
-    flags.add(
-        "--recipe",
-        Reader(str, "the name of a recipe or the path of a .yaml file"),
-        None,
-        "the values of a row of the paper's tables, such as regdb-mrcn; flags override them",
-    )
-    flags.add_setting(
-        "--config", PathText, None, "YAML file like a recipe, whose values override the recipe's"
-    )
-    flags.group("an earlier run")
-    flags.add(
-        "--resume",
-        Reader(_resumed, "the run's folder; without one, the run in --out"),
-        False,
-        "go on with a run, exactly; its checkpoint has all other values",
-        nargs="?",
-        const="true",
-        metavar="DIR",
-    )
-    flags.add_setting("--overwrite", bool, False, "replace the run in --out")
-    flags.add_of(TrainConfig, skip={"dataset"}, groups=_TRAINING_GROUPS)
-    flags.group(_TRAINING_GROUPS["data"])
-    kind = kinds_of(TrainConfig)["dataset"]
-    flags.add_setting("--dataset", kind, None, "which data set it is; by default the tree's folders tell")
-    return flags
-
-
-def _resumed(word: str) -> bool | str:
-    """Read --resume: whether to go on with the run in --out, or the folder of a run."""
-    return {"true": True, "false": False}.get(word, path_text(word))
-
-
-def _train_values(flags: Flags, given: dict[str, Any], resume: bool | str) -> dict[str, Any]:
-    """The values of a run: its checkpoint's where it goes on, then the recipe's, then the given flags'."""
-    from mrcn_fast.reid.data import recognize
-    from mrcn_fast.reid.paper.recipes import load_recipe
-    from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
-    from mrcn_fast.reid.training.config import TrainConfig
-
-    if isinstance(resume, str):
-        out = given.setdefault("out", resume)
-        if Path(out) != Path(resume):
-            flags.error(f"got --resume {resume} and --out {out}, expected one folder: leave out --out")
-    recipes = [given.pop(name) for name in ("recipe", "config") if name in given]
-    own: dict[str, Any] = {}
-    for recipe in recipes:
-        own |= load_recipe(recipe)
-    own |= given
-    values: dict[str, Any] = {}
-    checkpoint = Path(own.setdefault("out", TrainConfig.out)) / CHECKPOINT_NAME
-    if resume and checkpoint.is_file():
-        values |= load_checkpoint(checkpoint).config.as_dict()
-    values |= own
-    if resume and not values.get("data"):
-        flags.error(
-            f"got --resume, but no run with a checkpoint: {checkpoint} isn't there; give the run's folder, "
-            "or --data to begin the run"
-        )
-    if not values.get("data"):
-        flags.error("--data is missing: give the root of the data set's tree")
-    if "dataset" not in values:
-        values["dataset"] = recognize(values["data"])
-    return values
-
-
-def _train(argv: list[str]) -> int:
-    from mrcn_fast.reid.console import log_to_console
-    from mrcn_fast.reid.training.config import TrainConfig
-    from mrcn_fast.reid.training.trainer import Trainer, check_new_run
-
-    flags = _train_flags()
-    given = flags.given(argv)
-    resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
-    config = TrainConfig(**_train_values(flags, given, resume))
-    resume = resume is not False
-    check_new_run(config, resume=resume, overwrite=overwrite)
-    log_to_console()
-    print(Trainer(config).fit(resume=resume, overwrite=overwrite))
-    return 0
 
 
 def _test(argv: list[str]) -> int:
@@ -325,89 +226,6 @@ def _test(argv: list[str]) -> int:
     values = flags.values(argv)
     log_to_console()
     print(describe(score_checkpoint(**values)))
-    return 0
-
-
-# The values that a table itself sets in the configurations of its runs.
-_SET_BY_TABLE = frozenset(("data", "out", "dataset", "split"))
-
-
-def _table_flags() -> Flags:
-    from mrcn_fast.reid.kinds import Count, Draw, OneOf, PathText, Several, Split, Trials
-    from mrcn_fast.reid.paper.recipes import table_names
-    from mrcn_fast.reid.paper.tables import SYNTHETIC
-    from mrcn_fast.reid.training.config import TrainConfig
-
-    flags = _flags("table")
-    flags.add_word("table", Annotated[str, OneOf(tuple(table_names()))], "which one of the paper")
-    flags.group("the table")
-    flags.add_setting("--data", Several[PathText], None, "the trees of RegDB and SYSU-MM01, or one")
-    flags.add_setting("--synthetic", bool, False, "on synthetic trees, scaled down to what two cores train")
-    flags.add_setting(
-        "--columns",
-        Several[Annotated[str, OneOf(SYNTHETIC)]],
-        SYNTHETIC,
-        "data sets whose columns are made with --synthetic",
-    )
-    flags.add_setting("--from", PathText, None, "only print a table made before")
-    flags.add_setting("--out", PathText, "runs/tables", "folder for runs and table")
-    flags.add_setting("--splits", Split, 10, "RegDB splits to train on: the first so many")
-    flags.add_setting("--seeds", Count, 1, "trainings of each row, with --seed and the seeds after it")
-    flags.add_setting("--trials", Trials, 10, "SYSU-MM01's gallery draws")
-    flags.add_setting("--shots", Count, 1, "SYSU-MM01: 1 or 10")
-    flags.add_setting("--draw", Draw, "random", "SYSU-MM01's gallery draw")
-    flags.add_setting("--overwrite", bool, False, "replace a table of other values in --out; its runs stay")
-    flags.add_of(TrainConfig, skip=_SET_BY_TABLE, groups=_TRAINING_GROUPS)
-    return flags
-
-
-def _table(argv: list[str]) -> int:
-    from mrcn_fast.reid.console import log_to_console, progress_bars
-    from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
-    from mrcn_fast.reid.paper.tables import (
-        OVERLAY,
-        check_table,
-        run_table,
-        synthetic_places,
-        synthetic_trees,
-    )
-    from mrcn_fast.reid.settings import kinds_of
-    from mrcn_fast.reid.training.config import TrainConfig
-
-    flags = _table_flags()
-    values, given = flags.values(argv), flags.given(argv)
-    sources = [flag for flag in ("--data", "--synthetic", "--from") if values[flag.removeprefix("--")]]
-    if len(sources) != 1:
-        flags.error(
-            f"got {' and '.join(sources) or 'no tree'}, expected one of --data, --synthetic and --from"
-        )
-    if values["from"]:
-        print(markdown(load_made_table(values["from"], values["table"])))
-        return 0
-    training = {name: given[name] for name in given.keys() & kinds_of(TrainConfig).keys() - _SET_BY_TABLE}
-    plan: dict[str, Any] = {
-        "out": values["out"],
-        "splits": 1 if values["synthetic"] else values["splits"],
-        "seeds": values["seeds"],
-        "overlay": OVERLAY if values["synthetic"] else None,
-        "configure": lambda recipe: TrainConfig(**(dict(recipe) | training)),
-    }
-    if given.get("columns") and not values["synthetic"]:
-        flags.error("got --columns with --data, expected --synthetic: of real trees, name those to be used")
-    trees, columns = Path(values["out"]) / "data", values["columns"]
-    if values["synthetic"]:
-        check_table(values["table"], synthetic_places(trees, columns), **plan)
-    log_to_console()
-    with progress_bars() as bars:
-        table = run_table(
-            values["table"],
-            synthetic_trees(trees, bars, columns) if values["synthetic"] else values["data"],
-            options={name: values[name] for name in ("trials", "shots", "draw")},
-            overwrite=values["overwrite"],
-            progress=bars,
-            **plan,
-        )
-    print(markdown(table))
     return 0
 
 
@@ -525,38 +343,39 @@ def _study(argv: list[str]) -> int:
     return 0
 
 
-def _searching(name: str) -> Callable[[list[str]], int]:
-    """Return what runs a command of mrcn_fast.reid.search.commands, which is then imported."""
+def _run_by(module: str, name: str) -> Callable[[list[str]], int]:
+    """Return what runs the command `name` of a module of mrcn_fast.reid, which is then imported."""
 
     def run(argv: list[str]) -> int:
-        module = importlib.import_module("mrcn_fast.reid.search.commands")
-        status: int = getattr(module, name)(_flags(name), argv)
+        command = getattr(importlib.import_module(f"mrcn_fast.reid.{module}"), name)
+        status: int = command(_flags(name), argv)
         return status
 
     return run
 
 
-def _export(argv: list[str]) -> int:
-    from mrcn_fast.reid.export import command
-
-    return command(_flags("export"), argv)
-
-
 COMMANDS = {
     "info": Command("versions, and which backends are usable here and why (not)", _info),
     "synth": Command("write a synthetic data set in the tree of SYSU-MM01, RegDB or LLCM", _synth),
-    "train": Command("train MRCN or a network it is compared with", _train),
+    "train": Command("train MRCN or a network it is compared with", _run_by("training.command", "train")),
     "test": Command("score a checkpoint on the data set's test images", _test),
     "table": Command(
-        "train the missing runs of a table of the paper, and print ours beside the paper's", _table
+        "train the missing runs of a table of the paper, and print ours beside the paper's",
+        _run_by("paper.command", "table"),
     ),
     "study": Command("train the readings of the CQC loss on synthetic people, and compare them", _study),
     "figures": Command("distances, t-SNE map and ranking lists of checkpoints, as PNG", _figures),
     "report": Command("one HTML page about trained runs: scores, curves, distances, ranking lists", _report),
-    "extract": Command("write the features of your own images to a file", _searching("extract")),
-    "search": Command("find people in your own images, as text, JSON and a page", _searching("search")),
-    "score": Command("score features of any framework by a data set's protocol", _searching("score")),
-    "export": Command("write a network's test path for ONNX or torch.export", _export),
+    "extract": Command(
+        "write the features of your own images to a file", _run_by("search.commands", "extract")
+    ),
+    "search": Command(
+        "find people in your own images, as text, JSON and a page", _run_by("search.commands", "search")
+    ),
+    "score": Command(
+        "score features of any framework by a data set's protocol", _run_by("search.commands", "score")
+    ),
+    "export": Command("write a network's test path for ONNX or torch.export", _run_by("export", "export")),
     "bench": Command("measure kernels, training steps, scorer and loader beside their baselines", _bench),
     "demo": Command("synthetic data, and training and scores of three networks, in one go", _demo),
 }
@@ -574,8 +393,8 @@ BENCHES = {
 }
 
 
-def _flags(name: str, epilog: str | None = None) -> Flags:
-    return Flags(name, COMMANDS[name].help, epilog)
+def _flags(name: str) -> Flags:
+    return Flags(name, COMMANDS[name].help)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ _WRAPPERS: Final = ("module.", "_orig_mod.")
 # BatchNorm's counts of batches, which files from before torch 0.4.1 lack and a fixed momentum doesn't read.
 _COUNTER: Final = "num_batches_tracked"
 _LAYERS: Final = ("fc1", "fc2")
+_Block = TypeVar("_Block", MRCNBlock, SNRBlock)
 
 # The parts of a block: their names in a mapping, and for each the parameters and the slice that hold it.
 _GATES: Final = [f"{modality}.{role}" for role in ROLES for modality in MODALITIES]
@@ -79,11 +80,7 @@ def _check_count(name: str, given: Sequence[str], expected: int) -> None:
 
 
 def mrcn_from_plain(
-    state: Mapping[str, Tensor],
-    names: Mapping[str, str] | None = None,
-    *,
-    prefix: str = "",
-    **options: Any,
+    state: Mapping[str, Tensor], names: Mapping[str, str] | None = None, *, prefix: str = "", **options: Any
 ) -> MRCNBlock:
     """Make an `MRCNBlock` with the weights of a plain one, whose outputs it then equals.
 
@@ -112,17 +109,11 @@ def mrcn_from_plain(
         32
     """
     plain = _Plain(state, _MRCN_PARTS, mrcn_names() if names is None else names, prefix)
-    block = MRCNBlock(**plain.options(options))
-    plain.fill(block)
-    return block
+    return plain.copied_to(MRCNBlock(**plain.options(options)))
 
 
 def snr_from_plain(
-    state: Mapping[str, Tensor],
-    names: Mapping[str, str] | None = None,
-    *,
-    prefix: str = "",
-    **options: Any,
+    state: Mapping[str, Tensor], names: Mapping[str, str] | None = None, *, prefix: str = "", **options: Any
 ) -> SNRBlock:
     """Make an `SNRBlock` with the weights of a plain one; arguments and errors as in `mrcn_from_plain`.
 
@@ -133,9 +124,7 @@ def snr_from_plain(
         16
     """
     plain = _Plain(state, _SNR_PARTS, snr_names() if names is None else names, prefix)
-    block = SNRBlock(**plain.options(options))
-    plain.fill(block)
-    return block
+    return plain.copied_to(SNRBlock(**plain.options(options)))
 
 
 def to_plain(
@@ -210,8 +199,8 @@ class _Plain:
         """The arguments of our block."""
         return {"channels": self.channels, "reduction": self._reduction(), "dtype": self.dtype, **given}
 
-    def fill(self, block: MRCNBlock | SNRBlock) -> None:
-        """Copy the tensors into our block."""
+    def copied_to(self, block: _Block) -> _Block:
+        """Copy the tensors into our block, and return it."""
         parameters = self._parameters(block)
         with torch.no_grad():
             for name, slot in self.slots.items():
@@ -223,6 +212,7 @@ class _Plain:
             log.info(
                 "the plain block has no %s: γ is 1, and β and biases are 0", ", ".join(sorted(self.absent))
             )
+        return block
 
     def filled(self, block: MRCNBlock | SNRBlock) -> dict[str, Tensor]:
         """Return the state_dict with the values of our block."""

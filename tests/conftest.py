@@ -51,8 +51,13 @@ def _reset_logger() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the slow tests: at the end, one process would wait for another's slow test."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+    """Start with the slow tests, the longest first: at the end, one process would wait for another's."""
+
+    def seconds(item: pytest.Item) -> int:
+        slow = item.get_closest_marker("slow")
+        return -1 if slow is None else slow.kwargs.get("seconds", 0)
+
+    items.sort(key=seconds, reverse=True)
 
 
 @pytest.fixture(autouse=True)

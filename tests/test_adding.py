@@ -194,7 +194,7 @@ def test_an_operation(copy: Copy) -> None:
     assert copy.edited == OPERATION
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 @pytest.mark.skipif(
     not all(shutil.which(tool, path=TOOLS) for tool in ("cmake", "ninja", "c++")),
     reason="CMake, Ninja or a C++ compiler is missing",

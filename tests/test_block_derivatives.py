@@ -16,7 +16,7 @@ from mrcn_fast.gates import FUSED
 from mrcn_fast.operations import OPERATIONS
 from tests.support import block_cases, matrix
 from tests.support.block_cases import Case, Problem, randomized
-from tests.support.matrix import DEVICE, DTYPES, KERNEL_BACKENDS, MODES, SETTINGS
+from tests.support.matrix import DEVICE, DTYPES, GATES, KERNEL_BACKENDS, MODES, SETTINGS
 from tests.support.tensors import random, same_bits
 
 
@@ -153,16 +153,19 @@ def op_arguments(p: Problem) -> tuple[list[Any], list[Any], str]:
     return tensors, list(operation.flags(case.restitute_to)), operation.op
 
 
+# A mode's shapes and strides follow from its inputs, whatever the gate, and a gate's from its parameters,
+# whatever the mode; no shape follows from `restitute_to`.
+OPCHECKED = [
+    *(("pair", gate, "normalized", "contiguous") for gate in GATES),
+    *((mode, "cbam-channel", "input", "contiguous") for mode in MODES if OPERATIONS[mode].restitutes),
+    ("snr", "eca", "normalized", "contiguous"),
+    *((mode, "se", "normalized", "channels_last") for mode in MODES),
+    *((mode, "se", "normalized", "spatially sliced") for mode in MODES),
+]
+
+
 @matrix.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize(
-    ("mode", "gate", "restitute_to", "layout"),
-    [(*operation, "contiguous") for operation in SETTINGS]
-    + [
-        (mode, "se", "normalized", layout)
-        for mode in MODES
-        for layout in ("channels_last", "spatially sliced")
-    ],
-)
+@pytest.mark.parametrize(("mode", "gate", "restitute_to", "layout"), OPCHECKED)
 def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: str) -> None:
     p = block_cases.problem(Case(mode, gate, restitute_to, layouts=(layout, layout), gradient_layout=layout))
     tensors, flags, op = op_arguments(p)
@@ -176,9 +179,9 @@ def test_opcheck(mode: str, gate: str, restitute_to: str, layout: str, backend: 
     )
 
 
+# The results' dtypes follow from the inputs' alike in every mode.
 @matrix.backends(*KERNEL_BACKENDS)
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("mode", "dtype"), [*zip(MODES, itertools.cycle(DTYPES[::-1]), strict=False)])
 def test_opcheck_of_every_dtype_and_missing_gradients(mode: str, dtype: torch.dtype, backend: str) -> None:
     p = block_cases.problem(Case(mode, "cbam-channel", dtype=dtype))
     tensors, flags, op = op_arguments(p)

@@ -177,7 +177,7 @@ def test_code_on_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert torch.get_default_dtype() == torch.float32
 
 
-@pytest.mark.slow
+@pytest.mark.slow(seconds=60)
 def test_the_tutorial_runs(tmp_path: Path) -> None:
     pytest.importorskip("lightning_fabric", reason="the tutorial needs the packages of [reid]")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), *sys.path)), "TERM": "dumb"}
@@ -185,16 +185,8 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         page = DOCS / "tutorials" / name
         code = blocks(page, "sh", "python")
         assert code
-        # The blocks of Python share names, and are one script after the commands before them.
-        script = "".join(
-            text
-            if language == "python"
-            else "".join(
-                f"import subprocess, sys; subprocess.run({command!r}, check=True)\n"
-                for command in as_python(text)
-            )
-            for language, text in code
-        )
+        # The blocks of a page are one script in one process: the blocks of Python share names.
+        script = "".join(text if language == "python" else as_python(text) for language, text in code)
         run = subprocess.run(
             [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
@@ -202,10 +194,12 @@ def test_the_tutorial_runs(tmp_path: Path) -> None:
         assert run.returncode == 0, run.stderr[-3000:]
 
 
-def as_python(shell: str) -> list[list[str]]:
-    """The mrcn-fast commands of a shell block, run by this Python."""
+def as_python(shell: str) -> str:
+    """Python that runs the mrcn-fast commands of a shell block."""
     commands = [shlex.split(line, comments=True) for line in shell.splitlines()]
-    return [[sys.executable, "-m", "mrcn_fast", *words[1:]] for words in commands if words]
+    assert {words[0] for words in commands if words} == {"mrcn-fast"}
+    calls = [f"assert main({words[1:]!r}) == 0\n" for words in commands if words]
+    return "".join(["from mrcn_fast.cli import main\n", *calls])
 
 
 def commands_on(page: Path) -> Iterator[list[str]]:

@@ -10,7 +10,7 @@ import torch
 from tests.support import block_cases, matrix
 from tests.support.block_cases import Case
 from tests.support.matrix import MODES
-from tests.support.rule import DRAWS, Verdict, judge, verdicts
+from tests.support.rule import DRAWS, LEAD, Verdict, judge, verdicts
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -38,9 +38,17 @@ def test_the_rule_looks_twice_before_it_fails() -> None:
         drawn = iter(ratios)
         judge(Case(), "none", lambda case: {"loss": Verdict(next(drawn), "loss", 0.0, 0.0, 0.0)})
 
-    rest = [0.5] * DRAWS
+    enough = [0.5] * (LEAD + 1)
     run(0.9)
-    run(1.1, *rest)
-    for ratios in ((1.1, *[1.1] * DRAWS), (65.0, *rest), (1.1, 65.0, *rest), (math.inf, *rest)):
-        with pytest.raises(pytest.fail.Exception, match=rf"loss; .* of the bound, over {DRAWS + 1} draws"):
+    run(1.1, *enough)
+    with pytest.raises(StopIteration):
+        run(1.1, *enough[1:])
+    for number, ratios in (
+        (DRAWS + 1, (1.1, *[1.1] * DRAWS)),
+        (DRAWS + 1, (1.1, *[0.5, 1.1] * (DRAWS // 2))),
+        (LEAD + 2, (65.0, *enough)),
+        (LEAD + 4, (1.1, 65.0, 0.5, *enough)),
+        (LEAD + 2, (math.inf, *enough)),
+    ):
+        with pytest.raises(pytest.fail.Exception, match=rf"loss; .* of the bound, over {number} draws"):
             run(*ratios)

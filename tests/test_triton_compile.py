@@ -1,13 +1,11 @@
 """Every Triton kernel compiled ahead of time, without a GPU: registers, spills, shared memory.
 
-The launchers are run on meta tensors, so what is compiled is what they would launch. NVIDIA's figures come
-from the cubin, AMD's from the assembly; the table stands in pytest's summary.
+The launchers are run on meta tensors, so what is compiled is what they would launch. The table stands in
+pytest's summary.
 """
 
 from __future__ import annotations
 
-import re
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,21 +17,14 @@ triton = pytest.importorskip("triton", reason="Triton has no build for this mach
 if triton.knobs.runtime.interpret:
     pytest.skip("the interpreter is on: nothing is compiled", allow_module_level=True)
 
-from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from mrcn_fast.backends.triton import operations  # noqa: E402
 from mrcn_fast.backends.triton.launch import Arguments, Launcher  # noqa: E402
 from mrcn_fast.gates import FUSED, GATES  # noqa: E402
 from mrcn_fast.operations import OPERATIONS  # noqa: E402
+from tests.support.ahead import TARGETS, TYPES, usage  # noqa: E402
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 PAPER = [(16, 64, 72, 32), (16, 256, 72, 32), (8, 512, 36, 16)]
 
 
@@ -41,12 +32,6 @@ class Launch(NamedTuple):
     kernel: Any
     arguments: tuple[Any, ...]
     warps: int
-
-
-class Usage(NamedTuple):
-    registers: int
-    spills: int  # registers, or bytes of local memory
-    shared: int
 
 
 @pytest.fixture
@@ -84,7 +69,7 @@ def run(
     operations.backward(mode, made, inputs, statistics, norm, norm, parameters, FUSED.index(gate))
 
 
-def source(launch: Launch) -> Any:
+def source(launch: Launch) -> ASTSource:
     """The kernel specialized as Triton does it at a launch: ones and multiples of 16 are known."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
@@ -108,40 +93,18 @@ def source(launch: Launch) -> Any:
     return ASTSource(launch.kernel, signature, constexprs=constants, attrs=attributes)
 
 
-def compiled(launch: Launch, target: Any, folder: Path) -> Usage:
-    options = {"num_warps": launch.warps, "enable_fp_fusion": False}
-    kernel = triton.compile(source(launch), target=target, options=options)
-    if target.backend == "hip":
-        assembly = kernel.asm["amdgcn"]
-        numbers = {
-            name: int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])  # type: ignore[index]
-            for name in ("vgpr_count", "vgpr_spill_count", "sgpr_spill_count")
-        }
-        spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"]
-        return Usage(numbers["vgpr_count"], spills, kernel.metadata.shared)
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(kernel.asm["cubin"])
-    tool = triton.knobs.nvidia.cuobjdump.path
-    told = subprocess.run(
-        [tool, "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
-    ).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", told)
-    assert usage, told
-    return Usage(int(usage[1]), int(usage[2]) + int(usage[3]), kernel.metadata.shared)
-
-
 def check(
     launches: list[Launch], target: Any, folder: Path, case: str, tell: Callable[[str, object], None]
 ) -> None:
     spilled = []
     for launch in launches:
-        usage = compiled(launch, target, folder)
+        used = usage(source(launch), target, folder, num_warps=launch.warps, enable_fp_fusion=False)
         line = (
-            f"{launch.kernel.__name__:18} {target.arch!s:7} {case:45} {usage.registers:4} registers, "
-            f"{usage.spills} spilled, {usage.shared} bytes shared"
+            f"{launch.kernel.__name__:18} {target.arch!s:7} {case:45} {used.registers:4} registers, "
+            f"{used.spilled + used.scalars} spilled, {used.shared} bytes shared"
         )
         tell("resources", line)
-        if usage.spills:
+        if used.spilled or used.scalars:
             spilled.append(line)
     assert not spilled, "\n".join(spilled)
 

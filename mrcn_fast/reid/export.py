@@ -129,7 +129,7 @@ def export_network(
     return Exported(out, len(content), difference)
 
 
-def command(flags: Flags, argv: list[str]) -> int:
+def export(flags: Flags, argv: list[str]) -> int:
     """Run `mrcn-fast export`, and return its exit status."""
     flags.add_of(export_network)
     values = flags.values(argv)

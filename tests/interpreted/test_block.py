@@ -26,6 +26,8 @@ from tests.support.matrix import GATES, MODES, SETTINGS
 from tests.support.tensors import LAYOUTS, arrange, different_bits, nonfinite, same_bits
 
 SMALL = (2, 3, 3, 5)
+# The seed of values that hold the rule at once. Others break it by luck and are drawn again, at length.
+FIRST = 2
 
 
 def case(mode: str, gate: str = "se", restitute_to: str = "normalized", **settings: Any) -> Case:
@@ -35,9 +37,12 @@ def case(mode: str, gate: str = "se", restitute_to: str = "normalized", **settin
     return Case(mode, gate, restitute_to, shape, layouts=(layout, layout), gradient_layout=layout, **settings)
 
 
-@pytest.fixture(params=["whole planes", "parts"])
-def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Tiles so small that every loop, mask and partial sum has several rounds."""
+TILES = ("whole planes", "parts")
+
+
+@pytest.fixture(params=TILES)
+def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Tiles so small that every loop, mask and partial sum has several rounds; their name."""
 
     def configure(channels: int, length: int, *_: Any) -> tiles.Config:
         whole = request.param == "whole planes"
@@ -50,7 +55,7 @@ def tiny(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     monkeypatch.setattr(planning, "LAYER_CHANNELS", 2)
     monkeypatch.setattr(planning, "LAYER_HIDDEN", 2)
     planning.plan.cache_clear()
-    yield
+    yield request.param
     planning.plan.cache_clear()
 
 
@@ -91,12 +96,13 @@ def test_accuracy_of_the_other_ways(dtype: torch.dtype, layout: str) -> None:
 @pytest.mark.parametrize(
     ("mode", "gate"), [("pair", "se"), ("concat", "cbam-channel"), ("snr", "eca"), ("restitute", "se")]
 )
-def test_accuracy_over_many_tiles(mode: str, gate: str, layout: str, tiny: None) -> None:
-    block_cases.check_accuracy(case(mode, gate, shape=(1, 5, 3, 5), layout=layout, hidden=3), "triton")
+def test_accuracy_over_many_tiles(mode: str, gate: str, layout: str, tiny: str) -> None:
+    drawn = case(mode, gate, shape=(1, 5, 3, 5), layout=layout, hidden=3, seed=FIRST)
+    block_cases.check_accuracy(drawn, "triton")
 
 
 @pytest.mark.parametrize("gate", ["se", "eca"])
-def test_accuracy_where_tiles_end_with_the_plane(gate: str, tiny: None) -> None:
+def test_accuracy_where_tiles_end_with_the_plane(gate: str, tiny: str) -> None:
     block_cases.check_accuracy(case("pair", gate, shape=(1, 4, 2, 8), hidden=4), "triton")
 
 
@@ -109,7 +115,7 @@ def test_accuracy_of_anything(mode: str, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
-def test_accuracy_where_the_mean_is_large(layout: str, tiny: None) -> None:
+def test_accuracy_where_the_mean_is_large(layout: str, tiny: str) -> None:
     drawn = case("snr", shape=(1, 2, 7, 5), values="large mean", layout=layout)
     block_cases.check_accuracy(drawn, "triton")
     results = block_cases.evaluate(block_cases.problem(drawn), "triton")
@@ -122,10 +128,10 @@ def test_accuracy_where_the_mean_is_large(layout: str, tiny: None) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("mode", MODES)
-def test_values_that_are_not_finite(mode: str, gate: str, layout: str, tiny: None) -> None:
-    for seed in range(2):
-        drawn = test_nonfinite.draw(seed, mode, gate, torch.float32, layout, [SMALL])
-        assert test_nonfinite.differences(*drawn, "triton") == []
+def test_values_that_are_not_finite(mode: str, gate: str, layout: str, tiny: str) -> None:
+    seed = TILES.index(tiny)  # other values for each kind of tiles
+    drawn = test_nonfinite.draw(seed, mode, gate, torch.float32, layout, [SMALL])
+    assert test_nonfinite.differences(*drawn, "triton") == []
 
 
 @pytest.mark.filterwarnings("ignore:invalid value", "ignore:overflow")
@@ -151,7 +157,7 @@ def test_accuracy_of_planes_without_variance(values: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS[2:])
 def test_accuracy_in_every_layout(layout: str) -> None:
     mode = "pair" if "sliced" in layout else "snr"
-    block_cases.check_accuracy(case(mode, shape=(2, 3, 3, 4), layout=layout), "triton")
+    block_cases.check_accuracy(case(mode, shape=(2, 3, 3, 4), layout=layout, seed=FIRST), "triton")
 
 
 def test_accuracy_where_every_map_has_its_own_layout() -> None:
@@ -239,7 +245,7 @@ def test_every_element_of_every_result_is_written(mode: str, layout: str, empty_
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_two_runs_give_the_same_bits(mode: str, tiny: None) -> None:
+def test_two_runs_give_the_same_bits(mode: str, tiny: str) -> None:
     p = block_cases.problem(case(mode, "cbam-channel", shape=(1, 3, 2, 5)))
     first = block_cases.evaluate(p, "triton")
     block_cases.poison_memory(p)

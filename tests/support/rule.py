@@ -7,9 +7,13 @@ truth is the reference in float64 from the upcast inputs. For float64 itself tha
 error with zero: there truth is `tests.support.extended`, the equations in numpy's long double.
 
 Both sides are rounding errors, and the eager error of a tensor of a few numbers is now and then zero by luck.
-So a case that breaks the rule is drawn again `DRAWS` times with other values: the rule must hold for the
-median of the draws, and no draw may exceed the bound by a factor of more than `CEILING`. A result that is
+So a case that breaks the rule is drawn again with other values, up to `DRAWS` times: the rule must hold for
+the median of the draws, and no draw may exceed the bound by a factor of more than `CEILING`. A result that is
 systematically worse does not pass.
+
+The draws end early where those within the bound outnumber the others by `LEAD`. That decides as all draws
+would: of results that break the rule in 55 % of their draws, 13 % pass either way, and in 60 %, 2 %. Of
+results that hold it in 90 %, which all pass either way, it takes 21 draws.
 """
 
 from __future__ import annotations
@@ -42,7 +46,7 @@ class Verdict(NamedTuple):
     unit: float  # the rounding unit of the largest value
 
 
-DRAWS, CEILING = 100, 64.0
+DRAWS, LEAD, CEILING = 100, 16, 64.0
 
 
 def verdicts(
@@ -97,6 +101,11 @@ class Case(Protocol):
 C = TypeVar("C", bound=Case)
 
 
+def _lead(draws: list[Verdict]) -> int:
+    """By how many the draws that hold the rule outnumber those that break it."""
+    return sum(1 if draw.ratio <= 1 else -1 for draw in draws)
+
+
 def judge(case: C, backend: str, compare: Callable[[C], dict[str, Verdict] | None]) -> None:
     """Fail if the case breaks the rule, and name what does.
 
@@ -113,6 +122,8 @@ def judge(case: C, backend: str, compare: Callable[[C], dict[str, Verdict] | Non
         for name in broken if again else ():
             assert again is not None
             broken[name].append(again[name])
+        if min(map(_lead, broken.values())) >= LEAD:
+            break
     lines: list[str] = []
     for draws in broken.values():
         ratios = sorted(v.ratio for v in draws)

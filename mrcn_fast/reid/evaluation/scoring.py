@@ -297,14 +297,7 @@ def _feature_tables(
                 name=f"{dataset.name}-split{dataset.split}-{cache_name}-{modality}",
                 workers=options.workers,
             )
-        features = trained.features(
-            images,
-            modality,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            images=source,
-            progress=bars,
-        )
+        features = options.features(trained, images, modality, bars, source)
         tables[modality] = _FeatureTable(images, features)
     return tables
 

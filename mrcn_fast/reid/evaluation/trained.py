@@ -231,6 +231,24 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         check_fields(self, SettingError)
 
+    def features(
+        self,
+        network: Network,
+        samples: Sequence[Sample],
+        modality: Modality,
+        progress: Progress,
+        images: Dataset[Tensor] | None = None,
+    ) -> Tensor:
+        """`network.features` with these options."""
+        return network.features(
+            samples,
+            modality,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            images=images,
+            progress=progress,
+        )
+
 
 @dataclass(kw_only=True)
 class EvaluationOptions(NetworkOptions):

@@ -170,9 +170,7 @@ def _columns(
     for title, trained in networks.items():
         bars.update(task, status=title)
         features = {
-            modality: trained.features(
-                samples, modality, batch_size=options.batch_size, workers=options.workers, progress=bars
-            )
+            modality: options.features(trained, samples, modality, bars)
             for modality, samples in subject.images.items()
         }
         with enough_memory("the distances of all test images", "Less is needed on a smaller data set"):

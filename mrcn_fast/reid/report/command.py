@@ -107,13 +107,7 @@ def write_report(
                 f"{SHOWS[trained.config.model]}, {trained.state.step:,} training steps",
                 read_lines(trained.path.with_name(METRICS_NAME)),
                 {
-                    modality: trained.features(
-                        subject.images[modality],
-                        modality,
-                        batch_size=chosen.batch_size,
-                        workers=chosen.workers,
-                        progress=bars,
-                    )
+                    modality: chosen.features(trained, subject.images[modality], modality, bars)
                     for modality in MODALITIES
                 },
             )

@@ -130,14 +130,7 @@ def _extracted(
     config = network.config
     images = PersonImages(samples, (config.height, config.width), filter=config.filter, formats=formats)
     with progress_bars() as bars:
-        return network.features(
-            samples,
-            modality,
-            batch_size=options.batch_size,
-            workers=options.workers,
-            images=images,
-            progress=bars,
-        )
+        return options.features(network, samples, modality, bars, images)
 
 
 def network_digest(network: Network) -> str:

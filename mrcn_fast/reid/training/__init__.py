@@ -5,7 +5,7 @@ the learning rate. batches.py makes paired batches, losses.py the total loss, op
 transfers.py the copies to and from a GPU. checkpoint.py writes and checks checkpoint.pth, journal.py writes
 metrics.jsonl, and run_folder.py locks the folder. initial.py loads the weights that a run begins with, and
 validation.py scores the network within the run. pretraining.py pretrains on synthetic people, for the demo
-and the study.
+and the study. command.py is `mrcn-fast train`.
 """
 
 from __future__ import annotations
