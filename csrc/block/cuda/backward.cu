@@ -29,7 +29,6 @@ struct BackwardShared {
   Extreme<A> extreme_part[P::inputs][most_parts<T>];
   A s[P::gate_count][most_channels];
   A before[P::gate_count][most_channels];  // gradient before the sigmoid
-  A of_pooled[P::inputs][2][most_channels];
   A k[P::backward_slots][most_channels];
 };
 
@@ -209,30 +208,6 @@ MRCN_DEVICE void make_inner_gradients(const Common<A>& a, int64_t i) {
   });
 }
 
-template <class T, class P, bool pixels, class Shared>
-MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
-  using A = acc_t<T>;
-  const Common<A>& a = arguments.common;
-  const int64_t i = item.sample, block = item.number, c0 = block * a.cut.channels;
-  add_parts<T, P, pixels>(arguments, i, block, shared);
-  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
-    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
-    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
-  });
-  __syncthreads();
-  over_threads(a.cut.channels, [&](int64_t channel) {
-    if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
-  });
-  __syncthreads();
-  leave_shares<P>(a, i, block, shared);
-  if (!arrives_last(a.arrivals(i), a.firsts, &shared.arrived)) return;
-  make_inner_gradients<P>(a, i);
-  __syncthreads();
-  if (threadIdx.x == 0) add_acquire_release(a.arrivals(i), 1);
-}
-
-// --- second items: gradients of the inputs ------------------------------------------------------------
-
 // The gradient of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through all gates that see it.
 template <class P, class A>
 MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
@@ -249,16 +224,15 @@ MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int6
     } else {
       const Numbers<A> weight = a.parameters[0].from(int64_t(g) * a.R * a.C + c);
       const A* inner = scratch.inner(g, b);
-      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * load_shared_by_blocks(inner + row);
+      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * inner[row];
     }
   }
   return total;
 }
 
-// Computes the coefficients of ∂x of channel c and, if `leaves`, the sample's part of ∂γ and ∂β.
-template <class P, class A, class Shared>
-MRCN_DEVICE void map_gradients(
-    const Common<A>& a, int64_t i, int64_t c, int channel, bool leaves, Shared& shared) {
+// Computes the coefficients of ∂x of channel c, and the sample's part of ∂γ and ∂β.
+template <class P, class A>
+MRCN_DEVICE void map_gradients(const Common<A>& a, int64_t i, int64_t c) {
   const Saved<P, A> saved(a, i);
   const BackwardScratch<P, A> scratch(a, i);
   Plane<A> planes[P::inputs];
@@ -278,40 +252,60 @@ MRCN_DEVICE void map_gradients(
     A U = load_shared_by_blocks(scratch.U(m.v) + c), V = load_shared_by_blocks(scratch.V(m.v) + c);
     if (a.gate == Gate::cbam_channel) {
       // The gradient of GMP(M) goes to the pixel with the maximum of M, in equal parts if there are several.
-      const A extreme = load_shared_by_blocks(scratch.extreme(m.v) + c),
-              of = shared.of_pooled[m.v][1][channel];
+      const A extreme = load_shared_by_blocks(scratch.extreme(m.v) + c), of = scratch.of_pooled(m.v, 1)[c];
       U -= (extreme - plane.mean) * of;
       V -= of;
       k[P::extreme(m.v)] = extreme;
       k[P::k3(m.v)] = (1 - plane.a) * of / load_shared_by_blocks(scratch.count(m.v) + c);
     }
-    const PlaneGradient<A> of = plane_gradient(plane, U, V, shared.of_pooled[m.v][0][channel], A(a.L));
+    const PlaneGradient<A> of = plane_gradient(plane, U, V, scratch.of_pooled(m.v, 0)[c], A(a.L));
     k[P::k1(m.v)] = used ? of.k1 : A(0);
     k[P::k2(m.v)] = used ? of.k2 : A(0);
-    if (leaves) {
-      scratch.norm(m.v, 0)[c] = used ? of.gamma : A(0);
-      scratch.norm(m.v, 1)[c] = used ? of.beta : A(0);
-    }
+    scratch.norm(m.v, 0)[c] = used ? of.gamma : A(0);
+    scratch.norm(m.v, 1)[c] = used ? of.beta : A(0);
   });
-  unroll<P::backward_slots>([&](auto slot) { shared.k[slot.v][channel] = k[slot.v]; });
+  unroll<P::backward_slots>([&](auto slot) { scratch.coefficients(slot.v)[c] = k[slot.v]; });
 }
 
-template <class P, class A, class Shared>
-MRCN_DEVICE void make_coefficients(
-    const Common<A>& a, int64_t i, int64_t block, bool leaves, Shared& shared) {
+// Writes the coefficients of all planes of a sample to scratch memory.
+template <class P, class A>
+MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i) {
   const BackwardScratch<P, A> scratch(a, i);
-  const int64_t c0 = block * a.cut.channels;
-  over_threads(int64_t(P::inputs) * a.branches() * a.cut.channels, [&](int64_t n) {
-    const int channel = int(n % a.cut.channels), m = int(n / a.cut.channels % P::inputs);
-    const int b = int(n / a.cut.channels / P::inputs);
-    if (c0 + channel < a.C) shared.of_pooled[m][b][channel] = of_pooled(scratch, m, b, c0 + channel);
+  over_threads(int64_t(P::inputs) * a.branches() * a.C, [&](int64_t n) {
+    const int m = int(n / a.C % P::inputs), b = int(n / a.C / P::inputs);
+    scratch.of_pooled(m, b)[n % a.C] = of_pooled(scratch, m, b, n % a.C);
+  });
+  __syncthreads();
+  over_threads(a.C, [&](int64_t c) { map_gradients<P>(a, i, c); });
+}
+
+template <class T, class P, bool pixels, class Shared>
+MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
+  using A = acc_t<T>;
+  const Common<A>& a = arguments.common;
+  const int64_t i = item.sample, block = item.number, c0 = block * a.cut.channels;
+  add_parts<T, P, pixels>(arguments, i, block, shared);
+  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
+    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
+    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
   });
   __syncthreads();
   over_threads(a.cut.channels, [&](int64_t channel) {
-    if (c0 + channel < a.C) map_gradients<P>(a, i, c0 + channel, int(channel), leaves, shared);
+    if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
   });
   __syncthreads();
+  leave_shares<P>(a, i, block, shared);
+  if (!arrives_last(a.arrivals(i), a.firsts, &shared.arrived)) return;
+  make_inner_gradients<P>(a, i);
+  __syncthreads();
+  make_coefficients<P>(a, i);
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  add_acquire_release(a.arrivals(i), 1);
+  add_acquire_release(a.counters + 1, 1);
 }
+
+// --- second items: gradients of the inputs ------------------------------------------------------------
 
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
@@ -319,8 +313,8 @@ MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& 
   const Common<A>& a = arguments.common;
   const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
   wait_for(a.arrivals(i), a.firsts + 1);
-  make_coefficients<P>(a, i, block, chunk == 0, shared);
-  if (chunk == 0 && threadIdx.x == 0) add_acquire_release(a.counters + 1, 1);
+  const A* table = BackwardScratch<P, A>(a, i).coefficients(0);
+  copy_coefficients<P::backward_slots>(a, table, block * a.cut.channels, a.cut.channels, shared);
   const int64_t end = least((chunk + 1) * a.cut.chunk, a.cut.places);
   over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;

@@ -1,5 +1,5 @@
-// The block's forward on a GPU, in one launch (see schedule.cuh). First items compute the statistics and the
-// gates' hidden layers, second items the gates and the sets.
+// The block's forward on a GPU, in one launch (see schedule.cuh). First items compute the statistics, the
+// last of a sample also the gates and the coefficients. Second items write the sets.
 #include "block/cuda/schedule.cuh"
 
 namespace mrcn::MRCN_ISA {
@@ -88,7 +88,6 @@ struct ForwardShared {
   Found<A> part[most_parts<T>];
   A pivot[most_channels];
   A z[2][most_channels];  // the gates' inputs of a plane, one per branch
-  A s[P::gate_count][most_channels];
   A k[P::forward_slots][most_channels];
 };
 
@@ -101,8 +100,8 @@ struct ForwardArguments {
   FeatureMap passed[2];  // (concat) where the inputs are copied to; otherwise without data
 };
 
-// A sample's row of scratch memory: the rounding errors of the means, then the part of each block of channels
-// in the hidden layers.
+// A sample's row of scratch memory: the rounding errors of the means, the gates and the coefficients of all
+// channels, then the part of each block of channels in the hidden layers.
 template <class P, class A>
 struct ForwardScratch {
   const Common<A>& a;
@@ -111,15 +110,20 @@ struct ForwardScratch {
   MRCN_DEVICE ForwardScratch(const Common<A>& all, int64_t i)
       : a(all), row(all.scratch + i * all.scratch_row) {}
   MRCN_DEVICE A* offset(int m) const { return row + m * a.C; }
+  MRCN_DEVICE A* s(int g) const { return row + (P::inputs + g) * a.C; }
+  MRCN_DEVICE A* coefficients(int slot) const { return row + (P::inputs + P::gate_count + slot) * a.C; }
   MRCN_DEVICE int64_t layer() const { return int64_t(P::gate_count) * a.branches() * a.hidden(); }
   MRCN_DEVICE A* share(int64_t block, int g, int b) const {
-    return row + P::inputs * a.C + block * layer() + int64_t(g * a.branches() + b) * a.R;
+    return coefficients(P::forward_slots) + block * layer() + int64_t(g * a.branches() + b) * a.R;
   }
 };
 
 inline int64_t forward_row(const BlockShape& shape, int blocks) {
-  return sets_of(shape.mode).inputs * shape.channels +
-         blocks * sets_of(shape.mode).gates * branches(shape) * hidden(shape);
+  return with_pattern(shape.mode, [&](auto pattern) {
+    using P = decltype(pattern);
+    return (P::inputs + P::gate_count + P::forward_slots) * shape.channels +
+           blocks * P::gate_count * branches(shape) * hidden(shape);
+  });
 }
 
 // --- first items: statistics --------------------------------------------------------------------------
@@ -237,6 +241,29 @@ MRCN_DEVICE void make_hidden_layers(const Common<A>& a, int64_t i) {
   });
 }
 
+// Writes the gates and the coefficients of all planes of a sample to scratch memory.
+template <class P, class A>
+MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i) {
+  const Saved<P, A> saved(a, i);
+  const ForwardScratch<P, A> scratch(a, i);
+  over_threads(
+      P::gate_count * a.C, [&](int64_t n) { scratch.s(0)[n] = gate_value(saved, int(n / a.C), n % a.C); });
+  __syncthreads();
+  over_threads(a.C, [&](int64_t c) {
+    Plane<A> planes[P::inputs];
+    A s[P::gate_count], k[P::forward_slots];
+    unroll<P::inputs>([&](auto m) {
+      const int64_t at = m.v * a.C + c;
+      planes[m.v] =
+          describe(load_shared_by_blocks(saved.mean(m.v) + c), load_shared_by_blocks(scratch.offset(m.v) + c),
+              load_shared_by_blocks(saved.r(m.v) + c), a.gamma[at], a.beta[at]);
+    });
+    unroll<P::gate_count>([&](auto g) { s[g.v] = scratch.s(g.v)[c]; });
+    make_maps<P>(planes, s, a.to_input, k, true);
+    unroll<P::forward_slots>([&](auto slot) { scratch.coefficients(slot.v)[c] = k[slot.v]; });
+  });
+}
+
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void first_item(const ForwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
@@ -254,39 +281,12 @@ MRCN_DEVICE void first_item(const ForwardArguments<T>& arguments, const Item& it
   if (!arrives_last(a.arrivals(i), a.firsts, &shared.arrived)) return;
   make_hidden_layers<P>(a, i);
   __syncthreads();
+  make_coefficients<P>(a, i);
+  __syncthreads();
   if (threadIdx.x == 0) add_acquire_release(a.arrivals(i), 1);
 }
 
 // --- second items: outputs ----------------------------------------------------------------------------
-
-// Writes the coefficients of the planes of the item to shared memory.
-template <class P, class A, class Shared>
-MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i, int64_t block, Shared& shared) {
-  const Saved<P, A> saved(a, i);
-  const ForwardScratch<P, A> scratch(a, i);
-  const int64_t c0 = block * a.cut.channels;
-  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
-    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
-    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(saved, g, c0 + channel);
-  });
-  __syncthreads();
-  over_threads(a.cut.channels, [&](int64_t channel) {
-    const int64_t c = c0 + channel;
-    if (c >= a.C) return;
-    Plane<A> planes[P::inputs];
-    A s[P::gate_count], k[P::forward_slots];
-    unroll<P::inputs>([&](auto m) {
-      const int64_t at = m.v * a.C + c;
-      planes[m.v] =
-          describe(load_shared_by_blocks(saved.mean(m.v) + c), load_shared_by_blocks(scratch.offset(m.v) + c),
-              load_shared_by_blocks(saved.r(m.v) + c), a.gamma[at], a.beta[at]);
-    });
-    unroll<P::gate_count>([&](auto g) { s[g.v] = shared.s[g.v][channel]; });
-    make_maps<P>(planes, s, a.to_input, k, true);
-    unroll<P::forward_slots>([&](auto slot) { shared.k[slot.v][channel] = k[slot.v]; });
-  });
-  __syncthreads();
-}
 
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& item, Shared& shared) {
@@ -294,7 +294,8 @@ MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& i
   const Common<A>& a = arguments.common;
   const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
   wait_for(a.arrivals(i), a.firsts + 1);
-  make_coefficients<P>(a, i, block, shared);
+  const A* table = ForwardScratch<P, A>(a, i).coefficients(0);
+  copy_coefficients<P::forward_slots>(a, table, block * a.cut.channels, a.cut.channels, shared);
   const int64_t end = least((chunk + 1) * a.cut.chunk, a.cut.places);
   over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;

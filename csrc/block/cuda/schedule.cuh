@@ -3,11 +3,11 @@
 //
 // A call is one kernel launch. Its thread blocks take work items in the order of a ticket counter. A first
 // item reads the pixels of a block of channels of one sample and reduces them. The last of a sample's first
-// items to finish computes what the gates need of all channels. A second item waits for that, reads the
-// pixels again (from L2, as long as few samples are under way) and writes the results. There is no deadlock:
-// a block waits only for tickets before its own, which are held by blocks that run, so that with any number
-// of blocks and in any order some block makes progress. Only integers are added atomically, and the order of
-// every sum depends on the shape alone, without the batch size.
+// items to finish computes the gates and a table of the coefficients of all channels. A second item waits for
+// that, reads the pixels again (from L2, as long as few samples are under way) and writes the results. There
+// is no deadlock: a block waits only for tickets before its own, which are held by blocks that run, so that
+// with any number of blocks and in any order some block makes progress. Only integers are added atomically,
+// and the order of every sum depends on the shape alone, without the batch size.
 #pragma once
 
 #include <cmath>
@@ -138,8 +138,8 @@ struct Common {
   int64_t saved_row, scratch_row;
   // `Given` as bits.
   unsigned given_sets, given_gates, given_inputs;
-  // The ticket; how many second items have written what the gradients of the parameters need; and for each
-  // sample how many of its first items have finished, plus one once its gates can be computed.
+  // The ticket; how many samples have written what the gradients of the parameters need; and for each sample
+  // how many of its first items have finished, plus one once its table of coefficients is written.
   int* counters;
 
   MRCN_DEVICE int branches() const { return gate == Gate::cbam_channel ? 2 : 1; }
@@ -400,7 +400,7 @@ MRCN_DEVICE A sigmoid(A x) {
 }
 
 // s of gate g for channel c, from the hidden layers or (ECA) from the pooled residuals of neighboring
-// channels.
+// channels. The hidden layers come from this block or from an earlier launch.
 template <class P, class A>
 MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
   const Common<A>& a = saved.a;
@@ -419,7 +419,7 @@ MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
   A x = A(a.branches()) * a.parameters[3][g * a.C + c];
   for (int b = 0; b < a.branches(); ++b) {  // W (h + h') would lose the NaN of infinity times zero
     const A* h = saved.hidden(g, b);
-    for (int j = 0; j < a.R; ++j) x += weight[j] * load_shared_by_blocks(h + j);
+    for (int j = 0; j < a.R; ++j) x += weight[j] * h[j];
   }
   return sigmoid(x);
 }
@@ -436,6 +436,20 @@ MRCN_DEVICE A add_shares(const A* p, int64_t blocks, int64_t stride) {
   A total(0);
   for (int64_t n = 0; n < blocks; ++n) total += load_shared_by_blocks(p + n * stride);
   return total;
+}
+
+// Copies the coefficients of `channels` channels from c0 on from the table of a sample, which has a row of C
+// numbers per coefficient, to shared memory.
+template <int slots, class A, class Shared>
+MRCN_DEVICE void copy_coefficients(
+    const Common<A>& a, const A* table, int64_t c0, int channels, Shared& shared) {
+  over_threads(slots * channels, [&](int64_t n) {
+    const int slot = int(n / channels), channel = int(n % channels);
+    if (c0 + channel < a.C) {
+      shared.k[slot][channel] = load_shared_by_blocks(table + slot * a.C + c0 + channel);
+    }
+  });
+  __syncthreads();
 }
 
 // Reads the coefficients of a plane from shared memory. For planes it is called once per plane. For pixels it
