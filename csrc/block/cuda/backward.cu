@@ -307,45 +307,74 @@ MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& i
 
 // --- second items: gradients of the inputs ------------------------------------------------------------
 
+// The lines of all maps at one place.
+template <class P>
+struct PlaceLines {
+  Line x[2], g[4], passed[2];
+};
+
+template <class T, class P, bool pixels>
+MRCN_DEVICE void fetch_place(const BackwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
+    int64_t at, PlaceLines<P>& lines) {
+  const auto& a = arguments.common;
+  const int filled = share.filled(a.C, a.L, at);
+  fetch_all<Reuse::never>(a, arguments.inputs, i, share, at, filled, P::inputs, lines.x);
+  fetch_all<Reuse::never>(a, arguments.gradients, i, share, at, filled, P::sets, lines.g);
+  fetch_all<Reuse::never>(a, arguments.passed, i, share, at, filled, P::inputs, lines.passed);
+}
+
+// Writes the gradients of the inputs at one place. `k` has the coefficients of a plane; those of pixels are
+// read for each channel.
+template <class T, class P, bool pixels, class A, class Shared>
+MRCN_DEVICE void write_place(const BackwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
+    int64_t at, const PlaceLines<P>& lines, A (&k)[P::backward_slots], const Shared& shared) {
+  const Common<A>& a = arguments.common;
+  A x[P::inputs][width<T>], g[P::sets][width<T>], dx[P::inputs][width<T>];
+  unroll<P::inputs>([&](auto m) { widen<T>(lines.x[m.v], x[m.v]); });
+  unroll<P::inputs>([&](auto m) { widen<T>(lines.passed[m.v], dx[m.v]); });
+  unroll<P::sets>([&](auto set) { widen<T>(lines.g[set.v], g[set.v]); });
+  unroll<width<T>>([&](auto j) {
+    A from[P::inputs], given[P::sets], made[P::inputs];
+    if (pixels) read_coefficients(shared, share.channel + j.v, k);
+    unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
+    unroll<P::sets>([&](auto set) { given[set.v] = g[set.v][j.v]; });
+    make_gradients<P>(k, from, given, made);
+    unroll<P::inputs>([&](auto m) {
+      dx[m.v][j.v] += made[m.v];
+      const bool top = a.gate == Gate::cbam_channel && from[m.v] == k[P::extreme(m.v)];
+      if (top) dx[m.v][j.v] += k[P::k3(m.v)];
+    });
+  });
+  unroll<P::inputs>([&](auto m) {
+    const FeatureMap& map = arguments.input_gradients[m.v];
+    keep(
+        sample_of<T>(map, i) + share.offset(map, at), narrow<T>(dx[m.v]), share.filled(a.C, a.L, at), a.wide);
+  });
+}
+
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
   const Common<A>& a = arguments.common;
   const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
+  const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
+  // The first lines are on their way while the block waits for the coefficients.
+  PlaceLines<P> lines;
+  const Share<T, pixels> first = first_share<T, pixels>(a, block);
+  const bool any = begin + first.place < end && first.c < a.C;
+  if (any) fetch_place<T, P, pixels>(arguments, i, first, begin + first.place, lines);
+  bool fetched = true;
   wait_for(a.arrivals(i), a.firsts + 1);
   const A* table = BackwardScratch<P, A>(a, i).coefficients(0);
   copy_coefficients<P::backward_slots>(a, table, block * a.cut.channels, a.cut.channels, shared);
-  const int64_t end = least((chunk + 1) * a.cut.chunk, a.cut.places);
   over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;
     A k[P::backward_slots];
     if (!pixels) read_coefficients(shared, share.channel, k);
-    for (int64_t at = chunk * a.cut.chunk + share.place; at < end; at += share.step) {
-      const int filled = share.filled(a.C, a.L, at);
-      Line x_lines[2], g_lines[4], passed_lines[2];
-      fetch_all<Reuse::never>(a, arguments.inputs, i, share, at, filled, P::inputs, x_lines);
-      fetch_all<Reuse::never>(a, arguments.gradients, i, share, at, filled, P::sets, g_lines);
-      fetch_all<Reuse::never>(a, arguments.passed, i, share, at, filled, P::inputs, passed_lines);
-      A x[P::inputs][width<T>], g[P::sets][width<T>], dx[P::inputs][width<T>];
-      unroll<P::inputs>([&](auto m) { widen<T>(x_lines[m.v], x[m.v]); });
-      unroll<P::inputs>([&](auto m) { widen<T>(passed_lines[m.v], dx[m.v]); });
-      unroll<P::sets>([&](auto set) { widen<T>(g_lines[set.v], g[set.v]); });
-      unroll<width<T>>([&](auto j) {
-        A from[P::inputs], given[P::sets], made[P::inputs];
-        if (pixels) read_coefficients(shared, share.channel + j.v, k);
-        unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
-        unroll<P::sets>([&](auto set) { given[set.v] = g[set.v][j.v]; });
-        make_gradients<P>(k, from, given, made);
-        unroll<P::inputs>([&](auto m) {
-          dx[m.v][j.v] += made[m.v];
-          const bool top = a.gate == Gate::cbam_channel && from[m.v] == k[P::extreme(m.v)];
-          if (top) dx[m.v][j.v] += k[P::k3(m.v)];
-        });
-      });
-      unroll<P::inputs>([&](auto m) {
-        const FeatureMap& map = arguments.input_gradients[m.v];
-        keep(sample_of<T>(map, i) + share.offset(map, at), narrow<T>(dx[m.v]), filled, a.wide);
-      });
+    for (int64_t at = begin + share.place; at < end; at += share.step) {
+      if (!fetched) fetch_place<T, P, pixels>(arguments, i, share, at, lines);
+      fetched = false;
+      write_place<T, P, pixels>(arguments, i, share, at, lines, k, shared);
     }
   });
 }

@@ -288,43 +288,76 @@ MRCN_DEVICE void first_item(const ForwardArguments<T>& arguments, const Item& it
 
 // --- second items: outputs ----------------------------------------------------------------------------
 
+// How many places a thread requests before it uses the first.
+constexpr int places_under_way = 2;
+
+// Reads the lines of all inputs at `places_under_way` places from `at` on.
+template <class T, class P, bool pixels>
+MRCN_DEVICE void fetch_places(const ForwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
+    int64_t at, int64_t end, Line (&lines)[places_under_way][P::inputs]) {
+  const auto& a = arguments.common;
+  unroll<places_under_way>([&](auto u) {
+    const int64_t place = at + u.v * share.step;
+    if (place >= end || share.c >= a.C) return;
+    unroll<P::inputs>([&](auto m) {
+      const FeatureMap& map = arguments.inputs[m.v];
+      lines[u.v][m.v] = fetch<Reuse::never>(
+          sample_of<const T>(map, i) + share.offset(map, place), share.filled(a.C, a.L, place), a.wide);
+    });
+  });
+}
+
+// Writes the sets at one place. `k` has the coefficients of a plane; those of pixels are read for each
+// channel.
+template <class T, class P, bool pixels, class A, class Shared>
+MRCN_DEVICE void write_place(const ForwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
+    int64_t at, const Line (&lines)[P::inputs], A (&k)[P::forward_slots], const Shared& shared) {
+  const Common<A>& a = arguments.common;
+  const int filled = share.filled(a.C, a.L, at);
+  A x[P::inputs][width<T>];
+  unroll<P::inputs>([&](auto m) { widen<T>(lines[m.v], x[m.v]); });
+  // One set after the other: the pixels of all of them would not fit into registers.
+  unroll<P::sets>([&](auto set) {
+    A y[width<T>];
+    unroll<width<T>>([&](auto j) {
+      A from[P::inputs];
+      if (pixels) read_coefficients(shared, share.channel + j.v, k);
+      unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
+      y[j.v] = made_set<P, set.v>(k, from);
+    });
+    const FeatureMap& map = arguments.made[set.v];
+    keep(sample_of<T>(map, i) + share.offset(map, at), narrow<T>(y), filled, a.wide);
+  });
+  unroll<P::inputs>([&](auto m) {
+    const FeatureMap& map = arguments.passed[m.v];
+    if (map.data != nullptr) keep(sample_of<T>(map, i) + share.offset(map, at), lines[m.v], filled, a.wide);
+  });
+}
+
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
   const Common<A>& a = arguments.common;
   const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
+  const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
+  // The first lines are on their way while the block waits for the coefficients.
+  Line lines[places_under_way][P::inputs];
+  const Share<T, pixels> first = first_share<T, pixels>(a, block);
+  fetch_places<T, P, pixels>(arguments, i, first, begin + first.place, end, lines);
+  bool fetched = true;
   wait_for(a.arrivals(i), a.firsts + 1);
   const A* table = ForwardScratch<P, A>(a, i).coefficients(0);
   copy_coefficients<P::forward_slots>(a, table, block * a.cut.channels, a.cut.channels, shared);
-  const int64_t end = least((chunk + 1) * a.cut.chunk, a.cut.places);
   over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;
     A k[P::forward_slots];
     if (!pixels) read_coefficients(shared, share.channel, k);
-    for (int64_t at = chunk * a.cut.chunk + share.place; at < end; at += share.step) {
-      const int filled = share.filled(a.C, a.L, at);
-      Line lines[P::inputs];
-      unroll<P::inputs>([&](auto m) {
-        const FeatureMap& map = arguments.inputs[m.v];
-        lines[m.v] = fetch<Reuse::never>(sample_of<const T>(map, i) + share.offset(map, at), filled, a.wide);
-      });
-      A x[P::inputs][width<T>], y[P::sets][width<T>];
-      unroll<P::inputs>([&](auto m) { widen<T>(lines[m.v], x[m.v]); });
-      unroll<width<T>>([&](auto j) {
-        A from[P::inputs], made[P::sets];
-        if (pixels) read_coefficients(shared, share.channel + j.v, k);
-        unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
-        make_sets<P>(k, from, made);
-        unroll<P::sets>([&](auto set) { y[set.v][j.v] = made[set.v]; });
-      });
-      unroll<P::sets>([&](auto set) {
-        const FeatureMap& map = arguments.made[set.v];
-        keep(sample_of<T>(map, i) + share.offset(map, at), narrow<T>(y[set.v]), filled, a.wide);
-      });
-      unroll<P::inputs>([&](auto m) {
-        const FeatureMap& map = arguments.passed[m.v];
-        if (map.data != nullptr)
-          keep(sample_of<T>(map, i) + share.offset(map, at), lines[m.v], filled, a.wide);
+    for (int64_t at = begin + share.place; at < end; at += places_under_way * share.step) {
+      if (!fetched) fetch_places<T, P, pixels>(arguments, i, share, at, end, lines);
+      fetched = false;
+      unroll<places_under_way>([&](auto u) {
+        const int64_t place = at + u.v * share.step;
+        if (place < end) write_place<T, P, pixels>(arguments, i, share, place, lines[u.v], k, shared);
       });
     }
   });

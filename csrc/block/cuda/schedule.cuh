@@ -299,20 +299,25 @@ struct Share {
   }
 };
 
+// The thread's first share of a block of channels. It may lie beyond the last channel.
+template <class T, bool pixels, class A>
+MRCN_DEVICE Share<T, pixels> first_share(const Common<A>& a, int64_t block) {
+  const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
+  const int64_t c0 = block * a.cut.channels;
+  if constexpr (!pixels) return {c0 + warp, warp, lane, warp_lanes};
+  const int channel = lane % a.cut.across * width<T>, rows = warp_lanes / a.cut.across;
+  return {c0 + channel, channel, warp * rows + lane / a.cut.across, block_warps * rows};
+}
+
 // Calls f(share) for each channel, or line of channels, of the thread. All threads of a warp call f together;
 // for pixels also those beyond the last channel, whose lines have no elements.
 template <class T, bool pixels, class A, class F>
 MRCN_DEVICE void over_shares(const Common<A>& a, int64_t block, const F& f) {
-  const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
-  const int64_t c0 = block * a.cut.channels;
-  if constexpr (pixels) {
-    const int channel = lane % a.cut.across * width<T>;
-    const int rows = warp_lanes / a.cut.across;
-    f(Share<T, pixels>{c0 + channel, channel, warp * rows + lane / a.cut.across, block_warps * rows});
-  } else {
-    for (int channel = warp; channel < a.cut.channels && c0 + channel < a.C; channel += block_warps) {
-      f(Share<T, pixels>{c0 + channel, channel, lane, warp_lanes});
-    }
+  Share<T, pixels> share = first_share<T, pixels>(a, block);
+  if constexpr (pixels) return f(share);
+  for (; share.channel < a.cut.channels && share.c < a.C;
+      share.channel += block_warps, share.c += block_warps) {
+    f(share);
   }
 }
 
