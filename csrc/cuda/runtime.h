@@ -57,6 +57,11 @@ MRCN_DEVICE int add_acquire_release(int* counter, int n) {
       : "memory");
   return before;
 }
+MRCN_DEVICE int load_relaxed(const int* counter) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter));
+  return value;
+}
 MRCN_DEVICE int load_acquire(const int* counter) {
   int value;
   asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");

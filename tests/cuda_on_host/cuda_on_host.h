@@ -115,6 +115,10 @@ inline int add_acquire_release(int* counter, int n) {
   cuda_on_host::act(n != 0);
   return std::atomic_ref(*counter).fetch_add(n, std::memory_order_acq_rel);
 }
+inline int load_relaxed(const int* counter, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  cuda_on_host::poll(where);
+  return std::atomic_ref(const_cast<int&>(*counter)).load(std::memory_order_relaxed);
+}
 inline int load_acquire(const int* counter, cuda_on_host::Where where = cuda_on_host::Where::current()) {
   cuda_on_host::poll(where);
   return std::atomic_ref(const_cast<int&>(*counter)).load(std::memory_order_acquire);

@@ -271,9 +271,12 @@ MRCN_DEVICE bool arrives_last(int* counter, int number, int* shared) {
   return *shared == number - 1;
 }
 
+// Waits until the counter has reached `number`. Only the last look acquires: on a GPU, an acquire drops what
+// the multiprocessor's first-level cache holds, also for the other blocks there.
 MRCN_DEVICE void wait_for(const int* counter, int number) {
   if (threadIdx.x == 0) {
-    while (load_acquire(counter) < number) pause();
+    while (load_relaxed(counter) < number) pause();
+    load_acquire(counter);
   }
   __syncthreads();
 }
