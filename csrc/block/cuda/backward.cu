@@ -92,7 +92,7 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
   const Common<A>& a = arguments.common;
   const Saved<P, A> saved(a, i);
   const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
-  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+  over_shares<T, pixels>(a, a.cut.first, block, [&](const Share<T, pixels>& share) {
     A mean[K][P::inputs]{}, sign[K][P::inputs]{};
     Extreme<A> extremes[K][P::inputs];
     unroll<K>([&](auto k) {
@@ -104,14 +104,14 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
         sign[k.v][m.v] = extreme_pixel(plane, A(1), A(-1));
       });
     });
-    const bool leaves = lane < a.cut.across;
-    const int first = (pixels ? warp * a.cut.channels : 0) + share.channel;
+    const bool leaves = lane < a.cut.first.across;
+    const int first = (pixels ? warp * a.cut.first.each : 0) + share.channel;
     for (int64_t begin = 0; begin < a.cut.places; begin += places_per_sum * share.step) {
       A sums[K][P::sums]{};
       if (share.c < a.C) add_up<T, P, pixels>(arguments, i, share, begin, mean, sign, sums, extremes);
       unroll<K>([&](auto k) {
         unroll<P::sums>([&](auto n) {
-          for (int mask = a.cut.across; mask < warp_lanes; mask *= 2) {
+          for (int mask = a.cut.first.across; mask < warp_lanes; mask *= 2) {
             sums[k.v][n.v] += exchange(sums[k.v][n.v], mask);
           }
           if (!leaves) return;
@@ -123,7 +123,7 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
     if (a.gate != Gate::cbam_channel) return;
     unroll<K>([&](auto k) {
       unroll<P::inputs>([&](auto m) {
-        for (int mask = a.cut.across; mask < warp_lanes; mask *= 2) {
+        for (int mask = a.cut.first.across; mask < warp_lanes; mask *= 2) {
           extremes[k.v][m.v].join(extremes[k.v][m.v].from_lane(mask));
         }
         if (leaves) shared.extreme_part[m.v][first + k.v] = extremes[k.v][m.v];
@@ -144,7 +144,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
   unroll<P::inputs>([&](auto m) { planes[m.v] = saved.plane(m.v, c); });
   unroll<P::gate_count>([&](auto g) { s[g.v] = shared.s[g.v][channel]; });
   unroll<P::sums>([&](auto n) {
-    for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.channels + channel];
+    for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.first.each + channel];
   });
   // Sets zero in place of the sums of missing gradients, and of the gates that only sets without a gradient
   // use: not even a NaN of theirs may reach a result.
@@ -166,7 +166,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
     if (a.gate != Gate::cbam_channel) return;
     Extreme<A> extreme;
     for (int part = 0; part < parts; ++part) {
-      extreme.join(shared.extreme_part[m.v][part * a.cut.channels + channel]);
+      extreme.join(shared.extreme_part[m.v][part * a.cut.first.each + channel]);
     }
     scratch.extreme(m.v)[c] = extreme.value * extreme_pixel(planes[m.v], A(1), A(-1));
     scratch.count(m.v)[c] = extreme.count;
@@ -183,8 +183,8 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
 template <class P, class A, class Shared>
 MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, const Shared& shared) {
   const BackwardScratch<P, A> scratch(a, i);
-  const int64_t c0 = block * a.cut.channels;
-  const int channels = int(least<int64_t>(a.cut.channels, a.C - c0));
+  const int64_t c0 = block * a.cut.first.each;
+  const int channels = int(least<int64_t>(a.cut.first.each, a.C - c0));
   over_threads(scratch.layer(), [&](int64_t n) {
     const int g = int(n / a.R), row = int(n % a.R);
     const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
@@ -201,7 +201,7 @@ MRCN_DEVICE void make_inner_gradients(const Common<A>& a, int64_t i) {
   const Saved<P, A> saved(a, i);
   over_threads(scratch.layer(), [&](int64_t n) {
     const int g = int(n / a.R), row = int(n % a.R);
-    const A gradient = add_shares(scratch.share(0, g) + row, a.cut.blocks, scratch.layer());
+    const A gradient = add_shares(scratch.share(0, g) + row, a.cut.first.blocks, scratch.layer());
     for (int b = 0; b < a.branches(); ++b) {
       scratch.inner(g, b)[row] = saved.hidden(g, b)[row] <= A(0) ? A(0) : gradient;
     }
@@ -283,14 +283,14 @@ template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
   const Common<A>& a = arguments.common;
-  const int64_t i = item.sample, block = item.number, c0 = block * a.cut.channels;
+  const int64_t i = item.sample, block = item.number, c0 = block * a.cut.first.each;
   add_parts<T, P, pixels>(arguments, i, block, shared);
-  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
-    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
+  over_threads(P::gate_count * a.cut.first.each, [&](int64_t n) {
+    const int g = int(n / a.cut.first.each), channel = int(n % a.cut.first.each);
     if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
   });
   __syncthreads();
-  over_threads(a.cut.channels, [&](int64_t channel) {
+  over_threads(a.cut.first.each, [&](int64_t channel) {
     if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
   });
   __syncthreads();
@@ -356,18 +356,19 @@ template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
   const Common<A>& a = arguments.common;
-  const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
+  const int64_t i = item.sample, block = item.number % a.cut.second.blocks,
+                chunk = item.number / a.cut.second.blocks;
   const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
   // The first lines are on their way while the block waits for the coefficients.
   PlaceLines<P> lines;
-  const Share<T, pixels> first = first_share<T, pixels>(a, block);
+  const Share<T, pixels> first = first_share<T, pixels>(a.cut.second, block);
   const bool any = begin + first.place < end && first.c < a.C;
   if (any) fetch_place<T, P, pixels>(arguments, i, first, begin + first.place, lines);
   bool fetched = true;
   wait_for(a.arrivals(i), a.firsts + 1);
   const A* table = BackwardScratch<P, A>(a, i).coefficients(0);
-  copy_coefficients<P::backward_slots>(a, table, block * a.cut.channels, a.cut.channels, shared);
-  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+  copy_coefficients<P::backward_slots>(a, table, block * a.cut.second.each, a.cut.second.each, shared);
+  over_shares<T, pixels>(a, a.cut.second, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;
     A k[P::backward_slots];
     if (!pixels) read_coefficients(shared, share.channel, k);
@@ -407,7 +408,7 @@ int run_backward(const BlockBackward& call, void* scratch, void* stream) {
   constexpr int shared = sizeof(BackwardShared<T, P>);
   static_assert(shared <= most_shared);
   BackwardArguments<T> a{};
-  const int64_t row = backward_row(call.shape, cut<T>(call.shape).blocks);
+  const int64_t row = backward_row(call.shape, cut<T>(call.shape).first.blocks);
   a.common = common<T>(call, 1, last_items(call.shape), row, call.statistics, scratch);
   a.singles = single_parameters(call.shape);
   const Sets& sets = sets_of(call.shape.mode);

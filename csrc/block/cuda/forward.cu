@@ -171,17 +171,17 @@ MRCN_DEVICE void find_parts(
   constexpr int K = seen<T, pixels>;
   const T* x = sample_of<const T>(map, i);
   const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
-  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+  over_shares<T, pixels>(a, a.cut.first, block, [&](const Share<T, pixels>& share) {
     A pivot[K];
     Found<A> found[K];
     unroll<K>(
         [&](auto k) { pivot[k.v] = share.c + k.v < a.C ? A(get(x + share.offset(map, 0) + k.v)) : A(0); });
     if (share.c < a.C) find(a, map, x, share, pivot, found);
-    for (int mask = a.cut.across; mask < warp_lanes; mask *= 2) {
+    for (int mask = a.cut.first.across; mask < warp_lanes; mask *= 2) {
       unroll<K>([&](auto k) { found[k.v].join(found[k.v].from_lane(mask)); });
     }
-    if (lane >= a.cut.across) return;
-    const int part = pixels ? warp * a.cut.channels : 0;
+    if (lane >= a.cut.first.across) return;
+    const int part = pixels ? warp * a.cut.first.each : 0;
     unroll<K>([&](auto k) {
       shared.part[part + share.channel + k.v] = found[k.v];
       if (!pixels || warp == 0) shared.pivot[share.channel + k.v] = pivot[k.v];
@@ -196,7 +196,7 @@ MRCN_DEVICE void describe_plane(
   const Common<A>& a = arguments.common;
   Found<A> found = shared.part[channel];
   for (int part = 1; pixels && part < block_warps; ++part) {
-    found.join(shared.part[part * a.cut.channels + channel]);
+    found.join(shared.part[part * a.cut.first.each + channel]);
   }
   const A pivot = shared.pivot[channel], shift = found.moments.mean;
   const A mean = pivot + shift, kept = mean - pivot;
@@ -216,8 +216,8 @@ MRCN_DEVICE void describe_plane(
 template <class P, class A, class Shared>
 MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int m, int64_t block, const Shared& shared) {
   const ForwardScratch<P, A> scratch(a, i);
-  const int64_t c0 = block * a.cut.channels;
-  const int channels = int(least<int64_t>(a.cut.channels, a.C - c0));
+  const int64_t c0 = block * a.cut.first.each;
+  const int channels = int(least<int64_t>(a.cut.first.each, a.C - c0));
   over_threads(int64_t(P::gate_count / P::inputs) * a.hidden(), [&](int64_t n) {
     const int g = m + int(n / a.R) * P::inputs, row = int(n % a.R);
     const Numbers<A> weight = a.parameters[0].from((int64_t(g) * a.R + row) * a.C + c0);
@@ -235,7 +235,7 @@ MRCN_DEVICE void make_hidden_layers(const Common<A>& a, int64_t i) {
   const Saved<P, A> saved(a, i);
   over_threads(scratch.layer(), [&](int64_t n) {
     const int row = int(n % a.R), b = int(n / a.R % a.branches()), g = int(n / a.R / a.branches());
-    const A x = add_shares(scratch.share(0, g, b) + row, a.cut.blocks, scratch.layer()) +
+    const A x = add_shares(scratch.share(0, g, b) + row, a.cut.first.blocks, scratch.layer()) +
                 a.parameters[1][g * a.R + row];
     saved.hidden(g, b)[row] = x < A(0) ? A(0) : x;  // a NaN passes, as in torch.relu
   });
@@ -268,12 +268,12 @@ template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void first_item(const ForwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
   const Common<A>& a = arguments.common;
-  const int m = int(item.number / a.cut.blocks);
-  const int64_t block = item.number % a.cut.blocks, i = item.sample;
+  const int m = int(item.number / a.cut.first.blocks);
+  const int64_t block = item.number % a.cut.first.blocks, i = item.sample;
   find_parts<T, pixels>(a, m == 0 ? arguments.inputs[0] : arguments.inputs[1], i, block, shared);
   __syncthreads();
-  over_threads(a.cut.channels, [&](int64_t channel) {
-    const int64_t c = block * a.cut.channels + channel;
+  over_threads(a.cut.first.each, [&](int64_t channel) {
+    const int64_t c = block * a.cut.first.each + channel;
     if (c < a.C) describe_plane<T, P, pixels, A>(arguments, i, m, c, int(channel), shared);
   });
   __syncthreads();
@@ -338,17 +338,18 @@ template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
   const Common<A>& a = arguments.common;
-  const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
+  const int64_t i = item.sample, block = item.number % a.cut.second.blocks,
+                chunk = item.number / a.cut.second.blocks;
   const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
   // The first lines are on their way while the block waits for the coefficients.
   Line lines[places_under_way][P::inputs];
-  const Share<T, pixels> first = first_share<T, pixels>(a, block);
+  const Share<T, pixels> first = first_share<T, pixels>(a.cut.second, block);
   fetch_places<T, P, pixels>(arguments, i, first, begin + first.place, end, lines);
   bool fetched = true;
   wait_for(a.arrivals(i), a.firsts + 1);
   const A* table = ForwardScratch<P, A>(a, i).coefficients(0);
-  copy_coefficients<P::forward_slots>(a, table, block * a.cut.channels, a.cut.channels, shared);
-  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+  copy_coefficients<P::forward_slots>(a, table, block * a.cut.second.each, a.cut.second.each, shared);
+  over_shares<T, pixels>(a, a.cut.second, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;
     A k[P::forward_slots];
     if (!pixels) read_coefficients(shared, share.channel, k);
@@ -383,7 +384,7 @@ int run_forward(const BlockForward& call, void* scratch, void* stream) {
   constexpr int shared = sizeof(ForwardShared<T, P>);
   static_assert(shared <= most_shared);
   ForwardArguments<T> a{};
-  const int blocks = cut<T>(call.shape).blocks;
+  const int blocks = cut<T>(call.shape).first.blocks;
   a.common = common<T>(call, P::inputs, 0, forward_row(call.shape, blocks), call.statistics, scratch);
   a.eps = acc_t<T>(call.eps);
   const Sets& sets = sets_of(call.shape.mode);

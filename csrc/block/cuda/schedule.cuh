@@ -40,13 +40,18 @@ constexpr int steps_per_item = 4;  // places per thread of a second item, approx
 template <class T>
 constexpr int most_parts = most<int>(most_channels, block_warps* least(most_across, warp_lanes) * width<T>);
 
+// How the channels are divided into blocks, one per work item.
+struct Channels {
+  int across;  // lanes that share the channels of a pixel; 1 for planes
+  int each;    // channels per block
+  int blocks;
+};
+
 // How a sample is divided. A place is a line of a plane, or a pixel.
 struct Cut {
-  int across;      // lanes that share the channels of a pixel; 1 for planes
-  int channels;    // per work item
-  int blocks;      // blocks of channels
-  int64_t places;  // lines per plane, or pixels
-  int64_t chunk;   // places per second item
+  Channels first, second;  // of the first and of the second items
+  int64_t places;          // lines per plane, or pixels
+  int64_t chunk;           // places per second item
   int64_t chunks;
 };
 
@@ -62,23 +67,27 @@ inline int power_of_two(int64_t n) {
 template <class T>
 inline Cut cut(const BlockShape& shape) {
   Cut c;
-  int64_t abreast;  // threads of an item that take different places
+  const auto pixels_of = [&](int64_t across) -> Channels {
+    const int lanes = least(power_of_two(across), least(most_across, warp_lanes)), each = lanes * width<T>;
+    return {lanes, each, int(divided(shape.channels, each))};
+  };
+  int64_t abreast;  // threads of a second item that take different places
   if (shape.pixels) {
     const int64_t lines = divided(shape.channels, width<T>);
-    // Memory is read in sectors of 32 bytes.
-    c.across = power_of_two(most<int64_t>(least<int64_t>(lines, 2), divided(lines, most_blocks)));
-    c.across = least(c.across, least(most_across, warp_lanes));
-    c.channels = c.across * width<T>;
+    // A first item reads all pixels of its channels. With the 32 bytes of a sector from each pixel there are
+    // enough of them; a second item has some of the pixels, and takes the 128 bytes of a cache line from
+    // each.
+    c.first = pixels_of(most<int64_t>(least<int64_t>(lines, 2), divided(lines, most_blocks)));
+    c.second = pixels_of(least<int64_t>(lines, most_across));
     c.places = shape.length;
-    abreast = block_threads / c.across;
+    abreast = block_threads / c.second.across;
   } else {
-    c.across = 1;
     const int64_t planes_per_warp = divided(shape.channels, int64_t(most_blocks) * block_warps);
-    c.channels = block_warps * int(least<int64_t>(planes_per_warp, most_channels / block_warps));
+    const int each = block_warps * int(least<int64_t>(planes_per_warp, most_channels / block_warps));
+    c.first = c.second = {1, each, int(divided(shape.channels, each))};
     c.places = divided(shape.length, width<T>);
     abreast = warp_lanes;
   }
-  c.blocks = int(divided(shape.channels, c.channels));
   c.chunks = divided(c.places, steps_per_item * abreast);
   c.chunk = divided(divided(c.places, c.chunks), abreast) * abreast;
   c.chunks = divided(c.places, c.chunk);
@@ -185,8 +194,8 @@ inline Common<acc_t<T>> common(
   c.gate = s.gate;
   c.to_input = s.to_input;
   c.cut = cut<T>(s);
-  c.firsts = firsts_a_block * c.cut.blocks;
-  c.seconds = int(c.cut.blocks * c.cut.chunks);
+  c.firsts = firsts_a_block * c.cut.first.blocks;
+  c.seconds = int(c.cut.second.blocks * c.cut.chunks);
   c.tickets = c.N * (c.firsts + c.seconds) + last;
   c.gamma = numbers<A>(call, call.parameters.norm_weight);
   c.beta = numbers<A>(call, call.parameters.norm_bias);
@@ -303,22 +312,22 @@ struct Share {
 };
 
 // The thread's first share of a block of channels. It may lie beyond the last channel.
-template <class T, bool pixels, class A>
-MRCN_DEVICE Share<T, pixels> first_share(const Common<A>& a, int64_t block) {
+template <class T, bool pixels>
+MRCN_DEVICE Share<T, pixels> first_share(const Channels& channels, int64_t block) {
   const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
-  const int64_t c0 = block * a.cut.channels;
+  const int64_t c0 = block * channels.each;
   if constexpr (!pixels) return {c0 + warp, warp, lane, warp_lanes};
-  const int channel = lane % a.cut.across * width<T>, rows = warp_lanes / a.cut.across;
-  return {c0 + channel, channel, warp * rows + lane / a.cut.across, block_warps * rows};
+  const int channel = lane % channels.across * width<T>, rows = warp_lanes / channels.across;
+  return {c0 + channel, channel, warp * rows + lane / channels.across, block_warps * rows};
 }
 
 // Calls f(share) for each channel, or line of channels, of the thread. All threads of a warp call f together;
 // for pixels also those beyond the last channel, whose lines have no elements.
 template <class T, bool pixels, class A, class F>
-MRCN_DEVICE void over_shares(const Common<A>& a, int64_t block, const F& f) {
-  Share<T, pixels> share = first_share<T, pixels>(a, block);
+MRCN_DEVICE void over_shares(const Common<A>& a, const Channels& channels, int64_t block, const F& f) {
+  Share<T, pixels> share = first_share<T, pixels>(channels, block);
   if constexpr (pixels) return f(share);
-  for (; share.channel < a.cut.channels && share.c < a.C;
+  for (; share.channel < channels.each && share.c < a.C;
       share.channel += block_warps, share.c += block_warps) {
     f(share);
   }
@@ -476,7 +485,7 @@ inline int64_t scratch_bytes(const BlockShape& shape, const F& row) {
   int64_t bytes = 0;
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t numbers = shape.samples * row(shape, cut<T>(shape).blocks);
+    const int64_t numbers = shape.samples * row(shape, cut<T>(shape).first.blocks);
     bytes = counter_bytes(shape.samples) + numbers * int64_t(sizeof(acc_t<T>));
     return 0;
   });
