@@ -256,7 +256,8 @@ inline int blocks_of(const Common<A>& c, const Device& device) {
 
 // Calls f(item) for every ticket that the block gets, until there are no more. The block takes its next
 // ticket while it works on an item. That ticket may lie idle meanwhile: blocks wait for lower tickets only,
-// and the lowest unfinished ticket is never an idle one.
+// and the lowest unfinished ticket is never an idle one. Towards the end, where an idle ticket would keep
+// another block without work, the block takes its next ticket after the item.
 template <class A, class F>
 MRCN_DEVICE void over_items(const Common<A>& a, int* shared, const F& f) {
   int next = threadIdx.x == 0 ? add_relaxed(a.counters, 1) : 0;
@@ -265,8 +266,10 @@ MRCN_DEVICE void over_items(const Common<A>& a, int* shared, const F& f) {
     __syncthreads();
     const int ticket = *shared;
     if (ticket >= a.tickets) return;
-    if (threadIdx.x == 0) next = add_relaxed(a.counters, 1);
+    const bool ahead = a.tickets - ticket > 2 * int64_t(gridDim.x);
+    if (ahead && threadIdx.x == 0) next = add_relaxed(a.counters, 1);
     f(item_of(a, ticket));
+    if (!ahead && threadIdx.x == 0) next = add_relaxed(a.counters, 1);
     __syncthreads();  // the block is done with its shared memory
   }
 }
