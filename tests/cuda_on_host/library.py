@@ -79,6 +79,7 @@ def emulator() -> ctypes.CDLL:
     """The emulator's settings: tests/cuda_on_host/cuda_on_host.h says what they are."""
     library = ctypes.CDLL(str(build() / "libcuda_on_host.so"))
     library.cuda_on_host_set.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_longlong)
+    library.cuda_on_host_busy.argtypes = (ctypes.c_int,)
     library.cuda_on_host_launches.restype = ctypes.c_longlong
     return library
 
