@@ -288,15 +288,17 @@ MRCN_DEVICE void first_item(const ForwardArguments<T>& arguments, const Item& it
 
 // --- second items: outputs ----------------------------------------------------------------------------
 
-// How many places a thread requests before it uses the first.
-constexpr int places_under_way = 2;
+// How many places a thread requests before it uses the first. In channels_last the lines of two would not fit
+// into registers beside the coefficients.
+template <bool pixels>
+constexpr int places_under_way = pixels ? 1 : 2;
 
-// Reads the lines of all inputs at `places_under_way` places from `at` on.
+// Reads the lines of all inputs at that many places from `at` on.
 template <class T, class P, bool pixels>
 MRCN_DEVICE void fetch_places(const ForwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
-    int64_t at, int64_t end, Line (&lines)[places_under_way][P::inputs]) {
+    int64_t at, int64_t end, Line (&lines)[places_under_way<pixels>][P::inputs]) {
   const auto& a = arguments.common;
-  unroll<places_under_way>([&](auto u) {
+  unroll<places_under_way<pixels>>([&](auto u) {
     const int64_t place = at + u.v * share.step;
     if (place >= end || share.c >= a.C) return;
     unroll<P::inputs>([&](auto m) {
@@ -342,7 +344,7 @@ MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& i
                 chunk = item.number / a.cut.second.blocks;
   const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
   // The first lines are on their way while the block waits for the coefficients.
-  Line lines[places_under_way][P::inputs];
+  Line lines[places_under_way<pixels>][P::inputs];
   const Share<T, pixels> first = first_share<T, pixels>(a.cut.second, block);
   fetch_places<T, P, pixels>(arguments, i, first, begin + first.place, end, lines);
   bool fetched = true;
@@ -353,10 +355,10 @@ MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& i
     if (share.c >= a.C) return;
     A k[P::forward_slots];
     if (!pixels) read_coefficients(shared, share.channel, k);
-    for (int64_t at = begin + share.place; at < end; at += places_under_way * share.step) {
+    for (int64_t at = begin + share.place; at < end; at += places_under_way<pixels> * share.step) {
       if (!fetched) fetch_places<T, P, pixels>(arguments, i, share, at, end, lines);
       fetched = false;
-      unroll<places_under_way>([&](auto u) {
+      unroll<places_under_way<pixels>>([&](auto u) {
         const int64_t place = at + u.v * share.step;
         if (place < end) write_place<T, P, pixels>(arguments, i, share, place, lines[u.v], k, shared);
       });
