@@ -39,9 +39,15 @@ namespace cuda_on_host {
 
 using Where = std::source_location;
 
-// Few, for all of them take turns; the kernels are written for any.
+// Few, for all of them take turns; the kernels are written for any. What is compiled with a GPU's sizes
+// (CUDA_ON_HOST_SIZES) only asks how the kernels divide their work there.
+#if defined(CUDA_ON_HOST_SIZES)
+constexpr int warp_lanes = 32;
+constexpr int block_warps = 8;
+#else
 constexpr int warp_lanes = 4;
 constexpr int block_warps = 2;
+#endif
 constexpr int block_threads = warp_lanes * block_warps;
 // What a block may have without asking for more, and what it can ask for, as on an H100.
 constexpr int most_shared = 48 << 10;

@@ -329,15 +329,17 @@ template <class T, class P, bool pixels, class A, class Shared>
 MRCN_DEVICE void write_place(const BackwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
     int64_t at, const PlaceLines<P>& lines, A (&k)[P::backward_slots], const Shared& shared) {
   const Common<A>& a = arguments.common;
-  A x[P::inputs][width<T>], g[P::sets][width<T>], dx[P::inputs][width<T>];
-  unroll<P::inputs>([&](auto m) { widen<T>(lines.x[m.v], x[m.v]); });
+  // The elements are converted one at a time: those of six lines would not fit into registers.
+  T x[P::inputs][width<T>], g[P::sets][width<T>];
+  A dx[P::inputs][width<T>];
+  unroll<P::inputs>([&](auto m) { std::memcpy(x[m.v], &lines.x[m.v], sizeof(Line)); });
   unroll<P::inputs>([&](auto m) { widen<T>(lines.passed[m.v], dx[m.v]); });
-  unroll<P::sets>([&](auto set) { widen<T>(lines.g[set.v], g[set.v]); });
+  unroll<P::sets>([&](auto set) { std::memcpy(g[set.v], &lines.g[set.v], sizeof(Line)); });
   unroll<width<T>>([&](auto j) {
     A from[P::inputs], given[P::sets], made[P::inputs];
     if (pixels) read_coefficients(shared, share.channel + j.v, k);
-    unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
-    unroll<P::sets>([&](auto set) { given[set.v] = g[set.v][j.v]; });
+    unroll<P::inputs>([&](auto m) { from[m.v] = get(&x[m.v][j.v]); });
+    unroll<P::sets>([&](auto set) { given[set.v] = get(&g[set.v][j.v]); });
     make_gradients<P>(k, from, given, made);
     unroll<P::inputs>([&](auto m) {
       dx[m.v][j.v] += made[m.v];
@@ -360,7 +362,7 @@ MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& 
                 chunk = item.number / a.cut.second.blocks;
   const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
   // The first lines are on their way while the block waits for the coefficients.
-  PlaceLines<P> lines;
+  PlaceLines<P> lines{};
   const Share<T, pixels> first = first_share<T, pixels>(a.cut.second, block);
   const bool any = begin + first.place < end && first.c < a.C;
   if (any) fetch_place<T, P, pixels>(arguments, i, first, begin + first.place, lines);

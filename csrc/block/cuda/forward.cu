@@ -1,27 +1,11 @@
 // The block's forward on a GPU, in one launch (see schedule.cuh). First items compute the statistics, the
 // last of a sample also the gates and the coefficients. Second items write the sets.
-#include "block/cuda/schedule.cuh"
+#include "block/cuda/forward.cuh"
 
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// --- moments ------------------------------------------------------------------------------------------
-
-// The moments of a plane minus its first pixel, so that the mean keeps its digits far from zero.
-template <class A>
-struct Moments {
-  A count{}, mean{}, squares{};  // squares = Σ (x - mean)²
-
-  // Joins the moments of more pixels (Chan et al.).
-  MRCN_DEVICE void join(const Moments& other) {
-    if (other.count == 0) return;
-    const A total = count + other.count, delta = other.mean - mean, part = other.count / total;
-    mean += delta * part;
-    // The parentheses matter: delta * delta may be infinite, and before the first values count is 0.
-    squares += other.squares + delta * (delta * (count * part));
-    count = total;
-  }
-};
+// --- statistics ---------------------------------------------------------------------------------------
 
 // The largest and the smallest pixel, for CBAM. NaNs are ignored.
 template <class A>
@@ -45,39 +29,9 @@ struct Found {
     extremes.join(other.extremes);
   }
   MRCN_DEVICE Found from_lane(int mask) const {
-    return {{exchange(moments.count, mask), exchange(moments.mean, mask), exchange(moments.squares, mask)},
-        {exchange(extremes.maximum, mask), exchange(extremes.minimum, mask)}};
+    return {moments.from_lane(mask), {exchange(extremes.maximum, mask), exchange(extremes.minimum, mask)}};
   }
 };
-
-// Adds a line of a plane. It is joined as a group with its own mean, which saves a division per pixel.
-template <class A, int n>
-MRCN_DEVICE void add_line(const A (&x)[n], A pivot, int filled, Found<A> (&found)[1]) {
-  A sum(0), squares(0);
-  unroll<n>([&](auto j) {
-    if (j.v < filled) sum += x[j.v] - pivot;
-  });
-  const A mean = sum / A(filled);
-  unroll<n>([&](auto j) {
-    if (j.v >= filled) return;
-    const A d = (x[j.v] - pivot) - mean;
-    squares += d * d;
-  });
-  found[0].moments.join({A(filled), mean, squares});
-}
-
-// Adds the channels of a pixel (Welford).
-template <class A, int n>
-MRCN_DEVICE void add_line(const A (&x)[n], const A (&pivot)[n], Found<A> (&found)[n]) {
-  const A count = found[0].moments.count + 1, part = A(1) / count;
-  unroll<n>([&](auto j) {
-    Moments<A>& m = found[j.v].moments;
-    const A d = x[j.v] - pivot[j.v], delta = d - m.mean;
-    m.mean += delta * part;
-    m.squares += delta * (d - m.mean);
-    m.count = count;
-  });
-}
 
 // --- memory -------------------------------------------------------------------------------------------
 
@@ -89,15 +43,6 @@ struct ForwardShared {
   A pivot[most_channels];
   A z[2][most_channels];  // the gates' inputs of a plane, one per branch
   A k[P::forward_slots][most_channels];
-};
-
-template <class T>
-struct ForwardArguments {
-  Common<acc_t<T>> common;
-  acc_t<T> eps;
-  FeatureMap inputs[2];
-  FeatureMap made[4];
-  FeatureMap passed[2];  // (concat) where the inputs are copied to; otherwise without data
 };
 
 // A sample's row of scratch memory: the rounding errors of the means, the gates and the coefficients of all
@@ -149,9 +94,9 @@ MRCN_DEVICE void find(const Common<A>& a, const FeatureMap& map, const T* x, con
       A values[width<T>];
       widen<T>(lines[u.v], values);
       if constexpr (pixels) {
-        add_line(values, pivot, found);
+        add_line(values, pivot, [&](auto j) -> Moments<A>& { return found[j.v].moments; });
       } else {
-        add_line(values, pivot[0], share.filled(a.C, a.L, at), found);
+        add_line(values, pivot[0], share.filled(a.C, a.L, at), found[0].moments);
       }
       if (extremes) {
         unroll<width<T>>([&](auto j) {
@@ -344,7 +289,7 @@ MRCN_DEVICE void second_item(const ForwardArguments<T>& arguments, const Item& i
                 chunk = item.number / a.cut.second.blocks;
   const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
   // The first lines are on their way while the block waits for the coefficients.
-  Line lines[places_under_way<pixels>][P::inputs];
+  Line lines[places_under_way<pixels>][P::inputs]{};
   const Share<T, pixels> first = first_share<T, pixels>(a.cut.second, block);
   fetch_places<T, P, pixels>(arguments, i, first, begin + first.place, end, lines);
   bool fetched = true;
@@ -388,16 +333,7 @@ int run_forward(const BlockForward& call, void* scratch, void* stream) {
   ForwardArguments<T> a{};
   const int blocks = cut<T>(call.shape).first.blocks;
   a.common = common<T>(call, P::inputs, 0, forward_row(call.shape, blocks), call.statistics, scratch);
-  a.eps = acc_t<T>(call.eps);
-  const Sets& sets = sets_of(call.shape.mode);
-  for (int m = 0; m < P::inputs; ++m) {
-    a.inputs[m] = call.inputs[m];
-    if (sets.concat) a.passed[m] = call.outputs[m == 0 ? 0 : sets.all() - 1];
-  }
-  for (int set = 0; set < P::sets; ++set) a.made[set] = call.outputs[sets.first_made() + set];
-  a.common.wide = lines_aligned<T>(a.inputs, call.shape) && lines_aligned<T>(a.made, call.shape) &&
-                  lines_aligned<T>(a.passed, call.shape);
-
+  set_maps<P>(call, a);
   constexpr auto* kernel = forward_kernel<T, P, pixels>;
   return launch_items<kernel, T>(a, call.shape, shared, P::inputs, scratch, stream);
 }

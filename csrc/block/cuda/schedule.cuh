@@ -319,9 +319,12 @@ template <class T, bool pixels>
 MRCN_DEVICE Share<T, pixels> first_share(const Channels& channels, int64_t block) {
   const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
   const int64_t c0 = block * channels.each;
-  if constexpr (!pixels) return {c0 + warp, warp, lane, warp_lanes};
-  const int channel = lane % channels.across * width<T>, rows = warp_lanes / channels.across;
-  return {c0 + channel, channel, warp * rows + lane / channels.across, block_warps * rows};
+  if constexpr (pixels) {
+    const int channel = lane % channels.across * width<T>, rows = warp_lanes / channels.across;
+    return {c0 + channel, channel, warp * rows + lane / channels.across, block_warps * rows};
+  } else {
+    return {c0 + warp, warp, lane, warp_lanes};
+  }
 }
 
 // Calls f(share) for each channel, or line of channels, of the thread. All threads of a warp call f together;
@@ -329,10 +332,13 @@ MRCN_DEVICE Share<T, pixels> first_share(const Channels& channels, int64_t block
 template <class T, bool pixels, class A, class F>
 MRCN_DEVICE void over_shares(const Common<A>& a, const Channels& channels, int64_t block, const F& f) {
   Share<T, pixels> share = first_share<T, pixels>(channels, block);
-  if constexpr (pixels) return f(share);
-  for (; share.channel < channels.each && share.c < a.C;
-      share.channel += block_warps, share.c += block_warps) {
+  if constexpr (pixels) {
     f(share);
+  } else {
+    for (; share.channel < channels.each && share.c < a.C; share.channel += block_warps) {
+      f(share);
+      share.c += block_warps;
+    }
   }
 }
 
