@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <atomic>
+#include <mutex>
 
 #define MRCN_DEVICE __device__ __forceinline__
 #define MRCN_KERNEL(blocks) __global__ void __launch_bounds__(mrcn::cuda::block_threads, blocks)
@@ -44,6 +45,31 @@ MRCN_DEVICE V exchange(V value, int mask) {
 MRCN_DEVICE uint32_t ballot(bool yes) { return __ballot_sync(0xffffffffu, yes); }
 MRCN_DEVICE int count_bits(uint32_t bits) { return __popc(bits); }
 
+// Copies lines from global to shared memory while the thread goes on. The copies since the thread's last
+// `commit_copies` are a group. After `wait_for_copies<n>`, all groups of the thread but the newest n have
+// arrived. The thread itself then sees them, the other threads of the block see them after their next
+// barrier. GPUs before sm_80 wait for each copy.
+MRCN_DEVICE void copy_async(Line* to, const Line* from) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(from)
+      : "memory");
+#else
+  *to = __ldcg(from);
+#endif
+}
+MRCN_DEVICE void commit_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+template <int groups>
+MRCN_DEVICE void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(groups) : "memory");
+#endif
+}
+
 // Counters that blocks share, and the memory order that they provide. Suppose that the threads of a block
 // write, wait at a barrier, and one of them calls `add_acquire_release`. If a thread of another block sees
 // the sum by `load_acquire` (or adds to it), then all threads of its block see these writes after their next
@@ -56,6 +82,11 @@ MRCN_DEVICE int add_acquire_release(int* counter, int n) {
       : "l"(counter), "r"(n)
       : "memory");
   return before;
+}
+MRCN_DEVICE int load_relaxed(const int* counter) {
+  int value;
+  asm volatile("ld.relaxed.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter));
+  return value;
 }
 MRCN_DEVICE int load_acquire(const int* counter) {
   int value;
@@ -115,6 +146,58 @@ inline int device_of(int shared, Device* device) {
   return 0;
 }
 
+// What a device has for a kernel whose blocks take different amounts of shared memory, and are launched to
+// run at the same time.
+struct Capacity {
+  int processors;
+  int blocks;            // per processor, as far as registers and threads go
+  int shared;            // bytes of shared memory per processor
+  int shared_per_block;  // the most that a block may have
+  int reserved;          // what a block takes of its processor besides
+};
+
+// Asks CUDA once per kernel and device, and lets the kernel have all shared memory that a block may have.
+// There are no processors where the device can't launch blocks that must run at the same time.
+template <auto kernel>
+inline int capacity_of(Capacity* capacity) {
+  constexpr int devices = 64;
+  static std::atomic<bool> known[devices];
+  static Capacity kept[devices];
+  static std::mutex asking;
+  int index = 0;
+  if (cudaError_t error = cudaGetDevice(&index); error != cudaSuccess) return int(error);
+  const bool keeps = index < devices;
+  if (keeps && known[index].load(std::memory_order_acquire)) {
+    *capacity = kept[index];
+    return 0;
+  }
+  int cooperative = 0;
+  cudaError_t error = cudaSuccess;
+  const auto ask = [&](int* value, cudaDeviceAttr attribute) {
+    if (error == cudaSuccess) error = cudaDeviceGetAttribute(value, attribute, index);
+  };
+  ask(&cooperative, cudaDevAttrCooperativeLaunch);
+  ask(&capacity->processors, cudaDevAttrMultiProcessorCount);
+  ask(&capacity->shared, cudaDevAttrMaxSharedMemoryPerMultiprocessor);
+  ask(&capacity->shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  ask(&capacity->reserved, cudaDevAttrReservedSharedMemoryPerBlock);
+  if (error == cudaSuccess) {
+    error = cudaOccupancyMaxActiveBlocksPerMultiprocessor(&capacity->blocks, kernel, block_threads, 0);
+  }
+  if (error == cudaSuccess) {
+    error = cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+        cudaFuncAttributeMaxDynamicSharedMemorySize, capacity->shared_per_block);
+  }
+  if (error != cudaSuccess) return int(error);
+  if (cooperative == 0) capacity->processors = 0;
+  const std::lock_guard<std::mutex> lock(asking);
+  if (keeps && !known[index].load()) {
+    kept[index] = *capacity;
+    known[index].store(true, std::memory_order_release);
+  }
+  return 0;
+}
+
 // Sets memory to zero on the stream.
 inline int clear(void* memory, int64_t bytes, void* stream) {
   return int(cudaMemsetAsync(memory, 0, bytes, static_cast<cudaStream_t>(stream)));
@@ -127,6 +210,24 @@ inline int launch(const Arguments& arguments, int blocks, int shared, void* stre
   void* pointers[] = {const_cast<Arguments*>(&arguments)};
   return int(cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(block_threads),
       pointers, shared, static_cast<cudaStream_t>(stream)));
+}
+
+// Like `launch`, for a kernel whose capacity was asked for: all blocks run at the same time, or the launch is
+// refused.
+template <auto kernel, class Arguments>
+inline int launch_together(const Arguments& arguments, int blocks, int shared, void* stream) {
+  void* pointers[] = {const_cast<Arguments*>(&arguments)};
+  return int(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(blocks),
+      dim3(block_threads), pointers, shared, static_cast<cudaStream_t>(stream)));
+}
+
+// Whether the error of `launch_together` says that so many blocks can't run at the same time here, in which
+// case nothing was launched. CUDA then keeps no error for a later call to find.
+inline bool is_refused(int error) {
+  const bool refused = error == int(cudaErrorCooperativeLaunchTooLarge) ||
+                       error == int(cudaErrorNotSupported) || error == int(cudaErrorNotPermitted);
+  if (refused) cudaGetLastError();
+  return refused;
 }
 
 inline const char* error_text(int error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

@@ -34,6 +34,7 @@ struct Settings {
   int resident = 4;
   unsigned seed = 0;
   long long l2_bytes = 1 << 20;
+  int busy = 0;
 };
 
 struct State {
@@ -50,7 +51,7 @@ State& state() {
 }
 
 // CUDA's own numbers are positive.
-constexpr int failed = -1;
+constexpr int failed = -1, refused = -2;
 thread_local std::string failure;
 
 int fail(std::string text) {
@@ -148,6 +149,15 @@ enum class At { running, block_barrier, warp_barrier, exchange, ballot, left };
 
 struct Block;
 
+// A copy to shared memory that has not arrived.
+struct Copy {
+  char* to;
+  const char* from;
+  int group;
+
+  void arrive() const { std::memcpy(to, from, copied_bytes); }
+};
+
 struct Thread {
   Block* block = nullptr;
   std::unique_ptr<Fiber> fiber;
@@ -161,6 +171,8 @@ struct Thread {
   int barriers = 0;     // passed, of the block and of the warp
   int warp_barriers = 0;
   Where polled;
+  std::vector<Copy> copies{};
+  int groups = 0;  // of copies, committed
 };
 
 std::string place(Where where) { return std::string(where.file_name()) + ":" + std::to_string(where.line()); }
@@ -202,6 +214,7 @@ struct Launch {
   const Kernel kernel;
   const void* const arguments;
   const int blocks, shared;
+  const bool together = false;
 
   std::mt19937 draws{settings.seed};
   std::vector<std::unique_ptr<Block>> begun{};
@@ -212,6 +225,7 @@ struct Launch {
   std::vector<int> any_order(int count);
   int running() const;
   std::string waiting() const;
+  bool draw(unsigned one_in) { return draws() % one_in == 0; }
   // The first failure counts, what follows it may be its effect.
   void report(std::string text) {
     if (error.empty()) error = std::move(text);
@@ -250,6 +264,7 @@ struct Block {
   Block(Launch& owner, int which);
 
   void resume(Thread& thread);
+  void let_copies_arrive(Thread& thread);
   void go_on();
   void unwind();
   void run(Thread& me);
@@ -290,6 +305,7 @@ void Block::run(Thread& me) {
   const std::string name = "thread " + std::to_string(&me - threads);
   try {
     launch.kernel(launch.arguments);
+    if (!me.copies.empty()) report(name + " left the kernel before its copies had arrived");
     arrive(At::left, Where(), 0, 0);
     ++launch.progress;
   } catch (const Stopped&) {
@@ -307,7 +323,17 @@ void Block::resume(Thread& thread) {
   threadIdx.x = unsigned(&thread - threads);
   blockIdx.x = unsigned(number);
   thread.begun = true;
+  let_copies_arrive(thread);
   thread.fiber->resume();
+}
+
+// Any of them, in any order.
+void Block::let_copies_arrive(Thread& thread) {
+  std::erase_if(thread.copies, [&](const Copy& copy) {
+    if (!launch.draw(4)) return false;
+    copy.arrive();
+    return true;
+  });
 }
 
 // Each thread that can, until it waits, polls or may have ended another's wait.
@@ -405,11 +431,15 @@ int Launch::run() {
   // that comes before all that they do.
   gridDim.x = unsigned(blocks);
   const std::vector<int> order = any_order(blocks);
+  const bool late = together || settings.resident < 0;
+  const int resident = together                ? blocks
+                       : settings.resident < 0 ? 1 + int(draws() % unsigned(-settings.resident))
+                                               : std::max(settings.resident, 1);
   auto next = order.begin();
   int64_t before = -1;
   int quiet = 0;
   for (int now = 0; error.empty() && (now > 0 || next != order.end()); now = running()) {
-    for (; now < std::max(settings.resident, 1) && next != order.end(); ++now) {
+    for (; now < resident && next != order.end() && !(late && now > 0 && draw(2)); ++now) {
       begun.push_back(std::make_unique<Block>(*this, *next++));
     }
     for (const auto& block : begun) block->go_on();
@@ -469,6 +499,31 @@ void poll(Where where) {
   my_block->yield();
 }
 
+void begin_copy(void* to, const void* from, Where where) {
+  Block& block = *my_block;
+  const auto offset = static_cast<char*>(to) - block.shared.data;
+  const bool inside = offset >= 0 && offset + copied_bytes <= block.launch.shared;
+  if (!inside || offset % copied_bytes != 0 || reinterpret_cast<uintptr_t>(from) % copied_bytes != 0) {
+    block.report("a copy at " + place(where) + " to byte " + std::to_string(offset) + " of " +
+                 std::to_string(block.launch.shared) + ", or from an address that is no multiple of 16");
+    throw Stopped();
+  }
+  Thread& me = block.me();
+  me.copies.push_back({static_cast<char*>(to), static_cast<const char*>(from), me.groups});
+}
+
+void commit_copies() { ++my_block->me().groups; }
+
+void wait_for_copies(int groups) {
+  act(true);
+  Thread& me = my_block->me();
+  std::erase_if(me.copies, [&](const Copy& copy) {
+    if (copy.group >= me.groups - groups) return false;
+    copy.arrive();
+    return true;
+  });
+}
+
 // --- the host -----------------------------------------------------------------------------------------
 
 // The library keeps a kernel's answer: it must not depend on anything but the kernel.
@@ -492,8 +547,9 @@ int clear(void* memory, int64_t bytes) {
   return 0;
 }
 
-int launch(Kernel kernel, const void* arguments, int blocks, int shared) {
-  // A kernel that has not asked for more gets no more.
+namespace {
+
+int start(Kernel kernel, const void* arguments, int blocks, int shared, int allowed_shared, bool together) {
   Settings settings;
   {
     State& now = state();
@@ -503,18 +559,39 @@ int launch(Kernel kernel, const void* arguments, int blocks, int shared) {
       return error;
     }
     if (blocks < 1) return fail("a launch of " + std::to_string(blocks) + " blocks");
-    if (shared < 0 || shared > most_shared) {
+    // A kernel that has not asked for more gets no more.
+    if (shared < 0 || shared > allowed_shared) {
       return fail("a launch with " + std::to_string(shared) + " bytes of shared memory");
     }
+    settings = now.settings;
+    if (together && blocks > settings.blocks - settings.busy) return refused;
     ++now.launches;
     if (now.stub) return 0;
-    settings = now.settings;
   }
-  return Launch{settings, kernel, arguments, blocks, shared}.run();
+  return Launch{settings, kernel, arguments, blocks, shared, together}.run();
+}
+
+}  // namespace
+
+int launch(Kernel kernel, const void* arguments, int blocks, int shared, int allowed_shared) {
+  return start(kernel, arguments, blocks, shared, allowed_shared, false);
+}
+
+int launch_together(Kernel kernel, const void* arguments, int blocks, int shared, int allowed_shared) {
+  return start(kernel, arguments, blocks, shared, allowed_shared, true);
+}
+
+bool is_refused(int error) { return error == refused; }
+
+int processors() {
+  State& now = state();
+  const std::lock_guard lock(now.mutex);
+  return now.settings.blocks;
 }
 
 const char* error_text(int error) {
   if (error == failed) return failure.c_str();
+  if (error == refused) return "more blocks than can run at the same time";
   thread_local std::string text;
   text = "error " + std::to_string(error);
   return text.c_str();
@@ -525,7 +602,13 @@ const char* error_text(int error) {
 void cuda_on_host_set(int blocks, int resident, unsigned seed, long long l2_bytes) {
   auto& now = cuda_on_host::state();
   const std::lock_guard lock(now.mutex);
-  now.settings = {blocks, resident, seed, l2_bytes};
+  now.settings = {blocks, resident, seed, l2_bytes, now.settings.busy};
+}
+
+void cuda_on_host_busy(int blocks) {
+  auto& now = cuda_on_host::state();
+  const std::lock_guard lock(now.mutex);
+  now.settings.busy = blocks;
 }
 
 void cuda_on_host_stub(int on) {

@@ -20,11 +20,15 @@
 // For a program that has the kernels linked in, or Python's ctypes.
 extern "C" {
 // `blocks` and `l2_bytes`: what a device says of itself. At most `resident` blocks of a launch run at the
-// same time; their order and that of their threads is drawn from `seed`.
+// same time; if it is negative, each launch draws a number up to -resident, and blocks start late. Their
+// order and that of their threads is drawn from `seed`.
 __attribute__((visibility("default"))) void cuda_on_host_set(
     int blocks, int resident, unsigned seed, long long l2_bytes);
 // Launches and `clear` do nothing from now on, and succeed: what remains is the host's time of a call.
 __attribute__((visibility("default"))) void cuda_on_host_stub(int on);
+// Of the blocks that the device claims to hold, so many have no place for a launch of blocks that must run at
+// the same time. 0 at first.
+__attribute__((visibility("default"))) void cuda_on_host_busy(int blocks);
 // The next launch does nothing and returns `error`.
 __attribute__((visibility("default"))) void cuda_on_host_fail(int error);
 // How many launches have run or done nothing in `cuda_on_host_stub`'s way.
@@ -35,19 +39,26 @@ namespace cuda_on_host {
 
 using Where = std::source_location;
 
-// Few, for all of them take turns; the kernels are written for any.
+// Few, for all of them take turns; the kernels are written for any. What is compiled with a GPU's sizes
+// (CUDA_ON_HOST_SIZES) only asks how the kernels divide their work there.
+#if defined(CUDA_ON_HOST_SIZES)
+constexpr int warp_lanes = 32;
+constexpr int block_warps = 8;
+#else
 constexpr int warp_lanes = 4;
 constexpr int block_warps = 2;
+#endif
 constexpr int block_threads = warp_lanes * block_warps;
-// What a block may have without asking for more.
+// What a block may have without asking for more, and what it can ask for, as on an H100.
 constexpr int most_shared = 48 << 10;
+constexpr int most_shared_asked = 227 << 10;
+constexpr int reserved_shared = 1 << 10;
 
 struct Index {
   unsigned x;
 };
 
-// All of these but the last five are called by a kernel's threads, and unwind them once the launch has
-// failed.
+// These are called by a kernel's threads, and unwind them once the launch has failed.
 char* shared_memory();
 void pass_block_barrier(Where where);
 void pass_warp_barrier(Where where);
@@ -56,12 +67,21 @@ uint32_t ballot(bool yes, Where where);
 // `progress`: what is about to happen can end another thread's wait.
 void act(bool progress);
 void poll(Where where);
+// Copies of 16 bytes to shared memory. They arrive at random moments.
+constexpr int copied_bytes = 16;
+void begin_copy(void* to, const void* from, Where where);
+void commit_copies();
+void wait_for_copies(int groups);
 
 // For the host.
 using Kernel = void (*)(const void* arguments);
 int device_of(int shared, std::atomic<int>& asked_shared, int* blocks, int64_t* l2_bytes);
+int processors();
 int clear(void* memory, int64_t bytes);
-int launch(Kernel kernel, const void* arguments, int blocks, int shared);
+int launch(Kernel kernel, const void* arguments, int blocks, int shared, int allowed_shared);
+// Blocks that all run at the same time.
+int launch_together(Kernel kernel, const void* arguments, int blocks, int shared, int allowed_shared);
+bool is_refused(int error);
 const char* error_text(int error);
 
 }  // namespace cuda_on_host
@@ -106,6 +126,21 @@ inline uint32_t ballot(bool yes, cuda_on_host::Where where = cuda_on_host::Where
 }
 inline int count_bits(uint32_t bits) { return std::popcount(bits); }
 
+// Until it arrives, the destination is poison. The instrumented accesses here are what the sanitizers see of
+// the copy.
+inline void copy_async(
+    Line* to, const Line* from, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  static_assert(sizeof(Line) == cuda_on_host::copied_bytes);
+  [[maybe_unused]] const volatile uint32_t read = *reinterpret_cast<const volatile uint32_t*>(from);
+  cuda_on_host::begin_copy(to, from, where);
+  *to = {~0u, ~0u, ~0u, ~0u};
+}
+inline void commit_copies() { cuda_on_host::commit_copies(); }
+template <int groups>
+inline void wait_for_copies() {
+  cuda_on_host::wait_for_copies(groups);
+}
+
 // An addition of 0 is a way to look.
 inline int add_relaxed(int* counter, int n) {
   cuda_on_host::act(n != 0);
@@ -114,6 +149,10 @@ inline int add_relaxed(int* counter, int n) {
 inline int add_acquire_release(int* counter, int n) {
   cuda_on_host::act(n != 0);
   return std::atomic_ref(*counter).fetch_add(n, std::memory_order_acq_rel);
+}
+inline int load_relaxed(const int* counter, cuda_on_host::Where where = cuda_on_host::Where::current()) {
+  cuda_on_host::poll(where);
+  return std::atomic_ref(const_cast<int&>(*counter)).load(std::memory_order_relaxed);
 }
 inline int load_acquire(const int* counter, cuda_on_host::Where where = cuda_on_host::Where::current()) {
   cuda_on_host::poll(where);
@@ -142,18 +181,50 @@ inline int device_of(int shared, Device* device) {
   return cuda_on_host::device_of(shared, asked_shared, &device->blocks, &device->l2_bytes);
 }
 
+struct Capacity {
+  int processors, blocks, shared, shared_per_block, reserved;
+};
+
+// How much shared memory a block of the kernel may have.
+template <auto kernel>
+inline std::atomic<int> allowed_shared{most_shared};
+
+// A device that says it holds n blocks has n processors, for one block each.
+template <auto kernel>
+inline int capacity_of(Capacity* capacity) {
+  using namespace cuda_on_host;
+  allowed_shared<kernel> = most_shared_asked;
+  *capacity = {processors(), 1, most_shared_asked + reserved_shared, most_shared_asked, reserved_shared};
+  return 0;
+}
+
 inline int clear(void* memory, int64_t bytes, [[maybe_unused]] void* stream) {
   return cuda_on_host::clear(memory, bytes);
 }
 
+// Calls the kernel with the arguments at the address that it is given.
 template <auto kernel, class Arguments>
-inline int launch(const Arguments& arguments, int blocks, int shared, [[maybe_unused]] void* stream) {
+inline void call_kernel(const void* given) {
   static_assert(std::is_same_v<decltype(kernel), void (*)(Arguments)>);
   // What CUDA can copy to a kernel.
   static_assert(std::is_trivially_copyable_v<Arguments> && sizeof(Arguments) <= 4096);
-  return cuda_on_host::launch(
-      [](const void* given) { kernel(*static_cast<const Arguments*>(given)); }, &arguments, blocks, shared);
+  kernel(*static_cast<const Arguments*>(given));
 }
+
+template <auto kernel, class Arguments>
+inline int launch(const Arguments& arguments, int blocks, int shared, [[maybe_unused]] void* stream) {
+  return cuda_on_host::launch(
+      call_kernel<kernel, Arguments>, &arguments, blocks, shared, allowed_shared<kernel>);
+}
+
+template <auto kernel, class Arguments>
+inline int launch_together(
+    const Arguments& arguments, int blocks, int shared, [[maybe_unused]] void* stream) {
+  return cuda_on_host::launch_together(
+      call_kernel<kernel, Arguments>, &arguments, blocks, shared, allowed_shared<kernel>);
+}
+
+inline bool is_refused(int error) { return cuda_on_host::is_refused(error); }
 
 inline const char* error_text(int error) { return cuda_on_host::error_text(error); }
 

@@ -25,7 +25,7 @@ from tests.support.tensors import different_bits
 BACKEND = "cuda"
 L2 = 1 << 20
 # The number of blocks that the device claims to hold, and the number that run at once.
-CROWDS = ((1, 1), (2, 1), (5, 2), (7, 7))
+CROWDS = ((1, 1), (2, 1), (5, 2), (7, 7), (7, -7))
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -35,6 +35,7 @@ def emulator() -> Iterator[Any]:
     yield emulated
     emulated.cuda_on_host_set(4, 2, 0, L2)
     emulated.cuda_on_host_stub(0)
+    emulated.cuda_on_host_busy(0)
 
 
 def case(mode: str, gate: str, **settings: Any) -> Case:
@@ -100,11 +101,137 @@ def test_sanitized(name: str, emulator: Any) -> None:
     assert all(result.isfinite().all() for result in results.values())
 
 
+# --- samples held in shared memory ------------------------------------------------------------------------
+
+HOLDING = [gate for gate in GATES if gate != "cbam-channel"]
+# How many blocks run at once: the smallest device holds one sample of HELD at a time, the largest all three.
+DEVICES = (16, 35, 50)
+# Groups of one to sixteen blocks, of which some hold several channels of planes, or ranges of pixels; lines
+# that are whole, half full and unaligned.
+HELD_SHAPES = ((3, 9, 4, 8), (3, 21, 8, 9), (3, 9, 3, 5), (3, 20, 16, 17))
+HELD = {
+    f"{mode} {gate} {layout}": case(mode, gate, shape=shape, layout=layout, dtype=dtype, hidden=3)
+    for (mode, gate, layout), shape, dtype in zip(
+        itertools.product(MODES, HOLDING, ("contiguous", "channels_last")),
+        itertools.cycle(HELD_SHAPES),
+        itertools.cycle((torch.float32, torch.bfloat16, torch.float16, torch.bfloat16, torch.float32)),
+        strict=False,
+    )
+}
+
+
+@pytest.fixture
+def held(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MRCN_FAST_CUDA_HELD", "1")
+
+
+def outputs(drawn: Case) -> dict[str, Tensor]:
+    p = block_cases.problem(drawn)
+    with torch.no_grad():
+        made = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
+    return dict(zip(block_cases.output_names(drawn.mode), made, strict=True))
+
+
+def ticket_outputs(drawn: Case) -> dict[str, Tensor]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("MRCN_FAST_CUDA_HELD", "0")
+        return outputs(drawn)
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_held_sample_gives_the_same_bits_on_any_device(name: str, held: None, emulator: Any) -> None:
+    first = None
+    for blocks, seed in zip((*DEVICES, *DEVICES), range(6), strict=True):
+        emulator.cuda_on_host_set(blocks, 1, seed, L2)
+        results = outputs(HELD[name])
+        first = first or results
+        assert not different_bits(first, results), f"{blocks} blocks, seed {seed}"
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_a_held_sample_is_as_accurate_as_the_rule_asks(name: str, held: None, emulator: Any) -> None:
+    emulator.cuda_on_host_set(DEVICES[1], 1, 7, L2)
+    block_cases.check_accuracy(HELD[name], BACKEND)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("gate", HOLDING)
+def test_held_modes_agree_bitwise(gate: str, layout: str, held: None, emulator: Any) -> None:
+    emulator.cuda_on_host_set(DEVICES[2], 1, 3, L2)
+    p = block_cases.problem(case("pair", gate, shape=(2, 20, 8, 9), layout=layout, hidden=3))
+    visible, infrared = p.inputs
+    with torch.no_grad():
+        pair = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
+        (stacked,) = block_cases.call(p.case._replace(mode="concat"), p.inputs, p.parameters, BACKEND)
+        own = [parameter[:1] for parameter in p.parameters]
+        (alone,) = block_cases.call(p.case._replace(mode="restitute"), (visible,), own, BACKEND)
+    assert torch.equal(stacked, torch.cat([visible, *pair, infrared]))
+    assert torch.equal(alone, pair[0])
+
+
+# The device can't hold one sample; it can't beside other work; it can't with multiprocessors left free.
+@pytest.mark.parametrize(("blocks", "busy", "margin"), [(1, 0, "0"), (16, 15, "0"), (16, 0, "16")])
+def test_without_a_place_for_a_sample_the_ticket_kernels_serve(
+    blocks: int, busy: int, margin: str, held: None, emulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = case("pair", "se", shape=(2, 20, 8, 9))
+    emulator.cuda_on_host_set(16, 2, 1, L2)
+    tickets, holding = ticket_outputs(drawn), outputs(drawn)
+    assert different_bits(tickets, holding), "the kernels add in different orders"
+    emulator.cuda_on_host_set(blocks, 1, 1, L2)
+    emulator.cuda_on_host_busy(busy)
+    monkeypatch.setenv("MRCN_FAST_SM_MARGIN", margin)
+    before = emulator.cuda_on_host_launches()
+    assert not different_bits(tickets, outputs(drawn))
+    assert emulator.cuda_on_host_launches() == before + 1
+
+
+@pytest.mark.parametrize(
+    "drawn",
+    [
+        case("pair", "cbam-channel"),
+        case("pair", "se", dtype=torch.float64),
+        case("pair", "se", shape=(1, 64, 24, 24)),
+        case("pair", "se", shape=(1, 4, 2, 2), hidden=257),
+    ],
+    ids=["cbam", "float64", "too large", "too many hidden units"],
+)
+def test_what_is_not_held_the_ticket_kernels_serve(drawn: Case, held: None, emulator: Any) -> None:
+    emulator.cuda_on_host_set(DEVICES[2], 3, 1, L2)
+    assert not different_bits(ticket_outputs(drawn), outputs(drawn))
+
+
+@pytest.mark.parametrize("name", [*HELD][::3])
+def test_sanitized_held(name: str, held: None, emulator: Any) -> None:
+    emulator.cuda_on_host_set(DEVICES[1], 1, 1, L2)
+    assert all(result.isfinite().all() for result in outputs(HELD[name]).values())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("MRCN_FAST_CUDA_HELD", "yes", "expected 0 or 1"),
+        ("MRCN_FAST_SM_MARGIN", "-1", "expected a number of multiprocessors from 0 to 1000"),
+        ("MRCN_FAST_SM_MARGIN", "4x", "expected a number of multiprocessors from 0 to 1000"),
+    ],
+)
+def test_a_wrong_choice_of_kernels(
+    variable: str, value: str, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(RuntimeError, match=f"{variable}: got '{value}', {expected}"):
+        outputs(case("pair", "se"))
+
+
 # --- launches ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("holding", ["0", "1"])
 @pytest.mark.parametrize("mode", MODES)
-def test_one_launch_forward_and_one_backward(mode: str, emulator: Any) -> None:
+def test_one_launch_forward_and_one_backward(
+    mode: str, holding: str, emulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MRCN_FAST_CUDA_HELD", holding)
     p = block_cases.problem(case(mode, "se"))
     before = emulator.cuda_on_host_launches()
     outputs = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "mrcn_fast_cuda_on_host"
 SANITIZE = os.environ.get("MRCN_FAST_TEST_SANITIZE", "")
 DEVICES = ()
+MOST_HOLDING = 32
 
 
 class NotBuilt(RuntimeError):
@@ -73,12 +74,16 @@ def load() -> None:
     torch.ops.load_library(str(build() / "libcuda_on_host.so"))
     for name, fake in cpu.fakes("cuda").items():
         torch.library.register_fake(f"{NAMESPACE}::{name}")(fake)
+    if os.environ.get("MRCN_FAST_CUDA_HELD") == "1":
+        # A sample is held by up to 32 blocks, for which the device must have a place.
+        emulator().cuda_on_host_set(MOST_HOLDING, 4, 0, 1 << 20)
 
 
 def emulator() -> ctypes.CDLL:
     """The emulator's settings: tests/cuda_on_host/cuda_on_host.h says what they are."""
     library = ctypes.CDLL(str(build() / "libcuda_on_host.so"))
     library.cuda_on_host_set.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint, ctypes.c_longlong)
+    library.cuda_on_host_busy.argtypes = (ctypes.c_int,)
     library.cuda_on_host_launches.restype = ctypes.c_longlong
     return library
 

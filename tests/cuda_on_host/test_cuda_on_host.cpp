@@ -324,6 +324,129 @@ void test_deadlock() {
   check(ran && !stuck, "with room for a block beside the one that waits: no deadlock");
 }
 
+// --- blocks that run at the same time, and copies ------------------------------------------------------
+
+// All blocks wait for each other.
+template <int unused>
+MRCN_KERNEL(1)
+meet_all(Flag a) {
+  if (threadIdx.x == 0) {
+    add_acquire_release(a.flag, 1);
+    while (load_relaxed(a.flag) < int(gridDim.x)) pause();
+    load_acquire(a.flag);
+  }
+  __syncthreads();
+}
+
+void test_meeting() {
+  int arrived = 0;
+  const auto meet = [&](int blocks) {
+    return launch_together<meet_all<0>>(Flag{&arrived}, blocks, 0, nullptr);
+  };
+  for (unsigned seed = 0; seed < 6; ++seed) {
+    set(1, seed);
+    arrived = 0;
+    check_runs(meet(7), "a meeting");
+    check(arrived == 7, "all blocks meet");
+    arrived = 0;
+    check_error(launch<meet_all<0>>(Flag{&arrived}, 7, 0, nullptr), {"deadlock"});
+  }
+  arrived = 0;
+  const long long before = cuda_on_host_launches();
+  check(is_refused(meet(9)), "nine blocks on a device for eight");
+  cuda_on_host_busy(3);
+  check(is_refused(meet(6)), "six blocks where three of eight places are taken");
+  check(cuda_on_host_launches() == before && arrived == 0, "a refused launch does nothing");
+  check_runs(meet(5), "five blocks there");
+  cuda_on_host_busy(0);
+  cuda_on_host_fail(700);
+  check(!is_refused(meet(5)), "another error is no refusal");
+}
+
+void test_random_residents() {
+  int deadlocks = 0;
+  for (unsigned seed = 0; seed < 20; ++seed) {
+    int flag = 0;
+    set(-4, seed);
+    deadlocks += launch<wait_for_last_block<true>>(Flag{&flag}, 4, 0, nullptr) != 0;
+  }
+  check(deadlocks > 0 && deadlocks < 20, "the number of resident blocks is drawn");
+}
+
+// Each thread copies lines, in a group per line, and counts the numbers that it finds wrong.
+struct Copies {
+  const int* from;
+  int* wrong;  // before it waits, of the groups that it has waited for, of the other group
+};
+
+enum class Forgotten { nothing, commit, wait };
+
+template <Forgotten forgotten, int lines>
+MRCN_KERNEL(1)
+copy_lines_async(Copies a) {
+  const int first = int(threadIdx.x) * lines;
+  Line* to = reinterpret_cast<Line*>(shared_memory()) + first;
+  const Line* from = reinterpret_cast<const Line*>(a.from) + first;
+  const auto wrong = [&](int line) { return int(std::memcmp(to + line, from + line, sizeof(Line)) != 0); };
+  for (int line = 0; line < lines; ++line) {
+    copy_async(to + line, from + line);
+    if (forgotten != Forgotten::commit) commit_copies();
+  }
+  int early = 0, waited = 0;
+  for (int line = 0; line < lines; ++line) early += wrong(line);
+  wait_for_copies<1>();
+  for (int line = 0; line + 1 < lines; ++line) waited += wrong(line);
+  add_relaxed(a.wrong, early);
+  add_relaxed(a.wrong + 1, waited);
+  add_relaxed(a.wrong + 2, wrong(lines - 1));
+  if (forgotten != Forgotten::wait) {
+    commit_copies();
+    wait_for_copies<0>();
+  }
+}
+
+void test_copies() {
+  constexpr int lines = 5, bytes = lines * block_threads * int(sizeof(Line));
+  alignas(16) int from[bytes / sizeof(int)];
+  std::iota(from, from + bytes / sizeof(int), 0);
+  int wrong[3] = {}, uncommitted[3] = {}, unwaited[3] = {}, errors = 0;
+  for (unsigned seed = 0; seed < 8; ++seed) {
+    set(2, seed);
+    check_runs(launch<copy_lines_async<Forgotten::nothing, lines>>(Copies{from, wrong}, 3, bytes, nullptr),
+        "copies");
+    check_runs(
+        launch<copy_lines_async<Forgotten::commit, lines>>(Copies{from, uncommitted}, 3, bytes, nullptr),
+        "copies that are committed late");
+    const int error =
+        launch<copy_lines_async<Forgotten::wait, lines>>(Copies{from, unwaited}, 3, bytes, nullptr);
+    if (error != 0) check_error(error, {"left the kernel before its copies had arrived"});
+    errors += error != 0;
+  }
+  check(wrong[0] > 0, "before a wait some copies have not arrived");
+  check(wrong[1] == 0, "after it those of the older groups have");
+  check(wrong[2] > 0 && wrong[2] < 8 * 3 * block_threads, "and of the last group some");
+  check(uncommitted[1] > 0, "a wait does not wait for what was not committed");
+  check(errors > 0, "a kernel must wait before it ends");
+  check_error(
+      launch<copy_lines_async<Forgotten::nothing, lines>>(Copies{from, wrong}, 1, bytes - 16, nullptr),
+      {"a copy at ", "test_cuda_on_host.cpp:", "of 624"});
+  check_error(launch<copy_lines_async<Forgotten::nothing, lines>>(Copies{from + 1, wrong}, 1, bytes, nullptr),
+      {"an address that is no multiple of 16"});
+}
+
+void test_capacity() {
+  constexpr int most = 232448;
+  int wrong = 0;
+  set(2);
+  check_error(launch<look_for_poison<1>>(Poison{}, 1, most, nullptr), {"232448 bytes of shared"});
+  Capacity capacity{};
+  check_runs(capacity_of<look_for_poison<1>>(&capacity), "capacity_of");
+  check(capacity.processors == 8 && capacity.shared_per_block == most, "what capacity_of tells");
+  check_runs(launch<look_for_poison<1>>(Poison{most, &wrong}, 2, most, nullptr), "227 KB of shared memory");
+  check(wrong == 0, "all of it is poisoned");
+  check_error(launch<look_for_poison<1>>(Poison{}, 1, most + 1, nullptr), {"232449 bytes of shared"});
+}
+
 // --- errors of a block --------------------------------------------------------------------------------
 
 enum class Mistake {
@@ -529,6 +652,10 @@ int test() {
   test_order();
   test_tickets();
   test_deadlock();
+  test_meeting();
+  test_random_residents();
+  test_copies();
+  test_capacity();
   test_mistakes();
   test_settings();
   test_lines();

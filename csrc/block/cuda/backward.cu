@@ -29,7 +29,6 @@ struct BackwardShared {
   Extreme<A> extreme_part[P::inputs][most_parts<T>];
   A s[P::gate_count][most_channels];
   A before[P::gate_count][most_channels];  // gradient before the sigmoid
-  A of_pooled[P::inputs][2][most_channels];
   A k[P::backward_slots][most_channels];
 };
 
@@ -93,7 +92,7 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
   const Common<A>& a = arguments.common;
   const Saved<P, A> saved(a, i);
   const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
-  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+  over_shares<T, pixels>(a, a.cut.first, block, [&](const Share<T, pixels>& share) {
     A mean[K][P::inputs]{}, sign[K][P::inputs]{};
     Extreme<A> extremes[K][P::inputs];
     unroll<K>([&](auto k) {
@@ -105,14 +104,14 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
         sign[k.v][m.v] = extreme_pixel(plane, A(1), A(-1));
       });
     });
-    const bool leaves = lane < a.cut.across;
-    const int first = (pixels ? warp * a.cut.channels : 0) + share.channel;
+    const bool leaves = lane < a.cut.first.across;
+    const int first = (pixels ? warp * a.cut.first.each : 0) + share.channel;
     for (int64_t begin = 0; begin < a.cut.places; begin += places_per_sum * share.step) {
       A sums[K][P::sums]{};
       if (share.c < a.C) add_up<T, P, pixels>(arguments, i, share, begin, mean, sign, sums, extremes);
       unroll<K>([&](auto k) {
         unroll<P::sums>([&](auto n) {
-          for (int mask = a.cut.across; mask < warp_lanes; mask *= 2) {
+          for (int mask = a.cut.first.across; mask < warp_lanes; mask *= 2) {
             sums[k.v][n.v] += exchange(sums[k.v][n.v], mask);
           }
           if (!leaves) return;
@@ -124,7 +123,7 @@ MRCN_DEVICE void add_parts(const BackwardArguments<T>& arguments, int64_t i, int
     if (a.gate != Gate::cbam_channel) return;
     unroll<K>([&](auto k) {
       unroll<P::inputs>([&](auto m) {
-        for (int mask = a.cut.across; mask < warp_lanes; mask *= 2) {
+        for (int mask = a.cut.first.across; mask < warp_lanes; mask *= 2) {
           extremes[k.v][m.v].join(extremes[k.v][m.v].from_lane(mask));
         }
         if (leaves) shared.extreme_part[m.v][first + k.v] = extremes[k.v][m.v];
@@ -145,7 +144,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
   unroll<P::inputs>([&](auto m) { planes[m.v] = saved.plane(m.v, c); });
   unroll<P::gate_count>([&](auto g) { s[g.v] = shared.s[g.v][channel]; });
   unroll<P::sums>([&](auto n) {
-    for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.channels + channel];
+    for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.first.each + channel];
   });
   // Sets zero in place of the sums of missing gradients, and of the gates that only sets without a gradient
   // use: not even a NaN of theirs may reach a result.
@@ -167,7 +166,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
     if (a.gate != Gate::cbam_channel) return;
     Extreme<A> extreme;
     for (int part = 0; part < parts; ++part) {
-      extreme.join(shared.extreme_part[m.v][part * a.cut.channels + channel]);
+      extreme.join(shared.extreme_part[m.v][part * a.cut.first.each + channel]);
     }
     scratch.extreme(m.v)[c] = extreme.value * extreme_pixel(planes[m.v], A(1), A(-1));
     scratch.count(m.v)[c] = extreme.count;
@@ -184,8 +183,8 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
 template <class P, class A, class Shared>
 MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, const Shared& shared) {
   const BackwardScratch<P, A> scratch(a, i);
-  const int64_t c0 = block * a.cut.channels;
-  const int channels = int(least<int64_t>(a.cut.channels, a.C - c0));
+  const int64_t c0 = block * a.cut.first.each;
+  const int channels = int(least<int64_t>(a.cut.first.each, a.C - c0));
   over_threads(scratch.layer(), [&](int64_t n) {
     const int g = int(n / a.R), row = int(n % a.R);
     const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
@@ -202,36 +201,12 @@ MRCN_DEVICE void make_inner_gradients(const Common<A>& a, int64_t i) {
   const Saved<P, A> saved(a, i);
   over_threads(scratch.layer(), [&](int64_t n) {
     const int g = int(n / a.R), row = int(n % a.R);
-    const A gradient = add_shares(scratch.share(0, g) + row, a.cut.blocks, scratch.layer());
+    const A gradient = add_shares(scratch.share(0, g) + row, a.cut.first.blocks, scratch.layer());
     for (int b = 0; b < a.branches(); ++b) {
       scratch.inner(g, b)[row] = saved.hidden(g, b)[row] <= A(0) ? A(0) : gradient;
     }
   });
 }
-
-template <class T, class P, bool pixels, class Shared>
-MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
-  using A = acc_t<T>;
-  const Common<A>& a = arguments.common;
-  const int64_t i = item.sample, block = item.number, c0 = block * a.cut.channels;
-  add_parts<T, P, pixels>(arguments, i, block, shared);
-  over_threads(P::gate_count * a.cut.channels, [&](int64_t n) {
-    const int g = int(n / a.cut.channels), channel = int(n % a.cut.channels);
-    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
-  });
-  __syncthreads();
-  over_threads(a.cut.channels, [&](int64_t channel) {
-    if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
-  });
-  __syncthreads();
-  leave_shares<P>(a, i, block, shared);
-  if (!arrives_last(a.arrivals(i), a.firsts, &shared.arrived)) return;
-  make_inner_gradients<P>(a, i);
-  __syncthreads();
-  if (threadIdx.x == 0) add_acquire_release(a.arrivals(i), 1);
-}
-
-// --- second items: gradients of the inputs ------------------------------------------------------------
 
 // The gradient of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through all gates that see it.
 template <class P, class A>
@@ -249,16 +224,15 @@ MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int6
     } else {
       const Numbers<A> weight = a.parameters[0].from(int64_t(g) * a.R * a.C + c);
       const A* inner = scratch.inner(g, b);
-      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * load_shared_by_blocks(inner + row);
+      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * inner[row];
     }
   }
   return total;
 }
 
-// Computes the coefficients of ∂x of channel c and, if `leaves`, the sample's part of ∂γ and ∂β.
-template <class P, class A, class Shared>
-MRCN_DEVICE void map_gradients(
-    const Common<A>& a, int64_t i, int64_t c, int channel, bool leaves, Shared& shared) {
+// Computes the coefficients of ∂x of channel c, and the sample's part of ∂γ and ∂β.
+template <class P, class A>
+MRCN_DEVICE void map_gradients(const Common<A>& a, int64_t i, int64_t c) {
   const Saved<P, A> saved(a, i);
   const BackwardScratch<P, A> scratch(a, i);
   Plane<A> planes[P::inputs];
@@ -278,80 +252,132 @@ MRCN_DEVICE void map_gradients(
     A U = load_shared_by_blocks(scratch.U(m.v) + c), V = load_shared_by_blocks(scratch.V(m.v) + c);
     if (a.gate == Gate::cbam_channel) {
       // The gradient of GMP(M) goes to the pixel with the maximum of M, in equal parts if there are several.
-      const A extreme = load_shared_by_blocks(scratch.extreme(m.v) + c),
-              of = shared.of_pooled[m.v][1][channel];
+      const A extreme = load_shared_by_blocks(scratch.extreme(m.v) + c), of = scratch.of_pooled(m.v, 1)[c];
       U -= (extreme - plane.mean) * of;
       V -= of;
       k[P::extreme(m.v)] = extreme;
       k[P::k3(m.v)] = (1 - plane.a) * of / load_shared_by_blocks(scratch.count(m.v) + c);
     }
-    const PlaneGradient<A> of = plane_gradient(plane, U, V, shared.of_pooled[m.v][0][channel], A(a.L));
+    const PlaneGradient<A> of = plane_gradient(plane, U, V, scratch.of_pooled(m.v, 0)[c], A(a.L));
     k[P::k1(m.v)] = used ? of.k1 : A(0);
     k[P::k2(m.v)] = used ? of.k2 : A(0);
-    if (leaves) {
-      scratch.norm(m.v, 0)[c] = used ? of.gamma : A(0);
-      scratch.norm(m.v, 1)[c] = used ? of.beta : A(0);
-    }
+    scratch.norm(m.v, 0)[c] = used ? of.gamma : A(0);
+    scratch.norm(m.v, 1)[c] = used ? of.beta : A(0);
   });
-  unroll<P::backward_slots>([&](auto slot) { shared.k[slot.v][channel] = k[slot.v]; });
+  unroll<P::backward_slots>([&](auto slot) { scratch.coefficients(slot.v)[c] = k[slot.v]; });
 }
 
-template <class P, class A, class Shared>
-MRCN_DEVICE void make_coefficients(
-    const Common<A>& a, int64_t i, int64_t block, bool leaves, Shared& shared) {
+// Writes the coefficients of all planes of a sample to scratch memory.
+template <class P, class A>
+MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i) {
   const BackwardScratch<P, A> scratch(a, i);
-  const int64_t c0 = block * a.cut.channels;
-  over_threads(int64_t(P::inputs) * a.branches() * a.cut.channels, [&](int64_t n) {
-    const int channel = int(n % a.cut.channels), m = int(n / a.cut.channels % P::inputs);
-    const int b = int(n / a.cut.channels / P::inputs);
-    if (c0 + channel < a.C) shared.of_pooled[m][b][channel] = of_pooled(scratch, m, b, c0 + channel);
+  over_threads(int64_t(P::inputs) * a.branches() * a.C, [&](int64_t n) {
+    const int m = int(n / a.C % P::inputs), b = int(n / a.C / P::inputs);
+    scratch.of_pooled(m, b)[n % a.C] = of_pooled(scratch, m, b, n % a.C);
   });
   __syncthreads();
-  over_threads(a.cut.channels, [&](int64_t channel) {
-    if (c0 + channel < a.C) map_gradients<P>(a, i, c0 + channel, int(channel), leaves, shared);
+  over_threads(a.C, [&](int64_t c) { map_gradients<P>(a, i, c); });
+}
+
+template <class T, class P, bool pixels, class Shared>
+MRCN_DEVICE void first_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
+  using A = acc_t<T>;
+  const Common<A>& a = arguments.common;
+  const int64_t i = item.sample, block = item.number, c0 = block * a.cut.first.each;
+  add_parts<T, P, pixels>(arguments, i, block, shared);
+  over_threads(P::gate_count * a.cut.first.each, [&](int64_t n) {
+    const int g = int(n / a.cut.first.each), channel = int(n % a.cut.first.each);
+    if (c0 + channel < a.C) shared.s[g][channel] = gate_value(Saved<P, A>(a, i), g, c0 + channel);
   });
   __syncthreads();
+  over_threads(a.cut.first.each, [&](int64_t channel) {
+    if (c0 + channel < a.C) leave_sums<P, pixels>(a, i, c0 + channel, int(channel), shared);
+  });
+  __syncthreads();
+  leave_shares<P>(a, i, block, shared);
+  if (!arrives_last(a.arrivals(i), a.firsts, &shared.arrived)) return;
+  make_inner_gradients<P>(a, i);
+  __syncthreads();
+  make_coefficients<P>(a, i);
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  add_acquire_release(a.arrivals(i), 1);
+  add_acquire_release(a.counters + 1, 1);
+}
+
+// --- second items: gradients of the inputs ------------------------------------------------------------
+
+// The lines of all maps at one place.
+template <class P>
+struct PlaceLines {
+  Line x[2], g[4], passed[2];
+};
+
+template <class T, class P, bool pixels>
+MRCN_DEVICE void fetch_place(const BackwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
+    int64_t at, PlaceLines<P>& lines) {
+  const auto& a = arguments.common;
+  const int filled = share.filled(a.C, a.L, at);
+  fetch_all<Reuse::never>(a, arguments.inputs, i, share, at, filled, P::inputs, lines.x);
+  fetch_all<Reuse::never>(a, arguments.gradients, i, share, at, filled, P::sets, lines.g);
+  fetch_all<Reuse::never>(a, arguments.passed, i, share, at, filled, P::inputs, lines.passed);
+}
+
+// Writes the gradients of the inputs at one place. `k` has the coefficients of a plane; those of pixels are
+// read for each channel.
+template <class T, class P, bool pixels, class A, class Shared>
+MRCN_DEVICE void write_place(const BackwardArguments<T>& arguments, int64_t i, const Share<T, pixels>& share,
+    int64_t at, const PlaceLines<P>& lines, A (&k)[P::backward_slots], const Shared& shared) {
+  const Common<A>& a = arguments.common;
+  // The elements are converted one at a time: those of six lines would not fit into registers.
+  T x[P::inputs][width<T>], g[P::sets][width<T>];
+  A dx[P::inputs][width<T>];
+  unroll<P::inputs>([&](auto m) { std::memcpy(x[m.v], &lines.x[m.v], sizeof(Line)); });
+  unroll<P::inputs>([&](auto m) { widen<T>(lines.passed[m.v], dx[m.v]); });
+  unroll<P::sets>([&](auto set) { std::memcpy(g[set.v], &lines.g[set.v], sizeof(Line)); });
+  unroll<width<T>>([&](auto j) {
+    A from[P::inputs], given[P::sets], made[P::inputs];
+    if (pixels) read_coefficients(shared, share.channel + j.v, k);
+    unroll<P::inputs>([&](auto m) { from[m.v] = get(&x[m.v][j.v]); });
+    unroll<P::sets>([&](auto set) { given[set.v] = get(&g[set.v][j.v]); });
+    make_gradients<P>(k, from, given, made);
+    unroll<P::inputs>([&](auto m) {
+      dx[m.v][j.v] += made[m.v];
+      const bool top = a.gate == Gate::cbam_channel && from[m.v] == k[P::extreme(m.v)];
+      if (top) dx[m.v][j.v] += k[P::k3(m.v)];
+    });
+  });
+  unroll<P::inputs>([&](auto m) {
+    const FeatureMap& map = arguments.input_gradients[m.v];
+    keep(
+        sample_of<T>(map, i) + share.offset(map, at), narrow<T>(dx[m.v]), share.filled(a.C, a.L, at), a.wide);
+  });
 }
 
 template <class T, class P, bool pixels, class Shared>
 MRCN_DEVICE void second_item(const BackwardArguments<T>& arguments, const Item& item, Shared& shared) {
   using A = acc_t<T>;
   const Common<A>& a = arguments.common;
-  const int64_t i = item.sample, block = item.number % a.cut.blocks, chunk = item.number / a.cut.blocks;
+  const int64_t i = item.sample, block = item.number % a.cut.second.blocks,
+                chunk = item.number / a.cut.second.blocks;
+  const int64_t begin = chunk * a.cut.chunk, end = least(begin + a.cut.chunk, a.cut.places);
+  // The first lines are on their way while the block waits for the coefficients.
+  PlaceLines<P> lines{};
+  const Share<T, pixels> first = first_share<T, pixels>(a.cut.second, block);
+  const bool any = begin + first.place < end && first.c < a.C;
+  if (any) fetch_place<T, P, pixels>(arguments, i, first, begin + first.place, lines);
+  bool fetched = true;
   wait_for(a.arrivals(i), a.firsts + 1);
-  make_coefficients<P>(a, i, block, chunk == 0, shared);
-  if (chunk == 0 && threadIdx.x == 0) add_acquire_release(a.counters + 1, 1);
-  const int64_t end = least((chunk + 1) * a.cut.chunk, a.cut.places);
-  over_shares<T, pixels>(a, block, [&](const Share<T, pixels>& share) {
+  const A* table = BackwardScratch<P, A>(a, i).coefficients(0);
+  copy_coefficients<P::backward_slots>(a, table, block * a.cut.second.each, a.cut.second.each, shared);
+  over_shares<T, pixels>(a, a.cut.second, block, [&](const Share<T, pixels>& share) {
     if (share.c >= a.C) return;
     A k[P::backward_slots];
     if (!pixels) read_coefficients(shared, share.channel, k);
-    for (int64_t at = chunk * a.cut.chunk + share.place; at < end; at += share.step) {
-      const int filled = share.filled(a.C, a.L, at);
-      Line x_lines[2], g_lines[4], passed_lines[2];
-      fetch_all<Reuse::never>(a, arguments.inputs, i, share, at, filled, P::inputs, x_lines);
-      fetch_all<Reuse::never>(a, arguments.gradients, i, share, at, filled, P::sets, g_lines);
-      fetch_all<Reuse::never>(a, arguments.passed, i, share, at, filled, P::inputs, passed_lines);
-      A x[P::inputs][width<T>], g[P::sets][width<T>], dx[P::inputs][width<T>];
-      unroll<P::inputs>([&](auto m) { widen<T>(x_lines[m.v], x[m.v]); });
-      unroll<P::inputs>([&](auto m) { widen<T>(passed_lines[m.v], dx[m.v]); });
-      unroll<P::sets>([&](auto set) { widen<T>(g_lines[set.v], g[set.v]); });
-      unroll<width<T>>([&](auto j) {
-        A from[P::inputs], given[P::sets], made[P::inputs];
-        if (pixels) read_coefficients(shared, share.channel + j.v, k);
-        unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
-        unroll<P::sets>([&](auto set) { given[set.v] = g[set.v][j.v]; });
-        make_gradients<P>(k, from, given, made);
-        unroll<P::inputs>([&](auto m) {
-          dx[m.v][j.v] += made[m.v];
-          const bool top = a.gate == Gate::cbam_channel && from[m.v] == k[P::extreme(m.v)];
-          if (top) dx[m.v][j.v] += k[P::k3(m.v)];
-        });
-      });
-      unroll<P::inputs>([&](auto m) {
-        const FeatureMap& map = arguments.input_gradients[m.v];
-        keep(sample_of<T>(map, i) + share.offset(map, at), narrow<T>(dx[m.v]), filled, a.wide);
-      });
+    for (int64_t at = begin + share.place; at < end; at += share.step) {
+      if (!fetched) fetch_place<T, P, pixels>(arguments, i, share, at, lines);
+      fetched = false;
+      write_place<T, P, pixels>(arguments, i, share, at, lines, k, shared);
     }
   });
 }
@@ -384,7 +410,7 @@ int run_backward(const BlockBackward& call, void* scratch, void* stream) {
   constexpr int shared = sizeof(BackwardShared<T, P>);
   static_assert(shared <= most_shared);
   BackwardArguments<T> a{};
-  const int64_t row = backward_row(call.shape, cut<T>(call.shape).blocks);
+  const int64_t row = backward_row(call.shape, cut<T>(call.shape).first.blocks);
   a.common = common<T>(call, 1, last_items(call.shape), row, call.statistics, scratch);
   a.singles = single_parameters(call.shape);
   const Sets& sets = sets_of(call.shape.mode);

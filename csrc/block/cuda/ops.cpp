@@ -1,6 +1,10 @@
 // The block's operations on CUDA tensors.
 #include "block/cuda/kernels.h"
 
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
 #include "block/ops.h"
 #include "cuda/tensors.h"
 
@@ -14,6 +18,26 @@ std::string described(const BlockShape& s) {
        << dtypes[int(s.dtype)] << (s.pixels ? ", channels_last" : "");
   return text.str();
 }
+
+// Which kernels the environment asks for. It is read at every call, so that a program can change it.
+struct Choice {
+  bool held = false;
+  int margin = 0;
+
+  Choice() {
+    if (const char* value = std::getenv("MRCN_FAST_CUDA_HELD"); value != nullptr && *value != '\0') {
+      held = std::strcmp(value, "1") == 0;
+      check(held || std::strcmp(value, "0") == 0, "MRCN_FAST_CUDA_HELD: got '", value, "', expected 0 or 1");
+    }
+    if (const char* value = std::getenv("MRCN_FAST_SM_MARGIN"); value != nullptr && *value != '\0') {
+      char* end = nullptr;
+      const long number = std::strtol(value, &end, 10);
+      check(*end == '\0' && number >= 0 && number <= 1000, "MRCN_FAST_SM_MARGIN: got '", value,
+          "', expected a number of multiprocessors from 0 to 1000");
+      margin = int(number);
+    }
+  }
+};
 
 struct Cuda {
   static constexpr const char* tensor = "a CUDA tensor";
@@ -38,9 +62,15 @@ struct Cuda {
     return {shape.samples, cuda::saved_row(shape)};
   }
   static void forward(BlockForward& call, const Tensor& like) {
-    const Tensor scratch = cuda_empty({cuda::forward_scratch(call.shape)}, ScalarType::Byte, like);
+    const Choice choice;
+    const int64_t held = choice.held ? cuda::held_forward_scratch(call.shape) : 0;
+    const Tensor scratch =
+        cuda_empty({std::max(cuda::forward_scratch(call.shape), held)}, ScalarType::Byte, like);
     const OnDevice device(like);
-    const int error = cuda::block_forward(call, scratch.data_ptr(), device.stream());
+    int error = 0;
+    if (held == 0 || !cuda::held_forward(call, choice.margin, scratch.data_ptr(), device.stream(), &error)) {
+      error = cuda::block_forward(call, scratch.data_ptr(), device.stream());
+    }
     check_launch(error, "the block's forward", like, [&] { return described(call.shape); });
   }
   static void backward(BlockBackward& call, const Tensor& like) {

@@ -33,9 +33,14 @@ struct BackwardScratch {
   MRCN_DEVICE A* norm(int m, int which) const { return plane(2 * P::inputs + 2 * m + which); }
   MRCN_DEVICE A* s(int g) const { return plane(4 * P::inputs + g); }
   MRCN_DEVICE A* before(int g) const { return plane(4 * P::inputs + P::gate_count + g); }
-  MRCN_DEVICE A* extreme(int m) const { return plane(4 * P::inputs + 2 * P::gate_count + m); }
-  MRCN_DEVICE A* count(int m) const { return plane(5 * P::inputs + 2 * P::gate_count + m); }
-  MRCN_DEVICE A* layers() const { return plane((a.branches() == 2 ? 6 : 4) * P::inputs + 2 * P::gate_count); }
+  MRCN_DEVICE A* coefficients(int slot) const { return plane(4 * P::inputs + 2 * P::gate_count + slot); }
+  // The gradient of GAP(M) (b = 0) or of GMP(M) (b = 1).
+  MRCN_DEVICE A* of_pooled(int m, int b) const {
+    return coefficients(P::backward_slots) + (b * P::inputs + m) * a.C;
+  }
+  MRCN_DEVICE A* extreme(int m) const { return of_pooled(m, 2); }
+  MRCN_DEVICE A* count(int m) const { return of_pooled(m, 3); }
+  MRCN_DEVICE A* layers() const { return of_pooled(0, 2 * a.branches()); }
   // The gradient before the ReLU of the hidden layer.
   MRCN_DEVICE A* inner(int g, int b) const { return layers() + int64_t(g * a.branches() + b) * a.R; }
   MRCN_DEVICE int64_t layer() const { return int64_t(P::gate_count) * a.hidden(); }
@@ -47,8 +52,12 @@ struct BackwardScratch {
 };
 
 inline int64_t backward_row(const BlockShape& shape, int blocks) {
-  const int b = branches(shape), m = sets_of(shape.mode).inputs, g = sets_of(shape.mode).gates;
-  return ((b == 2 ? 6 : 4) * m + 2 * g) * shape.channels + (b + blocks) * g * hidden(shape);
+  return with_pattern(shape.mode, [&](auto pattern) {
+    using P = decltype(pattern);
+    const int b = branches(shape), g = P::gate_count;
+    return ((4 + 2 * b) * P::inputs + 2 * g + P::backward_slots) * shape.channels +
+           (b + blocks) * g * hidden(shape);
+  });
 }
 
 MRCN_DEVICE bool has(unsigned bits, int number) { return (bits >> number & 1u) != 0; }
@@ -172,7 +181,7 @@ inline int64_t last_items(const BlockShape& s) {
 template <class T, class P>
 MRCN_DEVICE void last_item(const BackwardArguments<T>& arguments, int64_t number, int64_t singles) {
   const auto& a = arguments.common;
-  wait_for(a.counters + 1, int(a.N * a.cut.blocks));
+  wait_for(a.counters + 1, int(a.N));
   const int64_t blocks = (singles + block_threads - 1) / block_threads;
   if (number < blocks) {
     const int64_t n = number * block_threads + threadIdx.x;

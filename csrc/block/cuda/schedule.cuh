@@ -3,11 +3,11 @@
 //
 // A call is one kernel launch. Its thread blocks take work items in the order of a ticket counter. A first
 // item reads the pixels of a block of channels of one sample and reduces them. The last of a sample's first
-// items to finish computes what the gates need of all channels. A second item waits for that, reads the
-// pixels again (from L2, as long as few samples are under way) and writes the results. There is no deadlock:
-// a block waits only for tickets before its own, which are held by blocks that run, so that with any number
-// of blocks and in any order some block makes progress. Only integers are added atomically, and the order of
-// every sum depends on the shape alone, without the batch size.
+// items to finish computes the gates and a table of the coefficients of all channels. A second item waits for
+// that, reads the pixels again (from L2, as long as few samples are under way) and writes the results. There
+// is no deadlock: a block waits only for tickets before its own, which are held by blocks that run, so that
+// with any number of blocks and in any order some block makes progress. Only integers are added atomically,
+// and the order of every sum depends on the shape alone, without the batch size.
 #pragma once
 
 #include <cmath>
@@ -40,13 +40,18 @@ constexpr int steps_per_item = 4;  // places per thread of a second item, approx
 template <class T>
 constexpr int most_parts = most<int>(most_channels, block_warps* least(most_across, warp_lanes) * width<T>);
 
+// How the channels are divided into blocks, one per work item.
+struct Channels {
+  int across;  // lanes that share the channels of a pixel; 1 for planes
+  int each;    // channels per block
+  int blocks;
+};
+
 // How a sample is divided. A place is a line of a plane, or a pixel.
 struct Cut {
-  int across;      // lanes that share the channels of a pixel; 1 for planes
-  int channels;    // per work item
-  int blocks;      // blocks of channels
-  int64_t places;  // lines per plane, or pixels
-  int64_t chunk;   // places per second item
+  Channels first, second;  // of the first and of the second items
+  int64_t places;          // lines per plane, or pixels
+  int64_t chunk;           // places per second item
   int64_t chunks;
 };
 
@@ -62,23 +67,27 @@ inline int power_of_two(int64_t n) {
 template <class T>
 inline Cut cut(const BlockShape& shape) {
   Cut c;
-  int64_t abreast;  // threads of an item that take different places
+  const auto pixels_of = [&](int64_t across) -> Channels {
+    const int lanes = least(power_of_two(across), least(most_across, warp_lanes)), each = lanes * width<T>;
+    return {lanes, each, int(divided(shape.channels, each))};
+  };
+  int64_t abreast;  // threads of a second item that take different places
   if (shape.pixels) {
     const int64_t lines = divided(shape.channels, width<T>);
-    // Memory is read in sectors of 32 bytes.
-    c.across = power_of_two(most<int64_t>(least<int64_t>(lines, 2), divided(lines, most_blocks)));
-    c.across = least(c.across, least(most_across, warp_lanes));
-    c.channels = c.across * width<T>;
+    // A first item reads all pixels of its channels. With the 32 bytes of a sector from each pixel there are
+    // enough of them; a second item has some of the pixels, and takes the 128 bytes of a cache line from
+    // each.
+    c.first = pixels_of(most<int64_t>(least<int64_t>(lines, 2), divided(lines, most_blocks)));
+    c.second = pixels_of(least<int64_t>(lines, most_across));
     c.places = shape.length;
-    abreast = block_threads / c.across;
+    abreast = block_threads / c.second.across;
   } else {
-    c.across = 1;
     const int64_t planes_per_warp = divided(shape.channels, int64_t(most_blocks) * block_warps);
-    c.channels = block_warps * int(least<int64_t>(planes_per_warp, most_channels / block_warps));
+    const int each = block_warps * int(least<int64_t>(planes_per_warp, most_channels / block_warps));
+    c.first = c.second = {1, each, int(divided(shape.channels, each))};
     c.places = divided(shape.length, width<T>);
     abreast = warp_lanes;
   }
-  c.blocks = int(divided(shape.channels, c.channels));
   c.chunks = divided(c.places, steps_per_item * abreast);
   c.chunk = divided(divided(c.places, c.chunks), abreast) * abreast;
   c.chunks = divided(c.places, c.chunk);
@@ -138,8 +147,8 @@ struct Common {
   int64_t saved_row, scratch_row;
   // `Given` as bits.
   unsigned given_sets, given_gates, given_inputs;
-  // The ticket; how many second items have written what the gradients of the parameters need; and for each
-  // sample how many of its first items have finished, plus one once its gates can be computed.
+  // The ticket; how many samples have written what the gradients of the parameters need; and for each sample
+  // how many of its first items have finished, plus one once its table of coefficients is written.
   int* counters;
 
   MRCN_DEVICE int branches() const { return gate == Gate::cbam_channel ? 2 : 1; }
@@ -185,8 +194,8 @@ inline Common<acc_t<T>> common(
   c.gate = s.gate;
   c.to_input = s.to_input;
   c.cut = cut<T>(s);
-  c.firsts = firsts_a_block * c.cut.blocks;
-  c.seconds = int(c.cut.blocks * c.cut.chunks);
+  c.firsts = firsts_a_block * c.cut.first.blocks;
+  c.seconds = int(c.cut.second.blocks * c.cut.chunks);
   c.tickets = c.N * (c.firsts + c.seconds) + last;
   c.gamma = numbers<A>(call, call.parameters.norm_weight);
   c.beta = numbers<A>(call, call.parameters.norm_bias);
@@ -247,7 +256,8 @@ inline int blocks_of(const Common<A>& c, const Device& device) {
 
 // Calls f(item) for every ticket that the block gets, until there are no more. The block takes its next
 // ticket while it works on an item. That ticket may lie idle meanwhile: blocks wait for lower tickets only,
-// and the lowest unfinished ticket is never an idle one.
+// and the lowest unfinished ticket is never an idle one. Towards the end, where an idle ticket would keep
+// another block without work, the block takes its next ticket after the item.
 template <class A, class F>
 MRCN_DEVICE void over_items(const Common<A>& a, int* shared, const F& f) {
   int next = threadIdx.x == 0 ? add_relaxed(a.counters, 1) : 0;
@@ -256,8 +266,10 @@ MRCN_DEVICE void over_items(const Common<A>& a, int* shared, const F& f) {
     __syncthreads();
     const int ticket = *shared;
     if (ticket >= a.tickets) return;
-    if (threadIdx.x == 0) next = add_relaxed(a.counters, 1);
+    const bool ahead = a.tickets - ticket > 2 * int64_t(gridDim.x);
+    if (ahead && threadIdx.x == 0) next = add_relaxed(a.counters, 1);
     f(item_of(a, ticket));
+    if (!ahead && threadIdx.x == 0) next = add_relaxed(a.counters, 1);
     __syncthreads();  // the block is done with its shared memory
   }
 }
@@ -271,9 +283,12 @@ MRCN_DEVICE bool arrives_last(int* counter, int number, int* shared) {
   return *shared == number - 1;
 }
 
+// Waits until the counter has reached `number`. Only the last look acquires: on a GPU, an acquire drops what
+// the multiprocessor's first-level cache holds, also for the other blocks there.
 MRCN_DEVICE void wait_for(const int* counter, int number) {
   if (threadIdx.x == 0) {
-    while (load_acquire(counter) < number) pause();
+    while (load_relaxed(counter) < number) pause();
+    load_acquire(counter);
   }
   __syncthreads();
 }
@@ -299,19 +314,30 @@ struct Share {
   }
 };
 
+// The thread's first share of a block of channels. It may lie beyond the last channel.
+template <class T, bool pixels>
+MRCN_DEVICE Share<T, pixels> first_share(const Channels& channels, int64_t block) {
+  const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
+  const int64_t c0 = block * channels.each;
+  if constexpr (pixels) {
+    const int channel = lane % channels.across * width<T>, rows = warp_lanes / channels.across;
+    return {c0 + channel, channel, warp * rows + lane / channels.across, block_warps * rows};
+  } else {
+    return {c0 + warp, warp, lane, warp_lanes};
+  }
+}
+
 // Calls f(share) for each channel, or line of channels, of the thread. All threads of a warp call f together;
 // for pixels also those beyond the last channel, whose lines have no elements.
 template <class T, bool pixels, class A, class F>
-MRCN_DEVICE void over_shares(const Common<A>& a, int64_t block, const F& f) {
-  const int warp = threadIdx.x / warp_lanes, lane = threadIdx.x % warp_lanes;
-  const int64_t c0 = block * a.cut.channels;
+MRCN_DEVICE void over_shares(const Common<A>& a, const Channels& channels, int64_t block, const F& f) {
+  Share<T, pixels> share = first_share<T, pixels>(channels, block);
   if constexpr (pixels) {
-    const int channel = lane % a.cut.across * width<T>;
-    const int rows = warp_lanes / a.cut.across;
-    f(Share<T, pixels>{c0 + channel, channel, warp * rows + lane / a.cut.across, block_warps * rows});
+    f(share);
   } else {
-    for (int channel = warp; channel < a.cut.channels && c0 + channel < a.C; channel += block_warps) {
-      f(Share<T, pixels>{c0 + channel, channel, lane, warp_lanes});
+    for (; share.channel < channels.each && share.c < a.C; share.channel += block_warps) {
+      f(share);
+      share.c += block_warps;
     }
   }
 }
@@ -400,7 +426,7 @@ MRCN_DEVICE A sigmoid(A x) {
 }
 
 // s of gate g for channel c, from the hidden layers or (ECA) from the pooled residuals of neighboring
-// channels.
+// channels. The hidden layers come from this block or from an earlier launch.
 template <class P, class A>
 MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
   const Common<A>& a = saved.a;
@@ -419,7 +445,7 @@ MRCN_DEVICE A gate_value(const Saved<P, A>& saved, int g, int64_t c) {
   A x = A(a.branches()) * a.parameters[3][g * a.C + c];
   for (int b = 0; b < a.branches(); ++b) {  // W (h + h') would lose the NaN of infinity times zero
     const A* h = saved.hidden(g, b);
-    for (int j = 0; j < a.R; ++j) x += weight[j] * load_shared_by_blocks(h + j);
+    for (int j = 0; j < a.R; ++j) x += weight[j] * h[j];
   }
   return sigmoid(x);
 }
@@ -438,6 +464,20 @@ MRCN_DEVICE A add_shares(const A* p, int64_t blocks, int64_t stride) {
   return total;
 }
 
+// Copies the coefficients of `channels` channels from c0 on from the table of a sample, which has a row of C
+// numbers per coefficient, to shared memory.
+template <int slots, class A, class Shared>
+MRCN_DEVICE void copy_coefficients(
+    const Common<A>& a, const A* table, int64_t c0, int channels, Shared& shared) {
+  over_threads(slots * channels, [&](int64_t n) {
+    const int slot = int(n / channels), channel = int(n % channels);
+    if (c0 + channel < a.C) {
+      shared.k[slot][channel] = load_shared_by_blocks(table + slot * a.C + c0 + channel);
+    }
+  });
+  __syncthreads();
+}
+
 // Reads the coefficients of a plane from shared memory. For planes it is called once per plane. For pixels it
 // is called for every pixel, because the coefficients of all channels of a line would fill the registers.
 template <class A, class Shared, int slots>
@@ -454,7 +494,7 @@ inline int64_t scratch_bytes(const BlockShape& shape, const F& row) {
   int64_t bytes = 0;
   with_element(shape.dtype, [&](auto element) {
     using T = decltype(element);
-    const int64_t numbers = shape.samples * row(shape, cut<T>(shape).blocks);
+    const int64_t numbers = shape.samples * row(shape, cut<T>(shape).first.blocks);
     bytes = counter_bytes(shape.samples) + numbers * int64_t(sizeof(acc_t<T>));
     return 0;
   });
