@@ -434,11 +434,10 @@ class Recorded(Captured):
         return super().__call__(inputs).clone()
 
 
-@pytest.mark.parametrize("values", [{}, {"clip_norm": 1.0, "freeze": ("layer1",)}])
 def test_a_graph_repeats_the_step_on_other_batches_and_rates(
-    config: TrainConfig, values: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = dataclasses.replace(config, batches=4, epochs=2, warmup_epochs=1, **values)
+    config = dataclasses.replace(config, batches=4, epochs=2, clip_norm=1.0)
     eager = train(config)
     monkeypatch.setattr(fast, "Captured", Recorded)
     trainer = Trainer(dataclasses.replace(config, out=f"{config.out}-graph"))
