@@ -25,8 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 BLOCK_TESTS = tuple(f"tests/test_block{part}.py" for part in ("", "_accuracy", "_derivatives", "_memory"))
 TESTS = (*BLOCK_TESTS, *(f"tests/test_{name}.py" for name in ("gpu", "cqc", "gates", "compile", "rule")))
-# This one checks that a training step never waits for the GPU; it needs the packages of [reid].
-TRAINING_TESTS = ("tests/reid/training/test_transfers.py",)
+# These check that a training step never waits for the GPU, and the CUDA graph of steps; they need [reid].
+TRAINING_TESTS = tuple(f"tests/reid/training/test_{name}.py" for name in ("transfers", "speed"))
 TEST_PACKAGES = ("pytest", "hypothesis", "numpy")
 PARTS = ("build", "tests", "sanitizer", "benchmark")
 BUILD_PACKAGES = ("pybind11", "setuptools", "ninja")

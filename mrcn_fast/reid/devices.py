@@ -34,17 +34,19 @@ _DTYPES: Final[dict[Precision, torch.dtype]] = {
 }
 
 
-def open_fabric(accelerator: str, precision: Precision, callbacks: Sequence[object] = ()) -> Fabric:
+def open_fabric(accelerator: str, precision: Precision | None, callbacks: Sequence[object] = ()) -> Fabric:
     """Open one device with its precision, as a Fabric of lightning-fabric that calls `callbacks`.
 
-    `fabric.autocast()` is the context in which a network computes in `precision`, unless its forward goes
-    through `fabric.setup`. Raises ConfigError as `check_device` does.
+    Without a precision it is float32. `fabric.autocast()` is the context in which a network computes in
+    `precision`, unless its forward goes through `fabric.setup`. Raises ConfigError as `check_device` does.
     """
     check_device(accelerator, precision)
-    return Fabric(accelerator=accelerator, devices=1, precision=precision, callbacks=list(callbacks))
+    return Fabric(
+        accelerator=accelerator, devices=1, precision=precision or "32-true", callbacks=list(callbacks)
+    )
 
 
-def check_device(accelerator: str, precision: Precision) -> None:
+def check_device(accelerator: str, precision: Precision | None) -> None:
     """Raise ConfigError for a device that `open_fabric` can't open.
 
     This is an accelerator that this machine doesn't have, a precision that the accelerator doesn't have, or a
@@ -89,7 +91,9 @@ def check_alone() -> None:
         )
 
 
-def serving_backend(config: TrainConfig, backend: str | None, fabric: Fabric, precision: Precision) -> str:
+def serving_backend(
+    config: TrainConfig, backend: str | None, fabric: Fabric, precision: Precision | None
+) -> str:
     """Return the backend that serves the blocks of a network on a device, or "" for the baseline.
 
     Raises BackendError, a RuntimeError, where the requested `backend` can't serve, and ValueError for an
@@ -97,7 +101,7 @@ def serving_backend(config: TrainConfig, backend: str | None, fabric: Fabric, pr
     """
     if config.model == "baseline":
         return ""
-    return choose(backend, fabric.device.type, _DTYPES[precision], config.gate)
+    return choose(backend, fabric.device.type, _DTYPES[precision or "32-true"], config.gate)
 
 
 def _usable_accelerators() -> list[str]:

@@ -23,6 +23,7 @@ from mrcn_fast.reid.training.trainer import Trainer
 TINY: dict[str, Any] = {
     "depth": 18, "height": 32, "width": 16, "identities": 2, "images": 2, "padding": 2, "workers": 0,
     "batches": 3, "epochs": 2, "lr": 0.02, "warmup_epochs": 1, "log_every": 1, "accelerator": "cpu",
+    "speed": "plain",
 }  # fmt: skip
 
 

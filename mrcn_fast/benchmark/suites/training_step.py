@@ -1,9 +1,10 @@
 """`mrcn-fast bench step`: whole training steps, as published and with this library's additions.
 
-It prints one table per model. A step is forward, losses, backward and optimizer on random images that are on
-the device already; `bench loader` measures loading. The first step is written as published re-identification
-code does it: float32, contiguous, eager, MRCN's block in plain PyTorch, its six sets joined by torch.cat, and
-a loop over identities in the loss. Each further step has one addition more.
+It prints one table per model. The steps are taken by the class that takes them in `mrcn-fast train`, on
+random images that are on the device already and augmented; `bench loader` measures loading. The first step is
+as in published re-identification code: float32, contiguous, eager, MRCN's block in plain PyTorch, its six
+sets joined by torch.cat, and a loop over identities in the loss. Each further step has one addition more. All
+but the last one together are `--speed auto`, and the last one is `--compile`.
 
 The steps take turns. Before that, the first loss of each one and the lengths of its gradients are compared
 with the published step's, from the same weights and images. The gradients' directions are not compared: after
@@ -12,6 +13,7 @@ fifty layers of a trunk that has learned nothing, those of bf16 are unrelated to
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -20,6 +22,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from typing_extensions import TypedDict
 
@@ -35,15 +38,15 @@ from mrcn_fast.reid.models.blocks import BlockOutput, RestitutionCompensation
 from mrcn_fast.reid.models.network import ModelName, ReIDModel, use_layout
 from mrcn_fast.reid.settings import checked, kinds_of, with_more
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.fast import FastStep
 from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.speed import compile_trunk, make_step
 from mrcn_fast.streams import announced
 
 # What is added to the published step, in this order. Each step keeps all additions before its own.
-ADDITIONS: Final = {
-    "mrcn": ("fused block", "concat", "fused CQC", "channels_last", "bf16", "compiled trunk", "CUDA graphs"),
-    "baseline": ("channels_last", "bf16", "compiled trunk", "CUDA graphs"),
-}
+_SPEED: Final = ("channels_last", "bf16", "fused optimizer", "CUDA graph", "compiled trunk")
+ADDITIONS: Final = {"mrcn": ("fused block", "concat", "fused CQC", *_SPEED), "baseline": _SPEED}
 # The relative error of the first loss, after fifty layers, that is still rounding. bf16 rounds to 8 bits, and
 # TF32, in which torch lets GPUs convolve float32, to 11; on an H200 the losses differed by 1e-2 and 2e-4.
 TOLERANCES: Final = {"32": 1e-4, "tf32": 1e-3, "bf16": 2e-2}
@@ -71,8 +74,8 @@ class Plan(NamedTuple):
 
 
 def plans(model: ModelName, device: str) -> list[Plan]:
-    """Return the published step, then the steps with one addition more each; CUDA graphs only with CUDA."""
-    names = [name for name in ADDITIONS[model] if name != "CUDA graphs" or device != "cpu"]
+    """Return the published step, then the steps with one addition more each; a CUDA graph only with CUDA."""
+    names = [name for name in ADDITIONS[model] if name != "CUDA graph" or device != "cpu"]
     steps = [Plan(f"+ {name}", frozenset(names[: count + 1])) for count, name in enumerate(names)]
     return [Plan(AS_PUBLISHED, frozenset()), *steps]
 
@@ -84,86 +87,64 @@ class ConcatenatedSets(RestitutionCompensation):
         return BlockOutput(torch.cat(self(visible, infrared)))
 
 
-class Captured:
-    """A function captured as one CUDA graph: a call replays it, and returns the result computed anew.
-
-    Nothing in the function may wait for the GPU.
-
-    Attributes:
-        peak_bytes: the peak memory of the function, which the graph then keeps
-    """
-
-    # After so many calls Triton, Inductor and cuDNN have compiled their kernels and chosen among them.
-    WARM_UPS: Final = 3
-
-    def __init__(self, work: Callable[[], Tensor]) -> None:
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):
-            for _ in range(self.WARM_UPS):
-                work()
-        torch.cuda.current_stream().wait_stream(beside)
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
-            self._result = work()
-        self.peak_bytes = torch.cuda.max_memory_allocated() - before
-
-    def __call__(self) -> Tensor:
-        self._graph.replay()
-        return self._result
-
-
 class Step:
     """A training step as a plan says: a call takes it and returns the loss.
 
     All steps of a configuration start from the same weights.
     """
 
+    # After so many steps the compilers are done, and a CUDA graph is captured.
+    WARM_UPS: Final = 4
+
     def __init__(self, config: TrainConfig, plan: Plan, device: str) -> None:
         self.plan, self.device = plan, device
         added = plan.added
+        config = dataclasses.replace(
+            config,
+            speed="auto" if "fused optimizer" in added else "plain",
+            precision="bf16-mixed" if "bf16" in added else "32-true",
+            channels_last="channels_last" in added,
+            compile="compiled trunk" in added,
+        )
         torch.manual_seed(config.seed)
-        self.model = ReIDModel(_CLASSES, **config.model_arguments()).to(device)
+        self.model = ReIDModel(_CLASSES, **config.model_arguments())
         if config.model == "mrcn":
             self.model.set_backend(None if "fused block" in added else "reference")
             if "concat" not in added:
                 self._join_by_cat(config)
-        self.layout = use_layout(self.model, "channels_last" in added)
-        if "compiled trunk" in added:
-            for part in self.model.trunk.children():
-                part.compile(dynamic=False)
-        self.optimizer = make_optimizer(self.model, config)
+        self.layout = use_layout(self.model, config.channels_last)
+        if config.compile:
+            compile_trunk(self.model)
         self.loss = ReIDLoss(**config.loss_arguments())
         if "fused CQC" not in added:
             self.loss.register_module("cqc", LoopedCQC())
+        self.fabric = _fabric(device, config)
+        model, optimizer = self.fabric.setup(self.model, make_optimizer(self.model, config))
+        self.training, _ = make_step(
+            (),
+            (),
+            config=config,
+            fabric=self.fabric,
+            model=model,
+            optimizer=optimizer,
+            loss=self.loss,
+            augment={},
+            frozen=(),
+            layout=self.layout,
+        )
+        if isinstance(self.training, FastStep):
+            self.training.captures = "CUDA graph" in added
         self.images, self.labels = _batch(config, device, self.layout)
-        self.model.train()
-        self.graph: Captured | None = None
 
     def _join_by_cat(self, config: TrainConfig) -> None:
         (block,) = self.model.blocks
-        joined = ConcatenatedSets(block.channels, reduction=block.reduction, backend=block.backend).to(
-            self.device
-        )
+        joined = ConcatenatedSets(block.channels, reduction=block.reduction, backend=block.backend)
         joined.load_state_dict(block.state_dict())
         self.model.plugs = nn.ModuleList([joined])
 
-    def __call__(self) -> Tensor:
-        if "CUDA graphs" in self.plan.added and self.graph is None:
-            self.graph = Captured(self._gradients)
-        loss = self.graph() if self.graph else self._gradients()
-        self.optimizer.step()
-        return loss
-
-    def _gradients(self) -> Tensor:
-        """Compute forward, losses and backward; return the loss."""
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            total = self.loss(self.model(*self.images), self.labels).total
-        total.backward()
-        return total.detach()
+    def __call__(self) -> float:
+        visible, infrared = self.images
+        return self.training.on(visible, infrared, self.labels).loss
 
     def block(self) -> Callable[[], Any] | None:
         """Return a call of the block's forward and backward alone, on maps as this step has them.
@@ -173,13 +154,13 @@ class Step:
         """
         if not self.model.blocks:
             return None
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), self.fabric.autocast():
             maps = [self.model.trunk.stem(x, m) for x, m in zip(self.images, MODALITIES, strict=True)]
         maps = [x.detach().requires_grad_() for x in maps]
         (block,) = self.model.blocks
 
         def forward() -> Tensor:
-            with self._autocast():
+            with self.fabric.autocast():
                 return block.first(*maps).maps
 
         gradient = torch.randn_like(forward())
@@ -189,10 +170,15 @@ class Step:
 
         return both
 
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(
-            torch.device(self.device).type, torch.bfloat16, enabled="bf16" in self.plan.added
-        )
+
+def _fabric(device: str, config: TrainConfig) -> Fabric:
+    """Open a device by torch's name for it."""
+    chosen = torch.device(device)
+    return Fabric(
+        accelerator=chosen.type,
+        devices=1 if chosen.type == "cpu" else [chosen.index or 0],
+        precision=config.precision,
+    )
 
 
 def _batch(config: TrainConfig, device: str, layout: torch.memory_format) -> tuple[list[Tensor], Tensor]:
@@ -263,7 +249,7 @@ def _first_losses(steps: dict[str, Step]) -> tuple[dict[str, float], dict[str, s
         compiles = "compiled trunk" in step.plan.added
         try:
             with announced(f"{name}: first step{', which compiles the trunk' * compiles}"):
-                losses[name] = float(step())
+                losses[name] = step()
         except Exception as error:
             if name == AS_PUBLISHED:
                 raise
@@ -317,11 +303,12 @@ def _gradient_sizes(model: ReIDModel) -> dict[str, float]:
 
 
 def _timed(steps: dict[str, Step], seconds: float, device: str) -> dict[str, benchmark.Timing]:
-    """Time the steps in turn. Each was taken once before, the compiled ones twice."""
+    """Time the steps in turn, after those that compile or capture something have done so."""
     taken: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        if "compiled trunk" in step.plan.added:
-            step()
+        if {"CUDA graph", "compiled trunk"} & step.plan.added:
+            for _ in range(Step.WARM_UPS):
+                step()
     end = time.perf_counter() + seconds
     while time.perf_counter() < end or len(taken[AS_PUBLISHED]) < _LEAST_ROUNDS:
         for name, step in steps.items():

@@ -129,7 +129,7 @@ def open_network(
     path = path / CHECKPOINT_NAME if path.is_dir() else path
     state = load_checkpoint(path)
     config = state.config
-    precision = precision or config.precision
+    precision = precision or config.precision or "32-true"
     fabric = open_fabric(accelerator, precision)
     serving = "" if model else serving_backend(config, backend, fabric, precision)
     model = build_model(path, state, backend) if model is None else _filled(path, state, model, backend)

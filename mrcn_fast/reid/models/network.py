@@ -235,7 +235,7 @@ def _check_images(name: str, images: object) -> None:
         )
 
 
-def use_layout(model: nn.Module, channels_last: bool) -> torch.memory_format:
+def use_layout(model: nn.Module, channels_last: bool | None) -> torch.memory_format:
     """Put a network's weights into a memory layout, and return that layout for the network's inputs."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model.to(memory_format=layout)  # type: ignore[call-overload]

@@ -31,6 +31,7 @@ from mrcn_fast.reid.training.checkpoint import (
 )
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.run_folder import run_files
+from mrcn_fast.reid.training.speed import resolved
 from mrcn_fast.reid.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,7 @@ def runs_of(recipe: str, dataset: str, tree: Path, plan: TablePlan) -> list[Run]
     for split in range(1, plan.splits + 1) if several else (1,):
         folder = Path(plan.out) / (f"{recipe}-split-{split}" if several else recipe)
         own = {"dataset": dataset, "data": str(tree), "out": str(folder), "split": split}
-        config = plan.configure(values | own)
+        config = resolved(plan.configure(values | own))
         _check_own(config, own)
         check_device(config.accelerator, config.precision)
         runs.append(Run(recipe, config))
@@ -126,7 +127,7 @@ def result_of(run: Run, options: dict[str, Any], progress: Progress | None) -> d
         k1=None,
         k2=None,
         skip_unreadable=config.skip_unreadable,
-        precision=config.precision,
+        precision=config.precision or "32-true",
         backend="",
         device="",
     )

@@ -279,6 +279,8 @@ _MOMENTUM = record("momentum", {"momentum_buffer": Any})
 _GROUP = ("params", "scale", "lr", "momentum", "weight_decay", "nesterov")
 _CUDA_STATE = 16  # bytes: seed and offset
 _DIGEST = re.compile("[0-9a-f]{64}")
+# What runs did before there were these settings.
+_BEFORE = {"speed": "plain", "compile": False}
 
 
 def _conforming(content: Mapping[str, Any]) -> Checkpoint:
@@ -323,7 +325,7 @@ def _check(holds: bool, place: str, value: object, expected: str) -> None:
 
 def _config(values: dict[str, Any]) -> TrainConfig:
     try:
-        return TrainConfig.from_dict(values)
+        return TrainConfig.from_dict(_BEFORE | values)
     except ConfigError as error:
         raise SettingError(f"config: {error}") from error
 

@@ -140,10 +140,14 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Backend of block and CQC loss: reference, cpu, ...; none: the best that serves."""
     accelerator: str = "auto"
     """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
-    precision: Precision = "32-true"
-    """Precision, as lightning-fabric names it."""
-    channels_last: bool = False
-    """Keep activations in the channels_last memory layout."""
+    speed: Literal["auto", "plain"] = "auto"
+    """auto: what measured fastest on the device; plain: float32, NCHW, eager, bitwise reproducible."""
+    precision: Precision | None = None
+    """Precision, as lightning-fabric names it; none: as `speed` chooses."""
+    channels_last: bool | None = None
+    """Keep activations in the channels_last memory layout; none: as `speed` chooses."""
+    compile: bool = False
+    """Compile the trunk with torch.compile, for which the first step takes minutes."""
     workers: Workers = DEFAULT_WORKERS
     """Processes that decode images, by default 4 or as many as there are cores; 0: the training's own."""
     log_every: Count = 50
@@ -159,6 +163,9 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
+        if self.speed == "plain":
+            self.precision = self.precision or "32-true"
+            self.channels_last = bool(self.channels_last)
         if self.split != 1 and self.dataset != "regdb":
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"

@@ -26,6 +26,8 @@ DAMAGED_NAME = "metrics.jsonl.damaged"
 # Embeddings whose spread is below this share of their length have collapsed. Networks that learn from random
 # weights were seen to reach 0.01, and pretrained networks stay far above.
 COLLAPSED_SPREAD = 1e-3
+# The share of a step's time from which waiting for its batch is worth a word.
+_LONG_WAIT = 0.1
 
 
 class StepResult(NamedTuple):
@@ -176,10 +178,17 @@ class Journal:
         if not self.lines:
             return "nothing measured yet"
         last = self.lines[-1]
+        step, wait = last["step_seconds"], last["wait_seconds"]
+        loading = ""
+        if wait > _LONG_WAIT * (step + wait):
+            loading = (
+                f" after {wait * 1000:.0f} ms of waiting for its batch (loading is the bottleneck: try more "
+                "--workers, or --cache FOLDER)"
+            )
         return (
             f"loss {last['loss']:.3f} (identity {last['identity']:.3f}, triplet {last['triplet']:.3f}, "
             f"cqc {last['cqc']:.3f}), accuracy {last['accuracy']:.2f}, spread {last['spread']:.3f}, "
-            f"{last['step_seconds'] * 1000:.0f} ms per step, lr {last['lr']:g}"
+            f"{step * 1000:.0f} ms per step{loading}, lr {last['lr']:g}"
         )
 
 

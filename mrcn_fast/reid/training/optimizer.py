@@ -41,7 +41,8 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     parameters at the share `trunk_lr` of it. In a network without `head`, all learn at the full rate. The
     share of a group is its `scale`, by which the trainer multiplies the scheduled rate.
 
-    With `selective_decay`, vectors and what `without_decay` names are in groups without weight decay.
+    With `selective_decay`, vectors and what `without_decay` names are in groups without weight decay. With
+    the speed "auto", one kernel updates all parameters, and rounds otherwise than PyTorch's default.
 
     Example:
         >>> model = ReIDModel(classes=5, depth=18)
@@ -63,6 +64,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
         momentum=config.momentum,
         weight_decay=config.weight_decay,
         nesterov=config.momentum > 0,
+        fused=True if config.speed == "auto" else None,
     )
 
 

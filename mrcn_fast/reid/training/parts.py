@@ -21,16 +21,16 @@ MakeOptimizer = Callable[[nn.Module], torch.optim.Optimizer]
 def check_model(model: object, config: TrainConfig) -> None:
     """Refuse a network that can't be scored, and settings that would have no effect on it.
 
-    Raises TypeError for a module without `extract`, and ConfigError for `weights`, `init`, `backend` and
-    `freeze`.
+    Raises TypeError for a module without `extract`, and ConfigError for `weights`, `init`, `backend`,
+    `freeze` and `compile`.
     """
     if not isinstance(model, nn.Module) or not callable(getattr(model, "extract", None)):
         raise TypeError(
             f"model: got {_name(model)}, expected an nn.Module with extract(images, modality), see "
             "mrcn_fast.reid.ReIDNetwork"
         )
-    for name in ("weights", "init", "backend", "freeze"):
-        if (value := getattr(config, name)) not in (None, ()):
+    for name in ("weights", "init", "backend", "freeze", "compile"):
+        if (value := getattr(config, name)) not in (None, (), False):
             raise ConfigError(
                 f"got {name}={value!r} with a network of your own, expected none: set it in the network"
             )

@@ -94,6 +94,7 @@ class SyntheticConfig:
             width=self.width,
             steps=steps,
             accelerator=self.accelerator,
+            speed="plain",  # as the committed scores were made
             workers=0,
             **values,
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from lightning_fabric import Fabric
@@ -36,8 +37,8 @@ class NotFiniteError(ArithmeticError):
 class TrainingStep:
     """Takes the optimization steps of a run.
 
-    `take` is a whole step. It consists of `prepared`, `output`, `backward` and `update`, so that a step on
-    several batches, or with the features of several processes, is made of the same parts.
+    `take` is a whole step. It consists of `prepared`, `output`, `losses`, `backward` and `update`, so that
+    a step on several batches, or with the features of several processes, is made of the same parts.
 
     Args:
         config: of the run; the step reads `clip_norm`
@@ -48,6 +49,7 @@ class TrainingStep:
         augment: the augmentation of each modality
         frozen: modules of the network that stay in eval mode
         layout: the memory layout of the network's inputs
+        ahead: how many steps may be on their way when the measurements of an earlier one are read
     """
 
     config: TrainConfig
@@ -58,15 +60,26 @@ class TrainingStep:
     augment: Mapping[Modality, Augmentation]
     frozen: Sequence[nn.Module]
     layout: torch.memory_format
+    ahead: int = 0
 
     def take(self, batch: Batch) -> StepResult:
         """Take a step on a batch of uint8 images.
 
         Raises NotFiniteError where the loss isn't finite, before the weights change.
         """
+        return self.launch(batch)()
+
+    def launch(self, batch: Batch) -> Callable[[], StepResult]:
+        """Begin a step; the function that is returned ends it as `take` does."""
+        return partial(self._whole, batch)
+
+    def _whole(self, batch: Batch) -> StepResult:
         labels = to_device(batch.labels, self.fabric.device)
         visible = self.prepared(batch.visible, "visible")
-        infrared = self.prepared(batch.infrared, "infrared")
+        return self.on(visible, self.prepared(batch.infrared, "infrared"), labels)
+
+    def on(self, visible: Tensor, infrared: Tensor, labels: Tensor) -> StepResult:
+        """Take a step on prepared images, (B, 3, H, W) each, and labels (B,) on the device."""
         self.optimizer.zero_grad(set_to_none=True)
         readings = self.backward(self.output(visible, infrared), labels)
         # The values are read after the backward pass was launched, so that a GPU isn't idle in between.
@@ -75,6 +88,9 @@ class TrainingStep:
             raise NotFiniteError(result)
         self.update()
         return result
+
+    def reset(self) -> None:
+        """Forget what was kept of the optimizer's state, because that was replaced."""
 
     def prepared(self, images: Tensor, modality: Modality) -> Tensor:
         """Move a batch of uint8 images to the device, augment it, and put it into the run's memory layout."""
@@ -99,14 +115,19 @@ class TrainingStep:
         Returns:
             the fields of a StepResult, on their way to the host
         """
+        total, measured = self.losses(output, labels)
+        # One transfer from the device per step serves the check of the loss and the journal.
+        readings = Readings(measured)
+        self.fabric.backward(total)
+        return readings
+
+    def losses(self, output: TrainingOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Compute the total loss, and the fields of a StepResult, (7,), without a gradient."""
         parts = loss_parts(self.loss(output, labels))
         with torch.no_grad():
             right = output.logits.argmax(2) == labels.repeat(output.logits.shape[1] // len(labels))
-            measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
-            # One transfer from the device per step serves the check of the loss and the journal.
-            readings = Readings(torch.stack(measured))
-        self.fabric.backward(parts.total)
-        return readings
+            measured = torch.stack((*parts, right.float().mean(), embedding_spread(output.pooled)))
+        return parts.total, measured
 
     def update(self) -> None:
         """Let the optimizer change the weights, after the gradient was clipped to `clip_norm`."""

@@ -6,11 +6,12 @@ import logging
 import random
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Generic, cast
+from typing import Generic, NamedTuple, cast
 
 import torch
 from rich.progress import Progress, TaskID
@@ -63,7 +64,8 @@ from mrcn_fast.reid.training.parts import (
     own_optimizer,
 )
 from mrcn_fast.reid.training.run_folder import held, run_files
-from mrcn_fast.reid.training.step import NotFiniteError, TrainingStep
+from mrcn_fast.reid.training.speed import compile_trunk, make_step, resolved
+from mrcn_fast.reid.training.step import NotFiniteError
 from mrcn_fast.reid.training.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -74,6 +76,15 @@ _LESS = (
     "Less is needed for fewer people or images of each in a batch (--identities, --images), for smaller "
     "images (--height, --width) and for fewer --workers"
 )
+
+
+class _Launched(NamedTuple):
+    """A step whose measurements have not been read."""
+
+    number: int
+    batch: Batch
+    end: Callable[[], StepResult]
+    wait_seconds: float
 
 
 class TrainingError(RuntimeError):
@@ -162,7 +173,7 @@ class Trainer(Generic[Model]):
         optimizer: MakeOptimizer | None = None,
         callbacks: Sequence[object] = (),
     ) -> None:
-        self.config = config
+        self.config = config = resolved(config)
         self.out = Path(config.out)
         self.checkpoint_path = self.out / CHECKPOINT_NAME
         # A device, a backend or a part that can't serve is refused before the data set is read.
@@ -186,6 +197,8 @@ class Trainer(Generic[Model]):
         self.weights = weights_fingerprint(config.initial)
         frozen = freeze(cast(ReIDModel, self.model), config.freeze)
         self.layout = use_layout(self.model, config.channels_last)
+        if config.compile:
+            compile_trunk(cast(ReIDModel, self.model))
         self.optimizer: torch.optim.Optimizer = (
             make_optimizer(self.model, config)
             if optimizer is None
@@ -202,7 +215,9 @@ class Trainer(Generic[Model]):
             "visible": augment(channel=config.channel_augmentation),
             "infrared": augment(),
         }
-        self._step = TrainingStep(
+        self._step, self._how = make_step(
+            self.parts,
+            callbacks,
             config=config,
             fabric=self.fabric,
             model=wrapped,
@@ -226,6 +241,7 @@ class Trainer(Generic[Model]):
         self._requests = StopRequests()
         # The number of steps taken, and the epoch and number of the next batch.
         self.step_count = self.epoch = self.batch = 0
+        self._launched: deque[_Launched] = deque()
 
     def _built(self) -> ReIDModel:
         model = ReIDModel(len(self.training.identities), **self.config.model_arguments())
@@ -331,6 +347,7 @@ class Trainer(Generic[Model]):
             "%s, on %s in %s: %d steps on %s",
             *(self._title(), self.fabric.device, config.precision, self.total_steps, self.data),
         )
+        log.info("Speed %s: %s", config.speed, self._how)
         own = "model" in self.parts
         if config.initial is None and config.depth == 50 and not own:  # the paper's network
             notice(
@@ -362,18 +379,17 @@ class Trainer(Generic[Model]):
         asked = time.perf_counter()
         for batch in self.batches.of(self.epoch, self.batch):
             begun = time.perf_counter()
-            result = self.step(batch)
+            self._launched.append(
+                _Launched(self.step_count + 1, batch, self._step.launch(batch), begun - asked)
+            )
             self.step_count += 1
             self.batch += 1
-            self.journal.add(result, time.perf_counter() - begun, begun - asked)
-            self._watch.look(self.step_count, result)
-            self.fabric.call("on_step_end", self, batch, result)
-            status = f"epoch {self.epoch + 1} loss {result.loss:.3f} accuracy {result.accuracy:.2f}"
-            bars.update(task, completed=self.step_count, status=status)
+            self._end_steps(bars, task, begun, ahead=0 if self._writes_here() else self._step.ahead)
             if self._ends_here():
                 break
             self._write_within_epoch(rate)
             asked = time.perf_counter()
+        self._end_steps(bars, task, time.perf_counter())
         self.journal.write(self.step_count, self.epoch, rate)
         if self.batch >= len(self.batches):
             self.epoch, self.batch = self.epoch + 1, 0
@@ -383,6 +399,30 @@ class Trainer(Generic[Model]):
             *(self._name, self.step_count, self.total_steps, self.epoch, self.config.epochs),
             self.journal.summary(),
         )
+
+    def _end_steps(self, bars: Progress, task: TaskID, begun: float, *, ahead: int = 0) -> None:
+        """Read and record the measurements of all steps but the last `ahead`, whose time began at `begun`.
+
+        Raises TrainingError for a loss that isn't finite. That step and those after it then don't count.
+        """
+        while len(self._launched) > ahead:
+            number, batch, end, waited = self._launched.popleft()
+            try:
+                result = end()
+            except BaseException as error:
+                self._launched.clear()
+                self.batch -= self.step_count - number + 1
+                self.step_count = number - 1
+                if isinstance(error, NotFiniteError):
+                    raise TrainingError(self._not_finite(batch, error.result)) from None
+                raise
+            now = time.perf_counter()
+            self.journal.add(result, now - begun, waited)
+            begun = now
+            self._watch.look(number, result)
+            self.fabric.call("on_step_end", self, batch, result)
+            status = f"epoch {self.epoch + 1} loss {result.loss:.3f} accuracy {result.accuracy:.2f}"
+            bars.update(task, completed=number, status=status)
 
     def _validate(self) -> None:
         """Score the network if an epoch has just ended after which that is due and hasn't been done."""
@@ -413,6 +453,10 @@ class Trainer(Generic[Model]):
     def _ends_here(self) -> bool:
         stopped = self._requests.received is not None
         return stopped or self.batch >= len(self.batches) or self.step_count == self.total_steps
+
+    def _writes_here(self) -> bool:
+        every = (self.config.log_every, self.config.checkpoint_every)
+        return any(self.step_count % number == 0 for number in every)
 
     def _write_within_epoch(self, rate: float) -> None:
         if self.step_count % self.config.log_every == 0:
@@ -456,6 +500,8 @@ class Trainer(Generic[Model]):
         load_weights(path, self.model, checkpoint.model)
         load_optimizer(path, self.optimizer, checkpoint.optimizer)
         self.fabric.strategy.precision.load_state_dict(checkpoint.scaler)
+        self._step.reset()
+        self._launched.clear()
         self.step_count, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
         self.journal.return_to(self.step_count)
         restore_random_state(checkpoint.random)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -32,3 +35,35 @@ class Readings:
             self._arrived.synchronize()
         found: list[float] = self._numbers.tolist()
         return found
+
+
+class SideStream:
+    """A stream of a CUDA device beside the current one; on other devices work stays where it is."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @contextmanager
+    def ahead(self) -> Iterator[None]:
+        """Launch work that doesn't wait for the current stream; `hand_over` what it makes."""
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            yield
+
+    def hand_over(self, made: Iterable[Tensor]) -> None:
+        """Have the current stream wait for the work, and let it use tensors that were made there."""
+        if self._stream is None:
+            return
+        current = torch.cuda.current_stream(self._device)
+        current.wait_stream(self._stream)
+        for tensor in made:
+            tensor.record_stream(current)
+
+    @contextmanager
+    def in_turn(self) -> Iterator[None]:
+        """Launch work after what is in the current stream, which then waits for the work."""
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        with self.ahead():
+            yield
+        self.hand_over(())

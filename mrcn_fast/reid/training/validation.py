@@ -79,7 +79,7 @@ class Validation:
             config=self.config,
             model=model,
             fabric=self.fabric,
-            precision=self.config.precision,
+            precision=self.config.precision or "32-true",
             backend=self.backend,
             dataset=self.dataset,
         )

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from mrcn_fast.autograd import BlockFunction
 from mrcn_fast.benchmark.results import AS_PUBLISHED
 from mrcn_fast.benchmark.suites import training_step
 from mrcn_fast.benchmark.suites.baselines import LoopedCQC
-from mrcn_fast.benchmark.suites.training_step import ADDITIONS, Captured, ConcatenatedSets, Plan, Step, plans
+from mrcn_fast.benchmark.suites.training_step import ADDITIONS, ConcatenatedSets, Plan, Step, plans
 from mrcn_fast.reid.models.blocks import BlockOutput, RestitutionCompensation
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.fast import FastStep
+from mrcn_fast.reid.training.step import TrainingStep
 
 # Not 32 x 16 pixels: see SIZE in test_devices.py.
 SMALL = {"depth": 18, "identities": 2, "images": 2, "height": 64, "width": 32}
@@ -30,8 +31,9 @@ def test_one_thing_is_added_at_a_time() -> None:
     assert on_cpu[0] == Plan(AS_PUBLISHED, frozenset())
     for before, after in itertools.pairwise(on_gpu):
         assert before.added < after.added and after.added - before.added == {after.name.removeprefix("+ ")}
-    assert [plan.name for plan in on_gpu[:-1]] == [plan.name for plan in on_cpu]
-    assert on_gpu[-1].name == "+ CUDA graphs"
+    names = [plan.name for plan in on_gpu]
+    assert [name for name in names if name != "+ CUDA graph"] == [plan.name for plan in on_cpu]
+    assert names[-2:] == ["+ CUDA graph", "+ compiled trunk"]
 
 
 def test_a_plan_is_judged_by_what_it_rounds_to(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,50 +116,16 @@ def test_a_step_with_wrong_gradients_is_not_timed(
         training_step.measure_steps(TrainConfig(data="", model="mrcn", **SMALL), seconds=0)  # type: ignore[arg-type]
 
 
-def test_a_graph_is_captured_when_everything_is_warm(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fake GPU logs its calls."""
-    log: list[str] = []
-
-    class Stream:
-        def wait_stream(self, other: Stream) -> None:
-            log.append("wait")
-
-    class Graph:
-        def replay(self) -> None:
-            log.append("replay")
-
-    @contextlib.contextmanager
-    def entered(what: Stream | Graph) -> Iterator[None]:
-        log.append(f"in {type(what).__name__}")
-        yield
-        log.append(f"out of {type(what).__name__}")
-
-    gpu = {
-        "Stream": Stream,
-        "current_stream": Stream,
-        "stream": entered,
-        "CUDAGraph": Graph,
-        "graph": entered,
-    }
-    memory = {
-        "reset_peak_memory_stats": lambda: None,
-        "memory_allocated": lambda: 5,
-        "max_memory_allocated": lambda: 7,
-    }
-    for name, fake in (gpu | memory).items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    results = iter(map(torch.tensor, range(9)))
-
-    def work() -> torch.Tensor:
-        log.append("work")
-        return next(results)
-
-    captured = Captured(work)
-    warm = ["wait", "in Stream", "work", "work", "work", "out of Stream", "wait"]
-    assert log == [*warm, "in Graph", "work", "out of Graph"]
-    log.clear()
-    assert captured().item() == captured().item() == 3 and captured.peak_bytes == 2
-    assert log == ["replay", "replay"]
+def test_a_step_is_the_trainers_own() -> None:
+    config = TrainConfig(data="", model="mrcn", **SMALL)  # type: ignore[arg-type]
+    for plan in plans("mrcn", "cpu")[:-1]:
+        step = Step(config, plan, "cpu")
+        kind = FastStep if "fused optimizer" in plan.added else TrainingStep
+        assert type(step.training) is kind
+        known = step.training.config
+        precision = "bf16-mixed" if "bf16" in plan.added else "32-true"
+        assert (known.precision, known.channels_last) == (precision, "channels_last" in plan.added)
+        assert step.training.optimizer.param_groups[0]["fused"] is (True if kind is FastStep else None)
 
 
 def test_a_step_that_fails_is_named_and_the_others_are_timed(

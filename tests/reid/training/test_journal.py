@@ -109,3 +109,13 @@ def test_a_run_goes_on_where_its_journal_is_damaged(tiny_config: TrainConfig, fi
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3, 4, 5, 6]
     expected, found = load_checkpoint(finished).model, load_checkpoint(tiny_config.out).model
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+@pytest.mark.parametrize(("waited", "said"), [(0.001, False), (0.05, True)])
+def test_the_summary_says_when_loading_is_the_bottleneck(tmp_path: Path, waited: float, said: bool) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    for _ in range(3):
+        journal.add(StepResult(1.0, 1.0, 0.3, 0.0, 0.0, 0.1, 0.2), 0.1, waited)
+    journal.write(step=3, epoch=0, lr=0.1)
+    assert ("100 ms per step after 50 ms of waiting for its batch" in journal.summary()) == said
+    assert ("100 ms per step, lr 0.1" in journal.summary()) != said
