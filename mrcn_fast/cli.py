@@ -116,7 +116,7 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryShortageError)):
         return True
     # Compared by name, because the modules of these errors need torch or the packages of [reid].
-    return type(error).__name__ in ("BackendError", "TrainingError")
+    return type(error).__name__ in ("BackendError", "ProcessError", "TrainingError")
 
 
 def _message(error: Exception) -> str:
@@ -299,6 +299,8 @@ def _train_values(flags: Flags, given: dict[str, Any], resume: bool | str) -> di
 
 def _train(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
+    from mrcn_fast.reid.launching import found_launch
+    from mrcn_fast.reid.processes import is_first
     from mrcn_fast.reid.training.config import TrainConfig
     from mrcn_fast.reid.training.trainer import Trainer, check_new_run
 
@@ -307,9 +309,12 @@ def _train(argv: list[str]) -> int:
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     config = TrainConfig(**_train_values(flags, given, resume))
     resume = resume is not False
-    check_new_run(config, resume=resume, overwrite=overwrite)
+    if found_launch() is None:  # of several processes, the first one checks it when all have met
+        check_new_run(config, resume=resume, overwrite=overwrite)
     log_to_console()
-    print(Trainer(config).fit(resume=resume, overwrite=overwrite))
+    path = Trainer(config).fit(resume=resume, overwrite=overwrite)
+    if is_first():
+        print(path)
     return 0
 
 
@@ -317,6 +322,7 @@ def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.evaluation.results import describe
     from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_checkpoint
+    from mrcn_fast.reid.processes import is_first
 
     flags = _flags("test")
     flags.group("what is scored")
@@ -324,12 +330,14 @@ def _test(argv: list[str]) -> int:
     flags.add_of(ScoringOptions, groups=_EVALUATION_GROUPS | {"mode": "protocol", "rerank": "re-ranking"})
     values = flags.values(argv)
     log_to_console()
-    print(describe(score_checkpoint(**values)))
+    result = score_checkpoint(**values)
+    if is_first():
+        print(describe(result))
     return 0
 
 
-# The values that a table itself sets in the configurations of its runs.
-_SET_BY_TABLE = frozenset(("data", "out", "dataset", "split"))
+# The values that a table itself sets in its runs' configurations, and those of runs in several processes.
+_SET_BY_TABLE = frozenset(("data", "out", "dataset", "split", "devices", "nodes"))
 
 
 def _table_flags() -> Flags:

@@ -90,10 +90,13 @@ class Journal:
     (`step_seconds`) and of waiting for its batch (`wait_seconds`). The line of a validation has step, epoch,
     `validation` (the protocol in words), `headline` (the first search's name) and `searches`, which has the
     scores of each search. `lines` and `validations` have the content of the file.
+
+    Of the processes of a run, all keep the lines, and one of them writes the file (`writes`).
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.lines: list[dict[str, float]] = []
         self.validations: list[dict[str, Any]] = []
         self._steps: list[tuple[float, ...]] = []
@@ -110,17 +113,23 @@ class Journal:
         line = {"step": step, "epoch": epoch, "lr": lr, **dict(zip(_MEANS, means, strict=True))}
         self._steps.clear()
         self.lines.append(line)
-        append(self.path, f"{json.dumps(line)}\n".encode())
+        self._append(line)
 
     def write_validation(self, line: dict[str, Any]) -> None:
         """Write the line of a validation."""
         self.validations.append(line)
-        append(self.path, f"{json.dumps(line)}\n".encode())
+        self._append(line)
+
+    def _append(self, line: dict[str, Any]) -> None:
+        if self.writes:
+            append(self.path, f"{json.dumps(line)}\n".encode())
 
     def clear(self) -> None:
         """Remove the file of an earlier run, and the file of its damaged lines."""
         self.lines.clear()
         self.validations.clear()
+        if not self.writes:
+            return
         self.path.unlink(missing_ok=True)
         self.damaged_path.unlink(missing_ok=True)
 
@@ -149,6 +158,8 @@ class Journal:
             elif line["step"] <= step:
                 lines.append(line)
                 kept += json.dumps(line) + "\n"
+        if not self.writes:
+            return
         self._set_aside({number: text for number, text in damaged.items() if text})
         write_atomically(self.path, lambda file: file.write(kept.encode()))
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from lightning_fabric import Fabric
@@ -15,6 +15,7 @@ from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import TrainingOutput
 from mrcn_fast.reid.training.batches import Batch
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.gathering import gather_outputs
 from mrcn_fast.reid.training.journal import StepResult, embedding_spread
 from mrcn_fast.reid.training.parts import Loss, loss_parts
 from mrcn_fast.reid.training.transfers import Readings, to_device
@@ -24,7 +25,8 @@ class NotFiniteError(ArithmeticError):
     """The loss of a step isn't finite, and the weights are as they were before the step.
 
     Attributes:
-        result: the measurements of the step
+        result: the measurements of the step in this process; they are finite where another process has the
+            loss that isn't
     """
 
     def __init__(self, result: StepResult) -> None:
@@ -48,6 +50,7 @@ class TrainingStep:
         augment: the augmentation of each modality
         frozen: modules of the network that stay in eval mode
         layout: the memory layout of the network's inputs
+        agree: takes the means of measurements over the processes
     """
 
     config: TrainConfig
@@ -58,23 +61,47 @@ class TrainingStep:
     augment: Mapping[Modality, Augmentation]
     frozen: Sequence[nn.Module]
     layout: torch.memory_format
+    agree: Callable[[Sequence[float]], list[float]] = list
+    _checked: bool = field(default=False, init=False)
 
     def take(self, batch: Batch) -> StepResult:
-        """Take a step on a batch of uint8 images.
+        """Take a step on a batch of uint8 images; returns the means over its parts and the processes.
 
-        Raises NotFiniteError where the loss isn't finite, before the weights change.
+        Raises NotFiniteError where the loss isn't finite in one of the processes, before the weights change.
         """
-        labels = to_device(batch.labels, self.fabric.device)
-        visible = self.prepared(batch.visible, "visible")
-        infrared = self.prepared(batch.infrared, "infrared")
         self.optimizer.zero_grad(set_to_none=True)
-        readings = self.backward(self.output(visible, infrared), labels)
-        # The values are read after the backward pass was launched, so that a GPU isn't idle in between.
-        result = StepResult(*readings.values())
+        parts = batch.parts(self.config.accumulate)
+        readings = [self._backward_of(part, last=part is parts[-1]) for part in parts]
+        self._check_gradients()
+        # The values are read after the backward passes were launched, so that a GPU isn't idle in between.
+        each = [reading.values() for reading in readings]
+        own = StepResult(*(sum(values) / len(parts) for values in zip(*each, strict=True)))
+        result = StepResult(*self.agree(own))
         if not result.finite:
-            raise NotFiniteError(result)
+            raise NotFiniteError(own)
         self.update()
         return result
+
+    def _check_gradients(self) -> None:
+        """Refuse parameters that no loss depends on, because the processes would wait for their gradients."""
+        if self._checked or self.fabric.world_size == 1:
+            return
+        self._checked = True
+        named = self.model.module.named_parameters()
+        if without := [name for name, p in named if p.requires_grad and p.grad is None]:
+            raise ValueError(
+                f"got a network whose loss doesn't depend on {', '.join(without[:4])}, expected that it "
+                "depends on each parameter in several processes: leave these out, or take them out of the "
+                "training by requires_grad_(False)"
+            )
+
+    def _backward_of(self, part: Batch, *, last: bool) -> Readings:
+        """Add the gradients of a part; the processes exchange them with those of the last part."""
+        labels = to_device(part.labels, self.fabric.device)
+        visible = self.prepared(part.visible, "visible")
+        infrared = self.prepared(part.infrared, "infrared")
+        with self.fabric.no_backward_sync(self.model, enabled=not last):
+            return self.backward(self.output(visible, infrared), labels)
 
     def prepared(self, images: Tensor, modality: Modality) -> Tensor:
         """Move a batch of uint8 images to the device, augment it, and put it into the run's memory layout."""
@@ -99,13 +126,15 @@ class TrainingStep:
         Returns:
             the fields of a StepResult, on their way to the host
         """
+        if self.config.gather and self.fabric.world_size > 1:
+            output, labels = gather_outputs(self.fabric, output, labels)
         parts = loss_parts(self.loss(output, labels))
         with torch.no_grad():
             right = output.logits.argmax(2) == labels.repeat(output.logits.shape[1] // len(labels))
             measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
             # One transfer from the device per step serves the check of the loss and the journal.
             readings = Readings(torch.stack(measured))
-        self.fabric.backward(parts.total)
+        self.fabric.backward(parts.total / self.config.accumulate)
         return readings
 
     def update(self) -> None:
