@@ -116,7 +116,7 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, (ValueError, OSError, ModuleNotFoundError, MemoryShortageError)):
         return True
     # Compared by name, because the modules of these errors need torch or the packages of [reid].
-    return type(error).__name__ in ("BackendError", "TrainingError")
+    return type(error).__name__ in ("BackendError", "ProcessError", "TrainingError")
 
 
 def _message(error: Exception) -> str:
@@ -218,6 +218,7 @@ def _test(argv: list[str]) -> int:
     from mrcn_fast.reid.console import log_to_console
     from mrcn_fast.reid.evaluation.results import describe
     from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_checkpoint
+    from mrcn_fast.reid.processes import is_first
 
     flags = _flags("test")
     flags.group("what is scored")
@@ -225,7 +226,9 @@ def _test(argv: list[str]) -> int:
     flags.add_of(ScoringOptions, groups=_EVALUATION_GROUPS | {"mode": "protocol", "rerank": "re-ranking"})
     values = flags.values(argv)
     log_to_console()
-    print(describe(score_checkpoint(**values)))
+    result = score_checkpoint(**values)
+    if is_first():
+        print(describe(result))
     return 0
 
 

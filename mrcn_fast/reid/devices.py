@@ -1,7 +1,8 @@
-"""The device of the process, its precision, and the backend that serves a network's blocks there."""
+"""The devices of a run, its precision, and the backend that serves a network's blocks there."""
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from typing import Final
@@ -9,9 +10,13 @@ from typing import Final
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.accelerators import ACCELERATOR_REGISTRY
+from lightning_fabric.strategies.ddp import DDPStrategy
 
 from mrcn_fast.dispatch import choose
+from mrcn_fast.reid import processes
+from mrcn_fast.reid.console import console
 from mrcn_fast.reid.kinds import Precision
+from mrcn_fast.reid.launching import Launch, found_launch, run_again
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 
 # Environment variables in which launchers write the number of processes that they start.
@@ -46,6 +51,50 @@ def open_fabric(accelerator: str, precision: Precision | None, callbacks: Sequen
     )
 
 
+def open_devices(
+    accelerator: str,
+    precision: Precision | None,
+    devices: int | None,
+    nodes: int | None,
+    callbacks: Sequence[object] = (),
+) -> Fabric:
+    """Open several devices, each of which has a process of its own, as a Fabric in each process.
+
+    Where torchrun or SLURM has started the processes, this connects them. Otherwise it starts them: see
+    `run_again`, which doesn't return. Without `devices` and `nodes` there are as many as the launcher
+    started, or one device, which `open_fabric` opens. Processes other than the first write nothing to the
+    console.
+
+    Raises ConfigError where `open_fabric` does, for more GPUs than this machine has, and for other numbers
+    than the launcher's.
+    """
+    launch = found_launch()
+    if launch is None and (devices or 1) * (nodes or 1) == 1:
+        return open_fabric(accelerator, precision, callbacks)
+    _check_fabric_settings()
+    _check_accelerator(accelerator, precision)
+    if launch is None:
+        _check_count(accelerator, devices or 1)
+        run_again(devices or 1, nodes or 1)
+    _check_launch(launch, devices, nodes)
+    _check_count(accelerator, launch.devices)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    fabric = Fabric(
+        accelerator=accelerator,
+        devices=launch.devices,
+        num_nodes=launch.nodes,
+        strategy=DDPStrategy(),
+        precision=precision or "32-true",
+        callbacks=list(callbacks),
+    )
+    fabric.launch()
+    processes.connect(fabric)
+    if not fabric.is_global_zero:
+        console.quiet = True
+        logging.getLogger("mrcn_fast").setLevel(logging.ERROR)
+    return fabric
+
+
 def check_device(accelerator: str, precision: Precision | None) -> None:
     """Raise ConfigError for a device that `open_fabric` can't open.
 
@@ -53,6 +102,10 @@ def check_device(accelerator: str, precision: Precision | None) -> None:
     process that `check_alone` refuses.
     """
     check_alone()
+    _check_accelerator(accelerator, precision)
+
+
+def _check_accelerator(accelerator: str, precision: Precision | None) -> None:
     usable = _usable_accelerators()
     if accelerator not in usable:
         raise ConfigError(
@@ -80,14 +133,41 @@ def check_alone() -> None:
         if count not in ("", "1") and not by_hand:
             raise ConfigError(
                 f"got {name}={count} in the environment, expected 1: {launcher} started several processes, "
-                "and each would do the same work and write the same files. mrcn-fast runs as one process on "
-                f"one device: have {launcher} start one, or start it without"
+                "and each would do the same work and write the same files. Only train and test run on "
+                f"several devices, started by torchrun or srun: have {launcher} start one process, or start "
+                "it without"
             )
+    _check_fabric_settings()
+
+
+def _check_fabric_settings() -> None:
     if given := [name for name in _FABRIC_SETTINGS if name in os.environ]:
         raise ConfigError(
             f"got {', '.join(given)} in the environment, expected none: `fabric run` sets them, and they "
             "would replace the configuration's device and precision. Start mrcn-fast without `fabric run`, "
             "or unset them"
+        )
+
+
+def _check_launch(launch: Launch, devices: int | None, nodes: int | None) -> None:
+    for name, given, started in (("devices", devices, launch.devices), ("nodes", nodes, launch.nodes)):
+        if given not in (None, started):
+            raise ConfigError(
+                f"got {name}={given}, but {launch.launcher} started {launch.devices} processes on each of "
+                f"{launch.nodes} machines: leave out --devices and --nodes, or give these numbers"
+            )
+
+
+def _check_count(accelerator: str, devices: int) -> None:
+    """Refuse more devices than this machine has. On a CPU, processes share the cores."""
+    fabric = Fabric(accelerator=accelerator, devices=1)
+    if fabric.device.type == "cpu":
+        return
+    there = fabric.accelerator.auto_device_count()
+    if devices > there:
+        raise ConfigError(
+            f"got devices={devices}, expected at most {there}: torch sees so many of type "
+            f"{fabric.device.type} on this machine"
         )
 
 

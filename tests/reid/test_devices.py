@@ -160,7 +160,6 @@ def test_a_measured_step_computes_in_the_precision_of_its_plan(
     ("name", "value", "launcher"),
     [
         ("WORLD_SIZE", "2", "torchrun"),
-        ("SLURM_NTASKS", "4", "SLURM"),
         ("OMPI_COMM_WORLD_SIZE", "2", "mpirun"),
         ("WORLD_SIZE", "two", "torchrun"),
     ],

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from mrcn_fast.reid.data.types import DatasetError
 from mrcn_fast.reid.stopping import outlive_one_signal
@@ -17,6 +20,16 @@ Batch = TypeVar("Batch")
 # Batches that are ready wait in shared memory, of which containers have 64 MB: the limit of all processes.
 _READY_BYTES: Final = 48 * 2**20
 _LEAST_READY, _MOST_READY = 2, 8  # batches per process
+
+
+# What has to be closed before Python ends: see `Batches.close`.
+_open: weakref.WeakSet[Batches[Any]] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    for batches in list(_open):
+        batches.close()
 
 
 class Batches(Generic[Batch]):
@@ -63,10 +76,21 @@ class Batches(Generic[Batch]):
             generator=torch.Generator(),
             **order,
         )
+        _open.add(self)
 
     def __iter__(self) -> Iterator[Batch]:
         # The processes start here, before the first batch is requested.
         return self._raising(iter(self._loader))
+
+    def close(self) -> None:
+        """End the worker processes.
+
+        At its end, Python sends SIGTERM to the processes that are left, which outlive one, and waits for them
+        forever.
+        """
+        iterator = self._loader._iterator
+        if isinstance(iterator, _MultiProcessingDataLoaderIter):
+            iterator._shutdown_workers()
 
     @staticmethod
     def _raising(batches: Iterator[Any]) -> Iterator[Batch]:

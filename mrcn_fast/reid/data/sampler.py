@@ -17,12 +17,17 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
     replacement. The batches depend only on the seed and the epoch, so that a resumed run gets the same. Call
     `set_epoch` before each epoch.
 
+    Where a run has several processes, they deal out the batches of one sequence: batch i of process p is
+    number i * processes + p. Each of them has a sampler with the same values but `process`.
+
     Args:
         visible_identities, infrared_identities: the identity of each visible and infrared image
         identities: identities per batch, P
         images: pairs per identity, K
         seed: of the draws
-        batches: batches per epoch; by default floor(max(visible, infrared) / (P K)) + 1, as in the field
+        batches: batches per epoch of a process; by default floor(max(visible, infrared) / (P K processes)) +
+            1, as in the field
+        processes, process: the number of processes of the run, and which one of them this is, from 0
 
     Raises:
         ValueError: for fewer identities than a batch needs, for identities with one modality, and for values
@@ -38,10 +43,16 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
         images: int,
         seed: int = 0,
         batches: int | None = None,
+        processes: int = 1,
+        process: int = 0,
     ) -> None:
         identities, images = at_least(1, "identities", identities), at_least(1, "images", images)
         if batches is not None:
             batches = at_least(1, "batches", batches)
+        self._processes = at_least(1, "processes", processes)
+        self._process = at_least(0, "process", process)
+        if process >= processes:
+            raise ValueError(f"got process={process}, expected 0 to {processes - 1}, one of {processes}")
         visible, infrared = _positions(visible_identities), _positions(infrared_identities)
         _check_identities(visible, infrared, identities)
         self._images = [(visible[identity], infrared[identity]) for identity in sorted(visible)]
@@ -50,7 +61,9 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
         self._seed = at_least(0, "seed", seed)
         self._epoch = 0
         largest = max(len(visible_identities), len(infrared_identities))
-        self._batches = batches_of_epoch(largest, identities * images) if batches is None else batches
+        self._batches = (
+            batches_of_epoch(largest, identities * images * processes) if batches is None else batches
+        )
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch, from 0, of the next iteration."""
@@ -61,8 +74,10 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = np.random.default_rng((self._seed, self._epoch))
-        for _ in range(self._batches):
-            yield self._draw(generator)
+        for number in range(self._batches * self._processes):
+            batch = self._draw(generator)
+            if number % self._processes == self._process:
+                yield batch
 
     def _draw(self, generator: np.random.Generator) -> list[tuple[int, int]]:
         chosen = generator.choice(len(self._images), self._identities_per_batch, replace=False)
@@ -76,7 +91,7 @@ class PairedIdentitySampler(Sampler[list[tuple[int, int]]]):
 
 
 def batches_of_epoch(images: int, pairs: int) -> int:
-    """Batches per epoch as the field counts them, from the larger modality's images and a batch's pairs."""
+    """Batches per epoch as the field counts them, from the larger modality's images and a step's pairs."""
     return images // pairs + 1
 
 

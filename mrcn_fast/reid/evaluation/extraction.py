@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
+from itertools import chain
+from typing import Any, cast
 
 import torch
 from lightning_fabric import Fabric
 from pydantic import SkipValidation
 from torch import Tensor, nn
-from torch.utils.data import Dataset, default_collate
+from torch.utils.data import Dataset, Sampler, default_collate
 
 from mrcn_fast.block import Modality
 from mrcn_fast.reid.data import PersonImages, Sample, normalize
@@ -18,6 +19,7 @@ from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.devices import open_fabric
 from mrcn_fast.reid.kinds import Count, Workers
 from mrcn_fast.reid.models.interface import ReIDNetwork, check_features
+from mrcn_fast.reid.processes import Processes
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.config import TrainConfig
 
@@ -43,7 +45,9 @@ def extract(
         samples: the images, all of `modality`
         config: of the training; it has the image size, the filter and the memory layout
         fabric: has the device and the precision to compute in; none: those of `config`, and the network is
-            moved to the device
+            moved to the device. Where it has several processes, all of them call this, with equal networks;
+            they share the batches, and each gets all features. The batches are those of one process, so that
+            the features are the same.
         batch_size: images per forward pass
         workers: processes that decode images; 0: this one
         images: the same images from a cache, in place of the samples' files
@@ -76,27 +80,54 @@ def extract(
     if fabric is None:
         fabric = open_fabric(config.accelerator, config.precision)
         fabric.to_device(cast(nn.Module, model))
-    device = fabric.device
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+    processes = Processes(fabric)
+    places = [range(at, min(at + batch_size, len(samples))) for at in range(0, len(samples), batch_size)]
+    own = processes.share(places)
     batches = Batches(
         images,
         default_collate,
-        batch_size=batch_size,
+        batch_sampler=cast(Sampler[Any], own),
         batch_bytes=batch_size * 3 * config.height * config.width,
         workers=workers,
-        pin_memory=device.type == "cuda",
+        pin_memory=fabric.device.type == "cuda",
     )
+    features = _features(model, batches, sum(map(len, own)), modality, config, fabric, advance)
+    shares = processes.gathered(features)
+    if processes.count == 1:
+        return features
+    joined = torch.empty(len(samples), max(share.shape[1] for share in shares))
+    for process, share in enumerate(shares):
+        taken = list(chain.from_iterable(places[process :: processes.count]))
+        if taken:
+            joined[taken] = share
+    if advance is not None:
+        advance(len(samples) - len(features))
+    return joined
+
+
+def _features(
+    model: ReIDNetwork,
+    batches: Iterable[Tensor],
+    rows: int,
+    modality: Modality,
+    config: TrainConfig,
+    fabric: Fabric,
+    advance: Callable[[int], object] | None,
+) -> Tensor:
+    """Extract the features of batches of uint8 images with `rows` images in all: (rows, D) on the CPU."""
+    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
     # The features stay on the device until the end, because a copy to the host per batch would wait for it.
     features = torch.empty(0, 0)
     done = 0
     with _evaluating(model):
         for batch in batches:
-            pixels = normalize(batch.to(device, non_blocking=True)).contiguous(memory_format=memory_format)
+            pixels = normalize(batch.to(fabric.device, non_blocking=True))
             # `extract` is not a method that fabric redirects, so that autocast has to be entered here.
             with fabric.autocast():
-                made = check_features(model.extract(pixels, modality), len(batch))
+                made = model.extract(pixels.contiguous(memory_format=memory_format), modality)
+            made = check_features(made, len(batch))
             if not done:
-                features = torch.empty(len(samples), made.shape[1], device=device)
+                features = torch.empty(rows, made.shape[1], device=fabric.device)
             features[done : done + len(batch)] = made
             done += len(batch)
             if advance is not None:

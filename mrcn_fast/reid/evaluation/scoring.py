@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from lightning_fabric import Fabric
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -21,6 +22,7 @@ from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.devices import open_devices
 from mrcn_fast.reid.evaluation import reranking
 from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, Pairing, exchange, paired, pairings_of
 from mrcn_fast.reid.evaluation.protocol import (
@@ -42,6 +44,7 @@ from mrcn_fast.reid.kinds import (
     Trials,
 )
 from mrcn_fast.reid.models.interface import test_sets_of
+from mrcn_fast.reid.processes import Processes
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.checkpoint import Checkpoint, content_digest
 
@@ -99,6 +102,10 @@ class ScoringOptions(EvaluationOptions):
     """Neighbours whose encodings re-ranking averages, 1 for no average; none: 6."""
     cache: PathText | None = None
     """Folder for a memory-mapped cache of the resized images; none: no cache."""
+    devices: Count | None = None
+    """Devices of each machine, with a process on each; none: as torchrun or srun started, else one."""
+    nodes: Count | None = None
+    """Machines that score together; none: as torchrun or srun started, else one."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -106,6 +113,10 @@ class ScoringOptions(EvaluationOptions):
             raise ValueError(
                 f"got k1={self.k1}, k2={self.k2} without rerank; only re-ranking reads them: give --rerank"
             )
+
+    def open_device(self, accelerator: str, precision: Precision) -> Fabric:
+        """Open the device, or several with a process on each."""
+        return open_devices(accelerator, precision, self.devices, self.nodes)
 
     def of_protocol(self) -> dict[str, Any]:
         """The options of the data set's protocol that were given."""
@@ -144,6 +155,9 @@ def score_checkpoint(
     to compare F and F₊; the two others of `pairings` are under "pairings" of each search. A warning is logged
     where the crossed pairing scores far above the headline.
 
+    On several devices, the processes share images and trials, the first one writes the result, and all return
+    it. The scores are those of one process.
+
     Args:
         checkpoint: the file that `mrcn-fast train` wrote, or its folder
         data: root of the data set's tree
@@ -174,6 +188,14 @@ def score_checkpoint(
     if chosen.cache is not None:
         check_folder(chosen.cache, "the cache")
     trained = chosen.open(checkpoint, data, model)
+    with Processes(trained.fabric).together():
+        return _written_scores(trained, chosen, data, progress)
+
+
+def _written_scores(
+    trained: Trained, chosen: ScoringOptions, data: AnyPath, progress: Progress | None
+) -> dict[str, Any]:
+    """Score an opened network, and write the result beside its checkpoint."""
     searches = searches_of(trained.dataset, chosen.of_protocol())
     check_folder(trained.path.parent, "the scores beside the checkpoint")
     conditions = chosen.conditions(trained)
@@ -192,7 +214,10 @@ def score_checkpoint(
         "data": str(data),
         "path": str(written),
     }
-    write_json(written, result)
+    processes = Processes(trained.fabric)
+    if processes.first:
+        write_json(written, result)
+    processes.wait()
     return result
 
 
@@ -311,24 +336,36 @@ def _score_searches(
     """Score each search by all pairings that the network's features have."""
     less = "Less is needed without --rerank, with fewer --shots or by a smaller --mode"
     pairings = pairings_of(len(test_sets_of(trained.model)))
+    trials = [(search, gallery) for search in searches for gallery in search.galleries]
+    processes = Processes(trained.fabric)
     with enough_memory("the distances of queries and gallery images", less):
-        return [_score_search(search, tables, conditions, pairings) for search in searches]
+        rows = iter(
+            processes.each(lambda trial: _score_gallery(*trial, tables, conditions, pairings), trials)
+        )
+    return [_search_scores(search, [next(rows) for _ in search.galleries]) for search in searches]
 
 
-def _score_search(
+def _score_gallery(
     search: Search,
+    gallery: Sequence[Sample],
     tables: Mapping[Modality, _FeatureTable],
     conditions: Conditions,
     pairings: Sequence[Pairing],
-) -> dict[str, Any]:
-    """Score a search by the paper's pairing and, under "pairings", by the others."""
+) -> dict[Pairing, dict[str, Any]]:
+    """Score one trial of a search by each pairing."""
     query = tables[search.query[0].modality].of(search.query)
-    rows: dict[Pairing, list[dict[str, Any]]] = {pairing: [] for pairing in pairings}
-    for gallery in search.galleries:
-        features = tables[gallery[0].modality].of(gallery)
-        for pairing in pairings:
-            distance = _distance(*paired(query, features, pairing), conditions)
-            rows[pairing].append(score_trial(distance, search.query, gallery, search.protocol))
+    features = tables[gallery[0].modality].of(gallery)
+    return {
+        pairing: score_trial(
+            _distance(*paired(query, features, pairing), conditions), search.query, gallery, search.protocol
+        )
+        for pairing in pairings
+    }
+
+
+def _search_scores(search: Search, trials: Sequence[Mapping[Pairing, dict[str, Any]]]) -> dict[str, Any]:
+    """The scores of a search by the paper's pairing and, under "pairings", by the others."""
+    rows = {pairing: [trial[pairing] for trial in trials] for pairing in trials[0]}
     headline = rows.pop(HEADLINE_PAIRING)
     return {
         "queries": len(search.query),
@@ -336,7 +373,7 @@ def _score_search(
         "gallery_images": [len(gallery) for gallery in search.galleries],
         **_over_trials(headline),
         "per_trial": headline,
-        "pairings": {pairing: _over_trials(trials) for pairing, trials in rows.items()},
+        "pairings": {pairing: _over_trials(rows) for pairing, rows in rows.items()},
     }
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Final, cast
+from typing import cast
 
 from lightning_fabric import Fabric
+from pydantic import SkipValidation
 from rich.progress import Progress
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -114,11 +115,13 @@ def open_network(
     accelerator: str = "auto",
     precision: Precision | None = None,
     model: nn.Module | None = None,
+    open_device: SkipValidation[Callable[[str, Precision], Fabric]] = open_fabric,
 ) -> Network:
     """Open a checkpoint (the file or its folder) for images of any origin.
 
     The network computes in `precision`, by default the training's. A run with a network of your own needs the
-    same network as `model`, which then has the checkpoint's weights.
+    same network as `model`, which then has the checkpoint's weights. `open_device` opens the accelerator in a
+    precision; where it opens several, with a process on each, the processes share the work.
 
     Raises:
         CheckpointError: where the checkpoint can't be used; and for a `model` that it isn't of, or none where
@@ -130,7 +133,7 @@ def open_network(
     state = load_checkpoint(path)
     config = state.config
     precision = precision or config.precision or "32-true"
-    fabric = open_fabric(accelerator, precision)
+    fabric = open_device(accelerator, precision)
     serving = "" if model else serving_backend(config, backend, fabric, precision)
     model = build_model(path, state, backend) if model is None else _filled(path, state, model, backend)
     use_layout(model, config.channels_last)
@@ -172,6 +175,18 @@ def open_trained(
     network = open_network(
         checkpoint, backend=backend, accelerator=accelerator, precision=precision, model=model
     )
+    return on_dataset(network, data, split=split, other_data=other_data, permutations=permutations)
+
+
+def on_dataset(
+    network: Network,
+    data: AnyPath,
+    *,
+    split: int | None = None,
+    other_data: bool = False,
+    permutations: AnyPath | None = None,
+) -> Trained:
+    """Join an opened network and the data set under `data`, as `open_trained` does."""
     path, state, config = network.path, network.state, network.config
     if split is not None and split != state.data.split:
         raise CheckpointError(
@@ -194,10 +209,6 @@ def open_trained(
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))
     return Trained(**vars(network), dataset=dataset)
-
-
-# The options of `open_trained`; the others are those of `Trained.features`.
-_OPENING: Final = ("split", "other_data", "backend", "accelerator", "precision", "permutations")
 
 
 def _filled(path: Path, state: Checkpoint, model: nn.Module, backend: str | None) -> nn.Module:
@@ -266,4 +277,25 @@ class EvaluationOptions(NetworkOptions):
 
     def open(self, checkpoint: AnyPath, data: AnyPath, model: nn.Module | None = None) -> Trained:
         """`open_trained` with these options."""
-        return open_trained(checkpoint, data, model=model, **{name: getattr(self, name) for name in _OPENING})
+        return on_dataset(
+            self.network(checkpoint, model),
+            data,
+            split=self.split,
+            other_data=self.other_data,
+            permutations=self.permutations,
+        )
+
+    def open_device(self, accelerator: str, precision: Precision) -> Fabric:
+        """Open the device, or several with a process on each."""
+        return open_fabric(accelerator, precision)
+
+    def network(self, checkpoint: AnyPath, model: nn.Module | None) -> Network:
+        """`open_network` with these options."""
+        return open_network(
+            checkpoint,
+            backend=self.backend,
+            accelerator=self.accelerator,
+            precision=self.precision,
+            model=model,
+            open_device=self.open_device,
+        )

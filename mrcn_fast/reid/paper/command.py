@@ -22,8 +22,8 @@ from mrcn_fast.reid.settings import kinds_of
 from mrcn_fast.reid.training.command import TRAINING_GROUPS
 from mrcn_fast.reid.training.config import TrainConfig
 
-# The values that a table itself sets in the configurations of its runs.
-_SET_BY_TABLE: Final = frozenset(("data", "out", "dataset", "split"))
+# The values that a table itself sets in its runs' configurations, and those of runs in several processes.
+_SET_BY_TABLE: Final = frozenset(("data", "out", "dataset", "split", "devices", "nodes"))
 
 
 def table(flags: Flags, argv: list[str]) -> int:

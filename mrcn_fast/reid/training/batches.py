@@ -13,6 +13,7 @@ from mrcn_fast.reid.data import PairedIdentitySampler, PersonImages, Sample, Tra
 from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.loading import Batches
+from mrcn_fast.reid.data.sampler import batches_of_epoch
 from mrcn_fast.reid.data.types import pair_modalities
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 
@@ -20,7 +21,10 @@ Row = tuple[Tensor, Tensor, int, int, int]
 
 
 class Batch(NamedTuple):
-    """B pairs of images of the same person; the indices are those of the images in the training set."""
+    """B pairs of images of the same person; the indices are those of the images in the training set.
+
+    The batch of a step that accumulates gradients has the pairs of all its parts, one part after the other.
+    """
 
     visible: Tensor  # (B, 3, H, W) uint8
     infrared: Tensor
@@ -33,6 +37,10 @@ class Batch(NamedTuple):
         paths = [training.visible[i].path for i in self.visible_index.tolist()]
         paths += [training.infrared[i].path for i in self.infrared_index.tolist()]
         return list(map(str, paths))
+
+    def parts(self, number: int) -> list[Batch]:
+        """Split the batch into a number of parts of equal length."""
+        return list(map(Batch._make, zip(*(values.chunk(number) for values in self), strict=True)))
 
 
 class PairedImages(Dataset[Row]):
@@ -69,6 +77,9 @@ class TrainingBatches:
     The batches depend only on the configuration's seed and the epoch, so that a resumed run gets the batches
     that it would have got. `len()` is the number of batches of a whole epoch.
 
+    A batch serves a step of this process: it consists of `config.accumulate` batches of the sampler. The
+    processes of a run have different batches of one sequence.
+
     With `config.skip_unreadable`, the constructor decodes every image once. It leaves out, logs and counts
     the images that can't be read (`unreadable`) and the identities without images of both modalities. Classes
     and indices in a batch stay those of `training`.
@@ -78,6 +89,7 @@ class TrainingBatches:
         config: of the run
         name: the data set and its split, such as "regdb-split3", for messages and the cache's name
         pin_memory: put batches into pinned memory
+        processes, process: the number of processes of the run, and which one of them this is, from 0
 
     Raises:
         ValueError: for fewer identities than a batch needs
@@ -93,7 +105,14 @@ class TrainingBatches:
     """
 
     def __init__(
-        self, training: TrainingSet, config: TrainConfig, *, name: str, pin_memory: bool = False
+        self,
+        training: TrainingSet,
+        config: TrainConfig,
+        *,
+        name: str,
+        pin_memory: bool = False,
+        processes: int = 1,
+        process: int = 0,
     ) -> None:
         # Checked before images are read, which takes minutes.
         if len(training.identities) < config.identities:
@@ -107,15 +126,21 @@ class TrainingBatches:
             used, self.unreadable = without_unreadable(
                 training, name, workers=config.workers, identities=config.identities
             )
+        pairs = config.identities * config.images
+        steps = config.batches or batches_of_epoch(
+            max(len(used.visible), len(used.infrared)), pairs * config.accumulate * processes
+        )
         self._sampler = PairedIdentitySampler(
             [sample.identity for sample in used.visible],
             [sample.identity for sample in used.infrared],
             identities=config.identities,
             images=config.images,
             seed=config.seed,
-            batches=config.batches,
+            batches=steps * config.accumulate,
+            processes=processes,
+            process=process,
         )
-        self._rest = _RestOfEpoch(self._sampler)
+        self._rest = _RestOfEpoch(self._sampler, config.accumulate)
         visible, infrared = (
             _images(samples, config, f"{name}-train-{modality}")
             for samples, modality in ((used.visible, "visible"), (used.infrared, "infrared"))
@@ -124,13 +149,13 @@ class TrainingBatches:
             PairedImages(training, used, visible, infrared),
             collate,
             batch_sampler=self._rest,
-            batch_bytes=config.identities * config.images * 2 * 3 * config.height * config.width,
+            batch_bytes=pairs * config.accumulate * 2 * 3 * config.height * config.width,
             workers=config.workers,
             pin_memory=pin_memory,
         )
 
     def __len__(self) -> int:
-        return len(self._sampler)
+        return self._rest.steps
 
     def of(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         """Iterate over the batches of an epoch (from 0), starting with batch `first`."""
@@ -145,17 +170,23 @@ def collate(rows: list[Row]) -> Batch:
 
 
 class _RestOfEpoch(Sampler[list[tuple[int, int]]]):
-    """The sampler's batches without the first ones of an epoch, whose images are not read."""
+    """The pairs of each step of an epoch from step `first` on; images of earlier ones are not read.
 
-    def __init__(self, sampler: PairedIdentitySampler) -> None:
-        self.sampler = sampler
+    A step has `accumulate` batches of the sampler.
+    """
+
+    def __init__(self, sampler: PairedIdentitySampler, accumulate: int) -> None:
+        self.sampler, self.accumulate = sampler, accumulate
+        self.steps = len(sampler) // accumulate
         self.first = 0
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return itertools.islice(iter(self.sampler), self.first, None)
+        batches = itertools.islice(iter(self.sampler), self.first * self.accumulate, None)
+        for _ in range(len(self)):
+            yield list(itertools.chain.from_iterable(itertools.islice(batches, self.accumulate)))
 
     def __len__(self) -> int:
-        return len(self.sampler) - self.first
+        return self.steps - self.first
 
 
 def _images(samples: tuple[Sample, ...], config: TrainConfig, name: str) -> Dataset[Tensor]:

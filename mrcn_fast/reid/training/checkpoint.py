@@ -35,7 +35,7 @@ from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainCon
 from mrcn_fast.reid.training.journal import LINE
 from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 
-FORMAT = 6
+FORMAT = 7
 CHECKPOINT_NAME = "checkpoint.pth"
 # The checkpoint with the best validation.
 BEST_NAME = "best.pth"
@@ -120,7 +120,7 @@ class Checkpoint(NamedTuple):
     model: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]  # state of the precision plugin: of the gradient scaler in 16-mixed
-    random: dict[str, Any]
+    random: list[dict[str, Any]]  # `random_state` of each process of the run
     step: int
     epoch: int
     batch: int
@@ -128,17 +128,17 @@ class Checkpoint(NamedTuple):
     parts: dict[str, str]  # names of the caller's own "model", "loss" and "optimizer", where they were given
 
 
-def random_state() -> dict[str, Any]:
-    """The state of the random generators of training: torch's on every device, and Python's."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def random_state(device: torch.device) -> dict[str, Any]:
+    """The state of a process's random generators: torch's on the CPU and on its device, and Python's."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
 
 
-def restore_random_state(state: Mapping[str, Any]) -> None:
-    """Restore a `random_state`; the states of CUDA only where there are as many devices as then."""
+def restore_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restore a `random_state`; the state of CUDA only where both devices are of CUDA."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
-        torch.cuda.set_rng_state_all(state["cuda"])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"][0], device)
     random.setstate(_python_state(state["python"]))
 
 
@@ -243,6 +243,7 @@ def _without_tensors(value: object, tensors: list[Tensor]) -> object:
 
 _AnyTensor = Annotated[InstanceOf[Tensor], WithJsonSchema({"format": "tensor"})]
 
+_RANDOM = record("random", {"torch": _AnyTensor, "cuda": list[_AnyTensor], "python": Any})
 # The types of a checkpoint's fields. The functions below check everything else.
 _STORED = record(
     "checkpoint",
@@ -255,7 +256,7 @@ _STORED = record(
         "model": dict[str, _AnyTensor],
         "optimizer": record("optimizer", {"state": Any, "param_groups": list[dict[str, Any]]}),
         "scaler": dict[str, Any],
-        "random": record("random", {"torch": _AnyTensor, "cuda": list[_AnyTensor], "python": Any}),
+        "random": list[_RANDOM],  # type: ignore[valid-type]
         "step": int,
         "epoch": int,
         "batch": int,
@@ -295,7 +296,8 @@ def _conforming(content: Mapping[str, Any]) -> Checkpoint:
     if "model" not in checkpoint.parts:
         _check_network(checkpoint)
     _check_scaler(checkpoint)
-    _check_random(checkpoint.random)
+    for process, state in enumerate(checkpoint.random):
+        _check_random(state, f"random[{process}]")
     return checkpoint
 
 
@@ -348,7 +350,9 @@ def _check_identity(checkpoint: Checkpoint) -> None:
 def _check_place(checkpoint: Checkpoint) -> None:
     """Check that step, epoch and batch belong together."""
     config, step, epoch, batch = checkpoint.config, checkpoint.step, checkpoint.epoch, checkpoint.batch
-    pairs = config.identities * config.images
+    processes = len(checkpoint.random)
+    _check(processes > 0, "random", checkpoint.random, "a state of each process")
+    pairs = config.identities * config.images * config.accumulate * processes
     batches = config.batches or batches_of_epoch(max(checkpoint.data.images), pairs)
     _check(0 <= batch < batches, "batch", batch, f"0 to {batches - 1}, a batch of an epoch")
     _check(0 <= epoch <= config.epochs, "epoch", epoch, f"0 to {config.epochs}, an epoch of the run")
@@ -420,17 +424,17 @@ def _check_scaler(checkpoint: Checkpoint) -> None:
         _check(not checkpoint.scaler, "scaler", checkpoint.scaler, "nothing in it: only 16-mixed has one")
 
 
-def _check_random(state: Mapping[str, Any]) -> None:
+def _check_random(state: Mapping[str, Any], place: str) -> None:
     try:
         torch.Generator().set_state(state["torch"])
     except (RuntimeError, TypeError):
-        _check(False, "random.torch", state["torch"], "a state of torch's generator")
-    for place, tensor in enumerate(state["cuda"]):
-        _check_tensor(tensor, torch.empty(_CUDA_STATE, dtype=torch.uint8), f"random.cuda[{place}]")
+        _check(False, f"{place}.torch", state["torch"], "a state of torch's generator")
+    for number, tensor in enumerate(state["cuda"]):
+        _check_tensor(tensor, torch.empty(_CUDA_STATE, dtype=torch.uint8), f"{place}.cuda[{number}]")
     try:
         random.Random().setstate(_python_state(state["python"]))
     except (TypeError, ValueError, OverflowError):
-        _check(False, "random.python", state["python"], "a state of Python's generator")
+        _check(False, f"{place}.python", state["python"], "a state of Python's generator")
 
 
 def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) -> None:
@@ -465,6 +469,20 @@ def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -
         raise CheckpointError(
             f"{path}: can't go on with this run under other values than it began with:\n  "
             + "\n  ".join(differing)
+        )
+
+
+def check_processes(path: str | Path, checkpoint: Checkpoint, count: int) -> None:
+    """Raise CheckpointError where a run would go on with another number of processes than it began with.
+
+    The batches of a step and the length of an epoch depend on this number.
+    """
+    began = len(checkpoint.random)
+    if began != count:
+        raise CheckpointError(
+            f"{path}: can't go on with this run in another number of processes than it began in: expected "
+            f"{began} (checkpoint), found {count} (given). Give {began} in all, by --devices and --nodes or "
+            "by the launcher"
         )
 
 

@@ -9,8 +9,10 @@ from mrcn_fast.flags import Flags, Reader, path_text
 from mrcn_fast.reid.console import log_to_console
 from mrcn_fast.reid.data import recognize
 from mrcn_fast.reid.kinds import PathText
+from mrcn_fast.reid.launching import found_launch
 from mrcn_fast.reid.models.resnet import imagenet_file
 from mrcn_fast.reid.paper.recipes import load_recipe
+from mrcn_fast.reid.processes import is_first
 from mrcn_fast.reid.settings import kinds_of
 from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from mrcn_fast.reid.training.config import TrainConfig
@@ -34,9 +36,12 @@ def train(flags: Flags, argv: list[str]) -> int:
     resume, overwrite = given.pop("resume", False), given.pop("overwrite", False)
     config = TrainConfig(**_values(flags, given, resume))
     resume = resume is not False
-    check_new_run(config, resume=resume, overwrite=overwrite)
+    if found_launch() is None:  # of several processes, the first one checks it when all have met
+        check_new_run(config, resume=resume, overwrite=overwrite)
     log_to_console()
-    print(Trainer(config).fit(resume=resume, overwrite=overwrite))
+    path = Trainer(config).fit(resume=resume, overwrite=overwrite)
+    if is_first():
+        print(path)
     return 0
 
 

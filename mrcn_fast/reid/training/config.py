@@ -85,7 +85,9 @@ class BatchOptions:
     images: Count = 4
     """K, images of an identity and modality in a batch (paper)."""
     batches: Count | None = None
-    """Batches in an epoch; none: floor(N / (P K)) + 1, N the larger modality's image count (field)."""
+    """Steps in an epoch; none: floor(N / pairs) + 1, N the larger modality's image count (field)."""
+    accumulate: Annotated[int, Field(ge=1, le=10_000), NUMPY] = 1
+    """Batches of each process in a step, whose losses are averaged (field: 1)."""
     padding: CountOrZero = 10
     """Pixels of padding before the random crop (field)."""
     flip: Share = 0.5
@@ -140,6 +142,14 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Backend of block and CQC loss: reference, cpu, ...; none: the best that serves."""
     accelerator: str = "auto"
     """Where to train, as lightning-fabric names it: auto, cpu, cuda, ..."""
+    devices: Count | None = None
+    """Devices of each machine, with a process on each; none: as torchrun or srun started, else one."""
+    nodes: Count | None = None
+    """Machines that train together; none: as torchrun or srun started, else one."""
+    gather: bool = False
+    """Compute the losses over the features of all processes; false: each process over its own."""
+    sync_batchnorm: bool = True
+    """On several GPUs, take BatchNorm's statistics over the images of all; false: each over its own."""
     speed: Literal["auto", "plain"] = "auto"
     """auto: what measured fastest on the device; plain: float32, NCHW, eager, bitwise reproducible."""
     precision: Precision | None = None
@@ -236,8 +246,8 @@ def _kind() -> Any:
 # fingerprints.
 FREE_ON_RESUME = frozenset(
     (
-        "data", "out", "cache", "weights", "init", "epochs", "steps", "backend", "accelerator", "workers",
-        "log_every", "checkpoint_every", "logger", "validate_every",
+        "data", "out", "cache", "weights", "init", "epochs", "steps", "backend", "accelerator", "devices",
+        "nodes", "workers", "log_every", "checkpoint_every", "logger", "validate_every",
     )
 )  # fmt: skip
 

@@ -96,11 +96,13 @@ class Journal:
     `validation` (the protocol in words), `headline` (the first search's name) and `searches`, which has the
     scores of each search. `lines` and `validations` have the content of the file.
 
-    Where there is a `log`, it gets each line too.
+    Of the processes of a run, all keep the lines, and one of them writes the file (`writes`). Where there
+    is a `log`, it gets each line too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, writes: bool = True) -> None:
         self.path = path
+        self.writes = writes
         self.lines: list[dict[str, float]] = []
         self.validations: list[dict[str, Any]] = []
         self.log: RunLog | None = None
@@ -125,7 +127,8 @@ class Journal:
 
     def _append(self, lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
         lines.append(line)
-        append(self.path, f"{json.dumps(line)}\n".encode())
+        if self.writes:
+            append(self.path, f"{json.dumps(line)}\n".encode())
         if self.log is not None:
             self.log.line(line)
 
@@ -133,6 +136,8 @@ class Journal:
         """Remove the file of an earlier run, and the file of its damaged lines."""
         self.lines.clear()
         self.validations.clear()
+        if not self.writes:
+            return
         self.path.unlink(missing_ok=True)
         self.damaged_path.unlink(missing_ok=True)
 
@@ -161,6 +166,8 @@ class Journal:
             elif line["step"] <= step:
                 lines.append(line)
                 kept += json.dumps(line) + "\n"
+        if not self.writes:
+            return
         self._set_aside({number: text for number, text in damaged.items() if text})
         write_atomically(self.path, lambda file: file.write(kept.encode()))
 

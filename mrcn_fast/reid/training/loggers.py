@@ -36,10 +36,11 @@ class RunLog:
     Args:
         config: of the run; `logger` says which logger, in the run's folder
         step: the steps that the run has taken; what the logger has after them is dropped
+        processes: the number of processes of the run, of which the first one logs
     """
 
-    def __init__(self, config: TrainConfig, step: int = 0) -> None:
-        self._images = 2 * config.identities * config.images
+    def __init__(self, config: TrainConfig, step: int = 0, processes: int = 1) -> None:
+        self._images = 2 * config.identities * config.images * config.accumulate * processes
         self._seed = config.seed
         width = max(1, round(_HEIGHT * config.width / config.height))
         self._size = (_HEIGHT, width)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -16,16 +16,21 @@ from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import TrainingOutput
 from mrcn_fast.reid.training.batches import Batch
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.gathering import gather_outputs
 from mrcn_fast.reid.training.journal import StepResult, embedding_spread
 from mrcn_fast.reid.training.parts import Loss, loss_parts
 from mrcn_fast.reid.training.transfers import Readings, to_device
+
+# Prepared images of both modalities, and the labels, on the device.
+_Inputs = tuple[Tensor, Tensor, Tensor]
 
 
 class NotFiniteError(ArithmeticError):
     """The loss of a step isn't finite, and the weights are as they were before the step.
 
     Attributes:
-        result: the measurements of the step
+        result: the measurements of the step in this process; they are finite where another process has the
+            loss that isn't
     """
 
     def __init__(self, result: StepResult) -> None:
@@ -50,6 +55,7 @@ class TrainingStep:
         frozen: modules of the network that stay in eval mode
         layout: the memory layout of the network's inputs
         ahead: how many steps may be on their way when the measurements of an earlier one are read
+        agree: takes the means of measurements over the processes
     """
 
     config: TrainConfig
@@ -61,11 +67,13 @@ class TrainingStep:
     frozen: Sequence[nn.Module]
     layout: torch.memory_format
     ahead: int = 0
+    agree: Callable[[Sequence[float]], list[float]] = list
+    _checked: bool = field(default=False, init=False)
 
     def take(self, batch: Batch) -> StepResult:
-        """Take a step on a batch of uint8 images.
+        """Take a step on a batch of uint8 images; returns the means over its parts and the processes.
 
-        Raises NotFiniteError where the loss isn't finite, before the weights change.
+        Raises NotFiniteError where the loss isn't finite in one of the processes, before the weights change.
         """
         return self.launch(batch)()
 
@@ -74,23 +82,50 @@ class TrainingStep:
         return partial(self._whole, batch)
 
     def _whole(self, batch: Batch) -> StepResult:
-        labels = to_device(batch.labels, self.fabric.device)
-        visible = self.prepared(batch.visible, "visible")
-        return self.on(visible, self.prepared(batch.infrared, "infrared"), labels)
+        parts = batch.parts(self.config.accumulate)
+        return self._on(map(self._inputs, parts), len(parts))
 
     def on(self, visible: Tensor, infrared: Tensor, labels: Tensor) -> StepResult:
         """Take a step on prepared images, (B, 3, H, W) each, and labels (B,) on the device."""
+        return self._on([(visible, infrared, labels)], 1)
+
+    def _inputs(self, batch: Batch) -> _Inputs:
+        labels = to_device(batch.labels, self.fabric.device)
+        visible = self.prepared(batch.visible, "visible")
+        return visible, self.prepared(batch.infrared, "infrared"), labels
+
+    def _on(self, parts: Iterable[_Inputs], count: int) -> StepResult:
+        """Take a step on `count` parts; the processes exchange gradients with those of the last part."""
         self.optimizer.zero_grad(set_to_none=True)
-        readings = self.backward(self.output(visible, infrared), labels)
-        # The values are read after the backward pass was launched, so that a GPU isn't idle in between.
-        result = StepResult(*readings.values())
+        readings = []
+        for number, (visible, infrared, labels) in enumerate(parts, start=1):
+            with self.fabric.no_backward_sync(self.model, enabled=number < count):
+                readings.append(self.backward(self.output(visible, infrared), labels))
+        self._check_gradients()
+        # The values are read after the backward passes were launched, so that a GPU isn't idle in between.
+        each = [reading.values() for reading in readings]
+        own = StepResult(*(sum(values) / count for values in zip(*each, strict=True)))
+        result = StepResult(*self.agree(own))
         if not result.finite:
-            raise NotFiniteError(result)
+            raise NotFiniteError(own)
         self.update()
         return result
 
     def reset(self) -> None:
         """Forget what was kept of the optimizer's state, because that was replaced."""
+
+    def _check_gradients(self) -> None:
+        """Refuse parameters that no loss depends on, because the processes would wait for their gradients."""
+        if self._checked or self.fabric.world_size == 1:
+            return
+        self._checked = True
+        named = self.model.module.named_parameters()
+        if without := [name for name, p in named if p.requires_grad and p.grad is None]:
+            raise ValueError(
+                f"got a network whose loss doesn't depend on {', '.join(without[:4])}, expected that it "
+                "depends on each parameter in several processes: leave these out, or take them out of the "
+                "training by requires_grad_(False)"
+            )
 
     def prepared(self, images: Tensor, modality: Modality) -> Tensor:
         """Move a batch of uint8 images to the device, augment it, and put it into the run's memory layout."""
@@ -118,11 +153,13 @@ class TrainingStep:
         total, measured = self.losses(output, labels)
         # One transfer from the device per step serves the check of the loss and the journal.
         readings = Readings(measured)
-        self.fabric.backward(total)
+        self.fabric.backward(total / self.config.accumulate)
         return readings
 
     def losses(self, output: TrainingOutput, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Compute the total loss, and the fields of a StepResult, (7,), without a gradient."""
+        if self.config.gather and self.fabric.world_size > 1:
+            output, labels = gather_outputs(self.fabric, output, labels)
         parts = loss_parts(self.loss(output, labels))
         with torch.no_grad():
             right = output.logits.argmax(2) == labels.repeat(output.logits.shape[1] // len(labels))

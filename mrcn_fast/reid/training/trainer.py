@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import shlex
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -13,18 +14,20 @@ from functools import partial
 from pathlib import Path
 from typing import Generic, NamedTuple, cast
 
+import numpy as np
 import torch
 from rich.progress import Progress, TaskID
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from typing_extensions import TypeVar
 
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import notice, progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
-from mrcn_fast.reid.devices import open_fabric, serving_backend
+from mrcn_fast.reid.devices import open_devices, serving_backend
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.models.resnet import imagenet_file
+from mrcn_fast.reid.processes import Processes, other_failed
 from mrcn_fast.reid.stopping import StopRequests
 from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
@@ -33,6 +36,7 @@ from mrcn_fast.reid.training.checkpoint import (
     all_finite,
     check_config,
     check_data,
+    check_processes,
     data_identity,
     load_checkpoint,
     load_optimizer,
@@ -133,12 +137,26 @@ def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     return there
 
 
+def _seed_process(seed: int, rank: int) -> None:
+    """Seed a process's augmentation. The first process goes on with the stream that made the weights."""
+    if rank > 0:
+        (own,) = np.random.SeedSequence((seed, rank)).generate_state(1, np.uint64).tolist()
+        torch.manual_seed(own)
+        random.seed(own)
+
+
 class Trainer(Generic[Model]):
     """A training run, built from a TrainConfig. `fit()` trains to the end, `step()` takes one step.
 
     A checkpoint of a run with parts of your own holds the network's and the optimizer's state, and the names
     of the classes or functions of model, loss and optimizer. Code isn't in it: to go on, give the same parts
     to a new Trainer, and to score, the network to `score_checkpoint`. Other parts are refused.
+
+    With several `devices` or `nodes`, and where torchrun or srun started several processes, each device has a
+    process with a trainer of its own. Where no launcher started them, the first trainer starts the program
+    again for each device, waits for these processes and ends this one with their exit status. Each process
+    draws other batches, their gradients are averaged, and the first one writes. An exception in one process
+    ends all of them.
 
     Args:
         config: of the run. With a network of your own its fields of the architecture have no effect, with a
@@ -153,7 +171,7 @@ class Trainer(Generic[Model]):
     Raises:
         DatasetError, WeightsError: for bad files
         ValueError: for values that don't fit, such as fewer identities than P, an accelerator that this
-            machine doesn't have, or several processes
+            machine doesn't have, or other numbers of devices and nodes than the launcher's
         TypeError: for parts that are no network, loss or optimizer
         BackendError: for a backend that can't serve
 
@@ -177,7 +195,22 @@ class Trainer(Generic[Model]):
         self.out = Path(config.out)
         self.checkpoint_path = self.out / CHECKPOINT_NAME
         # A device, a backend or a part that can't serve is refused before the data set is read.
-        self.fabric = open_fabric(config.accelerator, config.precision, callbacks)
+        self.fabric = open_devices(
+            config.accelerator, config.precision, config.devices, config.nodes, callbacks
+        )
+        self.processes = Processes(self.fabric)
+        with self.processes.together():
+            self._make(model, loss, optimizer, callbacks)
+
+    def _make(
+        self,
+        model: Model | None,
+        loss: Loss | None,
+        optimizer: MakeOptimizer | None,
+        callbacks: Sequence[object],
+    ) -> None:
+        """Read the data set, and make the network and all that trains it."""
+        config = self.config
         serving = ""
         if model is None:
             serving = serving_backend(config, config.backend, self.fabric, config.precision)
@@ -194,6 +227,9 @@ class Trainer(Generic[Model]):
         torch.manual_seed(config.seed)
         random.seed(config.seed)
         self.model = cast(Model, self._built()) if model is None else model
+        if self.processes.count > 1 and config.sync_batchnorm and self.fabric.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        _seed_process(config.seed, self.processes.rank)
         self.weights = weights_fingerprint(config.initial)
         frozen = freeze(cast(ReIDModel, self.model), config.freeze)
         self.layout = use_layout(self.model, config.channels_last)
@@ -226,19 +262,23 @@ class Trainer(Generic[Model]):
             augment=self.augment,
             frozen=frozen,
             layout=self.layout,
+            agree=self._agreed,
         )
         self.batches = TrainingBatches(
             self.training,
             config,
             name=f"{dataset.name}-split{dataset.split}",
             pin_memory=self.fabric.device.type == "cuda",
+            processes=self.processes.count,
+            process=self.processes.rank,
         )
         self._validation = (
             None if config.validate_every is None else Validation(config, dataset, self.fabric, serving)
         )
-        self.journal = Journal(self.out / METRICS_NAME)
+        self.journal = Journal(self.out / METRICS_NAME, writes=self.processes.first)
         self._watch = CollapseWatch()
         self._requests = StopRequests()
+        self._stop: signal.Signals | None = None
         # The number of steps taken, and the epoch and number of the next batch.
         self.step_count = self.epoch = self.batch = 0
         self._launched: deque[_Launched] = deque()
@@ -255,13 +295,15 @@ class Trainer(Generic[Model]):
         return total if self.config.steps is None else min(total, self.config.steps)
 
     def step(self, batch: Batch) -> StepResult:
-        """Take one optimisation step on a batch of uint8 images.
+        """Take one optimisation step on a batch of uint8 images; returns the means over the processes.
 
         Raises TrainingError where the loss isn't finite, before the weights change.
         """
         try:
             return self._step.take(batch)
         except NotFiniteError as error:
+            if error.result.finite:
+                raise other_failed() from None
             raise TrainingError(self._not_finite(batch, error.result)) from None
 
     def prepared(self, images: Tensor, modality: Modality) -> Tensor:
@@ -290,42 +332,64 @@ class Trainer(Generic[Model]):
         143. A second signal ends the process at once. After that and after MemoryShortageError, the last
         checkpoint is whole.
         """
-        check_new_run(self.config, resume=resume, overwrite=overwrite)
-        with held(self.out, "trains"):
-            self._begin(resume=resume, overwrite=overwrite)
-            self._introduce()
-            self.fabric.call("on_fit_start", self)
-            bars = progress_bars() if progress is None else progress
-            with bars if progress is None else nullcontext(), self._logging():
-                self._run(bars)
-            self.fabric.call("on_fit_end", self)
-        log.info("%s", self._summary())
+        with self.processes.together(self._last_checkpoint):
+            if self.processes.first:
+                check_new_run(self.config, resume=resume, overwrite=overwrite)
+            # One process writes the files, and holds their folder.
+            with held(self.out, "trains") if self.processes.first else nullcontext():
+                self._fit(resume, overwrite, progress)
         return self.checkpoint_path
+
+    def _fit(self, resume: bool, overwrite: bool, progress: Progress | None) -> None:
+        self._begin(resume=resume, overwrite=overwrite)
+        self._introduce()
+        self.fabric.call("on_fit_start", self)
+        bars = progress_bars() if progress is None else progress
+        with bars if progress is None else nullcontext(), self._logging():
+            self._run(bars)
+        self.fabric.call("on_fit_end", self)
+        log.info("%s", self._summary())
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
         """Resume the run in `out`, or remove the files of an earlier one."""
-        if resume and self.checkpoint_path.exists():
+        if resume and self.processes.from_first(self.checkpoint_path.exists):
             self._resume()
             return
         if resume:
             log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
-        there = _replaced_files(self.out, resume=resume, overwrite=overwrite)
-        # All files of an old run go, because its scores would be wrong beside the metrics of this run.
-        for path in there:
-            path.unlink(missing_ok=True)
+        if self.processes.first:
+            # All files of an old run go, because its scores would be wrong beside the metrics of this run.
+            for path in _replaced_files(self.out, resume=resume, overwrite=overwrite):
+                path.unlink(missing_ok=True)
         self.journal.clear()
 
     @contextmanager
     def _logging(self) -> Iterator[None]:
         """A context in which the journal sends its lines to the logger, if there is one."""
-        if self.config.logger == "none":
+        if self.config.logger == "none" or not self.processes.first:
             yield
             return
-        self.journal.log = RunLog(self.config, self.step_count)
+        self.journal.log = RunLog(self.config, self.step_count, self.processes.count)
         try:
             yield
         finally:
             self.journal.log.close()
+
+    def _agreed(self, values: Sequence[float]) -> list[float]:
+        """Take the means of a step's measurements over the processes, which agree here on whether to stop."""
+        if self.processes.count == 1:
+            return list(values)
+        received = self._requests.received
+        *means, interrupted, ended = self.processes.means(
+            [*values, received == signal.SIGINT, received == signal.SIGTERM]
+        )
+        self._stop = signal.SIGINT if interrupted else signal.SIGTERM if ended else None
+        return means
+
+    @property
+    def _stopping(self) -> signal.Signals | None:
+        """The signal after which the run stops. One that a process got counts when all have agreed on it."""
+        return self._requests.received if self.processes.count == 1 else self._stop
 
     def _run(self, bars: Progress) -> None:
         name = f"steps of {self.out.name}"
@@ -333,9 +397,10 @@ class Trainer(Generic[Model]):
         try:
             with enough_memory("a training step", _LESS), self._requests as requests:
                 self._validate()
-                while self.step_count < self.total_steps and requests.received is None:
+                while self.step_count < self.total_steps and self._stopping is None:
                     self._run_epoch(bars, task)
                     self._validate()
+            requests.received = self._stopping or requests.received
             requests.grant()
         except (KeyboardInterrupt, SystemExit, MemoryShortageError):
             log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
@@ -345,7 +410,7 @@ class Trainer(Generic[Model]):
         config = self.config
         log.info(
             "%s, on %s in %s: %d steps on %s",
-            *(self._title(), self.fabric.device, config.precision, self.total_steps, self.data),
+            *(self._title(), self._devices(), config.precision, self.total_steps, self.data),
         )
         log.info("Speed %s: %s", config.speed, self._how)
         own = "model" in self.parts
@@ -358,6 +423,17 @@ class Trainer(Generic[Model]):
             )
         elif config.initial is None and not own:
             log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
+
+    def _devices(self) -> str:
+        device, count = self.fabric.device, self.processes.count
+        if count == 1:
+            return str(device)
+        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules())
+        return (
+            f"{count} devices of type {device.type}, "
+            f"{'one' if self.config.gather else 'each its own'} batch in the losses and "
+            f"{'one' if synced else 'each its own'} in BatchNorm,"
+        )
 
     @property
     def _name(self) -> str:
@@ -427,14 +503,21 @@ class Trainer(Generic[Model]):
     def _validate(self) -> None:
         """Score the network if an epoch has just ended after which that is due and hasn't been done."""
         every, done = self.config.validate_every, self.journal.validations
-        if self._validation is None or every is None or self._requests.received is not None:
+        if self._validation is None or every is None or self._stopping is not None:
             return
         due = self.epoch > 0 and self.batch == 0 and self.epoch % every == 0
         if not due or (done and done[-1]["step"] == self.step_count):
             return
         # The checkpoint was just written, so that nothing is lost where a signal ends the validation.
         with self._requests.at_once():
+            self._share_buffers()
             self._validation.run(self.model, self._state(), self.journal)
+
+    def _share_buffers(self) -> None:
+        """Give all processes the statistics of BatchNorm of the first, as their next forward pass would."""
+        if self.processes.count > 1:
+            for buffer in self.model.buffers():
+                distributed.broadcast(buffer, 0)
 
     def _summary(self) -> str:
         """The run's end in one line, with the commands to go on."""
@@ -451,8 +534,8 @@ class Trainer(Generic[Model]):
         )
 
     def _ends_here(self) -> bool:
-        stopped = self._requests.received is not None
-        return stopped or self.batch >= len(self.batches) or self.step_count == self.total_steps
+        last = self.batch >= len(self.batches) or self.step_count == self.total_steps
+        return self._stopping is not None or last
 
     def _writes_here(self) -> bool:
         every = (self.config.log_every, self.config.checkpoint_every)
@@ -465,14 +548,21 @@ class Trainer(Generic[Model]):
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint. Raises TrainingError for weights that are not finite; the earlier one stays."""
+        """Write a checkpoint. Raises TrainingError for weights that are not finite; the earlier one stays.
+
+        All processes of a run call this, and the first one writes. Its statistics of BatchNorm are in the
+        checkpoint. With SyncBatchNorm, those of all processes are equal.
+        """
         state = self.model.state_dict()
         if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
             raise TrainingError(
                 f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
                 f"Lower the learning rate. {self._last_checkpoint()}"
             )
-        save_checkpoint(self.checkpoint_path, self._state())
+        checkpoint = self._state()
+        if self.processes.first:
+            save_checkpoint(self.checkpoint_path, checkpoint)
+        self.processes.wait()
         self.fabric.call("on_checkpoint", self, self.checkpoint_path)
 
     def _state(self) -> Checkpoint:
@@ -483,7 +573,7 @@ class Trainer(Generic[Model]):
             model=self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.fabric.strategy.precision.state_dict(),
-            random=random_state(),
+            random=self.processes.gathered(random_state(self.fabric.device)),
             step=self.step_count,
             epoch=self.epoch,
             batch=self.batch,
@@ -494,6 +584,7 @@ class Trainer(Generic[Model]):
     def _resume(self) -> None:
         path = self.checkpoint_path
         checkpoint = load_checkpoint(path)
+        check_processes(path, checkpoint, self.processes.count)
         check_parts(path, checkpoint, self.parts)
         check_config(path, checkpoint, self.config)
         check_data(path, checkpoint, self.data)
@@ -504,7 +595,7 @@ class Trainer(Generic[Model]):
         self._launched.clear()
         self.step_count, self.epoch, self.batch = checkpoint.step, checkpoint.epoch, checkpoint.batch
         self.journal.return_to(self.step_count)
-        restore_random_state(checkpoint.random)
+        restore_random_state(checkpoint.random[self.processes.rank], self.fabric.device)
         log.info("Going on from %s: step %d of %d", path, self.step_count, self.total_steps)
 
     def _not_finite(self, batch: Batch, result: StepResult) -> str:

@@ -44,7 +44,8 @@ class Validation:
 
     The scores are those that `mrcn-fast test` gives without options or, where the configuration says so,
     those of the same protocol on SYSU-MM01's validation identities. Random generators and the network's
-    state stay as they are, so that a run ends at the same weights with validations as without.
+    state stay as they are, so that a run ends at the same weights with validations as without. The
+    processes of a run share the work, and the first one writes.
 
     Args:
         config: of the run
@@ -91,7 +92,7 @@ class Validation:
         )
         improved = headline[CRITERION] > best
         # A run that is killed between these two validates again when it goes on.
-        if improved:
+        if improved and self.fabric.is_global_zero:
             save_checkpoint(path, state)
         journal.write_validation(
             {

@@ -104,3 +104,13 @@ def test_counts_are_integers(name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f"epoch must be an integer; got {value!r}"):
         make().set_epoch(value)
     assert len(make(**{name: np.int64(2)})) > 0
+
+
+def test_processes_deal_out_one_sequence() -> None:
+    whole = list(make(batches=9))
+    shares = [list(make(batches=3, processes=3, process=process)) for process in range(3)]
+    assert [batch for batches in zip(*shares, strict=True) for batch in batches] == whole
+    # An epoch passes the images once, however many processes there are.
+    assert [len(make(processes=count)) for count in (1, 2, 3)] == [3, 2, 1]
+    with pytest.raises(ValueError, match="got process=2, expected 0 to 1"):
+        make(processes=2, process=2)

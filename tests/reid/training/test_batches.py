@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -172,3 +175,23 @@ def test_an_unreadable_image_is_named_as_in_this_process(
     assert str(caught.value).startswith(f"{tree}")
     assert ": expected a readable image of identity " in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+SCRIPT = """
+import torch
+from mrcn_fast.reid.data.loading import Batches
+
+batches = Batches(range(4), torch.tensor, batch_size=2, workers=1)
+print([batch.tolist() for batch in batches])
+"""
+
+
+def test_a_script_ends_though_its_processes_outlive_a_signal() -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        capture_output=True,
+        text=True,
+        timeout=200,  # it would never end
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert (run.returncode, run.stdout) == (0, "[[0, 1], [2, 3]]\n"), run.stderr

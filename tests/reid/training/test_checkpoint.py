@@ -135,11 +135,11 @@ EDITS: list[tuple[str, Edit]] = [
     ("optimizer.state[999]", set_in("optimizer", "state", 999, to=lambda _: {})),
     ("scaler", set_in("scaler", to={"scale": 65536.0})),
     # The rest.
-    ("random.torch", set_in("random", "torch", to=lambda t: t[:100])),
-    ("random.torch", set_in("random", "torch", to=torch.zeros_like)),
-    ("random.cuda[0]", set_in("random", "cuda", to=[torch.ones(3)])),
-    ("random.python", set_in("random", "python", to=(3, (1, 2), None))),
-    ("random.python", set_in("random", "python", to="state")),
+    ("random[0].torch", set_in("random", 0, "torch", to=lambda t: t[:100])),
+    ("random[0].torch", set_in("random", 0, "torch", to=torch.zeros_like)),
+    ("random[0].cuda[0]", set_in("random", 0, "cuda", to=[torch.ones(3)])),
+    ("random[0].python", set_in("random", 0, "python", to=(3, (1, 2), None))),
+    ("random[0].python", set_in("random", 0, "python", to="state")),
     ("data.identities", set_in("data", "identities", to=(3, 1, 2))),
     ("data.identities", set_in("data", "identities", to=())),
     ("data.split", set_in("data", "split", to=2)),
@@ -155,6 +155,7 @@ EDITS: list[tuple[str, Edit]] = [
     ("format", set_in("format", to=10**5000)),
     ("format", set_in("format", to=torch.full((3,), FORMAT))),
     ("digest", without("digest")),
+    ("random", set_in("random", to=[])),
     # Nothing but the digests knows these.
     ("config", set_in("config", "lr", to=0.021)),
     ("model", set_in("model", CONV, to=with_value(7, 0.125))),
@@ -163,7 +164,7 @@ EDITS: list[tuple[str, Edit]] = [
     ("data", set_in("data", "fingerprint", to="0" * 64)),
     ("metrics", set_in("metrics", "loss", to=1.5)),
     ("metrics", set_in("metrics", to={})),
-    ("random", set_in("random", "python", to=random.Random(5).getstate())),
+    ("random", set_in("random", 0, "python", to=random.Random(5).getstate())),
 ]
 
 
