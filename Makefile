@@ -10,6 +10,10 @@ ARGS ?=
 # Where `make wheel` leaves the wheel.
 DIST ?= dist
 
+# pip would compile all of the ten thousand modules of torch and the others, of which a run imports some hundreds.
+# Python compiles those when it imports them, and keeps them. (This setting's 0 is --no-compile.)
+export PIP_NO_COMPILE ?= 0
+
 # V=1 shows the output of pip, CMake and the compilers, which otherwise is shown where one of them fails.
 V ?=
 
@@ -99,7 +103,7 @@ torch:
 requirements:
 	@$(quietly); is_of() { [ "$$(cat "$(installed)-$$1" 2>/dev/null)" = "$$($(fingerprint))" ]; }; \
 	if [ ! -x "$(bin)/mrcn-fast" ] || ! { is_of $(EXTRAS) || { [ $(EXTRAS) != docs ] && is_of all; }; }; then \
-	  echo "Installing mrcn-fast[$(EXTRAS)] and what it needs into $(VENV), about a minute"; \
+	  echo "Installing mrcn-fast[$(EXTRAS)] and what it needs into $(VENV), about half a minute"; \
 	  quietly $(pip) install -c "$(kept)" $(foreach r,$(build_requirements),"$(r)") \
 	  && MRCN_FAST_NATIVE=0 MRCN_FAST_CUDA=0 quietly $(pip) install -c "$(kept)" --no-build-isolation -e '.[$(EXTRAS)]' \
 	  && $(fingerprint) > "$(installed)-$(EXTRAS)"; \

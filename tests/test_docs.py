@@ -320,5 +320,5 @@ def test_the_synthetic_table_is_that_of_the_result_file(capsys: pytest.CaptureFi
     result = ROOT / "benchmarks" / "results" / "table-2-synthetic.json"
     assert cli.main(["table", "2", "--from", str(result)]) == 0
     printed = rows(capsys.readouterr().out)
-    assert len(printed) == 7
+    assert len(printed) == 12
     assert rows((DOCS / "how-to" / "reproduce-a-table.md").read_text()) == printed

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import ast
+import os
 import runpy
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = sorted((Path(__file__).resolve().parents[1] / "examples").glob("*.py"))
+# The modules that an example needs beyond those of [reid].
+NEEDED = {
+    "sharded_faiss": {"faiss": "faiss-cpu, of the extra [search], is not installed"},
+    "pgvector": {
+        "pyarrow": "pyarrow, of the extra [search], is not installed",
+        "psycopg": "psycopg is not installed, which speaks to PostgreSQL",
+    },
+}
 
 
 @pytest.mark.filterwarnings("ignore")  # of torch's ONNX exporter
@@ -18,11 +27,15 @@ def test_an_example_runs(path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(ast.get_docstring(ast.parse(text)) or "") > 100
     if "mrcn_fast.reid" in text:
         pytest.importorskip("lightning_fabric", reason="this example needs the packages of [reid]")
+    for module, reason in NEEDED.get(path.stem, {}).items():
+        pytest.importorskip(module, reason=reason)
+    if path.stem == "pgvector" and "MRCN_FAST_DATABASE" not in os.environ:
+        pytest.skip("MRCN_FAST_DATABASE names no PostgreSQL with pgvector")
     runpy.run_path(str(path), run_name="__main__")
     assert capsys.readouterr().out
 
 
 def test_the_examples_are_there() -> None:
     known = {"drop_in", "training_step", "own_network", "inference", "export"}
-    known |= {"train_own_network", "own_backbone", "agw", "deen"}
+    known |= {"train_own_network", "own_backbone", "agw", "deen", "sharded_faiss", "pgvector"}
     assert {path.stem for path in EXAMPLES} == known

@@ -88,7 +88,7 @@ def memory_in_use() -> tuple[int, int]:
 @functools.cache
 def _describe() -> str:
     info = _library.build_info()
-    return f"C++ kernels, {info['isa']} of {', '.join(info['isas'])}"
+    return f"C++ kernels for {info['isa']}, compiled for {', '.join(info['isas'])}"
 
 
 def status() -> tuple[bool, str]:

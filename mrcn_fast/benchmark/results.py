@@ -174,7 +174,7 @@ def described(where: Line) -> str:
     """
     if "gpu" in where:
         return f"{where['gpu']}, torch {where['torch']}, CUDA {where['cuda']}, Triton {where['triton']}"
-    isa = re.match(r"C\+\+ kernels, (avx512|\w+)", where.get("kernels", ""))
+    isa = re.match(r"C\+\+ kernels(?:,| for) (avx512|\w+)", where.get("kernels", ""))
     cpu = where["cpu"] + (f", {isa[1]}" if isa else "")
     return f"{cpu}, {where['threads']} threads, torch {where['torch']}, {where['pages']} pages"
 

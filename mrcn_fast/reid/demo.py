@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import statistics
 import sys
 import time
@@ -37,6 +38,8 @@ from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
 from mrcn_fast.reid.training.run_folder import held
 from mrcn_fast.reid.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 RESULTS_NAME, PAGE_NAME = "results.json", "index.html"
 _RANDOM_RANKINGS: Final = 10
@@ -112,7 +115,11 @@ def run_demo(config: DemoConfig, *, overwrite: bool = False) -> dict[str, Any]:
             check_free(out / RESULTS_NAME, others, made_of)
         # This record is written first, so that an interrupted demo may be run again.
         write_json(out / RESULTS_NAME, {"made_of": made_of})
-        results = {"made_of": made_of} | _results(config)
+        try:
+            results = {"made_of": made_of} | _results(config)
+        except (KeyboardInterrupt, SystemExit):
+            log.warning("The demo was stopped. Run it again: it starts anew, and replaces what it wrote")
+            raise
         write_json(out / RESULTS_NAME, results)
     # A log gets a fixed width, so that the lines of the table stay whole.
     console = Console(width=None if _is_watched() else 110)

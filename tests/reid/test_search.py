@@ -23,7 +23,9 @@ from mrcn_fast.reid.data.types import DatasetError, Sample
 from mrcn_fast.reid.evaluation.protocol import searches_of
 from mrcn_fast.reid.evaluation.scoring import score_trial
 from mrcn_fast.reid.evaluation.trained import open_network, open_trained
+from mrcn_fast.reid.search import engines
 from mrcn_fast.reid.search.collections import collect
+from mrcn_fast.reid.search.engines import write_faiss, write_parquet
 from mrcn_fast.reid.search.features import (
     FeatureError,
     Features,
@@ -180,7 +182,10 @@ def test_a_large_gallery_is_searched_in_bounded_memory(tmp_path: Path) -> None:
 def test_features_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     features = torch.randn(3, 5)
-    write_features(path, features, Names.of(["a", NOT_UTF8, ""]), tmp_path, {"modality": "visible"})
+    write_features(
+        path,
+        held(features, names=Names.of(["a", NOT_UTF8, ""]), folder=tmp_path, about={"modality": "visible"}),
+    )
     found = read_features(path)
     assert torch.equal(found.rows.read(0, 3), features)
     assert torch.equal(found.rows.read(1, 2), features[1:2])
@@ -307,7 +312,8 @@ def test_search_refuses_what_doesnt_fit(
 ) -> None:
     other = tmp_path / "o.safetensors"
     size = open_network(finished, accelerator="cpu").reid_model.feature_size
-    write_features(other, torch.ones(1, size), Names.of(["a"]), tmp_path, {"network": "0" * 64})
+    stranger = held(torch.ones(1, size), names=Names.of(["a"]), folder=tmp_path, about={"network": "0" * 64})
+    write_features(other, stranger)
     images = ["search", "--query", str(pictures), "--gallery", str(other)]
     for words, told in (
         (images, "and no network to extract with: give --checkpoint"),
@@ -418,6 +424,47 @@ def test_an_index_needs_faiss(
     save_file({"features": torch.eye(3)}, path)
     assert main(["search", "--query", str(path), "--gallery", str(path), "--index", str(tmp_path / "i")]) == 2
     assert "faiss is not installed, which --index needs: pip install faiss-cpu" in capsys.readouterr().err
+
+
+def test_features_for_faiss(tmp_path: Path) -> None:
+    faiss = pytest.importorskip("faiss", reason="faiss-cpu, of the extra [search], is not installed")
+    features = held(2 * torch.eye(3), names=Names.of(["a", NOT_UTF8, "b"]), about={"modality": "visible"})
+    write_faiss(tmp_path / "f.faiss", features)
+    index = faiss.read_index(str(tmp_path / "f.faiss"))
+    scores, rows = index.search(np.eye(3, dtype=np.float32)[[1, 0]], 1)
+    assert (rows[:, 0].tolist(), scores[:, 0].tolist()) == ([1, 0], [1.0, 1.0])
+    about = json.loads((tmp_path / "f.faiss.json").read_text())
+    assert about == {"modality": "visible", "names": ["a", "caf\\udce9.png", "b"]}
+
+
+def test_features_for_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, of the extra [search], is missing")
+    monkeypatch.setattr(engines, "_GROUP", 2)
+    torch.manual_seed(0)
+    rows = torch.randn(5, 4)
+    names = [f"{number}.png" for number in range(5)]
+    write_parquet(tmp_path / "f.parquet", held(rows, names=Names.of(names), about={"network": "abc"}))
+    table = parquet.read_table(tmp_path / "f.parquet")
+    assert table["name"].to_pylist() == names
+    assert table.schema.metadata == {b"network": b"abc"}
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(torch.tensor(table["feature"].to_pylist()), unit)
+
+
+@pytest.mark.parametrize(("engine", "package"), [("faiss", "faiss"), ("parquet", "pyarrow")])
+def test_other_engines_are_checked_first(
+    engine: str,
+    package: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    words = ["extract", "--checkpoint", "none", "--images", "none", "--modality", "visible", "--to", engine]
+    assert main([*words, "--out", str(tmp_path / "f.safetensors")]) == 2
+    assert f"expected a name that ends with .{engine}" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([*words, "--out", str(tmp_path / f"f.{engine}")]) == 2
+    assert f"{package} is not installed, which --to {engine} needs" in capsys.readouterr().err
 
 
 def test_names_are_made_visible() -> None:

@@ -48,5 +48,5 @@ def instruction_set(isa: str) -> dict[str, str]:
     usable, reason = run.stdout.strip().split(" ", 1)
     if usable == "False":
         pytest.skip(reason)
-    assert f"C++ kernels, {isa} of" in reason
+    assert f"C++ kernels for {isa}, compiled for" in reason
     return environment

@@ -185,7 +185,11 @@ def open_trained(
             f"found one of {found} at {data}. Give the tree it was trained on, or ask for --other-data"
         )
     dataset = open_dataset(
-        found, data, split=state.data.split if found == "regdb" else 1, permutations=permutations
+        found,
+        data,
+        split=state.data.split if found == "regdb" else 1,
+        permutations=permutations,
+        hold_out_val=config.validate_on == "val" and found == config.dataset,
     )
     if not other_data:
         check_data(path, state, data_identity(dataset, dataset.training()))

@@ -12,6 +12,7 @@ from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
 from mrcn_fast.reid.paper.recipes import table_names
 from mrcn_fast.reid.paper.tables import (
     OVERLAY,
+    SYNTHETIC,
     check_table,
     run_table,
     synthetic_places,
@@ -45,14 +46,16 @@ def table(flags: Flags, argv: list[str]) -> int:
         "overlay": OVERLAY if values["synthetic"] else None,
         "configure": lambda recipe: TrainConfig(**(dict(recipe) | training)),
     }
-    trees = Path(values["out"]) / "data"
+    if given.get("columns") and not values["synthetic"]:
+        flags.error("got --columns with --data, expected --synthetic: of real trees, name those to be used")
+    trees, columns = Path(values["out"]) / "data", values["columns"]
     if values["synthetic"]:
-        check_table(values["table"], synthetic_places(trees), **plan)
+        check_table(values["table"], synthetic_places(trees, columns), **plan)
     log_to_console()
     with progress_bars() as bars:
         made = run_table(
             values["table"],
-            synthetic_trees(trees, bars) if values["synthetic"] else values["data"],
+            synthetic_trees(trees, bars, columns) if values["synthetic"] else values["data"],
             options={name: values[name] for name in ("trials", "shots", "draw")},
             overwrite=values["overwrite"],
             progress=bars,
@@ -67,6 +70,12 @@ def _add_flags(flags: Flags) -> None:
     flags.group("the table")
     flags.add_setting("--data", Several[PathText], None, "the trees of RegDB and SYSU-MM01, or one")
     flags.add_setting("--synthetic", bool, False, "on synthetic trees, scaled down to what two cores train")
+    flags.add_setting(
+        "--columns",
+        Several[Annotated[str, OneOf(SYNTHETIC)]],
+        SYNTHETIC,
+        "data sets whose columns are made with --synthetic",
+    )
     flags.add_setting("--from", PathText, None, "only print a table made before")
     flags.add_setting("--out", PathText, "runs/tables", "folder for runs and table")
     flags.add_setting("--splits", Split, 10, "RegDB splits to train on: the first so many")

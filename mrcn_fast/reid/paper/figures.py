@@ -264,7 +264,11 @@ def _drawn(subject: _Subject, columns: Mapping[str, _Column], config: TrainConfi
             [sample.modality == "infrared" for sample in mapped],
         ),
         plots.draw_rankings(
-            {title: _rows(subject, c.ranking, size) for title, c in columns.items()}, count=LISTED
+            {
+                title: pictures_of(subject.query(), subject.search.galleries[0], c.ranking, size)
+                for title, c in columns.items()
+            },
+            count=LISTED,
         ),
     )
 
@@ -398,10 +402,13 @@ def pictures(samples: Sequence[Sample], size: tuple[int, int]) -> list[NDArray[n
     return [images[place].permute(1, 2, 0).numpy() for place in range(len(samples))]
 
 
-def _rows(subject: _Subject, lists: plots.Ranking, size: tuple[int, int]) -> list[plots.Row]:
+def pictures_of(
+    queries: Sequence[Sample], gallery: Sequence[Sample], lists: plots.Ranking, size: tuple[int, int]
+) -> list[plots.Row]:
+    """Read the images of ranking lists, and resize them to `size`, (height, width)."""
     rows = []
-    for query, order, correct in zip(subject.query(), lists.order, lists.correct, strict=True):
-        found = [subject.search.galleries[0][place] for place in order if place >= 0]
+    for query, order, correct in zip(queries, lists.order, lists.correct, strict=True):
+        found = [gallery[place] for place in order if place >= 0]
         name = f"person {query.identity}\ncamera {query.camera}"
         rows.append(plots.Row(name, pictures([query], size)[0], pictures(found, size), correct.tolist()))
     return rows

@@ -114,7 +114,9 @@ def result_of(run: Run, options: dict[str, Any], progress: Progress | None) -> d
     """Train and score a run where that is missing; the result says under "trained" whether it was."""
     config = run.config
     begun = time.perf_counter()
-    dataset = open_dataset(config.dataset, config.data, split=config.split)
+    dataset = open_dataset(
+        config.dataset, config.data, split=config.split, hold_out_val=config.validate_on == "val"
+    )
     checkpoint, trained = _trained(config, dataset, progress)
     options = options_of(config.dataset, options)
     searches = searches_of(dataset, options)

@@ -53,6 +53,9 @@ log = logging.getLogger(__name__)
 # The recipe that scales a row down to synthetic trees, and those trees.
 OVERLAY = "synthetic"
 _SYNTHETIC_SIZE = (48, 24)
+SYNTHETIC = (RegDB.name, SYSUMM01.name)
+"""The data sets that synthetic trees are written of."""
+_FOLDERS = {RegDB.name: "regdb", SYSUMM01.name: "sysu"}
 
 
 @check_arguments
@@ -182,13 +185,13 @@ def _make_rows(
     return rows, trained
 
 
-def synthetic_places(folder: Path) -> dict[str, Path]:
+def synthetic_places(folder: Path, datasets: Sequence[str] = SYNTHETIC) -> dict[str, Path]:
     """The folders that `synthetic_trees` writes, by data set."""
-    return {RegDB.name: folder / "regdb", SYSUMM01.name: folder / "sysu"}
+    return {dataset: folder / _FOLDERS[dataset] for dataset in datasets}
 
 
-def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
-    """Write the synthetic trees of RegDB and SYSU-MM01 under `folder` where they don't exist yet.
+def synthetic_trees(folder: Path, progress: Progress, datasets: Sequence[str] = SYNTHETIC) -> list[Path]:
+    """Write the synthetic trees of data sets under `folder` where they don't exist yet.
 
     Raises FolderInUseError where another process writes them.
     """
@@ -203,11 +206,12 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
         "regdb": {"identities": 112, "images": 8, "splits": 1},
         "sysu": {"identities": 72, "test_identities": 16, "images_per_camera": 4},
     }
-    trees = {layout: folder / layout for layout in sizes}
+    trees = list(synthetic_places(folder, datasets).values())
     with held(folder, "writes synthetic trees"):
-        for layout, tree in trees.items():
+        for tree in trees:
             if is_whole(tree):
                 continue
+            layout = tree.name
             task = progress.add_task(f"{layout} images", total=None, status="")
             WRITERS[layout](
                 tree,
@@ -216,7 +220,7 @@ def synthetic_trees(folder: Path, progress: Progress) -> list[Path]:
                 image_size=_SYNTHETIC_SIZE,
                 progress=lambda done, total, task=task: progress.update(task, completed=done, total=total),
             )
-    return list(trees.values())
+    return trees
 
 
 def _trees(spec: TableSpec, data: Sequence[str | Path]) -> dict[str, Path]:
@@ -248,7 +252,9 @@ def _made_of(runs_of_rows: Sequence[Mapping[str, Sequence[Run]]], options: dict[
         config = run.config
         tree = f"{config.dataset}, split {config.split}"
         if tree not in images:
-            dataset = open_dataset(config.dataset, config.data, split=config.split)
+            dataset = open_dataset(
+                config.dataset, config.data, split=config.split, hold_out_val=config.validate_on == "val"
+            )
             searches = searches_of(dataset, options_of(config.dataset, options))
             images[tree] = {search.name: search_fingerprint(dataset, search) for search in searches}
             images[tree]["training"] = data_identity(dataset, dataset.training()).fingerprint

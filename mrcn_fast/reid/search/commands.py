@@ -15,14 +15,8 @@ from mrcn_fast.reid.data.types import Modality
 from mrcn_fast.reid.evaluation.trained import Network, NetworkOptions, open_network
 from mrcn_fast.reid.kinds import NUMPY, Count, PathText, Several
 from mrcn_fast.reid.search.collections import extract_collection, network_digest
-from mrcn_fast.reid.search.features import (
-    SUFFIX,
-    FeatureError,
-    Features,
-    HeldRows,
-    read_features,
-    write_features,
-)
+from mrcn_fast.reid.search.engines import ENGINES, SUFFIXES, Engine, check_engine
+from mrcn_fast.reid.search.features import SUFFIX, FeatureError, Features, HeldRows, read_features
 from mrcn_fast.reid.search.hits import Found, as_json, as_text, visible, write_page
 from mrcn_fast.reid.search.index import approximate, open_index, recall
 from mrcn_fast.reid.search.nearest import nearest
@@ -43,20 +37,30 @@ def extract(flags: Flags, argv: list[str]) -> int:
     flags.add_setting("--checkpoint", PathText, help="the network's checkpoint, or its folder")
     flags.add_setting("--images", PathText, help="folder, list of paths, or one image")
     flags.add_setting("--modality", Modality, help="modality of the images")
-    flags.add_setting("--out", PathText, help=f"file to write, {SUFFIX}")
+    flags.add_setting("--out", PathText, help=f"file to write, {', '.join(SUFFIXES.values())} as --to says")
+    flags.add_setting(
+        "--to",
+        Engine,
+        "safetensors",
+        "kind of file: for the commands here, for FAISS, or for databases that read Parquet",
+    )
     flags.add_setting("--overwrite", bool, False, "replace the file")
     flags.add_of(NetworkOptions)
     values = flags.values(argv)
     place, images, out = (values.pop(name) for name in ("checkpoint", "images", "out"))
-    modality, overwrite = values.pop("modality"), values.pop("overwrite")
-    if not out.endswith(SUFFIX):
-        flags.error(f"got --out {visible(out)}, expected a name that ends with {SUFFIX}")
-    check_new(out, "features", overwrite)
+    modality, engine, overwrite = (values.pop(name) for name in ("modality", "to", "overwrite"))
+    if not out.endswith(SUFFIXES[engine]):
+        flags.error(
+            f"got --out {visible(out)}, expected a name that ends with {SUFFIXES[engine]}, as --to {engine} "
+            "writes it"
+        )
+    check_engine(engine)
+    for path in [out, f"{out}.json"] if engine == "faiss" else [out]:
+        check_new(path, "features", overwrite)
     log_to_console()
     options = NetworkOptions(**values)
     found = extract_collection(_opened(place, options), images, modality, options)
-    assert isinstance(found.rows, HeldRows) and found.names is not None and found.folder is not None
-    write_features(out, found.rows.features, found.names, found.folder, found.about)
+    ENGINES[engine](out, found)
     print(f"{visible(out)}: {found.rows.count} features of {found.rows.size} numbers")
     return 0
 

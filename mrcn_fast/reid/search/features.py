@@ -160,16 +160,14 @@ class Features:
         return None if self.names is None or self.folder is None else self.folder / self.names[row]
 
 
-def write_features(
-    path: str | Path, features: Tensor, names: Names, folder: Path, about: Mapping[str, str]
-) -> None:
-    """Write a file of features atomically. Raises OSError where it can't be written."""
-    tensors = {
-        "features": features.contiguous(),
-        "names": _bytes(names.content),
-        "folder": _bytes(os.fsencode(folder)),
-    }
-    content = save(tensors, metadata=dict(about))
+def write_features(path: str | Path, features: Features) -> None:
+    """Write features in float32, names, folder and metadata. Raises OSError where that can't be written."""
+    tensors = {"features": features.rows.read(0, features.rows.count)}
+    if features.names is not None:
+        tensors["names"] = _bytes(features.names.content)
+    if features.folder is not None:
+        tensors["folder"] = _bytes(os.fsencode(features.folder))
+    content = save(tensors, metadata=dict(features.about))
     write_atomically(path, lambda file: file.write(content))
 
 

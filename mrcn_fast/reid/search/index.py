@@ -53,7 +53,7 @@ def open_index(path: str | Path, gallery: Features, *, memory: int) -> Any:
         IndexFileError: for a file that is no index of this gallery or no record; both stay as they are
         OSError: where the index can't be written
     """
-    path, faiss = Path(path), _faiss()
+    path, faiss = Path(path), faiss_module("--index", IndexFileError)
     place = path.with_name(f"{path.name}.json")
     kept = _kept(place) if path.exists() or place.exists() else {}
     if not path.exists():
@@ -106,13 +106,13 @@ def fingerprint(features: Features) -> str:
     return digest.hexdigest()
 
 
-def _faiss() -> ModuleType:
+def faiss_module(flag: str, error: type[ValueError]) -> ModuleType:
+    """Import FAISS. Raises `error` where it isn't installed; `flag` is what needs it."""
     try:
         import faiss
     except ModuleNotFoundError:
-        raise IndexFileError(
-            "faiss is not installed, which --index needs: pip install faiss-cpu, or search exactly, without "
-            "--index"
+        raise error(
+            f"faiss is not installed, which {flag} needs: pip install faiss-cpu, or go without {flag}"
         ) from None
     module: ModuleType = faiss
     return module

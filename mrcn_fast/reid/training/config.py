@@ -150,14 +150,23 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Steps between two lines of metrics.jsonl."""
     checkpoint_every: Count = 500
     """Steps between two checkpoints, besides one at the end of each epoch."""
+    logger: Literal["none", "csv", "tensorboard"] = "none"
+    """What gets the metrics besides metrics.jsonl: csv/metrics.csv or TensorBoard's files, in `out`."""
     validate_every: Count | None = None
     """Epochs between two scorings by the data set's test protocol; the best is best.pth; none: no scoring."""
+    validate_on: Literal["test", "val"] = "test"
+    """People of these scorings: the test's, or SYSU-MM01's val list, not trained on then (field: test)."""
 
     def __post_init__(self) -> None:
         check_fields(self, ConfigError)
         if self.split != 1 and self.dataset != "regdb":
             raise ConfigError(
                 f"got split={self.split}, expected 1: {self.dataset} has one split, RegDB has ten"
+            )
+        if self.validate_on == "val" and self.dataset != "sysu-mm01":
+            raise ConfigError(
+                f"got validate_on='val' on {self.dataset}, expected 'test': only sysu-mm01 has a list of "
+                "validation identities"
             )
         if self.weights is not None and self.init is not None:
             raise ConfigError(
@@ -221,7 +230,7 @@ def _kind() -> Any:
 FREE_ON_RESUME = frozenset(
     (
         "data", "out", "cache", "weights", "init", "epochs", "steps", "backend", "accelerator", "workers",
-        "log_every", "checkpoint_every", "validate_every",
+        "log_every", "checkpoint_every", "logger", "validate_every",
     )
 )  # fmt: skip
 

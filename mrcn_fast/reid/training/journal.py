@@ -7,13 +7,16 @@ import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pydantic import FiniteFloat
 from torch import Tensor
 
 from mrcn_fast.files import append, write_atomically
 from mrcn_fast.reid.settings import by_name, checked, record
+
+if TYPE_CHECKING:
+    from mrcn_fast.reid.training.loggers import RunLog
 
 log = logging.getLogger(__name__)
 
@@ -90,12 +93,15 @@ class Journal:
     (`step_seconds`) and of waiting for its batch (`wait_seconds`). The line of a validation has step, epoch,
     `validation` (the protocol in words), `headline` (the first search's name) and `searches`, which has the
     scores of each search. `lines` and `validations` have the content of the file.
+
+    Where there is a `log`, it gets each line too.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.lines: list[dict[str, float]] = []
         self.validations: list[dict[str, Any]] = []
+        self.log: RunLog | None = None
         self._steps: list[tuple[float, ...]] = []
 
     def add(self, result: StepResult, step_seconds: float, wait_seconds: float) -> None:
@@ -109,13 +115,17 @@ class Journal:
         means = (sum(column) / len(self._steps) for column in zip(*self._steps, strict=True))
         line = {"step": step, "epoch": epoch, "lr": lr, **dict(zip(_MEANS, means, strict=True))}
         self._steps.clear()
-        self.lines.append(line)
-        append(self.path, f"{json.dumps(line)}\n".encode())
+        self._append(self.lines, line)
 
     def write_validation(self, line: dict[str, Any]) -> None:
         """Write the line of a validation."""
-        self.validations.append(line)
+        self._append(self.validations, line)
+
+    def _append(self, lines: list[dict[str, Any]], line: dict[str, Any]) -> None:
+        lines.append(line)
         append(self.path, f"{json.dumps(line)}\n".encode())
+        if self.log is not None:
+            self.log.line(line)
 
     def clear(self) -> None:
         """Remove the file of an earlier run, and the file of its damaged lines."""

@@ -13,8 +13,10 @@ from mrcn_fast.reid.training.checkpoint import BEST_NAME, CHECKPOINT_NAME, RESUL
 from mrcn_fast.reid.training.journal import DAMAGED_NAME, METRICS_NAME
 
 LOCK_NAME = ".lock"
-# Patterns of all files that a run and its scoring write.
+# Patterns of all files that a run and its scoring write, and of those that its logger writes.
 RUN_FILES = (CHECKPOINT_NAME, BEST_NAME, METRICS_NAME, DAMAGED_NAME, RESULT_NAMES)
+CSV_NAME = "csv/metrics.csv"
+_LOGGER_FILES = (CSV_NAME, "tensorboard/events.out.tfevents.*")
 
 
 class FolderInUseError(ValueError):
@@ -46,4 +48,4 @@ def held(folder: Path, work: str) -> Iterator[None]:
 
 def run_files(folder: Path) -> list[Path]:
     """The files of a run that are in the folder."""
-    return sorted(path for pattern in RUN_FILES for path in folder.glob(pattern))
+    return sorted(path for pattern in (*RUN_FILES, *_LOGGER_FILES) for path in folder.glob(pattern))

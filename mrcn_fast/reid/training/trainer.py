@@ -6,8 +6,8 @@ import logging
 import random
 import shlex
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Generic, cast
@@ -22,7 +22,6 @@ from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import notice, progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.devices import open_fabric, serving_backend
-from mrcn_fast.reid.models.interface import check_output
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.models.resnet import imagenet_file
 from mrcn_fast.reid.stopping import StopRequests
@@ -50,8 +49,8 @@ from mrcn_fast.reid.training.journal import (
     CollapseWatch,
     Journal,
     StepResult,
-    embedding_spread,
 )
+from mrcn_fast.reid.training.loggers import RunLog, check_logger
 from mrcn_fast.reid.training.losses import ReIDLoss
 from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 from mrcn_fast.reid.training.parts import (
@@ -60,12 +59,11 @@ from mrcn_fast.reid.training.parts import (
     check_loss,
     check_model,
     check_parts,
-    loss_parts,
     named_parts,
     own_optimizer,
 )
 from mrcn_fast.reid.training.run_folder import held, run_files
-from mrcn_fast.reid.training.transfers import Readings, to_device
+from mrcn_fast.reid.training.step import NotFiniteError, TrainingStep
 from mrcn_fast.reid.training.validation import Validation
 
 log = logging.getLogger(__name__)
@@ -90,6 +88,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
         FolderInUseError: where another process trains into the folder
         OSError: where the folder or the cache can't be written to
         WeightsError: for initial weights that can't be read
+        ConfigError: for a logger whose package is not installed
     """
     if resume and overwrite:
         raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
@@ -101,6 +100,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
     if config.cache is not None:
         check_folder(config.cache, "the cache")
     check_initial(config)
+    check_logger(config.logger)
 
 
 def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
@@ -174,7 +174,9 @@ class Trainer(Generic[Model]):
             check_model(model, config)
         if loss is not None:
             check_loss(loss)
-        dataset = open_dataset(config.dataset, config.data, split=config.split)
+        dataset = open_dataset(
+            config.dataset, config.data, split=config.split, hold_out_val=config.validate_on == "val"
+        )
         self.training = dataset.training()
         self.data = data_identity(dataset, self.training)
 
@@ -182,7 +184,7 @@ class Trainer(Generic[Model]):
         random.seed(config.seed)
         self.model = cast(Model, self._built()) if model is None else model
         self.weights = weights_fingerprint(config.initial)
-        self._frozen = freeze(cast(ReIDModel, self.model), config.freeze)
+        frozen = freeze(cast(ReIDModel, self.model), config.freeze)
         self.layout = use_layout(self.model, config.channels_last)
         self.optimizer: torch.optim.Optimizer = (
             make_optimizer(self.model, config)
@@ -192,7 +194,7 @@ class Trainer(Generic[Model]):
         made = None if optimizer is None else self.optimizer
         self.parts = named_parts(model=model, loss=loss, optimizer=made)
         # The wrapped pair has the device and the precision; checkpoints take the names from the plain pair.
-        self._model, self._optimizer = self.fabric.setup(self.model, self.optimizer)
+        wrapped, wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
         self.loss: Loss = ReIDLoss(**config.loss_arguments()) if loss is None else loss
         size = (config.height, config.width)
         augment = partial(Augmentation, size, padding=config.padding, flip=config.flip, erase=config.erase)
@@ -200,6 +202,16 @@ class Trainer(Generic[Model]):
             "visible": augment(channel=config.channel_augmentation),
             "infrared": augment(),
         }
+        self._step = TrainingStep(
+            config=config,
+            fabric=self.fabric,
+            model=wrapped,
+            optimizer=wrapped_optimizer,
+            loss=self.loss,
+            augment=self.augment,
+            frozen=frozen,
+            layout=self.layout,
+        )
         self.batches = TrainingBatches(
             self.training,
             config,
@@ -231,39 +243,14 @@ class Trainer(Generic[Model]):
 
         Raises TrainingError where the loss isn't finite, before the weights change.
         """
-        labels = to_device(batch.labels, self.fabric.device)
-        self._model.train()
-        for module in self._frozen:
-            module.eval()
-        output = self._model(
-            self.prepared(batch.visible, "visible"), self.prepared(batch.infrared, "infrared")
-        )
-        output = check_output(output, len(labels))
-        parts = loss_parts(self.loss(output, labels))
-        with torch.no_grad():
-            right = output.logits.argmax(2) == labels.repeat(output.logits.shape[1] // len(labels))
-            measured = (*parts, right.float().mean(), embedding_spread(output.pooled))
-            # One transfer from the device per step serves the check below and the journal.
-            readings = Readings(torch.stack(measured))
-        self._optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(parts.total)
-        # The values are read after the backward pass was launched, so that a GPU isn't idle in between.
-        result = StepResult(*readings.values())
-        if not result.finite:
-            raise TrainingError(self._not_finite(batch, result))
-        if self.config.clip_norm is not None:
-            # In 16-mixed a gradient may be infinite: the scaler then leaves the step out.
-            self.fabric.clip_gradients(
-                self._model, self._optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
-            )
-        self._optimizer.step()
-        return result
+        try:
+            return self._step.take(batch)
+        except NotFiniteError as error:
+            raise TrainingError(self._not_finite(batch, error.result)) from None
 
     def prepared(self, images: Tensor, modality: Modality) -> Tensor:
         """Move a batch of uint8 images to the device, augment it, and put it into the run's memory layout."""
-        images = images.to(self.fabric.device, non_blocking=True)
-        augmented: Tensor = self.augment[modality](images)
-        return augmented.contiguous(memory_format=self.layout)
+        return self._step.prepared(images, modality)
 
     def fit(self, *, resume: bool = False, overwrite: bool = False, progress: Progress | None = None) -> Path:
         """Train to the last step, and write checkpoints and metrics on the way.
@@ -293,7 +280,7 @@ class Trainer(Generic[Model]):
             self._introduce()
             self.fabric.call("on_fit_start", self)
             bars = progress_bars() if progress is None else progress
-            with bars if progress is None else nullcontext():
+            with bars if progress is None else nullcontext(), self._logging():
                 self._run(bars)
             self.fabric.call("on_fit_end", self)
         log.info("%s", self._summary())
@@ -311,6 +298,18 @@ class Trainer(Generic[Model]):
         for path in there:
             path.unlink(missing_ok=True)
         self.journal.clear()
+
+    @contextmanager
+    def _logging(self) -> Iterator[None]:
+        """A context in which the journal sends its lines to the logger, if there is one."""
+        if self.config.logger == "none":
+            yield
+            return
+        self.journal.log = RunLog(self.config, self.step_count)
+        try:
+            yield
+        finally:
+            self.journal.log.close()
 
     def _run(self, bars: Progress) -> None:
         name = f"steps of {self.out.name}"

@@ -38,6 +38,16 @@ def test_training_has_train_and_val_identities(root: Path, caplog: pytest.LogCap
     assert any("left out 1 training identities without visible images (1 images): 4" in m for m in messages)
 
 
+def test_validation_identities_can_be_held_out(root: Path) -> None:
+    dataset = SYSUMM01(root, hold_out_val=True)
+    assert dataset.training().identities == (1,)
+    assert [(s.identity, s.camera) for s in dataset.query()][:2] == [(6, 3), (6, 3)]
+    (search,) = dataset.validation().searches(trials=2)
+    assert [(s.identity, s.camera) for s in search.query] == [(2, 3), (2, 6), (2, 6), (4, 6)]
+    assert {s.identity for gallery in search.galleries for s in gallery} == {2}
+    assert {s.identity for s in dataset.query()} == {6, 7, 12}
+
+
 def test_query_is_all_infrared_test_images(root: Path) -> None:
     query = SYSUMM01(root).query()
     assert [(s.identity, s.camera) for s in query] == [

@@ -76,7 +76,7 @@ def test_readings_are_requested_after_the_backward(
             asked.append(all(p.grad is not None for p in learning))
             return super().values()
 
-    monkeypatch.setattr("mrcn_fast.reid.training.trainer.Readings", Watched)
+    monkeypatch.setattr("mrcn_fast.reid.training.step.Readings", Watched)
     trainer.step(next(iter(trainer.batches.of(0))))
     assert asked == [True]
 

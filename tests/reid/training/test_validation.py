@@ -12,12 +12,16 @@ from typing import Any
 import pytest
 import torch
 
+from mrcn_fast.reid.data import SYSUMM01, open_dataset, write_sysu
+from mrcn_fast.reid.data.datasets.lists import read_identities
 from mrcn_fast.reid.evaluation import scoring
+from mrcn_fast.reid.evaluation.protocol import searches_of
 from mrcn_fast.reid.evaluation.results import HEADLINE
-from mrcn_fast.reid.evaluation.scoring import score_checkpoint
+from mrcn_fast.reid.evaluation.scoring import ScoringOptions, score_checkpoint, score_searches
+from mrcn_fast.reid.evaluation.trained import open_trained
 from mrcn_fast.reid.training import validation
-from mrcn_fast.reid.training.checkpoint import BEST_NAME, content_digest, load_checkpoint
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.checkpoint import BEST_NAME, CheckpointError, content_digest, load_checkpoint
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.journal import read_lines
 from tests.reid.conftest import quiet, train
 
@@ -64,6 +68,39 @@ def test_a_validation_gives_the_scores_of_the_test_command(
     # An epoch more isn't validated, and the line of the validation stays.
     resumed = train(config, resume=True)
     assert resumed.step_count == 9 and resumed.journal.validations == [line]
+
+
+def test_validation_people_are_left_out_of_the_training(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    tree = write_sysu(
+        tmp_path / "sysu", identities=9, test_identities=3, images_per_camera=2, image_size=(32, 16)
+    )
+    people = {split: read_identities(tree / "exp" / f"{split}_id.txt") for split in ("train", "val", "test")}
+    config = dataclasses.replace(
+        tiny_config, data=str(tree), validate_every=2, validate_on="val", logger="csv"
+    )
+    trainer = train(config)
+    assert set(trainer.training.identities) == set(people["train"])
+    (line,) = trainer.journal.validations
+    assert line["validation"].startswith(
+        "test protocol of sysu-mm01 on its validation identities, all-search"
+    )
+    trained = open_trained(trainer.checkpoint_path, tree, accelerator="cpu")
+    assert isinstance(trained.dataset, SYSUMM01)
+    assert {sample.identity for sample in trained.dataset.query()} == set(people["test"])
+    searches = searches_of(trained.dataset.validation(), {})
+    assert {sample.identity for sample in searches[0].query} == set(people["val"])
+    found, _ = score_searches(trained, searches, ScoringOptions(accelerator="cpu"), quiet())
+    assert line["searches"]["all-search"] == found[0]["mean"]
+    # The held-out people are no part of the run's training set, so that the whole set is another one.
+    with pytest.raises(CheckpointError, match="validate_on"):
+        train(dataclasses.replace(config, validate_on="test"), resume=True)
+
+
+def test_validation_people_are_sysus_alone() -> None:
+    with pytest.raises(ConfigError, match="only sysu-mm01 has a list of validation identities"):
+        TrainConfig(data="", dataset="regdb", validate_on="val")
+    with pytest.raises(ValueError, match="llcm has no list of validation identities"):
+        open_dataset("llcm", "", hold_out_val=True)
 
 
 def test_the_best_checkpoint_stays(tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:

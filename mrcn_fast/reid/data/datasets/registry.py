@@ -23,7 +23,12 @@ _SIGNS: Final = {
 
 
 def open_dataset(
-    name: str, root: str | Path, *, split: int = 1, permutations: str | Path | None = None
+    name: str,
+    root: str | Path,
+    *,
+    split: int = 1,
+    permutations: str | Path | None = None,
+    hold_out_val: bool = False,
 ) -> PersonDataset:
     """Open a data set.
 
@@ -32,9 +37,11 @@ def open_dataset(
         root: the root of its tree
         split: of RegDB, from 1 to 10
         permutations: path of SYSU-MM01's rand_perm_cam.mat
+        hold_out_val: leave SYSU-MM01's validation identities out of the training set
 
     Raises:
-        ValueError: for an unknown name, and for a split or permutations of another data set
+        ValueError: for an unknown name, and for a split, permutations or validation identities of another
+            data set
         DatasetError: for a damaged tree
 
     Example:
@@ -51,7 +58,9 @@ def open_dataset(
             f"{name} has no official gallery draw, as {SYSUMM01.name} has; got permutations={permutations}"
         )
     if name == SYSUMM01.name:
-        return SYSUMM01(root, permutations=permutations)
+        return SYSUMM01(root, permutations=permutations, hold_out_val=hold_out_val)
+    if hold_out_val:
+        raise ValueError(f"{name} has no list of validation identities, as {SYSUMM01.name} has")
     return RegDB(root, split=split) if name == RegDB.name else LLCM(root)
 
 

@@ -5,6 +5,7 @@ A. Wu et al., "RGB-Infrared Cross-Modality Person Re-Identification", ICCV 2017.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
@@ -52,6 +53,9 @@ class SYSUMM01:
     `permutations` is the path of the official gallery draw, rand_perm_cam.mat. By default, a gallery with
     draw="official" looks for it in `root` and in `root`/exp.
 
+    The training set has the identities of train_id.txt and val_id.txt, as in the field, or with
+    `hold_out_val` those of train_id.txt alone.
+
     All images in the folders of identities are read, in any format. A warning counts other entries there.
 
     Raises DatasetError, with the path, the expected and the found, for a missing tree or exp file, malformed
@@ -61,7 +65,9 @@ class SYSUMM01:
     name: ClassVar[str] = "sysu-mm01"
     split: int = 1
 
-    def __init__(self, root: str | Path, *, permutations: str | Path | None = None) -> None:
+    def __init__(
+        self, root: str | Path, *, permutations: str | Path | None = None, hold_out_val: bool = False
+    ) -> None:
         self.root = Path(root)
         self._given = None if permutations is None else Path(permutations)
         check_folders(
@@ -70,9 +76,12 @@ class SYSUMM01:
         self._name = f"{self.name} at {self.root}"
         exp = self.root / "exp"
         lists = {split: read_identities(exp / f"{split}_id.txt") for split in ("train", "val", "test")}
-        self.training_identities: tuple[int, ...] = tuple(sorted({*lists["train"], *lists["val"]}))
+        both = tuple(sorted({*lists["train"], *lists["val"]}))
         self.test_identities: tuple[int, ...] = tuple(lists["test"])
-        check_apart(exp, self.training_identities, self.test_identities)
+        check_apart(exp, both, self.test_identities)
+        self.validation_identities: tuple[int, ...] = tuple(lists["val"])
+        held_out = self.validation_identities if hold_out_val else ()
+        self.training_identities: tuple[int, ...] = tuple(sorted(set(both) - set(held_out)))
         self._left_out = LeftOut(self.root)
         self._left_out.add(self.root, unknown_cameras(self.root, CAMERAS))
         self._folders = {camera: self._camera(camera) for camera in CAMERAS}
@@ -80,8 +89,18 @@ class SYSUMM01:
         for split, identities in lists.items():
             check_identities(exp / f"{split}_id.txt", identities, set().union(*self._folders.values()))
 
+    def validation(self) -> SYSUMM01:
+        """The same data set, whose searches are among the identities of val_id.txt.
+
+        They follow the test protocol. Of the identities, there are 99 in the published lists.
+        """
+        other = copy.copy(self)
+        other.test_identities = self.validation_identities
+        vars(other).pop("_test", None)  # of the test identities, where they have been listed
+        return other
+
     def training(self) -> TrainingSet:
-        """Make the training set of all images of the train and val identities.
+        """Make the training set of all images of the training identities.
 
         Identities with images of one modality are left out; a warning names and counts them. Samples are
         sorted by identity, camera and file name. Raises DatasetError for an identity or camera without
