@@ -81,11 +81,12 @@ class Copy:
         self.replace(file, anchor, text + anchor if before else anchor + text)
 
     def build(self) -> None:
-        """Compile the native library for one instruction set, quickly, and put it into the package."""
+        """Compile the native library into the package, quickly: for one instruction set and float64 alone."""
         shutil.copy(ROOT / "CMakeLists.txt", self.folder)
         folder = self.folder / "build"
         configure = ["-B", str(folder), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
-        quickly = ["-DMRCN_FAST_ISAS=baseline", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O0"]
+        flags = "-DCMAKE_CXX_FLAGS_DEBUG=-O0 -DMRCN_ELEMENT=double"
+        quickly = ["-DMRCN_FAST_ISAS=baseline", "-DCMAKE_BUILD_TYPE=Debug", flags]
         self._run(["cmake", *configure, *quickly])
         self._run(["cmake", "--build", str(folder)])
         (library,) = folder.glob("_C*.so")
