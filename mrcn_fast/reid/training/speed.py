@@ -16,17 +16,21 @@ from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.fast import FastStep
 from mrcn_fast.reid.training.step import TrainingStep
 
-# On the last maps of smaller images, torch's bf16 convolution of stride 2 reads memory that is not its own
-# where the processor has AMX (seen with torch 2.13: random NaN).
-_SMALLEST_IN_BF16: Final = (64, 32)
+# Height and width from which on a step is faster on a CPU: in bf16 and channels_last where the processor has
+# instructions for bf16, and in float32 and channels_last elsewhere. On the last maps of images below 64 x 32,
+# torch's bf16 convolution of stride 2 also reads memory that is not its own where the processor has AMX (seen
+# with torch 2.13: random NaN).
+_SMALLEST_IN_BF16: Final = (96, 48)
+_SMALLEST_IN_CHANNELS_LAST: Final = (256, 128)
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """Fill in the precision and the memory layout that `speed` leaves to the device.
 
     On a CUDA device these are bf16-mixed and channels_last. On a CPU with instructions for bf16 they are the
-    same, for images of at least 64 x 32 pixels; on other CPUs they are float32 and channels_last. Devices on
-    which nothing was measured get the speed "plain". Values that are given stay.
+    same, for images of at least 96 x 48 pixels. On other CPUs and for smaller images they are float32 and
+    NCHW, or channels_last from 256 x 128 pixels on. Devices on which nothing was measured get the speed
+    "plain". Values that are given stay.
 
     Example:
         >>> config = resolved(TrainConfig(data="", accelerator="cpu", precision="32-true"))
@@ -36,9 +40,12 @@ def resolved(config: TrainConfig) -> TrainConfig:
     device = _device_type(config.accelerator)
     if config.speed == "plain" or device not in ("cpu", "cuda"):
         return dataclasses.replace(config, speed="plain")
-    precision: Precision = "bf16-mixed" if device == "cuda" or _computes_bf16(config) else "32-true"
-    channels_last = True if config.channels_last is None else config.channels_last
-    return dataclasses.replace(config, precision=config.precision or precision, channels_last=channels_last)
+    fast: Precision = "bf16-mixed" if device == "cuda" or _computes_bf16(config) else "32-true"
+    precision, channels_last = config.precision or fast, config.channels_last
+    if channels_last is None:
+        large = _at_least(config, _SMALLEST_IN_CHANNELS_LAST)
+        channels_last = device == "cuda" or precision != "32-true" or large
+    return dataclasses.replace(config, precision=precision, channels_last=channels_last)
 
 
 def _device_type(accelerator: str) -> str:
@@ -52,8 +59,11 @@ def _device_type(accelerator: str) -> str:
 
 def _computes_bf16(config: TrainConfig) -> bool:
     """Whether this CPU multiplies in bf16, and the images are large enough for it."""
-    large = config.height >= _SMALLEST_IN_BF16[0] and config.width >= _SMALLEST_IN_BF16[1]
-    return large and cpu.build_info().get("isa") == "avx512bf16"
+    return _at_least(config, _SMALLEST_IN_BF16) and cpu.build_info().get("isa") == "avx512bf16"
+
+
+def _at_least(config: TrainConfig, size: tuple[int, int]) -> bool:
+    return config.height >= size[0] and config.width >= size[1]
 
 
 def compile_trunk(model: ReIDModel) -> None:

@@ -87,20 +87,22 @@ def state_of(step: TrainingStep) -> list[Tensor]:
 @pytest.mark.parametrize(
     ("isa", "size", "expected"),
     [
-        ("avx512bf16", (64, 32), "bf16-mixed"),
-        ("avx512bf16", (64, 16), "32-true"),
-        ("avx512", (64, 32), "32-true"),
-        (None, (64, 32), "32-true"),
+        ("avx512bf16", (256, 128), ("bf16-mixed", True)),
+        ("avx512bf16", (96, 48), ("bf16-mixed", True)),
+        ("avx512bf16", (96, 32), ("32-true", False)),
+        ("avx512", (256, 128), ("32-true", True)),
+        ("avx512", (192, 128), ("32-true", False)),
+        (None, (96, 48), ("32-true", False)),
     ],
 )
 def test_a_cpu_gets_what_it_computes_fast(
-    monkeypatch: pytest.MonkeyPatch, isa: str | None, size: tuple[int, int], expected: str
+    monkeypatch: pytest.MonkeyPatch, isa: str | None, size: tuple[int, int], expected: tuple[str, bool]
 ) -> None:
     monkeypatch.setattr(cpu, "build_info", lambda: {"isa": isa} if isa else {})
     config = TrainConfig(data="", accelerator="cpu", height=size[0], width=size[1])
     assert (config.precision, config.channels_last) == (None, None)
     found = resolved(config)
-    assert (found.speed, found.precision, found.channels_last) == ("auto", expected, True)
+    assert (found.speed, found.precision, found.channels_last) == ("auto", *expected)
     assert resolved(found) == found
 
 
@@ -184,9 +186,9 @@ def test_what_waits_for_the_loss(case: Case, words: str) -> None:
 def test_a_run_says_how_its_steps_are_taken(config: TrainConfig, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="mrcn_fast"):
         trainer = train(dataclasses.replace(config, steps=1))
-    assert "Speed auto: 32-true, channels_last, fused optimizer, eager" in caplog.messages
+    assert "Speed auto: 32-true, NCHW, fused optimizer, eager" in caplog.messages
     kept = load_checkpoint(trainer.checkpoint_path).config
-    assert (kept.speed, kept.precision, kept.channels_last, kept.compile) == ("auto", "32-true", True, False)
+    assert (kept.speed, kept.precision, kept.channels_last, kept.compile) == ("auto", "32-true", False, False)
 
 
 def test_a_checkpoint_from_before_there_was_a_choice_is_plain(finished: Path, tmp_path: Path) -> None:
