@@ -275,13 +275,19 @@ _SCALER = record(
         "_growth_tracker": CountOrZero,
     },
 )
-_MOMENTUM = record("momentum", {"momentum_buffer": Any})
-# The values that `make_optimizer` sets; a later version of torch may add others.
-_GROUP = ("params", "scale", "lr", "momentum", "weight_decay", "nesterov")
+# What an optimizer keeps for each parameter, and the values of a group; a later torch may add others.
+_STATES = {
+    "SGD": record("momentum", {"momentum_buffer": Any}),
+    "AdamW": record("moments", {"step": Any, "exp_avg": Any, "exp_avg_sq": Any}),
+}
+_GROUPS = {
+    "SGD": ("params", "scale", "lr", "weight_decay", "momentum", "nesterov"),
+    "AdamW": ("params", "scale", "lr", "weight_decay", "betas", "eps"),
+}
 _CUDA_STATE = 16  # bytes: seed and offset
 _DIGEST = re.compile("[0-9a-f]{64}")
 # What runs did before there were these settings.
-_BEFORE = {"speed": "plain", "compile": False}
+_BEFORE = {"speed": "plain", "compile": False, "optimizer": "sgd"}
 
 
 def _conforming(content: Mapping[str, Any]) -> Checkpoint:
@@ -391,17 +397,21 @@ def _described(tensor: Tensor) -> str:
 
 
 def _check_optimizer(found: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer).__name__
     expected, groups = optimizer.state_dict()["param_groups"], found["param_groups"]
     _check(len(groups) == len(expected), "optimizer.param_groups", groups, f"{len(expected)} of them")
     for number, (group, own) in enumerate(zip(groups, expected, strict=True)):
-        _check_group(group, own, f"optimizer.param_groups[{number}]", required=_GROUP)
+        _check_group(group, own, f"optimizer.param_groups[{number}]", required=_GROUPS[kind])
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for key, values in checked(dict[int, Any], found["state"], "optimizer.state").items():
         place = f"optimizer.state[{key}]"
-        momentum = checked(_MOMENTUM, values, place)["momentum_buffer"]
+        state = checked(_STATES[kind], values, place)
         _check(0 <= key < len(parameters), place, values, f"one of {len(parameters)} parameters")
-        if momentum is not None:
-            _check_tensor(momentum, parameters[key], f"{place}.momentum_buffer")
+        for name, tensor in state.items():
+            if tensor is None and kind == "SGD":  # without momentum
+                continue
+            like = torch.empty(()) if name == "step" else parameters[key]
+            _check_tensor(tensor, like, f"{place}.{name}")
 
 
 def _check_group(

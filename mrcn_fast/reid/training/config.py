@@ -125,8 +125,10 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Factor of the learning rate at a milestone (paper)."""
     trunk_lr: Weight = 0.1
     """Learning rate of everything but BNNeck and classifier, as a share of theirs (field)."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """Optimizer (paper: sgd). AdamW wants other rates: --lr, --warmup-lr, --trunk-lr and --weight-decay."""
     momentum: Share = 0.9
-    """SGD momentum (paper), Nesterov's (field)."""
+    """SGD momentum (paper), Nesterov's (field); AdamW has none."""
     weight_decay: Weight = 5e-4
     """Weight decay (field)."""
     selective_decay: bool = False

@@ -1,4 +1,4 @@
-"""The parameters that a run trains, and its optimizer: SGD with groups of learning rate and weight decay."""
+"""The parameters that a run trains, and its optimizer, with groups of learning rate and weight decay."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def freeze(model: ReIDModel, layers: Sequence[str]) -> list[nn.Module]:
     return frozen
 
 
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
-    """Make SGD with Nesterov momentum.
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """Make the optimizer of a run: SGD with Nesterov momentum, or AdamW with PyTorch's betas and eps.
 
     What the network's `head()` gives, BNNeck and classifier, learns at the full rate, and all other
     parameters at the share `trunk_lr` of it. In a network without `head`, all learn at the full rate. The
@@ -58,14 +58,14 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.SGD:
     for scale, of_head in ((1.0, True), (config.trunk_lr, False)):
         named = {name: p for name, p in parameters.items() if (id(p) in in_head) == of_head}
         groups += [{"params": own, "scale": scale} | decay for own, decay in _by_decay(model, named, config)]
-    return torch.optim.SGD(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        nesterov=config.momentum > 0,
-        fused=True if config.speed == "auto" else None,
-    )
+    shared: dict[str, Any] = {
+        "lr": config.lr,
+        "weight_decay": config.weight_decay,
+        "fused": True if config.speed == "auto" else None,
+    }
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, **shared)
+    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **shared)
 
 
 def without_decay(model: nn.Module) -> set[str]:

@@ -160,8 +160,8 @@ class Trainer(Generic[Model]):
 
     Args:
         config: of the run. With a network of your own its fields of the architecture have no effect, with a
-            loss of your own those of the loss, and with an optimizer of your own `momentum`, `weight_decay`,
-            `selective_decay` and `trunk_lr`.
+            loss of your own those of the loss, and with an optimizer of your own `optimizer`, `momentum`,
+            `weight_decay`, `selective_decay` and `trunk_lr`.
         model: a network of your own with the methods of `ReIDNetwork`. You seed its weights.
         loss: a function of the network's TrainingOutput and the labels (B,) that gives LossParts or a scalar
         optimizer: a function of the network that makes its optimizer. The learning rates that it sets are

@@ -129,3 +129,13 @@ def test_neck_and_classifier_learn_at_the_full_rate() -> None:
     trained = {id(p) for p in model.parameters() if p.requires_grad}
     assert {id(p) for group in optimizer.param_groups for p in group["params"]} == trained
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
+    other = make_optimizer(model, TrainConfig(data="", optimizer="adamw", lr=3e-4, weight_decay=0.05))
+    assert isinstance(other, torch.optim.AdamW)
+    assert [(group["scale"], group["weight_decay"]) for group in other.param_groups] == [
+        (1.0, 0.05),
+        (0.1, 0.05),
+    ]
+    assert [len(group["params"]) for group in other.param_groups] == [
+        len(head["params"]),
+        len(rest["params"]),
+    ]

@@ -54,6 +54,28 @@ def test_a_checkpoint_comes_back_as_it_was(finished: Path, tmp_path: Path) -> No
     assert all(torch.equal(tensor, again.model[name]) for name, tensor in checkpoint.model.items())
 
 
+@pytest.mark.parametrize("speed", ["plain", "auto"])
+def test_adamw_goes_on_where_it_was(tiny_config: TrainConfig, tmp_path: Path, speed: Any) -> None:
+    config = dataclasses.replace(
+        tiny_config, optimizer="adamw", lr=3e-4, warmup_lr=1e-4, speed=speed, out=str(tmp_path / "whole")
+    )
+    whole = load_checkpoint(train(config).checkpoint_path)
+    stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"), steps=4)
+    train(stopped)
+    resumed = load_checkpoint(train(dataclasses.replace(stopped, steps=None), resume=True).checkpoint_path)
+    assert all(torch.equal(tensor, resumed.model[name]) for name, tensor in whole.model.items())
+    state = whole.optimizer["state"]
+    assert {name for moments in state.values() for name in moments} == {"step", "exp_avg", "exp_avg_sq"}
+    assert all(moments["step"] == 6 for moments in state.values())
+    with pytest.raises(CheckpointError, match="optimizer"):
+        train(dataclasses.replace(config, optimizer="sgd"), resume=True)
+    content = torch.load(Path(config.out) / CHECKPOINT_NAME, weights_only=True)
+    content["optimizer"]["state"][0]["exp_avg_sq"] = torch.zeros(1)
+    torch.save(content, tmp_path / "edited.pth")
+    with pytest.raises(CheckpointError, match=r"optimizer.state\[0\].exp_avg_sq"):
+        load_checkpoint(tmp_path / "edited.pth")
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
