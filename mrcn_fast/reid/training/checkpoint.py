@@ -112,12 +112,17 @@ def checkpoint_file(path: str | Path) -> Path:
 
 
 class Checkpoint(NamedTuple):
-    """The whole state of a run after `step` steps; `epoch` and `batch` are those of the next batch."""
+    """The whole state of a run after `step` steps; `epoch` and `batch` are those of the next batch.
+
+    `model` is what is scored. In a run with `ema` it is the moving average, and `raw` has the weights that
+    the run trains; in others `raw` is empty.
+    """
 
     config: TrainConfig
     data: DataIdentity
     weights: str | None  # `weights_fingerprint` of the initial weights
     model: dict[str, Any]
+    raw: dict[str, Any]
     optimizer: dict[str, Any]
     scaler: dict[str, Any]  # state of the precision plugin: of the gradient scaler in 16-mixed
     random: list[dict[str, Any]]  # `random_state` of each process of the run
@@ -254,6 +259,7 @@ _STORED = record(
         "data": record("data", get_type_hints(DataIdentity)),
         "weights": str | None,
         "model": dict[str, _AnyTensor],
+        "raw": dict[str, _AnyTensor],
         "optimizer": record("optimizer", {"state": Any, "param_groups": list[dict[str, Any]]}),
         "scaler": dict[str, Any],
         "random": list[_RANDOM],  # type: ignore[valid-type]
@@ -287,7 +293,7 @@ _GROUPS = {
 _CUDA_STATE = 16  # bytes: seed and offset
 _DIGEST = re.compile("[0-9a-f]{64}")
 # What runs did before there were these settings.
-_BEFORE = {"speed": "plain", "compile": False, "optimizer": "sgd"}
+_BEFORE = {"speed": "plain", "compile": False, "optimizer": "sgd", "ema": None}
 
 
 def _conforming(content: Mapping[str, Any]) -> Checkpoint:
@@ -322,6 +328,10 @@ def _check_network(checkpoint: Checkpoint) -> None:
     except ValueError as error:
         raise SettingError(f"config: {error}") from error
     _check_weights(checkpoint.model, network.state_dict())
+    if checkpoint.config.ema is None:
+        _check(not checkpoint.raw, "raw", sorted(checkpoint.raw)[:4], "empty: only a run with ema has it")
+    else:
+        _check_weights(checkpoint.raw, network.state_dict(), "raw")
     if "optimizer" not in checkpoint.parts:
         _check_optimizer(checkpoint.optimizer, optimizer)
 
@@ -373,15 +383,15 @@ def _check_place(checkpoint: Checkpoint) -> None:
         _check(0 <= line["epoch"] <= epoch, "metrics.epoch", line["epoch"], f"0 to {epoch}")
 
 
-def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_weights(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], place: str = "model") -> None:
     for name, tensor in found.items():
-        _check(name in expected, f"model.{name}", tensor, "no value of this name")
+        _check(name in expected, f"{place}.{name}", tensor, "no value of this name")
     for name, wanted in expected.items():
         if name not in found:
-            raise SettingError(f"got no model.{name}, expected {_described(wanted)}")
-        _check_tensor(found[name], wanted, f"model.{name}")
+            raise SettingError(f"got no {place}.{name}, expected {_described(wanted)}")
+        _check_tensor(found[name], wanted, f"{place}.{name}")
         if name.endswith(("running_var", "num_batches_tracked")) and bool((found[name] < 0).any()):
-            raise SettingError(f"got model.{name} with values below 0, expected none")
+            raise SettingError(f"got {place}.{name} with values below 0, expected none")
 
 
 def _check_tensor(found: object, expected: Tensor, place: str) -> None:

@@ -135,6 +135,8 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Leave vectors and what `no_weight_decay()` of the blocks names out of weight decay (field: no)."""
     clip_norm: Annotated[FiniteFloat, Field(ge=1e-6), NUMPY] | None = None
     """Greatest norm of the gradient of all parameters, which is scaled down to it; none: any (field)."""
+    ema: Annotated[FiniteFloat, Field(ge=0, lt=1), NUMPY] | None = None
+    """Decay of an exponential moving average of the weights, which is then scored; none: no average."""
     freeze: Several[Literal["stem", "layer1", "layer2", "layer3", "layer4"]] = ()
     """Layers of the ResNet that stay as they are, with the statistics of their BatchNorms (field: none)."""
 

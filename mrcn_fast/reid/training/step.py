@@ -10,6 +10,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.wrappers import _FabricModule, _FabricOptimizer
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
 from mrcn_fast.reid.data import Augmentation, Modality
 from mrcn_fast.reid.models.interface import check_output
@@ -54,6 +55,7 @@ class TrainingStep:
         augment: the augmentation of each modality
         frozen: modules of the network that stay in eval mode
         layout: the memory layout of the network's inputs
+        average: of the network's weights, which an update adds to; None: there is none
         ahead: how many steps may be on their way when the measurements of an earlier one are read
         agree: takes the means of measurements over the processes
     """
@@ -66,6 +68,7 @@ class TrainingStep:
     augment: Mapping[Modality, Augmentation]
     frozen: Sequence[nn.Module]
     layout: torch.memory_format
+    average: AveragedModel | None = None
     ahead: int = 0
     agree: Callable[[Sequence[float]], list[float]] = list
     _checked: bool = field(default=False, init=False)
@@ -167,10 +170,15 @@ class TrainingStep:
         return parts.total, measured
 
     def update(self) -> None:
-        """Let the optimizer change the weights, after the gradient was clipped to `clip_norm`."""
+        """Let the optimizer change the weights, after the gradient was clipped to `clip_norm`.
+
+        The moving average, where there is one, follows.
+        """
         if self.config.clip_norm is not None:
             # In 16-mixed a gradient may be infinite: the scaler then leaves the step out.
             self.fabric.clip_gradients(
                 self.model, self.optimizer, max_norm=self.config.clip_norm, error_if_nonfinite=False
             )
         self.optimizer.step()
+        if self.average is not None:
+            self.average.update_parameters(self.model.module)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Generic, NamedTuple, cast
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from rich.progress import Progress, TaskID
 from torch import Tensor, distributed, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import TypeVar
 
 from mrcn_fast.memory import MemoryShortageError, enough_memory
@@ -244,6 +246,12 @@ class Trainer(Generic[Model]):
         self.parts = named_parts(model=model, loss=loss, optimizer=made)
         # The wrapped pair has the device and the precision; checkpoints take the names from the plain pair.
         wrapped, wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
+        # The optimizer changes these parameters in place, and an average of them follows.
+        self._average = (
+            None
+            if config.ema is None
+            else AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
+        )
         self.loss: Loss = ReIDLoss(**config.loss_arguments()) if loss is None else loss
         size = (config.height, config.width)
         augment = partial(Augmentation, size, padding=config.padding, flip=config.flip, erase=config.erase)
@@ -263,6 +271,7 @@ class Trainer(Generic[Model]):
             frozen=frozen,
             layout=self.layout,
             agree=self._agreed,
+            average=self._average,
         )
         self.batches = TrainingBatches(
             self.training,
@@ -436,6 +445,11 @@ class Trainer(Generic[Model]):
         )
 
     @property
+    def _scored(self) -> nn.Module:
+        """The network that is scored: the moving average of the weights, or the trained network itself."""
+        return self.model if self._average is None else self._average.module
+
+    @property
     def _name(self) -> str:
         return self.parts.get("model", self.config.model)
 
@@ -511,12 +525,12 @@ class Trainer(Generic[Model]):
         # The checkpoint was just written, so that nothing is lost where a signal ends the validation.
         with self._requests.at_once():
             self._share_buffers()
-            self._validation.run(self.model, self._state(), self.journal)
+            self._validation.run(self._scored, self._state(), self.journal)
 
     def _share_buffers(self) -> None:
         """Give all processes the statistics of BatchNorm of the first, as their next forward pass would."""
         if self.processes.count > 1:
-            for buffer in self.model.buffers():
+            for buffer in chain(self.model.buffers(), self._scored.buffers()):
                 distributed.broadcast(buffer, 0)
 
     def _summary(self) -> str:
@@ -570,7 +584,8 @@ class Trainer(Generic[Model]):
             config=self.config,
             data=self.data,
             weights=self.weights,
-            model=self.model.state_dict(),
+            model=self._scored.state_dict(),
+            raw={} if self._average is None else self.model.state_dict(),
             optimizer=self.optimizer.state_dict(),
             scaler=self.fabric.strategy.precision.state_dict(),
             random=self.processes.gathered(random_state(self.fabric.device)),
@@ -588,7 +603,11 @@ class Trainer(Generic[Model]):
         check_parts(path, checkpoint, self.parts)
         check_config(path, checkpoint, self.config)
         check_data(path, checkpoint, self.data)
-        load_weights(path, self.model, checkpoint.model)
+        load_weights(path, self.model, checkpoint.raw or checkpoint.model)
+        if self._average is not None:
+            load_weights(path, self._average.module, checkpoint.model)
+            # An average of nothing yet would begin with the next weights.
+            self._average.n_averaged.fill_(checkpoint.step)
         load_optimizer(path, self.optimizer, checkpoint.optimizer)
         self.fabric.strategy.precision.load_state_dict(checkpoint.scaler)
         self._step.reset()

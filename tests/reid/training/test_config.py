@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig, learning_rate

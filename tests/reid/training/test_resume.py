@@ -14,18 +14,23 @@ from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.data import SYSUMM01, write_sysu
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.models.network import ReIDModel
+from mrcn_fast.reid.training.batches import Batch
+from mrcn_fast.reid.training.callbacks import Callback
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     CheckpointError,
     DataIdentity,
     check_config,
     check_data,
+    content_digest,
     data_identity,
     load_checkpoint,
     load_weights,
     save_checkpoint,
 )
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.journal import StepResult
+from mrcn_fast.reid.training.trainer import Trainer
 from tests.reid.conftest import quiet, train
 
 
@@ -52,6 +57,49 @@ def test_a_checkpoint_comes_back_as_it_was(finished: Path, tmp_path: Path) -> No
     ((own,), (expected,)) = again.random, checkpoint.random
     assert own["python"] == expected["python"] and torch.equal(own["torch"], expected["torch"])
     assert all(torch.equal(tensor, again.model[name]) for name, tensor in checkpoint.model.items())
+
+
+@pytest.mark.parametrize("speed", ["plain", "auto"])
+def test_the_moving_average_is_scored_and_goes_on(
+    tiny_config: TrainConfig, tmp_path: Path, speed: Any
+) -> None:
+    config = dataclasses.replace(
+        tiny_config,
+        ema=0.5,
+        lr=0.02,
+        speed=speed,
+        validate_every=2,
+        checkpoint_every=1,
+        out=str(tmp_path / "ema"),
+    )
+    seen: list[dict[str, torch.Tensor]] = []
+
+    class Weights(Callback):
+        def on_step_end(self, trainer: Trainer, batch: Batch, result: StepResult) -> None:
+            seen.append({name: value.clone() for name, value in trainer.model.state_dict().items()})
+
+    trainer = Trainer(config, callbacks=[Weights()])
+    whole = load_checkpoint(trainer.fit(progress=quiet()))
+    assert content_digest(whole.raw) == content_digest(seen[-1])
+    for name in (
+        "trunk.layer4.0.conv1.weight",
+        "trunk.layer1.0.bn1.running_mean",
+        "trunk.visible.conv1.weight",
+    ):
+        expected = seen[0][name]
+        for state in seen[1:]:
+            expected = 0.5 * expected + 0.5 * state[name]
+        torch.testing.assert_close(whole.model[name], expected)
+        assert not torch.equal(whole.model[name], whole.raw[name])
+    # The validation has scored the average, as `mrcn-fast test` does.
+    result = score_checkpoint(trainer.out, config.data, accelerator="cpu", progress=quiet())
+    (line,) = trainer.journal.validations
+    assert line["searches"] == {name: found["mean"] for name, found in result["searches"].items()}
+    stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"), steps=4)
+    train(stopped)
+    resumed = load_checkpoint(train(dataclasses.replace(stopped, steps=None), resume=True).checkpoint_path)
+    assert content_digest(resumed.model) == content_digest(whole.model)
+    assert content_digest(resumed.raw) == content_digest(whole.raw)
 
 
 @pytest.mark.parametrize("speed", ["plain", "auto"])
