@@ -49,7 +49,8 @@ struct accumulate<double> {
 template <class T>
 using acc_t = typename accumulate<T>::type;
 
-// f(T{}), where T is the type of the elements. MRCN_ELEMENT names the only type of a build that serves no other.
+// f(T{}), where T is the type of the elements. MRCN_ELEMENT names the only type of a build that serves no
+// other.
 template <class F>
 inline auto with_element([[maybe_unused]] Dtype dtype, const F& f) {
 #if defined(MRCN_ELEMENT)

@@ -192,6 +192,8 @@ class _Watch(threading.Thread):
         own = f"{self._rank} {status}"
         with suppress(RuntimeError):  # the store may have ended with another process
             self._noted = self._noted or self._store.compare_set(self._key("failed"), "", own).decode()
+            # The watching thread may not come to it before this process ends.
+            self._store.set(self._key("noticed", self._rank), "")
             self._stay_for("noticed")
         return None if self._noted in (None, own) else int(self._noted.split()[1])
 
@@ -210,7 +212,7 @@ class _Watch(threading.Thread):
 
     def _stay_for(self, mark: str) -> None:
         """Let the first process, in which the store may be, wait until the others have left a mark in it."""
-        until = time.monotonic() + _GRACE
+        until = time.monotonic() + _GRACE / 2  # the watching thread ends the process after the whole of it
         others = [self._key(mark, rank) for rank in range(1, self._count)]
         while self._rank == 0 and time.monotonic() < until and not self._store.check(others):
             time.sleep(_PERIOD / 10)

@@ -277,14 +277,14 @@ def not_finite(rank: int, config: TrainConfig) -> None:
 def killed(rank: int, config: TrainConfig) -> None:
     trainer = Trainer(config)
     if rank == 1:
-        step = trainer.step
+        launch = trainer._step.launch
 
         def killing(batch: Batch) -> Any:
             if trainer.step_count == 4:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return step(batch)
+            return launch(batch)
 
-        trainer.step = killing  # type: ignore[method-assign]
+        trainer._step.launch = killing  # type: ignore[method-assign]
     trainer.fit(progress=quiet())
 
 
