@@ -28,8 +28,8 @@ def test_the_papers_values_are_the_defaults() -> None:
     # Everything that decides what is computed is written down there or in a data set's recipe.
     free = {
         "data", "out", "dataset", "split", "stages", "cache", "skip_unreadable", "weights", "init", "batches",
-        "steps", "seed", "backend", "accelerator", "speed", "precision", "channels_last", "compile", "devices",
-        "nodes", "gather", "sync_batchnorm", "workers", "log_every", "checkpoint_every", "logger",
+        "steps", "seed", "backend", "accelerator", "speed", "precision", "channels_last", "compile",
+        "devices", "nodes", "gather", "sync_batchnorm", "workers", "log_every", "checkpoint_every", "logger",
         "validate_every", "validate_on",
     }  # fmt: skip
     assert {field.name for field in fields(TrainConfig)} - set(values) == free
