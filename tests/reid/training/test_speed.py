@@ -30,6 +30,7 @@ from mrcn_fast.reid.training.step import NotFiniteError, TrainingStep
 from mrcn_fast.reid.training.trainer import Trainer, TrainingError
 from tests.reid.conftest import quiet, train
 from tests.support.tensors import same_bits
+from tests.support.waits import name_of, waits
 
 AUTO: dict[str, Any] = {"speed": "auto", "precision": None, "channels_last": None}
 PLAIN: dict[str, Any] = {"speed": "plain", "precision": None, "channels_last": None}
@@ -308,13 +309,6 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(
 
 # --- what a CUDA graph needs --------------------------------------------------------------------------
 
-# What needs the values of a tensor on the host, or a size that depends on them.
-READING = (
-    "_local_scalar_dense", "nonzero", "nonzero_static", "masked_select", "_unique2", "unique_dim", "bincount",
-    "equal", "is_nonzero", "repeat_interleave.Tensor",
-)  # fmt: skip
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
-
 
 class Operations(TorchDispatchMode):
     """Keeps the operations of a step with the shapes and types of what they make, and refuses to wait.
@@ -331,10 +325,8 @@ class Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
     ) -> Any:
-        name = function._schema.name.removeprefix("aten::")
-        indices = arguments[1] if name in INDEXING else ()
-        by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-        if name in READING or by_mask:
+        if waits(function, arguments):
+            name = name_of(function)
             self._left[name] -= 1
             assert self._left[name] >= 0, f"{name} needs values of the device within a step"
         result = function(*arguments, **(options or {}))
@@ -452,9 +444,9 @@ def test_a_graph_repeats_the_step_on_other_batches_and_rates(
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
 
 
-def test_a_graph_leaves_the_update_out_for_a_loss_that_is_not_finite(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def replayed(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Trainer[Any], list[Batch]]:
+    """A trainer whose step was captured after three batches and replayed on the fourth, and six batches."""
     monkeypatch.setattr(fast, "Captured", Recorded)
     trainer = small(dataclasses.replace(config, batches=6))
     step = fast_step(trainer)
@@ -462,6 +454,14 @@ def test_a_graph_leaves_the_update_out_for_a_loss_that_is_not_finite(
     batches = list(trainer.batches.of(0))
     for batch in batches[:4]:
         step.take(batch)
+    return trainer, batches
+
+
+def test_a_graph_leaves_the_update_out_for_a_loss_that_is_not_finite(
+    replayed: tuple[Trainer[Any], list[Batch]],
+) -> None:
+    trainer, batches = replayed
+    step = fast_step(trainer)
     assert Recorded.made._graph.replays == 1  # type: ignore[attr-defined]
     before = [p.detach().clone() for p in trainer.model.parameters()]
     visible, infrared, labels = inputs_of(trainer, batches[4])
@@ -475,15 +475,10 @@ def test_a_graph_leaves_the_update_out_for_a_loss_that_is_not_finite(
 
 
 def test_a_batch_of_another_shape_is_taken_without_the_graph(
-    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+    replayed: tuple[Trainer[Any], list[Batch]],
 ) -> None:
-    monkeypatch.setattr(fast, "Captured", Recorded)
-    trainer = small(dataclasses.replace(config, batches=6))
+    trainer, batches = replayed
     step = fast_step(trainer)
-    step.captures = True
-    batches = list(trainer.batches.of(0))
-    for batch in batches[:4]:
-        step.take(batch)
     larger = Batch(*(torch.cat(pair) for pair in zip(batches[4], batches[5], strict=True)))
     assert step.take(larger).finite and step.take(batches[4]).finite
     assert Recorded.made._graph.replays == 2  # type: ignore[attr-defined]

@@ -14,10 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
 from mrcn_fast.reid.training.transfers import Readings, to_device
-
-# On a GPU the host learns what these return, or how large it is, when all launches before have ended.
-WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "bincount", "equal")
-INDEXING = ("index", "index_put", "index_put_", "_index_put_impl_")
+from tests.support.waits import name_of, waits
 
 
 class Waits(TorchDispatchMode):
@@ -30,11 +27,8 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), options: Any = None
     ) -> Any:
-        name = function._schema.name.removeprefix("aten::")
-        indices = arguments[1] if name in INDEXING else ()
-        by_mask = any(index is not None and index.dtype in (torch.bool, torch.uint8) for index in indices)
-        if name in WAITING or by_mask:
-            self.found[name] += 1
+        if waits(function, arguments):
+            self.found[name_of(function)] += 1
         return function(*arguments, **(options or {}))
 
 
