@@ -4,9 +4,11 @@
 features and scores, `paper` the tables and figures, `report` the page about trained networks, and `search`
 the search in one's own images. export.py writes the test path for ONNX and torch.export. demo.py is
 `mrcn-fast demo`. The other modules serve all of them: settings.py checks values against annotations, of
-which kinds.py has the common ones and messages.py the messages; devices.py opens the device, documents.py
-reads YAML and JSON within limits, stored.py reads files of torch and safetensors, arrays.py converts the
-arrays of callers, console.py has log lines and progress bars, and stopping.py notes Ctrl-C and SIGTERM.
+which kinds.py has the common ones and messages.py the messages; devices.py opens the devices,
+launching.py starts a process for each and processes.py lets them exchange values and end together,
+documents.py reads YAML and JSON within limits, stored.py reads files of torch and safetensors, arrays.py
+converts the arrays of callers, console.py has log lines and progress bars, and stopping.py notes Ctrl-C and
+SIGTERM.
 moved.py lets modules be imported by the names they had before.
 
 The names in `__all__` are the parts that the command line uses. They are imported from their modules when

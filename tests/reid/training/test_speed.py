@@ -523,18 +523,23 @@ def test_a_captured_run_is_the_eager_one(
         assert found["loss"] == pytest.approx(expected["loss"], rel=2e-2)
 
 
-@needs_gpu
-def test_a_captured_step_never_waits(config: TrainConfig) -> None:
+def captured_on_gpu(config: TrainConfig) -> tuple[Trainer, list[Batch]]:
+    """A trainer whose step is a CUDA graph that the fourth batch has replayed, and two more batches."""
     trainer = Trainer(dataclasses.replace(config, accelerator="cuda", batches=6))
-    step = fast_step(trainer)
     batches = list(trainer.batches.of(0))
     for batch in batches[:4]:
-        step.take(batch)
-    assert step._graph is not None
+        trainer.step(batch)
+    assert fast_step(trainer)._graph is not None
+    return trainer, batches[4:]
+
+
+@needs_gpu
+def test_a_captured_step_never_waits(config: TrainConfig) -> None:
+    trainer, batches = captured_on_gpu(config)
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        ends = [step.launch(batch) for batch in batches[4:]]
+        ends = [fast_step(trainer).launch(batch) for batch in batches]
     finally:
         torch.cuda.set_sync_debug_mode(before)
     assert all(end().finite for end in ends)
@@ -542,15 +547,11 @@ def test_a_captured_step_never_waits(config: TrainConfig) -> None:
 
 @needs_gpu
 def test_a_captured_step_leaves_the_update_out(config: TrainConfig) -> None:
-    trainer = Trainer(dataclasses.replace(config, accelerator="cuda", batches=6))
-    step = fast_step(trainer)
-    batches = list(trainer.batches.of(0))
-    for batch in batches[:5]:
-        step.take(batch)
+    trainer, batches = captured_on_gpu(config)
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    visible, infrared, labels = inputs_of(trainer, batches[5])
+    visible, infrared, labels = inputs_of(trainer, batches[0])
     with pytest.raises(NotFiniteError):
-        step.on(torch.full_like(visible, torch.nan), infrared, labels.cuda())
+        fast_step(trainer).on(torch.full_like(visible, torch.nan), infrared, labels.cuda())
     assert all(torch.equal(p, old) for p, old in zip(trainer.model.parameters(), before, strict=True))
 
 
