@@ -292,8 +292,6 @@ _GROUPS = {
 }
 _CUDA_STATE = 16  # bytes: seed and offset
 _DIGEST = re.compile("[0-9a-f]{64}")
-# What runs did before there were these settings.
-_BEFORE = {"speed": "plain", "compile": False, "optimizer": "sgd", "ema": None}
 
 
 def _conforming(content: Mapping[str, Any]) -> Checkpoint:
@@ -343,7 +341,7 @@ def _check(holds: bool, place: str, value: object, expected: str) -> None:
 
 def _config(values: dict[str, Any]) -> TrainConfig:
     try:
-        return TrainConfig.from_dict(_BEFORE | values)
+        return TrainConfig.from_dict(values)
     except ConfigError as error:
         raise SettingError(f"config: {error}") from error
 

@@ -20,7 +20,7 @@ from mrcn_fast.reid.data import write_sysu
 from mrcn_fast.reid.models.network import TrainingOutput
 from mrcn_fast.reid.training import fast
 from mrcn_fast.reid.training.batches import Batch
-from mrcn_fast.reid.training.checkpoint import content_digest, load_checkpoint
+from mrcn_fast.reid.training.checkpoint import load_checkpoint
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.fast import Captured, FastStep
 from mrcn_fast.reid.training.journal import StepResult
@@ -190,16 +190,6 @@ def test_a_run_says_how_its_steps_are_taken(config: TrainConfig, caplog: pytest.
     assert "Speed auto: 32-true, NCHW, fused optimizer, eager" in caplog.messages
     kept = load_checkpoint(trainer.checkpoint_path).config
     assert (kept.speed, kept.precision, kept.channels_last, kept.compile) == ("auto", "32-true", False, False)
-
-
-def test_a_checkpoint_from_before_there_was_a_choice_is_plain(finished: Path, tmp_path: Path) -> None:
-    content = torch.load(finished, weights_only=False)
-    for name in ("speed", "compile"):
-        del content["config"][name]
-    content["digest"]["config"] = content_digest(content["config"])
-    path = tmp_path / "checkpoint.pth"
-    torch.save(content, path)
-    assert load_checkpoint(path).config == load_checkpoint(finished).config
 
 
 # --- what is computed ---------------------------------------------------------------------------------
