@@ -31,9 +31,10 @@ _WHERE: Final = ("backend", "device")
 # The types of the parts of a result that are read again, and of a record of other files.
 _MEAN: Final = record("mean", dict.fromkeys(HEADLINE, FiniteFloat))
 _SCORES: Final = record("scores", {"mean": _MEAN}, more=True)
+_DISTANCES: Final = record("distances", dict.fromkeys(("intra", "inter", "delta"), FiniteFloat | None))
 _SEARCH: Final = record(
     "search",
-    dict.fromkeys(_SEARCHED, Any) | {"mean": _MEAN, "pairings": by_name(_SCORES)},
+    dict.fromkeys(_SEARCHED, Any) | {"mean": _MEAN, "pairings": by_name(_SCORES), "distances": _DISTANCES},
     more=True,
 )
 _RESULT: Final = record(
@@ -157,6 +158,12 @@ def describe(result: dict[str, Any]) -> str:
             + ", ".join(f"{names.get(key, key)} {100 * scores['mean'][key]:.2f}" for key in ("rank1", "mAP"))
             for pairing, scores in search["pairings"].items()
         ]
+        apart = search["distances"]
+        if apart["delta"] is not None:
+            lines.append(
+                f"  δ {apart['delta']:.3f}: distance {apart['intra']:.3f} within people, "
+                f"{apart['inter']:.3f} between"
+            )
     served = f", backend {result['backend']}" if result["backend"] else ""
     lines.append(f"computed in {result['precision']} on {result['device']}{served}")
     if result["unreadable"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -24,6 +25,7 @@ from mrcn_fast.reid.data.cache import cached
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
 from mrcn_fast.reid.devices import open_devices
 from mrcn_fast.reid.evaluation import reranking
+from mrcn_fast.reid.evaluation.distances import distances_of
 from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, Pairing, exchange, paired, pairings_of
 from mrcn_fast.reid.evaluation.protocol import (
     images_by_modality,
@@ -153,7 +155,9 @@ def score_checkpoint(
     SYSU-MM01 searches the visible gallery for infrared queries; RegDB and LLCM are scored in both directions.
     A score is the mean over the trials, with their sample standard deviation. The headline is the paper's way
     to compare F and F₊; the two others of `pairings` are under "pairings" of each search. A warning is logged
-    where the crossed pairing scores far above the headline.
+    where the crossed pairing scores far above the headline. Under "distances" are the mean distances of the
+    search's visible-infrared pairs of images, of one person ("intra") and of two ("inter"), and the paper's δ
+    (Figure 5), their difference. Features have length 1 for these.
 
     On several devices, the processes share images and trials, the first one writes the result, and all return
     it. The scores are those of one process.
@@ -282,6 +286,13 @@ def _check_neighbours(searches: Sequence[Search], conditions: Conditions) -> Non
             reranking.check_neighbours(len(search.query), len(gallery), conditions.k1, conditions.k2)
 
 
+class _Trial(NamedTuple):
+    """The scores of one trial by pairing, and its mean distances within and between people, and δ."""
+
+    scores: dict[Pairing, dict[str, Any]]
+    distances: dict[str, float]
+
+
 class _FeatureTable:
     """The features of images, found by the path of the image."""
 
@@ -351,21 +362,27 @@ def _score_gallery(
     tables: Mapping[Modality, _FeatureTable],
     conditions: Conditions,
     pairings: Sequence[Pairing],
-) -> dict[Pairing, dict[str, Any]]:
-    """Score one trial of a search by each pairing."""
-    query = tables[search.query[0].modality].of(search.query)
-    features = tables[gallery[0].modality].of(gallery)
-    return {
+) -> _Trial:
+    """Score one trial of a search by each pairing, and measure its distances within and between people."""
+    images = {search.query[0].modality: search.query, gallery[0].modality: gallery}
+    found = {modality: tables[modality].of(side) for modality, side in images.items()}
+    query, features = found.values()
+    scores = {
         pairing: score_trial(
             _distance(*paired(query, features, pairing), conditions), search.query, gallery, search.protocol
         )
         for pairing in pairings
     }
+    apart = distances_of(images, found)
+    return _Trial(scores, {"intra": apart.intra_mean, "inter": apart.inter_mean, "delta": apart.delta})
 
 
-def _search_scores(search: Search, trials: Sequence[Mapping[Pairing, dict[str, Any]]]) -> dict[str, Any]:
-    """The scores of a search by the paper's pairing and, under "pairings", by the others."""
-    rows = {pairing: [trial[pairing] for trial in trials] for pairing in trials[0]}
+def _search_scores(search: Search, trials: Sequence[_Trial]) -> dict[str, Any]:
+    """The scores of a search by the paper's pairing and, under "pairings", by the others.
+
+    "distances" are those of Figure 5, over the pairs of query and gallery images.
+    """
+    rows = {pairing: [trial.scores[pairing] for trial in trials] for pairing in trials[0].scores}
     headline = rows.pop(HEADLINE_PAIRING)
     return {
         "queries": len(search.query),
@@ -374,7 +391,14 @@ def _search_scores(search: Search, trials: Sequence[Mapping[Pairing, dict[str, A
         **_over_trials(headline),
         "per_trial": headline,
         "pairings": {pairing: _over_trials(rows) for pairing, rows in rows.items()},
+        "distances": _mean_distances([trial.distances for trial in trials]),
     }
+
+
+def _mean_distances(trials: Sequence[Mapping[str, float]]) -> dict[str, float | None]:
+    """Means over the trials, None where no pair of images is of one person, or none of two people."""
+    means = {name: statistics.fmean(trial[name] for trial in trials) for name in trials[0]}
+    return {name: None if math.isnan(mean) else mean for name, mean in means.items()}
 
 
 def _distance(query: Tensor, gallery: Tensor, conditions: Conditions) -> Tensor:

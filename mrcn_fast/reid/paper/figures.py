@@ -27,6 +27,7 @@ from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.data import PersonImages
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.evaluation.distances import Distances, distances_of
 from mrcn_fast.reid.evaluation.protocol import only_readable, search_fingerprint, searches_of, without
 from mrcn_fast.reid.evaluation.results import check_free
 from mrcn_fast.reid.evaluation.scores import skipped_images
@@ -205,7 +206,7 @@ class _Subject(NamedTuple):
 class _Column(NamedTuple):
     """What the column of one network shows."""
 
-    distances: plots.Distances
+    distances: Distances
     points: NDArray[np.float32]
     ranking: plots.Ranking
 
@@ -216,18 +217,6 @@ def _column(subject: _Subject, features: Mapping[Modality, Tensor], seed: int) -
         distances_of(subject.images, features),
         points,
         ranking_of(subject.images, features, subject.search, subject.query()),
-    )
-
-
-def distances_of(
-    images: Mapping[Modality, Sequence[Sample]], features: Mapping[Modality, Tensor]
-) -> plots.Distances:
-    """Count the distances of all visible-infrared pairs of images, whose features are in their order."""
-    return plots.distances(
-        features["visible"],
-        _identities(images["visible"]),
-        features["infrared"],
-        _identities(images["infrared"]),
     )
 
 

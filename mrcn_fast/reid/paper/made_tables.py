@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pydantic import FiniteFloat
 from typing_extensions import NotRequired, TypedDict
 
 from mrcn_fast.files import write_atomically
@@ -17,6 +18,7 @@ from mrcn_fast.reid.paper.recipes import Row, TableSpec, load_table
 from mrcn_fast.reid.settings import SettingError, checked, with_more
 
 SCORE_TITLES = {"rank1": "R-1", "rank10": "R-10", "rank20": "R-20", "mAP": "mAP", "mINP": "mINP"}
+DISTANCES = {"intra": "within people", "inter": "between people", "delta": "δ"}
 
 
 @with_more
@@ -36,6 +38,7 @@ class _MadeRow(TypedDict):
     # Tables made by earlier versions lack these.
     std: NotRequired[dict[str, _Scores]]
     pairings: NotRequired[dict[str, dict[str, _Scores]]]
+    distances: NotRequired[dict[str, dict[str, FiniteFloat]]]
 
 
 @with_more
@@ -84,6 +87,9 @@ def _strange_scores(spec: TableSpec, row: Mapping[str, Any]) -> dict[str, Any] |
         whole = not names or names == set(PAIRINGS) - {HEADLINE_PAIRING}
         if key not in row["ours"] or not whole or any("rank1" not in of for of in by_pairing.values()):
             return {key: by_pairing}
+    for key, found in row.get("distances", {}).items():
+        if key not in row["ours"] or not set(DISTANCES) <= found.keys():
+            return {key: found}
     return None
 
 
@@ -99,7 +105,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     title = f"{spec.title}: ours (the paper's), in percent"
     if any(row.get("std") for row in table["rows"]):
         title += "; mean ± standard deviation over the runs"
-    notes = _pairing_lines(spec, table["rows"])
+    notes = [*_pairing_lines(spec, table["rows"]), *_distance_lines(spec, table["rows"])]
     notes += ["", spec.note] if spec.note else []
     if table["synthetic"]:
         notes += ["", "Synthetic data and scaled-down training: the figures say nothing about the paper's."]
@@ -148,6 +154,26 @@ def _pairing_lines(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> list[s
             f"{row.title}, {spec.columns[key].title}: {text}." for key, text in texts.items() if text
         ]
     return lines + [line for warning in warnings for line in ("", warning)]
+
+
+def _distance_lines(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Format the distances of Figure 5 and its δ, of the rows that have them, if there are any."""
+    measured = [row.get("distances", {}) for row in rows]
+    keys = [key for key in spec.columns if any(key in found for found in measured)]
+    if not keys:
+        return []
+    header = ["Mean distance (Figure 5)"]
+    header += [f"{spec.columns[key].title} {title}" for key in keys for title in DISTANCES.values()]
+    lines = ["", _line(header), _line(["---"] * len(header))]
+    for row, found in zip(spec.rows, measured, strict=True):
+        cells = [_distance(found[key], name) if key in found else "–" for key in keys for name in DISTANCES]
+        lines += [_line([row.title, *cells])] if found else []
+    return lines
+
+
+def _distance(found: Mapping[str, float], name: str) -> str:
+    spread = f" ± {found['std']:.3f}" if name == "delta" and "std" in found else ""
+    return f"{found[name]:.3f}{spread}"
 
 
 def _rank1(row: Mapping[str, Any], key: str) -> dict[str, float]:

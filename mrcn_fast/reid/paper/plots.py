@@ -15,8 +15,8 @@ from matplotlib.lines import Line2D
 from matplotlib.typing import LineStyleType
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.nn import functional as F
 
+from mrcn_fast.reid.evaluation.distances import BINS, FARTHEST, Distances, unit_features
 from mrcn_fast.reid.evaluation.scores import skipped_images
 
 # The colours of distances in Figure 5, of frames in Figure 6, and of up to 20 people. Colour-blind readers
@@ -25,48 +25,7 @@ INTRA, INTER = "#0072b2", "#e69f00"
 CORRECT, WRONG, QUERY = "#009e73", "#cc3311", "#4d4d4d"
 PEOPLE = "tab20"
 
-# Vectors of length 1 are at most 2 apart. Distances are counted in _BINS bins, and drawn in at most _BARS
-# bars.
-_FARTHEST, _BINS, _BARS = 2.0, 4000, 60
-_PAIRS_AT_ONCE = 1 << 21
-
-
-class Distances(NamedTuple):
-    """The distances of visible-infrared pairs of images: of the same person (intra) and of two (inter)."""
-
-    intra: NDArray[np.int64]  # counts in equal bins from 0 to 2
-    inter: NDArray[np.int64]
-    intra_mean: float  # over all pairs; NaN without a pair
-    inter_mean: float
-
-    @property
-    def delta(self) -> float:
-        """The paper's δ: the mean distance of two people, minus that of two images of one person."""
-        return self.inter_mean - self.intra_mean
-
-
-def distances(visible: Tensor, visible_ids: Tensor, infrared: Tensor, infrared_ids: Tensor) -> Distances:
-    """Count the Euclidean distances of all visible-infrared pairs of features, scaled to length 1.
-
-    Working memory is that of 2 million pairs for any V and N. Raises ValueError for features that are not
-    finite.
-
-    Shape:
-        visible, infrared: (V, D) and (N, D)
-        visible_ids, infrared_ids: (V,) and (N,), integers
-    """
-    visible, infrared = _unit(visible, "visible"), _unit(infrared, "infrared")
-    counts = torch.zeros(2, _BINS, dtype=torch.int64)
-    sums = torch.zeros(2, dtype=torch.float64)
-    for rows in torch.arange(len(visible)).split(max(1, _PAIRS_AT_ONCE // max(1, len(infrared)))):
-        apart = (2 - 2 * visible[rows] @ infrared.T).clamp_(0, _FARTHEST**2).sqrt_()
-        same = visible_ids[rows, None] == infrared_ids
-        places = (apart * (_BINS / _FARTHEST)).long().clamp_(max=_BINS - 1)
-        for kind, chosen in enumerate((same, ~same)):
-            counts[kind] += torch.bincount(places[chosen], minlength=_BINS)
-            sums[kind] += apart[chosen].double().sum()
-    means = (sums / counts.sum(dim=1)).tolist()
-    return Distances(counts[0].numpy(), counts[1].numpy(), *means)
+_BARS = 60  # at most, of the distances of Figure 5
 
 
 def draw_distances(columns: Mapping[str, Distances], *, stacked: bool = False) -> Figure:
@@ -76,13 +35,13 @@ def draw_distances(columns: Mapping[str, Distances], *, stacked: bool = False) -
     """
     figure, panels = _panels(len(columns), *((4.6, 2.0) if stacked else (3.1, 3.0)), stacked=stacked)
     used = np.flatnonzero(sum(d.intra + d.inter for d in columns.values()))
-    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, _BINS - 1)
+    first, last = (int(used[0]), int(used[-1])) if len(used) else (0, BINS - 1)
     group = -(-(last + 1 - first) // _BARS)
     for panel, (title, found) in zip(panels, columns.items(), strict=True):
         for counts, color, name in ((found.intra, INTRA, "one person"), (found.inter, INTER, "two people")):
             starts = np.arange(first, last + 1, group)
             bars = np.add.reduceat(counts[: last + 1], starts)
-            edges = np.append(starts, starts[-1] + group) * (_FARTHEST / _BINS)
+            edges = np.append(starts, starts[-1] + group) * (FARTHEST / BINS)
             panel.stairs(
                 100 * bars / max(1, bars.sum()), edges, color=color, fill=True, alpha=0.45, label=name
             )
@@ -118,19 +77,7 @@ def tsne_map(features: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     # One thread gives the same map on every machine, and in t-SNE's many short steps others would mostly
     # wait.
     with threadpool_limits(1):
-        return embedding.fit_transform(_unit(features, "features").numpy())
-
-
-def _unit(features: Tensor, name: str) -> Tensor:
-    """Scale features to length 1, in float32. Raises ValueError for features that aren't finite."""
-    if features.dim() != 2 or not features.isfinite().all():
-        raise ValueError(
-            f"{name} must be finite features (images, size); got {tuple(features.shape)}"
-            + " with NaN or infinity" * (features.dim() == 2)
-        )
-    # Without this scaling, the squares may overflow or vanish.
-    largest = features.double().abs().amax(dim=1, keepdim=True)
-    return F.normalize(features / largest.masked_fill_(largest == 0, 1), dim=1).float()
+        return embedding.fit_transform(unit_features(features, "features").numpy())
 
 
 def draw_tsne(

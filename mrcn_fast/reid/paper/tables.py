@@ -21,7 +21,7 @@ from mrcn_fast.reid.devices import check_device
 from mrcn_fast.reid.evaluation.protocol import search_fingerprint, searches_of
 from mrcn_fast.reid.evaluation.results import HEADLINE, check_free
 from mrcn_fast.reid.kinds import AnyPath
-from mrcn_fast.reid.paper.made_tables import draw_curves, load_made_table, markdown
+from mrcn_fast.reid.paper.made_tables import DISTANCES, draw_curves, load_made_table, markdown
 from mrcn_fast.reid.paper.recipes import TableSpec, load_table
 from mrcn_fast.reid.paper.runs import (
     Run,
@@ -74,8 +74,9 @@ def run_table(
     and values is not repeated, and an interrupted one goes on; tables share their runs and the scores beside
     them. A column stays empty where its data set is not among the trees.
 
-    A row has the mean and standard deviation over its runs by the paper's pairing of the test features, and
-    under "pairings" the means by the others. Where the paper draws curves, `out`/table-`name`.png has ours.
+    A row has the mean and standard deviation over its runs by the paper's pairing of the test features, under
+    "pairings" the means by the others, and under "distances" those of Figure 5, with its δ. Where the paper
+    draws curves, `out`/table-`name`.png has ours.
 
     Args:
         name: the table's name
@@ -273,10 +274,10 @@ def _made_of(runs_of_rows: Sequence[Mapping[str, Sequence[Run]]], options: dict[
 def _over_runs(spec: TableSpec, results: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """The scores of a row in each column, over its runs and as shares of 1.
 
-    "ours" are the means by the paper's pairing, "std" the standard deviations of several runs, and "pairings"
-    the means by the other pairings.
+    "ours" are the means by the paper's pairing, "std" the standard deviations of several runs, "pairings" the
+    means by the other pairings, and "distances" the mean distances of visible-infrared pairs of images.
     """
-    row: dict[str, Any] = {"ours": {}, "std": {}, "pairings": {}}
+    row: dict[str, Any] = {"ours": {}, "std": {}, "pairings": {}, "distances": {}}
     for key, column in spec.columns.items():
         if column.dataset not in results:
             continue
@@ -289,7 +290,18 @@ def _over_runs(spec: TableSpec, results: Mapping[str, list[dict[str, Any]]]) -> 
             pairing: _mean([search["pairings"][pairing]["mean"] for search in searches])
             for pairing in searches[0]["pairings"]
         }
+        if found := _distances(searches):
+            row["distances"][key] = found
     return row
+
+
+def _distances(searches: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over the runs, and δ's standard deviation over several; none where a search had no such pair."""
+    each = [search["distances"] for search in searches]
+    if any(of[name] is None for of in each for name in DISTANCES):
+        return {}
+    means = {name: statistics.fmean(of[name] for of in each) for name in DISTANCES}
+    return means | ({"std": statistics.stdev(of["delta"] for of in each)} if len(each) > 1 else {})
 
 
 def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.evaluation.distances import Distances, distances_of
 from mrcn_fast.reid.evaluation.protocol import only_readable, searches_of, without
 from mrcn_fast.reid.evaluation.scores import Scores, average, score
 from mrcn_fast.reid.paper import plots
 from mrcn_fast.reid.paper.figures import (
     all_test_images,
     choose_queries,
-    distances_of,
     features_of,
     labels_of,
     pictures,
@@ -65,7 +65,7 @@ class _Shown(NamedTuple):
 
     network: Network
     scores: Scores
-    distances: plots.Distances
+    distances: Distances
     ranking: plots.Ranking
 
 

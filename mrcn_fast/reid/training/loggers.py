@@ -14,6 +14,7 @@ from lightning_fabric.loggers.tensorboard import TensorBoardLogger
 from torch import Tensor
 
 from mrcn_fast.reid.data.types import Modality, Sample, Search
+from mrcn_fast.reid.evaluation.distances import distances_of
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.journal import StepResult
 from mrcn_fast.reid.training.run_folder import CSV_NAME
@@ -53,9 +54,6 @@ class RunLog:
 
     def features(self, step: int, searches: Sequence[Search], features: Mapping[Sample, Tensor]) -> None:
         """Send the distances of a validation's features, and to TensorBoard ranking lists of four queries."""
-        # Imported here, because it brings Matplotlib and SciPy.
-        from mrcn_fast.reid.paper.figures import distances_of
-
         images: dict[Modality, list[Sample]] = {
             modality: [sample for sample in features if sample.modality == modality]
             for modality in ("visible", "infrared")

@@ -90,6 +90,23 @@ def test_results_have_all_pairings(
     assert f"v·n₊ + v₊·n: Rank-1 {crossed:.2f}, mAP " in output
 
 
+def test_results_have_the_distances_of_figure_5(
+    finished: Path, tiny_tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where each person has a direction of their own, one person is 0 apart, and two people √2."""
+    own = Path(shutil.copy(finished, tmp_path / "checkpoint.pth"))
+
+    def by_person(model, samples, modality, *_, **__):  # type: ignore[no-untyped-def]
+        return 3 * torch.eye(64)[[sample.identity for sample in samples]]
+
+    monkeypatch.setattr(trained, "extract", by_person)
+    result = score_checkpoint(own, tiny_tree, trials=2, **QUIET)
+    found = result["searches"]["all-search"]["distances"]
+    root = 2**0.5
+    assert found == pytest.approx({"intra": 0.0, "inter": root, "delta": root}, abs=1e-6)
+    assert "δ 1.414: distance 0.000 within people, 1.414 between" in describe(result)
+
+
 @pytest.mark.parametrize(
     ("pairings", "message"),
     [

@@ -15,9 +15,11 @@ import torch
 from matplotlib.patches import StepPatch
 from torch import Tensor
 
+from mrcn_fast.reid.evaluation import distances as evaluation_distances
+from mrcn_fast.reid.evaluation.distances import distances
 from mrcn_fast.reid.evaluation.scores import score
 from mrcn_fast.reid.paper import plots
-from mrcn_fast.reid.paper.plots import distances, draw_distances, draw_rankings, draw_tsne, ranking, tsne_map
+from mrcn_fast.reid.paper.plots import draw_distances, draw_rankings, draw_tsne, ranking, tsne_map
 
 
 def people(count: int, images: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -47,7 +49,7 @@ def test_distances_are_those_of_all_pairs(monkeypatch: pytest.MonkeyPatch) -> No
         assert counts.sum() == len(values)
         # A distance on an edge may fall on either side of it.
         assert np.abs(counts.cumsum() - expected.cumsum()).max() <= 1
-    monkeypatch.setattr(plots, "_PAIRS_AT_ONCE", 50)
+    monkeypatch.setattr(evaluation_distances, "_PAIRS_AT_ONCE", 50)
     chunked = distances(visible, visible_ids, infrared, infrared_ids)
     for counts, expected in ((chunked.intra, found.intra), (chunked.inter, found.inter)):
         assert np.abs(counts.cumsum() - expected.cumsum()).max() <= 1

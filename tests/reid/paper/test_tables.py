@@ -132,6 +132,26 @@ def test_it_prints_the_papers_figures_beside_ours(made: Made) -> None:
     assert any(line.startswith("9 runs trained and scored in ") for line in lines)
 
 
+def test_the_distances_of_figure_5_follow(made: Made, tmp_path: Path) -> None:
+    _, table = made
+    row = table["rows"][2]
+    found = [run["searches"]["visible-to-infrared"]["distances"] for run in row["runs"]["regdb"]]
+    of_row = row["distances"]["regdb"]
+    for name in ("intra", "inter", "delta"):
+        assert of_row[name] == pytest.approx(sum(of[name] for of in found) / 2)
+    assert of_row["delta"] == pytest.approx(of_row["inter"] - of_row["intra"])
+    assert of_row["std"] == pytest.approx(abs(found[0]["delta"] - found[1]["delta"]) / 2**0.5)
+    lines = markdown(table).splitlines()
+    header = next(k for k, line in enumerate(lines) if line.startswith("| Mean distance (Figure 5) |"))
+    assert f"| {of_row['delta']:.3f} ± {of_row['std']:.3f} |" in lines[header + 4]
+    table = json.loads(json.dumps(table))
+    del table["rows"][2]["distances"]["regdb"]["intra"]
+    made_table = tmp_path / "table.json"
+    made_table.write_text(json.dumps(table))
+    with pytest.raises(DocumentError, match="found other scores in row 3"):
+        load_made_table(made_table, "4")
+
+
 def test_rank1_by_each_pairing_follows(made: Made, tmp_path: Path) -> None:
     _, table = made
     mrcn = table["rows"][2]
