@@ -7,6 +7,7 @@ otherwise.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar
@@ -66,6 +67,14 @@ def _path(value: object) -> str:
     return path_text(text)
 
 
+def _optimizer(value: str) -> str:
+    name, *_ = value.split(maxsplit=1) or [""]
+    if value not in OPTIMIZERS and not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", name):
+        raise ValueError("sgd, adamw, or a class with its arguments, such as torch.optim.RAdam eps=1e-6")
+    return value
+
+
+OPTIMIZERS: Final = ("sgd", "adamw")
 NUMPY: Final = BeforeValidator(lambda value: value.item() if isinstance(value, np.generic) else value)
 INCREASING: Final = AfterValidator(_increasing)
 _LISTS: Final = BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)
@@ -101,5 +110,6 @@ GateName = Annotated[str, OneOf(tuple(GATES))]
 RestituteTo = Annotated[str, OneOf(RESTITUTE_TO)]
 BackendName = Annotated[str, OneOf((*NAMES, "auto"))]
 Device = Annotated[str, AfterValidator(device_name)]
+OptimizerText = Annotated[str, AfterValidator(_optimizer)]
 Draw = Literal["random", "official"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]

@@ -322,7 +322,9 @@ def _check_network(checkpoint: Checkpoint) -> None:
         with torch.device("meta"):
             network = ReIDModel(len(checkpoint.data.identities), **checkpoint.config.model_arguments())
         freeze(network, checkpoint.config.freeze)
-        optimizer = make_optimizer(network, checkpoint.config)
+        # A class that the file names is imported where its run goes on, and not where it is scored.
+        known = "optimizer" not in checkpoint.parts and not checkpoint.config.own_optimizer
+        optimizer = make_optimizer(network, checkpoint.config) if known else None
     except ValueError as error:
         raise SettingError(f"config: {error}") from error
     _check_weights(checkpoint.model, network.state_dict())
@@ -330,7 +332,7 @@ def _check_network(checkpoint: Checkpoint) -> None:
         _check(not checkpoint.raw, "raw", sorted(checkpoint.raw)[:4], "empty: only a run with ema has it")
     else:
         _check_weights(checkpoint.raw, network.state_dict(), "raw")
-    if "optimizer" not in checkpoint.parts:
+    if optimizer is not None:
         _check_optimizer(checkpoint.optimizer, optimizer)
 
 

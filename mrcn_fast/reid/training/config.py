@@ -17,10 +17,12 @@ from pydantic import Field, FiniteFloat
 from mrcn_fast.reid.kinds import (
     INCREASING,
     NUMPY,
+    OPTIMIZERS,
     BackendName,
     Count,
     CountOrZero,
     Height,
+    OptimizerText,
     PathOrEmpty,
     PathText,
     Precision,
@@ -125,8 +127,9 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
     """Factor of the learning rate at a milestone (paper)."""
     trunk_lr: Weight = 0.1
     """Learning rate of everything but BNNeck and classifier, as a share of theirs (field)."""
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    """Optimizer (paper: sgd). AdamW wants other rates: --lr, --warmup-lr, --trunk-lr and --weight-decay."""
+    optimizer: OptimizerText = "sgd"
+    """sgd (paper), adamw, or a class with its arguments: "torch.optim.RAdam eps=1e-6". All but SGD want other
+    rates: --lr, --warmup-lr, --trunk-lr and --weight-decay."""
     momentum: Share = 0.9
     """SGD momentum (paper), Nesterov's (field); AdamW has none."""
     weight_decay: Weight = 5e-4
@@ -212,6 +215,11 @@ class TrainConfig(LossOptions, BatchOptions, ModelOptions, DataOptions):
                 f"width={self.width}, which make a batch of {batch} bytes of pixels in each modality, "
                 f"expected at most {_LARGEST_BATCH}"
             )
+
+    @property
+    def own_optimizer(self) -> bool:
+        """Whether `optimizer` names a class, of which the library knows neither the state nor the kernels."""
+        return self.optimizer not in OPTIMIZERS
 
     @property
     def initial(self) -> str | None:

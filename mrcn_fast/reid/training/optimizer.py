@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import pkgutil
+import shlex
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
+from jsonargparse import ArgumentError, ArgumentParser
 from torch import nn
 
 from mrcn_fast.reid.models.network import ReIDModel
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+
+# Arguments of an optimizer that the configuration has.
+_CONFIGURED: Final = ("lr", "weight_decay")
 
 
 def freeze(model: ReIDModel, layers: Sequence[str]) -> list[nn.Module]:
@@ -35,14 +42,18 @@ def freeze(model: ReIDModel, layers: Sequence[str]) -> list[nn.Module]:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Make the optimizer of a run: SGD with Nesterov momentum, or AdamW with PyTorch's betas and eps.
+    """Make the optimizer of a run: SGD with Nesterov momentum, AdamW with PyTorch's betas, or another class.
 
     What the network's `head()` gives, BNNeck and classifier, learns at the full rate, and all other
     parameters at the share `trunk_lr` of it. In a network without `head`, all learn at the full rate. The
     share of a group is its `scale`, by which the trainer multiplies the scheduled rate.
 
     With `selective_decay`, vectors and what `without_decay` names are in groups without weight decay. With
-    the speed "auto", one kernel updates all parameters, and rounds otherwise than PyTorch's default.
+    the speed "auto", one kernel of SGD or AdamW updates all parameters, and rounds otherwise than PyTorch's
+    default. Another optimizer is a class that `optimizer` names: it is imported, and gets the groups and the
+    arguments that stand after its name (see `named_optimizer`).
+
+    Raises ConfigError for a class that can't be imported, is no optimizer, or doesn't take the arguments.
 
     Example:
         >>> model = ReIDModel(classes=5, depth=18)
@@ -58,14 +69,69 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     for scale, of_head in ((1.0, True), (config.trunk_lr, False)):
         named = {name: p for name, p in parameters.items() if (id(p) in in_head) == of_head}
         groups += [{"params": own, "scale": scale} | decay for own, decay in _by_decay(model, named, config)]
-    shared: dict[str, Any] = {
-        "lr": config.lr,
-        "weight_decay": config.weight_decay,
-        "fused": True if config.speed == "auto" else None,
-    }
+    shared: dict[str, Any] = {"lr": config.lr, "weight_decay": config.weight_decay}
+    if config.own_optimizer:
+        return _made(*named_optimizer(config.optimizer), groups, shared)
+    shared["fused"] = True if config.speed == "auto" else None
     if config.optimizer == "adamw":
         return torch.optim.AdamW(groups, **shared)
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **shared)
+
+
+def named_optimizer(text: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Import the class of an optimizer, and read the arguments that stand after its dotted name.
+
+    An argument is written as name=value, where the value is YAML. jsonargparse reads them by the names and
+    types of the class. The configuration has learning rate and weight decay, which are no arguments here.
+
+    Raises ConfigError for a class that can't be imported or is no optimizer, and for unfit arguments.
+
+    Example:
+        >>> kind, arguments = named_optimizer("torch.optim.RAdam betas=[0.9,0.95] eps=1e-6")
+        >>> kind.__name__, arguments["betas"], arguments["eps"]
+        ('RAdam', (0.9, 0.95), 1e-06)
+    """
+    name, *words = _words(text)
+    try:
+        found = pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"optimizer: can't import {name}: {error}") from None
+    if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+        raise ConfigError(f"optimizer: got {name}, expected a class of optimizers, such as torch.optim.RAdam")
+    parser = ArgumentParser(exit_on_error=False)
+    names = parser.add_class_arguments(found, skip={"params", *_CONFIGURED})
+    for word in words:
+        if word.partition("=")[0] not in names or "=" not in word:
+            raise ConfigError(
+                f"optimizer: got the argument {word!r} of {name}, expected name=value with a name among "
+                f"{', '.join(names)}; lr and weight_decay are settings of the run"
+            )
+    try:
+        return found, parser.parse_args([f"--{word}" for word in words]).as_dict()
+    except ArgumentError as error:
+        raise ConfigError(f"optimizer: {' '.join(str(error).split())}") from None
+
+
+def _words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ConfigError(f"optimizer: got {text!r}, {error}") from None
+
+
+def _made(
+    kind: type[torch.optim.Optimizer],
+    arguments: dict[str, Any],
+    groups: list[dict[str, Any]],
+    shared: dict[str, Any],
+) -> torch.optim.Optimizer:
+    """Make a named optimizer, with those of the shared values that it takes."""
+    taken = inspect.signature(kind).parameters
+    shared = {name: value for name, value in shared.items() if name in taken}
+    try:
+        return kind(groups, **shared, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {kind.__name__} refuses the run's values: {error}") from error
 
 
 def without_decay(model: nn.Module) -> set[str]:

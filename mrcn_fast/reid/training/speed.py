@@ -107,7 +107,7 @@ def _why_not_fast(config: TrainConfig, fabric: Fabric, parts: Collection[str]) -
         return "the gradient scaler of 16-mixed decides about each update"
     if config.accumulate > 1:
         return "a step has several batches"
-    if "optimizer" in parts:
+    if "optimizer" in parts or config.own_optimizer:
         return "an optimizer of your own may not leave an update out"
     return "several processes decide together about each update" if fabric.world_size > 1 else None
 

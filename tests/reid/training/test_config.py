@@ -121,6 +121,47 @@ def test_the_configuration_survives_json() -> None:
         TrainConfig.from_dict(values)
 
 
+def test_an_optimizer_may_be_a_class_by_its_name() -> None:
+    model = ReIDModel(5, depth=18)
+    config = TrainConfig(
+        data="",
+        optimizer="torch.optim.RAdam betas=[0.8,0.9] eps=1e-6",
+        lr=3e-4,
+        weight_decay=0.05,
+        selective_decay=True,
+    )
+    optimizer = make_optimizer(model, config)
+    assert type(optimizer) is torch.optim.RAdam
+    decays = [group["weight_decay"] for group in optimizer.param_groups]
+    assert [group["scale"] for group in optimizer.param_groups] == [1.0, 1.0, 0.1, 0.1]
+    assert decays == [0.05, 0, 0.05, 0]
+    for group in optimizer.param_groups:
+        assert (group["betas"], group["eps"], group["lr"]) == ((0.8, 0.9), 1e-6, 3e-4)
+    # Rprop has no weight decay, and gets none.
+    rprop = TrainConfig(data="", optimizer="torch.optim.Rprop etas=[0.4,1.3]")
+    assert make_optimizer(model, rprop).param_groups[0]["etas"] == (0.4, 1.3)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("rmsprop", "got optimizer='rmsprop', expected sgd, adamw, or a class with its arguments"),
+        ("sgd momentum=0.5", "got optimizer='sgd momentum=0.5', expected sgd, adamw, or a class"),
+        ("nowhere.Adam", "can't import nowhere.Adam: No module named 'nowhere'"),
+        ("torch.optim.Nothing", "can't import torch.optim.Nothing: .* has no attribute 'Nothing'"),
+        ("torch.nn.Linear", "got torch.nn.Linear, expected a class of optimizers"),
+        ("torch.optim.RAdam lr=1", "got the argument 'lr=1' .*, expected name=value .* among betas, eps"),
+        ("torch.optim.RAdam help", "got the argument 'help' .*, expected name=value"),
+        ("torch.optim.RAdam eps=small", "eps.*: Expected a <class 'float'>. Got value: small"),
+        ("torch.optim.RAdam 'eps=1", "No closing quotation"),
+        ("torch.optim.LBFGS", "LBFGS refuses the run's values: .*parameter groups"),
+    ],
+)
+def test_an_unfit_optimizer_is_refused(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(ReIDModel(5, depth=18), TrainConfig(data="", optimizer=text))
+
+
 def test_neck_and_classifier_learn_at_the_full_rate() -> None:
     model = ReIDModel(5, depth=18)
     optimizer = make_optimizer(model, TrainConfig(data=""))

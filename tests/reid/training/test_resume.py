@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from mrcn_fast.reid.training.checkpoint import (
     load_weights,
     save_checkpoint,
 )
-from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.journal import StepResult
 from mrcn_fast.reid.training.trainer import Trainer
 from tests.reid.conftest import quiet, train
@@ -122,6 +123,32 @@ def test_adamw_goes_on_where_it_was(tiny_config: TrainConfig, tmp_path: Path, sp
     torch.save(content, tmp_path / "edited.pth")
     with pytest.raises(CheckpointError, match=r"optimizer.state\[0\].exp_avg_sq"):
         load_checkpoint(tmp_path / "edited.pth")
+
+
+def test_a_named_optimizer_goes_on_where_it_was(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its class is imported to train and to resume, and not to read the checkpoint."""
+    (tmp_path / "own_optimizers.py").write_text("from torch.optim import RAdam\n\nclass Own(RAdam): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    text = "own_optimizers.Own eps=1e-6"
+    config = dataclasses.replace(
+        tiny_config, optimizer=text, lr=3e-4, speed="auto", out=str(tmp_path / "whole")
+    )
+    whole = load_checkpoint(train(config).checkpoint_path)
+    stopped = dataclasses.replace(config, out=str(tmp_path / "stopped"), steps=4)
+    train(stopped)
+    resumed = train(dataclasses.replace(stopped, steps=None), resume=True)
+    assert type(resumed.optimizer).__name__ == "Own"
+    there = load_checkpoint(resumed.checkpoint_path)
+    assert content_digest(there.model) == content_digest(whole.model)
+    with pytest.raises(CheckpointError, match="optimizer"):
+        train(dataclasses.replace(config, optimizer="own_optimizers.Own eps=1e-7"), resume=True)
+    monkeypatch.delitem(sys.modules, "own_optimizers")
+    (tmp_path / "own_optimizers.py").unlink()
+    assert load_checkpoint(resumed.checkpoint_path).config.optimizer == text
+    with pytest.raises(ConfigError, match=r"can't import own_optimizers\.Own"):
+        train(config, resume=True)
 
 
 @pytest.mark.parametrize(

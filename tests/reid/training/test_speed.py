@@ -173,6 +173,7 @@ def test_what_becomes_a_cuda_graph(case: Case, words: str, monkeypatch: pytest.M
     ("case", "words"),
     [
         (Case({"precision": "16-mixed"}), "16-mixed, channels_last, eager (the gradient scaler of 16-mixed"),
+        (Case({"optimizer": "torch.optim.RAdam"}), "eager (an optimizer of your own"),
         (Case({}, parts=("optimizer",)), "eager (an optimizer of your own"),
         (Case({}, processes=2), "eager (several processes"),
         (Case({"speed": "plain"}), "32-true, NCHW, eager"),
