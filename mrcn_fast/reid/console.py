@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -141,3 +142,30 @@ def log_to_console(level: int = logging.INFO) -> None:
         handler = RichHandler(console=console, show_path=False, markup=False, highlighter=None)
         handler.setFormatter(logging.Formatter("%(message)s"))
         logger.addHandler(handler)
+
+
+@contextmanager
+def log_to_file(path: Path, *, append: bool) -> Iterator[None]:
+    """Write the log lines of this context into a file too, and the exception by which it ends, if any.
+
+    The lines are those that the level of the logger "mrcn_fast" lets through, each with time and level. Those
+    that can't be written are left out. Without a line there is no file. An existing file goes, or with
+    `append` the lines come after its own.
+    """
+    logger = logging.getLogger("mrcn_fast")
+    if not append:
+        path.unlink(missing_ok=True)
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True, errors="backslashreplace")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    # A full disk stops a run by what it must write, and not by this file.
+    handler.handleError = lambda record: None  # type: ignore[method-assign]
+    logger.addHandler(handler)
+    try:
+        yield
+    except BaseException as error:
+        ended = f"ended by {type(error).__name__}: {error}"
+        handler.handle(logger.makeRecord(logger.name, logging.ERROR, "", 0, ended, (), None))
+        raise
+    finally:
+        logger.removeHandler(handler)
+        handler.close()

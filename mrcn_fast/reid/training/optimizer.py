@@ -78,6 +78,12 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimiz
     return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **shared)
 
 
+def check_optimizer(config: TrainConfig) -> None:
+    """Raise ConfigError for a named optimizer that can't be imported, or doesn't take its arguments."""
+    if config.own_optimizer:
+        named_optimizer(config.optimizer)
+
+
 def named_optimizer(text: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
     """Import the class of an optimizer, and read the arguments that stand after its dotted name.
 

@@ -15,6 +15,8 @@ from mrcn_fast.reid.training.journal import DAMAGED_NAME, METRICS_NAME
 LOCK_NAME = ".lock"
 # Patterns of all files that a run and its scoring write, and of those that its logger writes.
 RUN_FILES = (CHECKPOINT_NAME, BEST_NAME, METRICS_NAME, DAMAGED_NAME, RESULT_NAMES)
+# The log of a run is begun anew with it, and is no file that a run must not replace.
+LOG_NAME = "run.log"
 CSV_NAME = "csv/metrics.csv"
 _LOGGER_FILES = (CSV_NAME, "tensorboard/events.out.tfevents.*")
 

@@ -24,7 +24,7 @@ from typing_extensions import TypeVar
 
 from mrcn_fast.memory import MemoryShortageError, enough_memory
 from mrcn_fast.outputs import check_folder
-from mrcn_fast.reid.console import notice, progress_bars
+from mrcn_fast.reid.console import log_to_file, notice, progress_bars
 from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
 from mrcn_fast.reid.devices import open_devices, serving_backend
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
@@ -59,7 +59,7 @@ from mrcn_fast.reid.training.journal import (
 )
 from mrcn_fast.reid.training.loggers import RunLog, check_logger
 from mrcn_fast.reid.training.losses import ReIDLoss
-from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
+from mrcn_fast.reid.training.optimizer import check_optimizer, freeze, make_optimizer
 from mrcn_fast.reid.training.parts import (
     Loss,
     MakeOptimizer,
@@ -69,7 +69,7 @@ from mrcn_fast.reid.training.parts import (
     named_parts,
     own_optimizer,
 )
-from mrcn_fast.reid.training.run_folder import held, run_files
+from mrcn_fast.reid.training.run_folder import LOG_NAME, held, run_files
 from mrcn_fast.reid.training.speed import compile_trunk, make_step, resolved
 from mrcn_fast.reid.training.step import NotFiniteError
 from mrcn_fast.reid.training.validation import Validation
@@ -105,7 +105,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
         FolderInUseError: where another process trains into the folder
         OSError: where the folder or the cache can't be written to
         WeightsError: for initial weights that can't be read
-        ConfigError: for a logger whose package is not installed
+        ConfigError: for a logger whose package is not installed, and for a named optimizer that isn't there
     """
     if resume and overwrite:
         raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
@@ -118,6 +118,7 @@ def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None
         check_folder(config.cache, "the cache")
     check_initial(config)
     check_logger(config.logger)
+    check_optimizer(config)
 
 
 def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
@@ -351,13 +352,14 @@ class Trainer(Generic[Model]):
 
     def _fit(self, resume: bool, overwrite: bool, progress: Progress | None) -> None:
         self._begin(resume=resume, overwrite=overwrite)
-        self._introduce()
-        self.fabric.call("on_fit_start", self)
-        bars = progress_bars() if progress is None else progress
-        with bars if progress is None else nullcontext(), self._logging():
-            self._run(bars)
-        self.fabric.call("on_fit_end", self)
-        log.info("%s", self._summary())
+        with log_to_file(self.out / LOG_NAME, append=resume) if self.processes.first else nullcontext():
+            self._introduce()
+            self.fabric.call("on_fit_start", self)
+            bars = progress_bars() if progress is None else progress
+            with bars if progress is None else nullcontext(), self._logging():
+                self._run(bars)
+            self.fabric.call("on_fit_end", self)
+            log.info("%s", self._summary())
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
         """Resume the run in `out`, or remove the files of an earlier one."""

@@ -86,6 +86,28 @@ def test_the_end_names_commands_that_run(
     assert page.is_file()
 
 
+def test_the_runs_log_is_beside_its_metrics(
+    tiny_config: TrainConfig, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(tiny_config.out) / "run.log"
+    with caplog.at_level(logging.INFO, logger="mrcn_fast"):
+        train(dataclasses.replace(tiny_config, steps=1))
+        first = path.read_text()
+        assert re.match(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d{3} INFO mrcn after stage", first)
+        assert "INFO mrcn is trained to step 1: loss " in first
+        monkeypatch.setattr(Trainer, "_run", lambda *_: (_ for _ in ()).throw(OSError("no\udcff space left")))
+        with pytest.raises(OSError, match="space left"):
+            train(dataclasses.replace(tiny_config, steps=2), resume=True)
+        resumed = path.read_text()
+        assert resumed.startswith(first)
+        assert resumed.endswith("ERROR ended by OSError: no\\udcff space left\n")
+        with pytest.raises(OSError, match="space left"):
+            train(tiny_config, overwrite=True)
+        assert first not in path.read_text()
+    handlers = logging.getLogger("mrcn_fast").handlers
+    assert not any(isinstance(handler, logging.FileHandler) for handler in handlers)
+
+
 def test_random_weights_of_the_papers_network_are_not_overlooked(
     tiny_config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
