@@ -4,8 +4,10 @@ trainer.py is the loop, and step.py takes a step of it. speed.py chooses what --
 fast.py has its fast step and the CUDA graph. config.py has all values of a run, and the schedule of the
 learning rate. batches.py makes paired batches, losses.py the total loss, gathering.py the outputs of all
 processes for it, optimizer.py the optimizer, and transfers.py the copies to and from a GPU. parts.py and
-callbacks.py serve parts of the caller's own. checkpoint.py writes and checks checkpoint.pth, journal.py
-writes metrics.jsonl, loggers.py sends it to CSV or TensorBoard, and run_folder.py locks the folder.
+callbacks.py serve parts of the caller's own. checkpoint.py writes and reads checkpoint.pth,
+checkpoint_checks.py checks what was read, and restoring.py gives it to a network and a run; data_identity.py
+and random_state.py make two of its fields. journal.py writes metrics.jsonl, loggers.py sends it to CSV or
+TensorBoard, and run_folder.py locks the folder.
 initial.py loads the weights that a run begins with, and validation.py scores the network within the run.
 pretraining.py pretrains on synthetic people, for the demo and the study. command.py is `mrcn-fast train`.
 """

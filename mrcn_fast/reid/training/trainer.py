@@ -35,20 +35,13 @@ from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
-    all_finite,
-    check_config,
-    check_data,
-    check_processes,
-    data_identity,
     load_checkpoint,
-    load_optimizer,
-    load_weights,
-    random_state,
-    restore_random_state,
     save_checkpoint,
     weights_fingerprint,
 )
+from mrcn_fast.reid.training.checkpoint_checks import all_finite
 from mrcn_fast.reid.training.config import TrainConfig, learning_rate
+from mrcn_fast.reid.training.data_identity import data_identity
 from mrcn_fast.reid.training.initial import begin, check_initial
 from mrcn_fast.reid.training.journal import (
     DAMAGED_NAME,
@@ -68,6 +61,14 @@ from mrcn_fast.reid.training.parts import (
     check_parts,
     named_parts,
     own_optimizer,
+)
+from mrcn_fast.reid.training.random_state import random_state, restore_random_state
+from mrcn_fast.reid.training.restoring import (
+    check_config,
+    check_data,
+    check_processes,
+    load_optimizer,
+    load_weights,
 )
 from mrcn_fast.reid.training.run_folder import held, run_files
 from mrcn_fast.reid.training.speed import compile_trunk, make_step, resolved
