@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 import mrcn_fast
-from tests.test_build import CUDA_LIBRARY, LIBRARY, RECORD, ROOT, SETTINGS, run
+from tests.support.builds import CUDA_LIBRARY, LIBRARY, RECORD, SETTINGS, run
+from tests.support.processes import ROOT
 
 # The README's example of the block in a network.
 EXAMPLE = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)[0]

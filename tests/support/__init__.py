@@ -6,6 +6,7 @@
 - `rule`: the rule by which an error is judged
 - `extended`: the equations in long double, the truth for float64
 - `processes`: tests in a process of their own
+- `builds`: commands without the caller's build settings, and the files that a build writes
 - `ahead`: Triton's kernels compiled without a GPU, and the resources that they use
 - `errors`: expecting an error by its message
 """

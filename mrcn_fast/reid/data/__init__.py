@@ -1,9 +1,9 @@
 """Person images of two spectra: the published data sets, synthetic ones, and training batches of them.
 
 `datasets` reads the published trees and `synthetic` writes trees like them. types.py has the types that all
-data sets share. images.py decodes and resizes images of the formats in formats.py, cache.py keeps them in a
-memory-mapped file, sampler.py pairs the modalities, loading.py makes batches in worker processes, and
-augment.py augments and normalizes whole batches.
+data sets share, and checks.py what their readers check and log. images.py decodes and resizes images of the
+formats in formats.py, cache.py keeps them in a memory-mapped file, sampler.py pairs the modalities,
+loading.py makes batches in worker processes, and augment.py augments and normalizes whole batches.
 """
 
 from mrcn_fast.reid.data.augment import Augmentation, normalize

@@ -15,9 +15,10 @@ import torch
 from PIL import ExifTags, Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from mrcn_fast.reid.data.checks import identities_by_modality
 from mrcn_fast.reid.data.formats import FORMATS
 from mrcn_fast.reid.data.loading import Batches
-from mrcn_fast.reid.data.types import UNKNOWN, DatasetError, Sample, identities_by_modality
+from mrcn_fast.reid.data.types import UNKNOWN, DatasetError, Sample
 
 # Pillow's filters by name. The field's preprocessing uses ANTIALIAS, the earlier name of lanczos.
 FILTERS: Final = ("bilinear", "bicubic", "lanczos")

@@ -11,7 +11,7 @@ from typing import Any
 from mrcn_fast.block import MODALITIES
 from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
-from mrcn_fast.reid.training.checkpoint import fingerprint
+from mrcn_fast.reid.training.data_identity import fingerprint
 
 
 def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]:

@@ -23,18 +23,11 @@ from mrcn_fast.reid.kinds import AnyPath, BackendName, Count, PathText, Precisio
 from mrcn_fast.reid.models.interface import ReIDNetwork
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
 from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
-from mrcn_fast.reid.training.checkpoint import (
-    CHECKPOINT_NAME,
-    Checkpoint,
-    CheckpointError,
-    build_model,
-    check_data,
-    data_identity,
-    load_checkpoint,
-    load_weights,
-)
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, Checkpoint, CheckpointError, load_checkpoint
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.data_identity import data_identity
 from mrcn_fast.reid.training.parts import check_model
+from mrcn_fast.reid.training.restoring import build_model, check_data, load_weights
 
 
 @dataclass(frozen=True)

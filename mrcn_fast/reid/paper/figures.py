@@ -36,8 +36,9 @@ from mrcn_fast.reid.kinds import NUMPY, Count, PathText
 from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.paper import plots
 from mrcn_fast.reid.settings import check_arguments
-from mrcn_fast.reid.training.checkpoint import content_digest, fingerprint
+from mrcn_fast.reid.training.checkpoint import content_digest
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.data_identity import fingerprint
 from mrcn_fast.reid.training.initial import begin
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}

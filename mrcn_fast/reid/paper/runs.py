@@ -20,16 +20,10 @@ from mrcn_fast.reid.evaluation.scoring import Conditions, outline, score_checkpo
 from mrcn_fast.reid.kinds import AnyPath, Count, Split
 from mrcn_fast.reid.paper.recipes import load_recipe
 from mrcn_fast.reid.settings import SettingError, check_fields
-from mrcn_fast.reid.training.checkpoint import (
-    CHECKPOINT_NAME,
-    Checkpoint,
-    CheckpointError,
-    check_config,
-    check_data,
-    data_identity,
-    load_checkpoint,
-)
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, Checkpoint, CheckpointError, load_checkpoint
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.data_identity import data_identity
+from mrcn_fast.reid.training.restoring import check_config, check_data
 from mrcn_fast.reid.training.run_folder import run_files
 from mrcn_fast.reid.training.speed import resolved
 from mrcn_fast.reid.training.trainer import Trainer

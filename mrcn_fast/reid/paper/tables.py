@@ -33,8 +33,9 @@ from mrcn_fast.reid.paper.runs import (
     seconds_of_training,
 )
 from mrcn_fast.reid.settings import check_arguments
-from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, content_digest, data_identity
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, content_digest
 from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError
+from mrcn_fast.reid.training.data_identity import data_identity
 from mrcn_fast.reid.training.run_folder import held
 
 # With the names of made_tables.py, which have been importable from here.

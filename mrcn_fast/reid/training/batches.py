@@ -11,10 +11,10 @@ from torch.utils.data import Dataset, Sampler, default_collate
 
 from mrcn_fast.reid.data import PairedIdentitySampler, PersonImages, Sample, TrainingSet
 from mrcn_fast.reid.data.cache import cached
+from mrcn_fast.reid.data.checks import pair_modalities
 from mrcn_fast.reid.data.images import check_left, readable
 from mrcn_fast.reid.data.loading import Batches
 from mrcn_fast.reid.data.sampler import batches_of_epoch
-from mrcn_fast.reid.data.types import pair_modalities
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 
 Row = tuple[Tensor, Tensor, int, int, int]

@@ -16,7 +16,8 @@ from mrcn_fast.reid.processes import is_first
 from mrcn_fast.reid.settings import kinds_of
 from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from mrcn_fast.reid.training.config import TrainConfig
-from mrcn_fast.reid.training.trainer import Trainer, check_new_run
+from mrcn_fast.reid.training.new_run import check_new_run
+from mrcn_fast.reid.training.trainer import Trainer
 
 # The titles of the groups of TrainConfig's fields in --help, by the first field of each.
 TRAINING_GROUPS: Final = {

@@ -39,6 +39,13 @@ class NotFiniteError(ArithmeticError):
         self.result = result
 
 
+def augmentations(config: TrainConfig) -> dict[Modality, Augmentation]:
+    """Make the augmentation of each modality."""
+    size = (config.height, config.width)
+    augment = partial(Augmentation, size, padding=config.padding, flip=config.flip, erase=config.erase)
+    return {"visible": augment(channel=config.channel_augmentation), "infrared": augment()}
+
+
 @dataclass
 class TrainingStep:
     """Takes the optimization steps of a run.

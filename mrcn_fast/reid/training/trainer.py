@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
-import shlex
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Generic, NamedTuple, cast
@@ -23,43 +21,36 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from typing_extensions import TypeVar
 
 from mrcn_fast.memory import MemoryShortageError, enough_memory
-from mrcn_fast.outputs import check_folder
-from mrcn_fast.reid.console import log_to_file, notice, progress_bars
-from mrcn_fast.reid.data import Augmentation, Modality, open_dataset
+from mrcn_fast.reid.console import log_to_file, progress_bars
+from mrcn_fast.reid.data import Modality, open_dataset
 from mrcn_fast.reid.devices import open_devices, serving_backend
 from mrcn_fast.reid.models.network import ReIDModel, use_layout
-from mrcn_fast.reid.models.resnet import imagenet_file
 from mrcn_fast.reid.processes import Processes, other_failed
 from mrcn_fast.reid.stopping import StopRequests
 from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
-    all_finite,
-    check_config,
-    check_data,
-    check_processes,
-    data_identity,
     load_checkpoint,
-    load_optimizer,
-    load_weights,
-    random_state,
-    restore_random_state,
     save_checkpoint,
     weights_fingerprint,
 )
+from mrcn_fast.reid.training.checkpoint_checks import all_finite
 from mrcn_fast.reid.training.config import TrainConfig, learning_rate
-from mrcn_fast.reid.training.initial import begin, check_initial
+from mrcn_fast.reid.training.data_identity import data_identity
+from mrcn_fast.reid.training.errors import TrainingError
+from mrcn_fast.reid.training.initial import begin
 from mrcn_fast.reid.training.journal import (
-    DAMAGED_NAME,
     METRICS_NAME,
     CollapseWatch,
     Journal,
     StepResult,
 )
-from mrcn_fast.reid.training.loggers import RunLog, check_logger
+from mrcn_fast.reid.training.loggers import RunLog
 from mrcn_fast.reid.training.losses import ReIDLoss
-from mrcn_fast.reid.training.optimizer import check_optimizer, freeze, make_optimizer
+from mrcn_fast.reid.training.messages import LESS_MEMORY, RunMessages
+from mrcn_fast.reid.training.new_run import check_new_run, replaced_files
+from mrcn_fast.reid.training.optimizer import freeze, make_optimizer
 from mrcn_fast.reid.training.parts import (
     Loss,
     MakeOptimizer,
@@ -69,19 +60,24 @@ from mrcn_fast.reid.training.parts import (
     named_parts,
     own_optimizer,
 )
-from mrcn_fast.reid.training.run_folder import LOG_NAME, held, run_files
+from mrcn_fast.reid.training.random_state import random_state, restore_random_state
+from mrcn_fast.reid.training.restoring import (
+    check_config,
+    check_data,
+    check_processes,
+    load_optimizer,
+    load_weights,
+)
+from mrcn_fast.reid.training.run_folder import LOG_NAME, held
 from mrcn_fast.reid.training.speed import compile_trunk, make_step, resolved
-from mrcn_fast.reid.training.step import NotFiniteError
+from mrcn_fast.reid.training.step import NotFiniteError, TrainingStep, augmentations
 from mrcn_fast.reid.training.validation import Validation
+
+__all__ = ["Trainer", "TrainingError"]
 
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=nn.Module, default=ReIDModel)
-
-_LESS = (
-    "Less is needed for fewer people or images of each in a batch (--identities, --images), for smaller "
-    "images (--height, --width) and for fewer --workers"
-)
 
 
 class _Launched(NamedTuple):
@@ -91,53 +87,6 @@ class _Launched(NamedTuple):
     batch: Batch
     end: Callable[[], StepResult]
     wait_seconds: float
-
-
-class TrainingError(RuntimeError):
-    """Training can't go on, for example because the loss isn't finite or the run would overwrite another."""
-
-
-def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
-    """Refuse a run that would overwrite another or can't be written, before anything is computed.
-
-    Raises:
-        TrainingError: for a run that would overwrite another
-        FolderInUseError: where another process trains into the folder
-        OSError: where the folder or the cache can't be written to
-        WeightsError: for initial weights that can't be read
-        ConfigError: for a logger whose package is not installed, and for a named optimizer that isn't there
-    """
-    if resume and overwrite:
-        raise TrainingError("got both --resume and --overwrite, expected one of them: go on, or begin anew")
-    out = Path(config.out)
-    check_folder(out, "the run")
-    if out.is_dir():
-        with held(out, "trains"):
-            _replaced_files(out, resume=resume, overwrite=overwrite)
-    if config.cache is not None:
-        check_folder(config.cache, "the cache")
-    check_initial(config)
-    check_logger(config.logger)
-    check_optimizer(config)
-
-
-def _replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
-    """List the files of an earlier run that a run into `out` replaces; none if it resumes from a checkpoint.
-
-    Raises TrainingError for such files without `overwrite`.
-    """
-    there = run_files(out)
-    if resume and out / CHECKPOINT_NAME in there:
-        return []
-    if resume:
-        # A run without a checkpoint takes the steps in its journal again.
-        there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
-    if there and not overwrite:
-        raise TrainingError(
-            f"{there[0]}: a run is already there. Go on with it (--resume), replace it (--overwrite), or "
-            "give another folder (--out)."
-        )
-    return there
 
 
 def _seed_process(seed: int, rank: int) -> None:
@@ -227,17 +176,7 @@ class Trainer(Generic[Model]):
         self.training = dataset.training()
         self.data = data_identity(dataset, self.training)
 
-        torch.manual_seed(config.seed)
-        random.seed(config.seed)
-        self.model = cast(Model, self._built()) if model is None else model
-        if self.processes.count > 1 and config.sync_batchnorm and self.fabric.device.type == "cuda":
-            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
-        _seed_process(config.seed, self.processes.rank)
-        self.weights = weights_fingerprint(config.initial)
-        frozen = freeze(cast(ReIDModel, self.model), config.freeze)
-        self.layout = use_layout(self.model, config.channels_last)
-        if config.compile:
-            compile_trunk(cast(ReIDModel, self.model))
+        frozen = self._make_network(model)
         self.optimizer: torch.optim.Optimizer = (
             make_optimizer(self.model, config)
             if optimizer is None
@@ -245,35 +184,10 @@ class Trainer(Generic[Model]):
         )
         made = None if optimizer is None else self.optimizer
         self.parts = named_parts(model=model, loss=loss, optimizer=made)
-        # The wrapped pair has the device and the precision; checkpoints take the names from the plain pair.
-        wrapped, wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
-        # The optimizer changes these parameters in place, and an average of them follows.
-        self._average = (
-            None
-            if config.ema is None
-            else AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema), use_buffers=True)
-        )
+        self.messages = RunMessages(config, self.parts)
         self.loss: Loss = ReIDLoss(**config.loss_arguments()) if loss is None else loss
-        size = (config.height, config.width)
-        augment = partial(Augmentation, size, padding=config.padding, flip=config.flip, erase=config.erase)
-        self.augment: dict[Modality, Augmentation] = {
-            "visible": augment(channel=config.channel_augmentation),
-            "infrared": augment(),
-        }
-        self._step, self._how = make_step(
-            self.parts,
-            callbacks,
-            config=config,
-            fabric=self.fabric,
-            model=wrapped,
-            optimizer=wrapped_optimizer,
-            loss=self.loss,
-            augment=self.augment,
-            frozen=frozen,
-            layout=self.layout,
-            agree=self._agreed,
-            average=self._average,
-        )
+        self.augment = augmentations(config)
+        self._step, self._how = self._make_step(frozen, callbacks)
         self.batches = TrainingBatches(
             self.training,
             config,
@@ -293,10 +207,53 @@ class Trainer(Generic[Model]):
         self.step_count = self.epoch = self.batch = 0
         self._launched: deque[_Launched] = deque()
 
-    def _built(self) -> ReIDModel:
-        model = ReIDModel(len(self.training.identities), **self.config.model_arguments())
-        begin(model, self.config)
-        return model
+    def _make_network(self, model: Model | None) -> list[nn.Module]:
+        """Make the network, or take the caller's; returns the modules that stay in eval mode."""
+        config = self.config
+        torch.manual_seed(config.seed)
+        random.seed(config.seed)
+        if model is None:
+            built = ReIDModel(len(self.training.identities), **config.model_arguments())
+            begin(built, config)
+            model = cast(Model, built)
+        self.model = model
+        if self.processes.count > 1 and config.sync_batchnorm and self.fabric.device.type == "cuda":
+            self.model = nn.SyncBatchNorm.convert_sync_batchnorm(self.model)
+        _seed_process(config.seed, self.processes.rank)
+        self.weights = weights_fingerprint(config.initial)
+        frozen = freeze(cast(ReIDModel, self.model), config.freeze)
+        self.layout = use_layout(self.model, config.channels_last)
+        if config.compile:
+            compile_trunk(cast(ReIDModel, self.model))
+        return frozen
+
+    def _make_step(
+        self, frozen: Sequence[nn.Module], callbacks: Sequence[object]
+    ) -> tuple[TrainingStep, str]:
+        """Move the network to the device; returns what takes the steps, and how it does so, in words."""
+        # The wrapped pair has the device and the precision; checkpoints take the names from the plain pair.
+        wrapped, wrapped_optimizer = self.fabric.setup(self.model, self.optimizer)
+        # The optimizer changes these parameters in place, and an average of them follows.
+        ema = self.config.ema
+        self._average = (
+            None
+            if ema is None
+            else AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(ema), use_buffers=True)
+        )
+        return make_step(
+            self.parts,
+            callbacks,
+            config=self.config,
+            fabric=self.fabric,
+            model=wrapped,
+            optimizer=wrapped_optimizer,
+            loss=self.loss,
+            augment=self.augment,
+            frozen=frozen,
+            layout=self.layout,
+            agree=self._agreed,
+            average=self._average,
+        )
 
     @property
     def total_steps(self) -> int:
@@ -342,7 +299,7 @@ class Trainer(Generic[Model]):
         143. A second signal ends the process at once. After that and after MemoryShortageError, the last
         checkpoint is whole.
         """
-        with self.processes.together(self._last_checkpoint):
+        with self.processes.together(self.messages.last_checkpoint):
             if self.processes.first:
                 check_new_run(self.config, resume=resume, overwrite=overwrite)
             # One process writes the files, and holds their folder.
@@ -359,7 +316,7 @@ class Trainer(Generic[Model]):
             with bars if progress is None else nullcontext(), self._logging():
                 self._run(bars)
             self.fabric.call("on_fit_end", self)
-            log.info("%s", self._summary())
+            log.info("%s", self.messages.summary(self.step_count, self.journal.summary()))
 
     def _begin(self, *, resume: bool, overwrite: bool) -> None:
         """Resume the run in `out`, or remove the files of an earlier one."""
@@ -370,7 +327,7 @@ class Trainer(Generic[Model]):
             log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
         if self.processes.first:
             # All files of an old run go, because its scores would be wrong beside the metrics of this run.
-            for path in _replaced_files(self.out, resume=resume, overwrite=overwrite):
+            for path in replaced_files(self.out, resume=resume, overwrite=overwrite):
                 path.unlink(missing_ok=True)
         self.journal.clear()
 
@@ -406,7 +363,7 @@ class Trainer(Generic[Model]):
         name = f"steps of {self.out.name}"
         task = bars.add_task(name, total=self.total_steps, completed=self.step_count, status="")
         try:
-            with enough_memory("a training step", _LESS), self._requests as requests:
+            with enough_memory("a training step", LESS_MEMORY), self._requests as requests:
                 self._validate()
                 while self.step_count < self.total_steps and self._stopping is None:
                     self._run_epoch(bars, task)
@@ -414,54 +371,17 @@ class Trainer(Generic[Model]):
             requests.received = self._stopping or requests.received
             requests.grant()
         except (KeyboardInterrupt, SystemExit, MemoryShortageError):
-            log.warning("Stopped after step %d. %s", self.step_count, self._last_checkpoint())
+            log.warning("Stopped after step %d. %s", self.step_count, self.messages.last_checkpoint())
             raise
 
     def _introduce(self) -> None:
-        config = self.config
-        log.info(
-            "%s, on %s in %s: %d steps on %s",
-            *(self._title(), self._devices(), config.precision, self.total_steps, self.data),
-        )
-        log.info("Speed %s: %s", config.speed, self._how)
-        own = "model" in self.parts
-        if config.initial is None and config.depth == 50 and not own:  # the paper's network
-            notice(
-                "Training starts from random weights",
-                "The paper starts from weights pretrained on ImageNet, and its scores are out of reach "
-                "without them. Stop with Ctrl-C, give the weights (--weights FILE) and begin anew "
-                f"(--overwrite). The file is {imagenet_file(config.depth)}",
-            )
-        elif config.initial is None and not own:
-            log.info("From random weights; the paper starts from ImageNet's (--weights FILE)")
-
-    def _devices(self) -> str:
-        device, count = self.fabric.device, self.processes.count
-        if count == 1:
-            return str(device)
-        synced = any(isinstance(module, nn.SyncBatchNorm) for module in self.model.modules())
-        return (
-            f"{count} devices of type {device.type}, "
-            f"{'one' if self.config.gather else 'each its own'} batch in the losses and "
-            f"{'one' if synced else 'each its own'} in BatchNorm,"
-        )
+        devices = self.messages.devices(self.fabric.device, self.processes.count, self.model)
+        self.messages.introduce(self.data, steps=self.total_steps, devices=devices, how=self._how)
 
     @property
     def _scored(self) -> nn.Module:
         """The network that is scored: the moving average of the weights, or the trained network itself."""
         return self.model if self._average is None else self._average.module
-
-    @property
-    def _name(self) -> str:
-        return self.parts.get("model", self.config.model)
-
-    def _title(self) -> str:
-        config = self.config
-        if "model" in self.parts:
-            return f"{self._name}, a network of the caller's"
-        stages = "" if config.model == "baseline" else f" after stage {', '.join(map(str, config.stages))}"
-        parts = f", {config.parts} parts" if config.parts > 1 else ""
-        return f"{config.model}{stages}{parts}, ResNet-{config.depth}"
 
     def _run_epoch(self, bars: Progress, task: TaskID) -> None:
         """Train from the next batch to the end of the epoch or of the run."""
@@ -488,7 +408,7 @@ class Trainer(Generic[Model]):
         self.save()
         log.info(
             "%s, step %d of %d, epoch %d of %d: %s",
-            *(self._name, self.step_count, self.total_steps, self.epoch, self.config.epochs),
+            *(self.messages.name, self.step_count, self.total_steps, self.epoch, self.config.epochs),
             self.journal.summary(),
         )
 
@@ -535,20 +455,6 @@ class Trainer(Generic[Model]):
             for buffer in chain(self.model.buffers(), self._scored.buffers()):
                 distributed.broadcast(buffer, 0)
 
-    def _summary(self) -> str:
-        """The run's end in one line, with the commands to go on."""
-        where, data = shlex.quote(str(self.out)), shlex.quote(self.config.data)
-        commands = (
-            f"`mrcn-fast test --checkpoint {where} --data {data}` and "
-            f"`mrcn-fast report --runs {where} --data {data}`"
-        )
-        if "model" in self.parts:
-            commands = f"mrcn_fast.reid.score_checkpoint({str(self.out)!r}, {self.config.data!r}, model=...)"
-        return (
-            f"{self._name} is trained to step {self.step_count}: {self.journal.summary()}. "
-            f"To go on: {commands}"
-        )
-
     def _ends_here(self) -> bool:
         last = self.batch >= len(self.batches) or self.step_count == self.total_steps
         return self._stopping is not None or last
@@ -571,10 +477,7 @@ class Trainer(Generic[Model]):
         """
         state = self.model.state_dict()
         if bad := [name for name, tensor in state.items() if not all_finite(tensor)]:
-            raise TrainingError(
-                f"step {self.step_count}: {len(bad)} weights aren't finite ({', '.join(bad[:4])}, ...). "
-                f"Lower the learning rate. {self._last_checkpoint()}"
-            )
+            raise TrainingError(self.messages.weights_not_finite(self.step_count, bad))
         checkpoint = self._state()
         if self.processes.first:
             save_checkpoint(self.checkpoint_path, checkpoint)
@@ -620,20 +523,5 @@ class Trainer(Generic[Model]):
         log.info("Going on from %s: step %d of %d", path, self.step_count, self.total_steps)
 
     def _not_finite(self, batch: Batch, result: StepResult) -> str:
-        return (
-            f"step {self.step_count + 1} (epoch {self.epoch + 1}): the loss isn't finite "
-            f"(total {result.loss}, identity {result.identity}, triplet {result.triplet}, cqc {result.cqc}, "
-            f"causality {result.causality}). "
-            f"The weights were not touched. {self._last_checkpoint()} The batch's files:\n  "
-            + "\n  ".join(batch.files(self.training))
-        )
-
-    def _last_checkpoint(self) -> str:
-        if not self.checkpoint_path.exists():
-            return "No checkpoint had been written yet."
-        again = (
-            "fit(resume=True) of a Trainer with the same parts"
-            if self.parts
-            else f"`mrcn-fast train --resume {shlex.quote(str(self.out))}`"
-        )
-        return f"The last complete checkpoint is {self.checkpoint_path}; {again} goes on from it."
+        files = batch.files(self.training)
+        return self.messages.loss_not_finite(self.step_count + 1, self.epoch + 1, result, files)

@@ -24,8 +24,9 @@ from mrcn_fast.reid.evaluation import reranking
 from mrcn_fast.reid.evaluation.extraction import extract
 from mrcn_fast.reid.evaluation.scoring import Trained, describe, open_trained, score_checkpoint, searches_of
 from mrcn_fast.reid.models.network import ReIDModel
-from mrcn_fast.reid.training.checkpoint import CheckpointError, build_model, load_checkpoint, save_checkpoint
+from mrcn_fast.reid.training.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from mrcn_fast.reid.training.config import TrainConfig
+from mrcn_fast.reid.training.restoring import build_model
 from mrcn_fast.reid.training.trainer import Trainer
 
 QUIET: dict[str, Any] = {"accelerator": "cpu", "progress": Progress(disable=True)}

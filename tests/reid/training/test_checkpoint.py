@@ -17,6 +17,7 @@ import torch
 from mrcn_fast import cli
 from mrcn_fast.reid.settings import SettingError
 from mrcn_fast.reid.training import checkpoint as module
+from mrcn_fast.reid.training import checkpoint_checks
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     FORMAT,
@@ -267,9 +268,9 @@ def test_step_epoch_and_batch_must_fit_each_other(content: dict[str, Any], steps
     checkpoint = module._conforming(content)
     epoch, batch = divmod(steps, 3)
     here = checkpoint._replace(step=steps, epoch=epoch, batch=batch, metrics={})
-    module._check_place(here)
+    checkpoint_checks.check_place(here)
     with pytest.raises(SettingError, match=f"got step={steps + 1}, expected {steps}, after"):
-        module._check_place(here._replace(step=steps + 1))
+        checkpoint_checks.check_place(here._replace(step=steps + 1))
 
 
 def test_an_epoch_without_unreadable_images_may_be_shorter(content: dict[str, Any]) -> None:
@@ -278,10 +279,10 @@ def test_an_epoch_without_unreadable_images_may_be_shorter(content: dict[str, An
     most = 32 // 4 + 1
     checkpoint = checkpoint._replace(data=checkpoint.data._replace(images=(32, 16)), metrics={})
     for step in (2 + 1, 2 * most + 1):
-        module._check_place(checkpoint._replace(step=step, epoch=2, batch=1))
+        checkpoint_checks.check_place(checkpoint._replace(step=step, epoch=2, batch=1))
     for step in (2, 2 * most + 2):
         with pytest.raises(SettingError, match=f"got step={step}, expected 3 to 19"):
-            module._check_place(checkpoint._replace(step=step, epoch=2, batch=1))
+            checkpoint_checks.check_place(checkpoint._replace(step=step, epoch=2, batch=1))
 
 
 def test_an_unfit_state_of_the_gradient_scaler_is_refused(content: dict[str, Any]) -> None:
@@ -291,11 +292,11 @@ def test_an_unfit_state_of_the_gradient_scaler_is_refused(content: dict[str, Any
     }  # fmt: skip
     checkpoint = module._conforming(content)
     checkpoint.config.precision = "16-mixed"
-    module._check_scaler(checkpoint._replace(scaler=state))
+    checkpoint_checks.check_scaler(checkpoint._replace(scaler=state))
     wrong: list[dict[str, Any]] = [{}, state | {"scale": 0.0}, state | {"growth_interval": 1.5}]
     for scaler in wrong:
         with pytest.raises(SettingError, match=r"scaler\."):
-            module._check_scaler(checkpoint._replace(scaler=scaler))
+            checkpoint_checks.check_scaler(checkpoint._replace(scaler=scaler))
 
 
 def test_a_full_disk_keeps_the_checkpoint_before(

@@ -19,13 +19,10 @@ import pytest
 import torch
 
 from mrcn_fast.reid.stopping import StopRequests
-from mrcn_fast.reid.training.checkpoint import (
-    CHECKPOINT_NAME,
-    build_model,
-    load_checkpoint,
-)
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.journal import read_lines
+from mrcn_fast.reid.training.restoring import build_model
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held
 from mrcn_fast.reid.training.trainer import TrainingError
 from tests.reid.conftest import train

@@ -20,17 +20,14 @@ from mrcn_fast.reid.training.callbacks import Callback
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     CheckpointError,
-    DataIdentity,
-    check_config,
-    check_data,
     content_digest,
-    data_identity,
     load_checkpoint,
-    load_weights,
     save_checkpoint,
 )
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.data_identity import DataIdentity, data_identity
 from mrcn_fast.reid.training.journal import StepResult
+from mrcn_fast.reid.training.restoring import check_config, check_data, load_weights
 from mrcn_fast.reid.training.trainer import Trainer
 from tests.reid.conftest import quiet, train
 

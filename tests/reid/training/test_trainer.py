@@ -22,13 +22,11 @@ from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.models.heads import Head
 from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.models.resnet import WeightsError
-from mrcn_fast.reid.training.checkpoint import (
-    CHECKPOINT_NAME,
-    build_model,
-    load_checkpoint,
-)
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
 from mrcn_fast.reid.training.config import TrainConfig
-from mrcn_fast.reid.training.trainer import Trainer, TrainingError, check_new_run
+from mrcn_fast.reid.training.new_run import check_new_run
+from mrcn_fast.reid.training.restoring import build_model
+from mrcn_fast.reid.training.trainer import Trainer, TrainingError
 from tests.reid.conftest import quiet, train
 
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import ClassVar, Final, NamedTuple
 
+from mrcn_fast.reid.data.checks import check_test, log_searches, pair_modalities
 from mrcn_fast.reid.data.datasets.lists import (
     Listed,
     check_apart,
@@ -31,17 +32,7 @@ from mrcn_fast.reid.data.datasets.trees import (
     numbered,
     unknown_cameras,
 )
-from mrcn_fast.reid.data.types import (
-    DatasetError,
-    Modality,
-    Sample,
-    Search,
-    TrainingSet,
-    at_least,
-    check_test,
-    log_searches,
-    pair_modalities,
-)
+from mrcn_fast.reid.data.types import DatasetError, Modality, Sample, Search, TrainingSet, at_least
 
 
 class _Side(NamedTuple):

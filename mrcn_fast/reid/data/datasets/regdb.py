@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import ClassVar, Final
 
+from mrcn_fast.reid.data.checks import check_test, log_searches, pair_modalities
 from mrcn_fast.reid.data.datasets.lists import (
     Listed,
     check_apart,
@@ -20,16 +21,7 @@ from mrcn_fast.reid.data.datasets.lists import (
     read_list,
 )
 from mrcn_fast.reid.data.datasets.trees import check_folders, entries, few
-from mrcn_fast.reid.data.types import (
-    DatasetError,
-    Modality,
-    Sample,
-    Search,
-    TrainingSet,
-    check_test,
-    log_searches,
-    pair_modalities,
-)
+from mrcn_fast.reid.data.types import DatasetError, Modality, Sample, Search, TrainingSet
 
 SPLITS: Final = 10
 CAMERA_OF: Final[dict[Modality, int]] = {"visible": 1, "infrared": 2}

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Final
 
+from mrcn_fast.reid.data.checks import check_test, log_searches, pair_modalities
 from mrcn_fast.reid.data.datasets.lists import check_apart, check_identities, read_identities
 from mrcn_fast.reid.data.datasets.permutations import read_permutations
 from mrcn_fast.reid.data.datasets.trees import (
@@ -24,16 +25,7 @@ from mrcn_fast.reid.data.datasets.trees import (
     numbered,
     unknown_cameras,
 )
-from mrcn_fast.reid.data.types import (
-    DatasetError,
-    Sample,
-    Search,
-    TrainingSet,
-    at_least,
-    check_test,
-    log_searches,
-    pair_modalities,
-)
+from mrcn_fast.reid.data.types import DatasetError, Sample, Search, TrainingSet, at_least
 
 VISIBLE_CAMERAS: Final = (1, 2, 4, 5)
 INFRARED_CAMERAS: Final = (3, 6)
