@@ -16,7 +16,7 @@ from mrcn_fast.dispatch import choose
 from mrcn_fast.reid import processes
 from mrcn_fast.reid.console import console
 from mrcn_fast.reid.kinds import Precision
-from mrcn_fast.reid.launching import Launch, found_launch, run_again
+from mrcn_fast.reid.launching import SHELLS, Launch, found_launch, run_again
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 
 # Environment variables in which launchers write the number of processes that they start.
@@ -27,8 +27,6 @@ _LAUNCHERS: Final = {
     "PMI_SIZE": "mpirun",
     "JSM_NAMESPACE_SIZE": "jsrun",
 }
-# Jobs of these names are interactive shells on a node; fabric treats them in the same way.
-_SHELLS: Final = ("bash", "interactive")
 # `fabric run` sets these variables, which fabric prefers to its arguments.
 _FABRIC_SETTINGS: Final = ("LT_ACCELERATOR", "LT_DEVICES", "LT_NUM_NODES", "LT_PRECISION", "LT_STRATEGY")
 # The dtypes of convolutions.
@@ -129,7 +127,7 @@ def check_alone() -> None:
     """
     for name, launcher in _LAUNCHERS.items():
         count = os.environ.get(name, "").strip()
-        by_hand = launcher == "SLURM" and os.environ.get("SLURM_JOB_NAME") in _SHELLS
+        by_hand = launcher == "SLURM" and os.environ.get("SLURM_JOB_NAME") in SHELLS
         if count not in ("", "1") and not by_hand:
             raise ConfigError(
                 f"got {name}={count} in the environment, expected 1: {launcher} started several processes, "

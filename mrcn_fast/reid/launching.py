@@ -18,8 +18,8 @@ from mrcn_fast.reid.training.config import ConfigError
 
 log = logging.getLogger(__name__)
 
-# Jobs of these names are interactive shells on a node, which start one process; Fabric reads them so, too.
-_SHELLS: Final = ("bash", "interactive")
+# Jobs with these names are interactive shells on a node, which start one process. Fabric treats them alike.
+SHELLS: Final = ("bash", "interactive")
 # What the processes of several machines need to find each other.
 _MEETING_POINT: Final = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
 
@@ -39,7 +39,7 @@ def found_launch() -> Launch | None:
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return _launch("torchrun", _number("WORLD_SIZE"), nodes=_number("GROUP_WORLD_SIZE"))
-    if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in _SHELLS:
+    if "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in SHELLS:
         return _slurm_launch()
     return None
 

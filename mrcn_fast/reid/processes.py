@@ -211,8 +211,8 @@ class _Watch(threading.Thread):
         return "/".join((self._prefix, *map(str, names)))
 
     def _stay_for(self, mark: str) -> None:
-        """Let the first process, in which the store may be, wait until the others have left a mark in it."""
-        until = time.monotonic() + _GRACE / 2  # the watching thread ends the process after the whole of it
+        """Let the first process wait until the others have left a mark in the store, which it may hold."""
+        until = time.monotonic() + _GRACE / 2  # after _GRACE the watching thread ends the process
         others = [self._key(mark, rank) for rank in range(1, self._count)]
         while self._rank == 0 and time.monotonic() < until and not self._store.check(others):
             time.sleep(_PERIOD / 10)

@@ -23,7 +23,7 @@ SUFFIXES: Final[dict[Engine, str]] = {
     engine: SUFFIX if engine == "safetensors" else f".{engine}" for engine in get_args(Engine)
 }
 
-# Rows of a Parquet file that are in memory at a time, as the format calls them a group.
+# How many rows of a Parquet file are in memory at a time; the format calls them a row group.
 _GROUP: Final = 1 << 14
 
 

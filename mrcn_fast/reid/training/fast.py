@@ -1,8 +1,9 @@
-"""The fast training step: an update that the device can leave out, measurements read late, a CUDA graph.
+"""The fast training step: the device can leave an update out, and the host reads measurements late.
 
 The host of a plain step waits for the loss before it lets the optimizer change the weights. Here the device
 decides: it computes a flag from the measurements, and the kernel of the optimizer does nothing where the flag
-is set. The host reads the measurements when the next step is on its way, so that a GPU always has work.
+is set. The host reads the measurements of a step after it has launched the next one, so that a GPU always
+has work. On a GPU the kernels of a step are captured as a CUDA graph, which later steps replay.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from mrcn_fast.reid.training.transfers import Readings, SideStream, to_device
 
 log = logging.getLogger(__name__)
 
-# After so many steps Triton, Inductor and cuDNN have compiled their kernels and chosen among them.
+# After this many steps Triton, Inductor and cuDNN have compiled their kernels and chosen among them.
 _WARM_UPS: Final = 3
 
 
@@ -35,7 +36,7 @@ class Captured:
 
     Args:
         work: the function
-        inputs: tensors of the shapes, dtypes and layouts of all inputs to come; nothing is computed of them
+        inputs: tensors with the shapes, dtypes and layouts of all later inputs; their values are not read
 
     Raises:
         RuntimeError: where a part of the function can't be captured
@@ -68,7 +69,8 @@ class FastStep(TrainingStep):
 
     Args:
         captures: whether steps become a CUDA graph, after three that are taken without one
-        late: how many steps may be on their way when an earlier one is read; `ahead`, once the first is read
+        late: how many later steps may be launched before the measurements of a step are read. `ahead` is 0
+            until the first step was read, and then this number.
     """
 
     captures: bool = False
@@ -77,7 +79,7 @@ class FastStep(TrainingStep):
     def __post_init__(self) -> None:
         # 1 after a step whose loss wasn't finite, until the host has read that.
         self._refused = torch.zeros((), device=self.fabric.device)
-        # By this attribute, which GradScaler sets too, PyTorch's fused optimizers leave an update out.
+        # Where this attribute is 1, PyTorch's fused optimizers leave the update out; GradScaler sets it too.
         vars(self.optimizer.optimizer)["found_inf"] = self._refused
         self._side = SideStream(self.fabric.device)
         self.reset()
@@ -122,7 +124,10 @@ class FastStep(TrainingStep):
         return Readings(self._graph(inputs))
 
     def _first(self, visible: Tensor, infrared: Tensor, labels: Tensor) -> Readings:
-        """Take the step that makes the optimizer's state, which an update that is left out would not make."""
+        """Take the first step, which makes the optimizer's state.
+
+        The host reads its loss before the update, because an update that is left out makes no state.
+        """
         self.optimizer.zero_grad(set_to_none=True)
         readings = self.backward(self.output(visible, infrared), labels)
         if StepResult(*readings.values()).finite:
@@ -144,9 +149,10 @@ class FastStep(TrainingStep):
         """Capture the step; where that fails, later steps are taken without a graph."""
         groups = self.optimizer.param_groups
         rates = [float(group["lr"]) for group in groups]
-        # The graph reads the rates from tensors, which the schedule can overwrite. All others get numbers.
+        # The graph reads the rates from tensors, which the schedule can overwrite. After the capture the
+        # groups have numbers again, which all other code expects.
         self._rates = [torch.tensor(rate, device=self.fabric.device) for rate in rates]
-        # The graph makes gradients of its own.
+        # The graph allocates its own gradients.
         self.optimizer.zero_grad(set_to_none=True)
         try:
             for group, tensor in zip(groups, self._rates, strict=True):

@@ -75,7 +75,7 @@ def compile_trunk(model: ReIDModel) -> None:
 def make_step(
     parts: Collection[str], callbacks: Collection[object], **shared: Any
 ) -> tuple[TrainingStep, str]:
-    """Make what takes the steps of a run, by its `speed`.
+    """Make the object that takes the steps of a run, as its `speed` asks.
 
     Args:
         parts: kinds of the caller's own parts: model, loss, optimizer

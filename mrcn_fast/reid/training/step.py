@@ -62,8 +62,8 @@ class TrainingStep:
         augment: the augmentation of each modality
         frozen: modules of the network that stay in eval mode
         layout: the memory layout of the network's inputs
-        average: of the network's weights, which an update adds to; None: there is none
-        ahead: how many steps may be on their way when the measurements of an earlier one are read
+        average: the moving average of the network's weights, which each update adds to; None if there is none
+        ahead: how many later steps may be launched before the measurements of a step are read
         agree: takes the means of measurements over the processes
     """
 
@@ -122,7 +122,7 @@ class TrainingStep:
         return result
 
     def reset(self) -> None:
-        """Forget what was kept of the optimizer's state, because that was replaced."""
+        """Drop what depends on the optimizer's state, which has been replaced."""
 
     def _check_gradients(self) -> None:
         """Refuse parameters that no loss depends on, because the processes would wait for their gradients."""
