@@ -4,7 +4,7 @@ VENV ?= .venv
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 
-# Arguments for pytest, mrcn-fast demo, mrcn-fast bench and gpu-check: make test ARGS="-k gates -x"
+# Arguments for pytest, mrcn-fast demo, mrcn-fast bench, gpu-check and gpu-probe: make test ARGS="-k gates -x"
 ARGS ?=
 
 # Where `make wheel` leaves the wheel.
@@ -51,7 +51,7 @@ endef
 cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh'
 
 .DEFAULT_GOAL := help
-.PHONY: help install environment torch requirements native wheel demo readme-figures test bench regression gpu-check \
+.PHONY: help install environment torch requirements native wheel demo readme-figures test bench regression gpu-check gpu-probe \
   lint ruff mypy clang-format warnings format docs clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
@@ -146,6 +146,10 @@ regression: install  ## whether the kernels are still as many times faster than 
 # Installs nothing: which torch fits the GPU its owner knows, and has it in VENV or as PYTHON's.
 gpu-check:  ## on this machine's GPU: the tests, compute-sanitizer, the benchmark (needs torch and Triton there)
 	@$(if $(wildcard $(bin)/python),"$(bin)/python","$(PYTHON)") benchmarks/gpu_check.py $(ARGS)
+
+# One command of eight minutes; `benchmarks/gpu_probe.py --build` compiles what it carries, where there is nvcc.
+gpu-probe:  ## on this machine's GPU: the experiments that decide about the kernels, in at most 8 minutes
+	@$(if $(wildcard $(bin)/python),"$(bin)/python","$(PYTHON)") benchmarks/gpu_probe.py $(ARGS)
 
 lint: install ruff mypy clang-format  ## ruff, mypy and clang-format (make -k lint: all, also after one has failed)
 

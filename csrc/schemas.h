@@ -57,6 +57,10 @@ void define_operations(Library& library) {
   library.def(
       "cqc_backward(Tensor gradient, Tensor[] features, Tensor labels, Tensor infrared_labels, Tensor saved, "
       "bool detach_negative, bool normalize) -> Tensor");
+  // For a device, which of its planes the CUDA kernels hold in shared memory, in place of what was said for
+  // it before. There are seven numbers for each: the gate, the dtype (`Dtype`), whether the layout is
+  // channels_last, the channels, the pixels, and whether the forward holds them, and the backward.
+  library.def("set_held(int device, int[] planes) -> ()");
 }
 
 }  // namespace mrcn

@@ -14,6 +14,7 @@ from mrcn_fast.block import (
 )
 from mrcn_fast.cqc import CQCLoss, cqc_loss
 from mrcn_fast.dispatch import backends
+from mrcn_fast.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -31,4 +32,5 @@ __all__ = [
     "reference",
     "release_memory",
     "snr_block",
+    "tune",
 ]

@@ -160,7 +160,7 @@ def run_block(
     ):
         return _run_checked(mode, requested, gate, eps, restitute_to, tensors)
     try:
-        backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
+        backend = dispatch.choose_for_plain(requested, first, gate)
         if backend == "reference":
             return _run_checked(mode, backend, gate, eps, restitute_to, tensors)
         if internals.recorded_by_jit():  # it would warn about the checks
@@ -184,7 +184,7 @@ def _run_checked(
     """
     check_tensors(mode, gate, tensors)
     first = tensors[0]
-    backend = dispatch.choose(requested, first.device.type, first.dtype, gate)
+    backend = dispatch.choose_for(requested, first, gate)
     compiling = torch.compiler.is_compiling()
     if backend == "reference" or (not compiling and internals.in_forward_mode(tensors)):
         return plain.run_reference(mode, gate, eps, restitute_to, tensors)

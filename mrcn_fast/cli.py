@@ -157,12 +157,36 @@ def _info(argv: list[str]) -> int:
     print("backends")
     for name, status in mrcn_fast.backends().items():
         print(f"  {name:10}{'usable' if status.usable else 'not usable'}: {status.reason}")
+    print("choice")
+    for line in _choices():
+        print(f"  {line}")
     for title, build in (("native library", cpu.build_info()), ("CUDA part", cuda.build_info())):
         if build:
             print(title)
         for key, value in build.items():
             print(f"  {key:10}{', '.join(map(str, value)) if isinstance(value, (list, tuple)) else value}")
     return 0
+
+
+def _choices() -> list[str]:
+    """The lines of `info` about which kernels serve a GPU's maps, and why."""
+    import os
+
+    import torch
+
+    from mrcn_fast import dispatch, tuning
+
+    if pinned := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
+        return [f"{dispatch.ENVIRONMENT_VARIABLE}={pinned} decides"]
+    if not tuning.enabled():
+        return [f"the static choice, because of {tuning.ENVIRONMENT_VARIABLE}=0"]
+    lines = []
+    for index in range(torch.cuda.device_count()):
+        choices = dispatch.tuned(torch.device("cuda", index))
+        lines += [f"cuda:{index} {tuning.described(*item)}" for item in choices.items()]
+        others = "other maps" if choices else f"all maps: nothing was measured in {tuning.file()}"
+        lines.append(f"cuda:{index} the static choice for {others}; `mrcn-fast tune` measures")
+    return lines or ["one backend per device: without a GPU there is nothing to measure"]
 
 
 def _synth(argv: list[str]) -> int:
@@ -380,6 +404,7 @@ COMMANDS = {
     ),
     "export": Command("write a network's test path for ONNX or torch.export", _run_by("export", "export")),
     "bench": Command("measure kernels, training steps, scorer and loader beside their baselines", _bench),
+    "tune": Command("measure which kernels are the fastest on this GPU", _measured_by("suites.tune")),
     "demo": Command("synthetic data, and training and scores of three networks, in one go", _demo),
 }
 

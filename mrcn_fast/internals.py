@@ -102,6 +102,18 @@ def assume_constant(function: _F) -> _F:
     return function
 
 
+def always_equal(size: int, number: int) -> bool:
+    """Whether a size equals the number in every run of code that is being traced, without a guard for it.
+
+    Uses ``torch.fx.experimental.symbolic_shapes.statically_known_true``. Without it the answer is False.
+    """
+    try:
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+    except ImportError:
+        return False
+    return bool(statically_known_true(size == number))
+
+
 def assert_in_graph(condition: Tensor, message: str) -> None:
     """Make the compiled graph raise RuntimeError where the condition does not hold.
 

@@ -14,6 +14,9 @@ import torch
 from mrcn_fast import autograd, dispatch
 from tests.support.matrix import CUDA_ON_HOST
 
+# What the user has measured on this machine decides nothing in a test.
+os.environ["MRCN_FAST_TUNE"] = "0"
+
 if CUDA_ON_HOST:
     from tests.cuda_on_host import library
 
@@ -65,7 +68,9 @@ def choices_anew() -> Iterator[None]:
     """No test sees which backend or operation another test chose, or what another test logged."""
     for known in (dispatch._choose, dispatch._log_fallback, autograd.block_call):
         known.cache_clear()
+    dispatch.forget_tuned()
     yield
+    dispatch.forget_tuned()
 
 
 @pytest.fixture

@@ -25,5 +25,6 @@ def spelled() -> dict[str, str]:
 def test_the_schemas_are_those_of_csrc() -> None:
     modules = [importlib.import_module(f"{backend.__name__}.{name}") for name in backend.KERNEL_MODULES]
     expected = spelled()
+    del expected["set_held"]  # a setting of the CUDA kernels
     assert len(expected) == 10
     assert {name: schema for module in modules for name, schema in module.SCHEMAS.items()} == expected

@@ -19,6 +19,9 @@
 #endif
 #define MRCN_CUDA_LIBRARY_OF(name, key, library) STABLE_TORCH_LIBRARY_IMPL(name, key, library)
 #define MRCN_CUDA_LIBRARY(library) MRCN_CUDA_LIBRARY_OF(MRCN_CUDA_NAMESPACE, MRCN_CUDA_KEY, library)
+// The same for operations without tensors, which torch does not give to a device's key.
+#define MRCN_CUDA_SETTINGS(library) \
+  MRCN_CUDA_LIBRARY_OF(MRCN_CUDA_NAMESPACE, CompositeExplicitAutograd, library)
 
 namespace mrcn {
 

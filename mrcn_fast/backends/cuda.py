@@ -104,7 +104,19 @@ def _load() -> str | None:
         torch.ops.load_library(str(LIBRARY))
     except OSError as error:
         return f"the CUDA part does not load: {error.__cause__ or error}. Reinstall with this torch."
+    for device, planes in _held.items():
+        torch.ops.mrcn_fast.set_held(device, planes)
     return None
+
+
+_held: dict[int, list[int]] = {}  # what `hold` was given, by device
+
+
+def hold(device: int, planes: list[int]) -> None:
+    """Say of a device which planes its kernels hold in shared memory, as csrc's `set_held` takes them."""
+    _held[device] = planes
+    if _load.cache_info().currsize > 0 and _load() is None:
+        torch.ops.mrcn_fast.set_held(device, planes)
 
 
 def operation(name: str) -> Callable[..., Any]:

@@ -84,10 +84,15 @@ class Cost(NamedTuple):
     peak: int
 
 
+def default_kernels(device: str) -> str:
+    """Return the backend that serves a device's tensors where nothing was measured for them."""
+    return "cpu" if torch.device(device).type == "cpu" else "triton"
+
+
 def unmeasurable(device: str) -> str | None:
     """Return why nothing can be measured on ``device``, or None where it can."""
     wanted = os.environ.get(dispatch.ENVIRONMENT_VARIABLE) or "auto"
-    serving = "cpu" if torch.device(device).type == "cpu" else "triton"
+    serving = default_kernels(device)
     if wanted not in ("auto", serving):
         return (
             f"{dispatch.ENVIRONMENT_VARIABLE} is {wanted!r}, so that what is timed as the fused form would "

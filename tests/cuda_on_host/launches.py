@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrcn_fast import cqc_loss, mrcn_block
+from mrcn_fast import cqc_loss, mrcn_block, tuning
 from tests.cuda_on_host import library
 from tests.support import block_cases, cqc_cases
 from tests.support.block_cases import Case
@@ -199,6 +199,46 @@ def test_without_a_place_for_a_sample_the_ticket_kernels_serve(
 def test_what_is_not_held_the_ticket_kernels_serve(drawn: Case, held: None, emulator: Any) -> None:
     emulator.cuda_on_host_set(DEVICES[2], 3, 1, L2)
     assert not different_bits(ticket_outputs(drawn), outputs(drawn))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_planes_are_held_where_that_was_measured_to_be_faster(
+    layout: str, emulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("MRCN_FAST_CUDA_HELD", raising=False)
+    emulator.cuda_on_host_set(DEVICES[0], 1, 1, L2)
+    drawn = case("pair", "se", shape=(2, 20, 8, 9), layout=layout)
+    tickets = ticket_outputs(drawn)
+    planes = tuning.planes_of("se", torch.float32, layout == "channels_last", drawn.shape)
+
+    def holds(asked: Case, measured: tuning.Planes, *ways: str) -> bool:
+        choice = tuning.Choice(drawn.shape, "cuda", ways, "2026-11-30", {})
+        library.hold(-1, tuning.held_numbers({planes._replace(channels=7): choice, measured: choice}))
+        return different_bits(ticket_outputs(asked), outputs(asked)) != []
+
+    try:
+        assert holds(drawn, planes, "forward")
+        assert holds(drawn._replace(shape=(3, 20, 9, 8)), planes, "forward", "backward"), "any N"
+        assert not holds(drawn, planes, "backward")
+        monkeypatch.setenv("MRCN_FAST_CUDA_HELD", "0")
+        assert not holds(drawn, planes, "forward")
+        monkeypatch.setenv("MRCN_FAST_CUDA_HELD", "1")
+        assert holds(drawn, planes)
+        monkeypatch.delenv("MRCN_FAST_CUDA_HELD")
+        for other in (
+            planes._replace(gate="eca"),
+            planes._replace(dtype=torch.bfloat16),
+            planes._replace(channels_last=not planes.channels_last),
+            planes._replace(channels=21),
+            planes._replace(pixels=73),
+        ):
+            assert not holds(drawn, other, "forward")
+        assert holds(drawn, planes, "forward")
+    finally:
+        library.hold(-1, [])
+    assert not different_bits(tickets, outputs(drawn)), "nothing is held any more"
+    with pytest.raises(RuntimeError, match="set_held: got 3 numbers"):
+        library.hold(-1, [1, 2, 3])
 
 
 @pytest.mark.parametrize("name", [*HELD][::3])

@@ -98,5 +98,9 @@ def serves(device_type: str, dtype: torch.dtype) -> str | None:
     return None if dtype in shapes.DTYPES else f"got {dtype}"
 
 
+def hold(device: int, planes: list[int]) -> None:
+    getattr(torch.ops, NAMESPACE).set_held(device, planes)
+
+
 def operation(name: str) -> Callable[..., Any]:
     return getattr(getattr(torch.ops, NAMESPACE), name).default

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <shared_mutex>
 
 #include "block/ops.h"
 #include "cuda/tensors.h"
@@ -19,15 +21,51 @@ std::string described(const BlockShape& s) {
   return text.str();
 }
 
-// Which kernels the environment asks for. It is read at every call, so that a program can change it.
+// Which planes are held in shared memory, as measured on the user's GPU (mrcn_fast/tuning.py).
+struct HeldPlanes {
+  int64_t device, gate, dtype, pixels, channels, length, forward, backward;
+
+  bool are(const BlockShape& s, const Tensor& like) const {
+    return device == like.get_device_index() && gate == int64_t(s.gate) && dtype == int64_t(s.dtype) &&
+           pixels == s.pixels && channels == s.channels && length == s.length;
+  }
+};
+constexpr size_t numbers_of_planes = 7;  // without the device
+
+std::shared_mutex held_planes_lock;
+std::vector<HeldPlanes> held_planes;
+
+void set_held(int64_t device, std::vector<int64_t> numbers) {
+  check(numbers.size() % numbers_of_planes == 0, "set_held: got ", numbers.size(),
+      " numbers, expected a multiple of ", numbers_of_planes);
+  const std::unique_lock lock(held_planes_lock);
+  std::erase_if(held_planes, [&](const HeldPlanes& p) { return p.device == device; });
+  for (size_t i = 0; i < numbers.size(); i += numbers_of_planes) {
+    const int64_t* n = &numbers[i];
+    held_planes.push_back({device, n[0], n[1], n[2], n[3], n[4], n[5], n[6]});
+  }
+}
+
+// Which kernels serve a call: those that the environment asks for, or else those that were measured to be
+// faster. The environment is read at every call, so that a program can change it.
 struct Choice {
-  bool held = false;
+  bool held_forward = false;
+  bool held_backward = false;
   int margin = 0;
 
-  Choice() {
+  Choice(const BlockShape& shape, const Tensor& like) {
     if (const char* value = std::getenv("MRCN_FAST_CUDA_HELD"); value != nullptr && *value != '\0') {
-      held = std::strcmp(value, "1") == 0;
-      check(held || std::strcmp(value, "0") == 0, "MRCN_FAST_CUDA_HELD: got '", value, "', expected 0 or 1");
+      held_forward = held_backward = std::strcmp(value, "1") == 0;
+      check(held_forward || std::strcmp(value, "0") == 0, "MRCN_FAST_CUDA_HELD: got '", value,
+          "', expected 0 or 1");
+    } else {
+      const std::shared_lock lock(held_planes_lock);
+      const auto found = std::find_if(
+          held_planes.begin(), held_planes.end(), [&](const HeldPlanes& p) { return p.are(shape, like); });
+      if (found != held_planes.end()) {
+        held_forward = found->forward != 0;
+        held_backward = found->backward != 0;
+      }
     }
     if (const char* value = std::getenv("MRCN_FAST_SM_MARGIN"); value != nullptr && *value != '\0') {
       char* end = nullptr;
@@ -62,8 +100,8 @@ struct Cuda {
     return {shape.samples, cuda::saved_row(shape)};
   }
   static void forward(BlockForward& call, const Tensor& like) {
-    const Choice choice;
-    const int64_t held = choice.held ? cuda::held_forward_scratch(call.shape) : 0;
+    const Choice choice(call.shape, like);
+    const int64_t held = choice.held_forward ? cuda::held_forward_scratch(call.shape) : 0;
     const Tensor scratch =
         cuda_empty({std::max(cuda::forward_scratch(call.shape), held)}, ScalarType::Byte, like);
     const OnDevice device(like);
@@ -84,5 +122,6 @@ struct Cuda {
 }  // namespace
 
 MRCN_CUDA_LIBRARY(library) { Operations<Cuda>::implement(library); }
+MRCN_CUDA_SETTINGS(library) { library.impl("set_held", TORCH_BOX(&set_held)); }
 
 }  // namespace mrcn

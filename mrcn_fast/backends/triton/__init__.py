@@ -65,6 +65,11 @@ def _find_triton() -> tuple[str, str]:
     return version, ""
 
 
+def version() -> str:
+    """Triton's version; "none" where it is not installed."""
+    return _find_triton()[0] or "none"
+
+
 def _installed_version() -> str:
     for name in ("triton", "pytorch-triton", "pytorch-triton-rocm", "triton-rocm"):
         try:

@@ -31,7 +31,7 @@ from mrcn_fast.benchmark.suites.baselines import (
     of_unit_rows,
     vectorized_cqc,
 )
-from mrcn_fast.benchmark.timing import AUTOTUNED, EXACT, Calls
+from mrcn_fast.benchmark.timing import AUTOTUNED, EXACT, Calls, default_kernels
 from mrcn_fast.block import MRCNBlock, MRCNFeatures, SNRBlock
 from mrcn_fast.cqc import cqc_loss
 
@@ -113,7 +113,7 @@ OPERATIONS: Final = {
 
 
 class Problem(NamedTuple):
-    """An operation on tensors of one kind, by names from OPERATIONS, WAYS, LAYOUTS and DTYPES.
+    """An operation on tensors of one kind, by names from OPERATIONS, WAYS, LAYOUTS, DTYPES and `gates.FUSED`.
 
     With `hot`, on a GPU, all calls use the same tensors, whatever of them the cache holds.
     """
@@ -125,14 +125,19 @@ class Problem(NamedTuple):
     dtype: str = "fp32"
     device: str = "cpu"
     hot: bool = False
+    gate: str = "se"
 
     @property
     def name(self) -> str:
         """The name of its case. Results of a case are found by it in files, so it never changes."""
         words = (self.operation, self.way, "x".join(map(str, self.shape)), self.layout)
         if self.device != "cpu":
-            return " ".join(("gpu", *words, self.dtype)) + " hot L2" * self.hot
-        return " ".join(words) + ("" if self.dtype == "fp32" else f" {self.dtype}")
+            return " ".join(("gpu", *words, self.dtype)) + " hot L2" * self.hot + self._gate_name
+        return " ".join(words) + ("" if self.dtype == "fp32" else f" {self.dtype}") + self._gate_name
+
+    @property
+    def _gate_name(self) -> str:
+        return "" if self.gate == "se" else f" {self.gate}"
 
     @property
     def volume_bytes(self) -> int:
@@ -179,12 +184,10 @@ def map_calls(problem: Problem, with_baselines: bool = True) -> Calls:
         compared with "eager".
     """
     operation, device, dtype = OPERATIONS[problem.operation], problem.device, DTYPES[problem.dtype]
-    channels = problem.shape[1]
     torch.manual_seed(0)
-    module = operation.make(channels, device=device, dtype=dtype)
+    module = _module(problem, default_kernels(device))
     draw_parameters(module)
-    plain = operation.make(channels, device=device, dtype=dtype, backend="reference")
-    plain.load_state_dict(module.state_dict())
+    plain = _module_like(problem, module, "reference")
     sets = _sets(problem)
 
     def run(form: Callable[..., Any], of: nn.Module) -> Callable[[], Any]:
@@ -193,8 +196,7 @@ def map_calls(problem: Problem, with_baselines: bool = True) -> Calls:
     literal, collapsed = partial(operation.call, plain), partial(operation.collapsed, plain)
     calls: Calls = {"fused": run(partial(operation.call, module), module)}
     for name in other_kernels(device):
-        other = operation.make(channels, device=device, dtype=dtype, backend=name)
-        other.load_state_dict(module.state_dict())
+        other = _module_like(problem, module, name)
         calls[f"fused {name}"] = run(partial(operation.call, other), other)
     if with_baselines:
         calls["eager"] = run(literal, plain)
@@ -209,6 +211,34 @@ def map_calls(problem: Problem, with_baselines: bool = True) -> Calls:
     volumes = operation.volumes(problem.way)
     floor = copy_of(volumes * math.prod(problem.shape), device, dtype, hot=problem.hot)
     return calls | {"floor": floor}
+
+
+def backend_calls(problem: Problem, names: Sequence[str]) -> Calls:
+    """Make the calls of a problem on backends, by name, and EXACT, which their results are compared with."""
+    torch.manual_seed(0)
+    plain = _module(problem, "reference")
+    draw_parameters(plain)
+    sets = _sets(problem)
+    calls: Calls = {}
+    for name in names:
+        module = _module_like(problem, plain, name)
+        form = partial(OPERATIONS[problem.operation].call, module)
+        calls[name] = _runner(problem.way, form, list(module.parameters()), sets)
+    given = itertools.cycle(sets)
+    return calls | {EXACT: lambda: _exact(problem, plain, next(given))}
+
+
+def _module(problem: Problem, backend: str) -> nn.Module:
+    """Make a problem's module with new parameters."""
+    kind = {"device": problem.device, "dtype": DTYPES[problem.dtype], "gate": problem.gate}
+    return OPERATIONS[problem.operation].make(problem.shape[1], backend=backend, **kind)
+
+
+def _module_like(problem: Problem, module: nn.Module, backend: str) -> nn.Module:
+    """Make a problem's module with the parameters of another one."""
+    made = _module(problem, backend)
+    made.load_state_dict(module.state_dict())
+    return made
 
 
 def draw_parameters(module: nn.Module) -> None:
@@ -294,7 +324,7 @@ def _runner(
 def _exact(problem: Problem, plain: nn.Module, given: _Set) -> tuple[Tensor, ...]:
     """Return the results in float32 from the same values, for as many samples at once as fit into memory."""
     operation = OPERATIONS[problem.operation]
-    wide = operation.make(problem.shape[1], device=problem.device, backend="reference")
+    wide = operation.make(problem.shape[1], device=problem.device, gate=problem.gate, backend="reference")
     wide.load_state_dict(plain.state_dict())
     samples = problem.shape[0]
     at_once = max(1, int(samples * LARGEST_WITH_BASELINES / problem.volume_bytes))
