@@ -112,8 +112,8 @@ struct Cuda {
     check_launch(error, "the block's forward", like, [&] { return described(call.shape); });
   }
   static void backward(BlockBackward& call, const Tensor& like) {
-    const Choice choice;
-    const int64_t held = choice.held ? cuda::held_backward_scratch(call.shape) : 0;
+    const Choice choice(call.shape, like);
+    const int64_t held = choice.held_backward ? cuda::held_backward_scratch(call.shape) : 0;
     const Tensor scratch =
         cuda_empty({std::max(cuda::backward_scratch(call.shape), held)}, ScalarType::Byte, like);
     const OnDevice device(like);
