@@ -51,8 +51,8 @@ inline FeatureMap map_of(const Tensor& x, bool pixels, int64_t first_sample = 0)
 // --- arguments ------------------------------------------------------------------------------------------
 
 inline Gate gate_of(int64_t number) {
-  check(number >= 0 && number <= int64_t(Gate::cbam_channel), "gate: got ", number,
-      ", expected 0 ('se'), 1 ('eca') or 2 ('cbam-channel')");
+  check(number >= 0 && number < gate_kinds, "gate: got ", number, ", expected 0 to ", gate_kinds - 1,
+      ", a place in mrcn_fast.gates.FUSED");
   return Gate(number);
 }
 
@@ -123,13 +123,13 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
   for (const Tensor& x : inputs) ready.inputs.push_back(in_layout(x, pixels));
 
   const Gate kind = gate_of(gate);
-  const size_t expected = kind == Gate::eca ? 1 : 4;
+  const GateEntry& entry = entry_of(kind);
   const int64_t modalities = sets_of(mode).inputs, count = sets_of(mode).gates;
-  check(gate_parameters.size() == expected, "gate_parameters of gate ", gate, ": got ",
-      gate_parameters.size(), " tensors, expected ", expected);
+  check(int64_t(gate_parameters.size()) == entry.parameters, "gate_parameters of gate ", gate, ": got ",
+      gate_parameters.size(), " tensors, expected ", entry.parameters);
   const int64_t width = gate_parameters[0].dim() > 1 ? gate_parameters[0].size(1) : 0;
-  check(width > 0 && (kind != Gate::eca || width % 2 == 1), "gate_parameters of gate ", gate,
-      ": got a width of ", width, ", expected at least 1, of 'eca' an odd one");
+  check(width > 0 && (!entry.odd_width || width % 2 == 1), "gate_parameters of gate ", gate,
+      ": got a width of ", width, ", expected at least 1", entry.odd_width ? " and an odd one" : "");
   const ScalarType given = norm_weight.scalar_type();
   ready.of_parameters = Device::converts ? ready.sums : given;
   ready.parameters.precise = ready.of_parameters == ready.sums;
@@ -137,20 +137,16 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
     check_parameter<Device>(p, name, sizes, first, given);
     return ready.keep(converted(p, ready.of_parameters));
   };
-  ready.kept.reserve(2 + expected);
+  ready.kept.reserve(2 + entry.parameters);
   ready.parameters.norm_weight = keep(norm_weight, "norm_weight", {modalities, C});
   ready.parameters.norm_bias = keep(norm_bias, "norm_bias", {modalities, C});
-  const void** to = ready.parameters.gate;
-  const auto keep_gate = [&](size_t i, std::initializer_list<int64_t> sizes) {
-    to[i] = keep(gate_parameters[i], "gate_parameters", sizes);
-  };
-  if (kind == Gate::eca) {
-    keep_gate(0, {count, width});
-  } else {
-    keep_gate(0, {count, width, C});
-    keep_gate(1, {count, width});
-    keep_gate(2, {count, C, width});
-    keep_gate(3, {count, C});
+  const auto number = [&](Size size) { return size == Size::width ? width : C; };
+  for (int i = 0; i < entry.parameters; ++i) {
+    const Tensor& p = gate_parameters[i];
+    const auto [rows, columns] = entry.sizes[i];
+    ready.parameters.gate[i] = columns == Size::none
+                                   ? keep(p, "gate_parameters", {count, number(rows)})
+                                   : keep(p, "gate_parameters", {count, number(rows), number(columns)});
   }
   ready.shape = {mode, kind, dtype, pixels, to_input, N, C, L, width, Device::threads(), Device::parallel};
   return ready;
