@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -259,8 +260,6 @@ Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients,
 
 // --- operations -----------------------------------------------------------------------------------------
 
-using Optional = std::optional<Tensor>;
-
 // The results of an operation as a tuple, which torch takes.
 template <size_t... i>
 auto tuple_of(const Tensors& t, std::index_sequence<i...>) {
@@ -283,68 +282,50 @@ auto results_of(const Tensors& t) {
 //   forward(call, like), backward(call, like)        run the kernels
 template <class Device>
 struct Operations {
-  static auto block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<forward_results(Mode::pair)>(forward<Device>(
-        Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
-  }
-
-  static auto block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<forward_results(Mode::concat)>(forward<Device>(
-        Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
-  }
-
-  static auto restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<forward_results(Mode::restitute)>(forward<Device>(
-        Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
-  }
-
-  static auto snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters,
-      int64_t gate, double eps) {
-    return results_of<forward_results(Mode::snr)>(
-        forward<Device>(Mode::snr, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false));
-  }
-
-  static auto block_backward(Optional visible_restituted, Optional visible_compensated,
-      Optional infrared_compensated, Optional infrared_restituted, Tensor visible, Tensor infrared,
-      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate,
-      bool to_input) {
-    return results_of<backward_results(Mode::pair)>(backward<Device>(Mode::pair,
-        {visible_restituted, visible_compensated, infrared_compensated, infrared_restituted},
-        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
-  }
-
-  static auto block_concat_backward(Optional features, Tensor visible, Tensor infrared, Tensor statistics,
-      Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
-    return results_of<backward_results(Mode::concat)>(backward<Device>(Mode::concat, {features},
-        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
-  }
-
-  static auto restitute_backward(Optional restituted, Tensor features, Tensor statistics, Tensor norm_weight,
-      Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
-    return results_of<backward_results(Mode::restitute)>(backward<Device>(Mode::restitute, {restituted},
-        {features}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
-  }
-
-  static auto snr_backward(Optional restituted, Optional contaminated, Optional normalized, Tensor features,
-      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate) {
-    return results_of<backward_results(Mode::snr)>(
-        backward<Device>(Mode::snr, {restituted, contaminated, normalized}, {features}, statistics,
-            norm_weight, norm_bias, gate_parameters, gate, false));
-  }
-
   template <class Library>
   static void implement(Library& library) {
-    library.impl("block_forward", TORCH_BOX(&Operations::block_forward));
-    library.impl("block_backward", TORCH_BOX(&Operations::block_backward));
-    library.impl("block_concat_forward", TORCH_BOX(&Operations::block_concat_forward));
-    library.impl("block_concat_backward", TORCH_BOX(&Operations::block_concat_backward));
-    library.impl("restitute_forward", TORCH_BOX(&Operations::restitute_forward));
-    library.impl("restitute_backward", TORCH_BOX(&Operations::restitute_backward));
-    library.impl("snr_forward", TORCH_BOX(&Operations::snr_forward));
-    library.impl("snr_backward", TORCH_BOX(&Operations::snr_backward));
+    implement_all(library, std::make_index_sequence<modes>{});
+  }
+
+ private:
+  template <class T, size_t>
+  using Numbered = T;
+
+  // The two operations of a mode with the arguments of their schemas. Their numbers come from the table in
+  // sets.h: a feature map per input, a gradient per result, and the flag to_input or none.
+  template <Mode mode, class, class, class>
+  struct OfMode;
+
+  template <Mode mode, size_t... input, size_t... result, size_t... flag>
+  struct OfMode<mode, std::index_sequence<input...>, std::index_sequence<result...>,
+      std::index_sequence<flag...>> {
+    static auto run_forward(Numbered<Tensor, input>... inputs, Tensor norm_weight, Tensor norm_bias,
+        Tensors gate_parameters, int64_t gate, double eps, Numbered<bool, flag>... to_input) {
+      return results_of<forward_results(mode)>(forward<Device>(
+          mode, {inputs...}, norm_weight, norm_bias, gate_parameters, gate, eps, (to_input || ... || false)));
+    }
+
+    static auto run_backward(Numbered<std::optional<Tensor>, result>... gradients,
+        Numbered<Tensor, input>... inputs, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
+        Tensors gate_parameters, int64_t gate, Numbered<bool, flag>... to_input) {
+      return results_of<backward_results(mode)>(backward<Device>(mode, {gradients...}, {inputs...},
+          statistics, norm_weight, norm_bias, gate_parameters, gate, (to_input || ... || false)));
+    }
+  };
+
+  template <class Library, size_t... mode>
+  static void implement_all(Library& library, std::index_sequence<mode...>) {
+    (implement_mode<Mode(mode)>(library), ...);
+  }
+
+  template <Mode mode, class Library>
+  static void implement_mode(Library& library) {
+    constexpr Sets sets = sets_of(mode);
+    using Both = OfMode<mode, std::make_index_sequence<sets.inputs>,
+        std::make_index_sequence<forward_results(mode) - 1>, std::make_index_sequence<sets.restitutes>>;
+    const std::string name = sets.name;
+    library.impl((name + "_forward").c_str(), TORCH_BOX(&Both::run_forward));
+    library.impl((name + "_backward").c_str(), TORCH_BOX(&Both::run_backward));
   }
 };
 
