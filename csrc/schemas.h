@@ -8,7 +8,7 @@ namespace mrcn {
 template <class Library>
 void define_operations(Library& library) {
   // The blocks. norm_weight and norm_bias have the shape (modalities, C). gate_parameters are the parameters
-  // of a gate in mrcn_fast/gates.py, and gate is its number in `Gate` (block/params.h). No argument is a
+  // of a gate in mrcn_fast/gates.py, and gate is its number in `Gate` (block/gate_table.h). No argument is a
   // string, because torch's stable headers copy a string at every call and never free the copy. The last
   // result of a forward is what its backward needs; each backend chooses its shape. Any gradient may be
   // missing.

@@ -200,7 +200,7 @@ class ECAGate(Gate):
 
 
 GATES: dict[str, type[Gate]] = {gate.kind: gate for gate in (SEGate, ECAGate, CBAMChannelGate, CBAMGate)}
-# The gates that kernels fuse. An operation takes a gate by its place here: `Gate` in csrc/block/params.h.
+# The gates that kernels fuse. An operation takes a gate by its place here: `Gate` in csrc/block/gate_table.h.
 FUSED = tuple(kind for kind, gate in GATES.items() if gate.unfused is None)
 # Gradients of gate parameters that a backward gives; of a gate with fewer parameters the last are empty.
 MOST_PARAMETERS = max(len(GATES[kind].shapes(1, 1)) for kind in FUSED)

@@ -2,8 +2,8 @@
 
 The tests add entries of the tables, the equations in plain PyTorch, the public function, and the tests'
 equations in long double. The new entries must then be in the tests' matrices, and right, without any other
-change. A slow test adds the operation to the CPU's kernels too, and compiles them. Kernels of the gate and
-Triton's kernels are neither written nor counted.
+change. A slow test adds both to the CPU's kernels too, and compiles these once. Triton's kernels, and the
+gate's for CUDA, are neither written nor counted.
 """
 
 from __future__ import annotations
@@ -110,8 +110,8 @@ def copy(tmp_path: Path) -> Copy:
     return Copy(tmp_path)
 
 
-def test_a_gate(copy: Copy) -> None:
-    """A gate with one weight per channel: A(M) = σ(w GAP(M))."""
+def add_gate(copy: Copy) -> None:
+    """Add a gate with one weight per channel: A(M) = σ(w GAP(M))."""
     gate = '''class ToyGate(Gate):
     """A weight per channel; parameter: ``weight (count, C)``."""
 
@@ -132,7 +132,7 @@ def test_a_gate(copy: Copy) -> None:
 
 '''
     copy.insert("mrcn_fast/gates.py", gate, before="GATES: dict[")
-    copy.insert("mrcn_fast/gates.py", "ToyGate, ", after="for gate in (")
+    copy.insert("mrcn_fast/gates.py", ", ToyGate", after="ECAGate, CBAMChannelGate")
     equation = '''def toy_gate(residual: Tensor, parameters: GateParameters) -> Tensor:
     """σ(w GAP(M)); ``parameters`` is one weight (C,)."""
     return torch.sigmoid(parameters[0] * residual.mean(dim=(2, 3)))
@@ -152,9 +152,67 @@ def test_a_gate(copy: Copy) -> None:
 """
     copy.insert(EXACT, backward, before='        if self.kind == "eca":\n')
 
+
+GATE = {"mrcn_fast/gates.py", "mrcn_fast/reference.py", EXACT}
+GATE_KERNELS = {"csrc/block/gate_table.h", "csrc/block/cpu/gates.h"}
+
+
+def test_a_gate(copy: Copy) -> None:
+    add_gate(copy)
     settings, modes, gates = copy.check()
     assert gates == 4 and settings == 2 * modes - 1  # both readings of eq. 5, except in SNR
-    assert copy.edited == {"mrcn_fast/gates.py", "mrcn_fast/reference.py", EXACT}
+    assert copy.edited == GATE
+
+
+def add_kernels_of_gate(copy: Copy) -> None:
+    """Add the gate to the kernels for the CPU."""
+    table, kernels = "csrc/block/gate_table.h", "csrc/block/cpu/gates.h"
+    copy.replace(table, "cbam_channel };", "cbam_channel, toy };")
+    copy.replace(table, "gate_kinds = 3", "gate_kinds = 4")
+    shapes = "    {.parameters = 1, .sizes = {{Size::channels}}},\n"
+    copy.insert(table, shapes, before="};\n\nconstexpr const GateEntry& entry_of")
+    forward = """    if (shape_.gate == Gate::toy) {
+      for (int64_t i = first; i < last; ++i) {
+        for (int64_t c = c0; c < c1; ++c) {
+          value(i, g)[c] = weights_[0][g * C_ + c] * pooled(modality(g), i)[c];
+        }
+      }
+    } else """
+    start = "int64_t c0, int64_t c1) const {\n"
+    copy.insert(kernels, forward, after=f"void excite_block(int64_t first, int64_t last, int g, {start}")
+    backward = """    if (shape_.gate == Gate::toy) return backward_toy(first, last);
+"""
+    copy.insert(kernels, backward, before="    if (shape_.gate == Gate::eca) return backward_eca(")
+    gradients = """    if (shape_.gate == Gate::toy) return toy_gradients(gradient[0]);
+"""
+    copy.insert(kernels, gradients, before="    if (shape_.gate == Gate::eca) return eca_gradients(")
+    functions = """  void backward_toy(int64_t first, int64_t last) const {
+    const int M = sets_of(shape_.mode).inputs;
+    for (int64_t i = first; i < last; ++i) {
+      for (int m = 0; m < M; ++m) {
+        for (int64_t c = 0; c < C_; ++c) {
+          A total(0);
+          for (int g = m; g < count_; g += M) {
+            if (used_[g]) total += weights_[0][g * C_ + c] * before(i, g)[c];
+          }
+          of_pooled(m, i)[c] = total;
+        }
+      }
+    }
+  }
+
+  void toy_gradients(A* gradient) const {
+    for (int g = 0; g < count_; ++g) {
+      for (int64_t c = 0; c < C_; ++c) {
+        A total(0);
+        for (int64_t i = 0; i < N_ && used_[g]; ++i) total += before(i, g)[c] * pooled(modality(g), i)[c];
+        gradient[g * C_ + c] = total;
+      }
+    }
+  }
+
+"""
+    copy.insert(kernels, functions, before="  void eca_gradients(")
 
 
 def add_operation(copy: Copy) -> None:
@@ -186,6 +244,7 @@ def add_operation(copy: Copy) -> None:
 
 
 OPERATION = {f"mrcn_fast/{name}.py" for name in ("operations", "reference", "block", "__init__")} | {EXACT}
+OPERATION_KERNELS = {"csrc/block/sets.h", "csrc/schemas.h"}
 
 
 def test_an_operation(copy: Copy) -> None:
@@ -195,28 +254,17 @@ def test_an_operation(copy: Copy) -> None:
     assert copy.edited == OPERATION
 
 
-@pytest.mark.slow(seconds=60)
-@pytest.mark.skipif(
-    not all(shutil.which(tool, path=TOOLS) for tool in ("cmake", "ninja", "c++")),
-    reason="CMake, Ninja or a C++ compiler is missing",
-)
-def test_an_operation_with_its_kernels(copy: Copy) -> None:
-    """The kernels for the CPU, and those for CUDA from the same files, come from the table in sets.h."""
-    add_operation(copy)
-    table, schemas, operations = (f"csrc/{name}.h" for name in ("block/sets", "schemas", "block/ops"))
+def add_kernels_of_operation(copy: Copy) -> None:
+    """Add the operation to the table from which the kernels for the CPU and those for CUDA come."""
+    table, schemas = "csrc/block/sets.h", "csrc/schemas.h"
     copy.insert(
         table,
         "  toy,        // x -> s M\n",
         after="  snr,        // x -> restituted, contaminated, normalized\n",
     )
     copy.replace(table, "constexpr int modes = 4,", "constexpr int modes = 5,")
-    entry = """    {
-        .made_as = Mode::toy,
-        .inputs = 1,
-        .gates = 1,
-        .made = 1,
-        .parts = {{{Term::distilled, 0}}},
-    },
+    entry = """    {.name = "toy", .made_as = Mode::toy, .inputs = 1, .gates = 1, .made = 1,
+        .parts = {{{Term::distilled, 0}}}, .restitutes = false},
 """
     copy.insert(table, entry, before="};\n\nconstexpr const Sets& sets_of")
     arguments = "Tensor norm_weight, Tensor norm_bias, Tensor[] gate_parameters, int gate"
@@ -226,28 +274,34 @@ def test_an_operation_with_its_kernels(copy: Copy) -> None:
       "toy_backward(Tensor? distilled, Tensor features, Tensor statistics, {arguments}) -> ({gradients})");
 """
     copy.insert(schemas, schema, before="  // The CQC loss. features are")
-    functions = """  static auto toy_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, int64_t gate, double eps) {
-    return results_of<forward_results(Mode::toy)>(
-        forward<Device>(Mode::toy, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false));
-  }
 
-  static auto toy_backward(Optional distilled, Tensor features, Tensor statistics, Tensor norm_weight,
-      Tensor norm_bias, Tensors gate_parameters, int64_t gate) {
-    return results_of<backward_results(Mode::toy)>(backward<Device>(Mode::toy, {distilled}, {features},
-        statistics, norm_weight, norm_bias, gate_parameters, gate, false));
-  }
 
-"""
-    copy.insert(operations, functions, before="  template <class Library>\n  static void implement(")
-    implemented = """    library.impl("toy_forward", TORCH_BOX(&Operations::toy_forward));
-    library.impl("toy_backward", TORCH_BOX(&Operations::toy_backward));
-"""
-    copy.insert(operations, implemented, before='    library.impl("snr_forward"')
+@pytest.mark.slow(seconds=60)
+@pytest.mark.skipif(
+    not all(shutil.which(tool, path=TOOLS) for tool in ("cmake", "ninja", "c++")),
+    reason="CMake, Ninja or a C++ compiler is missing",
+)
+def test_a_gate_and_an_operation_with_their_kernels(copy: Copy) -> None:
+    """Both are compiled at once, and the operation is computed with each gate, and each with the gate."""
+    add_operation(copy)
+    add_kernels_of_operation(copy)
+    assert copy.edited == OPERATION | OPERATION_KERNELS
+    copy.edited.clear()
+    add_gate(copy)
+    add_kernels_of_gate(copy)
+    assert copy.edited == GATE | GATE_KERNELS
     copy.build()
     settings, modes, gates = copy.check("cpu")
-    assert modes == 5 and settings == gates
-    assert copy.edited == OPERATION | {table, schemas, operations}
+    assert (modes, gates) == (5, 4) and settings == gates + 2 * (modes - 1) - 1
+
+
+def test_contributing_gives_these_counts() -> None:
+    counts = (
+        f"without kernels the gate takes {len(GATE)} files and the operation {len(OPERATION)}; "
+        f"with the kernels for the CPU the gate takes {len(GATE | GATE_KERNELS)} and the operation "
+        f"{len(OPERATION | OPERATION_KERNELS)}."
+    )
+    assert counts in " ".join((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").split())
 
 
 def function(source: str, name: str) -> str:

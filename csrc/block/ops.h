@@ -6,6 +6,7 @@
 
 #include <initializer_list>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <utility>
 
@@ -51,8 +52,8 @@ inline FeatureMap map_of(const Tensor& x, bool pixels, int64_t first_sample = 0)
 // --- arguments ------------------------------------------------------------------------------------------
 
 inline Gate gate_of(int64_t number) {
-  check(number >= 0 && number <= int64_t(Gate::cbam_channel), "gate: got ", number,
-      ", expected 0 ('se'), 1 ('eca') or 2 ('cbam-channel')");
+  check(number >= 0 && number < gate_kinds, "gate: got ", number, ", expected 0 to ", gate_kinds - 1,
+      ", a place in mrcn_fast.gates.FUSED");
   return Gate(number);
 }
 
@@ -123,13 +124,13 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
   for (const Tensor& x : inputs) ready.inputs.push_back(in_layout(x, pixels));
 
   const Gate kind = gate_of(gate);
-  const size_t expected = kind == Gate::eca ? 1 : 4;
+  const GateEntry& entry = entry_of(kind);
   const int64_t modalities = sets_of(mode).inputs, count = sets_of(mode).gates;
-  check(gate_parameters.size() == expected, "gate_parameters of gate ", gate, ": got ",
-      gate_parameters.size(), " tensors, expected ", expected);
+  check(int64_t(gate_parameters.size()) == entry.parameters, "gate_parameters of gate ", gate, ": got ",
+      gate_parameters.size(), " tensors, expected ", entry.parameters);
   const int64_t width = gate_parameters[0].dim() > 1 ? gate_parameters[0].size(1) : 0;
-  check(width > 0 && (kind != Gate::eca || width % 2 == 1), "gate_parameters of gate ", gate,
-      ": got a width of ", width, ", expected at least 1, of 'eca' an odd one");
+  check(width > 0 && (!entry.odd_width || width % 2 == 1), "gate_parameters of gate ", gate,
+      ": got a width of ", width, ", expected at least 1", entry.odd_width ? " and an odd one" : "");
   const ScalarType given = norm_weight.scalar_type();
   ready.of_parameters = Device::converts ? ready.sums : given;
   ready.parameters.precise = ready.of_parameters == ready.sums;
@@ -137,20 +138,16 @@ Ready make_ready(Mode mode, const Tensors& inputs, const Tensor& norm_weight, co
     check_parameter<Device>(p, name, sizes, first, given);
     return ready.keep(converted(p, ready.of_parameters));
   };
-  ready.kept.reserve(2 + expected);
+  ready.kept.reserve(2 + entry.parameters);
   ready.parameters.norm_weight = keep(norm_weight, "norm_weight", {modalities, C});
   ready.parameters.norm_bias = keep(norm_bias, "norm_bias", {modalities, C});
-  const void** to = ready.parameters.gate;
-  const auto keep_gate = [&](size_t i, std::initializer_list<int64_t> sizes) {
-    to[i] = keep(gate_parameters[i], "gate_parameters", sizes);
-  };
-  if (kind == Gate::eca) {
-    keep_gate(0, {count, width});
-  } else {
-    keep_gate(0, {count, width, C});
-    keep_gate(1, {count, width});
-    keep_gate(2, {count, C, width});
-    keep_gate(3, {count, C});
+  const auto number = [&](Size size) { return size == Size::width ? width : C; };
+  for (int i = 0; i < entry.parameters; ++i) {
+    const Tensor& p = gate_parameters[i];
+    const auto [rows, columns] = entry.sizes[i];
+    ready.parameters.gate[i] = columns == Size::none
+                                   ? keep(p, "gate_parameters", {count, number(rows)})
+                                   : keep(p, "gate_parameters", {count, number(rows), number(columns)});
   }
   ready.shape = {mode, kind, dtype, pixels, to_input, N, C, L, width, Device::threads(), Device::parallel};
   return ready;
@@ -263,8 +260,6 @@ Tensors backward(Mode mode, const std::vector<std::optional<Tensor>>& gradients,
 
 // --- operations -----------------------------------------------------------------------------------------
 
-using Optional = std::optional<Tensor>;
-
 // The results of an operation as a tuple, which torch takes.
 template <size_t... i>
 auto tuple_of(const Tensors& t, std::index_sequence<i...>) {
@@ -287,68 +282,50 @@ auto results_of(const Tensors& t) {
 //   forward(call, like), backward(call, like)        run the kernels
 template <class Device>
 struct Operations {
-  static auto block_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<forward_results(Mode::pair)>(forward<Device>(
-        Mode::pair, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
-  }
-
-  static auto block_concat_forward(Tensor visible, Tensor infrared, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<forward_results(Mode::concat)>(forward<Device>(
-        Mode::concat, {visible, infrared}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
-  }
-
-  static auto restitute_forward(Tensor features, Tensor norm_weight, Tensor norm_bias,
-      Tensors gate_parameters, int64_t gate, double eps, bool to_input) {
-    return results_of<forward_results(Mode::restitute)>(forward<Device>(
-        Mode::restitute, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, to_input));
-  }
-
-  static auto snr_forward(Tensor features, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters,
-      int64_t gate, double eps) {
-    return results_of<forward_results(Mode::snr)>(
-        forward<Device>(Mode::snr, {features}, norm_weight, norm_bias, gate_parameters, gate, eps, false));
-  }
-
-  static auto block_backward(Optional visible_restituted, Optional visible_compensated,
-      Optional infrared_compensated, Optional infrared_restituted, Tensor visible, Tensor infrared,
-      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate,
-      bool to_input) {
-    return results_of<backward_results(Mode::pair)>(backward<Device>(Mode::pair,
-        {visible_restituted, visible_compensated, infrared_compensated, infrared_restituted},
-        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
-  }
-
-  static auto block_concat_backward(Optional features, Tensor visible, Tensor infrared, Tensor statistics,
-      Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
-    return results_of<backward_results(Mode::concat)>(backward<Device>(Mode::concat, {features},
-        {visible, infrared}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
-  }
-
-  static auto restitute_backward(Optional restituted, Tensor features, Tensor statistics, Tensor norm_weight,
-      Tensor norm_bias, Tensors gate_parameters, int64_t gate, bool to_input) {
-    return results_of<backward_results(Mode::restitute)>(backward<Device>(Mode::restitute, {restituted},
-        {features}, statistics, norm_weight, norm_bias, gate_parameters, gate, to_input));
-  }
-
-  static auto snr_backward(Optional restituted, Optional contaminated, Optional normalized, Tensor features,
-      Tensor statistics, Tensor norm_weight, Tensor norm_bias, Tensors gate_parameters, int64_t gate) {
-    return results_of<backward_results(Mode::snr)>(
-        backward<Device>(Mode::snr, {restituted, contaminated, normalized}, {features}, statistics,
-            norm_weight, norm_bias, gate_parameters, gate, false));
-  }
-
   template <class Library>
   static void implement(Library& library) {
-    library.impl("block_forward", TORCH_BOX(&Operations::block_forward));
-    library.impl("block_backward", TORCH_BOX(&Operations::block_backward));
-    library.impl("block_concat_forward", TORCH_BOX(&Operations::block_concat_forward));
-    library.impl("block_concat_backward", TORCH_BOX(&Operations::block_concat_backward));
-    library.impl("restitute_forward", TORCH_BOX(&Operations::restitute_forward));
-    library.impl("restitute_backward", TORCH_BOX(&Operations::restitute_backward));
-    library.impl("snr_forward", TORCH_BOX(&Operations::snr_forward));
-    library.impl("snr_backward", TORCH_BOX(&Operations::snr_backward));
+    implement_all(library, std::make_index_sequence<modes>{});
+  }
+
+ private:
+  template <class T, size_t>
+  using Numbered = T;
+
+  // The two operations of a mode with the arguments of their schemas. Their numbers come from the table in
+  // sets.h: a feature map per input, a gradient per result, and the flag to_input or none.
+  template <Mode mode, class, class, class>
+  struct OfMode;
+
+  template <Mode mode, size_t... input, size_t... result, size_t... flag>
+  struct OfMode<mode, std::index_sequence<input...>, std::index_sequence<result...>,
+      std::index_sequence<flag...>> {
+    static auto run_forward(Numbered<Tensor, input>... inputs, Tensor norm_weight, Tensor norm_bias,
+        Tensors gate_parameters, int64_t gate, double eps, Numbered<bool, flag>... to_input) {
+      return results_of<forward_results(mode)>(forward<Device>(
+          mode, {inputs...}, norm_weight, norm_bias, gate_parameters, gate, eps, (to_input || ... || false)));
+    }
+
+    static auto run_backward(Numbered<std::optional<Tensor>, result>... gradients,
+        Numbered<Tensor, input>... inputs, Tensor statistics, Tensor norm_weight, Tensor norm_bias,
+        Tensors gate_parameters, int64_t gate, Numbered<bool, flag>... to_input) {
+      return results_of<backward_results(mode)>(backward<Device>(mode, {gradients...}, {inputs...},
+          statistics, norm_weight, norm_bias, gate_parameters, gate, (to_input || ... || false)));
+    }
+  };
+
+  template <class Library, size_t... mode>
+  static void implement_all(Library& library, std::index_sequence<mode...>) {
+    (implement_mode<Mode(mode)>(library), ...);
+  }
+
+  template <Mode mode, class Library>
+  static void implement_mode(Library& library) {
+    constexpr Sets sets = sets_of(mode);
+    using Both = OfMode<mode, std::make_index_sequence<sets.inputs>,
+        std::make_index_sequence<forward_results(mode) - 1>, std::make_index_sequence<sets.restitutes>>;
+    const std::string name = sets.name;
+    library.impl((name + "_forward").c_str(), TORCH_BOX(&Both::run_forward));
+    library.impl((name + "_backward").c_str(), TORCH_BOX(&Both::run_backward));
   }
 };
 

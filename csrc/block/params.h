@@ -3,16 +3,12 @@
 
 #include <cstdint>
 
+#include "block/gate_table.h"
 #include "block/sets.h"
 #include "cpu/threads.h"
 #include "dtype.h"
 
 namespace mrcn {
-
-// The gates that have kernels, in the order of FUSED in mrcn_fast/gates.py: an operation takes the number.
-enum class Gate { se, eca, cbam_channel };
-
-constexpr int most_gate_parameters = 4;
 
 // A feature map in memory; strides are in elements. In the layout of planes (contiguous), the pixels of each
 // plane lie side by side and `channel` is the stride between planes. In the layout of pixels (channels_last),

@@ -31,11 +31,13 @@ struct Part {
 
 // The sets of a mode.
 struct Sets {
+  const char* name;                         // of its operations: NAME_forward and NAME_backward
   Mode made_as;                             // the mode whose kernels make the same sets
   int inputs;                               // feature maps, one per modality
   int gates;                                // gate g sees the residual of input g % inputs
   int made;                                 // sets that are computed
   Part parts[most_made_sets][most_inputs];  // of each made set, what each input adds to it
+  bool restitutes = true;  // whether M₊ may be added to the input, as the argument to_input says
   bool concat = false;  // all sets are one tensor, in which the inputs stand before and after the made sets
 
   constexpr int first_made() const { return concat ? 1 : 0; }  // among all sets
@@ -45,12 +47,14 @@ struct Sets {
 
 namespace {  // one copy per translation unit: files differ in their instruction set
 
-constexpr Sets concatenated(Sets sets) {
+constexpr Sets concatenated(Sets sets, const char* name) {
+  sets.name = name;
   sets.concat = true;
   return sets;
 }
 
 constexpr Sets pair_sets = {
+    .name = "block",
     .made_as = Mode::pair,
     .inputs = 2,
     .gates = 4,
@@ -63,8 +67,9 @@ constexpr Sets pair_sets = {
 
 constexpr Sets set_table[modes] = {
     pair_sets,
-    concatenated(pair_sets),
+    concatenated(pair_sets, "block_concat"),
     {
+        .name = "restitute",
         .made_as = Mode::restitute,
         .inputs = 1,
         .gates = 1,
@@ -72,11 +77,13 @@ constexpr Sets set_table[modes] = {
         .parts = {{{Term::restituted, 0}}},
     },
     {
+        .name = "snr",
         .made_as = Mode::snr,
         .inputs = 1,
         .gates = 1,
         .made = 3,
         .parts = {{{Term::restituted, 0}}, {{Term::contaminated, 0}}, {{Term::normalized}}},
+        .restitutes = false,
     },
 };
 

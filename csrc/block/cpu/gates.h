@@ -44,7 +44,7 @@ class Gates {
         blocks_((C_ + block_channels - 1) / block_channels) {
     for (int i = 0; i < 4; ++i) weights_[i] = static_cast<const A*>(parameters.gate[i]);
     const int64_t pooled = int64_t(sets_of(shape.mode).inputs) * N_ * branches_ * pitch_;
-    const int64_t hidden = shape.gate == Gate::eca ? 0 : N_ * count_ * branches_ * hidden_pitch_;
+    const int64_t hidden = has_hidden() ? N_ * count_ * branches_ * hidden_pitch_ : 0;
     state.pooled.allocate(pooled);
     state.activation.allocate(hidden);
     state.value.allocate(N_ * count_ * pitch_);
@@ -61,9 +61,7 @@ class Gates {
   }
 
   // The bytes of weights that every group of samples reads again.
-  int64_t weight_bytes() const {
-    return shape_.gate == Gate::eca ? 0 : 2 * count_ * R_ * C_ * int64_t(sizeof(A));
-  }
+  int64_t weight_bytes() const { return has_hidden() ? 2 * count_ * R_ * C_ * int64_t(sizeof(A)) : 0; }
 
   // The modality whose residual gate g sees; the gates are A_v1, A_n1, A_v2, A_n2.
   static MRCN_INLINE int modality(int g) { return g % 2; }
@@ -86,7 +84,7 @@ class Gates {
 
   // Computes the hidden layers of the samples [first, last). `excite` computes the gates from them.
   void squeeze(ParallelFor pool, int64_t first, int64_t last) const {
-    if (shape_.gate == Gate::eca) return;
+    if (!has_hidden()) return;
     const int64_t samples = last - first, units = row_units();
     parallel(
         pool, count_ * units, grain(unit_rows * samples * branches_ * C_), [&](int64_t begin, int64_t end) {
@@ -175,6 +173,8 @@ class Gates {
   GateState<A> state;
 
  private:
+  bool has_hidden() const { return entry_of(shape_.gate).hidden_layer; }
+
   // Units of work for at least about 16,000 multiplications per thread.
   static int64_t grain(int64_t work) { return most<int64_t>(1, 16384 / most<int64_t>(work, 1)); }
 
