@@ -62,8 +62,9 @@ SECONDS_A_FILE = 10
 log = logging.getLogger("mrcn_fast.build")
 
 OLDEST_NVCC = (12, 4)
-# The data centre's and the desk's GPUs since Ampere. An nvcc before 12.8 does not know the last two.
-CUDA_ARCHS = (80, 86, 89, 90, 100, 120)
+# The data centre's and the desk's GPUs since Ampere. An sm_89 runs sm_86's code: for both, ptxas makes the
+# same instructions. An nvcc before 12.8 does not know the last two.
+CUDA_ARCHS = (80, 86, 90, 100, 120)
 # Where the toolkit's installers put it, without an entry in PATH.
 USUAL_CUDA = Path("/usr/local/cuda")
 

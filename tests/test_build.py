@@ -314,7 +314,7 @@ def test_the_cuda_part_is_left_out_where_torch_sees_no_gpu(
     done = build(small_checkout, **(auto | {"MRCN_FAST_CUDA": "1"}))
     assert record(small_checkout)["cuda"] == {
         **{"built": True, "reason": "", "log": ""},
-        **{"archs": [80, 86, 89, 90], "left_out": [100, 120], "nvcc": "12.4"},
+        **{"archs": [80, 86, 90], "left_out": [100, 120], "nvcc": "12.4"},
     }
     assert "leaves out sm_100, sm_120, which nvcc 12.4" in done.stderr
 
