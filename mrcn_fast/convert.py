@@ -393,13 +393,7 @@ def load_by_name(
         for name in missing
         if name in tensors or not name.endswith(_COUNTER)
     }
-    may_miss = (optional,) if isinstance(optional, str) else tuple(optional)
-    if required := [text for name, text in described.items() if not name.startswith(may_miss)]:
-        raise ValueError(
-            f"the state_dict doesn't fit: missing or of the wrong shape: {_listed(required, 24)}. "
-            f"It has {_listed(sources)}. Give the beginnings of its names (renamed), or what may be missing "
-            "(optional)"
-        )
+    _check_required(described, optional, sources)
     used = {given[name] for name in fitting}
     unused = [name for name, source in sources.items() if source not in used]
     network.load_state_dict(fitting, strict=False)
@@ -409,6 +403,19 @@ def load_by_name(
     if unused:
         log.warning("in the state_dict and not used: %s", _listed(unused, 24))
     return Loaded(tuple(fitting), tuple(missing), tuple(unused))
+
+
+def _check_required(
+    described: Mapping[str, str], optional: str | Collection[str], sources: Collection[str]
+) -> None:
+    """Raise ValueError for tensors that don't load, which are `described`, and are not `optional`."""
+    may_miss = (optional,) if isinstance(optional, str) else tuple(optional)
+    if required := [text for name, text in described.items() if not name.startswith(may_miss)]:
+        raise ValueError(
+            f"the state_dict doesn't fit: missing or of the wrong shape: {_listed(required, 24)}. "
+            f"It has {_listed(sources)}. Give the beginnings of its names (renamed), or what may be missing "
+            "(optional)"
+        )
 
 
 def _renamed(name: str, renamed: Mapping[str, str]) -> str:

@@ -53,8 +53,7 @@ def cqc_loss(
     Raises:
         TypeError: there are not six tensors or one, or a dtype does not fit.
         ValueError: a shape, a number of labels, a device or a name does not fit, or no identity is in both
-            modalities. (The last is a RuntimeError inside `torch.compile`. On a GPU, which is not waited for,
-            the sum is 0 and the mean NaN.)
+            modalities. (The last is a RuntimeError in `torch.compile`; on a GPU the sum is 0, the mean NaN.)
         RuntimeError: the backend that was asked for can't serve the call.
 
     Equivalent to:
@@ -70,11 +69,10 @@ def cqc_loss(
     check_reduction(reduction)
     settings = _checked(margin, detach_negative, normalize)
     if has_torch_function((labels,)) and not isinstance(labels, Tensor):  # such as torch.fx's Proxy
-        made: Tensor | tuple[Tensor, Tensor] = handle_torch_function(
+        return handle_torch_function(
             cqc_loss, (labels,), features, labels, infrared_labels, margin=margin, reduction=reduction,
             detach_negative=detach_negative, normalize=normalize, backend=backend,
         )  # fmt: skip
-        return made
     labels = check_labels("labels", labels)
     infrared_labels = labels if infrared_labels is None else check_labels("infrared_labels", infrared_labels)
     tensors = check_features(features, labels, infrared_labels)

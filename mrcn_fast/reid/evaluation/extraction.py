@@ -45,9 +45,8 @@ def extract(
         samples: the images, all of `modality`
         config: of the training; it has the image size, the filter and the memory layout
         fabric: has the device and the precision to compute in; none: those of `config`, and the network is
-            moved to the device. Where it has several processes, all of them call this, with equal networks;
-            they share the batches, and each gets all features. The batches are those of one process, so that
-            the features are the same.
+            moved to the device. Several processes all call this with equal networks. They share the batches
+            that one process would make, so that the features are the same, and each of them gets all.
         batch_size: images per forward pass
         workers: processes that decode images; 0: this one
         images: the same images from a cache, in place of the samples' files
@@ -64,19 +63,10 @@ def extract(
     Example:
         >>> config = TrainConfig(data="data/regdb", dataset="regdb", height=64, width=32)
         >>> search = open_dataset("regdb", "data/regdb").searches()[0]
-        >>> model = ReIDModel(classes=4, depth=18)
-        >>> query = extract(model, search.query, "visible", config)
-        >>> gallery = extract(model, search.galleries[0], "infrared", config)
-        >>> scores = score(-query @ gallery.T, [sample.identity for sample in search.query],
-        ...     [sample.identity for sample in search.galleries[0]], protocol=search.protocol)
-        >>> 0 < scores.mAP <= 1
-        True
+        >>> extract(ReIDModel(classes=4, depth=18), search.query, "visible", config).shape[1]
+        1024
     """
-    _check_modality(samples, modality)
-    if images is None:
-        images = PersonImages(samples, (config.height, config.width), filter=config.filter)
-    if (found := len(images)) != len(samples):  # type: ignore[arg-type]
-        raise ValueError(f"got {found} images of {len(samples)} samples")
+    images = _checked_images(samples, modality, config, images)
     if fabric is None:
         fabric = open_fabric(config.accelerator, config.precision)
         fabric.to_device(cast(nn.Module, model))
@@ -92,16 +82,9 @@ def extract(
         pin_memory=fabric.device.type == "cuda",
     )
     features = _features(model, batches, sum(map(len, own)), modality, config, fabric, advance)
-    shares = processes.gathered(features)
-    if processes.count == 1:
-        return features
-    joined = torch.empty(len(samples), max(share.shape[1] for share in shares))
-    for process, share in enumerate(shares):
-        taken = list(chain.from_iterable(places[process :: processes.count]))
-        if taken:
-            joined[taken] = share
-    if advance is not None:
-        advance(len(samples) - len(features))
+    joined = _joined(features, places, processes)
+    if advance is not None and processes.count > 1:
+        advance(len(joined) - len(features))
     return joined
 
 
@@ -135,6 +118,19 @@ def _features(
     return features.cpu()
 
 
+def _joined(features: Tensor, places: Sequence[range], processes: Processes) -> Tensor:
+    """The features of all processes, in the order of the samples; `places` are those of each batch."""
+    shares = processes.gathered(features)
+    if processes.count == 1:
+        return features
+    joined = torch.empty(sum(map(len, places)), max(share.shape[1] for share in shares))
+    for process, share in enumerate(shares):
+        taken = list(chain.from_iterable(places[process :: processes.count]))
+        if taken:
+            joined[taken] = share
+    return joined
+
+
 @contextmanager
 def _evaluating(model: ReIDNetwork) -> Iterator[None]:
     """Keep the network in eval mode, and restore its former mode."""
@@ -146,9 +142,17 @@ def _evaluating(model: ReIDNetwork) -> Iterator[None]:
         model.train(training)
 
 
-def _check_modality(samples: Sequence[Sample], modality: Modality) -> None:
+def _checked_images(
+    samples: Sequence[Sample], modality: Modality, config: TrainConfig, images: Dataset[Tensor] | None
+) -> Dataset[Tensor]:
+    """The images of samples of one modality. Raises ValueError for samples and images that don't fit."""
     for sample in samples:
         if sample.modality != modality:
             raise ValueError(
                 f"{sample.path}: got an image of modality {sample.modality!r}, expected {modality!r}"
             )
+    if images is None:
+        images = PersonImages(samples, (config.height, config.width), filter=config.filter)
+    if (found := len(images)) != len(samples):  # type: ignore[arg-type]
+        raise ValueError(f"got {found} images of {len(samples)} samples")
+    return images

@@ -71,9 +71,8 @@ def run_table(
 ) -> dict[str, Any]:
     """Make a table of the paper from the trees under `data`, and write it to `out`/table-`name`.json.
 
-    Each row trains its recipe under `out`/recipe, on RegDB once per split. A finished run of the same data
-    and values is not repeated, and an interrupted one goes on; tables share their runs and the scores beside
-    them. A column stays empty where its data set is not among the trees.
+    Each row trains its recipe under `out`/recipe, on RegDB once per split; a column stays empty without its
+    tree. Tables share finished runs of equal data and values, with their scores. An interrupted run goes on.
 
     A row has the mean and standard deviation over its runs by the paper's pairing of the test features, under
     "pairings" the means by the others, and under "distances" those of Figure 5, with its δ. Where the paper

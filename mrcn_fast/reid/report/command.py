@@ -24,7 +24,7 @@ from mrcn_fast.reid.kinds import NUMPY, Count, PathText
 from mrcn_fast.reid.models.blocks import AnyBlock, RestitutionCompensation
 from mrcn_fast.reid.paper.figures import titles_of
 from mrcn_fast.reid.report.charts import BlockTimes
-from mrcn_fast.reid.report.page import Network, choose_subject, write_page
+from mrcn_fast.reid.report.page import Network, Subject, choose_subject, write_page
 from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.journal import METRICS_NAME, read_lines
 
@@ -102,21 +102,25 @@ def write_report(
     )
     with progress_bars() if progress is None else nullcontext(progress) as bars:
         networks = [
-            Network(
-                title,
-                f"{SHOWS[trained.config.model]}, {trained.state.step:,} training steps",
-                read_lines(trained.path.with_name(METRICS_NAME)),
-                {
-                    modality: chosen.features(trained, subject.images[modality], modality, bars)
-                    for modality in MODALITIES
-                },
-            )
+            _network(title, trained, chosen, subject, bars)
             for title, trained in zip(titles_of(opened), opened, strict=True)
         ]
         block = next(filter(None, map(time_block, reversed(opened))), None)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, "Person re-identification: a report", subject, networks, block)
     return path
+
+
+def _network(
+    title: str, trained: Trained, chosen: ReportOptions, subject: Subject, bars: Progress
+) -> Network:
+    """What the page shows of a trained network."""
+    shows = f"{SHOWS[trained.config.model]}, {trained.state.step:,} training steps"
+    features = {
+        modality: chosen.features(trained, subject.images[modality], modality, bars)
+        for modality in MODALITIES
+    }
+    return Network(title, shows, read_lines(trained.path.with_name(METRICS_NAME)), features)
 
 
 def time_block(trained: Trained) -> BlockTimes | None:
