@@ -318,7 +318,7 @@ class _Block(nn.Module):
     def _parameters_and_settings(self, gate: Gate) -> tuple[list[Any], dict[str, Any]]:
         """γ, β and the gate's parameters, and the settings that all of the block's functions take.
 
-        ``gate`` is ``self.gate``: a call looks it up once, as `nn.Module.__getattr__` takes a microsecond.
+        ``gate`` is ``self.gate``, which a call looks up once.
         """
         settings = {"gate": self.gate_kind, "eps": self.eps, "backend": self.backend}
         return [*self._norm(), gate.parameter_list()], settings
@@ -392,7 +392,7 @@ class MRCNBlock(_Block):
         A hook that is registered on ``self.gate`` is called with each gate's residual and attention. For the
         hook they are computed once more, in plain PyTorch, and what it returns is not used.
         """
-        gate = self.gate
+        gate: Gate = internals.submodule(self, "gate")
         if gate.has_hooks():
             self.attention(visible, infrared)
         parameters, settings = self._parameters_and_settings(gate)
@@ -408,7 +408,7 @@ class MRCNBlock(_Block):
         check_choice("modality", modality, MODALITIES)
         index = MODALITIES.index(modality)
         own = slice(index, index + 1)
-        gate = self.gate
+        gate: Gate = internals.submodule(self, "gate")
         if gate.has_hooks():
             gate(self._residual(features, index), index)
         (norm_weight, norm_bias, gate_parameters), settings = self._parameters_and_settings(gate)
@@ -472,7 +472,7 @@ class SNRBlock(_Block):
 
     def forward(self, features: Tensor) -> SNRFeatures:
         """F̃ + sM, F̃ + (1 - s)M and F̃ of a batch (N, C, H, W); see `snr_block`, and `MRCNBlock` on hooks."""
-        gate = self.gate
+        gate: Gate = internals.submodule(self, "gate")
         if gate.has_hooks():
             self.attention(features)
         parameters, settings = self._parameters_and_settings(gate)
@@ -483,7 +483,7 @@ class SNRBlock(_Block):
 
         It reads one map and writes one, where `forward` writes three.
         """
-        gate = self.gate
+        gate: Gate = internals.submodule(self, "gate")
         if gate.has_hooks():
             self.attention(features)
         parameters, settings = self._parameters_and_settings(gate)

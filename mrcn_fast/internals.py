@@ -176,6 +176,16 @@ def parameters(module: nn.Module, names: Sequence[str]) -> list[Tensor]:
     return found
 
 
+def submodule(module: nn.Module, name: str) -> Any:
+    """The module's child of this name, or what stands in for it.
+
+    Uses ``nn.Module._modules``, because `nn.Module.__getattr__` takes a microsecond. Without it, or without
+    the child there, it is looked up as an attribute.
+    """
+    child = getattr(module, "_modules", {}).get(name)
+    return getattr(module, name) if child is None else child
+
+
 def has_forward_hooks(module: nn.Module) -> bool:
     """Whether a call of the module would call a hook that is registered on it.
 

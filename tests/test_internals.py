@@ -142,10 +142,12 @@ class Renamed:
 
     def __init__(self) -> None:
         self.weight = torch.ones(2)
+        self.gate = nn.Identity()
 
 
 def test_modules_with_other_private_parts() -> None:
     module: Any = Renamed()
     assert internals.parameters(module, ("weight",))[0] is module.weight
+    assert internals.submodule(module, "gate") is module.gate
     assert internals.has_forward_hooks(module)
     assert not internals.has_forward_hooks(nn.Identity())

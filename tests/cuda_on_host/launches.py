@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mrcn_fast import cqc_loss, mrcn_block, tuning
+from mrcn_fast import MRCNBlock, cqc_loss, mrcn_block, tuning
 from tests.cuda_on_host import library
 from tests.support import block_cases, cqc_cases
 from tests.support.block_cases import Case
@@ -279,6 +279,23 @@ def test_one_launch_forward_and_one_backward(
     assert emulator.cuda_on_host_launches() == before + 1
     torch.autograd.grad(outputs, (*p.inputs, *p.parameters), p.gradients)
     assert emulator.cuda_on_host_launches() == before + 2
+
+
+@pytest.mark.parametrize("holding", ["0", "1"])
+@pytest.mark.parametrize("concat", [False, True])
+def test_the_module_launches_once_each_way(
+    concat: bool, holding: str, emulator: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MRCN_FAST_CUDA_HELD", holding)
+    block = MRCNBlock(8, backend=BACKEND)
+    visible, infrared = (torch.randn(2, 8, 3, 4, requires_grad=True) for _ in range(2))
+    before = emulator.cuda_on_host_launches()
+    made = block(visible, infrared, concat=concat)
+    assert emulator.cuda_on_host_launches() == before + 1
+    (made if concat else torch.cat(made)).sum().backward()
+    assert emulator.cuda_on_host_launches() == before + 2
+    block.requires_grad_(False).restitute(visible.detach(), "visible")
+    assert emulator.cuda_on_host_launches() == before + 3
 
 
 @pytest.mark.parametrize("normalize", [False, True])
