@@ -52,7 +52,7 @@ cxx_sources = find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -n
 
 .DEFAULT_GOAL := help
 .PHONY: help install environment torch requirements native wheel demo readme-figures test bench regression gpu-check gpu-probe \
-  lint ruff mypy clang-format warnings format docs clean
+  lint ruff mypy clang-format schemas warnings format docs clean
 # The steps of an install follow one another; nothing here gains from -j.
 .NOTPARALLEL:
 
@@ -151,7 +151,7 @@ gpu-check:  ## on this machine's GPU: the tests, compute-sanitizer, the benchmar
 gpu-probe:  ## on this machine's GPU: the experiments that decide about the kernels, in at most 8 minutes
 	@$(if $(wildcard $(bin)/python),"$(bin)/python","$(PYTHON)") benchmarks/gpu_probe.py $(ARGS)
 
-lint: install ruff mypy clang-format  ## ruff, mypy and clang-format (make -k lint: all, also after one has failed)
+lint: install ruff mypy clang-format schemas  ## ruff, mypy, clang-format and schemas (make -k lint: all, also after one has failed)
 
 ruff:
 	"$(bin)/ruff" check
@@ -162,6 +162,13 @@ mypy:
 
 clang-format:
 	$(cxx_sources) | tr '\n' '\0' | xargs -0 "$(bin)/clang-format" --dry-run --Werror
+
+# The package brings these schemas along.
+schemas:
+	"$(bin)/check-jsonschema" --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	"$(bin)/check-jsonschema" --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
+	"$(bin)/check-jsonschema" --builtin-schema vendor.github-issue-config .github/ISSUE_TEMPLATE/config.yml
+	"$(bin)/check-jsonschema" --builtin-schema vendor.citation-file-format CITATION.cff
 
 warnings: install  ## compile the libraries with -Wall -Wextra -Werror
 	bin=$$(cd "$(bin)" && pwd) && "$$bin/cmake" -S . -B $(built) -G Ninja -DCMAKE_BUILD_TYPE=Release \

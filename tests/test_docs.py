@@ -315,10 +315,20 @@ def test_the_studys_table_is_that_of_the_result_file() -> None:
     assert rows(page.partition("## What the study shows")[2]) == rows(markdown(result))
 
 
-def test_the_synthetic_table_is_that_of_the_result_file(capsys: pytest.CaptureFixture[str]) -> None:
+SYNTHETIC_TABLES = {
+    path.stem.removeprefix("table-").removesuffix("-synthetic"): path
+    for path in sorted((ROOT / "benchmarks" / "results").glob("table-*-synthetic.json"))
+}
+
+
+@pytest.mark.parametrize("table", SYNTHETIC_TABLES)
+def test_a_synthetic_table_is_that_of_its_result_file(
+    table: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("lightning_fabric", reason="tables need the packages of [reid]")
-    result = ROOT / "benchmarks" / "results" / "table-2-synthetic.json"
-    assert cli.main(["table", "2", "--from", str(result)]) == 0
+    assert cli.main(["table", table, "--from", str(SYNTHETIC_TABLES[table])]) == 0
     printed = rows(capsys.readouterr().out)
-    assert len(printed) == 12
-    assert rows((DOCS / "how-to" / "reproduce-a-table.md").read_text()) == printed
+    page = (DOCS / "how-to" / "reproduce-a-table.md").read_text()
+    shown = page.partition(f"benchmarks/results/table-{table}-synthetic.json")[2]
+    assert len(printed) > 8
+    assert rows(shown.partition("\n## ")[0].partition("--from ")[0]) == printed
