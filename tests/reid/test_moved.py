@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from mrcn_fast.reid.data import checks, types
 from mrcn_fast.reid.moved import MOVED
 
 # Modules whose names are packages now, with what was documented in them.
@@ -35,6 +36,12 @@ def test_a_package_has_the_names_of_the_module_before_it(package: str) -> None:
     assert sorted(module.__all__) == sorted(PACKAGES[package])
     assert all(getattr(module, name) is not None for name in PACKAGES[package])
     assert not hasattr(module, "nonsense")
+
+
+def test_a_moved_function_is_found_at_its_former_place() -> None:
+    with pytest.warns(DeprecationWarning, match=r"is mrcn_fast\.reid\.data\.checks\.pair_modalities now"):
+        assert types.pair_modalities is checks.pair_modalities
+    assert not hasattr(types, "nonsense")
 
 
 def test_an_unknown_module_is_not_found() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar, Final, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Protocol
 
 Modality = Literal["visible", "infrared"]
 
@@ -75,3 +76,16 @@ def at_least(least: int, name: str, value: int) -> int:
         bound = f"be at least {least}" if least else "not be negative"
         raise ValueError(f"{name} must {bound}; got {value}")
     return whole
+
+
+_MOVED: Final = ("check_test", "identities_by_modality", "log_searches", "pair_modalities")
+
+
+def __getattr__(name: str) -> Any:
+    """Find a function that is in checks.py now; the next release drops its former place."""
+    if name not in _MOVED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from mrcn_fast.reid.data import checks
+
+    warnings.warn(f"{__name__}.{name} is {checks.__name__}.{name} now", DeprecationWarning, stacklevel=2)
+    return getattr(checks, name)
