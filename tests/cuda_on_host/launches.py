@@ -104,11 +104,9 @@ def test_sanitized(name: str, emulator: Any) -> None:
 # --- samples held in shared memory ------------------------------------------------------------------------
 
 HOLDING = [gate for gate in GATES if gate != "cbam-channel"]
-# How many blocks run at once: the smallest device holds one sample of HELD at a time, the largest all three.
-DEVICES = (16, 35, 50)
-# Groups of one to sixteen blocks, of which some hold several channels of planes, or ranges of pixels; lines
-# that are whole, half full and unaligned.
-HELD_SHAPES = ((3, 9, 4, 8), (3, 21, 8, 9), (3, 9, 3, 5), (3, 20, 16, 17))
+# From the shape to the blocks of its largest group, forward or backward. Some blocks hold several channels of
+# planes, or ranges of pixels or planes; lines are whole, half full and unaligned.
+HELD_SHAPES = {(3, 9, 4, 8): 2, (3, 21, 8, 9): 11, (3, 9, 3, 5): 1, (3, 20, 16, 17): 32}
 HELD = {
     f"{mode} {gate} {layout}": case(mode, gate, shape=shape, layout=layout, dtype=dtype, hidden=3)
     for (mode, gate, layout), shape, dtype in zip(
@@ -118,6 +116,14 @@ HELD = {
         strict=False,
     )
 }
+# Room for each group of HELD.
+ROOM = 100
+
+
+def devices(drawn: Case) -> tuple[int, int, int]:
+    """How many blocks run at once: one sample of the case at a time, two, and all three."""
+    largest = HELD_SHAPES[drawn.shape]
+    return largest, 2 * largest + 1, 3 * largest + 2
 
 
 @pytest.fixture
@@ -125,39 +131,37 @@ def held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MRCN_FAST_CUDA_HELD", "1")
 
 
-def outputs(drawn: Case) -> dict[str, Tensor]:
+def results_by(forward: str, backward: str, drawn: Case) -> dict[str, Tensor]:
+    """The results by the kernels "held" or "tickets" of each direction."""
     p = block_cases.problem(drawn)
-    with torch.no_grad():
-        made = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
-    return dict(zip(block_cases.output_names(drawn.mode), made, strict=True))
-
-
-def ticket_outputs(drawn: Case) -> dict[str, Tensor]:
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MRCN_FAST_CUDA_HELD", "0")
-        return outputs(drawn)
+        environment.setenv("MRCN_FAST_CUDA_HELD", str(int(forward == "held")))
+        made = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
+        environment.setenv("MRCN_FAST_CUDA_HELD", str(int(backward == "held")))
+        return block_cases.with_gradients(p, made)
 
 
 @pytest.mark.parametrize("name", HELD)
 def test_a_held_sample_gives_the_same_bits_on_any_device(name: str, held: None, emulator: Any) -> None:
     first = None
-    for blocks, seed in zip((*DEVICES, *DEVICES), range(6), strict=True):
+    run = block(HELD[name])
+    for seed, blocks in enumerate(devices(HELD[name])):
         emulator.cuda_on_host_set(blocks, 1, seed, L2)
-        results = outputs(HELD[name])
+        results = run()
         first = first or results
         assert not different_bits(first, results), f"{blocks} blocks, seed {seed}"
 
 
 @pytest.mark.parametrize("name", HELD)
 def test_a_held_sample_is_as_accurate_as_the_rule_asks(name: str, held: None, emulator: Any) -> None:
-    emulator.cuda_on_host_set(DEVICES[1], 1, 7, L2)
+    emulator.cuda_on_host_set(ROOM, 1, 7, L2)
     block_cases.check_accuracy(HELD[name], BACKEND)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("gate", HOLDING)
 def test_held_modes_agree_bitwise(gate: str, layout: str, held: None, emulator: Any) -> None:
-    emulator.cuda_on_host_set(DEVICES[2], 1, 3, L2)
+    emulator.cuda_on_host_set(ROOM, 1, 3, L2)
     p = block_cases.problem(case("pair", gate, shape=(2, 20, 8, 9), layout=layout, hidden=3))
     visible, infrared = p.inputs
     with torch.no_grad():
@@ -176,14 +180,16 @@ def test_without_a_place_for_a_sample_the_ticket_kernels_serve(
 ) -> None:
     drawn = case("pair", "se", shape=(2, 20, 8, 9))
     emulator.cuda_on_host_set(16, 2, 1, L2)
-    tickets, holding = ticket_outputs(drawn), outputs(drawn)
-    assert different_bits(tickets, holding), "the kernels add in different orders"
+    tickets = results_by("tickets", "tickets", drawn)
+    # The kernels add in different orders.
+    assert "visible_restituted" in different_bits(tickets, results_by("held", "tickets", drawn))
+    assert "grad visible" in different_bits(tickets, results_by("tickets", "held", drawn))
     emulator.cuda_on_host_set(blocks, 1, 1, L2)
     emulator.cuda_on_host_busy(busy)
     monkeypatch.setenv("MRCN_FAST_SM_MARGIN", margin)
     before = emulator.cuda_on_host_launches()
-    assert not different_bits(tickets, outputs(drawn))
-    assert emulator.cuda_on_host_launches() == before + 1
+    assert not different_bits(tickets, block(drawn)())
+    assert emulator.cuda_on_host_launches() == before + 2
 
 
 @pytest.mark.parametrize(
@@ -197,14 +203,14 @@ def test_without_a_place_for_a_sample_the_ticket_kernels_serve(
     ids=["cbam", "float64", "too large", "too many hidden units"],
 )
 def test_what_is_not_held_the_ticket_kernels_serve(drawn: Case, held: None, emulator: Any) -> None:
-    emulator.cuda_on_host_set(DEVICES[2], 3, 1, L2)
-    assert not different_bits(ticket_outputs(drawn), outputs(drawn))
+    emulator.cuda_on_host_set(ROOM, 3, 1, L2)
+    assert not different_bits(results_by("tickets", "tickets", drawn), block(drawn)())
 
 
 @pytest.mark.parametrize("name", [*HELD][::3])
 def test_sanitized_held(name: str, held: None, emulator: Any) -> None:
-    emulator.cuda_on_host_set(DEVICES[1], 1, 1, L2)
-    assert all(result.isfinite().all() for result in outputs(HELD[name]).values())
+    emulator.cuda_on_host_set(devices(HELD[name])[1], 1, 1, L2)
+    assert all(result.isfinite().all() for result in block(HELD[name])().values())
 
 
 @pytest.mark.parametrize(
@@ -220,7 +226,7 @@ def test_a_wrong_choice_of_kernels(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(RuntimeError, match=f"{variable}: got '{value}', {expected}"):
-        outputs(case("pair", "se"))
+        block(case("pair", "se"))()
 
 
 # --- launches ---------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 NAMESPACE = "mrcn_fast_cuda_on_host"
 SANITIZE = os.environ.get("MRCN_FAST_TEST_SANITIZE", "")
 DEVICES = ()
-MOST_HOLDING = 32
+MOST_HOLDING = 64
 
 
 class NotBuilt(RuntimeError):
@@ -75,7 +75,7 @@ def load() -> None:
     for name, fake in cpu.fakes("cuda").items():
         torch.library.register_fake(f"{NAMESPACE}::{name}")(fake)
     if os.environ.get("MRCN_FAST_CUDA_HELD") == "1":
-        # A sample is held by up to 32 blocks, for which the device must have a place.
+        # A sample is held by up to 64 blocks, for which the device must have a place.
         emulator().cuda_on_host_set(MOST_HOLDING, 4, 0, 1 << 20)
 
 

@@ -1,7 +1,7 @@
 // The block's backward on a GPU, in one launch (see schedule.cuh). First items sum the gradients over planes,
 // second items write the gradients of the inputs, and last items (parameter_gradients.cuh) those of the
 // parameters.
-#include "block/cuda/parameter_gradients.cuh"
+#include "block/cuda/backward.cuh"
 
 namespace mrcn::MRCN_ISA {
 namespace {
@@ -146,15 +146,7 @@ MRCN_DEVICE void leave_sums(const Common<A>& a, int64_t i, int64_t c, int channe
   unroll<P::sums>([&](auto n) {
     for (int part = 0; part < parts; ++part) sums[n.v] += shared.part[n.v][part * a.cut.first.each + channel];
   });
-  // Sets zero in place of the sums of missing gradients, and of the gates that only sets without a gradient
-  // use: not even a NaN of theirs may reach a result.
-  unroll<P::sets>([&](auto set) {
-    if (has(a.given_sets, set.v)) return;
-    sums[P::S(set.v)] = A(0);
-    unroll<P::inputs>([&](auto m) {
-      if constexpr (P::uses(set.v, m.v)) sums[P::T(set.v, m.v)] = A(0);
-    });
-  });
+  drop_missing<P>(a, sums);
   unroll<P::gate_count>([&](auto g) {
     if (!has(a.given_gates, g.v)) s[g.v] = A(0);
   });
@@ -187,11 +179,7 @@ MRCN_DEVICE void leave_shares(const Common<A>& a, int64_t i, int64_t block, cons
   const int channels = int(least<int64_t>(a.cut.first.each, a.C - c0));
   over_threads(scratch.layer(), [&](int64_t n) {
     const int g = int(n / a.R), row = int(n % a.R);
-    const Numbers<A> weight = a.parameters[2].from((g * a.C + c0) * a.R + row);
-    A total(0);
-    for (int c = 0; c < channels && has(a.given_gates, g); ++c)
-      total += weight[int64_t(c) * a.R] * shared.before[g][c];
-    scratch.share(block, g)[row] = total;
+    scratch.share(block, g)[row] = share_of_hidden(a, g, row, c0, channels, shared.before[g]);
   });
 }
 
@@ -208,28 +196,6 @@ MRCN_DEVICE void make_inner_gradients(const Common<A>& a, int64_t i) {
   });
 }
 
-// The gradient of GAP(M) (b = 0) or of GMP(M) (b = 1) of modality m, through all gates that see it.
-template <class P, class A>
-MRCN_DEVICE A of_pooled(const BackwardScratch<P, A>& scratch, int m, int b, int64_t c) {
-  const Common<A>& a = scratch.a;
-  A total(0);
-  for (int g = m; g < P::gate_count; g += P::inputs) {
-    if (!has(a.given_gates, g)) continue;
-    if (a.gate == Gate::eca) {
-      for (int t = 0; t < a.R; ++t) {
-        const int64_t to = c - t + a.R / 2;
-        if (to < 0 || to >= a.C) continue;
-        total += a.parameters[0][g * a.R + t] * load_shared_by_blocks(scratch.before(g) + to);
-      }
-    } else {
-      const Numbers<A> weight = a.parameters[0].from(int64_t(g) * a.R * a.C + c);
-      const A* inner = scratch.inner(g, b);
-      for (int row = 0; row < a.R; ++row) total += weight[row * a.C] * inner[row];
-    }
-  }
-  return total;
-}
-
 // Computes the coefficients of ∂x of channel c, and the sample's part of ∂γ and ∂β.
 template <class P, class A>
 MRCN_DEVICE void map_gradients(const Common<A>& a, int64_t i, int64_t c) {
@@ -239,13 +205,7 @@ MRCN_DEVICE void map_gradients(const Common<A>& a, int64_t i, int64_t c) {
   A s[P::gate_count], k[P::backward_slots]{};
   unroll<P::inputs>([&](auto m) { planes[m.v] = saved.plane(m.v, c); });
   unroll<P::gate_count>([&](auto g) { s[g.v] = load_shared_by_blocks(scratch.s(g.v) + c); });
-  make_maps<P>(planes, s, a.to_input, k, false);
-  unroll<P::sets>([&](auto set) {
-    if (has(a.given_sets, set.v)) return;
-    unroll<P::inputs>([&](auto m) {
-      if constexpr (P::uses(set.v, m.v)) k[P::scale(set.v, m.v)] = A(0);
-    });
-  });
+  make_scales<P>(a, planes, s, k);
   unroll<P::inputs>([&](auto m) {
     const bool used = has(a.given_inputs, m.v);
     const Plane<A>& plane = planes[m.v];
@@ -273,7 +233,9 @@ MRCN_DEVICE void make_coefficients(const Common<A>& a, int64_t i) {
   const BackwardScratch<P, A> scratch(a, i);
   over_threads(int64_t(P::inputs) * a.branches() * a.C, [&](int64_t n) {
     const int m = int(n / a.C % P::inputs), b = int(n / a.C / P::inputs);
-    scratch.of_pooled(m, b)[n % a.C] = of_pooled(scratch, m, b, n % a.C);
+    scratch.of_pooled(m, b)[n % a.C] = of_pooled<P>(
+        a, m, n % a.C, [&](int g, int64_t c) { return load_shared_by_blocks(scratch.before(g) + c); },
+        [&](int g) -> const A* { return scratch.inner(g, b); });
   });
   __syncthreads();
   over_threads(a.C, [&](int64_t c) { map_gradients<P>(a, i, c); });
@@ -399,6 +361,7 @@ backward_kernel(BackwardArguments<T> arguments) {
     } else if (item.phase == Phase::second) {
       second_item<T, P, pixels>(arguments, item, shared);
     } else {
+      wait_for(arguments.common.counters + 1, int(arguments.common.N));
       last_item<T, P>(arguments, item.number, arguments.singles);
     }
   });
@@ -406,30 +369,12 @@ backward_kernel(BackwardArguments<T> arguments) {
 
 template <class T, class P, bool pixels>
 int run_backward(const BlockBackward& call, void* scratch, void* stream) {
-  using A = acc_t<T>;
   constexpr int shared = sizeof(BackwardShared<T, P>);
   static_assert(shared <= most_shared);
   BackwardArguments<T> a{};
   const int64_t row = backward_row(call.shape, cut<T>(call.shape).first.blocks);
   a.common = common<T>(call, 1, last_items(call.shape), row, call.statistics, scratch);
-  a.singles = single_parameters(call.shape);
-  const Sets& sets = sets_of(call.shape.mode);
-  for (int m = 0; m < P::inputs; ++m) {
-    a.inputs[m] = call.inputs[m];
-    a.input_gradients[m] = call.input_gradients[m];
-    if (sets.concat) a.passed[m] = call.gradients[m == 0 ? 0 : sets.all() - 1];
-  }
-  for (int set = 0; set < P::sets; ++set) a.gradients[set] = call.gradients[sets.first_made() + set];
-  const Given<P> given([&](int set) { return a.gradients[set].data != nullptr; });
-  for (int set = 0; set < P::sets; ++set) a.common.given_sets |= unsigned(given.sets[set]) << set;
-  for (int g = 0; g < P::gate_count; ++g) a.common.given_gates |= unsigned(given.gates[g]) << g;
-  for (int m = 0; m < P::inputs; ++m) a.common.given_inputs |= unsigned(given.inputs[m]) << m;
-  a.of_gamma = numbers<A>(call, call.norm_weight_gradient);
-  a.of_beta = numbers<A>(call, call.norm_bias_gradient);
-  for (int n = 0; n < 4; ++n) a.of_parameters[n] = numbers<A>(call, call.gate_gradient[n]);
-  a.common.wide = lines_aligned<T>(a.inputs, call.shape) && lines_aligned<T>(a.gradients, call.shape) &&
-                  lines_aligned<T>(a.passed, call.shape) && lines_aligned<T>(a.input_gradients, call.shape);
-
+  set_maps<P>(call, a);
   constexpr auto* kernel = backward_kernel<T, P, pixels>;
   return launch_items<kernel, T>(a, call.shape, shared, P::inputs + P::sets, scratch, stream);
 }

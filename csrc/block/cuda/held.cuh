@@ -25,7 +25,7 @@ inline void with_held_element(Dtype dtype, const F& f) {
 
 // --- how a sample is divided --------------------------------------------------------------------------
 
-// The part of a block: all pixels of some channels (planes), or a range of pixels of some channels.
+// The part of a block: a range of the pixels of some channels.
 struct Hold {
   int group;  // blocks per sample; 0 where it can't be held
   Channels channels;
@@ -34,16 +34,17 @@ struct Hold {
   int slots;       // lines per thread and map
 };
 
-// A block's shared memory has at most `lines` lines per thread for two maps, and a group at most `group`
-// blocks. The first size leaves room for two blocks per multiprocessor: with 256 threads it is 74 KB. The
-// second is 147 KB, for samples of which the first would need too many blocks.
+// A thread holds at most `slots` lines of each map, and a group has at most `group` blocks.
 struct HoldSize {
-  int lines, group;
+  int slots, group;
 };
-constexpr HoldSize hold_sizes[] = {{18, 16}, {36, 32}};
-constexpr int most_lines = 36;
-// Channels of a block: of planes, a warp holds one line at least of each of its channels in both maps.
-constexpr int most_held_channels = most<int>(most_lines / 2 * block_warps, most_channels);
+constexpr int most_slots = 18;
+// The most channels of a block whose threads have so many slots: of planes, a warp holds one line at least of
+// each of its channels.
+template <bool pixels>
+constexpr int channels_of_slots(int slots) {
+  return pixels ? most_channels : most<int>(slots * block_warps, most_channels);
+}
 // The hidden layers of all gates of a sample are in the shared memory of each block.
 constexpr int most_hidden = 256;
 
@@ -58,28 +59,74 @@ inline Hold hold_in(const BlockShape& shape, int parts) {
     h.ranges = int(divided(shape.length, h.places));
     h.slots = int(divided(h.places, block_threads / across));
   } else {
-    const int64_t each = divided(shape.channels, parts);
-    h.channels = {1, int(each), int(divided(shape.channels, each))};
-    h.places = divided(shape.length, width<T>);
-    h.ranges = 1;
-    h.slots = int(least<int64_t>(divided(each, block_warps) * divided(h.places, warp_lanes), most_lines));
+    // Planes are cut into ranges only where a warp would otherwise have no channel.
+    const int64_t each = most<int64_t>(divided(shape.channels, parts), block_warps);
+    const int64_t lines = divided(shape.length, width<T>), blocks = divided(shape.channels, each);
+    h.channels = {1, int(each), int(blocks)};
+    h.places = divided(lines, most<int64_t>(parts / blocks, 1));
+    h.ranges = int(divided(lines, h.places));
+    const int64_t slots = divided(each, block_warps) * divided(h.places, warp_lanes);
+    h.slots = int(least<int64_t>(slots, most_slots + 1));
   }
   h.group = h.channels.blocks * h.ranges;
   return h;
 }
 
-// The smallest group that holds two maps of a sample. One map is divided in the same way, so that all modes
-// give the same bits.
-template <class T>
-inline Hold hold_of(const BlockShape& shape) {
+// The smallest group with the first of the sizes that holds a sample.
+template <class T, int n>
+inline Hold hold_of(const BlockShape& shape, const HoldSize (&sizes)[n]) {
   const bool fits = shape.gate != Gate::cbam_channel && hidden(shape) <= most_hidden;
-  for (const HoldSize& size : hold_sizes) {
+  for (const HoldSize& size : sizes) {
     for (int parts = 1; parts <= size.group && fits; parts *= 2) {
       const Hold h = hold_in<T>(shape, parts);
-      if (2 * h.slots <= size.lines && h.group <= size.group) return h;
+      if (h.slots <= size.slots && h.group <= size.group) return h;
     }
   }
   return {};
+}
+
+// The forward holds at most two maps. One map is divided in the same way, so that all modes give the same
+// bits. With 256 threads, the first size takes 74 KB for two maps and leaves room for two blocks per
+// multiprocessor. The second takes 147 KB, for samples of which the first would need too many blocks.
+template <class T>
+inline Hold forward_hold(const BlockShape& shape) {
+  constexpr HoldSize sizes[] = {{9, 16}, {most_slots, 32}};
+  return hold_of<T>(shape, sizes);
+}
+
+// How many lines of each map that is only streamed are under way.
+constexpr int stream_depth = 4;
+
+// What the backward holds. The maps are the inputs, then the gradients of the sets. Of 16-bit types all are
+// held. Of float32, the gradients are combined as they arrive to one map per input: the sum of all that a
+// pixel's gradients add to the gradient of that pixel. It takes the place of a gradient, and the gradients
+// without such a place are streamed through a few lines.
+template <class T, class P>
+struct HeldMaps {
+  static constexpr bool combined = sizeof(T) == 4;
+  static constexpr int all = P::inputs + P::sets;
+  static constexpr int held = combined ? 2 * P::inputs : all;
+  static constexpr int streamed = all - held;
+};
+
+// The most lines that a thread has in all: with 256 threads, a block's lines take 216 KB of the 227 KB of an
+// H100. All modes are divided as `pair`.
+constexpr int most_backward_lines = 54;
+template <class T>
+constexpr int most_backward_slots = [] {
+  using Maps = HeldMaps<T, Pattern<Mode::pair>>;
+  return (most_backward_lines - Maps::streamed * stream_depth) / Maps::held;
+}();
+template <class T>
+inline Hold backward_hold(const BlockShape& shape) {
+  constexpr HoldSize sizes[] = {{most_backward_slots<T>, 64}};
+  return hold_of<T>(shape, sizes);
+}
+// How many lines of maps the shared memory has for each thread.
+template <class T, class P>
+inline int backward_lines(const Hold& hold) {
+  using Maps = HeldMaps<T, P>;
+  return hold.slots * Maps::held + stream_depth * Maps::streamed;
 }
 
 // How many blocks a launch has, so that they can run at the same time with `margin` multiprocessors left
@@ -140,18 +187,83 @@ MRCN_DEVICE void request(Line* to, const T* from, int filled, bool wide) {
   }
 }
 
-// --- the barrier of a group ---------------------------------------------------------------------------
+// --- coefficients -------------------------------------------------------------------------------------
+
+// Reads the coefficients of four channels from `channel` on, a multiple of four.
+template <class A, int slots, class Shared>
+MRCN_DEVICE void read_four(const Shared& shared, int channel, A (&k)[slots][4]) {
+  static_assert(4 * sizeof(A) == sizeof(Line));
+  unroll<slots>([&](auto slot) {
+    const Line four = *reinterpret_cast<const Line*>(&shared.k[slot.v][channel]);
+    std::memcpy(k[slot.v], &four, sizeof(four));
+  });
+}
+
+// Calls f(j, coefficients) for each element j of a line. `k` has the coefficients of a plane; those of pixels
+// are read here.
+template <class T, bool pixels, class A, int slots, class Shared, class F>
+MRCN_DEVICE void over_elements(
+    const Share<T, pixels>& share, const A (&k)[slots], const Shared& shared, const F& f) {
+  unroll<width<T> / 4>([&](auto quarter) {
+    A four[slots][4];
+    if constexpr (pixels) read_four(shared, share.channel + 4 * quarter.v, four);
+    unroll<4>([&](auto e) {
+      A own[slots];
+      unroll<slots>([&](auto slot) { own[slot.v] = pixels ? four[slot.v][e.v] : k[slot.v]; });
+      f(constant<4 * quarter.v + e.v>{}, own);
+    });
+  });
+}
+
+// --- barriers -----------------------------------------------------------------------------------------
+
+// Counts this block at the counter. Blocks that wait for the count see what it wrote before.
+MRCN_DEVICE void arrive(int* arrivals) {
+  __syncthreads();
+  if (threadIdx.x == 0) add_acquire_release(arrivals, 1);
+}
 
 // Returns once all blocks of the group have called it for the sample. What they wrote before is then seen by
 // all threads of the block.
 MRCN_DEVICE void meet(int* arrivals, int group) {
-  __syncthreads();
-  if (threadIdx.x == 0) {
-    add_acquire_release(arrivals, 1);
-    while (load_relaxed(arrivals) < group) pause();
-    load_acquire(arrivals);
-  }
-  __syncthreads();
+  arrive(arrivals);
+  wait_for(arrivals, group);
+}
+
+// --- launches -----------------------------------------------------------------------------------------
+
+// Calls f(element, Pattern, whether channels are contiguous) for a type that is held; otherwise returns
+// false.
+template <class F>
+inline bool with_held_kernel(const BlockShape& shape, const F& f) {
+  bool ran = false;
+  with_held_element(shape.dtype, [&](auto element) {
+    with_pattern(shape.mode, [&](auto pattern) {
+      using Made = typename decltype(pattern)::Made;
+      ran = shape.pixels ? f(element, Made{}, std::true_type{}) : f(element, Made{}, std::false_type{});
+    });
+  });
+  return ran;
+}
+
+// The bytes of a call's scratch memory, with row(hold) numbers for a sample; 0 where it can't be held.
+template <class F>
+inline int64_t held_scratch_bytes(const BlockShape& shape, const Hold& hold, const F& row) {
+  if (hold.group == 0) return 0;
+  return counter_bytes(shape.samples) + shape.samples * row(shape, hold) * int64_t(sizeof(float));
+}
+
+// Launches a kernel that holds samples. Returns whether it could run; `error` is then 0 or CUDA's error code.
+template <auto* kernel, class Arguments>
+inline bool launch_held(const Arguments& arguments, int64_t samples, int shared, int margin, void* scratch,
+    void* stream, int* error) {
+  Capacity capacity{};
+  if (*error = capacity_of<kernel>(&capacity); *error != 0) return true;
+  const int blocks = blocks_together(capacity, arguments.hold, shared, margin, samples);
+  if (blocks == 0) return false;
+  if (*error = clear(scratch, counter_bytes(samples), stream); *error != 0) return true;
+  *error = launch_together<kernel>(arguments, blocks, shared, stream);
+  return !is_refused(*error);
 }
 
 }  // namespace

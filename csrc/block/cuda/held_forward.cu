@@ -20,7 +20,7 @@ struct HeldForwardArguments {
 
 template <class P, class A, bool pixels>
 struct alignas(16) HeldForwardShared {
-  static constexpr int channels = pixels ? most_channels : most_held_channels;
+  static constexpr int channels = channels_of_slots<pixels>(most_slots);
   struct Gates {
     A hidden[P::gate_count][most_hidden];
     A s[P::gate_count][channels];
@@ -83,8 +83,8 @@ struct HeldForward {
   MRCN_DEVICE int channels() const { return int(least<int64_t>(hold.channels.each, a.C - first_channel())); }
   // How many pixels of a plane a range has.
   MRCN_DEVICE A pixels_of(int range) const {
-    if (hold.ranges == 1) return A(a.L);
-    return A(least<int64_t>(hold.places, a.L - range * hold.places));
+    const int64_t each = hold.places * (pixels ? 1 : width<T>);
+    return A(least<int64_t>(each, a.L - range * each));
   }
 };
 
@@ -287,32 +287,16 @@ MRCN_DEVICE void make_coefficients(const HeldForward<T, P, pixels>& h, int64_t i
 
 // --- outputs ------------------------------------------------------------------------------------------
 
-// Reads the coefficients of four channels from `channel` on, a multiple of four.
-template <class A, int slots, class Shared>
-MRCN_DEVICE void read_four(const Shared& shared, int channel, A (&k)[slots][4]) {
-  static_assert(4 * sizeof(A) == sizeof(Line));
-  unroll<slots>([&](auto slot) {
-    const Line four = *reinterpret_cast<const Line*>(&shared.k[slot.v][channel]);
-    std::memcpy(k[slot.v], &four, sizeof(four));
-  });
-}
-
-// The line of a set at one place. `k` has the coefficients of a plane; those of pixels are read here.
+// The line of a set at one place.
 template <int set, class P, class T, bool pixels, class A, class Shared>
 MRCN_DEVICE Line made_line(const Share<T, pixels>& share, const Line (&lines)[P::inputs],
     const A (&k)[P::forward_slots], const Shared& shared) {
   A x[P::inputs][width<T>], y[width<T>];
   unroll<P::inputs>([&](auto m) { widen<T>(lines[m.v], x[m.v]); });
-  unroll<width<T> / 4>([&](auto quarter) {
-    A four[P::forward_slots][4];
-    if constexpr (pixels) read_four(shared, share.channel + 4 * quarter.v, four);
-    unroll<4>([&](auto e) {
-      constexpr int j = 4 * quarter.v + e.v;
-      A from[P::inputs], own[P::forward_slots];
-      unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j]; });
-      unroll<P::forward_slots>([&](auto slot) { own[slot.v] = pixels ? four[slot.v][e.v] : k[slot.v]; });
-      y[j] = made_set<P, set>(own, from);
-    });
+  over_elements(share, k, shared, [&](auto j, const auto& own) {
+    A from[P::inputs];
+    unroll<P::inputs>([&](auto m) { from[m.v] = x[m.v][j.v]; });
+    y[j.v] = made_set<P, set>(own, from);
   });
   return narrow<T>(y);
 }
@@ -386,23 +370,16 @@ held_forward_kernel(HeldForwardArguments<T> arguments) {
 template <class T, class P, bool pixels>
 bool run_held_forward(const BlockForward& call, int margin, void* scratch, void* stream, int* error) {
   using A = acc_t<T>;
-  const Hold hold = hold_of<T>(call.shape);
-  if (hold.group == 0) return false;
-  constexpr auto* kernel = held_forward_kernel<T, P, pixels>;
-  Capacity capacity{};
-  if (*error = capacity_of<kernel>(&capacity); *error != 0) return true;
-  const int shared = int(sizeof(HeldForwardShared<P, A, pixels>)) +
-                     hold.slots * P::inputs * block_threads * int(sizeof(Line));
-  const int blocks = blocks_together(capacity, hold, shared, margin, call.shape.samples);
-  if (blocks == 0) return false;
   HeldForwardArguments<T> a{};
-  const int64_t row = held_forward_row(call.shape, hold);
+  a.hold = forward_hold<T>(call.shape);
+  if (a.hold.group == 0) return false;
+  const int64_t row = held_forward_row(call.shape, a.hold);
   a.forward.common = common<T>(call, P::inputs, 0, row, call.statistics, scratch);
-  a.hold = hold;
   set_maps<P>(call, a.forward);
-  if (*error = clear(scratch, counter_bytes(call.shape.samples), stream); *error != 0) return true;
-  *error = launch_together<kernel>(a, blocks, shared, stream);
-  return !is_refused(*error);
+  const int shared = int(sizeof(HeldForwardShared<P, A, pixels>)) +
+                     a.hold.slots * P::inputs * block_threads * int(sizeof(Line));
+  return launch_held<held_forward_kernel<T, P, pixels>>(
+      a, call.shape.samples, shared, margin, scratch, stream, error);
 }
 
 }  // namespace
@@ -410,25 +387,16 @@ bool run_held_forward(const BlockForward& call, int margin, void* scratch, void*
 int64_t held_forward_scratch(const BlockShape& shape) {
   int64_t bytes = 0;
   with_held_element(shape.dtype, [&](auto element) {
-    const Hold hold = hold_of<decltype(element)>(shape);
-    if (hold.group == 0) return;
-    bytes =
-        counter_bytes(shape.samples) + shape.samples * held_forward_row(shape, hold) * int64_t(sizeof(float));
+    bytes = held_scratch_bytes(shape, forward_hold<decltype(element)>(shape), held_forward_row);
   });
   return bytes;
 }
 
 bool held_forward(const BlockForward& call, int margin, void* scratch, void* stream, int* error) {
-  bool ran = false;
-  with_held_element(call.shape.dtype, [&](auto element) {
-    with_pattern(call.shape.mode, [&](auto pattern) {
-      using T = decltype(element);
-      using P = typename decltype(pattern)::Made;
-      ran = call.shape.pixels ? run_held_forward<T, P, true>(call, margin, scratch, stream, error)
-                              : run_held_forward<T, P, false>(call, margin, scratch, stream, error);
-    });
+  return with_held_kernel(call.shape, [&](auto element, auto pattern, auto pixels) {
+    return run_held_forward<decltype(element), decltype(pattern), decltype(pixels)::value>(
+        call, margin, scratch, stream, error);
   });
-  return ran;
 }
 
 }  // namespace mrcn::MRCN_ISA

@@ -18,11 +18,13 @@ int64_t backward_scratch(const BlockShape& shape);
 int block_forward(const BlockForward& call, void* scratch, void* stream);
 int block_backward(const BlockBackward& call, void* scratch, void* stream);
 
-// The forward of the kernels that hold a sample in shared memory (held.cuh); `margin` multiprocessors are
-// left free. Returns false where they can't serve the call: the gate, the type or the size of a sample, or a
+// The same by the kernels that hold a sample in shared memory (held.cuh); `margin` multiprocessors are left
+// free. Returns false where they can't serve the call: the gate, the type or the size of a sample, or a
 // device without a place for all blocks at once. Otherwise `error` is 0 or CUDA's error code.
 int64_t held_forward_scratch(const BlockShape& shape);
+int64_t held_backward_scratch(const BlockShape& shape);
 bool held_forward(const BlockForward& call, int margin, void* scratch, void* stream, int* error);
+bool held_backward(const BlockBackward& call, int margin, void* scratch, void* stream, int* error);
 
 // The message for the error code of any launch.
 const char* launch_error(int error);

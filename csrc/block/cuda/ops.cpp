@@ -74,9 +74,15 @@ struct Cuda {
     check_launch(error, "the block's forward", like, [&] { return described(call.shape); });
   }
   static void backward(BlockBackward& call, const Tensor& like) {
-    const Tensor scratch = cuda_empty({cuda::backward_scratch(call.shape)}, ScalarType::Byte, like);
+    const Choice choice;
+    const int64_t held = choice.held ? cuda::held_backward_scratch(call.shape) : 0;
+    const Tensor scratch =
+        cuda_empty({std::max(cuda::backward_scratch(call.shape), held)}, ScalarType::Byte, like);
     const OnDevice device(like);
-    const int error = cuda::block_backward(call, scratch.data_ptr(), device.stream());
+    int error = 0;
+    if (held == 0 || !cuda::held_backward(call, choice.margin, scratch.data_ptr(), device.stream(), &error)) {
+      error = cuda::block_backward(call, scratch.data_ptr(), device.stream());
+    }
     check_launch(error, "the block's backward", like, [&] { return described(call.shape); });
   }
 };

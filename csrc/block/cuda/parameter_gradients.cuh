@@ -1,5 +1,5 @@
-// The gradients of the parameters on a GPU: the last items of the block's backward, and the scratch memory in
-// which the items before them leave what they sum.
+// The gradients of the parameters on a GPU, which both backward kernels make last, and the scratch memory in
+// which they leave before what is summed here.
 #pragma once
 
 #include "block/cuda/schedule.cuh"
@@ -181,7 +181,6 @@ inline int64_t last_items(const BlockShape& s) {
 template <class T, class P>
 MRCN_DEVICE void last_item(const BackwardArguments<T>& arguments, int64_t number, int64_t singles) {
   const auto& a = arguments.common;
-  wait_for(a.counters + 1, int(a.N));
   const int64_t blocks = (singles + block_threads - 1) / block_threads;
   if (number < blocks) {
     const int64_t n = number * block_threads + threadIdx.x;
