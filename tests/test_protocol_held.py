@@ -6,6 +6,9 @@ its blocks can bring about, one step of one of them at a time. Stores are weak, 
 seen by its own block alone until that block releases it, or until it trickles out by itself, sooner or later.
 Loads are weak too: the first-level cache may have parts as they were before, which the block sees until it
 acquires. The counter is cleared before each launch, in order with it.
+
+The backward's last meeting, of all blocks of a launch, has the same steps with another counter: a block
+writes its gradients, which no other block reads, between counting itself and waiting.
 """
 
 from __future__ import annotations

@@ -131,10 +131,14 @@ def held(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MRCN_FAST_CUDA_HELD", "1")
 
 
-def ticket_results(drawn: Case) -> dict[str, Tensor]:
+def results_by(forward: str, backward: str, drawn: Case) -> dict[str, Tensor]:
+    """The results by the kernels "held" or "tickets" of each direction."""
+    p = block_cases.problem(drawn)
     with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("MRCN_FAST_CUDA_HELD", "0")
-        return block(drawn)()
+        environment.setenv("MRCN_FAST_CUDA_HELD", str(int(forward == "held")))
+        made = block_cases.call(p.case, p.inputs, p.parameters, BACKEND)
+        environment.setenv("MRCN_FAST_CUDA_HELD", str(int(backward == "held")))
+        return block_cases.with_gradients(p, made)
 
 
 @pytest.mark.parametrize("name", HELD)
@@ -176,9 +180,10 @@ def test_without_a_place_for_a_sample_the_ticket_kernels_serve(
 ) -> None:
     drawn = case("pair", "se", shape=(2, 20, 8, 9))
     emulator.cuda_on_host_set(16, 2, 1, L2)
-    tickets, holding = ticket_results(drawn), block(drawn)()
-    differing = different_bits(tickets, holding)
-    assert {"v_plus", "grad v"} <= set(differing), "the kernels add in different orders"
+    tickets = results_by("tickets", "tickets", drawn)
+    # The kernels add in different orders.
+    assert "visible_restituted" in different_bits(tickets, results_by("held", "tickets", drawn))
+    assert "grad visible" in different_bits(tickets, results_by("tickets", "held", drawn))
     emulator.cuda_on_host_set(blocks, 1, 1, L2)
     emulator.cuda_on_host_busy(busy)
     monkeypatch.setenv("MRCN_FAST_SM_MARGIN", margin)
@@ -199,7 +204,7 @@ def test_without_a_place_for_a_sample_the_ticket_kernels_serve(
 )
 def test_what_is_not_held_the_ticket_kernels_serve(drawn: Case, held: None, emulator: Any) -> None:
     emulator.cuda_on_host_set(ROOM, 3, 1, L2)
-    assert not different_bits(ticket_results(drawn), block(drawn)())
+    assert not different_bits(results_by("tickets", "tickets", drawn), block(drawn)())
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -207,24 +212,27 @@ def test_planes_are_held_where_that_was_measured_to_be_faster(
     layout: str, emulator: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("MRCN_FAST_CUDA_HELD", raising=False)
-    emulator.cuda_on_host_set(DEVICES[0], 1, 1, L2)
+    emulator.cuda_on_host_set(ROOM, 1, 1, L2)
     drawn = case("pair", "se", shape=(2, 20, 8, 9), layout=layout)
-    tickets = ticket_outputs(drawn)
+    tickets = results_by("tickets", "tickets", drawn)
     planes = tuning.planes_of("se", torch.float32, layout == "channels_last", drawn.shape)
 
-    def holds(asked: Case, measured: tuning.Planes, *ways: str) -> bool:
+    def differing(asked: Case, measured: tuning.Planes, *ways: str) -> list[str]:
         choice = tuning.Choice(drawn.shape, "cuda", ways, "2026-11-30", {})
         library.hold(-1, tuning.held_numbers({planes._replace(channels=7): choice, measured: choice}))
-        return different_bits(ticket_outputs(asked), outputs(asked)) != []
+        return different_bits(results_by("tickets", "tickets", asked), block(asked)())
 
     try:
-        assert holds(drawn, planes, "forward")
-        assert holds(drawn._replace(shape=(3, 20, 9, 8)), planes, "forward", "backward"), "any N"
-        assert not holds(drawn, planes, "backward")
+        assert "visible_restituted" in differing(drawn, planes, "forward")
+        assert "visible_restituted" in differing(
+            drawn._replace(shape=(3, 20, 9, 8)), planes, "forward", "backward"
+        ), "any N"
+        backward = differing(drawn, planes, "backward")
+        assert "grad visible" in backward and "visible_restituted" not in backward
         monkeypatch.setenv("MRCN_FAST_CUDA_HELD", "0")
-        assert not holds(drawn, planes, "forward")
+        assert not differing(drawn, planes, "forward")
         monkeypatch.setenv("MRCN_FAST_CUDA_HELD", "1")
-        assert holds(drawn, planes)
+        assert "visible_restituted" in differing(drawn, planes)
         monkeypatch.delenv("MRCN_FAST_CUDA_HELD")
         for other in (
             planes._replace(gate="eca"),
@@ -233,11 +241,11 @@ def test_planes_are_held_where_that_was_measured_to_be_faster(
             planes._replace(channels=21),
             planes._replace(pixels=73),
         ):
-            assert not holds(drawn, other, "forward")
-        assert holds(drawn, planes, "forward")
+            assert not differing(drawn, other, "forward", "backward")
+        assert "visible_restituted" in differing(drawn, planes, "forward")
     finally:
         library.hold(-1, [])
-    assert not different_bits(tickets, outputs(drawn)), "nothing is held any more"
+    assert not different_bits(tickets, block(drawn)()), "nothing is held any more"
     with pytest.raises(RuntimeError, match="set_held: got 3 numbers"):
         library.hold(-1, [1, 2, 3])
 
