@@ -77,14 +77,14 @@ def _run(arguments: Sequence[str], commands: Mapping[str, Command], program: str
     if name == "--version" and commands is COMMANDS:
         print(f"mrcn_fast {mrcn_fast.__version__}")
         return 0
+    own = ["--help", *["--version"] * (commands is COMMANDS)]
     if name not in commands and name.startswith("-"):
-        print(
-            f"{program}: error: got {name} before the command; write {program} COMMAND {name} ...",
-            file=sys.stderr,
-        )
+        near = nearest(name, own)
+        advice = f"did you mean {near}?" if near else f"write {program} COMMAND {name} ..."
+        print(f"{program}: error: got {name} before the command; {advice}", file=sys.stderr)
         return 2
     if name not in commands:
-        near = nearest(name, [*commands, *["--version"] * (commands is COMMANDS)])
+        near = nearest(name, [*commands, *own[1:]])
         meant = f"; did you mean {near}?" if near else ""
         print(
             f"{program}: error: got the command {name!r}, expected one of {', '.join(commands)}{meant}",

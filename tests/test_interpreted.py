@@ -13,7 +13,7 @@ from tests.support.processes import run_pytest
 ABSENT = importlib.util.find_spec("triton") is None
 
 
-@pytest.mark.slow(seconds=300)
+@pytest.mark.slow(seconds=120)
 @pytest.mark.skipif(ABSENT and sys.platform != "linux", reason="Triton has no build for this machine")
 def test_the_triton_kernels_in_the_interpreter() -> None:
     printed = run_pytest("tests/interpreted", environment={"TRITON_INTERPRET": "1"})

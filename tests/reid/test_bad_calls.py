@@ -82,6 +82,7 @@ COMMANDS = [
     "--colour train",
     "version",
     "-v",
+    "--verison",
     "--traceback",
     "info extra",
     "info --verbose",

@@ -80,6 +80,10 @@ def test_incomplete_trees_are_refused(
 def test_folders_that_are_no_tree(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"nowhere: expected the tree of a data set: .*no such folder"):
         recognize(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    with pytest.raises(DatasetError, match=r"file: expected the tree of a data set: .*; found a file$"):
+        recognize(tmp_path / "file")
+    (tmp_path / "file").unlink()
     with pytest.raises(DatasetError, match=r"found an empty folder"):
         recognize(tmp_path)
     (tmp_path / "idx").mkdir()

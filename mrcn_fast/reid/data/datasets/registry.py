@@ -8,7 +8,7 @@ from typing import Final
 from mrcn_fast.reid.data.datasets.llcm import LLCM
 from mrcn_fast.reid.data.datasets.regdb import RegDB
 from mrcn_fast.reid.data.datasets.sysu_mm01 import SYSUMM01
-from mrcn_fast.reid.data.datasets.trees import entries
+from mrcn_fast.reid.data.datasets.trees import check_is_folder, entries
 from mrcn_fast.reid.data.types import DatasetError, PersonDataset
 
 DATASETS: Final[dict[str, type[PersonDataset]]] = {
@@ -73,8 +73,7 @@ def recognize(root: str | Path) -> str:
     expected = "the tree of a data set: " + "; ".join(
         f"{name} ({', '.join(always)} beside {' or '.join(some)})" for name, (always, some) in _SIGNS.items()
     )
-    if not root.is_dir():
-        raise DatasetError(f"{root}: expected {expected}; found no such folder")
+    check_is_folder(root, expected)
     names = [
         name
         for name, (always, some) in _SIGNS.items()

@@ -61,10 +61,16 @@ def entries(folder: Path) -> str:
     return few(sorted(entry.name for entry in folder.iterdir())) or "an empty folder"
 
 
+def check_is_folder(root: Path, tree: str) -> None:
+    """Raise DatasetError unless `root` is a folder; `tree` describes the expected tree."""
+    if not root.is_dir():
+        found = "a file" if root.exists() else "no such folder"
+        raise DatasetError(f"{root}: expected {tree}; found {found}")
+
+
 def check_folders(root: Path, folders: Iterable[str], tree: str) -> None:
     """Raise DatasetError unless `root` has all `folders`; `tree` describes the expected tree."""
-    if not root.is_dir():
-        raise DatasetError(f"{root}: expected {tree}; found no such folder")
+    check_is_folder(root, tree)
     missing = [folder for folder in folders if not (root / folder).is_dir()]
     if missing:
         raise DatasetError(f"{root}: expected {tree}; found no {few(missing)}, but {entries(root)}")
