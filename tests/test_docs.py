@@ -322,9 +322,7 @@ SYNTHETIC_TABLES = {
 
 
 @pytest.mark.parametrize("table", SYNTHETIC_TABLES)
-def test_a_synthetic_table_is_that_of_its_result_file(
-    table: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_synthetic_table_is_that_of_its_result_file(table: str, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("lightning_fabric", reason="tables need the packages of [reid]")
     assert cli.main(["table", table, "--from", str(SYNTHETIC_TABLES[table])]) == 0
     printed = rows(capsys.readouterr().out)
