@@ -52,9 +52,7 @@ class BlockCall:
         return plain.run_precisely(self.mode, self.gate, self.eps, self.restitute_to, tensors)
 
 
-@internals.assume_constant
-@functools.cache  # what a call costs the host is measured in microseconds
-def block_call(mode: str, backend: str, gate: str, eps: float, restitute_to: str) -> BlockCall:
+def make_block_call(mode: str, backend: str, gate: str, eps: float, restitute_to: str) -> BlockCall:
     """The call of an operation on a backend's kernels. Raises ValueError where a setting does not fit."""
     check_settings(gate, eps, restitute_to)
     operation, kernels = OPERATIONS[mode], dispatch.KERNELS[backend]
@@ -71,14 +69,18 @@ def block_call(mode: str, backend: str, gate: str, eps: float, restitute_to: str
     )
 
 
-@functools.cache
-def _gets_gradient(mode: str, given: tuple[bool, ...]) -> tuple[bool, ...]:
+def _find_gradients(mode: str, given: tuple[bool, ...]) -> tuple[bool, ...]:
     """For each input, γ, β and each of a gate's parameters: whether a result with a gradient was made of it.
 
     ``given`` says of each result whether it has a gradient.
     """
     used, by_gate = OPERATIONS[mode].used_by(given)
     return (*used, any(used), any(used), *[by_gate] * MOST_PARAMETERS)
+
+
+# What a call costs the host is measured in microseconds. torch.compile leaves caches out, and warns of each.
+block_call = functools.cache(make_block_call)
+_gets_gradient = functools.cache(_find_gradients)
 
 
 class BlockFunction(torch.autograd.Function):
@@ -110,7 +112,8 @@ class BlockFunction(torch.autograd.Function):
         )
         # A tensor of which no set with a gradient was made gets None, as in eager PyTorch. With zeros an
         # optimizer would decay the weight.
-        wanted = _gets_gradient(call.mode, tuple([g is not None for g in gradients]))
+        find = _find_gradients if torch.compiler.is_compiling() else _gets_gradient
+        wanted = find(call.mode, tuple([g is not None for g in gradients]))
         count = len(tensors)
         return None, *[g if has else None for g, has in zip(found[:count], wanted, strict=False)]
 
@@ -188,7 +191,7 @@ def _run_checked(
     compiling = torch.compiler.is_compiling()
     if backend == "reference" or (not compiling and internals.in_forward_mode(tensors)):
         return plain.run_reference(mode, gate, eps, restitute_to, tensors)
-    call = block_call(mode, backend, gate, eps, restitute_to)
+    call = (make_block_call if compiling else block_call)(mode, backend, gate, eps, restitute_to)
     if not compiling and internals.under_transform(tensors):
         return TransformedBlockFunction.apply(call, *tensors)[:-1]
     if not torch.is_grad_enabled():

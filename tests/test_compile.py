@@ -68,7 +68,10 @@ def assert_equal_within_rounding(got: dict[str, Tensor], want: dict[str, Tensor]
 
 
 @matrix.backends("reference", *KERNEL_BACKENDS)
-def test_the_whole_network_is_one_graph(backend: str) -> None:
+@pytest.mark.filterwarnings("error:Dynamo")
+def test_the_whole_network_is_one_graph(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a warning, each of which a process sees once."""
+    monkeypatch.setattr("torch._dynamo.utils.warn_once_cache", set())
     network = Network(backend)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(network, backend=counter, fullgraph=True)

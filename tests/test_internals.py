@@ -112,7 +112,7 @@ def test_traced_by_jit(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @matrix.backends(*KERNEL_BACKENDS)
 def test_torch_compile_without_constants(backend: str, monkeypatch: pytest.MonkeyPatch, forget: None) -> None:
-    for function in (dispatch.choose, autograd.block_call):
+    for function in (dispatch.choose, dispatch._tuned_for):
         monkeypatch.delattr(function, "_dynamo_marked_constant")
     block, x = block_of(backend), random(2, 5, 4, 3).to(DEVICE)
     compiled = torch.compile(block, backend="eager")

@@ -1,11 +1,11 @@
-// What the kernels share that hold a sample in shared memory: how a sample is divided, the lines that a
-// thread holds, and the barrier of the blocks of a sample.
+// What the kernels that hold a sample in shared memory have in common: how a sample is divided, the lines
+// that a thread holds, and the barrier of the blocks of a sample.
 //
 // A group of blocks holds a sample. Each block copies its part of every map into shared memory, sums it, and
 // publishes its sums. After one barrier of the group, each block writes its part of the results from shared
 // memory. So every map is read once. All blocks of a launch run at the same time (`launch_together`), and so
 // a block may wait for others. Only integers are added atomically, and the order of every sum depends on C,
-// L, the type and the layout, neither on the GPU nor on the batch size nor on the mode.
+// L, the type and the layout, but not on the GPU, the batch size or the mode.
 //
 // A thread reads and writes the same lines: it copies them, sums them and uses them without a barrier.
 #pragma once
@@ -87,7 +87,7 @@ inline Hold hold_of(const BlockShape& shape, const HoldSize (&sizes)[n]) {
 
 // The forward holds at most two maps. One map is divided in the same way, so that all modes give the same
 // bits. With 256 threads, the first size takes 74 KB for two maps and leaves room for two blocks per
-// multiprocessor. The second takes 147 KB, for samples of which the first would need too many blocks.
+// multiprocessor. The second size takes 147 KB, for samples that would need too many blocks of the first.
 template <class T>
 inline Hold forward_hold(const BlockShape& shape) {
   constexpr HoldSize sizes[] = {{9, 16}, {most_slots, 32}};
@@ -170,7 +170,7 @@ MRCN_DEVICE void over_lines(const Common<A>& a, const Hold& hold, const Held& he
   });
 }
 
-// Where the thread holds the line of map m.
+// The place in shared memory where the thread holds its line number `slot` of map m.
 template <int maps>
 MRCN_DEVICE Line* held_line(Line* lines, int slot, int m) {
   return lines + int64_t(slot * maps + m) * block_threads + threadIdx.x;
