@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mrcn_fast.reid import ReIDModel, StagedTrunk, TrainConfig, Trainer, open_dataset, score_checkpoint
-from mrcn_fast.reid.data import write_regdb
+from mrcn_fast.reid.data import write_sysu
 
 
 def stage(inputs: int, outputs: int, patch: int) -> nn.Module:
@@ -28,12 +28,14 @@ def main() -> None:
     torch.manual_seed(0)
     trunk = StagedTrunk([stage(3, 32, 4), stage(32, 64, 2), stage(64, 96, 2)], channels=[32, 64, 96])
     with tempfile.TemporaryDirectory() as folder:
-        data = write_regdb(f"{folder}/regdb", identities=8, images=4, image_size=(64, 32))
+        data = write_sysu(
+            f"{folder}/sysu", identities=8, test_identities=4, images_per_camera=2, image_size=(64, 32)
+        )
         config = TrainConfig(
-            data=str(data), dataset="regdb", out=f"{folder}/run", accelerator="cpu", workers=0, epochs=2,
-            batches=4, identities=2, height=64, width=32,
+            data=str(data), out=f"{folder}/run", accelerator="cpu", workers=0, epochs=2, batches=4,
+            identities=2, images=4, height=64, width=32,
         )  # fmt: skip
-        classes = len(open_dataset("regdb", data).training().identities)
+        classes = len(open_dataset("sysu-mm01", data).training().identities)
         network = ReIDModel(classes, trunk=trunk, model="mrcn", stages=(0, 1))
         trainer = Trainer(
             config,

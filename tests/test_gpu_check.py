@@ -13,6 +13,7 @@ import torch
 
 import mrcn_fast
 from mrcn_fast.dispatch import BackendStatus
+from tests.support.processes import make_outside_an_environment
 from tests.support.scripts import load_script
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -74,15 +75,7 @@ def runs(gpu_check: ModuleType, gpu: pytest.MonkeyPatch) -> Runs:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so() -> None:
     """make says so, and installs and builds nothing first."""
-    done = subprocess.run(
-        # ARGS is empty, because `make test ARGS=...` passes its own on to every make that it starts.
-        ["make", "gpu-check", f"PYTHON={sys.executable}", "VENV=no-such-environment", "ARGS="],
-        cwd=ROOT,
-        env=os.environ | {"MAKEFLAGS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = make_outside_an_environment("gpu-check")
     assert done.returncode != 0
     assert f"gpu-check: there is no GPU that torch can use: torch {torch.__version__}" in done.stderr
     assert sys.executable in done.stderr and "Traceback" not in done.stderr

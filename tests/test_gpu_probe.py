@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,9 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.processes import make_outside_an_environment
 from tests.support.scripts import load_script
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -26,14 +24,7 @@ def gpu_probe() -> ModuleType:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so() -> None:
-    done = subprocess.run(
-        ["make", "gpu-probe", f"PYTHON={sys.executable}", "VENV=no-such-environment", "ARGS="],
-        cwd=ROOT,
-        env=os.environ | {"MAKEFLAGS": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = make_outside_an_environment("gpu-probe")
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert f"gpu-probe: there is no GPU here that torch {torch.__version__} can use" in done.stderr
 

@@ -50,3 +50,16 @@ def instruction_set(isa: str) -> dict[str, str]:
         pytest.skip(reason)
     assert f"C++ kernels for {isa}, compiled for" in reason
     return environment
+
+
+def make_outside_an_environment(target: str) -> subprocess.CompletedProcess[str]:
+    """Run a target of the Makefile with this Python, where there is no environment of the Makefile's."""
+    return subprocess.run(
+        # ARGS is empty, because `make test ARGS=...` passes its own on to every make that it starts.
+        ["make", target, f"PYTHON={sys.executable}", "VENV=no-such-environment", "ARGS="],
+        cwd=ROOT,
+        env=os.environ | {"MAKEFLAGS": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
