@@ -15,12 +15,17 @@
 namespace mrcn::MRCN_ISA {
 namespace {
 
-// f(T{}) for the types of maps that are held: all but float64.
+// f(T{}) for the types of maps that are held: all but float64. As in `with_element`, a build may have one
+// type.
 template <class F>
-inline void with_held_element(Dtype dtype, const F& f) {
+inline void with_held_element([[maybe_unused]] Dtype dtype, const F& f) {
+#if defined(MRCN_ELEMENT)
+  f(MRCN_ELEMENT{});
+#else
   if (dtype == Dtype::f32) f(float{});
   if (dtype == Dtype::bf16) f(bf16{});
   if (dtype == Dtype::f16) f(f16{});
+#endif
 }
 
 // --- how a sample is divided --------------------------------------------------------------------------
