@@ -82,9 +82,13 @@ def test_accuracy_in_small_blocks(
 ) -> None:
     reduction = "mean" if stacked == normalize else "none"
     # The gradient of each normalized row makes the centers again: fewer rows, in two blocks instead of three.
-    sizes = ((3, 0, 2), (1, 2, 3), 11) if normalize else ((5, 0, 3, 1), (1, 2, 6, 0), 19)
-    case = CQCCase(*sizes, dtype, stacked, reduction, detach_negative, margin=1.0)
-    cqc_cases.check_accuracy(case._replace(normalize=normalize), BACKEND)
+    visible, infrared, dimensions = (
+        ((3, 0, 2), (1, 2, 3), 11) if normalize else ((5, 0, 3, 1), (1, 2, 6, 0), 19)
+    )
+    case = CQCCase(
+        visible, infrared, dimensions, dtype, stacked, reduction, detach_negative, 1.0, normalize=normalize
+    )
+    cqc_cases.check_accuracy(case, BACKEND)
 
 
 @pytest.mark.parametrize("layout", FEATURE_LAYOUTS)
