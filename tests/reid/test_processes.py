@@ -28,6 +28,7 @@ from mrcn_fast.reid.training.checkpoint import CheckpointError, content_digest, 
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.journal import read_lines
 from mrcn_fast.reid.training.losses import ReIDLoss
+from mrcn_fast.reid.training.messages import RunMessages
 from mrcn_fast.reid.training.trainer import Trainer
 from tests.reid.conftest import quiet
 from tests.reid.training.test_interruption import ended, started, wait_for
@@ -271,7 +272,16 @@ class NotFinite:
 
 
 def not_finite(rank: int, config: TrainConfig) -> None:
-    Trainer(config, loss=NotFinite(rank)).fit(progress=quiet())
+    """The process whose loss isn't finite reports it late, so that a report of the other would come first."""
+    message = RunMessages.loss_not_finite
+
+    def late(*arguments: Any) -> str:
+        time.sleep(rank)
+        return message(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunMessages, "loss_not_finite", late)
+        Trainer(config, loss=NotFinite(rank)).fit(progress=quiet())
 
 
 def killed(rank: int, config: TrainConfig) -> None:

@@ -269,9 +269,7 @@ class Trainer(Generic[Model]):
         try:
             return self._step.take(batch)
         except NotFiniteError as error:
-            if error.result.finite:
-                raise other_failed() from None
-            raise TrainingError(self._not_finite(batch, error.result)) from None
+            raise self._not_finite(batch, error.result) from None
 
     def prepared(self, images: Tensor, modality: Modality) -> Tensor:
         """Move a batch of uint8 images to the device, augment it, and put it into the run's memory layout."""
@@ -426,7 +424,7 @@ class Trainer(Generic[Model]):
                 self.batch -= self.step_count - number + 1
                 self.step_count = number - 1
                 if isinstance(error, NotFiniteError):
-                    raise TrainingError(self._not_finite(batch, error.result)) from None
+                    raise self._not_finite(batch, error.result) from None
                 raise
             now = time.perf_counter()
             self.journal.add(result, now - begun, waited)
@@ -522,6 +520,11 @@ class Trainer(Generic[Model]):
         restore_random_state(checkpoint.random[self.processes.rank], self.fabric.device)
         log.info("Going on from %s: step %d of %d", path, self.step_count, self.total_steps)
 
-    def _not_finite(self, batch: Batch, result: StepResult) -> str:
+    def _not_finite(self, batch: Batch, result: StepResult) -> Exception:
+        """The exception for a step that was refused; the process whose own result isn't finite reports it."""
+        if result.finite:
+            return other_failed()
         files = batch.files(self.training)
-        return self.messages.loss_not_finite(self.step_count + 1, self.epoch + 1, result, files)
+        return TrainingError(
+            self.messages.loss_not_finite(self.step_count + 1, self.epoch + 1, result, files)
+        )
