@@ -361,8 +361,8 @@ held_forward_kernel(HeldForwardArguments<T> arguments) {
     meet(h.a.arrivals(i), h.hold.group);
     make_coefficients(h, i);
     write_outputs(h, i, i + step);
-    // The first wait of the next sample leaves one group of copies under way. This empty group is that one, so
-    // that both maps of the sample have arrived by then.
+    // The first wait of the next sample leaves one group of copies under way. This empty group is that one,
+    // so that both maps of the sample have arrived by then.
     if (P::inputs == 2) commit_copies();
   }
 }
