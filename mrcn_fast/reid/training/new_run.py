@@ -9,10 +9,9 @@ from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.errors import TrainingError
 from mrcn_fast.reid.training.initial import check_initial
-from mrcn_fast.reid.training.journal import DAMAGED_NAME, METRICS_NAME
 from mrcn_fast.reid.training.loggers import check_logger
 from mrcn_fast.reid.training.optimizer import check_optimizer
-from mrcn_fast.reid.training.run_folder import held, run_files
+from mrcn_fast.reid.training.run_folder import held, run_files, step_files
 
 
 def check_new_run(config: TrainConfig, *, resume: bool, overwrite: bool) -> None:
@@ -47,12 +46,11 @@ def replaced_files(out: Path, *, resume: bool, overwrite: bool) -> list[Path]:
     there = run_files(out)
     if resume and out / CHECKPOINT_NAME in there:
         return []
-    if resume:
-        # A run without a checkpoint takes the steps in its journal again.
-        there = [path for path in there if path.name not in (METRICS_NAME, DAMAGED_NAME)]
-    if there and not overwrite:
+    # A run without a checkpoint takes the steps again that it has measured.
+    lost = [path for path in there if not resume or path not in step_files(out)]
+    if lost and not overwrite:
         raise TrainingError(
-            f"{there[0]}: a run is already there. Go on with it (--resume), replace it (--overwrite), or "
+            f"{lost[0]}: a run is already there. Go on with it (--resume), replace it (--overwrite), or "
             "give another folder (--out)."
         )
     return there

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -19,6 +19,8 @@ RUN_FILES = (CHECKPOINT_NAME, BEST_NAME, METRICS_NAME, DAMAGED_NAME, RESULT_NAME
 LOG_NAME = "run.log"
 CSV_NAME = "csv/metrics.csv"
 _LOGGER_FILES = (CSV_NAME, "tensorboard/events.out.tfevents.*")
+# Those with the measurements of steps, which a run that begins again takes again.
+_STEP_FILES = (METRICS_NAME, DAMAGED_NAME, *_LOGGER_FILES)
 
 
 class FolderInUseError(ValueError):
@@ -50,4 +52,13 @@ def held(folder: Path, work: str) -> Iterator[None]:
 
 def run_files(folder: Path) -> list[Path]:
     """The files of a run that are in the folder."""
-    return sorted(path for pattern in (*RUN_FILES, *_LOGGER_FILES) for path in folder.glob(pattern))
+    return _found(folder, (*RUN_FILES, *_LOGGER_FILES))
+
+
+def step_files(folder: Path) -> list[Path]:
+    """Those of `run_files` that have the measurements of steps alone."""
+    return _found(folder, _STEP_FILES)
+
+
+def _found(folder: Path, patterns: Iterable[str]) -> list[Path]:
+    return sorted(path for pattern in patterns for path in folder.glob(pattern))

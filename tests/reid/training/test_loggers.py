@@ -9,9 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from mrcn_fast.reid.training.batches import Batch
+from mrcn_fast.reid.training.callbacks import Callback
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.training.journal import StepResult
 from mrcn_fast.reid.training.trainer import Trainer
-from tests.reid.conftest import train
+from tests.reid.conftest import quiet, train
 
 
 @pytest.fixture
@@ -57,6 +60,19 @@ def test_a_csv_file_goes_on_where_the_run_does(logged: TrainConfig) -> None:
     assert (list(loss), list(delta)) == ([1, 2, 3, 4, 5, 6], [3, 6])
     assert first == ({step: loss[step] for step in (1, 2, 3)}, {3: delta[3]})
     assert loss[4] != 99
+
+
+def test_a_run_stopped_before_its_first_checkpoint_logs_its_steps_again(logged: TrainConfig) -> None:
+    class Stopping(Callback):
+        def on_step_end(self, trainer: Trainer, batch: Batch, result: StepResult) -> None:
+            if trainer.step_count == 2:
+                raise RuntimeError("stopped")
+
+    config = dataclasses.replace(logged, validate_every=None)
+    with pytest.raises(RuntimeError, match="stopped"):
+        Trainer(config, callbacks=[Stopping()]).fit(progress=quiet())
+    assert list(rows(config, "train/loss")) == [1]
+    assert list(rows(train(config, resume=True).config, "train/loss")) == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_new_run_begins_its_logs_anew(logged: TrainConfig) -> None:
