@@ -386,7 +386,7 @@ class Trainer(Generic[Model]):
         rate = learning_rate(self.config, self.epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["scale"]
-        asked = time.perf_counter()
+        asked, unrecorded = time.perf_counter(), 0.0
         for batch in self.batches.of(self.epoch, self.batch):
             begun = time.perf_counter()
             self._launched.append(
@@ -394,12 +394,13 @@ class Trainer(Generic[Model]):
             )
             self.step_count += 1
             self.batch += 1
-            self._end_steps(bars, task, begun, ahead=0 if self._writes_here() else self._step.ahead)
+            ahead = 0 if self._writes_here() else self._step.ahead
+            unrecorded = self._end_steps(bars, task, begun - unrecorded, ahead=ahead)
             if self._ends_here():
                 break
             self._write_within_epoch(rate)
             asked = time.perf_counter()
-        self._end_steps(bars, task, time.perf_counter())
+        self._end_steps(bars, task, time.perf_counter() - unrecorded)
         self.journal.write(self.step_count, self.epoch, rate)
         if self.batch >= len(self.batches):
             self.epoch, self.batch = self.epoch + 1, 0
@@ -410,10 +411,11 @@ class Trainer(Generic[Model]):
             self.journal.summary(),
         )
 
-    def _end_steps(self, bars: Progress, task: TaskID, begun: float, *, ahead: int = 0) -> None:
+    def _end_steps(self, bars: Progress, task: TaskID, begun: float, *, ahead: int = 0) -> float:
         """Read and record the measurements of all steps but the last `ahead`, whose time began at `begun`.
 
-        Raises TrainingError for a loss that isn't finite. That step and those after it then don't count.
+        Returns the seconds that have passed since the last of them ended, or else since `begun`. Raises
+        TrainingError for a loss that isn't finite. That step and those after it then don't count.
         """
         while len(self._launched) > ahead:
             number, batch, end, waited = self._launched.popleft()
@@ -433,6 +435,7 @@ class Trainer(Generic[Model]):
             self.fabric.call("on_step_end", self, batch, result)
             status = f"epoch {self.epoch + 1} loss {result.loss:.3f} accuracy {result.accuracy:.2f}"
             bars.update(task, completed=number, status=status)
+        return time.perf_counter() - begun
 
     def _validate(self) -> None:
         """Score the network if an epoch has just ended after which that is due and hasn't been done."""

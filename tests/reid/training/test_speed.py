@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -264,6 +265,23 @@ def test_a_resumed_run_ends_bitwise_as_an_uninterrupted_one(config: TrainConfig)
     assert resumed.journal.lines[-1]["step"] == whole.journal.lines[-1]["step"] == 6
     for found, expected in zip(state_of(resumed._step), state_of(whole._step), strict=True):
         assert same_bits(found, expected)
+
+
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_the_seconds_of_all_steps_are_recorded(config: TrainConfig, every: int) -> None:
+    loss = ReIDLoss()
+
+    def slow(output: TrainingOutput, labels: Tensor) -> LossParts:
+        time.sleep(0.05)
+        return loss(output, labels)
+
+    trainer = small(dataclasses.replace(config, batches=6, epochs=1, log_every=every), loss=slow)
+    begun = time.perf_counter()
+    trainer.fit(progress=quiet())
+    whole = time.perf_counter() - begun
+    seconds = [line["step_seconds"] for line in trainer.journal.lines]
+    assert len(seconds) * every == 6
+    assert min(seconds) >= 0.05 and sum(seconds) * every < whole
 
 
 class Failing:
