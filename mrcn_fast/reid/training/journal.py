@@ -134,8 +134,7 @@ class Journal:
 
     def clear(self) -> None:
         """Remove the file of an earlier run, and the file of its damaged lines."""
-        self.lines.clear()
-        self.validations.clear()
+        self._forget()
         if not self.writes:
             return
         self.path.unlink(missing_ok=True)
@@ -151,8 +150,7 @@ class Journal:
 
         Lines that are damaged or out of order are moved to `damaged_path`, with a warning.
         """
-        self.lines.clear()
-        self.validations.clear()
+        self._forget()
         if not self.path.exists():
             return
         damaged: dict[int, bytes] = {}
@@ -170,6 +168,11 @@ class Journal:
             return
         self._set_aside({number: text for number, text in damaged.items() if text})
         write_atomically(self.path, lambda file: file.write(kept.encode()))
+
+    def _forget(self) -> None:
+        self.lines.clear()
+        self.validations.clear()
+        self._steps.clear()
 
     def _set_aside(self, damaged: Mapping[int, bytes]) -> None:
         if not damaged:

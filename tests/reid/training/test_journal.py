@@ -51,9 +51,11 @@ def test_a_journal_goes_back_to_the_checkpoint(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(line(1) + b"\n" + line(2) + b"\n" + line(3) + b'\n{"ste')
     journal = Journal(path)
+    journal.add(StepResult(9, 9, 0, 0, 0, 0.5, 0.1), 0.1, 0.0)  # of a step that the run takes again
     journal.return_to(2)
     journal.add(StepResult(1, 1, 0, 0, 0, 0.5, 0.1), 0.1, 0.0)
     journal.write(3, 0, 0.01)
+    assert journal.lines[-1]["loss"] == 1
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
     assert (tmp_path / "metrics.jsonl.damaged").read_bytes() == b'{"ste\n'
 
