@@ -288,7 +288,8 @@ class Trainer(Generic[Model]):
             the checkpoint's path
 
         Raises:
-            TrainingError, CheckpointError: where training can't begin or go on
+            TrainingError, CheckpointError: where training can't begin or go on, as after an earlier `fit`
+                without `resume`
             FolderInUseError: where another process trains into `out`
             MemoryShortageError: where an allocation fails
 
@@ -321,6 +322,11 @@ class Trainer(Generic[Model]):
         if resume and self.processes.from_first(self.checkpoint_path.exists):
             self._resume()
             return
+        if self.step_count > 0:
+            raise TrainingError(
+                f"{self.out}: this Trainer has taken {self.step_count} steps, expected one that has taken "
+                "none: make a new one to begin anew, or go on with fit(resume=True) from a checkpoint"
+            )
         if resume:
             log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
         if self.processes.first:

@@ -127,6 +127,14 @@ def test_a_second_run_does_not_replace_the_first(tiny_config: TrainConfig) -> No
     assert train(config, overwrite=True).step_count == 1
 
 
+def test_a_trainer_begins_one_run(tiny_config: TrainConfig) -> None:
+    trainer = train(dataclasses.replace(tiny_config, steps=1))
+    before = trainer.checkpoint_path.read_bytes()
+    with pytest.raises(TrainingError, match="has taken 1 steps, expected one that has taken none"):
+        trainer.fit(overwrite=True, progress=quiet())
+    assert trainer.checkpoint_path.read_bytes() == before
+
+
 def test_the_old_runs_scores_go_with_it(tiny_config: TrainConfig) -> None:
     config = dataclasses.replace(tiny_config, steps=1)
     path = train(config).checkpoint_path
