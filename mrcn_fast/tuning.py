@@ -201,6 +201,7 @@ def _driver(module: Path = Path("/proc/driver/nvidia/version")) -> str:
 
 def save(device: torch.device, choices: Choices) -> Path:
     """Enter the choices into the file, in place of earlier ones for the same planes on this machine."""
+    forget()  # another process may have written since this one read
     here = machine(device)
     written = [_written(planes, choice) for planes, choice in (_of(here) | dict(choices)).items()]
     others = [entry for entry in _entries() if entry["machine"] != here]

@@ -78,6 +78,18 @@ def test_a_choice_holds_for_its_machine_alone(gpu: pytest.MonkeyPatch) -> None:
         assert tuning.load(DEVICE) == {PLANES: CHOICE}, "the other machine's choice stands beside it"
 
 
+def test_what_another_process_has_saved_stays(gpu: pytest.MonkeyPatch) -> None:
+    path = tuning.save(DEVICE, {PLANES: CHOICE})
+    saved = path.read_bytes()
+    path.unlink()
+    tuning.forget()
+    assert tuning.load(DEVICE) == {}
+    path.write_bytes(saved)  # by the other process
+    other = PLANES._replace(channels=8)
+    tuning.save(DEVICE, {other: CHOICE._replace(shape=(2, 8, 4, 3))})
+    assert tuning.load(DEVICE).keys() == {PLANES, other}
+
+
 def test_the_folder(gpu: pytest.MonkeyPatch, tmp_path: Path) -> None:
     gpu.setattr(Path, "home", lambda: tmp_path / "home")
     for given in ("", "relative"):
