@@ -15,7 +15,7 @@ from pydantic import Field
 from rich.progress import Progress
 
 from mrcn_fast.block import MODALITIES
-from mrcn_fast.dispatch import choose
+from mrcn_fast.dispatch import choose_for
 from mrcn_fast.outputs import check_file
 from mrcn_fast.reid.console import progress_bars
 from mrcn_fast.reid.evaluation.results import ResultError
@@ -154,7 +154,7 @@ def time_block(trained: Trained) -> BlockTimes | None:
             break
     # The first round warms up.
     fused, plain = (1000 * statistics.median(taken[1:]) for taken in seconds.values())
-    backend = choose(None, device.type, maps.dtype)
+    backend = choose_for(None, v, config.gate)
     return BlockTimes(fused, plain, backend, device.type, " × ".join(map(str, shape)))
 
 

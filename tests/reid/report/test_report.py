@@ -14,12 +14,15 @@ import pytest
 import torch
 from PIL import Image
 
+from mrcn_fast import dispatch
 from mrcn_fast.cli import main
 from mrcn_fast.reid.data import RegDB
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
+from mrcn_fast.reid.evaluation.trained import open_trained
 from mrcn_fast.reid.report import choose_subject, write_report
 from mrcn_fast.reid.report.charts import draw_cmc, draw_losses
+from mrcn_fast.reid.report.command import time_block
 from mrcn_fast.reid.training.config import TrainConfig
 from tests.reid.conftest import TINY, quiet, train
 from tests.support.browser import NEEDS_CHROMIUM, look
@@ -46,6 +49,16 @@ def page(runs: list[Path], tiny_regdb: Path, tmp_path_factory: pytest.TempPathFa
     flags = ["--data", str(tiny_regdb), "--out", str(out), "--queries=2", "--accelerator=cpu"]
     assert main(["report", "--runs", *map(str, runs), *flags]) == 0
     return out
+
+
+def test_the_blocks_times_name_the_backend_that_served(tiny_regdb: Path, tmp_path: Path) -> None:
+    values = TINY | {"data": str(tiny_regdb), "dataset": "regdb", "steps": 1}
+    for gate in ("se", "cbam"):
+        run = train(TrainConfig(**values, gate=gate, out=str(tmp_path / gate))).checkpoint_path
+        trained = open_trained(run, tiny_regdb, accelerator="cpu")
+        times = time_block(trained)
+        assert times is not None and times.backend == trained.backend
+        assert (times.backend == "reference") == (gate == "cbam" or not dispatch.backends()["cpu"].usable)
 
 
 def test_the_page_needs_no_other_file(page: Path) -> None:
