@@ -28,10 +28,9 @@ from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, PAIRINGS, TITLE
 from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.kinds import Count, PathText
-from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
-from mrcn_fast.reid.training.run_folder import FolderInUseError, held
+from mrcn_fast.reid.training.run_folder import FolderInUseError, held, run_files
 from mrcn_fast.reid.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -167,7 +166,7 @@ def _weights(config: StudyConfig, progress: Progress) -> Path:
 
 
 def _begun(training: TrainConfig) -> bool:
-    return (Path(training.out) / CHECKPOINT_NAME).exists()
+    return bool(run_files(Path(training.out)))
 
 
 def _run(training: TrainConfig, progress: Progress) -> None:

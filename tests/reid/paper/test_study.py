@@ -107,6 +107,17 @@ def test_an_interrupted_run_goes_on(
     assert resumed == [True]
 
 
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_again(
+    made: tuple[StudyConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    config = made[0]
+    weights = Path(config.out) / "pretraining" / "weights.pth"
+    training = study.run_config(config, "unit-mean", 3, config.tree, weights)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    study._run(dataclasses.replace(training, out=str(tmp_path)), QUIET)
+    assert (tmp_path / "result.json").exists()
+
+
 def test_a_run_of_another_process_is_left_to_it(
     made: tuple[StudyConfig, dict[str, Any]], caplog: pytest.LogCaptureFixture
 ) -> None:
