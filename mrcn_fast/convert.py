@@ -209,9 +209,7 @@ class _Plain:
                 else:
                     slot.of(parameters).fill_(_neutral(slot))
         if self.absent:
-            log.info(
-                "the plain block has no %s: γ is 1, and β and biases are 0", ", ".join(sorted(self.absent))
-            )
+            log.info("the plain block has no %s", " and no ".join(sorted(self.absent)))
         return block
 
     def filled(self, block: MRCNBlock | SNRBlock) -> dict[str, Tensor]:
@@ -259,8 +257,10 @@ class _Plain:
     def _absent(self) -> dict[str, list[str]]:
         """The groups of tensors that a plain block may lack as a whole, and does lack."""
         groups = {
-            "weights of the normalizations": [n for n, s in self.slots.items() if "norm_" in s.parameter],
-            "biases of the gates": [
+            "weights of the normalizations (γ is 1, β is 0)": [
+                n for n, s in self.slots.items() if "norm_" in s.parameter
+            ],
+            "biases of the gates (they are 0)": [
                 n for n, s in self.slots.items() if s.parameter.endswith(("1_bias", "2_bias"))
             ],
         }
