@@ -367,6 +367,15 @@ def test_score_is_that_of_the_test_protocol(
         assert f"Rank-1  {100 * expected['rank1']:6.2f}" in capsys.readouterr().out
 
 
+def test_euclidean_distances_are_those_of_long_features_too() -> None:
+    generator = torch.Generator().manual_seed(0)
+    gallery = torch.randn(60, 64, generator=generator) + 4000
+    people = torch.arange(60)
+    query = gallery + 0.3 * torch.randn(60, 64, generator=generator)
+    sought, searched = (held(features, identities=people) for features in (query, gallery))
+    assert score_features(sought, searched, "regdb", "euclidean").cmc[0] == 1
+
+
 def test_score_says_what_is_missing(tmp_path: Path) -> None:
     whole = held(torch.ones(2, 3), identities=torch.tensor([1, 2]), cameras=torch.tensor([1, 2]))
     with pytest.raises(

@@ -76,4 +76,6 @@ def _needed(features: Features, name: str, protocol: str) -> Tensor:
 def _distance(query: Features, gallery: Features, metric: Metric) -> Tensor:
     if metric == "cosine":
         return -(unit(query, 0, query.rows.count) @ unit(gallery, 0, gallery.rows.count).T)
-    return torch.cdist(query.rows.read(0, query.rows.count), gallery.rows.read(0, gallery.rows.count))
+    # In float32 the products that torch makes of many rows lose the distances of long features.
+    sought, searched = (side.rows.read(0, side.rows.count).double() for side in (query, gallery))
+    return torch.cdist(sought, searched)
