@@ -446,6 +446,16 @@ def test_features_for_faiss(tmp_path: Path) -> None:
     assert about == {"modality": "visible", "names": ["a", "caf\\udce9.png", "b"]}
 
 
+def test_new_names_never_stand_beside_an_old_index(tmp_path: Path) -> None:
+    pytest.importorskip("faiss", reason="faiss-cpu, of the extra [search], is not installed")
+    index, names = tmp_path / "f.faiss", tmp_path / "f.faiss.json"
+    names.write_text("old")
+    index.mkdir()  # so that it can't be replaced
+    with pytest.raises(OSError, match=r"f\.faiss"):
+        write_faiss(index, held(torch.eye(2), names=Names.of(["new", "newer"])))
+    assert index.is_dir() and not names.exists()
+
+
 def test_features_for_databases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parquet = pytest.importorskip("pyarrow.parquet", reason="pyarrow, of the extra [search], is missing")
     monkeypatch.setattr(engines, "_GROUP", 2)

@@ -52,8 +52,10 @@ def write_faiss(path: str | Path, features: Features) -> None:
     faiss = faiss_module("--to faiss", FeatureError)
     index = faiss.IndexFlatIP(features.rows.size)
     index.add(unit(features, 0, features.rows.count).numpy())
-    write_json(f"{path}.json", {**features.about, "names": _names(features)})
+    # The old names go first, so that they never stand beside another index.
+    Path(f"{path}.json").unlink(missing_ok=True)
     write_atomically(path, lambda file: faiss.write_index(index, faiss.PyCallbackIOWriter(file.write)))
+    write_json(f"{path}.json", {**features.about, "names": _names(features)})
 
 
 def write_parquet(path: str | Path, features: Features) -> None:
