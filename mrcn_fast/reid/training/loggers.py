@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -118,13 +119,14 @@ def _opened(name: str, out: Path, step: int) -> Logger:
 
 
 def _rows(path: Path, step: int) -> list[dict[str, Tensor | float]]:
-    """Take the rows up to a step out of a CSV file, which is removed."""
+    """Take the rows up to a step out of a CSV file, which is removed. A row that was cut is left out."""
     if not path.is_file():
         return []
+    rows: list[dict[str, Tensor | float]] = []
     with path.open(newline="") as file:
-        rows: list[dict[str, Tensor | float]] = [
-            {name: float(value) for name, value in row.items() if value} for row in csv.DictReader(file)
-        ]
+        for row in csv.DictReader(file):
+            with contextlib.suppress(ValueError):
+                rows.append({name: float(value) for name, value in row.items() if value})
     path.unlink()
     return [row for row in rows if row["step"] <= step]
 

@@ -55,6 +55,7 @@ def test_a_csv_file_goes_on_where_the_run_does(logged: TrainConfig) -> None:
     with (Path(logged.out) / "csv" / "metrics.csv").open("a") as file:
         header = (Path(logged.out) / "csv" / "metrics.csv").read_text().splitlines()[0].split(",")
         file.write(",".join("4" if name == "step" else "99" for name in header) + "\n")
+        file.write("5,0.5,1e-")  # when the machine lost its power
     train(logged, resume=True)
     loss, delta = rows(logged, "train/loss"), rows(logged, "validation/delta")
     assert (list(loss), list(delta)) == ([1, 2, 3, 4, 5, 6], [3, 6])
