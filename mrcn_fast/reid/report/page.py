@@ -17,7 +17,8 @@ from PIL import Image
 from torch import Tensor
 
 from mrcn_fast.files import write_atomically
-from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search
+from mrcn_fast.reid.data.images import readable
+from mrcn_fast.reid.data.types import Modality, PersonDataset, Sample, Search, TrainingSet
 from mrcn_fast.reid.evaluation.distances import Distances, distances_of
 from mrcn_fast.reid.evaluation.protocol import only_readable, searches_of, without
 from mrcn_fast.reid.evaluation.scores import Scores, average, score
@@ -58,6 +59,7 @@ class Subject(NamedTuple):
         Search  # that the ranking lists are of; the query is infrared where the protocol has such a search
     )
     query: list[Sample]  # of the ranking lists
+    strip: list[tuple[Sample, Sample]]  # a visible and an infrared training image of some people
 
 
 class _Shown(NamedTuple):
@@ -77,7 +79,7 @@ def choose_subject(
     skip_unreadable: bool = False,
     workers: int = 0,
 ) -> Subject:
-    """Choose the test images, the searches, and the queries with a ranking list, each of another person.
+    """Choose test and training images, searches, and the queries with a ranking list, each of another person.
 
     Args:
         dataset: the data set
@@ -96,7 +98,21 @@ def choose_subject(
         searches = [without(search, unreadable) for search in searches]
     listed = next((s for s in searches if s.query[0].modality == "infrared"), searches[0])
     chosen = choose_queries(listed, queries, None, seed)
-    return Subject(dataset, images, searches[0], listed, [listed.query[row] for row in chosen])
+    query = [listed.query[row] for row in chosen]
+    strip = _strip(dataset.training(), skip_unreadable=skip_unreadable, workers=workers)
+    return Subject(dataset, images, searches[0], listed, query, strip)
+
+
+def _strip(training: TrainingSet, *, skip_unreadable: bool, workers: int) -> list[tuple[Sample, Sample]]:
+    """The first image in each modality of people that are spread evenly over the training set."""
+    step = max(1, len(training.identities) // _STRIP)
+    people = training.identities[::step][:_STRIP]
+    images = [sample for sample in (*training.visible, *training.infrared) if sample.identity in people]
+    if skip_unreadable:
+        images, _ = readable(images, workers=workers)
+    first = {(sample.identity, sample.modality): sample for sample in reversed(images)}
+    pairs = [(first.get((person, "visible")), first.get((person, "infrared"))) for person in people]
+    return [(visible, infrared) for visible, infrared in pairs if visible and infrared]
 
 
 def write_page(
@@ -133,7 +149,7 @@ def write_page(
         "search": subject.headline.name.replace("-", " "),
         "test": {modality: len(samples) for modality, samples in subject.images.items()},
         "networks": len(shown),
-        "training": _training(subject.dataset),
+        "training": _training(subject),
         "rows": _rows(shown, chance),
         "losses": _losses(networks),
         "cmc": _figure_uri(draw_cmc({of.network.title: of.scores.cmc for of in shown})),
@@ -205,25 +221,17 @@ def _losses(networks: Sequence[Network]) -> dict[str, str]:
     return {term: _figure_uri(figure) for term, figure in draw_losses(journals).items()}
 
 
-def _training(dataset: PersonDataset) -> dict[str, Any]:
+def _training(subject: Subject) -> dict[str, Any]:
     """The numbers of the training data, and images of some of its people in both modalities."""
-    training = dataset.training()
-    step = max(1, len(training.identities) // _STRIP)
-    people = training.identities[::step][:_STRIP]
-    strip = []
-    for person in people:
-        pair = [
-            next(sample for sample in side if sample.identity == person)
-            for side in (training.visible, training.infrared)
-        ]
-        strip.append(
-            [(_image_uri(image), _named(sample)) for sample, image in zip(pair, _read(pair), strict=True)]
-        )
+    training = subject.dataset.training()
     return {
         "people": len(training.identities),
         "visible": len(training.visible),
         "infrared": len(training.infrared),
-        "strip": strip,
+        "strip": [
+            [(_image_uri(image), _named(sample)) for sample, image in zip(pair, _read(pair), strict=True)]
+            for pair in subject.strip
+        ],
     }
 
 

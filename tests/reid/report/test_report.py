@@ -6,6 +6,7 @@ import base64
 import dataclasses
 import io
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 from mrcn_fast import dispatch
 from mrcn_fast.cli import main
-from mrcn_fast.reid.data import RegDB
+from mrcn_fast.reid.data import DatasetError, RegDB
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.evaluation.trained import open_trained
@@ -117,6 +118,23 @@ def test_a_network_without_block_has_no_times(tiny_regdb: Path, tmp_path: Path) 
     text = out.read_text()
     assert "One network on a tree of RegDB" in text
     assert "plain PyTorch" not in text
+
+
+def test_unreadable_training_images_are_left_out_of_the_page(tiny_regdb: Path, tmp_path: Path) -> None:
+    tree = shutil.copytree(tiny_regdb, tmp_path / "tree")
+    visible = RegDB(tree).training().visible
+    broken, whole = [image for image in visible if image.identity == visible[0].identity]
+    broken.path.write_bytes(b"broken")
+    values: dict[str, Any] = TINY | {"dataset": "regdb", "steps": 1, "model": "baseline"}
+    train(TrainConfig(data=str(tree), out=str(tmp_path / "run"), skip_unreadable=True, **values))
+    out = tmp_path / "page.html"
+    options: dict[str, Any] = {"accelerator": "cpu", "progress": quiet()}
+    with pytest.raises(DatasetError, match=rf"{broken.path.name}: expected a readable image"):
+        write_report([str(tmp_path / "run")], str(tree), str(out), **options)
+    write_report([str(tmp_path / "run")], str(tree), str(out), skip_unreadable=True, **options)
+    assert out.exists()
+    first, *others = choose_subject(RegDB(tree), skip_unreadable=True).strip
+    assert (first[0], len(others)) == (whole, 3)
 
 
 def line(step: int, cqc: float) -> dict[str, float]:
