@@ -165,6 +165,33 @@ def test_a_library_run_takes_no_network(finished: Path, tiny_tree: Path) -> None
         score_checkpoint(finished, tiny_tree, model=Small(), accelerator="cpu", progress=quiet())
 
 
+class Counting(torch.optim.SGD):
+    """SGD that counts its steps in its groups, as Prodigy and schedule-free optimizers do."""
+
+    def __init__(self, params: Any, momentum: float) -> None:
+        super().__init__(params, lr=0.01, momentum=momentum)
+        for group in self.param_groups:
+            group["k"] = 0
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            group["k"] += 1
+        return super().step(closure)
+
+
+def test_an_optimizer_whose_groups_change_goes_on(config: TrainConfig) -> None:
+    def counting(momentum: float) -> Any:
+        return lambda network: Counting(network.parameters(), momentum)
+
+    begun = dataclasses.replace(config, steps=2)
+    Trainer(begun, model=Small(), optimizer=counting(0.9)).fit(progress=quiet())
+    with pytest.raises(CheckpointError, match=r"param_groups\[0\]\.momentum=0\.9, expected 0\.5"):
+        Trainer(config, model=Small(), optimizer=counting(0.5)).fit(resume=True, progress=quiet())
+    resumed = Trainer(config, model=Small(), optimizer=counting(0.9))
+    resumed.fit(resume=True, progress=quiet())
+    assert resumed.optimizer.param_groups[0]["k"] == resumed.step_count == 6
+
+
 def test_an_own_optimizer_follows_the_schedule_in_proportion(config: TrainConfig) -> None:
     trainer = Trainer(dataclasses.replace(config, warmup_lr=0.005), model=Small(), optimizer=adamw)
     rates: list[float] = []

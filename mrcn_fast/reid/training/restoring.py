@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -80,11 +81,16 @@ def load_weights(path: str | Path, model: nn.Module, state: Mapping[str, Any]) -
 
 
 def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Load the optimizer's state. Raises CheckpointError where it is of other parameters or settings."""
+    """Load the optimizer's state. Raises CheckpointError where it is of other parameters or arguments.
+
+    Values of a group that are no arguments of the optimizer belong to its state: some change in training.
+    """
     own = optimizer.state_dict()["param_groups"]
+    arguments = ("scale", *inspect.signature(type(optimizer)).parameters)
     try:
         for number, (group, expected) in enumerate(zip(state["param_groups"], own, strict=False)):
-            check_group(group, expected, f"optimizer.param_groups[{number}]")
+            given = {name: value for name, value in group.items() if name in arguments}
+            check_group(given, expected, f"optimizer.param_groups[{number}]")
         optimizer.load_state_dict(dict(state))
     except ValueError as error:
         raise CheckpointError(f"{path}: the optimiser's state doesn't fit the network.\n{error}") from error
