@@ -184,7 +184,7 @@ def _choices() -> list[str]:
     for index in range(torch.cuda.device_count()):
         choices = dispatch.tuned(torch.device("cuda", index))
         lines += [f"cuda:{index} {tuning.described(*item)}" for item in choices.items()]
-        others = "other maps" if choices else f"all maps: nothing was measured in {tuning.file()}"
+        others = "other maps" if choices else f"all maps: nothing was measured in {tuning.file_text()}"
         lines.append(f"cuda:{index} the static choice for {others}; `mrcn-fast tune` measures")
     return lines or ["one backend per device: without a GPU there is nothing to measure"]
 

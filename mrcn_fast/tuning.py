@@ -105,7 +105,7 @@ def tune(
 
     Raises:
         ValueError: there is no GPU, or only one variant serves; the message says which.
-        OSError: the file can't be written.
+        OSError: before anything is measured, where the file can't be written.
 
     Example:
         >>> import mrcn_fast
@@ -172,9 +172,23 @@ def held_numbers(choices: Choices) -> list[int]:
 
 
 def file() -> Path:
-    """The file of the choices: mrcn_fast/tuned.json in $XDG_CACHE_HOME, by default ~/.cache."""
+    """The file of the choices: mrcn_fast/tuned.json in $XDG_CACHE_HOME, by default ~/.cache.
+
+    Raises OSError where there is neither.
+    """
     cache = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "mrcn_fast" / "tuned.json"
+    try:
+        return (Path(cache) if os.path.isabs(cache) else Path.home() / ".cache") / "mrcn_fast" / "tuned.json"
+    except RuntimeError:
+        raise OSError("no home folder for the measured choices: give a folder by XDG_CACHE_HOME") from None
+
+
+def file_text() -> str:
+    """The path of the file for a message, also where there is none."""
+    try:
+        return str(file())
+    except OSError:
+        return "the file of measured choices"
 
 
 def machine(device: torch.device) -> dict[str, str]:
@@ -226,18 +240,11 @@ def _entries() -> list[dict[str, Any]]:
         _check(content)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, RecursionError, RuntimeError) as error:  # RuntimeError: there is no home
-        logger.warning("%s is ignored, and the static choice of kernels holds: %s", _path_text(), error)
+    except (OSError, ValueError, RecursionError) as error:
+        logger.warning("%s is ignored, and the static choice of kernels holds: %s", file_text(), error)
         return []
     entries: list[dict[str, Any]] = content["machines"]
     return entries
-
-
-def _path_text() -> str:
-    try:
-        return str(file())
-    except RuntimeError:
-        return "the file of measured choices"
 
 
 def _check(content: Any) -> None:

@@ -331,6 +331,18 @@ def test_backends_and_info_say_what_was_measured(
     assert main(["info"]) == 0
     assert "MRCN_FAST_BACKEND=triton decides" in capsys.readouterr().out
 
+    gpu.delenv("MRCN_FAST_TUNE")
+    gpu.delenv("MRCN_FAST_BACKEND")
+    gpu.delenv("XDG_CACHE_HOME")
+    gpu.setattr(Path, "home", no_home)
+    dispatch.forget_tuned()
+    assert main(["info"]) == 0
+    assert "all maps: nothing was measured in the file of measured choices" in capsys.readouterr().out
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 @pytest.mark.parametrize(
@@ -464,6 +476,28 @@ def test_each_variant_is_checked_and_timed_each_way(
     gpu.undo()
     content = json.loads(Path(told[-1].removeprefix("written to ")).read_text())
     assert len(content["machines"][0]["choices"]) == 4
+
+
+def test_the_file_is_checked_before_anything_is_measured(
+    measured: Callable[..., Any], gpu: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    gpu.setattr(suite, "measured_choice", lambda *_: pytest.fail("was measured"))
+    (tmp_path / "mrcn_fast").touch()
+    with pytest.raises(OSError, match=r"tuned\.json|expected a folder for the measured choices"):
+        measured()
+    gpu.delenv("XDG_CACHE_HOME")
+    gpu.setattr(Path, "home", no_home)
+    with pytest.raises(OSError, match="no home folder for the measured choices: give a folder by XDG_CACHE"):
+        measured()
+
+
+def test_where_no_variant_is_right_nothing_is_written(
+    measured: Callable[..., Any], gpu: pytest.MonkeyPatch
+) -> None:
+    gpu.setattr(suite, "measured_choice", lambda *_: None)
+    found, _, told = measured(dtypes=("fp32",), layouts=("nchw",))
+    assert found == {} and not tuning.file().exists()
+    assert told == ["block forward 2x4x4x3 nchw: no variant gave the reference's results"]
 
 
 @needs_cpu_kernels

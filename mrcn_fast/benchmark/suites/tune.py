@@ -24,6 +24,7 @@ from mrcn_fast.benchmark.suites.problems import DTYPES, LAYOUTS, Problem, Shape,
 from mrcn_fast.benchmark.timing import EXACT, TOLERANCES, Calls, Timing, check, measure_gpu
 from mrcn_fast.flags import DEVICE, Flags, Reader, number, one_of
 from mrcn_fast.gates import FUSED
+from mrcn_fast.outputs import check_file
 from mrcn_fast.tuning import WAYS, Choice, Planes
 
 # The maps after the stem and after the first stage of the paper's network, for its batch.
@@ -100,9 +101,10 @@ def tune(asked: Tuning, tell: Callable[[str], object] = lambda line: None) -> di
 
     Raises:
         ValueError: there is no GPU, or only one variant serves.
-        OSError: the file can't be written.
+        OSError: before anything is measured, where the file can't be written.
     """
     known = variants(asked.device)
+    check_file(tuning.file(), "the measured choices")
     device = torch.device("cuda", torch.device(asked.device).index or 0)
     found: dict[Planes, Choice] = {}
     for problem in asked.problems:
@@ -114,9 +116,9 @@ def tune(asked: Tuning, tell: Callable[[str], object] = lambda line: None) -> di
         planes = planes_of(problem)
         found[planes] = choice
         tell(tuning.described(planes, choice))
-    path = tuning.save(device, found)
-    dispatch.forget_tuned()
-    tell(f"written to {path}")
+    if found:
+        tell(f"written to {tuning.save(device, found)}")
+        dispatch.forget_tuned()
     return found
 
 
