@@ -176,7 +176,8 @@ def _choices() -> list[str]:
 
     from mrcn_fast import dispatch, tuning
 
-    if pinned := os.environ.get(dispatch.ENVIRONMENT_VARIABLE):
+    pinned = os.environ.get(dispatch.ENVIRONMENT_VARIABLE) or "auto"
+    if pinned != "auto":
         return [f"{dispatch.ENVIRONMENT_VARIABLE}={pinned} decides"]
     if not tuning.enabled():
         return [f"the static choice, because of {tuning.ENVIRONMENT_VARIABLE}=0"]
