@@ -85,6 +85,7 @@ class FastStep(TrainingStep):
         self.reset()
 
     def reset(self) -> None:
+        self._refused.zero_()
         self._launches = self.ahead = 0
         self._graph: Captured | None = None
         self._rates: list[Tensor] = []

@@ -297,6 +297,18 @@ class Failing:
         return parts._replace(total=parts.total * torch.inf) if self.calls == self._fails else parts
 
 
+def test_a_run_goes_on_after_a_refused_step_that_was_never_read(config: TrainConfig) -> None:
+    trainer = small(dataclasses.replace(config, steps=2), loss=Failing(3))
+    trainer.fit(progress=quiet())
+    trainer._step.launch(next(trainer.batches.of(0)))  # whose end Ctrl-C prevents
+    trainer.config.steps = None
+    trainer.fit(resume=True, progress=quiet())
+    whole = small(config, "whole")
+    whole.fit(progress=quiet())
+    for found, wanted in zip(trainer.model.parameters(), whole.model.parameters(), strict=True):
+        assert same_bits(found.detach(), wanted.detach())
+
+
 @pytest.mark.parametrize(("fails", "calls"), [(1, 1), (4, 5), (6, 6)])
 def test_a_loss_that_is_not_finite_leaves_the_weights_as_they_were(
     config: TrainConfig, fails: int, calls: int
