@@ -288,8 +288,8 @@ class Trainer(Generic[Model]):
             the checkpoint's path
 
         Raises:
-            TrainingError, CheckpointError: where training can't begin or go on, as after an earlier `fit`
-                without `resume`
+            TrainingError, CheckpointError: where training can't begin or go on; a Trainer that has taken
+                steps begins no other run
             FolderInUseError: where another process trains into `out`
             MemoryShortageError: where an allocation fails
 
