@@ -65,11 +65,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def choices_anew() -> Iterator[None]:
-    """No test sees which backend or operation another test chose, or what another test logged."""
+    """No test sees which backend or operation another test chose, or what another test logged.
+
+    A fixture of a module runs before this one, so that a test also forgets its own choices.
+    """
+    _forget_choices()
+    yield
+    _forget_choices()
+
+
+def _forget_choices() -> None:
     for known in (dispatch._choose, dispatch._log_fallback, autograd.block_call):
         known.cache_clear()
-    dispatch.forget_tuned()
-    yield
     dispatch.forget_tuned()
 
 
