@@ -20,15 +20,16 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d+)\.tmp", re.DOTALL)
 def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> None:
     """Let `write` fill a temporary file beside `path`, then rename it, so that `path` is always complete.
 
-    Leftovers of killed processes that wrote `path` are removed first. Raises OSError, with the path and the
-    system's reason, where the file can't be written; the earlier file stays, and the temporary one is
-    removed.
+    A missing folder is made. Leftovers of killed processes that wrote `path` are removed first. Raises
+    OSError, with the path and the system's reason, where the file can't be written; the earlier file stays,
+    and the temporary one is removed.
     """
     path = Path(path)
     remove_leftovers(path.parent, escape(path.name))
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     sink: _Sink | None = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             sink = _Sink(file)
             write(cast(BinaryIO, sink))
@@ -42,7 +43,9 @@ def write_atomically(path: str | Path, write: Callable[[BinaryIO], object]) -> N
             raise
         raise _unwritten(path, refused) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        # A file in the place of a folder has been refused.
+        with contextlib.suppress(NotADirectoryError):
+            temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 

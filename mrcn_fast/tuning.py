@@ -220,7 +220,6 @@ def save(device: torch.device, choices: Choices) -> Path:
     written = [_written(planes, choice) for planes, choice in (_of(here) | dict(choices)).items()]
     others = [entry for entry in _entries() if entry["machine"] != here]
     path = file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, {"format": FORMAT, "machines": [*others, {"machine": here, "choices": written}]})
     forget()
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import resource
 import signal
@@ -103,9 +104,16 @@ def test_a_defect_of_the_writer_stays_its_own_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"absent/file\.json"):
-        write_json(tmp_path / "absent" / "file.json", {})
+def test_a_folder_that_is_missing_is_made(tmp_path: Path) -> None:
+    write_json(tmp_path / "some" / "folder" / "file.json", {"a": 1})
+    assert json.loads((tmp_path / "some" / "folder" / "file.json").read_text()) == {"a": 1}
+
+
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(OSError, match=r"taken/folder/file\.json"):
+        write_json(tmp_path / "taken" / "folder" / "file.json", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 def test_what_the_dead_left_goes_with_the_next_write(tmp_path: Path, dead: int) -> None:

@@ -106,7 +106,6 @@ def write_report(
             for title, trained in zip(titles_of(opened), opened, strict=True)
         ]
         block = next(filter(None, map(time_block, reversed(opened))), None)
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_page(path, "Person re-identification: a report", subject, networks, block)
     return path
 
