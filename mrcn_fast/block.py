@@ -14,8 +14,10 @@ from mrcn_fast.autograd import run_block
 from mrcn_fast.checks import (
     check_choice,
     check_eps,
+    check_flag,
     check_maps,
     check_pair,
+    gate_tensors,
     positive_integer,
 )
 from mrcn_fast.gates import Gate, make_gate
@@ -175,8 +177,8 @@ def mrcn_block(
             gate=gate, eps=eps, restitute_to=restitute_to, concat=concat, backend=backend,
         )  # fmt: skip
         return made
-    tensors = (visible, infrared, norm_weight, norm_bias, *gate_parameters)
-    if concat:
+    tensors = (visible, infrared, norm_weight, norm_bias, *gate_tensors(gate_parameters))
+    if check_flag("concat", concat):
         return run_block("concat", backend, gate, eps, restitute_to, tensors)[0]
     sets = run_block("pair", backend, gate, eps, restitute_to, tensors)
     return MRCNFeatures._make((visible, *sets, infrared))
@@ -221,7 +223,7 @@ def mrcn_restitution(
             gate=gate, eps=eps, restitute_to=restitute_to, backend=backend,
         )  # fmt: skip
         return made
-    tensors = (features, norm_weight, norm_bias, *gate_parameters)
+    tensors = (features, norm_weight, norm_bias, *gate_tensors(gate_parameters))
     return run_block("restitute", backend, gate, eps, restitute_to, tensors)[0]
 
 
@@ -256,7 +258,7 @@ def snr_block(
             gate=gate, eps=eps, backend=backend,
         )  # fmt: skip
         return made
-    tensors = (features, norm_weight, norm_bias, *gate_parameters)
+    tensors = (features, norm_weight, norm_bias, *gate_tensors(gate_parameters))
     return SNRFeatures._make(run_block("snr", backend, gate, eps, "normalized", tensors))
 
 

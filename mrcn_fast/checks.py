@@ -18,7 +18,7 @@ tests/test_errors.py checks that C++ refuses what `check_tensors` refuses, and n
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -59,6 +59,16 @@ def check_eps(eps: object) -> None:
         raise ValueError(f"eps: got {eps!r}, expected a number above 0")
 
 
+def gate_tensors(gate_parameters: object) -> tuple[Tensor, ...]:
+    """The gate's parameters as a tuple; `check_tensors` looks at each."""
+    if isinstance(gate_parameters, (Tensor, Mapping)) or not isinstance(gate_parameters, Iterable):
+        raise TypeError(
+            f"gate_parameters: got {type(gate_parameters).__name__}, expected a sequence of tensors; "
+            "of a gate module, pass gate.parameter_list()"
+        )
+    return tuple(gate_parameters)
+
+
 def check_settings(gate: object, eps: object, restitute_to: object) -> None:
     if gate in GATE_NAMES and type(eps) is float and 0 < eps < math.inf and restitute_to in RESTITUTE_TO:
         return  # every call comes here
@@ -70,13 +80,9 @@ def check_settings(gate: object, eps: object, restitute_to: object) -> None:
 def check_maps(name: str, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor (N, C, H, W)")
+    _check_kind(name, x)
     if x.dim() != 4:
         raise ValueError(f"{name}: got {x.dim()} dimensions {tuple(x.shape)}, expected four, (N, C, H, W)")
-    if x.dtype not in shapes.DTYPES:
-        raise TypeError(
-            f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16; "
-            "convert with .float()"
-        )
     if x.shape[2] * x.shape[3] < 2:
         raise ValueError(
             f"{name}: got planes of {x.shape[2]} x {x.shape[3]}, expected at least 2 elements: "
@@ -84,6 +90,18 @@ def check_maps(name: str, x: Tensor) -> None:
         )
     if x.shape[1] < 1:
         raise ValueError(f"{name}: got no channels in {tuple(x.shape)}, expected C >= 1")
+
+
+def _check_kind(name: str, x: Tensor) -> None:
+    """Raise TypeError for a tensor that isn't dense, or of a dtype that nothing here computes with."""
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"layout {x.layout}"
+        raise TypeError(f"{name}: got {kind}, expected a dense tensor; convert with .to_dense()")
+    if x.dtype not in shapes.DTYPES:
+        raise TypeError(
+            f"{name}: got dtype {x.dtype}, expected float32, float64, bfloat16 or float16; "
+            "convert with .float()"
+        )
 
 
 def check_pair(visible: Tensor, infrared: Tensor) -> None:
@@ -164,14 +182,17 @@ def check_parameters(
     for p in (norm_weight, norm_bias, *gate_parameters):
         if p.device != device:
             raise ValueError(f"parameters: got device {p.device}, expected the features' {device}")
-        if p.dtype != own or own not in (dtype, torch.float32):
+        if p.dtype != own:
             raise TypeError(
-                f"parameters: got dtypes {own} and {p.dtype}, expected one dtype for all, the features' "
-                f"{dtype} or torch.float32; convert the block with .to(dtype)"
+                f"parameters: got dtypes {own} and {p.dtype}, expected one dtype for all; "
+                f"convert the block with .to({dtype})"
             )
-    if dtype == torch.float64 and own != torch.float64:
+    # Parameters in float32 serve maps of half precision.
+    known = (dtype,) if dtype == torch.float64 else tuple(dict.fromkeys((dtype, torch.float32)))
+    if own not in known:
         raise TypeError(
-            "parameters: got dtype torch.float32 for float64 features; convert the block with .double()"
+            f"parameters: got dtype {own} for features of {dtype}, expected {' or '.join(map(str, known))}; "
+            f"convert the block with .to({dtype})"
         )
 
 
@@ -226,6 +247,7 @@ def check_features(
     if len(tensors) == 1:
         rows = [sum(rows)]
     first = tensors[0]
+    _check_kind("features", first)
     dimensions, dtype, device = first.shape[-1:], first.dtype, first.device
     for f, expected in zip(tensors, rows, strict=True):
         shape = f.shape
@@ -240,10 +262,10 @@ def check_features(
                 f"features: got {shape[0]} rows for {visible} visible and {infrared} infrared labels, "
                 f"expected {expected}{hint}"
             )
-        if f.dtype != dtype or dtype not in shapes.DTYPES:
+        if f.dtype != dtype:
             raise TypeError(
-                f"features: got dtypes {dtype} and {f.dtype}, expected one of float32, float64, bfloat16 and "
-                "float16"
+                f"features: got dtypes {dtype} and {f.dtype}, expected one dtype for all; "
+                "convert with .float()"
             )
         if f.device != device:
             raise ValueError(f"features: got devices {device} and {f.device}, expected one")

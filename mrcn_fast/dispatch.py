@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mrcn_fast import internals, tuning
-from mrcn_fast.backends import cpu, cuda, triton
+from mrcn_fast.backends import cpu, cuda, shapes, triton
 from mrcn_fast.gates import GATES
 
 logger = logging.getLogger("mrcn_fast")
@@ -124,7 +124,9 @@ def _choose(
     if requested != "auto":
         if requested not in NAMES:
             known = ", ".join(map(repr, (*NAMES, "auto")))
-            raise ValueError(f"backend: got {requested!r}, expected one of {known}")
+            named = os.environ.get(ENVIRONMENT_VARIABLE) == requested
+            name = ENVIRONMENT_VARIABLE if named else "backend"
+            raise ValueError(f"{name}: got {requested!r}, expected one of {known}")
         if reason := unserved(requested, device_type, dtype, gate):
             raise BackendError(
                 f"backend {requested!r} can't serve this call: {reason}. "
@@ -136,6 +138,8 @@ def _choose(
     for name, module in KERNELS.items():
         if device_type in module.DEVICES and unserved(name, device_type, dtype, gate) is None:
             return name
+    if dtype not in shapes.DTYPES:
+        return "reference"  # whose checks refuse it
     unfused = None if gate is None else GATES[gate].unfused
     reason = unfused or "; ".join(f"{name}: {_why_not(name, device_type, dtype)}" for name in KERNELS)
     expected = unfused is None and any(device_type in module.DEVICES for module in KERNELS.values())

@@ -117,6 +117,13 @@ def test_backends_says_that_the_library_is_absent(fresh: pytest.MonkeyPatch) -> 
     assert not usable and "native library" in reason
 
 
+def test_a_refused_dtype_is_no_fallback(fresh: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    maps = torch.ones(2, 16, 3, 3, dtype=torch.int32)
+    with caplog.at_level(logging.DEBUG, "mrcn_fast"), refuses(TypeError, "visible: got dtype torch.int32"):
+        MRCNBlock(16)(maps, maps)
+    assert not caplog.messages
+
+
 @CALLS
 @pytest.mark.parametrize("by", ["argument", "environment"])
 def test_an_unknown_backend(call: Callable[..., Tensor], by: str, fresh: pytest.MonkeyPatch) -> None:
@@ -126,8 +133,9 @@ def test_an_unknown_backend(call: Callable[..., Tensor], by: str, fresh: pytest.
         fresh.setenv("MRCN_FAST_BACKEND", "gpu")
         return call()
 
+    name = {"argument": "backend", "environment": "MRCN_FAST_BACKEND"}[by]
     with refuses(
-        ValueError, "backend: got 'gpu'", "expected one of 'cpu'", "'triton'", "'reference'", "'auto'"
+        ValueError, f"{name}: got 'gpu'", "expected one of 'cpu'", "'triton'", "'reference'", "'auto'"
     ):
         run()
 

@@ -20,6 +20,7 @@ from mrcn_fast import (
     mrcn_restitution,
     snr_block,
 )
+from mrcn_fast.gates import make_gate
 from tests.support import matrix
 from tests.support.errors import refuses
 from tests.support.matrix import KERNEL_BACKENDS
@@ -69,11 +70,17 @@ BAD_MAPS: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
     "no channel": (torch.ones(2, 0, 3, 3), ValueError, ("got no channels", "expected C >= 1")),
 }
 
+# No kernel of ours sees these, because torch's dispatcher refuses them.
+NOT_DENSE: dict[str, tuple[Any, type[Exception], tuple[str, ...]]] = {
+    "sparse": (torch.ones(SHAPE).to_sparse(), TypeError, ("got layout torch.sparse_coo", ".to_dense()")),
+    "mkldnn": (torch.ones(SHAPE).to_mkldnn(), TypeError, ("got layout torch._mkldnn", ".to_dense()")),
+}
+
 
 @both_backends
-@pytest.mark.parametrize("kind", BAD_MAPS)
+@pytest.mark.parametrize("kind", [*BAD_MAPS, *NOT_DENSE])
 def test_feature_maps(kind: str, backend: str) -> None:
-    bad, error, parts = BAD_MAPS[kind]
+    bad, error, parts = (BAD_MAPS | NOT_DENSE)[kind]
     good = torch.ones(SHAPE)
     norm_weight, norm_bias, *gate = parameters(modalities=1, gates=1)
     calls: dict[str, tuple[str, Callable[[], Any]]] = {
@@ -91,6 +98,14 @@ def test_feature_maps(kind: str, backend: str) -> None:
     for name, call in calls.values():
         with refuses(error, f"{name}: ", *parts):
             call()
+
+
+@both_backends
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype")
+def test_a_nested_tensor(backend: str) -> None:
+    maps = torch.nested.nested_tensor([torch.ones(4, 3, 3), torch.ones(4, 2, 3)])
+    with refuses(TypeError, "visible: got a nested tensor", "expected a dense tensor"):
+        MRCNBlock(4, backend=backend)(maps, maps)
 
 
 @both_backends
@@ -132,6 +147,11 @@ def test_parameters_that_dont_fit(backend: str) -> None:
         mrcn_block(features, features, norm_weight, norm_bias, gate, backend=backend, **settings)
 
     run(parameters())
+    with refuses(ValueError, "concat: got 'no'", "expected True or False"):
+        run(parameters(), concat="no")
+    for gate in (make_gate("se", 4, 4), dict(enumerate(parameters()[2:])), None, parameters()[2]):
+        with refuses(TypeError, f"gate_parameters: got {type(gate).__name__}", "gate.parameter_list()"):
+            mrcn_block(x, x, *parameters()[:2], gate, backend=backend)  # type: ignore[call-overload]
     for position, name in ((0, "norm_weight"), (1, "norm_bias")):
         wrong = parameters()
         wrong[position] = torch.ones(2, 5)
@@ -156,10 +176,14 @@ def test_parameters_that_dont_fit(backend: str) -> None:
         run([*parameters()[:2], *[torch.ones(s) for s in ((4, 0, 4), (4, 0), (4, 4, 0), (4, 4))]])
     with refuses(ValueError, "gate_parameters of 'eca'", "got a kernel of 2", "expected an odd"):
         run([*parameters()[:2], torch.ones(4, 2)], gate="eca")
-    with refuses(TypeError, "got dtypes torch.float64 and torch.float64", "torch.float32", ".to(dtype)"):
-        run(parameters(dtype=torch.float64))
-    with refuses(TypeError, "got dtype torch.float32 for float64 features", ".double()"):
-        run(parameters(), x.double())
+    for own, dtype, known in (
+        (torch.float64, torch.float32, "expected torch.float32; convert the block with .to(torch.float32)"),
+        (torch.float16, torch.float32, "expected torch.float32; convert"),
+        (torch.float64, torch.bfloat16, "expected torch.bfloat16 or torch.float32; convert"),
+        (torch.float32, torch.float64, "expected torch.float64; convert the block with .to(torch.float64)"),
+    ):
+        with refuses(TypeError, f"parameters: got dtype {own} for features of {dtype}", known):
+            run(parameters(dtype=own), x.to(dtype))
     with refuses(TypeError, "got dtypes torch.float32 and torch.bfloat16", "expected one dtype for all"):
         run([*parameters()[:5], torch.ones(4, 4, dtype=torch.bfloat16)], x.bfloat16())
     with refuses(ValueError, "parameters: got device meta", "expected the features' cpu"):
@@ -321,14 +345,21 @@ BAD_LOSSES: dict[str, tuple[Any, Any, Any, type[Exception], tuple[str, ...]]] = 
         LABELS,
         None,
         TypeError,
-        ("features: got dtypes torch.int64", "expected one of float32, float64, bfloat16 and float16"),
+        ("features: got dtype torch.int64", "expected float32, float64, bfloat16 or float16", ".float()"),
     ),
     "two dtypes": (
         [*six()[:5], torch.ones(4, 3, dtype=torch.float64)],
         LABELS,
         None,
         TypeError,
-        ("features: got dtypes torch.float32 and torch.float64", "expected one"),
+        ("features: got dtypes torch.float32 and torch.float64", "expected one dtype for all", ".float()"),
+    ),
+    "sparse features": (
+        [f.to_sparse() for f in six()],
+        LABELS,
+        None,
+        TypeError,
+        ("features: got layout torch.sparse_coo", "expected a dense tensor", ".to_dense()"),
     ),
     "too few labels": (
         six(),
