@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Final
 
-# The messages of torch's allocators, NumPy and shared memory that have a number of bytes.
+# The messages of torch's allocators, NumPy, shared memory and our kernels that have a number of bytes.
 _WANTED: Final = re.compile(
-    r"(?:tried to allocate|unable to allocate|unable to mmap) (?P<count>\d+(?:\.\d+)?) ?"
-    r"(?P<unit>bytes|[KMGTPE]iB)",
+    r"(?:tried to allocate|unable to allocate|unable to mmap|mrcn_fast can't allocate) "
+    r"(?P<count>\d+(?:\.\d+)?) ?(?P<unit>bytes|[KMGTPE]iB)",
     re.IGNORECASE,
 )
 _UNITS: Final = ("bytes", "kib", "mib", "gib", "tib", "pib", "eib")

@@ -17,6 +17,7 @@ from mrcn_fast import MRCNBlock, release_memory
 from mrcn_fast.backends import cpu
 from mrcn_fast.backends.cpu import memory_in_use
 from mrcn_fast.benchmark.timing import bytes_in_use, growth
+from mrcn_fast.memory import MemoryShortageError, enough_memory
 from tests.support import block_cases, cqc_cases, matrix, tensors
 from tests.support.block_cases import Case
 from tests.support.cqc_cases import CQCCase
@@ -287,5 +288,10 @@ def test_a_view_of_any_size_is_refused(rows: int, backend: str) -> None:
 def test_an_allocation_that_fails_says_how_much_it_wanted(shape: tuple[int, ...], backend: str) -> None:
     block = MRCNBlock(1, backend=backend).requires_grad_(False)
     with pytest.raises(RuntimeError, match=r"can't allocate \d{13,} bytes; use a smaller batch"):
+        block.restitute(torch.zeros(1, 1, 1, 1).expand(shape), "visible")
+    with (
+        pytest.raises(MemoryShortageError, match=r"for a step, could not allocate \d{13,} bytes"),
+        enough_memory("a step", "Take a smaller batch"),
+    ):
         block.restitute(torch.zeros(1, 1, 1, 1).expand(shape), "visible")
     assert block.restitute(torch.randn(1, 1, 2, 2), "visible").isfinite().all()
