@@ -60,7 +60,8 @@ def exchange(rank1: Mapping[str, float]) -> str | None:
     paper, crossed = 100 * rank1["paper"], 100 * rank1["crossed"]
     return (
         f"modalities exchanged: rank-1 is {paper:.1f} by the paper's pairing, {TITLES['paper']}, and "
-        f"{crossed:.1f} by the crossed one, {TITLES['crossed']}. Training made restituted features like the "
-        "other modality's originals and left the originals apart, which meets the CQC loss. Try unit "
-        "features (cqc_features: unit), the mean (cqc_reduction: mean) or a smaller cqc_weight"
+        f"{crossed:.1f} by the crossed one, {TITLES['crossed']}. Training seems to have made restituted "
+        "features like the other modality's originals and to have left the originals apart, which meets the "
+        "CQC loss. Unit features (cqc_features: unit), the mean (cqc_reduction: mean), a smaller cqc_weight "
+        "and more steps work against it"
     )
