@@ -390,7 +390,7 @@ def announce(cmake: str, directory: Path) -> None:
     files, cores = len(re.findall(r"Building \w+ object", told)), os.cpu_count() or 1
     if files:
         seconds = 15 * -(-files * SECONDS_A_FILE // (15 * cores))
-        print(f"Compiling the library: {files} files, about {seconds} s on {cores} cores", flush=True)
+        print(f"Compiling the library: {files} files, about {seconds} s on {cores} free cores", flush=True)
 
 
 def build_native(prefix: Path, cuda: Cuda, isas: str) -> NativeBuildError | None:

@@ -19,8 +19,8 @@ def searches_of(dataset: PersonDataset, options: dict[str, Any]) -> list[Search]
     known = inspect.signature(dataset.searches).parameters
     if unknown := sorted(set(options) - set(known)):
         raise ValueError(
-            f"{dataset.name}'s protocol has no {', '.join(unknown)}; "
-            + (f"it has {', '.join(known)}" if known else "it has no options")
+            f"{dataset.name}'s protocol has no {', '.join(unknown)}, expected "
+            + (" or ".join(known) if known else "no option")
         )
     return dataset.searches(**options)
 

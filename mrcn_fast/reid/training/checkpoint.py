@@ -134,7 +134,10 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(f"{path}: expected a checkpoint that `mrcn-fast train` wrote, found {found}")
     found = content["format"]
     if type(found) is not int or found != FORMAT:
-        raise CheckpointError(f"{path}: expected checkpoint format {FORMAT}, found {shown(found)}")
+        raise CheckpointError(
+            f"{path}: expected checkpoint format {FORMAT}, found {shown(found)}; read it with the version of "
+            "mrcn_fast that wrote it, or train again"
+        )
     return content
 
 

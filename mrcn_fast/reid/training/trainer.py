@@ -412,7 +412,7 @@ class Trainer(Generic[Model]):
             self.epoch, self.batch = self.epoch + 1, 0
         self.save()
         log.info(
-            "%s, step %d of %d, epoch %d of %d: %s",
+            "%s, step %d of %d, %d of %d epochs done: %s",
             *(self.messages.name, self.step_count, self.total_steps, self.epoch, self.config.epochs),
             self.journal.summary(),
         )
