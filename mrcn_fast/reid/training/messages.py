@@ -116,8 +116,9 @@ class RunMessages:
 
     def weights_not_finite(self, step: int, names: Sequence[str]) -> str:
         """Why no checkpoint was written."""
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         return (
-            f"step {step}: {len(names)} weights aren't finite ({', '.join(names[:4])}, ...). "
+            f"step {step}: weights that aren't finite: {', '.join(names[:4])}{more}. "
             f"Lower the learning rate. {self.last_checkpoint()}"
         )
 
