@@ -38,19 +38,23 @@ LEVEL, HANDLERS = LOGGER.level, list(LOGGER.handlers)
 
 
 @pytest.fixture(autouse=True)
-def logs_as_at_first() -> Iterator[None]:
-    """Undo what a command changes in the logger's level and handlers.
+def nothing_left_behind() -> Iterator[None]:
+    """Undo what tests and commands change in the logger, and forget which backends and operations they chose.
 
-    A fixture of a module runs before this one, so that its changes are undone before the test.
+    A fixture of a module runs before this one. So its changes are undone before the test, and what a test
+    leaves is undone after it.
     """
-    _reset_logger()
+    _undo()
     yield
-    _reset_logger()
+    _undo()
 
 
-def _reset_logger() -> None:
+def _undo() -> None:
     LOGGER.setLevel(LEVEL)
     LOGGER.handlers[:] = HANDLERS
+    for known in (dispatch._choose, dispatch._log_fallback, autograd.block_call):
+        known.cache_clear()
+    dispatch.forget_tuned()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -61,23 +65,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return -1 if slow is None else slow.kwargs.get("seconds", 0)
 
     items.sort(key=seconds, reverse=True)
-
-
-@pytest.fixture(autouse=True)
-def choices_anew() -> Iterator[None]:
-    """No test sees which backend or operation another test chose, or what another test logged.
-
-    A fixture of a module runs before this one, so that a test also forgets its own choices.
-    """
-    _forget_choices()
-    yield
-    _forget_choices()
-
-
-def _forget_choices() -> None:
-    for known in (dispatch._choose, dispatch._log_fallback, autograd.block_call):
-        known.cache_clear()
-    dispatch.forget_tuned()
 
 
 @pytest.fixture
