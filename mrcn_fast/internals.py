@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import multiprocessing
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.utils.data import DataLoader
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -193,6 +195,25 @@ def has_forward_hooks(module: nn.Module) -> bool:
     module is called for hooks that may not be there.
     """
     return bool(getattr(module, "_forward_hooks", True) or getattr(module, "_forward_pre_hooks", True))
+
+
+def end_workers(loader: DataLoader[Any]) -> None:
+    """End the persistent processes of a loader, if it has started them.
+
+    Uses ``DataLoader._iterator`` and the iterator's ``_shutdown_workers``. Without them SIGTERM is sent to
+    all daemonic processes that this one has started. Python sends it to them again when this process ends,
+    which ends those that outlive one SIGTERM.
+    """
+    iterator = getattr(loader, "_iterator", loader)
+    if iterator is None:
+        return
+    shutdown = getattr(iterator, "_shutdown_workers", None)
+    if shutdown is not None:
+        shutdown()
+        return
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.terminate()
 
 
 # --- Triton: this section's functions are called where Triton is imported already -------------------------

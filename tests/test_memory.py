@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -47,6 +48,38 @@ for rows in (16, 24):
 before = resident()
 mrcn_fast.release_memory()
 print(before - resident())
+"""
+
+# Forks while another thread takes and gives back memory, and prints how the last child ended, which freed a
+# map. A child that can't is ended by SIGALRM.
+FORKS = """
+import os, signal, threading, torch
+from mrcn_fast import MRCNBlock
+
+def work():
+    step = 0
+    while not ended.is_set():
+        block(*maps[step % len(maps)])
+        step += 1
+
+torch.set_num_threads(1)
+block = MRCNBlock(16, backend="cpu").requires_grad_(False)
+maps = [torch.randn(2, batch, 16, 64, 64) for batch in (24, 40, 12, 60, 33)]
+made, ended, status = block(*maps[0]), threading.Event(), 0
+thread = threading.Thread(target=work)
+thread.start()
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        signal.alarm(10)
+        del made
+        os._exit(0)
+    status = os.waitpid(child, 0)[1]
+    if status:
+        break
+ended.set()
+thread.join()
+print(status)
 """
 
 
@@ -101,6 +134,14 @@ def test_several_threads_take_and_give_back(backend: str, block: MRCNBlock) -> N
         for _ in range(5):
             for found, wanted in zip(threads.map(results, range(4)), expected, strict=True):
                 assert all(map(torch.equal, found, wanted))
+
+
+@matrix.backends("cpu")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_a_forked_process_frees_outputs(backend: str) -> None:
+    words = [sys.executable, "-W", "ignore", "-c", FORKS]
+    run = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True)
+    assert run.stdout == "0\n"
 
 
 @matrix.backends("cpu")

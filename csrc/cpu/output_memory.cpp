@@ -1,6 +1,7 @@
 #include "cpu/output_memory.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -85,6 +86,10 @@ class Reserve {
     return {live_bytes_, kept_bytes_};
   }
 
+  // Around a fork: the child has no thread that would unlock what another thread has locked.
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
  private:
   static void* get(int64_t bytes) {
     void* data = mmap(nullptr, size_t(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
@@ -108,6 +113,9 @@ class Reserve {
 
 Reserve& reserve() {
   static Reserve& it = *new Reserve;  // tensors are freed even when a process ends
+  static const auto unlock = [] { it.unlock(); };
+  static const int registered = pthread_atfork([] { it.lock(); }, unlock, unlock);
+  (void)registered;
   return it;
 }
 

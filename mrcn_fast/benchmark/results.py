@@ -53,11 +53,13 @@ def machine(device: str = "cpu") -> Line:
 def _commit() -> str:
     """Return the short name of HEAD, with "-dirty" where a tracked file differs from it.
 
-    Result files don't count: they differ whenever something was measured.
+    Result files don't count: they differ whenever something was measured. It is "unknown" where git doesn't
+    track this file, as in an environment that lies in the repository of another project.
     """
     git = ["git", "-C", str(Path(__file__).parent)]
     differ = [*git, "diff", "--quiet", "HEAD", "--", ":(top)", ":(top,exclude)benchmarks/results"]
     try:
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, check=True)
         words = [*git, "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
         return commit + "-dirty" * (subprocess.run(differ, capture_output=True).returncode != 0)

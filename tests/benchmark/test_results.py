@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mrcn_fast import benchmark, cli
-from mrcn_fast.benchmark import Case, Cost, Timing
+from mrcn_fast.benchmark import Case, Cost, Timing, results
 from mrcn_fast.benchmark.timing import AUTOTUNED
 
 
@@ -109,3 +110,19 @@ def test_a_file_without_results_is_refused(
     for words in (["--table", str(file)], ["--compare", str(file), str(file)], ["--report", str(file)]):
         assert cli.main(["bench", "show", *words, "--to", str(tmp_path / "report")]) == 2
         assert f"{file}: expected result lines" in capsys.readouterr().err
+
+
+def test_the_commit_is_that_of_this_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*words: str) -> str:
+        named = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+        return subprocess.run([*named, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project")
+    file = tmp_path / "results.py"
+    file.touch()
+    monkeypatch.setattr(results, "__file__", str(file))
+    assert results._commit() == "unknown"
+    git("add", "results.py")
+    git("commit", "-m", "this code")
+    assert results._commit() == git("rev-parse", "--short", "HEAD")

@@ -9,8 +9,8 @@ from typing import Any, Final, Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
+from mrcn_fast import internals
 from mrcn_fast.reid.data.types import DatasetError
 from mrcn_fast.reid.stopping import outlive_one_signal
 
@@ -88,9 +88,7 @@ class Batches(Generic[Batch]):
         At its end, Python sends SIGTERM to the processes that are left, which outlive one, and waits for them
         forever.
         """
-        iterator = self._loader._iterator
-        if isinstance(iterator, _MultiProcessingDataLoaderIter):
-            iterator._shutdown_workers()
+        internals.end_workers(self._loader)
 
     @staticmethod
     def _raising(batches: Iterator[Any]) -> Iterator[Batch]:
