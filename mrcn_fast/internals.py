@@ -1,5 +1,7 @@
 """Every private part of torch that the library uses, and how the library goes on without it.
 
+The benchmark suites use two more, which nothing else needs: a GPU's pause, and settings of the compiler.
+
 Each part serves speed or a special case. Where a torch no longer has it, a plain way takes its place, which
 is slower or leaves the special case out, and tests/test_internals.py runs that way. All parts were seen to
 work with torch 2.11, 2.12 and 2.13.

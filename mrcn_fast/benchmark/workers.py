@@ -62,7 +62,7 @@ def measured(cases: Sequence[Case], seconds: float, pages: str, workers: int = 1
 
 def measured_case(case: Case, seconds: float, pages: str = "warm") -> Line:
     """Return the result line of a case, after its fused results were checked."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     return timed(case, *prepared(case), seconds, pages)
 
 

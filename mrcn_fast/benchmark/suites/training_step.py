@@ -209,7 +209,7 @@ def measure_steps(config: TrainConfig, *, device: str = "cpu", seconds: float = 
         RuntimeError: a plan's first loss or its gradients differ from the published step's by more than
             rounding.
     """
-    torch._dynamo.reset()
+    torch.compiler.reset()
     steps = {plan.name: Step(config, plan, device) for plan in plans(config.model, device)}
     losses, failed = _first_losses(steps)
     steps = {name: steps[name] for name in losses}
