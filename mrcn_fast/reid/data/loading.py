@@ -83,7 +83,7 @@ class Batches(Generic[Batch]):
         return self._raising(iter(self._loader))
 
     def close(self) -> None:
-        """End the worker processes.
+        """End the worker processes; the next iteration starts new ones.
 
         At its end, Python sends SIGTERM to the processes that are left, which outlive one, and waits for them
         forever.
@@ -91,6 +91,7 @@ class Batches(Generic[Batch]):
         iterator = self._loader._iterator
         if isinstance(iterator, _MultiProcessingDataLoaderIter):
             iterator._shutdown_workers()
+            self._loader._iterator = None
 
     @staticmethod
     def _raising(batches: Iterator[Any]) -> Iterator[Batch]:
