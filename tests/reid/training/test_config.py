@@ -35,6 +35,14 @@ def test_the_schedule_is_the_papers(epoch: int, expected: float) -> None:
     assert learning_rate(TrainConfig(data=""), epoch) == pytest.approx(expected)
 
 
+def test_a_milestone_within_the_warm_up_counts_from_its_epoch_on() -> None:
+    """Otherwise the rate would go on to grow, and fall when the warm-up ends."""
+    config = TrainConfig(data="", milestones=(5, 20))
+    assert [learning_rate(config, epoch) for epoch in (4, 5, 9, 10)] == pytest.approx(
+        [0.046, 0.0055, 0.0091, 0.01]
+    )
+
+
 def test_no_more_workers_than_cores() -> None:
     assert 1 <= TrainConfig(data="").workers <= min(4, os.cpu_count() or 1)
 
