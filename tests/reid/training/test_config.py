@@ -150,6 +150,19 @@ def test_an_optimizer_may_be_a_class_by_its_name() -> None:
     assert make_optimizer(model, rprop).param_groups[0]["etas"] == (0.4, 1.3)
 
 
+class Inheriting(torch.optim.AdamW):
+    """An optimizer that passes its arguments on."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+
+def test_an_optimizer_may_pass_its_arguments_on() -> None:
+    config = TrainConfig(data="", optimizer=f"{__name__}.Inheriting eps=1e-6", lr=3e-4, weight_decay=0.05)
+    group = make_optimizer(ReIDModel(5, depth=18), config).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (3e-4, 0.05, 1e-6)
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
