@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -17,6 +18,9 @@ from mrcn_fast.reid.data.types import Modality, Search
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.paper import figures
 from mrcn_fast.reid.paper.figures import all_test_images, choose_people, choose_queries, make_figures
+from mrcn_fast.reid.training.checkpoint import CheckpointError
+from mrcn_fast.reid.training.config import TrainConfig
+from tests.reid.conftest import quiet, train
 
 # --- what is chosen -----------------------------------------------------------------------------------------
 
@@ -154,6 +158,17 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
             make_figures(**({"checkpoints": ["x"], "data": "x", "out": str(tmp_path)} | change))
+
+
+def test_checkpoints_of_several_splits_are_refused(
+    tiny_config: TrainConfig, tiny_regdb: Path, tmp_path: Path
+) -> None:
+    """A network would be shown on the people that it was trained on."""
+    config = dataclasses.replace(tiny_config, dataset="regdb", data=str(tiny_regdb), steps=1)
+    runs = [dataclasses.replace(config, split=split, out=str(tmp_path / f"{split}")) for split in (1, 2)]
+    checkpoints = [str(train(run).checkpoint_path) for run in runs]
+    with pytest.raises(CheckpointError, match=r"of one split, .*; found .* of split 1, .* of split 2"):
+        make_figures(checkpoints, config.data, str(tmp_path), accelerator="cpu", progress=quiet())
 
 
 def test_unreadable_images_are_left_out_where_asked_for(
