@@ -39,7 +39,8 @@ from mrcn_fast.reid.settings import check_arguments
 from mrcn_fast.reid.training.checkpoint import CheckpointError, content_digest
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.data_identity import fingerprint
-from mrcn_fast.reid.training.initial import begin
+from mrcn_fast.reid.training.initial import begin, check_initial
+from mrcn_fast.reid.training.restoring import other_weights
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
@@ -348,8 +349,17 @@ def _ranked_search(dataset: PersonDataset, permutations: str | None) -> Search:
 
 
 def _forget_training(trained: Trained) -> None:
-    """Give a network its initial weights: those of its seed, and those of a file if it began with one."""
+    """Give a network its initial weights: those of its seed, and those of a file if it began with one.
+
+    Raises WeightsError where the file isn't there, and CheckpointError where it has changed.
+    """
     config = trained.config
+    check_initial(config)
+    if (weights := other_weights(trained.state, config)) is not None:
+        raise CheckpointError(
+            f"{trained.path}: the file that training began from has changed: {weights}. Put the former file "
+            "back, or leave --initial out"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = ReIDModel(len(trained.state.data.identities), **config.model_arguments())
