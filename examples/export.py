@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mrcn_fast import MRCNBlock
 
-BATCH = torch.export.Dim("batch", min=1, max=64)
+BATCH = torch.export.Dim("batch", min=1)
 
 
 class Restitution(nn.Module):
@@ -34,7 +34,7 @@ def main() -> None:
         program = torch.export.export(module, (maps,), dynamic_shapes=({0: BATCH},))
         path = Path(folder, "restitution.pt2")
         torch.export.save(program, path)
-        loaded, more = torch.export.load(path).module(), torch.randn(7, 32, 12, 6)
+        loaded, more = torch.export.load(path).module(), torch.randn(65, 32, 12, 6)
         torch.testing.assert_close(loaded(more), module(more))
         print(f"torch.export: {path.stat().st_size} bytes, the same results with another batch size")
         if not all(find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime")):

@@ -209,13 +209,13 @@ def end_workers(loader: DataLoader[Any]) -> None:
     iterator = getattr(loader, "_iterator", loader)
     if iterator is None:
         return
-    shutdown = getattr(iterator, "_shutdown_workers", None)
-    if shutdown is not None:
+    if shutdown := getattr(iterator, "_shutdown_workers", None):
         shutdown()
-        return
-    for process in multiprocessing.active_children():
-        if process.daemon:
-            process.terminate()
+    else:
+        for process in multiprocessing.active_children():
+            if process.daemon:
+                process.terminate()
+    loader._iterator = None  # the next iteration starts new processes
 
 
 # --- Triton: this section's functions are called where Triton is imported already -------------------------

@@ -61,8 +61,10 @@ class PersonImages(Dataset[torch.Tensor]):
 
     Raises:
         ValueError: for an unknown filter or a size below 1
-        DatasetError: with the file, for an image that can't be read, has none of the `formats`,
-            more than 8 bits per channel, several pictures, or transparent pixels
+        DatasetError: with the file, for an image that can't be read, has none of the `formats`, one channel
+            of more than 8 bits, several pictures, or transparent pixels
+
+    Of several channels of 16 bits, Pillow gives the higher 8.
 
     Example:
         >>> samples = open_dataset("regdb", "data/regdb").training().infrared

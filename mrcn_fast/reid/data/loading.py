@@ -83,7 +83,7 @@ class Batches(Generic[Batch]):
         return self._raising(iter(self._loader))
 
     def close(self) -> None:
-        """End the worker processes.
+        """End the worker processes; the next iteration starts new ones.
 
         At its end, Python sends SIGTERM to the processes that are left, which outlive one, and waits for them
         forever.

@@ -36,10 +36,11 @@ from mrcn_fast.reid.kinds import NUMPY, Count, PathText
 from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.paper import plots
 from mrcn_fast.reid.settings import check_arguments
-from mrcn_fast.reid.training.checkpoint import content_digest
+from mrcn_fast.reid.training.checkpoint import CheckpointError, content_digest
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.data_identity import fingerprint
-from mrcn_fast.reid.training.initial import begin
+from mrcn_fast.reid.training.initial import begin, check_initial
+from mrcn_fast.reid.training.restoring import other_weights
 
 TITLES = {"baseline": "baseline", "snr": "SNR", "mrm": "MRM", "mcm": "MCM", "mrcn": "MRCN"}
 INITIAL = "initial"
@@ -82,7 +83,7 @@ def make_figures(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Draw the paper's Figures 5 and 6 for some checkpoints of one data set, and write their numbers.
+    """Draw the paper's Figures 5 and 6 for checkpoints of one data set and split, with their numbers.
 
     Writes under `out`:
       - distances.png, the distances of all visible-infrared pairs of test images, of one person and of two,
@@ -103,7 +104,8 @@ def make_figures(
         the content of figures.json, and the paths of all files as "files"
 
     Raises:
-        CheckpointError, DatasetError: as `score_checkpoint` raises them
+        CheckpointError, DatasetError: as `score_checkpoint` raises them; CheckpointError too for checkpoints
+            of several splits
         ValueError: for query paths that name no readable query
         ResultError: before anything is computed, for other figures in `out`
     """
@@ -140,6 +142,12 @@ def _open_networks(checkpoints: Sequence[str], data: str, options: FigureOptions
     """The network of each column by the column's title."""
     paths = [checkpoints[0], *checkpoints] if options.initial else checkpoints
     opened = [options.open(path, data) for path in paths]
+    splits = {trained.dataset.split: trained.path for trained in opened}
+    if len(splits) > 1:
+        raise CheckpointError(
+            "expected checkpoints of one split, because training images of one are test images of another; "
+            f"found {', '.join(f'{path} of split {split}' for split, path in sorted(splits.items()))}"
+        )
     if options.initial:
         _forget_training(opened[0])
     return dict(zip(titles_of(opened, options.initial), opened, strict=True))
@@ -341,8 +349,17 @@ def _ranked_search(dataset: PersonDataset, permutations: str | None) -> Search:
 
 
 def _forget_training(trained: Trained) -> None:
-    """Give a network its initial weights: those of its seed, and those of a file if it began with one."""
+    """Give a network its initial weights: those of its seed, and those of a file if it began with one.
+
+    Raises WeightsError where the file isn't there, and CheckpointError where it has changed.
+    """
     config = trained.config
+    check_initial(config)
+    if (weights := other_weights(trained.state, config)) is not None:
+        raise CheckpointError(
+            f"{trained.path}: the file that training began from has changed: {weights}. Put the former file "
+            "back, or leave --initial out"
+        )
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = ReIDModel(len(trained.state.data.identities), **config.model_arguments())

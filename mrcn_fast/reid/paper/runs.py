@@ -102,7 +102,9 @@ def seconds_of_training(config: TrainConfig) -> float:
     trainer.step(batch)
     begun = time.perf_counter()
     trainer.step(batch)
-    return trainer.total_steps * (time.perf_counter() - begun)
+    seconds = time.perf_counter() - begun
+    trainer.batches.close()
+    return trainer.total_steps * seconds
 
 
 def result_of(run: Run, options: dict[str, Any], progress: Progress | None) -> dict[str, Any]:

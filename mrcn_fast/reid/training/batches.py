@@ -163,6 +163,10 @@ class TrainingBatches:
         self._rest.first = first
         return iter(self._batches)
 
+    def close(self) -> None:
+        """End the processes that make batches; the next epoch starts new ones."""
+        self._batches.close()
+
 
 def collate(rows: list[Row]) -> Batch:
     """Collate rows into a batch; a worker process puts it into shared memory."""

@@ -267,9 +267,10 @@ FREE_ON_RESUME = frozenset(
 def learning_rate(config: TrainConfig, epoch: int) -> float:
     """The learning rate of BNNeck and classifier in an epoch, by the paper's schedule.
 
-    It grows linearly from `warmup_lr` in epoch 0 to `lr` in epoch `warmup_epochs`. From each milestone on it
-    is multiplied by `decay`.
+    It grows linearly from `warmup_lr` in epoch 0 to `lr` in epoch `warmup_epochs`. From each milestone on,
+    also from one within the warm-up, it is multiplied by `decay`.
     """
+    rate = config.lr
     if epoch < config.warmup_epochs:
-        return config.warmup_lr + (config.lr - config.warmup_lr) * epoch / config.warmup_epochs
-    return config.lr * config.decay ** sum(epoch >= milestone for milestone in config.milestones)
+        rate = config.warmup_lr + (config.lr - config.warmup_lr) * epoch / config.warmup_epochs
+    return rate * config.decay ** sum(epoch >= milestone for milestone in config.milestones)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import pkgutil
 import shlex
 from collections.abc import Sequence
@@ -132,7 +131,8 @@ def _made(
     shared: dict[str, Any],
 ) -> torch.optim.Optimizer:
     """Make a named optimizer, with those of the shared values that it takes."""
-    taken = inspect.signature(kind).parameters
+    # jsonargparse knows arguments that a class passes on as **options, too.
+    taken = ArgumentParser().add_class_arguments(kind, skip={"params"})
     shared = {name: value for name, value in shared.items() if name in taken}
     try:
         return kind(groups, **shared, **arguments)

@@ -41,16 +41,26 @@ def check_config(path: str | Path, checkpoint: Checkpoint, given: TrainConfig) -
         for name in began
         if name not in FREE_ON_RESUME and began[name] != now[name]
     ]
-    weights = weights_fingerprint(given.initial)
-    if checkpoint.weights != weights:
-        expected = _weights_in_words(checkpoint.config.initial, checkpoint.weights)
-        found = _weights_in_words(given.initial, weights)
-        differing.append(f"weights: expected {expected} (checkpoint), found {found} (given)")
+    if (weights := other_weights(checkpoint, given)) is not None:
+        differing.append(weights)
     if differing:
         raise CheckpointError(
             f"{path}: can't go on with this run under other values than it began with:\n  "
             + "\n  ".join(differing)
         )
+
+
+def other_weights(checkpoint: Checkpoint, given: TrainConfig) -> str | None:
+    """How a configuration's initial weights differ from those that a run began with; None where they don't.
+
+    Raises OSError where they can't be read.
+    """
+    weights = weights_fingerprint(given.initial)
+    if checkpoint.weights == weights:
+        return None
+    expected = _weights_in_words(checkpoint.config.initial, checkpoint.weights)
+    found = _weights_in_words(given.initial, weights)
+    return f"weights: expected {expected} (checkpoint), found {found} (given)"
 
 
 def check_processes(path: str | Path, checkpoint: Checkpoint, count: int) -> None:

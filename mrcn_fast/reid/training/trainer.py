@@ -377,6 +377,9 @@ class Trainer(Generic[Model]):
         except (KeyboardInterrupt, SystemExit, MemoryShortageError):
             log.warning("Stopped after step %d. %s", self.step_count, self.messages.last_checkpoint())
             raise
+        finally:
+            # A later run's processes, forked while these wait, would inherit them and report errors.
+            self.batches.close()
 
     def _introduce(self) -> None:
         devices = self.messages.devices(self.fabric.device, self.processes.count, self.model)

@@ -157,6 +157,12 @@ def test_more_than_8_bits_are_refused(mode: str, dtype: type, tmp_path: Path) ->
     assert readable([sample(path)]) == ([], [sample(path)])
 
 
+def test_of_three_channels_of_16_bits_the_higher_8_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "deep.ppm"
+    path.write_bytes(b"P6 33 61 65535\n" + np.full((61, 33, 3), (0, 30_000, 65_535), ">u2").tobytes())
+    assert PersonImages([sample(path)], (61, 33))[0].amax(dim=(1, 2)).tolist() == [0, 117, 255]
+
+
 @pytest.mark.parametrize("orientation", range(10))
 @pytest.mark.parametrize("suffix", ["jpg", "png", "tiff", "webp"])
 def test_an_image_is_seen_upright(suffix: str, orientation: int, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from mrcn_fast.reid.data import (
     PersonImages,
     RegDB,
     Sample,
+    is_whole,
     write_llcm,
     write_regdb,
     write_sysu,
@@ -174,6 +175,31 @@ def test_progress_counts_to_the_end(layout: str, images: int, tmp_path: Path) ->
     calls: list[tuple[int, int]] = []
     WRITERS[layout](tmp_path, **LAYOUTS[layout], progress=lambda done, total: calls.append((done, total)))
     assert calls == [(done, images) for done in range(1, images + 1)]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_tree_with_some_of_its_lists_is_not_whole(
+    layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What finds it writes it again, and then nothing of the first attempt is there."""
+    root, write, written = tmp_path / "tree", Path.write_text, []
+
+    def fails_at_the_second_list(path: Path, *arguments: Any, **options: Any) -> int:
+        if path.suffix == ".txt":
+            written.append(path)
+        if len(written) == 2:
+            raise OSError("the disk is full")
+        return write(path, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", fails_at_the_second_list)
+        with pytest.raises(OSError, match="the disk is full"):
+            WRITERS[layout](root, **LAYOUTS[layout])
+    assert not is_whole(root)
+    (written[0].parent / "of_the_first_attempt.txt").touch()
+    WRITERS[layout](root, **LAYOUTS[layout])
+    assert is_whole(root)
+    assert contents(root) == contents(WRITERS[layout](tmp_path / "other", **LAYOUTS[layout]))
 
 
 def test_replaces_its_own_tree_and_nothing_else(tmp_path: Path) -> None:

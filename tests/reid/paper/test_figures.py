@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -15,8 +16,12 @@ from rich.progress import Progress
 from mrcn_fast.reid.data import LLCM, SYSUMM01, DatasetError, RegDB, Sample
 from mrcn_fast.reid.data.types import Modality, Search
 from mrcn_fast.reid.evaluation.results import ResultError
+from mrcn_fast.reid.evaluation.trained import open_trained
 from mrcn_fast.reid.paper import figures
 from mrcn_fast.reid.paper.figures import all_test_images, choose_people, choose_queries, make_figures
+from mrcn_fast.reid.training.checkpoint import CheckpointError
+from mrcn_fast.reid.training.config import TrainConfig
+from tests.reid.conftest import quiet, train
 
 # --- what is chosen -----------------------------------------------------------------------------------------
 
@@ -134,7 +139,6 @@ def test_the_lists_in_the_numbers_follow_the_protocol(made: tuple[Path, dict[str
 def test_the_network_before_training_is_the_one_that_training_began_with(
     finished: Path, tiny_tree: Path
 ) -> None:
-    from mrcn_fast.reid.evaluation.scoring import open_trained
     from mrcn_fast.reid.training.trainer import Trainer
 
     trained = open_trained(finished, tiny_tree, accelerator="cpu")
@@ -143,6 +147,20 @@ def test_the_network_before_training_is_the_one_that_training_began_with(
     now = trained.model.state_dict()
     assert began.keys() == now.keys()
     assert all(torch.equal(began[name], now[name]) for name in began)
+
+
+def test_a_changed_file_of_initial_weights_is_refused(
+    tiny_config: TrainConfig, resnet18: Path, tmp_path: Path
+) -> None:
+    weights = tmp_path / "resnet18.pth"
+    shutil.copy(resnet18, weights)
+    run = train(dataclasses.replace(tiny_config, weights=str(weights), steps=1))
+    trained = open_trained(run.checkpoint_path, tiny_config.data, accelerator="cpu")
+    figures._forget_training(trained)
+    state = torch.load(weights)
+    torch.save(state | {"conv1.weight": 2 * state["conv1.weight"]}, weights)
+    with pytest.raises(CheckpointError, match=r"has changed: weights: expected .*, found .*\(given"):
+        figures._forget_training(trained)
 
 
 def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
@@ -154,6 +172,17 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
             make_figures(**({"checkpoints": ["x"], "data": "x", "out": str(tmp_path)} | change))
+
+
+def test_checkpoints_of_several_splits_are_refused(
+    tiny_config: TrainConfig, tiny_regdb: Path, tmp_path: Path
+) -> None:
+    """A network would be shown on the people that it was trained on."""
+    config = dataclasses.replace(tiny_config, dataset="regdb", data=str(tiny_regdb), steps=1)
+    runs = [dataclasses.replace(config, split=split, out=str(tmp_path / f"{split}")) for split in (1, 2)]
+    checkpoints = [str(train(run).checkpoint_path) for run in runs]
+    with pytest.raises(CheckpointError, match=r"of one split, .*; found .* of split 1, .* of split 2"):
+        make_figures(checkpoints, config.data, str(tmp_path), accelerator="cpu", progress=quiet())
 
 
 def test_unreadable_images_are_left_out_where_asked_for(

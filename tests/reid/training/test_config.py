@@ -35,6 +35,14 @@ def test_the_schedule_is_the_papers(epoch: int, expected: float) -> None:
     assert learning_rate(TrainConfig(data=""), epoch) == pytest.approx(expected)
 
 
+def test_a_milestone_within_the_warm_up_counts_from_its_epoch_on() -> None:
+    """Otherwise the rate would go on to grow, and fall when the warm-up ends."""
+    config = TrainConfig(data="", milestones=(5, 20))
+    assert [learning_rate(config, epoch) for epoch in (4, 5, 9, 10)] == pytest.approx(
+        [0.046, 0.0055, 0.0091, 0.01]
+    )
+
+
 def test_no_more_workers_than_cores() -> None:
     assert 1 <= TrainConfig(data="").workers <= min(4, os.cpu_count() or 1)
 
@@ -140,6 +148,19 @@ def test_an_optimizer_may_be_a_class_by_its_name() -> None:
     # Rprop has no weight decay, and gets none.
     rprop = TrainConfig(data="", optimizer="torch.optim.Rprop etas=[0.4,1.3]")
     assert make_optimizer(model, rprop).param_groups[0]["etas"] == (0.4, 1.3)
+
+
+class Inheriting(torch.optim.AdamW):
+    """An optimizer that passes its arguments on."""
+
+    def __init__(self, params: Any, **options: Any) -> None:
+        super().__init__(params, **options)
+
+
+def test_an_optimizer_may_pass_its_arguments_on() -> None:
+    config = TrainConfig(data="", optimizer=f"{__name__}.Inheriting eps=1e-6", lr=3e-4, weight_decay=0.05)
+    group = make_optimizer(ReIDModel(5, depth=18), config).param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["eps"]) == (3e-4, 0.05, 1e-6)
 
 
 @pytest.mark.parametrize(

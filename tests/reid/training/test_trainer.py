@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import multiprocessing
 import re
 import shlex
 from pathlib import Path
@@ -166,6 +167,19 @@ def test_decoding_processes_give_the_same_run(tiny_config: TrainConfig, finished
     expected = load_checkpoint(finished).model
     found = load_checkpoint(tiny_config.out).model
     assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+
+
+def test_no_decoding_process_outlives_its_run(tiny_config: TrainConfig) -> None:
+    """A later run in the same program would inherit them."""
+    before = set(multiprocessing.active_children())
+    config = dataclasses.replace(tiny_config, workers=1, steps=1)
+    trainer = Trainer(config)
+    trainer.fit(progress=quiet())
+    assert set(multiprocessing.active_children()) <= before
+    trainer.config.steps = 2
+    trainer.fit(resume=True, progress=quiet())
+    assert trainer.step_count == 2
+    assert set(multiprocessing.active_children()) <= before
 
 
 @pytest.mark.parametrize(

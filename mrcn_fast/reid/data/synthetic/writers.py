@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -292,14 +293,12 @@ def _write_sysu_identities(folder: Path, options: SYSUOptions) -> None:
     test, others = order[: options.test_identities], order[options.test_identities :]
     validation = max(1, len(others) // 4)
     splits = {"train": others[validation:], "val": others[:validation], "test": test, "available": order}
-    folder.mkdir()
-    for split, members in splits.items():
-        (folder / f"{split}_id.txt").write_text(_line(members), encoding="utf-8")
+    _write_lists(folder, {f"{split}_id.txt": _line(members) for split, members in splits.items()})
 
 
 def _write_regdb_lists(folder: Path, shots: Sequence[_Shot], options: RegDBOptions) -> None:
     """Write idx/{train,test}_{visible,thermal}_N.txt; labels count from 0 in each list."""
-    folder.mkdir()
+    lists: dict[str, str] = {}
     for split in range(1, options.splits + 1):
         order = _shuffled(options.identities, (options.seed, _SPLIT, split))
         half = options.identities // 2
@@ -308,17 +307,28 @@ def _write_regdb_lists(folder: Path, shots: Sequence[_Shot], options: RegDBOptio
                 listed = [
                     shot for shot in shots if shot.identity in members and shot.place.lower().startswith(kind)
                 ]
-                path = folder / f"{part}_{kind}_{split}.txt"
-                path.write_text(_listed(listed), encoding="utf-8")
+                lists[f"{part}_{kind}_{split}.txt"] = _listed(listed)
+    _write_lists(folder, lists)
 
 
 def _write_llcm_lists(folder: Path, training: Sequence[_Shot], test: Iterable[int]) -> None:
     """Write idx/train_{vis,nir}.txt and idx/test_id.txt."""
-    folder.mkdir()
+    lists = {"test_id.txt": _line(test)}
     for kind in ("vis", "nir"):
         places = [shot for shot in training if shot.place.startswith(f"{kind}/")]
-        (folder / f"train_{kind}.txt").write_text(_listed(places), encoding="utf-8")
-    (folder / "test_id.txt").write_text(_line(test), encoding="utf-8")
+        lists[f"train_{kind}.txt"] = _listed(places)
+    _write_lists(folder, lists)
+
+
+def _write_lists(folder: Path, lists: Mapping[str, str]) -> None:
+    """Write the lists in `folder`, by which `is_whole` knows a tree: all of them or none."""
+    part = folder.with_name(f"{folder.name}.part")
+    # An interrupted writing may have left one.
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir()
+    for name, text in lists.items():
+        (part / name).write_text(text, encoding="utf-8")
+    part.rename(folder)
 
 
 def _shuffled(identities: int, key: tuple[int, ...]) -> list[int]:
