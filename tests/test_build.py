@@ -197,7 +197,7 @@ def test_a_change_rebuilds_only_what_it_must(small_checkout: Path) -> None:
 def test_the_output_of_the_compilers_is_shown_on_demand_or_where_they_fail(small_checkout: Path) -> None:
     quiet = (sys.executable, "setup.py", "-q", "build_ext", "--inplace")
     done = run(*quiet, cwd=small_checkout, settings={"MRCN_FAST_CUDA": "0"})
-    announced = rf"Compiling the library: 2 files, about 15 s on {os.cpu_count()} cores\n"
+    announced = rf"Compiling the library: 2 files, about 15 s on {os.cpu_count()} free cores\n"
     assert re.fullmatch(announced, done.stdout)
     assert run(*quiet, cwd=small_checkout, settings={"MRCN_FAST_CUDA": "0"}).stdout == ""
 
