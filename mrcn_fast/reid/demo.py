@@ -357,9 +357,9 @@ def _table(results: dict[str, Any]) -> Table:
     """The demo's short table, with scores in percent."""
     data, times = results["made_of"], results["milliseconds"]
     table = Table(
-        title=f"Synthetic people, modality gap {data['modality_gap']}; RegDB's protocol, visible to infrared;"
-        f"\nResNet-18 at {data['height']} x {data['width']}, {data['pretraining_steps']} steps on other "
-        f"people in visible light, then {data['steps']}",
+        title="Synthetic people, visible to infrared by RegDB's protocol\n"
+        f"ResNet-18 at {data['height']} x {data['width']}, {data['steps']} steps after "
+        f"{data['pretraining_steps']} of pretraining"
     )
     table.add_column("")
     for name in (*COLUMNS.values(), "ms per step"):
