@@ -44,7 +44,7 @@ class TrainingOutput(NamedTuple):
         torch.Size([1, 12, 5])
     """
 
-    pooled: Tensor  # (parts, sets * B, D), before the BNNeck and not normalised: for triplet and CQC loss
+    pooled: Tensor  # (parts, sets * B, D), before the BNNeck and not normalized: for triplet and CQC loss
     logits: Tensor  # (parts, sets * B, classes): for the identity loss
     styles: tuple[SNRFeatures, ...] = ()  # SNR's pooled features (2B, C) of each block, for causality loss
 
@@ -191,7 +191,7 @@ class ReIDModel(nn.Module):
         """Compute the test features of one modality: (N, 3, H, W) -> (N, `feature_size`), float32.
 
         As in the paper, a test feature consists of F and F+, or of the set that the network has;
-        compensation is not used. The feature of each set and part is L2-normalised after its BNNeck. The
+        compensation is not used. The feature of each set and part is L2-normalized after its BNNeck. The
         features are then concatenated by set, in the order of `test_sets`, and within a set by part. Call
         this in eval mode and without gradients.
         """

@@ -48,7 +48,7 @@ class BatchHardTriplet(nn.Module):
     or no negative. The host never waits for the device.
 
     Shape:
-        features: (M, D), not normalised
+        features: (M, D), not normalized
         labels: (M,)
         result: a scalar in float32
 

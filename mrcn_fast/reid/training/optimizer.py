@@ -117,6 +117,16 @@ def named_optimizer(text: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
         raise ConfigError(f"optimizer: {' '.join(str(error).split())}") from None
 
 
+def argument_names(kind: type[torch.optim.Optimizer]) -> set[str]:
+    """The names of an optimizer's arguments but `params`, with those that it passes on as **options.
+
+    Example:
+        >>> sorted(argument_names(torch.optim.Adagrad) & {"lr", "lr_decay", "momentum"})
+        ['lr', 'lr_decay']
+    """
+    return set(ArgumentParser().add_class_arguments(kind, skip={"params"}, fail_untyped=False))
+
+
 def _words(text: str) -> list[str]:
     try:
         return shlex.split(text)
@@ -131,8 +141,7 @@ def _made(
     shared: dict[str, Any],
 ) -> torch.optim.Optimizer:
     """Make a named optimizer, with those of the shared values that it takes."""
-    # jsonargparse knows arguments that a class passes on as **options, too.
-    taken = ArgumentParser().add_class_arguments(kind, skip={"params"})
+    taken = argument_names(kind)
     shared = {name: value for name, value in shared.items() if name in taken}
     try:
         return kind(groups, **shared, **arguments)

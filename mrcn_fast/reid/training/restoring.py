@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from mrcn_fast.reid.training.checkpoint import Checkpoint, CheckpointError, weig
 from mrcn_fast.reid.training.checkpoint_checks import check_group, check_weights
 from mrcn_fast.reid.training.config import FREE_ON_RESUME, TrainConfig
 from mrcn_fast.reid.training.data_identity import DataIdentity
+from mrcn_fast.reid.training.optimizer import argument_names
 
 
 def check_data(path: str | Path, checkpoint: Checkpoint, given: DataIdentity) -> None:
@@ -96,14 +96,14 @@ def load_optimizer(path: str | Path, optimizer: torch.optim.Optimizer, state: Ma
     Values of a group that are no arguments of the optimizer belong to its state: some change in training.
     """
     own = optimizer.state_dict()["param_groups"]
-    arguments = ("scale", *inspect.signature(type(optimizer)).parameters)
+    arguments = {"scale"} | argument_names(type(optimizer))
     try:
         for number, (group, expected) in enumerate(zip(state["param_groups"], own, strict=False)):
             given = {name: value for name, value in group.items() if name in arguments}
             check_group(given, expected, f"optimizer.param_groups[{number}]")
         optimizer.load_state_dict(dict(state))
     except ValueError as error:
-        raise CheckpointError(f"{path}: the optimiser's state doesn't fit the network.\n{error}") from error
+        raise CheckpointError(f"{path}: the optimizer's state doesn't fit this run.\n{error}") from error
 
 
 def build_model(path: str | Path, checkpoint: Checkpoint, backend: str | None = None) -> ReIDModel:

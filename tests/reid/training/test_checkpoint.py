@@ -121,7 +121,7 @@ EDITS: list[tuple[str, Edit]] = [
     ("running_var", set_in("model", "trunk.visible.bn1.running_var", to=with_value(0, -1.0))),
     ("num_batches_tracked", set_in("model", "trunk.visible.bn1.num_batches_tracked", to=lambda t: t - 99)),
     ("model", set_in("model", to=[])),
-    # The optimiser.
+    # The optimizer.
     ("optimizer.state", set_in("optimizer", "state", to=None)),
     ("optimizer.param_groups", set_in("optimizer", "param_groups", to=[])),
     ("optimizer.param_groups[0].momentum", set_in(*GROUP, "momentum", to=0.5)),

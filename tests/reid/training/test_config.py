@@ -13,8 +13,10 @@ import pytest
 import torch
 
 from mrcn_fast.reid.models.network import ReIDModel
+from mrcn_fast.reid.training.checkpoint import CheckpointError
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig, learning_rate
 from mrcn_fast.reid.training.optimizer import make_optimizer
+from mrcn_fast.reid.training.restoring import load_optimizer
 
 
 @pytest.mark.parametrize(
@@ -161,6 +163,17 @@ def test_an_optimizer_may_pass_its_arguments_on() -> None:
     config = TrainConfig(data="", optimizer=f"{__name__}.Inheriting eps=1e-6", lr=3e-4, weight_decay=0.05)
     group = make_optimizer(ReIDModel(5, depth=18), config).param_groups[0]
     assert (group["lr"], group["weight_decay"], group["eps"]) == (3e-4, 0.05, 1e-6)
+
+
+def test_the_state_of_an_optimizer_that_passes_its_arguments_on_is_compared() -> None:
+    model = ReIDModel(5, depth=18)
+    began, now = (
+        make_optimizer(model, TrainConfig(data="", optimizer=f"{__name__}.Inheriting", weight_decay=decay))
+        for decay in (0.05, 0.1)
+    )
+    load_optimizer("run/checkpoint.pth", now, now.state_dict())
+    with pytest.raises(CheckpointError, match=r"weight_decay=0\.05, expected 0\.1"):
+        load_optimizer("run/checkpoint.pth", now, began.state_dict())
 
 
 @pytest.mark.parametrize(
