@@ -403,7 +403,7 @@ def test_a_table_from_the_command_line(
     assert main(["table", "4", "--data", str(tiny_regdb), "--out", str(out), "--splits=1", *flags]) == 0
     output, logged = capsys.readouterr()
     # What it is about to run, what is missing, and how long that takes.
-    for said in ("3 trainings on", "of sysu-mm01 stay empty", "One of the 3 others takes about"):
+    for said in ("3 trainings on", "of sysu-mm01 are left out", "One of the 3 others takes about"):
         assert said in " ".join(logged.split())
     assert "(85.1)" in output and "– (63.8)" in output
     assert main(["table", "4", "--from", str(out / "table-4.json")]) == 0

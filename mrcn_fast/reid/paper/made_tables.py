@@ -94,8 +94,11 @@ def _strange_scores(spec: TableSpec, row: Mapping[str, Any]) -> dict[str, Any] |
 
 
 def markdown(table: Mapping[str, Any]) -> str:
-    """Format a table as Markdown: our figures in percent, and the paper's in brackets."""
-    spec = load_table(table["table"])
+    """Format a table as Markdown: our figures in percent, and the paper's in brackets.
+
+    The columns of a data set that was not given have no scores of ours, and are left out.
+    """
+    spec = _with_scores(load_table(table["table"]), table["rows"])
     header = ["Methods"]
     for column in spec.columns.values():
         header += [f"{column.title} {SCORE_TITLES[score]}" for score in column.scores]
@@ -117,6 +120,12 @@ def markdown(table: Mapping[str, Any]) -> str:
         ]
         notes += [f"{where['threads']} threads, torch {where['torch']}; {where['date']}."]
     return "\n".join([title, "", *lines, *notes])
+
+
+def _with_scores(spec: TableSpec, rows: Sequence[Mapping[str, Any]]) -> TableSpec:
+    """Leave out of a table's columns those without a score of ours, if any column has one."""
+    scored = {key: column for key, column in spec.columns.items() if any(key in row["ours"] for row in rows)}
+    return spec._replace(columns=scored or spec.columns)
 
 
 def _cells(spec: TableSpec, row: Row, made: Mapping[str, Any]) -> list[str]:

@@ -71,8 +71,9 @@ def run_table(
 ) -> dict[str, Any]:
     """Make a table of the paper from the trees under `data`, and write it to `out`/table-`name`.json.
 
-    Each row trains its recipe under `out`/recipe, on RegDB once per split; a column stays empty without its
-    tree. Tables share finished runs of equal data and values, with their scores. An interrupted run goes on.
+    Each row trains its recipe under `out`/recipe, on RegDB once per split. The columns of a data set without
+    a tree have no scores. Tables share finished runs of equal data and values, with their scores. An
+    interrupted run goes on.
 
     A row has the mean and standard deviation over its runs by the paper's pairing of the test features, under
     "pairings" the means by the others, and under "distances" those of Figure 5, with its δ. Where the paper
@@ -153,7 +154,7 @@ def _announce(
 ) -> None:
     """Log which trainings the table needs, how many of them are there, and how long the others take."""
     for dataset in sorted({column.dataset for column in spec.columns.values()} - trees.keys()):
-        log.warning("%s: the columns of %s stay empty: its tree is not given", spec.title, dataset)
+        log.warning("%s: the columns of %s are left out: its tree is not given", spec.title, dataset)
     for dataset, tree in trees.items():
         runs = {run.config.out: run for row in runs_of_rows for run in row.get(dataset, ())}
         missing = [run for out, run in runs.items() if not Path(out, CHECKPOINT_NAME).exists()]
