@@ -88,6 +88,7 @@ Height = Annotated[int, Field(ge=32, le=8192), NUMPY]
 Width = Annotated[int, Field(ge=16, le=8192), NUMPY]
 # The file names of a synthetic tree number people and images with four digits.
 People = Annotated[int, Field(ge=1, le=9999), NUMPY]
+ImagesOfPerson = Annotated[int, Field(ge=1, le=9999), NUMPY]
 # A property of synthetic images: 0 leaves it out, 1 is the default.
 Strength = Annotated[FiniteFloat, Field(ge=0, le=2), NUMPY]
 # RegDB has ten splits.

@@ -16,6 +16,7 @@ from rich.progress import Progress
 from mrcn_fast.reid.demo import COLUMNS, CONTENDERS, DemoConfig, run_demo, train_config
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.training.checkpoint import load_checkpoint, weights_fingerprint
+from mrcn_fast.reid.training.config import ConfigError
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held
 
 ROWS = ["baseline", "mrcn-without-cqc", "mrcn"]
@@ -189,6 +190,13 @@ def test_another_demo_is_not_replaced(tmp_path: Path, finished: Path) -> None:
     with pytest.raises(ResultError, match=rf"{tmp_path / 'mrcn'}: is there already, and no record says"):
         run_demo(config)
     assert (tmp_path / "mrcn" / "checkpoint.pth").read_bytes() == finished.read_bytes()
+
+
+@pytest.mark.parametrize("values", [{"images": 10000}, {"seed": 2**63 - 1}])
+def test_sizes_that_cannot_be_written_are_refused_at_once(values: dict[str, Any]) -> None:
+    ((name, value),) = values.items()
+    with pytest.raises(ConfigError, match=f"got {name}={value}, expected"):
+        DemoConfig(**values)
 
 
 def test_two_demos_in_one_folder_are_refused(tmp_path: Path) -> None:

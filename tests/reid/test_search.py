@@ -406,7 +406,8 @@ def test_an_index_is_built_used_and_checked(tmp_path: Path, capsys: pytest.Captu
     run(*words, "--index", index, "--json", out, "--overwrite", "--top", 5, "--probes", 10**6)
     assert index.stat().st_mtime_ns == before
     assert float(re.findall(r"index .*: ([\d.]+) %", capsys.readouterr().out)[0]) >= share
-    save_file({"features": gallery + 1}, tmp_path / "g.safetensors")
+    # One row has changed.
+    save_file({"features": gallery.index_fill(0, torch.tensor([5]), 1.0)}, tmp_path / "g.safetensors")
     assert main([*map(str, words), "--index", str(index)]) == 2
     assert "found one of other features" in capsys.readouterr().err
     index.write_bytes(b"another file")
@@ -423,6 +424,28 @@ def test_an_index_is_built_used_and_checked(tmp_path: Path, capsys: pytest.Captu
     assert main([*map(str, words), "--index", str(other)]) == 2
     assert "other.json: expected the record of an index" in capsys.readouterr().err
     assert other.read_bytes() == b"a file of mine"
+
+
+@pytest.mark.parametrize(
+    "outputs",
+    [
+        ("--index", "hits", "--json", "hits.json"),
+        ("--index", "i", "--html", "i"),
+        ("--json", "x.out", "--html", "./x.out"),
+    ],
+)
+def test_one_file_for_two_outputs_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    outputs: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_file({"features": torch.eye(3)}, "f.safetensors")
+    words = ("search", "--query", "f.safetensors", "--gallery", "f.safetensors")
+    assert main([*words, *outputs]) == 2
+    assert "expected one file each for json, html, index" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
 
 
 def test_an_index_needs_faiss(

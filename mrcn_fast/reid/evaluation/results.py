@@ -25,6 +25,8 @@ _MEASURED: Final = (
     "precision", "backend", "device",
 )  # fmt: skip
 _SEARCHED: Final = ("protocol", "settings", "trials", "fingerprint")
+# A file's name may have 255 bytes.
+_STEM: Final = 80
 # Results that differ in these alone measure the same, up to rounding.
 _WHERE: Final = ("backend", "device")
 
@@ -70,10 +72,10 @@ def result_name(result: Mapping[str, Any], checkpoint: str = "checkpoint") -> st
     """Name the file of a result by the options in words and 8 digits of the digest of its measurement.
 
     For example, test-step-6-all-search-single-shot-random-draw-10-trials-1f0c92ab.json. `checkpoint` is the
-    stem of the checkpoint's file name, which the name contains if it isn't the usual one.
+    stem of the checkpoint's file name; the name contains its first 80 characters if it isn't the usual one.
     """
     searches = list(result["searches"].values())
-    words = ["test", checkpoint * (checkpoint != "checkpoint"), f"step {result['step']}"]
+    words = ["test", checkpoint[:_STEM] * (checkpoint != "checkpoint"), f"step {result['step']}"]
     trials = searches[0]["trials"]
     words += [*result["searches"], searches[0]["settings"], f"{trials} trial{'s' * (trials > 1)}"]
     words += ["reranked" * result["rerank"], "without unreadable" * result["skip_unreadable"]]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +34,10 @@ log = logging.getLogger(__name__)
 Configure = Callable[[Mapping[str, Any]], TrainConfig]
 
 
+def _configuration(values: Mapping[str, Any]) -> TrainConfig:
+    return TrainConfig(**values)
+
+
 class Run(NamedTuple):
     """A training that a table needs."""
 
@@ -53,7 +57,7 @@ class TablePlan:
     """Trainings of each row: with its seed, and with the seeds after it under `out`/recipe-seed-N."""
     overlay: str | None = None
     """A recipe whose values override those of each row's."""
-    configure: Configure = lambda values: TrainConfig(**values)
+    configure: Configure = _configuration
     """Makes the configuration of a run from the values of its recipe."""
 
     def __post_init__(self) -> None:
@@ -73,6 +77,25 @@ def runs_of(recipe: str, dataset: str, tree: Path, plan: TablePlan) -> list[Run]
         check_device(config.accelerator, config.precision)
         runs.append(Run(recipe, config))
     return runs
+
+
+def check_rows(recipes: Sequence[str], dataset: str, tree: Path, plan: TablePlan) -> None:
+    """Refuse flags for the values in which the rows of a column differ. Raises ConfigError.
+
+    With such a flag, the rows would be one network under several titles.
+    """
+    asked = [run.config for recipe in recipes for run in runs_of(recipe, dataset, tree, plan)]
+    plain = dataclasses.replace(plan, configure=_configuration)
+    own = [run.config for recipe in recipes for run in runs_of(recipe, dataset, tree, plain)]
+    for name in (field.name for field in dataclasses.fields(TrainConfig)):
+        if all(getattr(config, name) == getattr(own[0], name) for config in own):
+            continue
+        for config, expected in zip(asked, own, strict=True):
+            if getattr(config, name) != getattr(expected, name):
+                raise ConfigError(
+                    f"got {name}={getattr(config, name)!r}, in which the rows of this table differ: expected "
+                    f"{getattr(expected, name)!r} for {Path(expected.out).name}"
+                )
 
 
 def repeated(run: Run, seeds: int) -> list[Run]:

@@ -12,6 +12,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,11 +25,13 @@ from mrcn_fast.files import write_json
 from mrcn_fast.outputs import check_folder
 from mrcn_fast.reid.data import is_whole
 from mrcn_fast.reid.devices import check_device
+from mrcn_fast.reid.documents import DocumentError, read_json
 from mrcn_fast.reid.evaluation.pairings import HEADLINE_PAIRING, PAIRINGS, TITLES
 from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.kinds import Count, PathText
-from mrcn_fast.reid.training.config import ConfigError, TrainConfig
+from mrcn_fast.reid.settings import SettingError, checked, record
+from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainConfig
 from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held, run_files
 from mrcn_fast.reid.training.trainer import Trainer
@@ -39,6 +42,8 @@ RESULT_NAME: Final = "study.json"
 SEEDS: Final = (0, 1, 2)
 DIRECTION: Final = "visible-to-infrared"
 _RUN_RESULT: Final = "result.json"
+_SEED_FOLDER: Final = re.compile(r"seed-\d+")
+_RESULT: Final = record("result", {"config": dict[str, Any], "scores": dict[str, Any]}, more=True)
 _WITHOUT: Final = "without-cqc"
 _EPOCHS: Final = 80
 # A gain is accepted if it is positive at each of at least _LEAST_SEEDS seeds and its mean is above
@@ -100,8 +105,9 @@ def run_study(
     run is not repeated, and an interrupted run goes on. A run that another process trains is left to that
     process, and the result is without it. The result has all finished runs, also those of earlier calls.
 
-    Raises ConfigError for an unknown row, ResultError for a folder with a study of other values, and
-    FolderInUseError where another process writes the images or pretrains.
+    Raises ConfigError for an unknown row, ResultError for a folder with a study or a run of other values,
+    DocumentError for a damaged result of a run, and FolderInUseError where another process writes the images
+    or pretrains.
     """
     out = Path(config.out)
     if unknown := sorted(set(rows) - set(ROWS)):
@@ -173,6 +179,7 @@ def _run(training: TrainConfig, progress: Progress) -> None:
     """Train and score a run, unless its result is there."""
     path = Path(training.out) / _RUN_RESULT
     if path.exists():
+        _check_run(path, training)
         return
     checkpoint = Trainer(training).fit(resume=_begun(training), progress=progress)
     result = score_checkpoint(checkpoint, training.data, accelerator=training.accelerator, progress=progress)
@@ -182,6 +189,30 @@ def _run(training: TrainConfig, progress: Progress) -> None:
         for name, search in result["searches"].items()
     }
     write_json(path, {"config": training.as_dict(), "scores": scores})
+
+
+def _check_run(path: Path, training: TrainConfig) -> None:
+    """Refuse the result of a run of other values. Raises ResultError."""
+    began, now = _run_result(path)["config"], training.as_dict()
+    # All that may change on resume but the length.
+    free = FREE_ON_RESUME - {"epochs", "steps"}
+    if differing := [name for name in began.keys() & now.keys() - free if began[name] != now[name]]:
+        raise ResultError(
+            f"{path}: is of a run with another value of {', '.join(sorted(differing))}. Give another folder "
+            "(--out)"
+        )
+
+
+def _run_result(path: Path) -> dict[str, Any]:
+    """Read the result of a run. Raises DocumentError for another file."""
+    found = read_json(path, "the result of a run of `mrcn-fast study cqc`")
+    try:
+        result: dict[str, Any] = checked(_RESULT, found, "")
+    except SettingError as error:
+        raise DocumentError(
+            f"{path}: expected the result of a run of `mrcn-fast study cqc`: {error}"
+        ) from None
+    return result
 
 
 def summary(config: StudyConfig) -> dict[str, Any]:
@@ -208,9 +239,12 @@ def _made_of(config: StudyConfig) -> dict[str, Any]:
 def _finished(folder: Path) -> dict[int, dict[str, Any]]:
     """The scores of a row's finished runs by seed."""
     results = {
-        int(path.parent.name.removeprefix("seed-")): path for path in folder.glob(f"seed-*/{_RUN_RESULT}")
+        int(path.parent.name.removeprefix("seed-")): path
+        for path in folder.glob(f"seed-*/{_RUN_RESULT}")
+        # Not of a folder that somebody copied, such as seed-0-old.
+        if _SEED_FOLDER.fullmatch(path.parent.name)
     }
-    return {seed: json.loads(path.read_bytes())["scores"] for seed, path in sorted(results.items())}
+    return {seed: _run_result(path)["scores"] for seed, path in sorted(results.items())}
 
 
 def _row(name: str, runs: Mapping[int, Any], without: Mapping[int, Any]) -> dict[str, Any]:
@@ -277,8 +311,7 @@ def _check_values(out: Path, config: StudyConfig) -> None:
         found = dict(json.loads(path.read_bytes())["made_of"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ResultError(
-            f"{path}: expected the result of `mrcn-fast study cqc`. Give another folder (--out), or move the "
-            "file away"
+            f"{path}: expected the result of `mrcn-fast study cqc`. Give another folder (--out)"
         ) from None
     asked = _made_of(config)
     if differing := [name for name in asked if found.get(name) != asked[name]]:

@@ -26,6 +26,7 @@ from mrcn_fast.reid.paper.recipes import TableSpec, load_table
 from mrcn_fast.reid.paper.runs import (
     Run,
     TablePlan,
+    check_rows,
     options_of,
     repeated,
     result_of,
@@ -132,6 +133,9 @@ def check_table(name: str, trees: Mapping[str, Path], **plan: Any) -> list[dict[
     """
     planned = TablePlan(**plan)
     check_folder(planned.out, "the table and its runs")
+    rows = load_table(name).rows
+    for dataset, tree in trees.items():
+        check_rows([row.recipes[dataset] for row in rows if dataset in row.recipes], dataset, tree, planned)
     runs = [
         {
             dataset: [
@@ -142,7 +146,7 @@ def check_table(name: str, trees: Mapping[str, Path], **plan: Any) -> list[dict[
             for dataset, recipe in row.recipes.items()
             if dataset in trees
         }
-        for row in load_table(name).rows
+        for row in rows
     ]
     for config in (run.config for of_row in runs for of in of_row.values() for run in of):
         check_device(config.accelerator, config.precision)

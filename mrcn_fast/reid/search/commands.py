@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, Final
 
 from pydantic import Field
@@ -18,7 +20,7 @@ from mrcn_fast.reid.search.collections import extract_collection, network_digest
 from mrcn_fast.reid.search.engines import ENGINES, SUFFIXES, Engine, check_engine
 from mrcn_fast.reid.search.features import SUFFIX, FeatureError, Features, HeldRows, read_features
 from mrcn_fast.reid.search.hits import Found, as_json, as_text, visible, write_page
-from mrcn_fast.reid.search.index import approximate, open_index, recall
+from mrcn_fast.reid.search.index import approximate, open_index, recall, record_of
 from mrcn_fast.reid.search.nearest import nearest
 from mrcn_fast.reid.search.scored import Metric, Protocol, as_values, score_features
 from mrcn_fast.reid.settings import SettingError, check_fields
@@ -105,11 +107,23 @@ class SearchOptions:
                 f"got an index of {self.gallery}, expected one of a {SUFFIX} file of features: write it with "
                 "`mrcn-fast extract` first"
             )
+        record = None if self.index is None else record_of(self.index)
+        _check_distinct(self.json, self.html, self.index, record)
         for path, what in ((self.json, "the hits"), (self.html, "the page")):
             if path is not None:
                 check_new(path, what, self.overwrite)
         if self.index is not None:
             check_file(self.index, "the index")
+
+
+def _check_distinct(*paths: str | Path | None) -> None:
+    """Refuse one file for two of the hits, the page, the index and the record beside it."""
+    places = [os.path.abspath(path) for path in paths if path is not None]
+    for place in places:
+        if places.count(place) > 1:
+            raise ValueError(
+                f"{place}: expected one file each for json, html, index and the index's record (INDEX.json)"
+            )
 
 
 def search(flags: Flags, argv: list[str]) -> int:

@@ -26,8 +26,6 @@ from mrcn_fast.reid.settings import SettingError, checked, record
 _LEAST_PER_CELL, _MOST_PER_CELL = 39, 64
 _LEAST_PROBES: Final = 8
 _PROBED_SHARE: Final = 16
-# Rows of the gallery whose values go into its fingerprint.
-_READ: Final = 64
 _READ_BYTES: Final = 1 << 22
 _INSTEAD: Final = "Give another --index, or remove this one to have it built again"
 _RECORD: Final = record("record", {"gallery": str, "index": str})
@@ -54,7 +52,7 @@ def open_index(path: str | Path, gallery: Features, *, memory: int) -> Any:
         OSError: where the index can't be written
     """
     path, faiss = Path(path), faiss_module("--index", IndexFileError)
-    place = path.with_name(f"{path.name}.json")
+    place = record_of(path)
     kept = _kept(place) if path.exists() or place.exists() else {}
     if not path.exists():
         index = _built(faiss, gallery, memory)
@@ -96,13 +94,20 @@ def recall(found: Hits, exact: Hits) -> float:
     return float(same.float().mean())
 
 
+def record_of(path: str | Path) -> Path:
+    """The file beside an index that says what it is of."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.json")
+
+
 def fingerprint(features: Features) -> str:
-    """SHA-256 of the shape and the names of features, and of the values of 64 rows, spread evenly."""
+    """SHA-256 of the shape, the names and the values of features."""
     rows = features.rows
     digest = hashlib.sha256(repr((rows.count, rows.size)).encode())
     digest.update(features.names.content if features.names is not None else b"")
-    for row in np.linspace(0, rows.count - 1, min(_READ, rows.count)).astype(int):
-        digest.update(rows.read(row, row + 1).numpy().tobytes())
+    at_once = max(1, _READ_BYTES // (4 * rows.size))
+    for start in range(0, rows.count, at_once):
+        digest.update(rows.read(start, min(start + at_once, rows.count)).numpy().tobytes())
     return digest.hexdigest()
 
 

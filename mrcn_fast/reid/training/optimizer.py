@@ -99,10 +99,12 @@ def named_optimizer(text: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     name, *words = _words(text)
     try:
         found = pkgutil.resolve_name(name)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # a module may raise anything while it is imported
         raise ConfigError(f"optimizer: can't import {name}: {error}") from None
     if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
         raise ConfigError(f"optimizer: got {name}, expected a class of optimizers, such as torch.optim.RAdam")
+    if issubclass(found, torch.optim.SparseAdam):
+        raise ConfigError(f"optimizer: got {name}, expected one for dense gradients, which the network has")
     parser = ArgumentParser(exit_on_error=False)
     names = parser.add_class_arguments(found, skip={"params", *_CONFIGURED})
     for word in words:

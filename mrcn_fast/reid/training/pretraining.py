@@ -16,7 +16,7 @@ from rich.progress import Progress
 
 from mrcn_fast.files import write_atomically
 from mrcn_fast.reid.data import write_regdb
-from mrcn_fast.reid.kinds import NUMPY, Count, Height, PathText, Share, Strength, Width
+from mrcn_fast.reid.kinds import NUMPY, Count, Height, ImagesOfPerson, PathText, Share, Strength, Width
 from mrcn_fast.reid.settings import check_fields
 from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.trainer import Trainer
@@ -41,7 +41,7 @@ class SyntheticConfig:
     """Folder for everything that is written."""
     identities: _TrainedPeople = 412
     """People in the synthetic data set: half of them for the training, half for the test."""
-    images: Count = 10
+    images: ImagesOfPerson = 10
     """Images of a person in each modality."""
     modality_gap: Strength = 0.75
     """How far the brightness of a surface in infrared differs from that in visible light."""

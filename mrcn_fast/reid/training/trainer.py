@@ -31,6 +31,7 @@ from mrcn_fast.reid.training.batches import Batch, TrainingBatches
 from mrcn_fast.reid.training.checkpoint import (
     CHECKPOINT_NAME,
     Checkpoint,
+    CheckpointError,
     load_checkpoint,
     save_checkpoint,
     weights_fingerprint,
@@ -205,6 +206,7 @@ class Trainer(Generic[Model]):
         self._stop: signal.Signals | None = None
         # The number of steps taken, and the epoch and number of the next batch.
         self.step_count = self.epoch = self.batch = 0
+        self._stepped = False  # by `step`, whose steps belong to no run
         self._launched: deque[_Launched] = deque()
 
     def _make_network(self, model: Model | None) -> list[nn.Module]:
@@ -262,10 +264,12 @@ class Trainer(Generic[Model]):
         return total if self.config.steps is None else min(total, self.config.steps)
 
     def step(self, batch: Batch) -> StepResult:
-        """Take one optimisation step on a batch of uint8 images; returns the means over the processes.
+        """Take one optimization step on a batch of uint8 images; returns the means over the processes.
 
-        Raises TrainingError where the loss isn't finite, before the weights change.
+        The step belongs to no run: it isn't counted, and `fit` then begins no run with this Trainer. Raises
+        TrainingError where the loss isn't finite, before the weights change.
         """
+        self._stepped = True
         try:
             return self._step.take(batch)
         except NotFiniteError as error:
@@ -322,10 +326,11 @@ class Trainer(Generic[Model]):
         if resume and self.processes.from_first(self.checkpoint_path.exists):
             self._resume()
             return
-        if self.step_count > 0:
+        if self.step_count > 0 or self._stepped:
+            taken = f"{self.step_count} steps" if self.step_count > 0 else "steps by step()"
             raise TrainingError(
-                f"{self.out}: this Trainer has taken {self.step_count} steps, expected one that has taken "
-                "none: make a new one to begin anew, or go on with fit(resume=True) from a checkpoint"
+                f"{self.out}: this Trainer has taken {taken}, expected one that has taken none: make a new "
+                "one to begin anew, or go on with fit(resume=True) from a checkpoint"
             )
         if resume:
             log.warning("%s: no checkpoint yet: the run begins with its first step", self.out)
@@ -518,6 +523,11 @@ class Trainer(Generic[Model]):
         check_parts(path, checkpoint, self.parts)
         check_config(path, checkpoint, self.config)
         check_data(path, checkpoint, self.data)
+        if checkpoint.step > self.total_steps:
+            raise CheckpointError(
+                f"{path}: this run has taken {checkpoint.step} steps, and is to end after "
+                f"{self.total_steps}: give more steps or epochs"
+            )
         load_weights(path, self.model, checkpoint.raw or checkpoint.model)
         if self._average is not None:
             load_weights(path, self._average.module, checkpoint.model)

@@ -144,6 +144,9 @@ def test_no_result_replaces_another(own: Path, tiny_tree: Path, tiny_regdb: Path
     scored(tree=other, other_data=True)
     assert "other-data" in scored(tree=tiny_regdb, other_data=True, trials=None).name
     assert scored(named).name.startswith("test-best-step-6-")
+    long = own.with_name(f"{'x' * 200}.pth")
+    shutil.copy(own, long)
+    assert scored(long).name.startswith(f"test-{'x' * 80}-step-6-")
     assert scored(earlier).name.startswith("test-step-4-step-4-")
     # The same measurement once more is the same file.
     again = score_checkpoint(own, tiny_tree, trials=2, **QUIET)

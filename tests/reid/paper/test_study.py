@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 from rich.progress import Progress
 
 from mrcn_fast import cli
+from mrcn_fast.reid.documents import DocumentError
 from mrcn_fast.reid.evaluation.pairings import PAIRINGS
 from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
 from mrcn_fast.reid.paper import study
@@ -134,6 +137,34 @@ def test_other_values_need_another_folder(made: tuple[StudyConfig, dict[str, Any
         run_study(other, progress=QUIET)
 
 
+def test_runs_of_other_values_are_not_taken_over(
+    made: tuple[StudyConfig, dict[str, Any]], tmp_path: Path
+) -> None:
+    out = tmp_path / "study"
+    shutil.copytree(made[0].out, out)
+    (out / "study.json").unlink()
+    other = dataclasses.replace(made[0], out=str(out), steps=2)
+    with pytest.raises(ResultError, match=r"seed-3/result\.json: is of a run with another value of .*steps"):
+        run_study(other, rows=["without-cqc"], seeds=[3], progress=QUIET)
+
+
+def test_a_copied_folder_is_no_run_and_a_damaged_result_is_refused(tmp_path: Path) -> None:
+    config = StudyConfig(out=str(tmp_path), **SIZES)
+    _finish(config, "baseline", 0, 0.5)
+    shutil.copytree(tmp_path / "baseline" / "seed-0", tmp_path / "baseline" / "seed-0-old")
+    assert list(summary(config)["rows"]["baseline"]["scores"]) == ["0"]
+    path = tmp_path / "baseline" / "seed-0" / "result.json"
+    for content in ("", "{}"):
+        path.write_text(content)
+        with pytest.raises(DocumentError, match=re.escape(str(path))):
+            summary(config)
+
+
+def test_sizes_that_file_names_do_not_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="got images=10000, expected an integer from 1 to 9999"):
+        StudyConfig(out=str(tmp_path), **SIZES | {"images": 10000})
+
+
 def test_a_file_that_is_no_study_is_refused(tmp_path: Path) -> None:
     (tmp_path / "study.json").write_text("[]")
     with pytest.raises(ResultError, match=r"study\.json: expected the result of `mrcn-fast study cqc`"):
@@ -149,7 +180,7 @@ def _finish(config: StudyConfig, name: str, seed: int, rank1: float) -> None:
     scores = {
         d: {p: dict.fromkeys(HEADLINE, rank1) for p in PAIRINGS} for d in (DIRECTION, "infrared-to-visible")
     }
-    (folder / "result.json").write_text(json.dumps({"scores": scores}))
+    (folder / "result.json").write_text(json.dumps({"config": {}, "scores": scores}))
 
 
 @pytest.mark.parametrize(

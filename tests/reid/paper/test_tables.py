@@ -368,6 +368,21 @@ def test_values_that_a_table_sets_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("table", "values"),
+    [("4", {"model": "baseline"}), ("attention", {"gate": "se"}), ("3", {"stages": (2,)})],
+)
+def test_values_in_which_rows_differ_are_refused(
+    overlay: str, tiny_regdb: Path, tmp_path: Path, table: str, values: dict[str, Any]
+) -> None:
+    (name,) = values
+    with pytest.raises(
+        ConfigError, match=rf"got {name}=.*, in which the rows of this table differ: expected"
+    ):
+        run(table, [tiny_regdb], tmp_path, overlay, configure=lambda of: TrainConfig(**(of | values)))
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_curves_are_drawn(overlay: str, tiny_tree: Path, tmp_path: Path) -> None:
     table = run("figure4", [tiny_tree], tmp_path, overlay)
     assert [row["title"] for row in table["rows"]] == ["0", "0.4", "0.8", "1.2", "1.6", "2.0"]

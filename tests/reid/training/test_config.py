@@ -183,6 +183,7 @@ def test_the_state_of_an_optimizer_that_passes_its_arguments_on_is_compared() ->
         ("sgd momentum=0.5", "got optimizer='sgd momentum=0.5', expected sgd, adamw, or a class"),
         ("nowhere.Adam", "can't import nowhere.Adam: No module named 'nowhere'"),
         ("torch.optim.Nothing", "can't import torch.optim.Nothing: .* has no attribute 'Nothing'"),
+        ("torch.optim.SparseAdam", "got torch.optim.SparseAdam, expected one for dense gradients"),
         ("torch.nn.Linear", "got torch.nn.Linear, expected a class of optimizers"),
         ("torch.optim.RAdam lr=1", "got the argument 'lr=1' .*, expected name=value .* among betas, eps"),
         ("torch.optim.RAdam help", "got the argument 'help' .*, expected name=value"),

@@ -23,7 +23,7 @@ from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.models.heads import Head
 from mrcn_fast.reid.models.network import ReIDModel
 from mrcn_fast.reid.models.resnet import WeightsError
-from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, load_checkpoint
+from mrcn_fast.reid.training.checkpoint import CHECKPOINT_NAME, CheckpointError, load_checkpoint
 from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.new_run import check_new_run
 from mrcn_fast.reid.training.restoring import build_model
@@ -134,6 +134,23 @@ def test_a_trainer_begins_one_run(tiny_config: TrainConfig) -> None:
     with pytest.raises(TrainingError, match="has taken 1 steps, expected one that has taken none"):
         trainer.fit(overwrite=True, progress=quiet())
     assert trainer.checkpoint_path.read_bytes() == before
+
+
+def test_a_trainer_that_took_single_steps_begins_no_run(tiny_config: TrainConfig) -> None:
+    trainer = Trainer(dataclasses.replace(tiny_config, steps=1))
+    trainer.step(next(iter(trainer.batches.of(0))))
+    with pytest.raises(TrainingError, match=r"has taken steps by step\(\), expected one that has taken none"):
+        trainer.fit(progress=quiet())
+    assert not trainer.checkpoint_path.exists()
+
+
+def test_a_run_is_not_resumed_to_an_earlier_end(tiny_config: TrainConfig) -> None:
+    config = dataclasses.replace(tiny_config, steps=2)
+    path = train(config).checkpoint_path
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match="has taken 2 steps, and is to end after 1: give more steps"):
+        train(dataclasses.replace(config, steps=1), resume=True)
+    assert path.read_bytes() == before
 
 
 def test_the_old_runs_scores_go_with_it(tiny_config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -61,7 +62,8 @@ def open_dataset(
         return SYSUMM01(root, permutations=permutations, hold_out_val=hold_out_val)
     if hold_out_val:
         raise ValueError(f"{name} has no list of validation identities, as {SYSUMM01.name} has")
-    return RegDB(root, split=split) if name == RegDB.name else LLCM(root)
+    opened: Callable[[str | Path], PersonDataset] = DATASETS[name]
+    return RegDB(root, split=split) if name == RegDB.name else opened(root)
 
 
 def recognize(root: str | Path) -> str:
