@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -311,9 +312,11 @@ def choose_queries(search: Search, queries: int, paths: Sequence[str] | None, se
     """Choose rows of `search.query` by the ends of their paths, or draw them, each of another person.
 
     Only queries with a match in the first gallery are drawn; all of them, if there are too few people. Raises
-    ValueError for a path with which the path of no query, or of several, ends.
+    ValueError for an empty list, and for a path with which the path of no query, or of several, ends.
     """
     if paths is not None:
+        if not paths:
+            raise ValueError("got no paths of queries, expected at least one")
         return [_query_named(search, path) for path in paths]
     labels = labels_of(search, search.query, search.galleries[0])
     own = labels["query_ids"][:, None] == labels["gallery_ids"]
@@ -456,13 +459,18 @@ def _column_numbers(subject: _Subject, column: _Column) -> dict[str, Any]:
         for order, correct in zip(*column.ranking, strict=True)
     ]
     return {
-        "intra_mean": apart.intra_mean,
-        "inter_mean": apart.inter_mean,
-        "delta": apart.delta,
+        "intra_mean": _finite(apart.intra_mean),
+        "inter_mean": _finite(apart.inter_mean),
+        "delta": _finite(apart.delta),
         "pairs": {"intra": int(apart.intra.sum()), "inter": int(apart.inter.sum())},
         "tsne": column.points.round(3).tolist(),
         "ranking": lists,
     }
+
+
+def _finite(value: float) -> float | None:
+    """The value, or None for the mean of no pairs, as JSON has no NaN."""
+    return value if math.isfinite(value) else None
 
 
 def _save(figure: Figure, path: Path) -> None:

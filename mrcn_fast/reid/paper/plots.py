@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -46,9 +47,11 @@ def draw_distances(columns: Mapping[str, Distances], *, stacked: bool = False) -
                 100 * bars / max(1, bars.sum()), edges, color=color, fill=True, alpha=0.45, label=name
             )
         for mean, color in ((found.intra_mean, INTRA), (found.inter_mean, INTER)):
-            panel.axvline(mean, ymax=0.87, color=color, linestyle="--", linewidth=1.3)
+            if math.isfinite(mean):  # there is a pair
+                panel.axvline(mean, ymax=0.87, color=color, linestyle="--", linewidth=1.3)
         panel.set_title(plain_text(title))
-        panel.text(0.03, 0.96, f"δ = {found.delta:.3f}", transform=panel.transAxes, va="top")
+        delta = f"{found.delta:.3f}" if math.isfinite(found.delta) else "–"
+        panel.text(0.03, 0.96, f"δ = {delta}", transform=panel.transAxes, va="top")
         panel.margins(x=0.02)
     # δ stands above the bars and the means.
     top = 1.2 * max(panel.get_ylim()[1] for panel in panels)

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from rich.progress import Progress
 
@@ -50,6 +50,8 @@ __all__ = [
     "synthetic_trees",
 ]
 
+_OPTIONS: Final = {"shots", "draw", "trials"}
+
 log = logging.getLogger(__name__)
 
 # The recipe that scales a row down to synthetic trees, and those trees.
@@ -83,7 +85,7 @@ def run_table(
     Args:
         name: the table's name
         data: roots of the data sets' trees
-        options: the protocol's options (mode, shots, draw, trials), for the data sets that have them
+        options: the protocol's options (shots, draw, trials), for the data sets that have them
         overwrite: replace a table of other options, plan, data sets or images; the runs stay
         progress: bars to add to; by default this function shows its own
         plan: the fields of `TablePlan`
@@ -92,11 +94,13 @@ def run_table(
         the table, with the number of runs that this call trained and the seconds that it took
 
     Raises:
-        ConfigError: for an unknown table, trees of other data sets, and values that a table sets
+        ConfigError: for an unknown table or option, trees of other data sets, and values that a table sets
         CheckpointError: for an existing run of other data, initial weights or values
         ResultError: before anything is trained, for an existing table that `overwrite` would replace
     """
     planned, spec = TablePlan(**plan), load_table(name)
+    if unknown := sorted(set(options or {}) - _OPTIONS):
+        raise ConfigError(f"got options {', '.join(unknown)}, expected some of {', '.join(sorted(_OPTIONS))}")
     trees = _trees(spec, data)
     runs_of_rows = check_table(name, trees, **plan)
     record, chart = (Path(planned.out) / f"table-{name}{suffix}" for suffix in (".json", ".png"))

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from mrcn_fast.reid.data import LLCM, SYSUMM01, DatasetError, RegDB, Sample
+from mrcn_fast.reid.data import LLCM, SYSUMM01, DatasetError, RegDB, Sample, write_sysu
 from mrcn_fast.reid.data.types import Modality, Search
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.evaluation.trained import open_trained
@@ -78,6 +78,8 @@ def test_queries_by_their_paths(search: Search) -> None:
             ValueError, match=f"{path}: expected a path, or its end, .* found {found} queries"
         ):
             choose_queries(search, 1, [path], seed=0)
+    with pytest.raises(ValueError, match="got no paths of queries, expected at least one"):
+        choose_queries(search, 1, [], seed=0)
 
 
 # --- from checkpoints ---------------------------------------------------------------------------------------
@@ -123,6 +125,23 @@ def test_figures_of_a_checkpoint(made: tuple[Path, dict[str, Any]], finished: Pa
     assert trained["delta"] == pytest.approx(trained["inter_mean"] - trained["intra_mean"])
     assert len(written["tsne_images"]) == len(trained["tsne"]) == 3 * (8 + 4)
     assert (written["search"]["name"], written["search"]["gallery"]) == ("all-search", 24)
+
+
+def test_distances_of_no_pairs_are_null(tiny_config: TrainConfig, tmp_path: Path) -> None:
+    # With one person in the test, no pair is of two people.
+    tree = write_sysu(
+        tmp_path / "tree", identities=5, test_identities=1, images_per_camera=2, image_size=(32, 16)
+    )
+    run = train(dataclasses.replace(tiny_config, data=str(tree), out=str(tmp_path / "run"), steps=1))
+    make_figures([str(run.out)], str(tree), str(tmp_path / "f"), accelerator="cpu", progress=quiet())
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    written = json.loads((tmp_path / "f" / "figures.json").read_text(), parse_constant=refuse)
+    for column in written["columns"].values():
+        assert column["inter_mean"] is None and column["delta"] is None
+        assert column["intra_mean"] > 0
 
 
 def test_the_lists_in_the_numbers_follow_the_protocol(made: tuple[Path, dict[str, Any]]) -> None:

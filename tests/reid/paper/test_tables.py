@@ -368,6 +368,13 @@ def test_values_that_a_table_sets_are_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_unknown_options_are_refused(overlay: str, tiny_tree: Path, tmp_path: Path) -> None:
+    for options in ({"mode": "indoor"}, {"shotz": 1}):
+        with pytest.raises(ConfigError, match="expected some of draw, shots, trials"):
+            run_table("2", [tiny_tree], out=str(tmp_path / "out"), overlay=overlay, options=options)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(
     ("table", "values"),
     [("4", {"model": "baseline"}), ("attention", {"gate": "se"}), ("3", {"stages": (2,)})],
