@@ -86,7 +86,7 @@ CountOrZero = Annotated[int, Field(ge=0, le=10**9), NUMPY]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1), NUMPY]
 Height = Annotated[int, Field(ge=32, le=8192), NUMPY]
 Width = Annotated[int, Field(ge=16, le=8192), NUMPY]
-# The file names of a synthetic tree number people and images with four digits.
+# The file names of a synthetic tree number people and the images of a person with four digits.
 People = Annotated[int, Field(ge=1, le=9999), NUMPY]
 ImagesOfPerson = Annotated[int, Field(ge=1, le=9999), NUMPY]
 # A property of synthetic images: 0 leaves it out, 1 is the default.

@@ -11,6 +11,7 @@ from mrcn_fast.reid.kinds import Count, Draw, OneOf, PathText, Several, Split, T
 from mrcn_fast.reid.paper.made_tables import load_made_table, markdown
 from mrcn_fast.reid.paper.recipes import table_names
 from mrcn_fast.reid.paper.tables import (
+    OPTIONS,
     OVERLAY,
     SYNTHETIC,
     check_table,
@@ -56,7 +57,7 @@ def table(flags: Flags, argv: list[str]) -> int:
         made = run_table(
             values["table"],
             synthetic_trees(trees, bars, columns) if values["synthetic"] else values["data"],
-            options={name: values[name] for name in ("trials", "shots", "draw")},
+            options={name: values[name] for name in OPTIONS},
             overwrite=values["overwrite"],
             progress=bars,
             **plan,

@@ -79,23 +79,28 @@ def runs_of(recipe: str, dataset: str, tree: Path, plan: TablePlan) -> list[Run]
     return runs
 
 
-def check_rows(recipes: Sequence[str], dataset: str, tree: Path, plan: TablePlan) -> None:
+def check_rows(runs: Sequence[Run], dataset: str, tree: Path, plan: TablePlan) -> None:
     """Refuse flags for the values in which the rows of a column differ. Raises ConfigError.
 
-    With such a flag, the rows would be one network under several titles.
+    With such a flag, the rows would be one network under several titles. `runs` are those of all rows, as
+    `runs_of` gives them.
     """
-    asked = [run.config for recipe in recipes for run in runs_of(recipe, dataset, tree, plan)]
     plain = dataclasses.replace(plan, configure=_configuration)
-    own = [run.config for recipe in recipes for run in runs_of(recipe, dataset, tree, plain)]
+    expected = [own for recipe in _recipes(runs) for own in runs_of(recipe, dataset, tree, plain)]
+    by_folder = {own.config.out: own.config for own in expected}
     for name in (field.name for field in dataclasses.fields(TrainConfig)):
-        if all(getattr(config, name) == getattr(own[0], name) for config in own):
+        if len({repr(getattr(own, name)) for own in by_folder.values()}) == 1:
             continue
-        for config, expected in zip(asked, own, strict=True):
-            if getattr(config, name) != getattr(expected, name):
+        for config in (run.config for run in runs):
+            if (got := getattr(config, name)) != (wanted := getattr(by_folder[config.out], name)):
                 raise ConfigError(
-                    f"got {name}={getattr(config, name)!r}, in which the rows of this table differ: expected "
-                    f"{getattr(expected, name)!r} for {Path(expected.out).name}"
+                    f"got {name}={got!r}, in which the rows of this table differ: expected {wanted!r} for "
+                    f"{Path(config.out).name}"
                 )
+
+
+def _recipes(runs: Sequence[Run]) -> list[str]:
+    return list(dict.fromkeys(run.recipe for run in runs))
 
 
 def repeated(run: Run, seeds: int) -> list[Run]:

@@ -31,7 +31,7 @@ from mrcn_fast.reid.evaluation.results import HEADLINE, ResultError
 from mrcn_fast.reid.evaluation.scoring import score_checkpoint
 from mrcn_fast.reid.kinds import Count, PathText
 from mrcn_fast.reid.settings import SettingError, checked, record
-from mrcn_fast.reid.training.config import FREE_ON_RESUME, ConfigError, TrainConfig
+from mrcn_fast.reid.training.config import ConfigError, TrainConfig
 from mrcn_fast.reid.training.pretraining import SyntheticConfig, pretrain
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held, run_files
 from mrcn_fast.reid.training.trainer import Trainer
@@ -43,7 +43,7 @@ SEEDS: Final = (0, 1, 2)
 DIRECTION: Final = "visible-to-infrared"
 _RUN_RESULT: Final = "result.json"
 _SEED_FOLDER: Final = re.compile(r"seed-\d+")
-_RESULT: Final = record("result", {"config": dict[str, Any], "scores": dict[str, Any]}, more=True)
+_RESULT: Final = record("result", {"scores": dict[str, Any]}, more=True)
 _WITHOUT: Final = "without-cqc"
 _EPOCHS: Final = 80
 # A gain is accepted if it is positive at each of at least _LEAST_SEEDS seeds and its mean is above
@@ -105,9 +105,9 @@ def run_study(
     run is not repeated, and an interrupted run goes on. A run that another process trains is left to that
     process, and the result is without it. The result has all finished runs, also those of earlier calls.
 
-    Raises ConfigError for an unknown row, ResultError for a folder with a study or a run of other values,
-    DocumentError for a damaged result of a run, and FolderInUseError where another process writes the images
-    or pretrains.
+    Raises ConfigError for an unknown row, ResultError for a folder with a study of other values or with runs
+    but no study.json, DocumentError for a damaged result of a run, and FolderInUseError where another process
+    writes the images or pretrains.
     """
     out = Path(config.out)
     if unknown := sorted(set(rows) - set(ROWS)):
@@ -179,7 +179,6 @@ def _run(training: TrainConfig, progress: Progress) -> None:
     """Train and score a run, unless its result is there."""
     path = Path(training.out) / _RUN_RESULT
     if path.exists():
-        _check_run(path, training)
         return
     checkpoint = Trainer(training).fit(resume=_begun(training), progress=progress)
     result = score_checkpoint(checkpoint, training.data, accelerator=training.accelerator, progress=progress)
@@ -191,27 +190,13 @@ def _run(training: TrainConfig, progress: Progress) -> None:
     write_json(path, {"config": training.as_dict(), "scores": scores})
 
 
-def _check_run(path: Path, training: TrainConfig) -> None:
-    """Refuse the result of a run of other values. Raises ResultError."""
-    began, now = _run_result(path)["config"], training.as_dict()
-    # All that may change on resume but the length.
-    free = FREE_ON_RESUME - {"epochs", "steps"}
-    if differing := [name for name in began.keys() & now.keys() - free if began[name] != now[name]]:
-        raise ResultError(
-            f"{path}: is of a run with another value of {', '.join(sorted(differing))}. Give another folder "
-            "(--out)"
-        )
-
-
 def _run_result(path: Path) -> dict[str, Any]:
     """Read the result of a run. Raises DocumentError for another file."""
-    found = read_json(path, "the result of a run of `mrcn-fast study cqc`")
+    expected = "the result of a run of `mrcn-fast study cqc`"
     try:
-        result: dict[str, Any] = checked(_RESULT, found, "")
+        result: dict[str, Any] = checked(_RESULT, read_json(path, expected), "")
     except SettingError as error:
-        raise DocumentError(
-            f"{path}: expected the result of a run of `mrcn-fast study cqc`: {error}"
-        ) from None
+        raise DocumentError(f"{path}: expected {expected}: {error}") from None
     return result
 
 
@@ -303,9 +288,16 @@ def _statistics(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _check_values(out: Path, config: StudyConfig) -> None:
-    """Refuse a folder with a study of other values. Raises ResultError."""
+    """Refuse a folder with a study of other values, or of unknown ones. Raises ResultError."""
     path = out / RESULT_NAME
     if not path.exists():
+        # A study writes this file first.
+        for place in (config.tree, config.pretraining, *map(out.joinpath, ROWS)):
+            if place.exists():
+                raise ResultError(
+                    f"{path}: is missing, and nothing else says which study {place} belongs to. Put the file "
+                    "back, or give another folder (--out)"
+                )
         return
     try:
         found = dict(json.loads(path.read_bytes())["made_of"])

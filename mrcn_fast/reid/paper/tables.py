@@ -50,7 +50,8 @@ __all__ = [
     "synthetic_trees",
 ]
 
-_OPTIONS: Final = {"shots", "draw", "trials"}
+# The options of SYSU-MM01's and LLCM's protocols that a table takes.
+OPTIONS: Final = ("trials", "shots", "draw")
 
 log = logging.getLogger(__name__)
 
@@ -99,8 +100,8 @@ def run_table(
         ResultError: before anything is trained, for an existing table that `overwrite` would replace
     """
     planned, spec = TablePlan(**plan), load_table(name)
-    if unknown := sorted(set(options or {}) - _OPTIONS):
-        raise ConfigError(f"got options {', '.join(unknown)}, expected some of {', '.join(sorted(_OPTIONS))}")
+    if unknown := sorted(set(options or {}) - set(OPTIONS)):
+        raise ConfigError(f"got options {', '.join(unknown)}, expected some of {', '.join(OPTIONS)}")
     trees = _trees(spec, data)
     runs_of_rows = check_table(name, trees, **plan)
     record, chart = (Path(planned.out) / f"table-{name}{suffix}" for suffix in (".json", ".png"))
@@ -137,20 +138,22 @@ def check_table(name: str, trees: Mapping[str, Path], **plan: Any) -> list[dict[
     """
     planned = TablePlan(**plan)
     check_folder(planned.out, "the table and its runs")
-    rows = load_table(name).rows
-    for dataset, tree in trees.items():
-        check_rows([row.recipes[dataset] for row in rows if dataset in row.recipes], dataset, tree, planned)
-    runs = [
+    configured = [
         {
-            dataset: [
-                again
-                for run in runs_of(recipe, dataset, trees[dataset], planned)
-                for again in repeated(run, planned.seeds)
-            ]
+            dataset: runs_of(recipe, dataset, trees[dataset], planned)
             for dataset, recipe in row.recipes.items()
             if dataset in trees
         }
-        for row in rows
+        for row in load_table(name).rows
+    ]
+    for dataset, tree in trees.items():
+        check_rows([run for of_row in configured for run in of_row.get(dataset, ())], dataset, tree, planned)
+    runs = [
+        {
+            dataset: [again for run in of for again in repeated(run, planned.seeds)]
+            for dataset, of in row.items()
+        }
+        for row in configured
     ]
     for config in (run.config for of_row in runs for of in of_row.values() for run in of):
         check_device(config.accelerator, config.precision)

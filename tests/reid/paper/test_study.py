@@ -137,14 +137,14 @@ def test_other_values_need_another_folder(made: tuple[StudyConfig, dict[str, Any
         run_study(other, progress=QUIET)
 
 
-def test_runs_of_other_values_are_not_taken_over(
+def test_runs_of_unknown_values_are_not_taken_over(
     made: tuple[StudyConfig, dict[str, Any]], tmp_path: Path
 ) -> None:
     out = tmp_path / "study"
     shutil.copytree(made[0].out, out)
     (out / "study.json").unlink()
     other = dataclasses.replace(made[0], out=str(out), steps=2)
-    with pytest.raises(ResultError, match=r"seed-3/result\.json: is of a run with another value of .*steps"):
+    with pytest.raises(ResultError, match=r"study\.json: is missing, .* which study .*data belongs to"):
         run_study(other, rows=["without-cqc"], seeds=[3], progress=QUIET)
 
 
@@ -180,7 +180,7 @@ def _finish(config: StudyConfig, name: str, seed: int, rank1: float) -> None:
     scores = {
         d: {p: dict.fromkeys(HEADLINE, rank1) for p in PAIRINGS} for d in (DIRECTION, "infrared-to-visible")
     }
-    (folder / "result.json").write_text(json.dumps({"config": {}, "scores": scores}))
+    (folder / "result.json").write_text(json.dumps({"scores": scores}))
 
 
 @pytest.mark.parametrize(

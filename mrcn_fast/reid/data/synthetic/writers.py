@@ -23,7 +23,7 @@ from mrcn_fast.reid.data.synthetic.tree import (
     is_synthetic,
 )
 from mrcn_fast.reid.data.types import Modality
-from mrcn_fast.reid.kinds import NUMPY, AnyPath, Pair, People, Seed, Share, Split, Strength
+from mrcn_fast.reid.kinds import NUMPY, AnyPath, ImagesOfPerson, Pair, People, Seed, Share, Split, Strength
 from mrcn_fast.reid.settings import SettingError, check_arguments, check_fields
 
 __all__ = [
@@ -107,7 +107,7 @@ class SYSUOptions(_Options):
     """People in all."""
     test_identities: People = 20
     """People for the test; a quarter of the others are for validation."""
-    images_per_camera: People = 6
+    images_per_camera: ImagesOfPerson = 6
     """Images of each person by each of the six cameras, of which 3 and 6 are infrared."""
 
 
@@ -119,7 +119,7 @@ class RegDBOptions(_Options):
 
     identities: Annotated[int, Field(ge=4, le=9999), NUMPY] = 80
     """People in all. In each split, half of them (rounded down) are for the training."""
-    images: People = 10
+    images: ImagesOfPerson = 10
     """Images of each person by the visible and by the infrared camera."""
     splits: Split = 10
     """Random splits into training and test."""
@@ -135,7 +135,7 @@ class LLCMOptions(_Options):
     """People in all."""
     test_identities: People = 14
     """People for the test."""
-    images_per_camera: People = 3
+    images_per_camera: ImagesOfPerson = 3
     """Images of each person by each of the nine visible and the eight infrared cameras."""
 
 
