@@ -133,8 +133,9 @@ def run_table(
 def check_table(name: str, trees: Mapping[str, Path], **plan: Any) -> list[dict[str, list[Run]]]:
     """Configure the runs of each row by data set, without reading the trees or writing anything.
 
-    `plan` are the fields of `TablePlan`. Raises ConfigError for a value that a run doesn't take, and for a
-    device or a precision that this machine doesn't have; OSError where `out` takes no files.
+    `plan` are the fields of `TablePlan`. Raises ConfigError for a value that a run doesn't take or that a row
+    sets itself, and for a device or a precision that this machine doesn't have; OSError where `out` takes no
+    files.
     """
     planned = TablePlan(**plan)
     check_folder(planned.out, "the table and its runs")
