@@ -123,8 +123,8 @@ wheel: environment torch requirements  ## build a wheel into DIST (dist/), for m
 	else mv build/wheel/*.whl "$(DIST)"; fi
 	@ls -t "$(DIST)"/*.whl | head -n 1
 
-demo: install  ## train and score the baseline and MRCN on synthetic images (6 minutes after the install)
-	@echo "Training and scoring three networks on synthetic images, about 6 minutes on two cores"
+demo: install  ## train and score the baseline and MRCN on synthetic images (6 to 15 minutes after the install)
+	@echo "Training and scoring three networks on synthetic images, 6 to 15 minutes on two cores"
 	@"$(bin)/mrcn-fast" demo $(ARGS)
 
 # ARGS="--demo runs/demo" shows the ranking lists of another demo.

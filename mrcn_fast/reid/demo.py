@@ -76,7 +76,7 @@ _Seed = Annotated[int, Field(ge=0, le=2**63 - 2), NUMPY]
 
 @dataclasses.dataclass(kw_only=True)
 class DemoConfig(SyntheticConfig):
-    """The demo's size, which two cores train in six minutes. All networks get the same."""
+    """The demo's size, which two cores train in 6 to 15 minutes. All networks get the same."""
 
     out: PathText = "runs/demo"
     identities: People = 112
