@@ -23,8 +23,9 @@ _DEFAULTS: Final[dict[signal.Signals, Any]] = {
 class StopRequests:
     """A context in which the first Ctrl-C or SIGTERM is noted as `received` instead of ending the process.
 
-    The second signal has its usual effect. A signal that the caller handles or ignores stays as it is. In a
-    thread other than the main one, where Python sets no handlers, the context changes nothing.
+    The second signal has its usual effect. A signal that the caller handles or ignores stays as it is, and so
+    does a handler that is set within the context. In a thread other than the main one, where Python sets no
+    handlers, the context changes nothing.
 
     Example:
         >>> with StopRequests() as requests:
@@ -67,7 +68,8 @@ class StopRequests:
     def _restore(self) -> None:
         while self._replaced:
             number = self._replaced.pop()
-            signal.signal(number, _DEFAULTS[number])
+            if signal.getsignal(number) == self._note:
+                signal.signal(number, _DEFAULTS[number])
 
     def grant(self) -> None:
         """End with what the received signal means, if there is one.

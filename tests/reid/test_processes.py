@@ -271,6 +271,9 @@ class NotFinite:
         return self.loss(output, labels).total * factor
 
 
+LOST = "process 0 of 2: another process has ended or can't be reached"
+
+
 def not_finite(rank: int, config: TrainConfig) -> None:
     """The process whose loss isn't finite reports it late, so that a report of the other would come first."""
     message = RunMessages.loss_not_finite
@@ -298,6 +301,19 @@ def killed(rank: int, config: TrainConfig) -> None:
     trainer.fit(progress=quiet())
 
 
+def killed_and_ended(rank: int, config: TrainConfig) -> None:
+    """The launcher ends the process that is left while that leaves its run."""
+    close = TrainingBatches.close
+
+    def closing(batches: TrainingBatches) -> None:
+        signal.raise_signal(signal.SIGTERM)
+        close(batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TrainingBatches, "close", closing)
+        killed(rank, config)
+
+
 def unreadable(rank: int, config: TrainConfig) -> None:
     Trainer(dataclasses.replace(config, data=f"{config.data}-absent")).fit(progress=quiet())
 
@@ -306,7 +322,8 @@ def unreadable(rank: int, config: TrainConfig) -> None:
     ("work", "reporter", "statuses", "message"),
     [
         (not_finite, 1, {1}, "step 2 (epoch 1): the loss isn't finite (total nan"),
-        (killed, 0, {1, -signal.SIGKILL}, "process 0 of 2: another process has ended or can't be reached"),
+        (killed, 0, {1, -signal.SIGKILL}, LOST),
+        (killed_and_ended, 0, {1, -signal.SIGKILL}, LOST),
         (unreadable, None, {1}, "-absent: "),
     ],
 )
@@ -325,7 +342,7 @@ def test_a_failure_in_one_process_ends_all_with_one_message(
     assert len(reports) == 1 and message in reports[0], outcomes
     if reporter is not None:
         assert reports[0] == outcomes[reporter].error
-    if work is killed:
+    if message == LOST:
         path = Path(tiny_config.out, "checkpoint.pth")
         assert f"The last complete checkpoint is {path}" in reports[0]
         assert load_checkpoint(path).step == 3

@@ -302,12 +302,14 @@ class Trainer(Generic[Model]):
         143. A second signal ends the process at once. After that and after MemoryShortageError, the last
         checkpoint is whole.
         """
-        with self.processes.together(self.messages.last_checkpoint):
+        # Where a process is lost, the launcher sends SIGTERM to this one, which may be about to report it.
+        with self._requests as requests, self.processes.together(self.messages.last_checkpoint):
             if self.processes.first:
                 check_new_run(self.config, resume=resume, overwrite=overwrite)
             # One process writes the files, and holds their folder.
             with held(self.out, "trains") if self.processes.first else nullcontext():
                 self._fit(resume, overwrite, progress)
+            requests.grant()
         return self.checkpoint_path
 
     def _fit(self, resume: bool, overwrite: bool, progress: Progress | None) -> None:
@@ -372,13 +374,13 @@ class Trainer(Generic[Model]):
         name = f"steps of {self.out.name}"
         task = bars.add_task(name, total=self.total_steps, completed=self.step_count, status="")
         try:
-            with enough_memory("a training step", LESS_MEMORY), self._requests as requests:
+            with enough_memory("a training step", LESS_MEMORY):
                 self._validate()
                 while self.step_count < self.total_steps and self._stopping is None:
                     self._run_epoch(bars, task)
                     self._validate()
-            requests.received = self._stopping or requests.received
-            requests.grant()
+            self._requests.received = self._stopping or self._requests.received
+            self._requests.grant()
         except (KeyboardInterrupt, SystemExit, MemoryShortageError):
             log.warning("Stopped after step %d. %s", self.step_count, self.messages.last_checkpoint())
             raise

@@ -129,6 +129,15 @@ def test_requests_leave_signals_that_the_caller_handles(number: signal.Signals) 
     assert requests.received is None and seen == [number]
 
 
+def test_requests_leave_a_handler_that_was_set_after_them() -> None:
+    try:
+        with StopRequests() as requests:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        assert requests.received is None and signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 @pytest.fixture
 def usual_interrupt() -> Iterator[None]:
     """Ctrl-C as Python handles it, also where the tests run in the background, which ignores it."""
