@@ -107,7 +107,7 @@ def make_figures(
     Raises:
         CheckpointError, DatasetError: as `score_checkpoint` raises them; CheckpointError too for checkpoints
             of several splits
-        ValueError: for query paths that name no readable query
+        ValueError: for query paths that name no readable query, and for people with less than three images
         ResultError: before anything is computed, for other figures in `out`
     """
     chosen = FigureOptions(**options)
@@ -162,7 +162,7 @@ def _choose_subject(dataset: PersonDataset, options: FigureOptions) -> _Subject:
     if options.skip_unreadable:
         images, unreadable = only_readable(images, workers=options.workers)
         search = without(search, unreadable)
-    return _Subject(
+    subject = _Subject(
         dataset,
         images,
         unreadable,
@@ -170,6 +170,8 @@ def _choose_subject(dataset: PersonDataset, options: FigureOptions) -> _Subject:
         search,
         choose_queries(search, options.queries, options.query_paths, options.seed),
     )
+    plots.check_map_size(len(subject.mapped()))
+    return subject
 
 
 def _columns(

@@ -69,8 +69,7 @@ def tsne_map(features: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     It starts from the principal components. The perplexity is 30, or less for fewer than 91 images. Raises
     ValueError for less than three images.
     """
-    if len(features) < 3:
-        raise ValueError(f"a t-SNE map needs at least 3 images; got {len(features)}")
+    check_map_size(len(features))
     # Imported here, because the import takes a second.
     from sklearn.manifold import TSNE
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -81,6 +80,12 @@ def tsne_map(features: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     # wait.
     with threadpool_limits(1):
         return embedding.fit_transform(unit_features(features, "features").numpy())
+
+
+def check_map_size(images: int) -> None:
+    """Raise ValueError for fewer images than a t-SNE map needs."""
+    if images < 3:
+        raise ValueError(f"a t-SNE map needs at least 3 images; got {images}")
 
 
 def draw_tsne(

@@ -33,7 +33,7 @@ from mrcn_fast.reid.paper.figures import (
 )
 from mrcn_fast.reid.report.charts import BlockTimes, draw_block, draw_cmc, draw_losses
 
-DATASETS: Final = {"sysu-mm01": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
+_TITLES: Final = {"sysu-mm01": "SYSU-MM01", "regdb": "RegDB", "llcm": "LLCM"}
 _DOTS_PER_INCH: Final = 160
 _THUMBNAIL: Final = (128, 64)  # height and width in pixels
 _STRIP: Final = 12  # people in the strip of training images
@@ -145,7 +145,7 @@ def write_page(
     ends = shown if len(shown) == 1 else [shown[0], shown[-1]]
     values = {
         "title": title,
-        "dataset": DATASETS[subject.dataset.name],
+        "dataset": _TITLES.get(subject.dataset.name, subject.dataset.name),
         "search": subject.headline.name.replace("-", " "),
         "test": {modality: len(samples) for modality, samples in subject.images.items()},
         "networks": len(shown),

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from rich.progress import Progress
 
-from mrcn_fast.reid.data import LLCM, SYSUMM01, DatasetError, RegDB, Sample, write_sysu
+from mrcn_fast.reid.data import LLCM, SYSUMM01, DatasetError, RegDB, Sample, write_regdb, write_sysu
 from mrcn_fast.reid.data.types import Modality, Search
 from mrcn_fast.reid.evaluation.results import ResultError
 from mrcn_fast.reid.evaluation.trained import open_trained
@@ -191,6 +191,16 @@ def test_nothing_to_draw_is_refused(tmp_path: Path) -> None:
     for change, message in changes:
         with pytest.raises(ValueError, match=message):
             make_figures(**({"checkpoints": ["x"], "data": "x", "out": str(tmp_path)} | change))
+
+
+def test_a_map_of_too_few_images_is_refused_before_features_are_extracted(
+    tiny_config: TrainConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_regdb(tmp_path / "regdb", identities=8, images=1, splits=1, image_size=(32, 16))
+    run = train(dataclasses.replace(tiny_config, dataset="regdb", data=str(data), steps=1))
+    monkeypatch.setattr(figures, "_columns", None)
+    with pytest.raises(ValueError, match="a t-SNE map needs at least 3 images; got 2"):
+        make_figures([str(run.checkpoint_path)], str(data), str(tmp_path / "out"), people=1)
 
 
 def test_checkpoints_of_several_splits_are_refused(
