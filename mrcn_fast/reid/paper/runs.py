@@ -80,22 +80,24 @@ def runs_of(recipe: str, dataset: str, tree: Path, plan: TablePlan) -> list[Run]
 
 
 def check_rows(runs: Sequence[Run], dataset: str, tree: Path, plan: TablePlan) -> None:
-    """Refuse flags for the values in which the rows of a column differ. Raises ConfigError.
+    """Refuse flags for the network, and for the values in which the rows of a column differ.
 
-    With such a flag, the rows would be one network under several titles. `runs` are those of all rows, as
-    `runs_of` gives them.
+    With such a flag, the rows would be one network under several titles, also where it is one of another
+    model, which has no gates or stages to differ in. `runs` are those of all rows, as `runs_of` gives them.
+
+    Raises ConfigError.
     """
     plain = dataclasses.replace(plan, configure=_configuration)
     expected = [own for recipe in _recipes(runs) for own in runs_of(recipe, dataset, tree, plain)]
     by_folder = {own.config.out: own.config for own in expected}
     for name in (field.name for field in dataclasses.fields(TrainConfig)):
-        if len({repr(getattr(own, name)) for own in by_folder.values()}) == 1:
+        if name != "model" and len({repr(getattr(own, name)) for own in by_folder.values()}) == 1:
             continue
         for config in (run.config for run in runs):
             if (got := getattr(config, name)) != (wanted := getattr(by_folder[config.out], name)):
                 raise ConfigError(
-                    f"got {name}={got!r}, in which the rows of this table differ: expected {wanted!r} for "
-                    f"{Path(config.out).name}"
+                    f"got {name}={got!r}, expected {wanted!r} for {Path(config.out).name}: "
+                    f"a table sets {name} of each row itself"
                 )
 
 

@@ -377,15 +377,21 @@ def test_unknown_options_are_refused(overlay: str, tiny_tree: Path, tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("table", "values"),
-    [("4", {"model": "baseline"}), ("attention", {"gate": "se"}), ("3", {"stages": (2,)})],
+    [
+        ("4", {"model": "baseline"}),
+        ("attention", {"gate": "se"}),
+        ("3", {"stages": (2,)}),
+        # Of these networks the first has no gate and no stage, and the second no CQC loss.
+        ("attention", {"model": "baseline"}),
+        ("3", {"model": "baseline"}),
+        ("figure4", {"model": "snr"}),
+    ],
 )
-def test_values_in_which_rows_differ_are_refused(
+def test_values_that_tell_the_rows_apart_are_refused(
     overlay: str, tiny_regdb: Path, tmp_path: Path, table: str, values: dict[str, Any]
 ) -> None:
     (name,) = values
-    with pytest.raises(
-        ConfigError, match=rf"got {name}=.*, in which the rows of this table differ: expected"
-    ):
+    with pytest.raises(ConfigError, match=rf"got {name}=.*, expected .*: a table sets {name} of each row"):
         run(table, [tiny_regdb], tmp_path, overlay, configure=lambda of: TrainConfig(**(of | values)))
     assert not list(tmp_path.iterdir())
 
