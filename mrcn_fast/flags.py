@@ -195,12 +195,16 @@ class Flags(argparse.ArgumentParser):
         self.error(f"got {flag}, which {self.prog} doesn't have; {meant}{self._see_help()}")
 
     def _nearest(self, flag: str) -> str | None:
-        """Find the flag that this one misspells or abbreviates, or else one whose help has its words."""
+        """Find the flag that this one misspells or abbreviates, or else one whose help has its words.
+
+        A help that begins with the words goes before one that has them further on.
+        """
         sought = flag.lstrip("-").replace("-", " ")
         if (near := nearest(flag, self._default_of, cutoff=0.8)) or len(sought) < 2:
             return near
         named = re.compile(rf"\b{re.escape(sought)}\b", re.I)
-        return next((known for known, help in self._help_of.items() if named.search(help)), None)
+        having = [known for known, help in self._help_of.items() if named.search(help)]
+        return min(having, key=lambda known: not named.match(self._help_of[known]), default=None)
 
     def _see_help(self) -> str:
         return f"`{self.prog} --help` lists the flags"

@@ -416,6 +416,14 @@ def test_a_table_from_the_command_line(
     assert "got --split, which mrcn-fast table doesn't have; did you mean --splits?" in output
 
 
+def test_the_flag_whose_help_begins_with_a_word_is_meant(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    # The help of --seed has "people", too, and comes before that of --identities.
+    output = refused(capsys, "synth", "--layout", "regdb", "--out", tmp_path / "tree", "--people", 8)
+    assert "did you mean --identities?" in output
+
+
 def test_figures_from_the_command_line(
     tmp_path: Path, finished: Path, tiny_tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
