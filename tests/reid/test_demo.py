@@ -181,7 +181,7 @@ def test_another_demo_is_not_replaced(tmp_path: Path, finished: Path) -> None:
     values = {name: value for name, value in dataclasses.asdict(config).items() if name != "out"}
     record.write_text(json.dumps({"made_of": values | {"steps": 2, "seed": 3}}))
     before = record.read_bytes()
-    with pytest.raises(ResultError, match=rf"{record}: is there already, .* of steps, seed\. .*--overwrite"):
+    with pytest.raises(ResultError, match=rf"{record}: is there already, .* in steps, seed\. .*--overwrite"):
         run_demo(config)
     assert record.read_bytes() == before
     record.unlink()

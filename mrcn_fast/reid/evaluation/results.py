@@ -130,7 +130,7 @@ def check_free(record: Path, others: Iterable[Path], made_of: Mapping[str, Any])
         names = [name for name in {**found, **asked} if found.get(name) != asked.get(name)]
         if not names:
             return
-        differing = f"made with another value of {', '.join(names)}"
+        differing = f"and differs from this one in {', '.join(names)}"
     raise ResultError(
         f"{there[0]}: is there already, {differing}. Give another folder (--out), or replace it (--overwrite)"
     )

@@ -308,7 +308,8 @@ def _check_values(out: Path, config: StudyConfig) -> None:
     asked = _made_of(config)
     if differing := [name for name in asked if found.get(name) != asked[name]]:
         raise ResultError(
-            f"{out}: holds a study with another value of {', '.join(differing)}. Give another folder (--out)"
+            f"{out}: holds a study that differs from this one in {', '.join(differing)}. "
+            "Give another folder (--out)"
         )
 
 

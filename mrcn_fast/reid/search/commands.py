@@ -122,7 +122,8 @@ def _check_distinct(*paths: str | Path | None) -> None:
     for place in places:
         if places.count(place) > 1:
             raise ValueError(
-                f"{place}: expected one file each for json, html, index and the index's record (INDEX.json)"
+                f"got {place} twice, expected one file each for json, html, index and the index's record "
+                "(INDEX.json)"
             )
 
 

@@ -133,7 +133,7 @@ def test_a_run_of_another_process_is_left_to_it(
 
 def test_other_values_need_another_folder(made: tuple[StudyConfig, dict[str, Any]]) -> None:
     other = dataclasses.replace(made[0], steps=2)
-    with pytest.raises(ResultError, match="holds a study with another value of steps"):
+    with pytest.raises(ResultError, match="holds a study that differs from this one in steps"):
         run_study(other, progress=QUIET)
 
 

@@ -321,9 +321,9 @@ def test_another_table_is_not_replaced(
         "values of the runs": {"configure": lambda v: TrainConfig(**(v | {"steps": 1}))},
     }
     for named, change in changes.items():
-        with pytest.raises(ResultError, match=rf"{record}: .* value of {named}.*--overwrite"):
+        with pytest.raises(ResultError, match=rf"{record}: .* differs from this one in {named}.*--overwrite"):
             make_again(data=both, overwrite=False, **change)
-    with pytest.raises(ResultError, match=r"value of data sets"):
+    with pytest.raises(ResultError, match=r"in data sets"):
         make_again(overwrite=False)
     with pytest.raises(ValueError, match="draw"):
         make_again(data=both, options=OPTIONS | {"draw": "any"})
