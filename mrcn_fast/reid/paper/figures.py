@@ -107,7 +107,7 @@ def make_figures(
     Raises:
         CheckpointError, DatasetError: as `score_checkpoint` raises them; CheckpointError too for checkpoints
             of several splits
-        ValueError: for query paths that name no readable query, and for people with less than three images
+        ValueError: for query paths that name no readable query, and for people with fewer than three images
         ResultError: before anything is computed, for other figures in `out`
     """
     chosen = FigureOptions(**options)

@@ -67,7 +67,7 @@ def tsne_map(features: Tensor, *, seed: int = 0) -> NDArray[np.float32]:
     """Compute the t-SNE map of features scaled to length 1: (n, D) -> (n, 2); equal seeds give equal maps.
 
     It starts from the principal components. The perplexity is 30, or less for fewer than 91 images. Raises
-    ValueError for less than three images.
+    ValueError for fewer than three images.
     """
     check_map_size(len(features))
     # Imported here, because the import takes a second.

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,8 +25,8 @@ from mrcn_fast.reid.training.config import TrainConfig
 from mrcn_fast.reid.training.journal import read_lines
 from mrcn_fast.reid.training.restoring import build_model
 from mrcn_fast.reid.training.run_folder import FolderInUseError, held
-from mrcn_fast.reid.training.trainer import TrainingError
-from tests.reid.conftest import train
+from mrcn_fast.reid.training.trainer import Trainer, TrainingError
+from tests.reid.conftest import quiet, train
 
 PROGRAM = """
 import sys, json
@@ -154,6 +155,26 @@ def test_the_second_signal_has_its_usual_effect() -> None:
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+@pytest.mark.parametrize(("when", "steps"), [("on_fit_start", 0), ("on_fit_end", 2)])
+def test_a_signal_before_and_after_the_steps_is_granted(
+    tiny_config: TrainConfig, when: str, steps: int
+) -> None:
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    callback = SimpleNamespace(**{when: lambda trainer: signal.raise_signal(signal.SIGTERM)})
+    config = dataclasses.replace(tiny_config, steps=2)
+    trainer = Trainer(config, callbacks=[callback])
+    try:
+        with pytest.raises(SystemExit) as stop:
+            trainer.fit(progress=quiet())
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 143 and trainer.step_count == steps
+    # The folder is free again, and the run goes on.
+    train(config, resume=True)
+    assert load_checkpoint(tiny_config.out).step == 2
 
 
 @pytest.mark.slow
